@@ -1,0 +1,350 @@
+"""The schema of conf/: every key with its type, unit, default and check. Imports no torch.
+
+A default lives here and nowhere else; the YAML files of conf/ hold only what a choice changes. `compose.py` turns
+command-line overrides into these dataclasses; everything below the command line takes them as plain values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+# ---------------------------------------------------------------------------------------------------- key helper
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    each_minimum: float | None = None,
+    each_below: float | None = None,
+) -> Any:
+    """A config key: its default, its meaning (with unit) and the values it allows.
+
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; `each_minimum` (inclusive) and `each_below`
+    (exclusive) bound the elements of a list. A default of `MISSING` makes the key mandatory.
+    """
+    metadata = {
+        name: value
+        for name, value in {
+            "help": help,
+            "choices": choices,
+            "minimum": minimum,
+            "above": above,
+            "maximum": maximum,
+            "below": below,
+            "each_minimum": each_minimum,
+            "each_below": each_below,
+        }.items()
+        if value is not None
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if default is MISSING:
+        return field(default="???", metadata=metadata)  # OmegaConf's mark for a mandatory value
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------- shared groups
+
+
+@dataclass
+class RunConfig:
+    """Run identity."""
+
+    name: str | None = key(None, "run identity; null means <model.name>-<data.name>, so the same command resumes")
+    dir: str = key("runs", "folder of all runs; this one lives in <run.dir>/<run.name>")
+
+
+@dataclass
+class ModelConfig:
+    """The model's shape. `model=<preset>` sets all of it."""
+
+    name: str = key("custom", "name of the preset")
+    num_layers: int = key(2, "transformer blocks", minimum=1)
+    num_heads: int = key(2, "attention (query) heads", minimum=1)
+    num_kv_heads: int | None = key(None, "key-value heads (grouped-query attention); null means num_heads", minimum=1)
+    hidden_size: int = key(64, "width of the residual stream", minimum=1)
+    head_size: int | None = key(None, "width of one head; null means hidden_size / num_heads", minimum=1)
+    ffn_size: int | None = key(None, "width of the feed-forward layer; null means 4 x hidden_size", minimum=1)
+    vocab_size: int | None = key(None, "vocabulary; null takes the tokenizer's", minimum=2)
+    max_seq_len: int = key(256, "longest sequence the model takes, in tokens", minimum=1)
+    norm: str = key("rmsnorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = key(1e-5, "epsilon inside the normalisation", above=0)
+    position: str = key("rope", "position encoding", choices=("learned", "rope"))
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", above=0)
+    activation: str = key("swiglu", "feed-forward activation", choices=("gelu", "swiglu"))
+    bias: bool = key(False, "biases in linear layers and LayerNorms")
+    tie_embeddings: bool = key(False, "output head shares the token embedding's weight")
+    qk_norm: bool = key(False, "RMSNorm over each query and key head")
+    dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", minimum=0, below=1)
+    init_std: float = key(0.02, "standard deviation of the initial weights", above=0)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, resolved."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer, resolved."""
+        return self.ffn_size or 4 * self.hidden_size
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary; only valid once the tokenizer's has been filled in."""
+        assert self.vocab_size is not None, "model.vocab_size has not been resolved"
+        return self.vocab_size
+
+
+@dataclass
+class DataConfig:
+    """Which text, and where its prepared form lives."""
+
+    name: str = key(MISSING, "dataset identity; the prepared form lives in <data.dir>/<data.name>/")
+    dir: str = key("data", "folder of all prepared datasets")
+    kind: str = key("files", "where text comes from", choices=("python_stdlib", "files", "huggingface"))
+    paths: list[str] = key([], "globs that data=files reads: .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
+    text_column: str = key("text", "column or field that holds the text in .jsonl, .parquet and Hugging Face data")
+    hf_path: str | None = key(None, "Hugging Face dataset: a hub name or a local folder")
+    hf_config: str | None = key(None, "configuration of the Hugging Face dataset")
+    hf_split: str = key("train", "split of the Hugging Face dataset")
+    heldout_fraction: float = key(0.05, "share of documents held out for evaluation", minimum=0, below=1)
+    max_documents: int | None = key(None, "read at most this many documents; null reads all", minimum=1)
+    max_document_bytes: int = key(64 * 2**20, "longest document or line taken, in bytes", minimum=1)
+    oversized: str = key("refuse", "what a longer document gets", choices=("refuse", "skip"))
+    undecodable: str = key("replace", "what bytes that are not UTF-8 get", choices=("replace", "skip", "refuse"))
+    deduplicate: bool = key(True, "drop exact duplicates of a document (after normalisation)")
+    workers: int | None = key(None, "processes that read and tokenize; null means the cores this process may use", minimum=1)
+    overwrite: bool = key(False, "prepare again over a finished dataset of the same name")
+    verify: bool = key(True, "check each 64 MiB block against the card's hash when it is first read")
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: str = key("sentencepiece", "tokenizer library", choices=("sentencepiece", "hf"))
+    path: str | None = key(None, "a trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder")
+    vocab_size: int = key(8192, "vocabulary to train (no tokenizer.path given)", minimum=300)
+    train_bytes: int = key(32 * 2**20, "text the tokenizer is trained on, in bytes, sampled over the corpus", minimum=1024)
+
+
+@dataclass
+class EngineConfig:
+    """Who owns parameters, gradients and optimizer states."""
+
+    name: str = key("deepspeed", "training engine", choices=("deepspeed", "native"))
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer (AdamW, decay on matrices only) and learning-rate schedule."""
+
+    name: str = key("adamw", "optimizer", choices=("adamw",))
+    lr: float = key(3e-4, "peak learning rate", above=0)
+    min_lr_ratio: float = key(0.1, "final learning rate as a share of the peak (cosine, linear, wsd)", minimum=0, maximum=1)
+    schedule: str = key("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant", "wsd"))
+    warmup_steps: int = key(0, "steps of linear warm-up from 0", minimum=0)
+    decay_fraction: float = key(0.2, "share of the run that wsd (warmup-stable-decay) spends decaying", above=0, maximum=1)
+    betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of the first and second moment", each_minimum=0, each_below=1)
+    eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = key(0.1, "decoupled weight decay on matrices; biases, norms and other vectors have none", minimum=0)
+    grad_clip: float = key(1.0, "largest global gradient norm; 0 does not clip", minimum=0)
+
+
+@dataclass
+class TrainLoopConfig:
+    """Sizes of the loop."""
+
+    steps: int = key(100, "optimizer steps of the whole run", minimum=1)
+    global_batch_size: int = key(8, "sequences a step over the whole job", minimum=1)
+    micro_batch_size: int = key(4, "sequences a rank runs at once", minimum=1)
+    seq_len: int = key(256, "tokens a sequence", minimum=1)
+    batch_ramp_start: int | None = key(None, "sequences of the first steps; null starts at global_batch_size", minimum=1)
+    batch_ramp_increment: int = key(1, "sequences added each time the ramp rises", minimum=1)
+    batch_ramp_steps: int = key(0, "steps until the ramp reaches global_batch_size", minimum=0)
+    eval_every: int = key(0, "steps between held-out evaluations inside the loop; 0 evaluates only at the end", minimum=0)
+    eval_steps: int | None = key(None, "held-out batches (of global_batch_size) an evaluation reads; null reads all", minimum=1)
+    early_stop_patience: int = key(0, "evaluations without a better held-out loss before the run ends; 0 never", minimum=0)
+    early_stop_min_delta: float = key(0.0, "smallest drop of the held-out loss that counts as better, in nats", minimum=0)
+    recompute: str = key("none", "activation recompute in the backward pass", choices=("none", "full"))
+
+
+@dataclass
+class ParallelConfig:
+    """How the job is split."""
+
+    zero: int = key(3, "ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too", choices=(0, 1, 2, 3))
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats. Master weights and optimizer states are fp32 in every choice."""
+
+    name: str = key("fp32", "format of parameters and activations in compute", choices=("fp32", "bf16", "fp16"))
+    accumulate_dtype: str = key("fp32", "format that gradients of micro-batches are summed in", choices=("fp32", "bf16", "fp16"))
+    reduce_dtype: str = key("fp32", "format that gradients travel between ranks in", choices=("fp32", "bf16", "fp16"))
+    initial_loss_scale: float = key(2.0**16, "first loss scale (fp16)", minimum=1)
+    loss_scale_window: int = key(1000, "good steps before the loss scale doubles (fp16)", minimum=1)
+    loss_scale_hysteresis: int = key(2, "overflows tolerated before the loss scale halves (fp16)", minimum=1)
+    min_loss_scale: float = key(1.0, "smallest loss scale (fp16)", above=0)
+
+
+@dataclass
+class LaunchConfig:
+    """Processes and devices."""
+
+    name: str = key("local", "who starts the ranks", choices=("local",))
+    nproc_per_node: int = key(1, "local worker processes", minimum=1)
+    device: str = key("auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0)
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, what to keep, where to start."""
+
+    every: int = key(100, "steps between saves; 0 saves only at the end and on a signal", minimum=0)
+    keep: int = key(2, "newest checkpoints to retain; 0 keeps all", minimum=0)
+    keep_every: int = key(0, "every so many steps a checkpoint is a milestone, never retired; 0 has none", minimum=0)
+    resume: str = key("auto", "auto continues the run folder's newest valid checkpoint, never starts anew, a path continues that checkpoint")
+    init_from: str | None = key(None, "a checkpoint whose weights alone start a new run")
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    name: str = key("mlflow", "tracker", choices=("mlflow", "none"))
+    experiment: str = key("megatrain", "MLflow experiment")
+    flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0)
+    system_metrics_every_s: float = key(10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0)
+
+
+# ---------------------------------------------------------------------------------------------------- verbs
+
+
+@dataclass
+class TrainConfig:
+    """`megatrain train`: pretrain a model on a prepared dataset."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
+    deterministic: bool = key(False, "bit-identical repeats on CUDA too (on CPU they always are)")
+    compile: bool = key(False, "torch.compile each block")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PrepareConfig:
+    """`megatrain prepare`: text to tokenized, indexed files."""
+
+    seed: int = key(1234, "seed of the held-out split and of the tokenizer's sample", minimum=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """`megatrain evaluate <run | checkpoint>`: loss, perplexity and bits per byte."""
+
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
+    data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset")
+    split: str = key("heldout", "split of a prepared dataset", choices=("train", "heldout"))
+    batch_size: int = key(8, "sequences evaluated at once", minimum=1)
+    max_batches: int | None = key(None, "evaluate at most so many batches; null evaluates all", minimum=1)
+    device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class GenerateConfig:
+    """`megatrain generate <run | checkpoint> prompt=...`: sample text."""
+
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
+    prompt: str = key("", "text to continue; empty starts after an end-of-document token")
+    max_new_tokens: int = key(200, "tokens to sample at most", minimum=1)
+    temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
+    top_k: int = key(0, "sample among the k likeliest tokens; 0 among all", minimum=0)
+    top_p: float = key(1.0, "sample among the likeliest tokens that hold this probability together", above=0, maximum=1)
+    seed: int = key(1234, "seed of the sampling", minimum=0)
+    stop_at_end: bool = key(True, "stop at the end-of-document token")
+    device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ExportConfig:
+    """`megatrain export <run | checkpoint> out=DIR`: to a Hugging Face folder."""
+
+    path: str = key(MISSING, "run folder or checkpoint folder")
+    out: str = key(MISSING, "Hugging Face folder to write; must not exist yet")
+    dtype: str = key("fp32", "format of the exported weights", choices=("fp32", "bf16", "fp16"))
+
+
+@dataclass
+class ImportConfig:
+    """`megatrain import <Hugging Face folder> out=DIR`: to a checkpoint that `checkpoint.init_from` takes."""
+
+    path: str = key(MISSING, "Hugging Face folder (GPT2LMHeadModel or LlamaForCausalLM)")
+    out: str = key(MISSING, "checkpoint folder to write; must not exist yet")
+
+
+@dataclass
+class InspectConfig:
+    """`megatrain inspect <run | checkpoint | dataset>`: what it holds, every checksum verified."""
+
+    path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder")
+
+
+@dataclass
+class ReportConfig:
+    """`megatrain report <run>`: one self-contained HTML page."""
+
+    path: str = key(MISSING, "run folder")
+    out: str | None = key(None, "HTML file to write; null means <run>/report.html")
+
+
+VERBS: dict[str, type] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+    "import": ImportConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
+}
+
+
+def walk(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Every key of a verb's schema: dotted name to its dataclass field (groups themselves left out)."""
+    import typing
+
+    hints = typing.get_type_hints(schema)
+    found: dict[str, Any] = {}
+    for f in fields(schema):
+        if is_dataclass(hints[f.name]):
+            found.update(walk(hints[f.name], f"{prefix}{f.name}."))
+        else:
+            found[f"{prefix}{f.name}"] = f
+    return found

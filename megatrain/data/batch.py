@@ -1,0 +1,52 @@
+"""The unit that travels from the loader to an engine. Nothing here reads files or knows ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that takes no part in the loss."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank runs at once.
+
+    `tokens` and `labels` are int64 `[B, T]`; a label of `IGNORE_INDEX` does not count. `positions` (int64 `[B, T]`),
+    `document_ids` (int32 `[B, T]`) and `loss_weights` (float32 `[B, T]`) are None where the plain case holds:
+    positions 0..T-1, attention across the whole window, every label weighing 1.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None = None
+    document_ids: Tensor | None = None
+    loss_weights: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device` (pinned memory copies without blocking)."""
+        return MicroBatch(
+            **{
+                f.name: None if (value := getattr(self, f.name)) is None else value.to(device, non_blocking=True)
+                for f in fields(self)
+            }
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's share of one optimizer step.
+
+    `sample_hashes` are the xxh3-64 of this rank's samples, uint64 `[num_micro_batches * micro_batch_size]` in the
+    order of its micro-batches; `batch_size` counts the samples of the whole job, and `cursor` is the number of
+    samples the run has consumed once this step is done.
+    """
+
+    micro_batches: list[MicroBatch]
+    sample_hashes: np.ndarray
+    batch_size: int
+    cursor: int
