@@ -1,0 +1,137 @@
+"""What rank 0 shows while a run goes on: a progress bar on a terminal, plain lines elsewhere. Imports no torch.
+
+Nothing here is kept; metrics.jsonl holds the numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import IO, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from megatrain.tracking.base import RunInfo
+
+RECENT_STEPS = 50
+"""Steps whose wall time, evaluations and saves included, tells the time that is left."""
+
+
+class Console:
+    """The progress of a run on `stream` (standard error by default).
+
+    A terminal gets one bar with notes above it. Anything else gets a line every `every_steps` steps or `every_s`
+    seconds, whichever comes first, and at the first step, the last and those with an evaluation.
+    """
+
+    def __init__(
+        self, total_steps: int, *, stream: IO[str] | None = None, every_steps: int = 100, every_s: float = 10.0
+    ) -> None:
+        self._total = total_steps
+        self._every_steps, self._every_s = every_steps, every_s
+        self._out = RichConsole(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._moments: deque[float] = deque(maxlen=RECENT_STEPS + 1)
+        self._heldout: float | None = None
+        self._last_line: tuple[int, float] | None = None
+
+    def start(self, info: RunInfo) -> None:
+        parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
+        self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
+        if info.resumed_from_step is not None:
+            self.note(f"continues from step {info.resumed_from_step}")
+        if self._out.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                console=self._out,
+                refresh_per_second=2,
+                expand=True,
+            )
+            self._progress.add_task("train", total=self._total, completed=info.resumed_from_step or 0, status="")
+            self._progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        moment = time.monotonic()
+        if not self._moments:
+            self._moments.append(moment - (record.get("step_time_s") or 0.0))
+        self._moments.append(moment)
+        evaluated = record.get("heldout_loss") is not None
+        if evaluated:
+            self._heldout = record["heldout_loss"]
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=record["step"], status=self.status(record))
+        elif evaluated or self._is_line_due(record["step"], moment):
+            self._last_line = (record["step"], moment)
+            self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Shows an event as a note; `start` is what `start()` has shown already."""
+        kind = event["kind"]
+        if kind != "start":
+            detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
+            shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
+            self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))
+
+    def finish(self, status: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self.note(f"run {status}")
+
+    def note(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        self._out.print(Text(text))
+
+    def status(self, record: dict[str, Any]) -> str:
+        """The numbers of a step in one line: `loss 3.2145  held-out 3.3010  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
+        loss, mfu = record.get("loss"), record.get("mfu")
+        parts = ["loss not finite" if loss is None else f"loss {loss:.4f}"]
+        if record.get("updated") is False:
+            parts.append("skipped")
+        if self._heldout is not None:
+            parts.append(f"held-out {self._heldout:.4f}")
+        if record.get("tokens_per_s") is not None:
+            parts.append(f"{short(record['tokens_per_s'])} tok/s")
+        if mfu is not None:
+            parts.append(f"mfu {mfu:.1%}")
+        parts.append(f"eta {clock(self.seconds_left(record['step']))}")
+        return "  ".join(parts)
+
+    def seconds_left(self, step: int) -> float:
+        """Steps left times the mean wall time of recent ones."""
+        if len(self._moments) < 2:
+            return 0.0
+        per_step = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
+        return max(0, self._total - step) * per_step
+
+    def _is_line_due(self, step: int, moment: float) -> bool:
+        if self._last_line is None or step >= self._total:
+            return True
+        last_step, last_moment = self._last_line
+        return step - last_step >= self._every_steps or moment - last_moment >= self._every_s
+
+
+def short(number: float) -> str:
+    """A count in at most five characters: 999, 1.23k, 45.6M, 1.75B, 1.01T."""
+    for unit in ("", "k", "M", "B"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss, with days in front where there are any."""
+    days, rest = divmod(round(seconds), 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}d {text}" if days else text
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,52 @@
+"""events.jsonl: what happened to a run and when, one JSON object an event. Imports no torch.
+
+Any thread may emit, and several processes may hold the same file (the launching agent notes a restart, rank 0 a
+save): each event is one appending write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from megatrain.tracking.metrics import now, to_json
+
+
+class EventLog:
+    """Appends to a run's events.jsonl. Raises OSError where the disk fails."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = threading.Lock()
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            os.write(self._fd, b"\n")  # ends a line that a killed process left half-written; readers pass over it
+
+    def emit(self, kind: str, step: int, **detail: Any) -> dict[str, Any]:
+        """Writes `{"time", "kind", "step", ...detail}` and returns it."""
+        event = {"time": now(), "kind": kind, "step": step, **detail}
+        line = to_json(event) + "\n"
+        with self._lock:
+            os.write(self._fd, line.encode())
+        return event
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole events, in the order they were written; lines that a killed process left half-written are left out."""
+    events = []
+    for line in path.read_bytes().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            events.append(event)
+    return events

@@ -1,0 +1,140 @@
+"""The console and the composite of trackers."""
+
+import io
+import logging
+import re
+import subprocess
+
+import pytest
+
+from megatrain.tracking import console
+from megatrain.tracking.base import RunInfo, Trackers, git_commit
+from megatrain.tracking.console import Console, clock, short
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock_at(monkeypatch):
+    moment = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: moment[0])
+    return moment
+
+
+def info(tmp_path, **changes):
+    return RunInfo(**{"run_name": "demo", "run_dir": tmp_path, "config": {}, "num_parameters": 12345678, **changes})
+
+
+def test_a_file_gets_plain_lines_every_so_many_steps_or_seconds(tmp_path, clock_at):
+    out = io.StringIO()
+    shown = Console(40, stream=out, every_steps=10, every_s=5.0)
+    shown.start(info(tmp_path, resumed_from_step=3))
+    for step in range(4, 41):
+        clock_at[0] += 2.0 if 25 <= step < 31 else 0.01
+        shown.step({"step": step, "loss": 2.5, "tokens_per_s": 12345.0, "mfu": 0.25, "step_time_s": 0.01})
+    shown.finish("done")
+    text = out.getvalue()
+    assert "\x1b" not in text and "\r" not in text
+    assert "12.3M parameters" in text and "continues from step 3" in text and text.endswith("run done\n")
+    assert [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
+    assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
+
+
+def test_evaluations_always_show_and_their_loss_stays(tmp_path):
+    out = io.StringIO()
+    shown = Console(100, stream=out)
+    for step in range(1, 5):
+        shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.125} if step == 3 else {}))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 and lines[1].startswith("step 3/100") and "held-out 3.1250" in lines[1]
+    assert "held-out 3.1250" in shown.status({"step": 4, "loss": 2.5})
+
+
+def test_the_time_left_follows_recent_steps(clock_at):
+    """A slow start and what went before do not count once enough steps went by."""
+    shown = Console(1000, stream=io.StringIO())
+    clock_at[0] = 100.0
+    shown.step({"step": 1, "loss": 1.0, "step_time_s": 60.0})
+    assert shown.seconds_left(1) == pytest.approx(999 * 60)
+    for step in range(2, 400):
+        clock_at[0] += 0.5
+        shown.step({"step": step, "loss": 1.0, "step_time_s": 0.5})
+    assert shown.seconds_left(399) == pytest.approx(601 * 0.5)
+
+
+def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path):
+    out = Terminal()
+    shown = Console(20, stream=out)
+    shown.start(info(tmp_path))
+    shown.step({"step": 7, "loss": 2.25, "step_time_s": 1.0})
+    shown.event({"time": "", "kind": "save", "step": 7, "seconds": 0.123456})
+    shown.finish("done")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "save at step 7: seconds 0.1235" in text
+    assert text.index("save at step 7") < text.rindex("step 7/20")
+    assert "loss 2.2500" in text and "\x1b[" in out.getvalue()
+
+
+def test_a_skipped_step_is_said_to_be_one(tmp_path):
+    shown = Console(20, stream=io.StringIO())
+    assert "loss not finite  skipped" in shown.status({"step": 7, "loss": None, "updated": False})
+
+
+def test_counts_and_durations_are_short():
+    assert [short(n) for n in (0, 999, 1234, 999_600, 45_600_000, 1.75e11, 1.01e12)] == [
+        "0", "999", "1.23k", "1M", "45.6M", "175B", "1.01T"
+    ]  # fmt: skip
+    assert [clock(s) for s in (0, 61, 3661.4, 90061)] == ["0:00:00", "0:01:01", "1:01:01", "1d 1:01:01"]
+
+
+class Breaks:
+    def __init__(self):
+        self.calls = []
+
+    def start(self, info):
+        self.calls.append("start")
+
+    def step(self, record):
+        self.calls.append("step")
+        raise OSError("the disk is gone")
+
+    def event(self, event):
+        self.calls.append("event")
+
+    def finish(self, status):
+        self.calls.append("finish")
+
+
+def test_a_tracker_that_raises_is_warned_about_once_and_left_out(tmp_path, caplog):
+    broken, out = Breaks(), io.StringIO()
+    trackers = Trackers([broken, Console(3, stream=out)])
+    with caplog.at_level(logging.WARNING):
+        trackers.start(info(tmp_path))
+        for step in (1, 2, 3):
+            trackers.step({"step": step, "loss": 1.0})
+        trackers.finish("done")
+    assert broken.calls == ["start", "step", "finish"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Breaks failed and is left out from now on; training goes on (OSError: the disk is gone)"
+    ]
+    assert "step 3/3" in out.getvalue()
+
+
+def test_the_commit_of_a_checkout_says_whether_files_were_changed(tmp_path):
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    assert git_commit(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
