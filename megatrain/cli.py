@@ -1,0 +1,173 @@
+"""The command line: picks the verb, has its config composed and checked, and calls what does the work. Imports no torch.
+
+Everything below takes the checked dataclass. A user's mistake ends here as one message and its exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import megatrain
+from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
+from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, MegatrainError
+from megatrain.launch.environment import WORKER_MARK, is_launched
+from megatrain.suggest import did_you_mean
+
+ACTIONS: dict[str, str] = {
+    "prepare": "megatrain.data.prepare:prepare",
+    "train": "megatrain.launch.worker:run",
+    "evaluate": "megatrain.evaluate:evaluate",
+    "generate": "megatrain.generation:generate",
+    "export": "megatrain.checkpoint.huggingface_verbs:export_",
+    "import": "megatrain.checkpoint.huggingface_verbs:import_",
+    "inspect": "megatrain.inspection:inspect",
+    "report": "megatrain.cli:report",
+}
+"""What each verb calls with its config, as module:function; imported only when called."""
+
+FLAGS = {
+    "--help": "explain the verb and its keys",
+    "--cfg": "print the resolved config as YAML and end",
+    "--debug": "show stack traces of errors",
+    "--version": "print the version",
+}
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class Arguments:
+    """The command line, taken apart."""
+
+    verb: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        return run(parse(argv))
+    except MegatrainError as error:
+        if debug:
+            traceback.print_exc()
+        elif not _is_silent_rank():
+            print(f"megatrain: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("megatrain: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe (head, less) left: nobody to tell
+        return EXIT_OK
+    except Exception:
+        traceback.print_exc()
+        print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
+        return EXIT_DEFECT
+
+
+def run(arguments: Arguments) -> int:
+    """Do what the command line asks for."""
+    from megatrain.usage import overview, verb_help
+
+    verb = arguments.verb
+    if "--version" in arguments.flags:
+        print(f"megatrain {megatrain.__version__}")
+        return EXIT_OK
+    if verb is None:
+        print(overview())
+        return EXIT_OK
+    if "--help" in arguments.flags:
+        print(verb_help(verb))
+        return EXIT_OK
+    from megatrain.checks import check_paths, check_values
+    from megatrain.compose import compose
+
+    config = compose(verb, arguments.overrides)
+    check_values(config)
+    if "--cfg" in arguments.flags:
+        print(to_yaml(config), end="")
+        return EXIT_OK
+    check_paths(config)
+    if verb == "train" and not is_launched():
+        return start_workers(config, arguments)
+    return _action(verb)(config) or EXIT_OK
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Take a command line apart. Raises ConfigError for a verb or a flag that does not exist."""
+    arguments = Arguments()
+    for text in argv:
+        if text in ("-m", "--multirun"):
+            raise ConfigError(f"{text}: sweeps are not supported yet; start one run at a time")
+        if text in ("-h", "--help", "help"):
+            arguments.flags.add("--help")
+        elif text.startswith("-"):
+            if text not in FLAGS:
+                raise ConfigError(
+                    f"unknown flag {text}{did_you_mean('', text, list(FLAGS))} (flags: {', '.join(FLAGS)})"
+                )
+            arguments.flags.add(text)
+        elif arguments.verb is None:
+            if text not in VERBS:
+                raise ConfigError(
+                    f"unknown verb {text}{did_you_mean('', text, list(VERBS))} (verbs: {', '.join(VERBS)})"
+                )
+            arguments.verb = text
+        else:
+            arguments.overrides.append(text)
+    if arguments.verb is not None:
+        arguments.overrides = _name_the_path(arguments.verb, arguments.overrides)
+    return arguments
+
+
+def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
+    """A first argument without `=` is the path of the verbs that have one."""
+    if "path" in walk(VERBS[verb]) and overrides and "=" not in overrides[0]:
+        quoted = overrides[0].replace("\\", "\\\\").replace("'", "\\'")
+        return [f"path='{quoted}'", *overrides[1:]]
+    return overrides
+
+
+def start_workers(config: TrainConfig, arguments: Arguments) -> int:
+    """Run this command as `launch.nproc_per_node` workers on this machine and return the job's exit code."""
+    from megatrain.launch.local import launch
+
+    command = [sys.executable, "-m", "megatrain", "train", *sorted(arguments.flags), *arguments.overrides]
+    assert config.run.name is not None, "compose gives every run a name"
+    log_dir = Path(config.run.dir) / config.run.name / "logs"
+    return launch(command, config.launch.nproc_per_node, log_dir)
+
+
+def report(config: ReportConfig) -> int | None:
+    """`megatrain report`."""
+    from megatrain.tracking.report import report as write_report
+
+    return write_report(Path(config.path), Path(config.out) if config.out is not None else None)
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML, in the schema's order."""
+    import yaml
+
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _action(verb: str) -> Callable[[Any], int | None]:
+    """The function that does a verb's work."""
+    module, _, name = ACTIONS[verb].partition(":")
+    return getattr(import_module(module), name)
+
+
+def _is_silent_rank() -> bool:
+    """Under somebody else's launcher all ranks share a terminal and meet the same mistakes: rank 0 speaks for them."""
+    return is_launched() and WORKER_MARK not in os.environ and os.environ["RANK"] != "0"

@@ -1,0 +1,65 @@
+"""This process's place among the ranks, read from the environment a launcher left. Imports no torch.
+
+Our own agent (`local.py`) and torchrun leave the same variables; a process nobody launched is rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatrain.errors import EnvironmentFault
+
+WORKER_MARK = "MEGATRAIN_WORKER"
+"""Set to 1 by our agent in its workers' environment, so that they do not start agents of their own."""
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One rank of a job. `master_addr` and `master_port` are None where no launcher named a meeting place."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    master_addr: str | None = None
+    master_port: int | None = None
+
+    @staticmethod
+    def from_environ(environ: Mapping[str, str] | None = None) -> RankEnvironment:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        Raises EnvironmentFault where a variable is missing or cannot be right.
+        """
+        environ = os.environ if environ is None else environ
+        if not is_launched(environ):
+            return RankEnvironment()
+        world_size = _number(environ, "WORLD_SIZE", 1, None)
+        rank = _number(environ, "RANK", 0, world_size)
+        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", 1, world_size + 1, default=world_size)
+        local_rank = _number(environ, "LOCAL_RANK", 0, local_world_size, default=rank)
+        address = environ.get("MASTER_ADDR")
+        if not address:
+            raise EnvironmentFault("MASTER_ADDR is not set, though WORLD_SIZE is; the launcher has to set both")
+        port = _number(environ, "MASTER_PORT", 1, 65536)
+        return RankEnvironment(rank, local_rank, world_size, local_world_size, address, port)
+
+
+def is_launched(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher (our agent, or torchrun) started this process as one of its ranks."""
+    environ = os.environ if environ is None else environ
+    return "WORLD_SIZE" in environ and "RANK" in environ
+
+
+def _number(environ: Mapping[str, str], name: str, low: int, high: int | None, default: int | None = None) -> int:
+    """A whole number in [low, high) from the environment."""
+    text = environ.get(name)
+    if text is None and default is not None:
+        text = str(default)
+    allowed = f"a whole number of at least {low}" + ("" if high is None else f" and below {high}")
+    if text is None:
+        raise EnvironmentFault(f"{name} is not set in the environment of a launched process; expected {allowed}")
+    if not text.strip().isdecimal() or int(text) < low or (high is not None and int(text) >= high):
+        raise EnvironmentFault(f"{name}={text} in the environment: expected {allowed}")
+    return int(text)

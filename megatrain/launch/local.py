@@ -1,0 +1,267 @@
+"""The agent that starts this node's workers, hands on signals and turns their ends into one exit code. Imports no torch.
+
+It starts nothing twice: a job that is to go on is started again with the same command. What a worker does is `worker.py`.
+Workers live in sessions of their own, so that a Ctrl-C reaches the agent alone; on Linux they die with it whatever kills
+it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from megatrain.errors import EXIT_DEFECT, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
+from megatrain.launch.environment import WORKER_MARK
+
+POLL_S = 0.05
+"""Seconds between looks at the workers."""
+
+OWN_ACCORD_S = 2.0
+"""Seconds the other workers have, after one failed, to end by themselves with their own message."""
+
+KILL_S = 8.0
+"""Seconds from a worker's failure until those still alive are killed."""
+
+EXIT_INTERRUPTED = 130
+"""A second Ctrl-C: stopped without saving."""
+
+FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+LINUX = sys.platform == "linux"
+
+
+def launch(command: Sequence[str], num_workers: int, log_dir: Path) -> int:
+    """Run `command` as `num_workers` ranks on this machine and wait for them all.
+
+    Rank 0 shares the terminal; the others write to `log_dir`/rank_XXXXX.log. SIGTERM and SIGUSR1 go on to the workers,
+    who save and end; the agent then waits as long as that takes. Ctrl-C asks for the same, a second one kills.
+
+    Returns the job's exit code: 0, 75 (saved after a signal), the code of the first worker that failed, or 1 for a
+    worker that a signal killed.
+    """
+    agent = _Agent([], log_dir)
+    previous = {name: signal.signal(getattr(signal, name), agent.on_signal) for name in FORWARDED}
+    try:
+        for rank in range(num_workers):
+            agent.workers.append(_start(command, rank, _worker_environ(rank, num_workers, agent.port), log_dir))
+        return agent.wait()
+    finally:
+        agent.kill()
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+# ---------------------------------------------------------------------------------------------------- starting
+
+
+@dataclass
+class _Worker:
+    """One rank's process. `code` is None while it runs; negative means the signal that killed it."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    code: int | None = None
+
+    def send(self, number: int) -> None:
+        """Send a signal to this worker and whatever it started."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass  # it ended meanwhile; the next look will see that
+
+
+def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
+    """What a rank finds in its environment."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // num_workers))}
+    if LINUX:
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {
+        **defaults,
+        **os.environ,
+        WORKER_MARK: "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_workers),
+        "LOCAL_WORLD_SIZE": str(num_workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: Path) -> _Worker:
+    """Start one rank in a session of its own."""
+    log = log_dir / f"rank_{rank:05d}.log" if rank else None
+    sink: IO[bytes] | None = None
+    if log is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        sink = log.open("ab")
+    try:
+        process = subprocess.Popen(
+            list(command),
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            preexec_fn=_die_with_agent() if LINUX else None,
+        )
+    finally:
+        if sink is not None:
+            sink.close()
+    return _Worker(rank, process, log)
+
+
+def _die_with_agent() -> Callable[[], None]:
+    """What a worker runs before its program: ask the kernel for SIGKILL when the agent ends (PR_SET_PDEATHSIG)."""
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec as little as possible happens
+    agent, pr_set_pdeathsig, kill = os.getpid(), 1, int(signal.SIGKILL)
+
+    def prepare() -> None:
+        libc.prctl(pr_set_pdeathsig, kill, 0, 0, 0)
+        if os.getppid() != agent:  # the agent ended before the kernel knew
+            os._exit(EXIT_DEFECT)
+
+    return prepare
+
+
+def _free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------------------------------------------- waiting
+
+
+class _Agent:
+    """Waits for the workers; one instance a launch."""
+
+    def __init__(self, workers: list[_Worker], log_dir: Path) -> None:
+        self.workers = workers
+        self.log_dir = log_dir
+        self.port = _free_port()
+        self.pending: deque[int] = deque()
+        self.forwarded: set[int] = set()
+        self.interrupts = 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; the waiting loop acts on it."""
+        self.pending.append(number)
+
+    def wait(self) -> int:
+        """Until every worker has ended: the job's exit code."""
+        first: _Worker | None = None
+        while True:
+            self._hand_on_signals()
+            if self.interrupts > 1:
+                self.kill()
+                say("stopped without saving (second Ctrl-C)")
+                return EXIT_INTERRUPTED
+            failed = [worker for worker in self._look() if worker.code not in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)]
+            if failed:
+                first = min(failed, key=lambda worker: (worker.code >= 0, worker.rank))  # type: ignore[operator]
+                break
+            if not self._alive():
+                saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
+                return EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK
+            time.sleep(POLL_S)
+        return self._end_after(first)
+
+    def kill(self) -> None:
+        """Kill every worker that still runs, and what it started; returns once they are gone."""
+        for worker in self._alive():
+            worker.send(signal.SIGKILL)
+        for worker in self._alive():
+            worker.code = worker.process.wait()
+
+    def _alive(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.code is None]
+
+    def _look(self) -> list[_Worker]:
+        """The workers that ended since the last look."""
+        ended = []
+        for worker in self._alive():
+            worker.code = worker.process.poll()
+            if worker.code is not None:
+                ended.append(worker)
+        return ended
+
+    def _hand_on_signals(self) -> None:
+        """Send on what arrived. Ctrl-C and a closed terminal become SIGTERM: save and end."""
+        while self.pending:
+            number = self.pending.popleft()
+            if number == signal.SIGINT:
+                self.interrupts += 1
+                if self.interrupts == 1:
+                    say("stopping: the workers save and end; press Ctrl-C again to stop without saving")
+            number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
+            self.forwarded.add(number)
+            for worker in self._alive():
+                worker.send(number)
+
+    def _end_after(self, first: _Worker) -> int:
+        """One worker failed: let the others end, kill those that do not, say why, and return the exit code."""
+        started = time.monotonic()
+        asked = False
+        rank0_spoke = first.rank == 0
+        while self._alive() and (elapsed := time.monotonic() - started) < KILL_S:
+            if not asked and elapsed > OWN_ACCORD_S:
+                asked = True
+                for worker in self._alive():
+                    worker.send(signal.SIGTERM)
+            for worker in self._look():
+                rank0_spoke = rank0_spoke or (worker.rank == 0 and not asked and worker.code == first.code)
+            time.sleep(POLL_S)
+        self.kill()
+        return self._verdict(first, rank0_spoke)
+
+    def _verdict(self, first: _Worker, rank0_spoke: bool) -> int:
+        """The exit code after a failure, and the message where rank 0 has not already given it."""
+        code = first.code
+        assert code is not None, "a worker that has not ended cannot have failed"
+        if -code in self.forwarded:
+            say(f"stopped by {signal.Signals(-code).name} before training began; start again to continue")
+            return EXIT_SAVED_AFTER_SIGNAL
+        told_by_rank0 = rank0_spoke and code > EXIT_DEFECT
+        if not told_by_rank0 or code < 0:
+            say(describe_end(first.rank, code, first.log))
+        return EXIT_DEFECT if code < 0 else code
+
+
+def describe_end(rank: int, code: int, log: Path | None) -> str:
+    """How a worker ended, with the end of its log where it has one."""
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory, perhaps)"
+    else:
+        how = f"ended with exit code {code}"
+    if log is None:
+        return f"rank {rank} {how}; its output is above"
+    lines = tail(log)
+    return f"rank {rank} {how}; the end of its log {log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
+    """The last lines of a text file, without reading more than its last `window` bytes."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - window))
+        return file.read().decode("utf-8", "replace").splitlines()[-count:]
+
+
+def say(message: str, **options: Any) -> None:
+    """One line of the agent's own to the terminal."""
+    print(f"megatrain: {message}", file=sys.stderr, flush=True, **options)

@@ -1,0 +1,40 @@
+"""The nearest name that exists, for the messages about names that do not. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+
+def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
+    """`"; did you mean <prefix><name>?"` for the nearest of the known names, or nothing."""
+    found = get_close_matches(given.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> str | None:
+    """The key (dotted) or group that a wrong name most likely meant; `helps` maps each key to its meaning.
+
+    Tried in turn: the same last part in another group, a group's name, a close spelling of the last part (in the named
+    group first), a close spelling of the whole name, and a key whose meaning holds the words of the last part
+    (learning_rate → lr).
+    """
+    group, _, leaf = given.lower().rpartition(".")
+    keys = sorted(helps, key=lambda key: not (group and key.startswith(group + ".")))
+    leaves = {key: key.rpartition(".")[2] for key in keys}
+    for key in keys:
+        if leaves[key] == leaf and leaf != "name":
+            return key
+    if not group and (found := get_close_matches(leaf, groups, n=1, cutoff=0.6)):
+        return f"{found[0]}=<choice>"
+    if found := get_close_matches(leaf, leaves.values(), n=1, cutoff=0.7):
+        return next(key for key in keys if leaves[key] == found[0])
+    own_group = any(key.startswith(group + ".") for key in keys)
+    if not own_group and (found := get_close_matches(given.lower(), keys, n=1, cutoff=0.75)):
+        return found[0]
+    words = [word for word in leaf.split("_") if len(word) > 2]
+    for key in keys:
+        meaning = helps[key].lower().replace("-", " ")
+        if words and all(word in meaning for word in words):
+            return key
+    return None
