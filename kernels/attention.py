@@ -1,0 +1,39 @@
+"""Causal attention: the plain reference, on PyTorch's own scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """`softmax(q k^T / sqrt(K)) v` for each head (Vaswani et al., 2017, arXiv:1706.03762).
+
+    `q` is `[B, H, T, K]`, `k` and `v` `[B, Hkv, S, K]` with `Hkv` a divisor of `H` (grouped-query attention: each
+    key-value head serves `H / Hkv` neighbouring query heads); returns `[B, H, T, K]`. `mask` is bool, broadcastable to
+    `[B, H, T, S]`, true where a query may look. Without a mask attention is causal, the last query standing at the last
+    key, which needs `T == S` or `T == 1`. `dropout` is the probability with which a weight is dropped.
+
+    Gradients, with `P` the softmax, `g` the gradient of the output and `dP = g v^T`: `d_v = P^T g`,
+    `dS = P * (dP - rowsum(dP * P))`, `d_q = dS k / sqrt(K)`, `d_k = dS^T q / sqrt(K)`.
+    """
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    assert mask is not None or num_queries in (1, num_keys), (num_queries, num_keys)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and num_queries > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Block-diagonal causal mask: a token sees itself and what stands before it in its own document.
+
+    `document_ids` are integers `[B, T]`; returns bool `[B, 1, T, T]`, true where row (query) may see column (key).
+    """
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril().unsqueeze(1)

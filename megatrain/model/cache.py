@@ -1,0 +1,41 @@
+"""Keys and values of the tokens already seen, so that generation computes each token once. Holds memory, no mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatrain.config import ModelConfig
+
+
+class LayerCache:
+    """One block's keys and values: two preallocated tensors `[B, Hkv, S, K]`, filled up to `length`."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the next `T` tokens' keys and values `[B, Hkv, T, K]`; returns all so far, `[B, Hkv, length, K]`."""
+        end = self.length + keys.shape[2]
+        assert end <= self.keys.shape[2], f"{end} tokens do not fit a cache of {self.keys.shape[2]}"
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """The cache of a whole model: `layers[i]` belongs to block `i`; room for `capacity` tokens of `batch_size` rows."""
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (batch_size, config.kv_heads, capacity, config.head_dim)
+        self.layers = [LayerCache(shape, device, dtype) for _ in range(config.num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens stored so far (by every block alike)."""
+        return self.layers[0].length

@@ -1,0 +1,98 @@
+"""What a model's shape implies, by arithmetic alone: parameter shapes and counts, FLOPs, and whether it can be built.
+
+Imports no torch. `python -m megatrain.model.count` prints the table of presets in docs/models.md.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatrain.config import ModelConfig
+from megatrain.errors import ConfigError
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Raises `ConfigError` where the sizes of `config` do not fit together."""
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size is null: give it, or take the tokenizer's")
+    if config.head_size is None and config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"model.hidden_size={config.hidden_size} does not divide by model.num_heads={config.num_heads}; "
+            f"try model.hidden_size={_nearest_multiple(config.hidden_size, config.num_heads)}, or set model.head_size"
+        )
+    if config.num_heads % config.kv_heads:
+        divisors = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise ConfigError(
+            f"model.num_heads={config.num_heads} does not divide by model.num_kv_heads={config.kv_heads}; "
+            f"allowed here: {', '.join(map(str, divisors))}"
+        )
+    if config.position == "rope" and config.head_dim % 2:
+        raise ConfigError(
+            f"model.position=rope turns pairs, so the head size must be even, and it is {config.head_dim}; "
+            f"try model.head_size={config.head_dim + 1}"
+        )
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by its single-device name, in the model's own order; a tied weight once."""
+    width, head_dim = config.hidden_size, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab, width)}
+
+    def linear(name: str, outputs: int, inputs: int) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if config.bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if config.norm == "layernorm" and config.bias:
+            shapes[f"{name}.bias"] = (width,)
+
+    if config.position == "learned":
+        shapes["positions.weight"] = (config.max_seq_len, width)
+    for i in range(config.num_layers):
+        norm(f"blocks.{i}.attn_norm")
+        linear(f"blocks.{i}.attn.q", config.num_heads * head_dim, width)
+        linear(f"blocks.{i}.attn.k", config.kv_heads * head_dim, width)
+        linear(f"blocks.{i}.attn.v", config.kv_heads * head_dim, width)
+        linear(f"blocks.{i}.attn.o", width, config.num_heads * head_dim)
+        if config.qk_norm:
+            shapes[f"blocks.{i}.attn.q_norm.weight"] = (head_dim,)
+            shapes[f"blocks.{i}.attn.k_norm.weight"] = (head_dim,)
+        norm(f"blocks.{i}.mlp_norm")
+        if config.activation == "swiglu":
+            linear(f"blocks.{i}.mlp.gate", config.ffn_dim, width)
+        linear(f"blocks.{i}.mlp.up", config.ffn_dim, width)
+        linear(f"blocks.{i}.mlp.down", width, config.ffn_dim)
+    norm("final_norm")
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab, width)
+    return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Trainable parameters, exactly; a tied weight once."""
+    return sum(prod(shape) for shape in parameter_shapes(config).values())
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> int:
+    """FLOPs of training on one token of a sequence of `seq_len`: forward and backward, every matrix product, exactly.
+
+    A product of `[m, k]` by `[k, n]` counts 2mkn; the backward pass has two such products for each of the forward.
+    Look-ups, norms, activations and softmax are not counted, nor is what recompute repeats. Attention counts the full
+    `T x T` square, the convention of published MFU figures (Chowdhery et al., 2022, arXiv:2204.02311, appendix B);
+    `causal=True` counts only what lies on and below the diagonal, `(T + 1) / 2` keys a query, rounded down.
+    """
+    per_head_width = config.num_heads * config.head_dim
+    attention_weights = 2 * config.hidden_size * (per_head_width + config.kv_heads * config.head_dim)
+    mlp_weights = (3 if config.activation == "swiglu" else 2) * config.hidden_size * config.ffn_dim
+    head_weights = config.vocab * config.hidden_size
+    matrix_products = 2 * (config.num_layers * (attention_weights + mlp_weights) + head_weights)
+    scores_and_values = config.num_layers * 2 * 2 * per_head_width * seq_len
+    if causal:
+        scores_and_values = scores_and_values * (seq_len + 1) // (2 * seq_len)
+    return 3 * (matrix_products + scores_and_values)

@@ -1,0 +1,265 @@
+"""The GPT, as mathematics on one device: the GPT-2 family and the Llama family from one config.
+
+What is not here: how values start (init.py), how the model is split over ranks, and anything that trains it. The
+mathematics of single operations is in megatrain.kernels. Parameters are created on the current default device and
+left unfilled, so that building costs nothing on the meta device or where an engine partitions them at construction.
+
+Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatrain.config import ModelConfig
+from megatrain.kernels.attention import attention, document_mask
+from megatrain.kernels.cross_entropy import cross_entropy_sum
+from megatrain.kernels.gelu import gelu
+from megatrain.kernels.layer_norm import layer_norm
+from megatrain.kernels.rms_norm import rms_norm
+from megatrain.kernels.rope import apply_rope, rope_angles
+from megatrain.kernels.swiglu import swiglu
+from megatrain.model.cache import KVCache, LayerCache
+from megatrain.model.count import check_shape
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that leaves its values unfilled; given an embedding, it shares its weight."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, shared: Embedding | None = None) -> None:
+        if shared is None:
+            super().__init__(in_features, out_features, bias)
+        else:
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            self.weight = shared.weight
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Nothing: init.py knows the values."""
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that leaves its values unfilled."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: init.py knows the values."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension."""
+
+    def __init__(self, size: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.empty(size)) if bias else None)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm of a block, over the width of the residual stream."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, config.norm_eps, config.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Counts its heads on its own projections, so a tensor-parallel shard is the same code."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        self.rope_theta = config.rope_theta if config.position == "rope" else None
+        self.dropout = config.dropout
+        self.q = Linear(width, config.num_heads * head_dim, config.bias)
+        self.k = Linear(width, config.kv_heads * head_dim, config.bias)
+        self.v = Linear(width, config.kv_heads * head_dim, config.bias)
+        self.o = Linear(config.num_heads * head_dim, width, config.bias)
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """`x` `[B, T, D]`, `positions` `[T]` or `[B, T]`, `mask` as in `kernels.attention`; returns `[B, T, D]`."""
+        # The head count is the output width over K: what the local weight's shape gives, also where the weight itself
+        # is visible only inside the projection's forward (partitioned parameters).
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.rope_theta is not None:
+            cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
+            if positions.dim() == 2:
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer: GELU between two projections, or SwiGLU with three."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        gated = config.activation == "swiglu"
+        self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias) if gated else None
+        self.up = Linear(config.hidden_size, config.ffn_dim, config.bias)
+        self.down = Linear(config.ffn_dim, config.hidden_size, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block (Radford et al., 2019; Touvron et al., 2023, arXiv:2302.13971)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """`x` `[B, T, D]` to `[B, T, D]`; `positions`, integers `[T]` or `[B, T]`; `mask` as in `kernels.attention`."""
+        x = x + F.dropout(self.attn(self.attn_norm(x), positions, mask, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """The whole model. Set `recompute = "full"` to keep only each block's input for the backward pass.
+
+    Raises `ConfigError` for a shape that cannot be built (see `count.check_shape`).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        check_shape(config)
+        self.config = config
+        self.recompute = "none"
+        self.embed = Embedding(config.vocab, config.hidden_size)
+        learned = config.position == "learned"
+        self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config)
+        shared = self.embed if config.tie_embeddings else None
+        self.head = Linear(config.hidden_size, config.vocab, bias=False, shared=shared)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        loss_weights: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        dropout_seed: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits `[B, T, V]`, or with `labels` the summed loss: an fp32 scalar, in nats.
+
+        `tokens` and `labels` are integers `[B, T]`; a label of `IGNORE_INDEX` does not count, and `loss_weights`
+        (`[B, T]`) multiply each label's loss. `positions` (`[T]` or `[B, T]`) default to 0..T-1, or to what follows the
+        `cache`. With `document_ids` `[B, T]` a token sees only its own document. `dropout_seed` is needed when training
+        with dropout: each layer's masks are a pure function of it, and torch's random state is reseeded.
+        """
+        x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
+        logits = self.head(x)
+        return logits if labels is None else cross_entropy_sum(logits, labels, loss_weights)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        dropout_seed: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head reads: the last block's output after the final norm, `[B, T, D]`. Arguments as in `forward`."""
+        num_tokens, past = tokens.shape[1], 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(past, past + num_tokens, device=tokens.device)
+        mask = self._mask(document_ids, num_tokens, past, tokens.device)
+        self._seed_dropout(dropout_seed, layer=-1)
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            self._seed_dropout(dropout_seed, layer)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                keep_random_state = self.config.dropout > 0
+                x = checkpoint(block, x, positions, mask, use_reentrant=False, preserve_rng_state=keep_random_state)
+            else:
+                x = block(x, positions, mask, None if cache is None else cache.layers[layer])
+        return self.final_norm(x)
+
+    def tie(self) -> None:
+        """Makes the head share the embedding's weight again, where the config says so and something parted them."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`to_empty` and other moves off the meta device make new parameters for each module: tie them again."""
+        result = super()._apply(fn, recurse)
+        self.tie()
+        return result
+
+    def _mask(self, document_ids: Tensor | None, num_tokens: int, past: int, device: torch.device) -> Tensor | None:
+        """What attention needs beyond plain causality; None where that is all."""
+        if document_ids is not None:
+            assert past == 0, "document_ids are for training; a cache holds one document"
+            return document_mask(document_ids)
+        if past > 0 and num_tokens > 1:
+            return torch.ones(num_tokens, past + num_tokens, dtype=torch.bool, device=device).tril(past)
+        return None
+
+    def _seed_dropout(self, dropout_seed: int | None, layer: int) -> None:
+        """Makes the dropout masks drawn next a pure function of (dropout_seed, layer)."""
+        if self.training and self.config.dropout > 0:
+            if dropout_seed is None:
+                raise ValueError("training with dropout needs dropout_seed")
+            torch.manual_seed(mix_seed(dropout_seed, layer))
+
+
+def mix_seed(seed: int, layer: int) -> int:
+    """A well-spread 32-bit seed from (seed, layer): two rounds of splitmix64's finaliser (Steele et al., 2014).
+
+    32 bits, because that is all that torch's CPU generator keeps of a seed.
+    """
+    state = (seed * 0x9E3779B97F4A7C15 + layer + 1) % 2**64
+    for _ in range(2):
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state >> 32

@@ -1,0 +1,77 @@
+"""Initial values, as a pure function of (seed, parameter name, flat index): equal bits however a model is split.
+
+Nothing here knows who holds which piece: an engine asks for the range it owns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatrain.config import ModelConfig
+from megatrain.model.gpt import GPT
+
+BLOCK = 2**20
+"""Elements that share a random generator: the most that is drawn in vain to reach any range."""
+
+
+def initial_values(
+    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Elements `[start, stop)` of one parameter's flattened initial value, fp32 on the CPU.
+
+    `name` is the single-device name and `shape` the whole parameter's. Norm weights are 1, biases 0, all else normal
+    with mean 0 and deviation `config.init_std`; the two projections that write to the residual stream (`attn.o`,
+    `mlp.down`) are scaled by `1/sqrt(2 * num_layers)` (Radford et al., 2019, section 2.3, with a
+    projection counted as a residual layer). Token and position embeddings are alike in this.
+    """
+    stop = math.prod(shape) if stop is None else stop
+    assert 0 <= start <= stop <= math.prod(shape), (name, shape, start, stop)
+    if name.endswith(".bias"):
+        return torch.zeros(stop - start)
+    if len(shape) == 1:
+        return torch.ones(stop - start)
+    std = config.init_std
+    if name.endswith(("attn.o.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.num_layers)
+    return _normal(name, seed, start, stop).mul_(std)
+
+
+def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
+    """Standard normal values `[start, stop)` of the endless stream that belongs to (seed, name)."""
+    values = np.empty(stop - start, dtype=np.float32)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first, last = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
+        # NumPy's generator, because it takes the whole hash: torch's on the CPU keeps 32 bits of a seed, and the
+        # million blocks of a large model would then share some streams.
+        digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+        drawn = generator.standard_normal(last, dtype=np.float32)
+        offset = block * BLOCK + first - start
+        values[offset : offset + last - first] = drawn[first:]
+    return torch.from_numpy(values)
+
+
+def build_model(
+    config: ModelConfig,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
+    """A whole model on one device, filled with its initial values.
+
+    With `seed=None` the values are left unfilled, for a caller who loads all of them.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to(dtype).to_empty(device=device)
+    if seed is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                shape = tuple(parameter.shape)
+                parameter.copy_(initial_values(config, name, shape, seed).view(shape))
+    return model
