@@ -1,0 +1,159 @@
+"""The dataset's card: what a prepared folder holds and the hashes that prove it. Reads no tokens, imports no torch.
+
+A prepared dataset is a folder `<data.dir>/<data.name>/` with `train.bin/.idx`, `heldout.bin/.idx` (where anything is held
+out), `tokenizer/` and `card.json`, which is written last: a folder without it is no dataset yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
+from megatrain.errors import ConfigError, DataError
+
+FORMAT = 1
+CARD = "card.json"
+SPLITS = ("train", "heldout")
+
+
+@dataclass
+class SplitCard:
+    """One split: counts (text in bytes of UTF-8 after normalisation; None where unknown) and hashes of its files."""
+
+    documents: int
+    bytes: int | None
+    tokens: int
+    dtype: str
+    bin_size: int
+    idx_size: int
+    idx_hash: str
+    block_hashes: list[str]
+
+
+@dataclass
+class TokenizerCard:
+    """Which tokenizer made the ids."""
+
+    kind: str
+    fingerprint: str
+    vocab_size: int
+    end_of_document: int
+
+
+@dataclass
+class Card:
+    """`card.json`. `tokenizer` is None where the data is foreign and nobody said which one made it."""
+
+    name: str
+    fingerprint: str
+    splits: dict[str, SplitCard]
+    tokenizer: TokenizerCard | None
+    source: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        """Write `card.json`, flushed to disk."""
+        with open(folder / CARD, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def load(folder: Path) -> Card:
+        """Read `card.json`. Raises `DataError` if it is not one."""
+        path = folder / CARD
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["format"] != FORMAT:
+                raise DataError(f"{path}: card format {raw['format']}; this version reads format {FORMAT}")
+            raw["splits"] = {name: SplitCard(**split) for name, split in raw["splits"].items()}
+            raw["tokenizer"] = TokenizerCard(**raw["tokenizer"]) if raw["tokenizer"] else None
+            card = Card(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not a dataset card ({error}); prepare the dataset again") from error
+        if card.fingerprint != fingerprint(card.splits):
+            raise DataError(f"{path}: its fingerprint is not that of its own hashes: the card was edited or damaged")
+        return card
+
+
+def fingerprint(splits: dict[str, SplitCard]) -> str:
+    """The dataset's identity: xxh3-128 over each split's name, `.idx` hash, `.bin` size and block hashes."""
+    state = xxhash.xxh3_128()
+    for name in sorted(splits):
+        split = splits[name]
+        state.update(f"{name} {split.idx_hash} {split.bin_size} {' '.join(split.block_hashes)}\n".encode())
+    return state.hexdigest()
+
+
+def card_of_written(writer: IndexedWriter, text_bytes: int) -> SplitCard:
+    """The card of a split that a finished writer has just written (its blocks were hashed on the way)."""
+    return SplitCard(
+        documents=writer.num_documents,
+        bytes=text_bytes,
+        tokens=writer.num_tokens,
+        dtype=writer.dtype.name,
+        bin_size=writer.bin_path.stat().st_size,
+        idx_size=writer.idx_path.stat().st_size,
+        idx_hash=hash_file(writer.idx_path),
+        block_hashes=writer.blocks.digests(),
+    )
+
+
+def card_of_files(prefix: Path) -> SplitCard:
+    """The card of a pair of files that is already there (reads it once to hash it)."""
+    header = read_header(prefix)
+    bin_path, idx_path = pair(prefix)
+    return SplitCard(
+        documents=header.num_documents,
+        bytes=None,
+        tokens=header.num_tokens,
+        dtype=header.dtype.name,
+        bin_size=bin_path.stat().st_size,
+        idx_size=idx_path.stat().st_size,
+        idx_hash=hash_file(idx_path),
+        block_hashes=hash_blocks(bin_path),
+    )
+
+
+def check_dataset(folder: Path) -> Card:
+    """The quick check before anything heavy: is a prepared dataset there, and whole by its sizes? Reads no tokens.
+
+    Raises `ConfigError` when the folder or its card is not there, `DataError` when a file is missing or its size is not
+    what the card (or the `.idx`) says.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.dir, data.name: no dataset at {folder}; make it with: megatrain prepare data=... data.name={folder.name}"
+        )
+    if not (folder / CARD).is_file():
+        pairs = sorted(path.stem for path in folder.glob("*.idx"))
+        if pairs:
+            raise ConfigError(
+                f"data.name: {folder} holds .bin/.idx pairs ({', '.join(pairs)}) but no {CARD}; give foreign Megatron data one "
+                f"with: megatrain prepare data=megatron data.name={folder.name} data.paths=[<prefix>]"
+            )
+        raise ConfigError(f"data.name: {folder} is not a prepared dataset (it has no {CARD})")
+    card = Card.load(folder)
+    for name, split in card.splits.items():
+        prefix = folder / name
+        header = read_header(prefix)
+        for path, size in zip(pair(prefix), (split.bin_size, split.idx_size)):
+            if path.stat().st_size != size:
+                raise DataError(
+                    f"{path}: {path.stat().st_size} bytes, but the card says {size}: the file was changed or cut"
+                )
+        if header.num_tokens != split.tokens or header.dtype != np.dtype(split.dtype):
+            raise DataError(
+                f"{prefix}.idx: {header.num_tokens} {header.dtype} tokens, but the card says {split.tokens} {split.dtype}"
+            )
+    return card

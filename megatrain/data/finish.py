@@ -1,0 +1,83 @@
+"""The folder a dataset is made in, and the rename that makes it one. Knows nothing of what the files hold.
+
+Work happens in `.<name>.preparing` beside the target, locked while a process works there. What an interrupted
+preparation left is removed by the next one; nothing of it ever carries the dataset's name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from megatrain.errors import ConfigError
+
+
+class Workplace:
+    """The locked, empty working folder of one preparation; `publish` makes it the target."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.preparing")
+        self._replaced = target.with_name(f".{target.name}.replaced")
+        self._lock = -1
+
+    def __enter__(self) -> Workplace:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_over()
+        if self._replaced.exists():  # stopped between the two renames of `publish`, or just after them
+            if self.target.exists():
+                shutil.rmtree(self._replaced)
+            else:
+                os.rename(self._replaced, self.target)
+        for entry in self.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return self
+
+    def _take_over(self) -> int:
+        """A lock on the folder itself: it dies with the process, and cannot be left behind."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise ConfigError(
+                    f"data.name: another process is preparing {self.target}; wait for it, or choose another data.name"
+                ) from None
+            try:
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
+                    return lock
+            except FileNotFoundError:
+                pass
+            os.close(lock)  # the folder became the dataset between opening and locking
+
+    def publish(self) -> None:
+        """Flush the folder and give it the target's name, replacing a dataset that is there."""
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            _flush(path)
+        _flush(self.folder)
+        if self.target.exists():
+            os.rename(self.target, self._replaced)
+        os.rename(self.folder, self.target)
+        _flush(self.target.parent)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

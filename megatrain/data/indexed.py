@@ -1,0 +1,198 @@
+"""Megatron-LM's `.bin/.idx` pair: writing, checking and reading it. No tokenizer, no card, no torch.
+
+`.bin` holds the token ids of all documents one after another. `.idx` is, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
+version 1; u8 dtype code; u64 number of sequences; u64 number of document indices; int32 sequence lengths (tokens);
+int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). We write
+one sequence per document.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from megatrain.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+BLOCK_BYTES = 64 * 2**20
+"""Size of a block of `.bin` that has a hash of its own."""
+_STRIDE = 2**20  # entries of the index handled at once
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice: uint16 when the vocabulary is under 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def dtype_code(dtype: np.dtype) -> int:
+    """The `.idx` code of a dtype."""
+    return next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+
+
+class BlockHasher:
+    """xxh3-64 (16 hex digits) of each 64 MiB block of a byte stream."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._hash = xxhash.xxh3_64()
+        self._room = BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Take the stream's next bytes."""
+        while len(data):
+            piece, data = data[: self._room], data[self._room :]
+            self._hash.update(piece)
+            self._room -= len(piece)
+            if self._room == 0:
+                self._done.append(self._hash.hexdigest())
+                self._hash.reset()
+                self._room = BLOCK_BYTES
+
+    def digests(self) -> list[str]:
+        """The hashes of all blocks, the last partial one included."""
+        return self._done + ([self._hash.hexdigest()] if self._room < BLOCK_BYTES else [])
+
+
+class IndexedWriter:
+    """Writes `<prefix>.bin` and, on `finish`, `<prefix>.idx`. Memory does not grow with the number of documents."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+        self.bin_path, self.idx_path = pair(prefix)
+        self.dtype = dtype
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.blocks = BlockHasher()
+        self._lengths_path = prefix.with_name(prefix.name + ".lengths")
+        self._bin: BinaryIO = open(self.bin_path, "wb")
+        self._lengths: BinaryIO = open(self._lengths_path, "wb")
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their token ids one after another and the number of ids of each."""
+        assert ids.dtype == self.dtype and int(lengths.sum()) == len(ids)
+        data = memoryview(np.ascontiguousarray(ids)).cast("B") if len(ids) else memoryview(b"")
+        self._bin.write(data)
+        self.blocks.update(data)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_documents += len(lengths)
+        self.num_tokens += len(ids)
+
+    def finish(self) -> None:
+        """Write the index and flush both files to disk."""
+        self._lengths.close()
+        with open(self.idx_path, "wb") as idx:
+            n = self.num_documents
+            idx.write(HEADER.pack(MAGIC, 1, dtype_code(self.dtype), n, n + 1))
+            for lengths in self._read_lengths():
+                idx.write(lengths.tobytes())
+            offset = 0
+            for lengths in self._read_lengths():
+                ends = offset + np.cumsum(lengths.astype(np.int64) * self.dtype.itemsize)
+                idx.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            for start in range(0, n + 1, _STRIDE):
+                idx.write(np.arange(start, min(start + _STRIDE, n + 1), dtype="<i8").tobytes())
+            _flush(idx)
+        self._lengths_path.unlink()
+        _flush(self._bin)
+        self._bin.close()
+
+    def _read_lengths(self):  # type: ignore[no-untyped-def]
+        with open(self._lengths_path, "rb") as file:
+            while data := file.read(4 * _STRIDE):
+                yield np.frombuffer(data, dtype="<i4")
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bin.close()
+        self._lengths.close()
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What an `.idx` says, read without reading it whole."""
+
+    dtype: np.dtype
+    num_sequences: int
+    num_documents: int
+    num_tokens: int
+
+
+def pair(prefix: Path) -> tuple[Path, Path]:
+    """The `.bin` and `.idx` of a prefix (whose own name may hold dots)."""
+    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def read_header(prefix: Path) -> IndexHeader:
+    """Read and check an `.idx` against its `.bin`.
+
+    Raises `DataError` when the index is none, is cut short, holds no integer tokens, or names more bytes than the
+    `.bin` has.
+    """
+    bin_path, idx_path = pair(prefix)
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a dataset needs both its .bin and its .idx")
+    size = idx_path.stat().st_size
+    with open(idx_path, "rb") as file:
+        head = file.read(HEADER.size)
+        if len(head) < HEADER.size or head[:9] != MAGIC:
+            raise DataError(f"{idx_path}: not a Megatron index (it does not start with MMIDIDX)")
+        _, version, code, sequences, documents = HEADER.unpack(head)
+        if version != 1 or code not in DTYPES:
+            raise DataError(
+                f"{idx_path}: index version {version}, dtype code {code}; version 1, codes 1 to 8 are known"
+            )
+        dtype = np.dtype(DTYPES[code])
+        if dtype.kind == "f":
+            raise DataError(f"{idx_path}: holds {dtype} values, not token ids")
+        if size < HEADER.size + 12 * sequences + 8 * documents:
+            raise DataError(f"{idx_path}: {size} bytes, cut short: its header announces {sequences} sequences")
+        end = 0
+        if sequences:
+            file.seek(HEADER.size + 4 * (sequences - 1))
+            (last_length,) = struct.unpack("<i", file.read(4))
+            file.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
+            (last_offset,) = struct.unpack("<q", file.read(8))
+            end = last_offset + last_length * dtype.itemsize
+    have = bin_path.stat().st_size
+    if have < end:
+        raise DataError(
+            f"{bin_path}: {have} bytes, shorter than the {end} bytes its .idx says; copy or prepare it again"
+        )
+    return IndexHeader(dtype, sequences, max(documents - 1, 0), end // dtype.itemsize)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file, 32 hex digits."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while data := file.read(2**22):
+            state.update(data)
+    return state.hexdigest()
+
+
+def hash_blocks(path: Path) -> list[str]:
+    """xxh3-64 of each 64 MiB block of a file, read once."""
+    hasher = BlockHasher()
+    with open(path, "rb") as file:
+        while data := file.read(2**22):
+            hasher.update(memoryview(data))
+    return hasher.digests()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,174 @@
+"""From sample numbers to batches: the training stream with its prefetch thread, and held-out batches.
+
+The order itself is order.py's; what a rank reads follows from (dp_rank, dp_size) alone, so every layout draws the same
+samples in the same step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+import xxhash
+
+from megatrain.data.batch import IGNORE_INDEX, MicroBatch, StepBatch
+from megatrain.data.dataset import Dataset
+from megatrain.data.order import SampleOrder, merge_ranges, take
+from megatrain.errors import DataError
+
+
+def sample_hash(ids: np.ndarray) -> int:
+    """xxh3-64 of one sample's T+1 ids as little-endian int32."""
+    return xxhash.xxh3_64_intdigest(ids.astype("<i4").tobytes())
+
+
+def step_hash(hashes: np.ndarray) -> str:
+    """`batch_hash` of a step, 16 hex digits: xxh3-64 over its samples' hashes (uint64, in sample order)."""
+    return xxhash.xxh3_64_hexdigest(np.asarray(hashes).astype("<u8").tobytes())
+
+
+class TrainStream:
+    """One rank's `StepBatch`es from `first_step` and `cursor` on, without end, read ahead by a thread.
+
+    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
+    to micro-batch `j // (dp_size * micro_batch_size)` of rank `(j // micro_batch_size) % dp_size`. A fault of the thread
+    (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. Call `close` when done.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: SampleOrder,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        batch_size: Callable[[int], int],
+        first_step: int,
+        cursor: int,
+        skip_ranges: Iterable[tuple[int, int]] = (),
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        assert order.seq_len == seq_len
+        self._dataset, self._order = dataset, order
+        self._vocab_size, self._micro_batch_size = vocab_size, micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._batch_size, self._skip_ranges = batch_size, merge_ranges(skip_ranges)
+        self._pin_memory = pin_memory
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fill, args=(first_step, cursor), name="megatrain-loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._closed.set()
+            raise item
+        return item
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """End the thread; True when it ended within `timeout_s` seconds (it is a daemon: it never holds up the exit)."""
+        self._closed.set()
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _fill(self, step: int, cursor: int) -> None:
+        try:
+            while not self._closed.is_set():
+                batch = self._read_step(step, cursor)
+                self._put(batch)
+                step, cursor = step + 1, batch.cursor
+        except BaseException as error:  # carried to the consumer, whatever it is
+            self._put(error)
+
+    def _put(self, item: StepBatch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _read_step(self, step: int, cursor: int) -> StepBatch:
+        size = self._batch_size(step)
+        rows = self._micro_batch_size * self._dp_size
+        assert size > 0 and size % rows == 0, (size, self._micro_batch_size, self._dp_size)
+        positions, cursor = take(cursor, size, self._skip_ranges)
+        mine = positions.reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]
+        windows = self._order.windows(mine.reshape(-1))
+        samples = np.stack([read_window(self._dataset, int(w), self._order.seq_len, self._vocab_size) for w in windows])
+        hashes = np.array([sample_hash(ids) for ids in samples], dtype=np.uint64)
+        micro_batches = [self._micro_batch(part) for part in samples.reshape(*mine.shape, -1)]
+        return StepBatch(micro_batches, hashes, size, cursor)
+
+    def _micro_batch(self, samples: np.ndarray) -> MicroBatch:
+        ids = torch.from_numpy(samples)
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if self._pin_memory:
+            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        return MicroBatch(tokens, labels)
+
+
+def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
+    """Window `window`: up to `seq_len + 1` ids (int64) from token `window * seq_len` on (fewer only at the split's end).
+
+    Raises `DataError` with file and offset when an id is outside the vocabulary.
+    """
+    start = window * seq_len
+    ids = dataset.read(start, min(seq_len + 1, dataset.num_tokens - start))
+    if vocab_size is not None and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
+        at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+        raise DataError(
+            f"{dataset.bin_path}: token id {int(ids[at])} at byte {dataset.offset(start + at)} is outside the vocabulary "
+            f"(0 to {vocab_size - 1}); model.vocab_size must be that of the tokenizer which made the data"
+        )
+    return ids
+
+
+def heldout_batches(
+    dataset: Dataset,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    max_samples: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[MicroBatch]:
+    """One rank's share of a split's windows in file order: as many batches on every rank.
+
+    The split's last partial window takes part; what it and the last batch lack is filled with labels of `IGNORE_INDEX`.
+    Over all ranks each token but the split's first is a label exactly once. `max_samples` bounds the windows read.
+    """
+    num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
+    if max_samples is not None:
+        num_windows = min(num_windows, max_samples)
+    rows = micro_batch_size * dp_size
+    for first in range(0, num_windows, rows):
+        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.int64)
+        labels = torch.full((micro_batch_size, seq_len), IGNORE_INDEX, dtype=torch.int64)
+        for row in range(micro_batch_size):
+            window = first + dp_rank * micro_batch_size + row
+            if window < num_windows:
+                ids = torch.from_numpy(read_window(dataset, window, seq_len, vocab_size))
+                tokens[row, : len(ids) - 1] = ids[:-1]
+                labels[row, : len(ids) - 1] = ids[1:]
+        yield MicroBatch(tokens, labels)

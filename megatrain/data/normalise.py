@@ -1,0 +1,79 @@
+"""Raw bytes to clean text: decoding by policy, newlines, control characters, Unicode NFC. Opens no files.
+
+`normalise` is idempotent: clean text stays as it is. Every tokenizer of ours gives any clean text back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from megatrain.errors import DataError
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def normalise(text: str) -> str:
+    """Newlines to `\\n`, a leading byte order mark and all control characters but `\\n` and `\\t` removed, then NFC."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", _CONTROL.sub("", text))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document as it was read: `payload` is UTF-8 bytes (or text, from a column), `json` if it is a JSON object whose
+    `text_column` holds the text; `where` says where it stands (file, or file:line)."""
+
+    payload: bytes | str
+    where: str
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done with bad records (the keys of the same name under `data.`)."""
+
+    text_column: str
+    undecodable: str
+
+
+def clean(record: Record, policy: Policy) -> tuple[str | None, bool]:
+    """The clean text of a record (None: skipped by policy) and whether it held undecodable bytes or lone surrogates.
+
+    Raises `DataError` naming file and place when it is not JSON, lacks the column, or may not be undecodable.
+    """
+    payload, bad, at = record.payload, False, ""
+    if isinstance(payload, bytes):
+        try:
+            text = payload.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = payload.count(b"\n", 0, error.start) + 1
+            bad, at = True, f"byte {error.start}, line {line}"
+            text = payload.decode("utf-8", errors="replace")
+    else:
+        text = payload
+    if record.json:
+        text = _json_text(text, record.where, policy.text_column)
+    if _SURROGATE.search(text):
+        bad, at = True, at or "a lone surrogate"
+        text = _SURROGATE.sub("\ufffd", text)
+    if bad and policy.undecodable == "refuse":
+        raise DataError(f"{record.where}: not UTF-8 ({at}); convert it, or set data.undecodable=replace or skip")
+    if bad and policy.undecodable == "skip":
+        return None, True
+    return normalise(text), bad
+
+
+def _json_text(line: str, where: str, column: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(value, dict) or not isinstance(value.get(column), str):
+        have = f"it has {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else "it is no JSON object"
+        raise DataError(f"{where}: no text under {column!r} ({have}); set data.text_column")
+    text: str = value[column]
+    return text

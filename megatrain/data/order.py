@@ -1,0 +1,99 @@
+"""The order of samples: which window of the dataset is sample k of a run. No files, no tokens, no torch.
+
+Each epoch visits its windows in the order of a keyed bijection of 0..n-1, so that opening an epoch of any size costs
+nothing and any k can be asked for alone. Beside it, the cursor's arithmetic over skip ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+
+_ROUNDS = 8
+
+
+class SampleOrder:
+    """Sample k of a run, a pure function of (dataset fingerprint, split, sequence length, seed, k).
+
+    Windows of `seq_len + 1` tokens start `seq_len` apart; the last partial one of an epoch is dropped. Raises
+    `ValueError` when the split is too short for one window.
+    """
+
+    def __init__(self, fingerprint: str, split: str, seq_len: int, num_tokens: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self.samples_per_epoch = (num_tokens - 1) // seq_len
+        if self.samples_per_epoch < 1:
+            raise ValueError(f"{num_tokens} tokens are too few for one sample of {seq_len} + 1")
+        self._key = f"{fingerprint}|{split}|{seq_len}|{seed}"
+
+    def windows(self, k: np.ndarray) -> np.ndarray:
+        """Window index (int64, same shape) of each sample number `k` (int64, from 0); window w starts at token w * seq_len."""
+        k = np.asarray(k, dtype=np.int64)
+        epochs = k // self.samples_per_epoch
+        windows = np.empty_like(k)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = permute(
+                k[chosen] % self.samples_per_epoch, self.samples_per_epoch, f"{self._key}|{epoch}"
+            )
+        return windows
+
+
+def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
+    """A keyed bijection of 0..n-1 at each of `index` (int64), in O(1) memory an element.
+
+    A generalised Feistel network over Z_a x Z_a with a = ceil(sqrt(n)), whose domain a * a is barely larger than n,
+    walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    side = int(np.sqrt(n))
+    while side * side < n:
+        side += 1
+    while (side - 1) * (side - 1) >= n:
+        side -= 1
+    a = np.uint64(side)
+    round_keys = [np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed=r)) for r in range(_ROUNDS)]
+    value = index.astype(np.uint64)
+    outside = np.arange(len(value))
+    while len(outside):
+        left, right = value[outside] // a, value[outside] % a
+        for round_key in round_keys:
+            left, right = right, (left + _mix(right ^ round_key) % a) % a
+        value[outside] = left * a + right
+        outside = outside[value[outside] >= np.uint64(n)]
+    return value.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted, disjoint `[start, stop)` ranges that cover the same positions; empty ones dropped."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted((int(a), int(b)) for a, b in ranges):
+        if start >= stop:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def take(cursor: int, count: int, skip_ranges: Iterable[tuple[int, int]] = ()) -> tuple[np.ndarray, int]:
+    """The next `count` sample numbers from `cursor` on that no skip range holds, and the cursor behind the last of them."""
+    pieces: list[np.ndarray] = []
+    for start, stop in merge_ranges(skip_ranges):
+        if count and cursor < start:
+            piece = np.arange(cursor, min(start, cursor + count), dtype=np.int64)
+            pieces.append(piece)
+            cursor, count = cursor + len(piece), count - len(piece)
+        if count and start <= cursor < stop:
+            cursor = stop
+    pieces.append(np.arange(cursor, cursor + count, dtype=np.int64))
+    return np.concatenate(pieces), cursor + count

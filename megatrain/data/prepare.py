@@ -1,0 +1,307 @@
+"""`megatrain prepare`: read, clean, deduplicate, split, train or load a tokenizer, encode, write. The only writer of datasets.
+
+Three stages, each bounded in memory whatever the corpus: the source is cleaned by workers into a compressed spool on disk
+(duplicates and the held-out split decided as it is written); the tokenizer is trained on a sample of it; workers encode the
+spool, and the results are written in order. All happens in a hidden folder beside the target that becomes the dataset
+by one rename, so that what looks whole is whole.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatrain.config import PrepareConfig
+from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
+from megatrain.data.finish import Workplace
+from megatrain.data.indexed import IndexedWriter, token_dtype
+from megatrain.data.normalise import Policy, Record
+from megatrain.data.progress import Meter
+from megatrain.data.sources import Source, open_source
+from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Frame, Seen, Spool, pack, unpack
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer, segments, train_sentencepiece
+from megatrain.data.workers import Cleaned, CleanTask, EncodeTask, Workers, clean_chunk, encode_chunk, usable_cores
+from megatrain.errors import ConfigError, DataError
+
+CHUNK_BYTES = 2**20
+CHUNK_RECORDS = 2048
+_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Prepare the dataset that the config describes and return its folder. A finished one with the same settings is kept.
+
+    Raises `ConfigError` (settings, paths, another dataset of that name) or `DataError` (the text itself).
+    """
+    target = Path(config.data.dir) / config.data.name
+    source = open_source(config.data)
+    settings = _settings(config)
+    if _already(target, settings, source, config.data.overwrite):
+        print(
+            f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
+        )
+        return target
+    workers = config.data.workers or usable_cores()
+    with Workplace(target) as workplace, Workers(workers) as pool:
+        folder = workplace.folder
+        spool = Spool(folder)
+        cleaned = _clean(source, config, pool, spool, folder)
+        tokenizer = _tokenizer(config, spool, cleaned)
+        tokenizer.save(folder / "tokenizer")
+        splits = _encode(spool, folder, tokenizer, pool)
+        spool.close()
+        card = Card(
+            name=config.data.name,
+            fingerprint=fingerprint(splits),
+            splits=splits,
+            tokenizer=TokenizerCard(
+                tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document
+            ),
+            source=source.identity,
+            counts=dict(sorted(cleaned.counts.items())),
+            config=settings,
+        )
+        card.save(folder)
+        workplace.publish()
+    print(_summary(target, card), file=sys.stderr)
+    return target
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the dataset's content, as it stands in the card."""
+    data = {key: value for key, value in asdict(config.data).items() if key not in _NOT_IDENTITY}
+    return {"seed": config.seed, "data": data, "tokenizer": asdict(config.tokenizer)}
+
+
+def _already(target: Path, settings: dict[str, Any], source: Source, overwrite: bool) -> bool:
+    """Whether `target` is finished with these settings. Raises `ConfigError` when it is something else."""
+    if overwrite or not target.exists():
+        return False
+    if not (target / CARD).is_file():
+        if target.is_dir() and not any(target.iterdir()):
+            return False
+        raise ConfigError(f"data.name: {target} exists and is not a prepared dataset; choose another data.name")
+    card = check_dataset(target)
+    was, now = _flat(card.config | {"source": card.source}), _flat(settings | {"source": source.identity})
+    changed = [
+        f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(was | now)
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"data.name: {target} was prepared with other settings: {'; '.join(changed)}. "
+            "Choose another data.name, or data.overwrite=true to replace it"
+        )
+    return True
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------- cleaning
+
+
+@dataclass
+class Clean:
+    """What cleaning learnt: counts, how many documents each split has, and which to train the tokenizer on."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    kept: Counter[int] = field(default_factory=Counter)
+    sample: Sample | None = None
+    lowest: tuple[int, int] | None = None  # (held-out draw, document): the first to be held out
+    highest: tuple[int, int] | None = None
+
+
+class Sample:
+    """Documents for the tokenizer: those with the smallest draws until `budget` bytes are full, whatever the order."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._heap: list[tuple[int, int, Frame, int]] = []  # (-draw, bytes, frame, place in it)
+        self._bytes = 0
+
+    def offer(self, draw: int, size: int, frame: Frame, place: int) -> None:
+        """Consider a document."""
+        if self._bytes >= self._budget and draw >= -self._heap[0][0]:
+            return
+        heapq.heappush(self._heap, (-draw, size, frame, place))
+        self._bytes += size
+        while self._bytes - self._heap[0][1] >= self._budget:
+            self._bytes -= heapq.heappop(self._heap)[1]
+
+    def texts(self, spool: Path) -> Iterator[str]:
+        """The documents, in the order of the corpus, `budget` bytes at most, cut at segments."""
+        left = self._budget
+        chosen = sorted(((frame.offset, place, frame) for _, _, frame, place in self._heap), key=lambda item: item[:2])
+        for _, group in itertools.groupby(chosen, key=lambda item: item[0]):
+            members = list(group)
+            documents = unpack(spool, members[0][2])
+            for _, place, _ in members:
+                for segment in segments(documents[place].decode()):
+                    if left > 0:
+                        left -= len(segment.encode())
+                        yield segment
+
+
+def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> Clean:
+    """Fill the spool; raises `DataError` when nothing is left to train on."""
+    policy = Policy(config.data.text_column, config.data.undecodable)
+    found = Clean(sample=Sample(config.tokenizer.train_bytes))
+    seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
+    tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
+    with Meter("reading", source.total_bytes) as meter:
+        for cleaned in pool.map(clean_chunk, tasks):
+            _keep(cleaned, spool, found, seen, config)
+            meter.update(source.progress.bytes)
+    if seen:
+        seen.close()
+    found.counts["oversized"] = source.progress.oversized
+    if not sum(found.kept.values()):
+        raise DataError(f"data={config.data.kind}: the corpus is empty ({_counted(found.counts)})")
+    if config.data.heldout_fraction > 0:
+        _at_least_one(spool, found, config.data.heldout_fraction)
+    return found
+
+
+def _chunks(source: Source, max_documents: int | None) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    size = 0
+    for record in itertools.islice(source.records(), max_documents):
+        chunk.append(record)
+        size += len(record.payload)
+        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _keep(cleaned: Cleaned, spool: Spool, found: Clean, seen: Seen | None, config: PrepareConfig) -> None:
+    """Decide what becomes of each document of a chunk, and write the chunk."""
+    found.counts.update(cleaned.counts)
+    held_below = int(config.data.heldout_fraction * 2**64)
+    flags = bytearray(len(cleaned.sizes))
+    draws: list[int] = []
+    for i in range(len(flags)):
+        digest = cleaned.hashes[16 * i : 16 * i + 16]
+        draws.append(xxhash.xxh3_64_intdigest(b"sample" + digest, seed=config.seed))
+        if seen is not None and not seen.add(digest):
+            found.counts["duplicates"] += 1
+            continue
+        held = xxhash.xxh3_64_intdigest(b"heldout" + digest, seed=config.seed)
+        flags[i] = HELDOUT if held < held_below else TRAIN
+        found.kept[flags[i]] += 1
+        place = (held, spool.documents + i)
+        found.lowest = min(found.lowest or place, place)
+        found.highest = max(found.highest or place, place)
+    frame = spool.add(cleaned.frame, bytes(flags), sum(cleaned.sizes))
+    for i, flag in enumerate(flags):
+        if flag == TRAIN and found.sample is not None:
+            found.sample.offer(draws[i], cleaned.sizes[i], frame, i)
+
+
+def _at_least_one(spool: Spool, found: Clean, fraction: float) -> None:
+    """Give a small corpus something to train on and something held out; a corpus of one document is cut in two."""
+    assert found.lowest and found.highest
+    if sum(found.kept.values()) == 1:
+        _cut_in_two(spool, found, fraction)
+    elif not found.kept[HELDOUT]:
+        spool.set_flag(found.lowest[1], HELDOUT)
+    elif not found.kept[TRAIN]:
+        spool.set_flag(found.highest[1], TRAIN)
+
+
+def _cut_in_two(spool: Spool, found: Clean, fraction: float) -> None:
+    """Hold out the last share of the only document, from the start of a line where there is one."""
+    assert found.lowest
+    frame, place, number = None, 0, found.lowest[1]
+    for candidate, _ in spool.frames():
+        if number < candidate.documents:
+            frame, place = candidate, number
+            break
+        number -= candidate.documents
+    assert frame is not None
+    text = unpack(spool.path, frame)[place].decode()
+    at = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 or int(len(text) * (1 - fraction))
+    if not 0 < at < len(text):
+        return
+    parts = [text[:at].encode(), text[at:].encode()]
+    spool.set_flag(found.lowest[1], DROPPED)
+    found.counts["cut_in_two"] = 1
+    frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), 0)
+    found.sample = None if found.sample is None else _only(found.sample, len(parts[0]), frame)
+
+
+def _only(sample: Sample, size: int, frame: Frame) -> Sample:
+    """The same budget over the first document of one frame."""
+    fresh = Sample(sample._budget)
+    fresh.offer(0, size, frame, 0)
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
+def _tokenizer(config: PrepareConfig, spool: Spool, cleaned: Clean) -> Tokenizer:
+    assert cleaned.sample is not None
+    for _ in spool.frames():  # flushes what is buffered
+        break
+    print(f"tokenizer: training {config.tokenizer.vocab_size} pieces", file=sys.stderr)
+    return train_sentencepiece(cleaned.sample.texts(spool.path), config.tokenizer.vocab_size)
+
+
+def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> dict[str, Any]:
+    """Write each split's pair in the order of the corpus; a split without documents is not written."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    how = (folder / "tokenizer", tokenizer.fingerprint, dtype.name)
+    tasks = (EncodeTask(spool.path, frame, flags, *how) for frame, flags in spool.frames())
+    writers: dict[int, IndexedWriter] = {}
+    text_bytes: Counter[int] = Counter()
+    done = 0
+    with Meter("encoding", spool.text_bytes) as meter:
+        for encoded in pool.map(encode_chunk, tasks):
+            for flag, (ids, lengths, size) in sorted(encoded.splits.items()):
+                if flag not in writers:
+                    writers[flag] = IndexedWriter(folder / SPLITS[flag - 1], dtype)
+                writers[flag].add(ids, lengths)
+                text_bytes[flag] += size
+            done += encoded.text_bytes
+            meter.update(done)
+    cards = {}
+    for flag, writer in sorted(writers.items()):
+        writer.finish()
+        cards[SPLITS[flag - 1]] = card_of_written(writer, text_bytes[flag])
+    return cards
+
+
+def _counted(counts: Counter[str] | dict[str, int]) -> str:
+    return (
+        ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
+        or "nothing read"
+    )
+
+
+def _summary(target: Path, card: Card) -> str:
+    lines = [f"{target}: prepared, fingerprint {card.fingerprint}"]
+    for name, split in card.splits.items():
+        text = split.bytes or 0
+        lines.append(
+            f"  {name}: {split.documents:,} documents, {text / 1e6:.1f} MB of text, {split.tokens:,} tokens "
+            f"({text / max(split.tokens, 1):.2f} bytes a token)"
+        )
+    lines.append(f"  documents: {_counted(card.counts)}")
+    return "\n".join(lines)
