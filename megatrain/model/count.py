@@ -1,40 +1,14 @@
-"""What a model's shape implies, by arithmetic alone: parameter shapes and counts, FLOPs, and whether it can be built.
+"""What a model's shape implies, by arithmetic alone: parameter shapes and counts, and FLOPs.
 
 Imports no torch. `python -m megatrain.model.count` prints the table of presets in docs/models.md.
 """
 
 from __future__ import annotations
 
+from importlib import resources
 from math import prod
 
-from megatrain.config import ModelConfig
-from megatrain.errors import ConfigError
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Raises `ConfigError` where the sizes of `config` do not fit together."""
-    if config.vocab_size is None:
-        raise ConfigError("model.vocab_size is null: give it, or take the tokenizer's")
-    if config.head_size is None and config.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"model.hidden_size={config.hidden_size} does not divide by model.num_heads={config.num_heads}; "
-            f"try model.hidden_size={_nearest_multiple(config.hidden_size, config.num_heads)}, or set model.head_size"
-        )
-    if config.num_heads % config.kv_heads:
-        divisors = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
-        raise ConfigError(
-            f"model.num_heads={config.num_heads} does not divide by model.num_kv_heads={config.kv_heads}; "
-            f"allowed here: {', '.join(map(str, divisors))}"
-        )
-    if config.position == "rope" and config.head_dim % 2:
-        raise ConfigError(
-            f"model.position=rope turns pairs, so the head size must be even, and it is {config.head_dim}; "
-            f"try model.head_size={config.head_dim + 1}"
-        )
-
-
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(unit, round(value / unit) * unit)
+from megatrain.config import ModelConfig, TokenizerConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -96,3 +70,43 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
     if causal:
         scores_and_values = scores_and_values * (seq_len + 1) // (2 * seq_len)
     return 3 * (matrix_products + scores_and_values)
+
+
+def presets() -> dict[str, ModelConfig]:
+    """Every preset of conf/model, smallest first. A vocabulary that is the tokenizer's is set to the default size."""
+    import yaml
+
+    found = []
+    for file in (resources.files("megatrain.conf") / "model").iterdir():
+        if file.name.endswith(".yaml"):
+            config = ModelConfig(**yaml.safe_load(file.read_text(encoding="utf-8")))
+            config.vocab_size = config.vocab_size or TokenizerConfig().vocab_size
+            found.append(config)
+    return {config.name: config for config in sorted(found, key=num_parameters)}
+
+
+def preset_table() -> str:
+    """The presets as a Markdown table, with parameters and training FLOPs per token at the longest sequence."""
+    lines = [
+        "| preset | layers | width | heads (kv) | ffn | vocabulary | sequence | tied | parameters | FLOPs/token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for config in presets().values():
+        cells = [
+            f"`{config.name}`",
+            f"{config.num_layers}",
+            f"{config.hidden_size:,}",
+            f"{config.num_heads} ({config.kv_heads})",
+            f"{config.ffn_dim:,}",
+            f"{config.vocab:,}",
+            f"{config.max_seq_len:,}",
+            "yes" if config.tie_embeddings else "no",
+            f"{num_parameters(config):,}",
+            f"{flops_per_token(config, config.max_seq_len):,}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(preset_table())

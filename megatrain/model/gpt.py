@@ -26,7 +26,6 @@ from megatrain.kernels.rms_norm import rms_norm
 from megatrain.kernels.rope import apply_rope, rope_angles
 from megatrain.kernels.swiglu import swiglu
 from megatrain.model.cache import KVCache, LayerCache
-from megatrain.model.count import check_shape
 
 
 class Linear(nn.Linear):
@@ -158,12 +157,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Set `recompute = "full"` to keep only each block's input for the backward pass.
 
-    Raises `ConfigError` for a shape that cannot be built (see `count.check_shape`).
+    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        check_shape(config)
         self.config = config
         self.recompute = "none"
         self.embed = Embedding(config.vocab, config.hidden_size)

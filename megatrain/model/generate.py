@@ -1,0 +1,111 @@
+"""Sampling text ids from a model, one at a time, with a cache of keys and values. Knows no tokenizer and no files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatrain.errors import ConfigError
+from megatrain.model.cache import KVCache
+from megatrain.model.gpt import GPT
+
+log = logging.getLogger(__name__)
+
+
+def generate(
+    model: GPT,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> Iterator[int]:
+    """The ids that continue `prompt_ids`, as they are drawn: at most `max_new_tokens`, ending before `stop_id`.
+
+    `temperature=0` is greedy. Otherwise logits are divided by it, cut to the `top_k` likeliest (0 keeps all), then to the
+    likeliest that hold `top_p` of the probability together (Holtzman et al., 2019, arXiv:1904.09751), and drawn from by a
+    generator seeded with `seed`, on the CPU wherever the model is. The model is put into eval mode.
+
+    Raises `ConfigError` at once for an empty prompt, an id outside the vocabulary, or more tokens than a model with
+    learned positions has positions. A model with rotary positions goes on past `max_seq_len`, with a logged warning.
+    """
+    check_request(model, prompt_ids, max_new_tokens)
+    model.eval()
+    generator = torch.Generator().manual_seed(seed % 2**64)
+    return _sample(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_id)
+
+
+def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> None:
+    """Raises `ConfigError` where the model cannot take the prompt, or not so many tokens after it."""
+    config = model.config
+    if not prompt_ids:
+        raise ConfigError("prompt: no tokens to continue; give some text, or the end-of-document token to start afresh")
+    outside = [token for token in prompt_ids if not 0 <= token < config.vocab]
+    if outside:
+        raise ConfigError(f"prompt: token id {outside[0]} is outside the model's vocabulary of {config.vocab}")
+    # The last token drawn is never fed back, so it needs no position.
+    longest = config.max_seq_len - len(prompt_ids) + 1
+    if max_new_tokens <= longest:
+        return
+    asked = f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} pass model.max_seq_len="
+    if config.position == "rope":
+        log.warning("%s%d: the model was not trained at such positions", asked, config.max_seq_len)
+    elif longest > 0:
+        raise ConfigError(f"{asked}{config.max_seq_len}, and positions are learned; try max_new_tokens={longest}")
+    else:
+        raise ConfigError(f"{asked}{config.max_seq_len}; positions are learned, so the prompt must be shorter")
+
+
+def _sample(
+    model: GPT,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+    stop_id: int | None,
+) -> Iterator[int]:
+    weight = model.embed.weight
+    cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens - 1, weight.device, weight.dtype)
+    tokens = prompt_ids
+    for _ in range(max_new_tokens):
+        # Gradients are off for the model only: a generator that yields inside the guard would leave them off outside.
+        with torch.no_grad():
+            last = model.hidden(torch.tensor([tokens], device=weight.device), cache=cache)[:, -1]
+            logits = model.head(last)[0].float().cpu()
+        drawn = draw(logits, temperature, top_k, top_p, generator)
+        if drawn == stop_id:
+            return
+        yield drawn
+        tokens = [drawn]
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One id drawn from fp32 logits `[V]`; the arguments as in `generate`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = distribution(logits, temperature, top_k, top_p)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The probabilities `[V]` that `draw` draws from: what is cut away is 0, the rest adds up to 1."""
+    logits = logits / temperature
+    if 0 < top_k < logits.numel():
+        smallest_kept = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # held by likelier ids; the likeliest is always kept
+        logits = logits.masked_fill(
+            torch.zeros_like(logits, dtype=torch.bool).scatter(0, ids, before >= top_p), -torch.inf
+        )
+    return logits.softmax(-1)
