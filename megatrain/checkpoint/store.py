@@ -1,0 +1,198 @@
+"""A run's checkpoints: save, verify, choose, load, retire.
+
+A folder is a checkpoint only once its manifest is in place: it is written under a temporary name, flushed and renamed.
+The bytes are `storage.py`'s, what a resume may change is `resume.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatrain.checkpoint.storage import (
+    MANIFEST,
+    SafetensorsReader,
+    SafetensorsWriter,
+    check_coverage,
+    read_manifest,
+    save_planner,
+    sync_folder,
+    verify_file,
+)
+from megatrain.errors import CheckpointError
+from megatrain.launch.world import World
+
+_NAME = re.compile(r"step_(\d{8,})$")
+_TEMPORARY = ".writing"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step`."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None if it is not one."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's `checkpoints/` folder, newest first; unverified."""
+    found = [path for path in folder.glob("step_*") if checkpoint_step(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: checkpoint_step(path) or 0, reverse=True)
+
+
+def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint once its checksum, its coverage and every file's checksum have been verified.
+
+    With a `world`, the ranks share the files among themselves and all come to the same verdict.
+
+    Raises:
+        CheckpointError: naming every file that is missing or damaged.
+    """
+    problems: list[str] = []
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = read_manifest(folder)
+        check_coverage(folder, manifest)
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        for name, recorded in sorted(manifest["files"].items())[rank::size]:
+            if problem := verify_file(folder, name, recorded):
+                problems.append(problem)
+    except CheckpointError as error:
+        problems.append(str(error))
+    except (KeyError, TypeError, ValueError) as error:
+        problems.append(f"{folder / MANIFEST} lacks or garbles {error}")
+    everyone = world.share(problems) if world else [problems]
+    if found := sorted({problem for rank_problems in everyone for problem in rank_problems}):
+        raise CheckpointError("; ".join(found))
+    return manifest
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of one run, shared by all ranks."""
+
+    def __init__(self, folder: Path, world: World, report: Callable[..., None] = lambda *args, **kwargs: None) -> None:
+        """`report(kind, **detail)` hears of saves, skips and retirements (rank 0's event log)."""
+        self.folder = folder
+        self.world = world
+        self.report = report
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"*{_TEMPORARY}"):  # a save that was cut short; never a checkpoint
+                shutil.rmtree(leftover, ignore_errors=True)
+        world.barrier()
+
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
+        """Write a checkpoint of `state` (each rank its pieces) and the manifest's `extra` values."""
+        final = self.folder / checkpoint_name(step)
+        temporary = final.with_name(final.name + _TEMPORARY)
+        if self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.world.barrier()
+        write(temporary, state, {"step": step, **extra}, self.world)
+        if self.world.is_main:
+            if final.exists():  # the same step saved again: the older one makes way only now
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync_folder(self.folder)
+        self.world.barrier()
+        return final
+
+    def newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that verifies, and its manifest; None where there is none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints but every one is damaged; starting anew must be asked for.
+        """
+        candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(self.folder)])[0]]
+        skipped = []
+        for folder in candidates:
+            try:
+                return folder, verify(folder, self.world)
+            except CheckpointError as error:
+                skipped.append(str(error))
+                self.report("skip", checkpoint=str(folder), reason=str(error))
+        if skipped:
+            raise CheckpointError(
+                f"all {len(skipped)} checkpoints of {self.folder} are damaged: {' | '.join(skipped)}. "
+                f"Set checkpoint.resume=never with another run.name to start anew"
+            )
+        return None
+
+    def retire(self, keep: int, keep_every: int) -> None:
+        """Remove all but the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.
+
+        Called after a save that succeeded, so the newest one is whole; should it be damaged later, nothing older than
+        the newest `keep` was promised. With `keep=0` nothing is removed.
+        """
+        if not self.world.is_main or keep == 0:
+            return
+        for folder in list_checkpoints(self.folder)[keep:]:
+            step = checkpoint_step(folder) or 0
+            if keep_every and step % keep_every == 0:
+                continue
+            doomed = folder.with_name(folder.name + _TEMPORARY)  # from here on it is no checkpoint, even if cut short
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write(folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None) -> None:
+    """Write `state` and a manifest with `extra` into an existing empty folder."""
+    alone = world is None or world.control is None
+    dcp.save(
+        dict(state),
+        storage_writer=SafetensorsWriter(folder, extra),
+        planner=save_planner(),
+        process_group=None if alone or world is None else world.control,
+        no_dist=alone,
+    )
+
+
+def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], world: World | None) -> None:
+    """Fill `state` in place from a verified checkpoint, whatever layout wrote it.
+
+    Raises:
+        CheckpointError: a tensor is missing from the checkpoint or has another shape there.
+    """
+    stored = manifest["tensors"]
+    missing = [name for name in state if name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of this model, the first is {missing[0]}")
+    for name, tensor in state.items():
+        if tuple(stored[name]["shape"]) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(stored[name]['shape'])}, this model's has {tuple(tensor.shape)}"
+            )
+    alone = world is None or world.control is None
+    try:
+        dcp.load(
+            dict(state),
+            storage_reader=SafetensorsReader(folder, manifest),
+            process_group=None if alone or world is None else world.control,
+            no_dist=alone,
+        )
+    except CheckpointException as error:  # derives from BaseException
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+
+
+def load_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """All `model.*` tensors of a verified checkpoint, whole and on the CPU, by single-device name."""
+    state = {
+        name: torch.empty(tensor["shape"], dtype=torch.float32)
+        for name, tensor in manifest["tensors"].items()
+        if name.startswith("model.")
+    }
+    load_into(folder, manifest, state, None)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}

@@ -1,0 +1,59 @@
+"""The Engine protocol: what the trainer and the checkpoint store ask of whoever owns parameters, gradients and states.
+
+Nothing here knows a library; `build.py` chooses the implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatrain.data.batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, as scalars over the whole job, still on the device so that the host may read them late.
+
+    `loss_sum` (float32) is the cross-entropy summed over the `tokens` (int64) that counted, in nats; `grad_norm`
+    (float32) is the global gradient norm before clipping, not finite where the step was vetoed; `updated` (bool) says
+    whether the parameters moved; `aux` holds further named scalars (`loss_scale` in fp16).
+    """
+
+    loss_sum: Tensor
+    tokens: Tensor
+    grad_norm: Tensor
+    updated: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Owner of a model's parameters, gradients and optimizer states on one rank."""
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
+        """Run one optimizer step over this rank's micro-batches.
+
+        Gradients are those of the mean loss over all tokens of the step in the whole job. They are clipped by their
+        global norm, and the update is skipped on every rank when that norm is not finite. `step` (1-based) seeds
+        dropout together with the micro-batch's number and the data rank.
+        """
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Summed loss and counted tokens over all ranks' batches. Every rank must bring equally many batches."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Single-device names to tensors that know their global place.
+
+        Keys are `model.<name>` and `optim.<moment>.<name>`, all fp32. A tensor is either the whole parameter or a
+        `checkpoint.piece.Piece` of it; both alias the engine's own memory, so loading writes in place and must be
+        followed by `restore`.
+        """
+
+    def counters(self) -> dict[str, Any]:
+        """JSON values that belong to the state: `optimizer` (step, groups by name) and `loss_scale` (or None)."""
+
+    def restore(self, counters: dict[str, Any] | None) -> None:
+        """Take over what was written into `state()`; None starts the optimizer from zero."""

@@ -1,0 +1,85 @@
+"""What every engine needs and none owns: dropout seeds, dtypes, token counts. No library of a particular engine here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.launch.world import World
+from megatrain.model.gpt import GPT
+from megatrain.optim.adamw import decays
+from megatrain.optim.loss_scale import LossScaler
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int) -> int:
+    """Seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved."""
+    key = f"dropout:{seed}:{step}:{micro_batch}:{data_rank}"
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
+
+
+def count_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """Labels that count, over one rank's micro-batches (their weights, where there are any, left out)."""
+    return sum(int((micro_batch.labels != IGNORE_INDEX).sum()) for micro_batch in micro_batches)
+
+
+def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Tensor:
+    """The model's summed loss over one micro-batch, fp32 scalar."""
+    loss: Tensor = model(
+        micro_batch.tokens,
+        micro_batch.labels,
+        loss_weights=micro_batch.loss_weights,
+        positions=micro_batch.positions,
+        document_ids=micro_batch.document_ids,
+        dropout_seed=seed,
+    )
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[MicroBatch], world: World) -> tuple[Tensor, Tensor]:
+    """Summed loss and counted tokens of `batches` over all ranks, the model in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    tokens = 0
+    for batch in batches:
+        tokens += count_tokens([batch])
+        loss_sum += sum_loss(model, batch.to(world.device), None)
+    model.train(was_training)
+    totals = world.sum(torch.stack([loss_sum, torch.tensor(float(tokens), dtype=torch.float64, device=world.device)]))
+    return totals[0], totals[1].long()
+
+
+def compile_blocks(model: GPT) -> None:
+    """torch.compile each block by itself: one graph for all of them, and short compile times."""
+    for block in model.blocks:
+        block.compile()
+
+
+def optimizer_counters(
+    groups: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]], step: int, scaler: LossScaler
+) -> dict[str, Any]:
+    """`Engine.counters` from an optimizer's groups, the parameters' whole shapes and the number of updates applied."""
+    members: dict[str, list[str]] = {"decay": [], "no_decay": []}
+    for name, shape in shapes.items():
+        members["decay" if decays(len(shape)) else "no_decay"].append(name)
+    settings = {
+        group["name"]: {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        for group in groups
+        if group.get("name") in members
+    }
+    return {
+        "optimizer": {
+            "name": "adamw",
+            "step": step,
+            "groups": {name: {**values, "parameters": members[name]} for name, values in settings.items()},
+        },
+        "loss_scale": scaler.state() if scaler.enabled else None,
+    }

@@ -1,0 +1,281 @@
+"""The DeepSpeed engine: ZeRO 0 to 3 over data-parallel ranks.
+
+DeepSpeed reduces, shards and updates; what it leaves open is decided here: the loss is normalised by the tokens of the
+whole step, the loss scale follows our one rule, non-finite gradients never reach the parameters (stage 0 in fp32 would
+apply them), and every piece of state is exposed by its global coordinates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.checkpoint.piece import Piece
+from megatrain.config import TrainConfig
+from megatrain.data.batch import MicroBatch
+from megatrain.engine.base import StepResult
+from megatrain.engine.common import (
+    DTYPES,
+    compile_blocks,
+    count_tokens,
+    dropout_seed,
+    evaluate,
+    optimizer_counters,
+    sum_loss,
+)
+from megatrain.errors import EnvironmentFault
+from megatrain.launch.world import World
+from megatrain.model.gpt import GPT
+from megatrain.model.init import initial_values
+from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
+from megatrain.optim.loss_scale import LossScaler
+
+
+def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's JSON config for a run. Sizes are given as micro batch and accumulation; a global one is miscounted."""
+    precision = config.precision
+    document: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        # stage 0 in fp32 is clipped here, after our own look at the norm
+        "gradient_clipping": 0.0 if _updates_blindly(config) else config.optim.grad_clip,
+        "zero_allow_untested_optimizer": False,
+        "steps_per_print": 2**62,
+        "communication_data_type": precision.reduce_dtype,
+        "data_types": {"grad_accum_dtype": precision.accumulate_dtype},
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            # its own linear function rounds bf16 differently from torch's
+            "memory_efficient_linear": False,
+            # the fragment mapping of this option is wrong for some world sizes, and a resume would load wrong moments
+            "round_robin_gradients": False,
+        },
+    }
+    if precision.name == "bf16":
+        document["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if precision.name == "fp16":  # a static scale, which LossScaler moves
+        document["fp16"] = {"enabled": True, "loss_scale": precision.initial_loss_scale}
+    return document
+
+
+def _updates_blindly(config: TrainConfig) -> bool:
+    """Whether DeepSpeed would apply a non-finite update: stage 0 in fp32 has no optimizer wrapper that looks."""
+    return config.parallel.zero == 0 and config.precision.name == "fp32"
+
+
+class DeepSpeedEngine:
+    """`Engine` over DeepSpeed's. The process group must exist already."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        os.environ["DS_ACCELERATOR"] = world.device.type
+        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it whoever made the process group
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        if config.precision.name == "fp16" and not get_accelerator().is_fp16_supported():
+            raise EnvironmentFault(
+                f"precision=fp16 under engine=deepspeed needs a device with fp16 arithmetic, this {world.device.type} "
+                f"has none; use precision=bf16 or precision=fp32"
+            )
+        # its shared-memory all-reduce serves inference alone, and would be compiled at every first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
+        self.config = config
+        self.world = world
+        self.stage = config.parallel.zero
+        self.scaler = LossScaler.from_config(config.precision)
+        document = deepspeed_config(config, config.train.global_batch_size // (config.train.micro_batch_size * world.size))
+        model = self._build_model(deepspeed, document)
+        model.recompute = config.train.recompute
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        groups = parameter_groups(
+            ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw(groups, config.optim), config=document, dist_init_required=False
+        )
+        self.optimizer = self.engine.optimizer
+        self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._materialise(step=0)
+        self._initialise()
+        if config.compile:
+            compile_blocks(model)
+        self.engine.train()
+
+    def _build_model(self, deepspeed: Any, document: dict[str, Any]) -> GPT:
+        """The model with memory but without values; under stage 3 each parameter is cut as soon as it exists."""
+        if self.stage == 3:
+            # without a dtype it takes the config's; given float32 on a CPU it would choose bfloat16
+            with deepspeed.zero.Init(config_dict_or_path=document):
+                return GPT(self.config.model)
+        with torch.device("meta"):
+            model = GPT(self.config.model)
+        model = model.to_empty(device=self.world.device).to(DTYPES[self.config.precision.name])
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)  # DeepSpeed compares and copies them before their values are filled in
+        return model
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that the inner optimizer updates."""
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    def _flat_masters(self) -> list[Tensor]:
+        for name in (
+            "fp32_partitioned_groups_flat",  # stage 3
+            "single_partition_of_fp32_groups",  # stages 1 and 2
+            "fp32_groups_flat_partition",  # stage 1 in bf16 with fp32 accumulation
+        ):
+            if hasattr(self.optimizer, name):
+                return list(getattr(self.optimizer, name))
+        return self._masters()
+
+    def _materialise(self, step: int) -> None:
+        """Make AdamW's states, which are otherwise born in the first step, and set its step count."""
+        for master in self._flat_masters():
+            state = self.inner.state[master]
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(master)
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _fragment(self, parameter: nn.Parameter, slot: str | None) -> tuple[Tensor, int]:
+        """This rank's fp32 piece of a parameter (or of one of its moments), flat, and where it starts."""
+        if hasattr(parameter, "ds_id"):  # stage 3
+            flat, _ = self.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=slot
+            )
+            start = self.optimizer._get_param_partition_rank(parameter) * flat.numel()
+            held = max(0, min(start + flat.numel(), parameter.ds_numel) - start)
+            return flat[:held], min(start, parameter.ds_numel)
+        if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return torch.empty(0, device=self.world.device), 0
+            return mapping.get_hp_fragment(slot), mapping.lp_fragment_address.start
+        master = self._whole_master(parameter)
+        return (master.detach() if slot is None else self.inner.state[master][slot]).view(-1), 0
+
+    def _whole_master(self, parameter: nn.Parameter) -> Tensor:
+        """Stage 0: the fp32 copy of a low-precision parameter, or the parameter itself."""
+        if hasattr(self.optimizer, "fp32_groups"):
+            for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+                for candidate, master in zip(low, high, strict=True):
+                    if candidate is parameter:
+                        return master
+        return parameter
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Engine.state`."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            for slot, key in ((None, f"model.{name}"), *((m, f"optim.{m}.{name}") for m in MOMENTS)):
+                flat, start = self._fragment(parameter, slot)
+                state[key] = Piece(flat, start, self.shapes[name])
+        return state
+
+    def _initialise(self) -> None:
+        """Fill each rank's piece of each parameter with the bits that one process would have."""
+        for key, piece in self.state().items():
+            if key.startswith("model."):
+                name, stop = key.removeprefix("model."), piece.start + piece.flat.numel()  # type: ignore[attr-defined]
+                values = initial_values(
+                    self.config.model, name, self.shapes[name], self.config.seed, piece.start, stop  # type: ignore[attr-defined]
+                )
+                piece.flat.copy_(values)  # type: ignore[attr-defined]
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring the copies that compute up to the fp32 masters, on every rank."""
+        optimizer = self.optimizer
+        if self.stage == 3:
+            for index, low in enumerate(optimizer.fp16_partitioned_groups_flat):
+                low.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
+                members = optimizer.fp16_partitioned_groups[index]
+                for target, value in zip(members, optimizer.unflatten(low, members), strict=True):
+                    target.data = value.data
+            if persistent := optimizer.persistent_parameters:  # small parameters that stay gathered
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        elif hasattr(optimizer, "fp32_groups"):
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(low, high, strict=True):
+                    parameter.data.copy_(master.data)
+
+    def counters(self) -> dict[str, Any]:
+        """See `Engine.counters`."""
+        step = int(self.inner.state[self._flat_masters()[0]]["step"])
+        return optimizer_counters(self.inner.param_groups, self.shapes, step, self.scaler)
+
+    def restore(self, counters: dict[str, Any] | None) -> None:
+        """See `Engine.restore`."""
+        self._materialise(int(counters["optimizer"]["step"]) if counters else 0)
+        self.scaler.load(counters["loss_scale"] if counters else None)
+        self._refresh()
+
+    # ------------------------------------------------------------------------------------------- work
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
+        """See `Engine.train_step`."""
+        tokens = self.world.sum(torch.tensor(count_tokens(micro_batches), dtype=torch.int64, device=self.world.device))
+        factor = self.world.size / max(1, int(tokens))  # DeepSpeed averages gradients over the ranks
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        if self.scaler.enabled:
+            self.optimizer.loss_scale = self.scaler.scale
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        updated, grad_norm = False, float("nan")
+        for index, micro_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
+            seed = dropout_seed(self.config.seed, step, index, self.world.rank)
+            loss = sum_loss(self.engine, micro_batch.to(self.world.device), seed)
+            self.engine.backward(loss * factor, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            if last:
+                updated, grad_norm = self._finish_step()
+            else:
+                self.engine.step()
+        self.scaler.update(overflow=not updated)
+        return StepResult(
+            loss_sum=self.world.sum(loss_sum),
+            tokens=tokens,
+            grad_norm=torch.tensor(grad_norm),
+            updated=torch.tensor(updated),
+            aux={"loss_scale": torch.tensor(self.scaler.scale)} if self.scaler.enabled else {},
+        )
+
+    def _finish_step(self) -> tuple[bool, float]:
+        """Apply the reduced gradients, unless they are not finite; whether they were applied, and their norm."""
+        if not _updates_blindly(self.config):
+            self.engine.step()
+            return bool(self.engine.was_step_applied()), float(self.engine.get_global_grad_norm())
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.config.optim.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self.engine.module.parameters(), self.config.optim.grad_clip, norm
+                )
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return finite, float(norm)
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """See `Engine.evaluate`."""
+        return evaluate(self.engine.module, batches, self.world)

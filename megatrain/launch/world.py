@@ -1,0 +1,129 @@
+"""This process's place among the ranks: its device, and the few host-side exchanges the trainer needs.
+
+Collectives of training (gradients, parameters) belong to the engines; how the ranks were started, to `local.py`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.config import LaunchConfig
+from megatrain.errors import EnvironmentFault
+from megatrain.launch.environment import RankEnvironment
+
+
+@dataclass
+class World:
+    """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files that only one may write."""
+        return self.rank == 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's CPU tensor (same shape and dtype), stacked in rank order: `[size, *values.shape]`."""
+        if self.control is None:
+            return values.unsqueeze(0)
+        out = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(out, values.contiguous(), group=self.control)
+        return torch.stack(out)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks of a tensor on this rank's device, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order."""
+        if self.control is None:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor(payload.numel()))
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        rows = self.gather(padded)
+        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks (no longer than launch.timeout_s)."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def choose_device(config: LaunchConfig, environment: RankEnvironment) -> torch.device:
+    """This rank's device.
+
+    Raises:
+        EnvironmentFault: `launch.device=cuda` without a CUDA device for every local rank.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and available < environment.local_world_size:
+        raise EnvironmentFault(
+            f"launch.device=cuda needs {environment.local_world_size} CUDA devices on this node (one a rank), found "
+            f"{available}; set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
+        )
+    if config.device == "cuda" or (config.device == "auto" and available >= environment.local_world_size):
+        return torch.device("cuda", environment.local_rank)
+    return torch.device("cpu")
+
+
+def join(config: LaunchConfig, environment: RankEnvironment) -> World:
+    """Meet the other ranks and return this one's place among them.
+
+    Raises:
+        EnvironmentFault: no device for this rank, or a peer that cannot be reached within `launch.timeout_s`.
+    """
+    device = choose_device(config, environment)
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if environment.master_addr is None:  # one process that nobody launched: it is its own rendezvous
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        try:
+            dist.init_process_group(
+                _backend(device),
+                init_method="env://",
+                rank=environment.rank,
+                world_size=environment.world_size,
+                timeout=timeout,
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(
+                f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
+                f"{environment.master_addr}:{environment.master_port} within {config.timeout_s:g} s "
+                f"(launch.timeout_s): {error}"
+            ) from error
+    control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
+    return World(environment.rank, environment.world_size, environment.local_rank, device, control)
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
