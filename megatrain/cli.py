@@ -1,4 +1,4 @@
-"""The command line: picks the verb, has its config composed and checked, and calls what does the work. Imports no torch.
+"""The command line: picks the verb, has its config composed and checked, and calls who does the work. Torch-free.
 
 Everything below takes the checked dataclass. A user's mistake ends here as one message and its exit code.
 """

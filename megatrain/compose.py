@@ -1,8 +1,8 @@
 """From command-line overrides to a checked dataclass of `config.py`, through Hydra's compose API. Imports no torch.
 
-Hydra picks the group files (conf/) and lays an experiment over them; the keys typed on the command line come last. Each
-value is read by its key's type, so that a name that looks like a number stays as typed. Checks that need two keys or the
-file system live in `checks.py`; this file knows one key at a time.
+Hydra picks the group files (conf/) and lays an experiment over them; the keys typed on the command line come last.
+Each value is read by its key's type, so that a name that looks like a number stays as typed. Checks that need two keys
+or the file system live in `checks.py`; this file knows one key at a time.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
         raise ConfigError(f"{name}=null: {name} cannot be null; expected {describe(hint)}")
     if kind is str and (name in FREE_TEXT or not _is_quoted(bare)):
         if name not in FREE_TEXT and _is_sweep(bare):
-            raise ConfigError(_sweep_message(name, text))
+            raise ConfigError(_sweep_message(name, text, quotable=True))
         return text.replace("${", "\\${") if name in FREE_TEXT else bare
     if kind == list[str] and bare.startswith("[") and bare.endswith("]") and not set(bare) & set("'\"()\\"):
         return [item.strip() for item in bare[1:-1].split(",") if item.strip()]
@@ -236,11 +236,9 @@ def _is_sweep(text: str) -> bool:
     return "," in text or text.startswith(SWEEPS)
 
 
-def _sweep_message(name: str, value: str) -> str:
-    return (
-        f"{name}={value}: sweeps over several values are not supported yet; give one value a run "
-        f"(a value that holds a comma goes in quotes: {name}=\"'...'\")"
-    )
+def _sweep_message(name: str, value: str, quotable: bool = False) -> str:
+    advice = f" (text that holds a comma goes in quotes: {name}=\"'...'\")" if quotable else ""
+    return f"{name}={value}: sweeps over several values are not supported yet; give one value a run{advice}"
 
 
 # -------------------------------------------------------------------------------------------------- groups and bounds

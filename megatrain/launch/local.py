@@ -1,12 +1,13 @@
-"""The agent that starts this node's workers, hands on signals and turns their ends into one exit code. Imports no torch.
+"""The agent that starts this node's workers, hands on signals and makes one exit code of theirs. Imports no torch.
 
-It starts nothing twice: a job that is to go on is started again with the same command. What a worker does is `worker.py`.
-Workers live in sessions of their own, so that a Ctrl-C reaches the agent alone; on Linux they die with it whatever kills
-it.
+It starts nothing twice: a job that is to go on is started again with the same command. What a worker does is in
+`worker.py`. Workers live in sessions of their own, so that a Ctrl-C reaches the agent alone; on Linux they die with it,
+whatever kills it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from megatrain.errors import EXIT_DEFECT, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
 from megatrain.launch.environment import WORKER_MARK
@@ -36,7 +37,7 @@ KILL_S = 8.0
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C: stopped without saving."""
 
-FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LINUX = sys.platform == "linux"
 
 
@@ -50,15 +51,18 @@ def launch(command: Sequence[str], num_workers: int, log_dir: Path) -> int:
     worker that a signal killed.
     """
     agent = _Agent([], log_dir)
-    previous = {name: signal.signal(getattr(signal, name), agent.on_signal) for name in FORWARDED}
+    previous = {number: signal.getsignal(number) for number in FORWARDED}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup means it
+            signal.signal(number, agent.on_signal)
     try:
         for rank in range(num_workers):
             agent.workers.append(_start(command, rank, _worker_environ(rank, num_workers, agent.port), log_dir))
         return agent.wait()
     finally:
         agent.kill()
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- starting
@@ -73,12 +77,16 @@ class _Worker:
     log: Path | None
     code: int | None = None
 
-    def send(self, number: int) -> None:
-        """Send a signal to this worker and whatever it started."""
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass  # it ended meanwhile; the next look will see that
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it."""
+        return self.code is not None and self.code < 0
+
+    def kill(self) -> None:
+        """Kill this worker and whatever it started, and wait for it."""
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.code = self.process.wait()
 
 
 def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
@@ -163,7 +171,6 @@ class _Agent:
 
     def wait(self) -> int:
         """Until every worker has ended: the job's exit code."""
-        first: _Worker | None = None
         while True:
             self._hand_on_signals()
             if self.interrupts > 1:
@@ -171,21 +178,17 @@ class _Agent:
                 say("stopped without saving (second Ctrl-C)")
                 return EXIT_INTERRUPTED
             failed = [worker for worker in self._look() if worker.code not in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)]
-            if failed:
-                first = min(failed, key=lambda worker: (worker.code >= 0, worker.rank))  # type: ignore[operator]
-                break
+            if failed:  # a signal's victim is rather the cause than the peers that miss it
+                return self._end_after(min(failed, key=lambda worker: (not worker.killed, worker.rank)))
             if not self._alive():
                 saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
                 return EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK
             time.sleep(POLL_S)
-        return self._end_after(first)
 
     def kill(self) -> None:
         """Kill every worker that still runs, and what it started; returns once they are gone."""
         for worker in self._alive():
-            worker.send(signal.SIGKILL)
-        for worker in self._alive():
-            worker.code = worker.process.wait()
+            worker.kill()
 
     def _alive(self) -> list[_Worker]:
         return [worker for worker in self.workers if worker.code is None]
@@ -210,7 +213,7 @@ class _Agent:
             number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
             self.forwarded.add(number)
             for worker in self._alive():
-                worker.send(number)
+                worker.process.send_signal(number)
 
     def _end_after(self, first: _Worker) -> int:
         """One worker failed: let the others end, kill those that do not, say why, and return the exit code."""
@@ -221,7 +224,7 @@ class _Agent:
             if not asked and elapsed > OWN_ACCORD_S:
                 asked = True
                 for worker in self._alive():
-                    worker.send(signal.SIGTERM)
+                    worker.process.terminate()
             for worker in self._look():
                 rank0_spoke = rank0_spoke or (worker.rank == 0 and not asked and worker.code == first.code)
             time.sleep(POLL_S)
@@ -262,6 +265,6 @@ def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
         return file.read().decode("utf-8", "replace").splitlines()[-count:]
 
 
-def say(message: str, **options: Any) -> None:
+def say(message: str) -> None:
     """One line of the agent's own to the terminal."""
-    print(f"megatrain: {message}", file=sys.stderr, flush=True, **options)
+    print(f"megatrain: {message}", file=sys.stderr, flush=True)

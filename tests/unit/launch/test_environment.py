@@ -1,0 +1,45 @@
+"""What a process reads about its place among the ranks from its environment."""
+
+import pytest
+
+from megatrain.errors import EnvironmentFault
+from megatrain.launch.environment import RankEnvironment, is_launched
+
+FULL = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_a_process_that_nobody_launched_is_rank_0_of_1():
+    assert RankEnvironment.from_environ({}) == RankEnvironment(0, 0, 1, 1, None, None)
+    assert not is_launched({})
+
+
+def test_a_launched_process_reads_its_place():
+    assert RankEnvironment.from_environ(FULL) == RankEnvironment(3, 1, 4, 2, "node0", 29500)
+    assert is_launched(FULL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "4"),
+        ("RANK", "-1"),
+        ("RANK", "one"),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_RANK", "2"),
+        ("LOCAL_WORLD_SIZE", "5"),
+        ("MASTER_PORT", "70000"),
+        ("MASTER_PORT", None),
+        ("MASTER_ADDR", ""),
+    ],
+)
+def test_a_variable_that_cannot_be_right_is_named(name, value):
+    environ = {key: text for key, text in {**FULL, name: value}.items() if text is not None}
+    with pytest.raises(EnvironmentFault, match=name):
+        RankEnvironment.from_environ(environ)

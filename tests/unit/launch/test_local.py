@@ -1,0 +1,252 @@
+"""The local agent: environment, exit codes, signals and the death of workers, shown with tiny Python programs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatrain.launch import local
+
+PYTHON = [sys.executable, "-E", "-S"]
+SAVE_ON_TERM = """
+    import os, pathlib, signal, sys, time
+    here = pathlib.Path(sys.argv[1])
+    rank = os.environ["RANK"]
+    def save(number, frame):
+        (here / f"got_{rank}").write_text(signal.Signals(number).name)
+        time.sleep(float(sys.argv[2]))
+        (here / f"saved_{rank}").touch()
+        sys.exit(75)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save)
+    (here / f"pid_{rank}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def worker(code: str, *arguments: object) -> list[str]:
+    """The command of a worker that runs `code`."""
+    return [*PYTHON, "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+def exit_with(*codes: str) -> list[str]:
+    """A worker whose rank r ends as `codes[r]` says: an expression, evaluated there."""
+    return worker(
+        """
+        import os, signal, sys, time
+        def die(name): os.kill(os.getpid(), getattr(signal, name))
+        def sleep(seconds): time.sleep(seconds)
+        sys.exit(eval(sys.argv[1 + int(os.environ["RANK"])]))
+        """,
+        *codes,
+    )
+
+
+def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
+    """An agent in a process of its own."""
+    program = (
+        "import sys, json, pathlib; from megatrain.launch import local; local.OWN_ACCORD_S, local.KILL_S = 0.2, 1.0; "
+        "sys.exit(local.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
+    )
+    arguments = [json.dumps(command), str(num_workers), str(folder / "logs")]
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(*paths: Path, seconds: float = 20.0) -> None:
+    """Until the files are there."""
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < deadline, f"none of {[str(path) for path in paths]} came"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_each_worker_finds_its_rank_and_one_meeting_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    code = """
+        import json, os, sys
+        open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(json.dumps(dict(os.environ)))
+    """
+    assert local.launch(worker(code, tmp_path), 3, tmp_path / "logs") == 0
+    seen = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    assert [environ["LOCAL_RANK"] for environ in seen] == ["0", "1", "2"]
+    assert {environ["WORLD_SIZE"] for environ in seen} == {environ["LOCAL_WORLD_SIZE"] for environ in seen} == {"3"}
+    assert len({environ["MASTER_PORT"] for environ in seen}) == 1
+    assert {environ["MASTER_ADDR"] for environ in seen} == {"127.0.0.1"}
+    assert {environ["MEGATRAIN_WORKER"] for environ in seen} == {"1"}
+    assert {environ["OMP_NUM_THREADS"] for environ in seen} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+    assert {environ["GLOO_SOCKET_IFNAME"] for environ in seen} == {"lo"}
+
+
+def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    code = "import os, sys; sys.exit((os.environ['OMP_NUM_THREADS'], os.environ['GLOO_SOCKET_IFNAME']) != ('7', 'eth9'))"
+    assert local.launch(worker(code), 1, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        (("0", "0"), 0),
+        (("75", "75"), 75),
+        (("75", "0"), 75),
+        (("3", "3"), 3),
+        (("sleep(30)", "4"), 4),
+        (("sleep(0.6) or 1", "8"), 8),
+        (("die('SIGKILL')", "sleep(30)"), 1),
+        (("0", "sleep(0.3) or die('SIGSEGV')"), 1),
+    ],
+)
+def test_the_jobs_exit_code_is_that_of_the_first_worker_that_failed(tmp_path, codes, expected, monkeypatch):
+    monkeypatch.setattr(local, "OWN_ACCORD_S", 1.0)
+    started = time.monotonic()
+    assert local.launch(exit_with(*codes), 2, tmp_path) == expected
+    assert time.monotonic() - started < 10
+
+
+def test_a_rank_killed_by_a_signal_is_named_with_its_signal_and_log(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(local, "OWN_ACCORD_S", 0.2)
+    code = "print('about to go', flush=True) or die('SIGKILL')"
+    assert local.launch(exit_with("sleep(30)", code), 2, tmp_path) == 1
+    shown = capfd.readouterr().err
+    assert "rank 1 was killed by SIGKILL" in shown
+    assert str(tmp_path / "rank_00001.log") in shown and "about to go" in shown
+
+
+def test_a_mistake_that_every_rank_reports_is_shown_once(tmp_path, capfd):
+    code = "print('megatrain: error: no such thing', file=sys.stderr) or 2"
+    assert local.launch(exit_with(f"sleep(0.3) or {code}", code, code), 3, tmp_path) == 2
+    assert capfd.readouterr().err.count("no such thing") == 1
+    assert "no such thing" in (tmp_path / "rank_00001.log").read_text()
+
+
+def test_a_failure_of_another_rank_is_shown_though_rank_0_failed_differently(tmp_path, capfd):
+    code = "print('the true cause', file=sys.stderr) or 3"
+    assert local.launch(exit_with("sleep(0.3) or 8", code), 2, tmp_path) == 3
+    assert "the true cause" in capfd.readouterr().err
+
+
+def test_a_worker_that_ignores_the_end_is_killed_within_ten_seconds(tmp_path):
+    code = """
+        import os, signal, sys, time
+        if os.environ["RANK"] == "1":
+            time.sleep(0.3)
+            sys.exit(3)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    """
+    started = time.monotonic()
+    assert local.launch(worker(code), 2, tmp_path) == 3
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "SIGTERM"), (signal.SIGHUP, "SIGTERM")],
+)
+def test_a_signal_reaches_every_worker_and_their_save_is_waited_for(tmp_path, sent, received):
+    agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 1.0), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.send_signal(sent)
+    assert agent.wait(timeout=20) == 75
+    for rank in (0, 1):
+        assert (tmp_path / f"got_{rank}").read_text() == received
+        assert (tmp_path / f"saved_{rank}").exists()
+
+
+def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
+    """The save takes longer than a failed job's patience (1 s here), while another rank has ended already."""
+    code = """
+        import os, signal, sys, time
+        rank = os.environ["RANK"]
+        def save(number, frame):
+            time.sleep(2.5 if rank == "0" else 0)
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, save)
+        open(f"{sys.argv[1]}/pid_{rank}", "w").write("x")
+        time.sleep(60)
+        time.sleep(60)
+    """
+    agent = start_agent(worker(code, tmp_path), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.terminate()
+    assert agent.wait(timeout=30) == 75
+
+
+def test_a_second_ctrl_c_ends_a_save_at_once(tmp_path):
+    agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 60), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "got_0", tmp_path / "got_1")
+    agent.send_signal(signal.SIGINT)
+    assert agent.wait(timeout=5) == 130
+    assert not (tmp_path / "saved_0").exists()
+    assert not is_running(int((tmp_path / "pid_0").read_text()))
+
+
+def test_a_signal_before_the_workers_can_save_still_asks_to_be_started_again(tmp_path):
+    code = "import os, sys, time; open(f'{sys.argv[1]}/pid_' + os.environ['RANK'], 'w').write('x'); time.sleep(60)"
+    agent = start_agent(worker(code, tmp_path), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.terminate()
+    assert agent.wait(timeout=15) == 75
+    assert "before training began" in agent.stderr.read()
+
+
+def test_workers_die_with_an_agent_that_is_killed_outright(tmp_path):
+    agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 0), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    pids = [int((tmp_path / f"pid_{rank}").read_text()) for rank in (0, 1)]
+    assert all(is_running(pid) for pid in pids)
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its agent"
+        time.sleep(0.02)
+
+
+def test_what_a_worker_started_dies_with_it_when_the_job_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "KILL_S", 0.5)
+    code = """
+        import os, subprocess, sys, time
+        if os.environ["RANK"] == "1":
+            while not os.path.exists(f"{sys.argv[1]}/child"):
+                time.sleep(0.02)
+            sys.exit(3)
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        open(f"{sys.argv[1]}/writing", "w").write(str(child.pid))
+        os.rename(f"{sys.argv[1]}/writing", f"{sys.argv[1]}/child")
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    """
+    assert local.launch(worker(code, tmp_path), 2, tmp_path) == 3
+    assert not is_running(int((tmp_path / "child").read_text()))
+
+
+def test_a_signal_that_was_ignored_when_the_agent_started_stays_ignored(tmp_path):
+    """nohup megatrain train … & survives the terminal."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+        assert local.launch(worker(code), 1, tmp_path) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
