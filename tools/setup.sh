@@ -1,0 +1,65 @@
+# Makes .venv and installs the project into it. Sourced by test.sh and quickstart.sh, which say what runs then.
+# A second start finds .venv as it should be and installs nothing.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "megatrain: error: no Python 3.10 to 3.13 found (tried python3 and python3.10 to python3.13)" >&2
+  exit 8
+}
+
+make_environment() {
+  local python
+  python=$(find_python)
+  echo "making .venv with $("$python" --version)"
+  if ! "$python" -m venv .venv >/dev/null; then
+    rm -rf .venv
+    echo "megatrain: error: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    exit 8
+  fi
+}
+
+# One line that moves on a terminal, a line every half minute elsewhere; the whole of pip's output is in the log.
+show_progress() {
+  local pid=$1 log=$2 start=$SECONDS
+  while kill -0 "$pid" 2>/dev/null; do
+    local now="installing, $((SECONDS - start)) s: $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-80)"
+    if [ -t 1 ]; then
+      printf '\r\033[K%s' "$now"
+    elif (((SECONDS - start) % 30 == 0)); then
+      echo "$now"
+    fi
+    sleep 1
+  done
+  [ -t 1 ] && printf '\r\033[K'
+  echo "pip ended after $((SECONDS - start)) s"
+}
+
+install() {
+  local log=.venv/install.log pid
+  .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,hf,test]' >"$log" 2>&1 &
+  pid=$!
+  trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
+  show_progress "$pid" "$log"
+  trap - INT TERM
+  if ! wait "$pid"; then
+    tail -n 30 "$log" >&2
+    echo "megatrain: error: the installation failed; the whole log is $log" >&2
+    exit 8
+  fi
+}
+
+.venv/bin/python -c '' 2>/dev/null || make_environment
+stamp="$(cat pyproject.toml constraints.txt | cksum) $PWD"
+if [ "$(cat .venv/installed 2>/dev/null || true)" != "$stamp" ]; then
+  install
+  echo "$stamp" >.venv/installed
+fi
