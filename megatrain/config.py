@@ -230,6 +230,7 @@ class TrackingConfig:
     experiment: str = key("megatrain", "MLflow experiment")
     flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0)
     system_metrics_every_s: float = key(10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0)
+    finish_timeout_s: float = key(30.0, "longest wait at the end for the MLflow server to take what is left, in seconds", above=0)
 
 
 # ---------------------------------------------------------------------------------------------------- verbs

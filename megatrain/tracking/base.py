@@ -85,7 +85,7 @@ class Trackers:
                 continue
             try:
                 call(tracker)
-            except Exception as error:  # noqa: BLE001 (whatever a tracker raises, the run goes on)
+            except Exception as error:
                 if index not in self._failed:
                     self._failed.add(index)
                     logging.getLogger("megatrain.tracking").warning(

@@ -1,0 +1,409 @@
+"""MLflow's helper process: follows a run's metrics.jsonl and sends what the server lacks. Imports no torch.
+
+It is started and told by mlflow.py, and survives what happens to either side: a server that is down is asked again
+later, and when the trainer dies it sends what there is, marks the run as failed and ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import select
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.system_metrics import SystemMetrics
+
+MAX_PARAM_LENGTH = 500
+"""Older servers take no longer parameter; config.yaml, an artifact, holds every value whole."""
+MAX_PARAMS = 100
+MAX_METRICS = 1000
+"""Per request, by MLflow's own limits."""
+MAX_SYSTEM_SAMPLES = 1000
+"""Kept while a server is down; older ones are dropped and counted."""
+MAX_READ = 1 << 20
+"""Bytes of metrics.jsonl held at once."""
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+ORPHAN_TIMEOUT_S = 10.0
+"""How long what is left may take to send once the trainer is gone without a word."""
+PROGRESS = "progress/step"
+"""The metric whose latest value is the last step that the server has."""
+STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def main() -> None:
+    """Reads the setup from standard input, then serves until told to finish or left alone."""
+    messages, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not among the messages
+    os.nice(10)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    parent = Parent(sys.stdin.fileno(), messages)
+    setup = parent.read(timeout=None)
+    if setup is not None:
+        Sender(setup, parent).serve()
+    parent.tell(finished=True)
+
+
+class Parent:
+    """The trainer, seen from here: lines of JSON in both directions, and whether it still lives."""
+
+    def __init__(self, fd: int, messages: IO[str]) -> None:
+        self._fd, self._messages, self._buffer = fd, messages, b""
+        self._pid = os.getppid()
+        self.gone = False
+
+    def read(self, timeout: float | None) -> dict[str, Any] | None:
+        """The next message, or None where none came in time or the trainer is gone.
+
+        A process forked by the trainer may hold the pipe open, so its death shows in our parent's id as well.
+        """
+        while b"\n" not in self._buffer and not self.gone:
+            if not select.select([self._fd], [], [], timeout)[0]:
+                self.gone = os.getppid() != self._pid
+                return None
+            data = os.read(self._fd, 1 << 16)
+            self._buffer += data
+            self.gone = not data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line) if line else None
+
+    def tell(self, **message: Any) -> None:
+        try:
+            self._messages.write(json.dumps(message) + "\n")
+        except OSError:
+            self.gone = True
+
+
+class Sender:
+    """Everything that is done with one run on the server. Every method may raise whatever MLflow raises, and may be
+    called again: what was done already is found on the server and not done twice."""
+
+    def __init__(self, setup: dict[str, Any], parent: Parent) -> None:
+        self.info, self.settings, self.parent = setup["info"], setup["settings"], parent
+        self.run_dir = Path(self.info["run_dir"])
+        self.metrics_path = self.run_dir / "metrics.jsonl"
+        self.run_id: str | None = None
+        self.sent_step = 0
+        self._offset = 0
+        self._start_s = 0.0
+        self._lock: IO[bytes] | None = None
+        self._samples: deque[tuple[float, dict[str, float]]] = deque(maxlen=MAX_SYSTEM_SAMPLES)
+        self._dropped = 0
+        self._system = SystemMetrics(setup["parent"], self.run_dir)
+        self._next_sample = time.time()
+        self._next_try, self._backoff, self._failing = 0.0, FIRST_BACKOFF_S, False
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def serve(self) -> None:
+        """Connects, then sends at every `flush_every_s` until the trainer says how it ended, or is gone."""
+        message = None
+        while message is None and not self.parent.gone:
+            self._try(self.catch_up)
+            self._sample()
+            message = self.parent.read(timeout=self._pause())
+        status = message["finish"] if message is not None else "failed"
+        limit = self.settings["finish_timeout_s"] - 1.0 if message is not None else ORPHAN_TIMEOUT_S
+        deadline = time.monotonic() + limit
+        self._next_try, self._backoff = 0.0, FIRST_BACKOFF_S
+        while not self._try(lambda: self.finish(status)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _pause(self) -> float:
+        due = [self.settings["flush_every_s"]]
+        if self.settings["system_metrics_every_s"]:
+            due.append(self._next_sample - time.time())
+        return max(0.01, min(due))
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Does `action` unless an earlier failure is too fresh; warns about the first failure of a row."""
+        if time.monotonic() < self._next_try:
+            return False
+        try:
+            action()
+        except Exception as error:
+            logging.getLogger("megatrain.tracking").exception("attempt failed")
+            if not self._failing:
+                where = without_password(tracking_uri(self.run_dir.parent))
+                reason = without_password(str(error)).strip().splitlines() or [type(error).__name__]
+                self.parent.tell(warning=f"{where} cannot be used now, training goes on: {reason[0][:300]}")
+            self._failing = True
+            self._next_try = time.monotonic() + self._backoff
+            self._backoff = min(2 * self._backoff, MAX_BACKOFF_S)
+            return False
+        if self._failing:
+            self.parent.tell(info=f"in use again, has all up to step {self.sent_step}")
+        if self._dropped:
+            self.parent.tell(warning=f"{self._dropped} samples of system metrics did not fit and are lost")
+            self._dropped = 0
+        self._failing, self._backoff = False, FIRST_BACKOFF_S
+        return True
+
+    def _sample(self) -> None:
+        every = self.settings["system_metrics_every_s"]
+        if every and time.time() >= self._next_sample:
+            self._next_sample = time.time() + every
+            self._dropped += len(self._samples) == MAX_SYSTEM_SAMPLES
+            self._samples.append((time.time(), self._system.sample()))
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def catch_up(self) -> None:
+        """Connects where that is still to be done, then sends all that the server lacks."""
+        if self.run_id is None:
+            self.connect()
+        self.send()
+
+    def connect(self) -> None:
+        """Finds the run that mlflow.json names, or makes one; then describes it."""
+        from mlflow.entities import RunTag
+        from mlflow.tracking import MlflowClient
+
+        self._lock_run()
+        runs_dir = self.run_dir.parent
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            self.client = MlflowClient(tracking_uri(runs_dir))
+            run_id = self._find_or_create_run(None)
+        else:
+            with exclusive(runs_dir / "mlflow.db.lock"):  # tables are made by the first that comes
+                self.client = MlflowClient(tracking_uri(runs_dir) + "?timeout=60")
+                run_id = self._find_or_create_run((runs_dir / "mlartifacts").as_uri())
+        run = self.client.get_run(run_id)
+        self._start_s = run.info.start_time / 1000
+        tags = self._tags() | self._log_params(run_id, run.data.params, run.data.tags)
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        if not run.inputs.dataset_inputs:
+            self._log_dataset(run_id)
+        if (self.run_dir / "config.yaml").exists():
+            self.client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
+        self.sent_step = int(run.data.metrics.get(PROGRESS, 0))
+        self.run_id = run_id
+        self.parent.tell(sent=self.sent_step)
+
+    def _lock_run(self) -> None:
+        """Waits for the helper of an earlier start of this run, which may still be sending its last steps."""
+        if self._lock is None:
+            lock = open(self.run_dir / ".mlflow.lock", "ab")  # noqa: SIM115 (held until this process ends)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise RuntimeError("the helper of an earlier start of this run is still sending") from None
+            self._lock = lock
+
+    def _find_or_create_run(self, artifact_location: str | None) -> str:
+        """The id of the MLflow run that this run continues on this server.
+
+        A start that begins at the first step continues the MLflow run only where its config is the same, as after a
+        crash before the first checkpoint; with another config it is another run.
+        """
+        from mlflow.exceptions import MlflowException
+
+        server = without_password(tracking_uri(self.run_dir.parent)) if artifact_location is None else "embedded"
+        path = self.run_dir / "mlflow.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        found = known.get(server)
+        if found is not None and (self.info["resumed_from_step"] is not None or found["config"] == self.info["config"]):
+            try:
+                if self.client.get_run(found["run_id"]).info.lifecycle_stage == "active":
+                    self.client.update_run(found["run_id"], status="RUNNING")
+                    return found["run_id"]
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            self.parent.tell(warning=f"run {found['run_id']} was deleted there; a new one is made with all steps")
+        experiment = self.client.get_experiment_by_name(self.settings["experiment"])
+        experiment_id = (
+            experiment.experiment_id
+            if experiment is not None
+            else self.client.create_experiment(self.settings["experiment"], artifact_location)
+        )
+        run_id = self.client.create_run(experiment_id, run_name=self.info["run_name"]).info.run_id
+        known[server] = {"run_id": run_id, "config": self.info["config"]}
+        path.with_suffix(".tmp").write_text(json.dumps(known, indent=1) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+        return run_id
+
+    def _tags(self) -> dict[str, str]:
+        info = self.info
+        tags = {
+            "mlflow.user": os.environ.get("USER", ""),
+            "mlflow.source.name": "megatrain train",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": info["git_commit"],
+            "git_commit": info["git_commit"],
+            "host": info["host"],
+            "world_size": info["world_size"],
+            "device": info["device"],
+            "layout": info["layout"],
+            "engine": info["config"].get("engine", {}).get("name"),
+            "run_dir": info["run_dir"],
+        }
+        return {name: str(value) for name, value in tags.items() if value not in (None, "")}
+
+    def _log_params(self, run_id: str, known: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
+        """Logs the parameters that the server lacks. It refuses to change one: what a resume changed becomes a tag
+        `resume.<key>`; those tags are returned."""
+        from mlflow.entities import Param
+
+        wanted = flatten(self.info["config"])
+        wanted |= {name: text(self.info[name]) for name in ("num_parameters", "flops_per_token")}
+        new = [Param(name, value) for name, value in wanted.items() if name not in known]
+        for start in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
+        return {
+            f"resume.{name}": value
+            for name, value in wanted.items()
+            if name in known and (known[name] != value or f"resume.{name}" in tags)
+        }
+
+    def _log_dataset(self, run_id: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = self.info["config"].get("data", {})
+        name, fingerprint = data.get("name"), self.info["dataset_fingerprint"]
+        if not name or not fingerprint:
+            return
+        folder = str((Path(data.get("dir", "data")) / name).resolve())
+        dataset = Dataset(
+            name=name,
+            digest=fingerprint[:36],  # MLflow takes no longer one; the profile holds it whole
+            source_type="local",
+            source=json.dumps({"uri": folder}),
+            profile=json.dumps(self.info["dataset"] | {"fingerprint": fingerprint}),
+        )
+        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
+        self.client.log_inputs(run_id, datasets=inputs)
+
+    # ------------------------------------------------------------------------------------------------ metrics
+
+    def send(self) -> None:
+        """Sends the steps and system samples that the server lacks, oldest first.
+
+        A step that was sent is not sent again: after a resume its redone values differ in time, and MLflow would
+        keep both. Each request carries whole steps and, last, how far it went.
+        """
+        assert self.run_id is not None
+        for metrics, step, offset in self._unsent_steps():
+            if metrics:
+                self.client.log_batch(self.run_id, metrics=metrics)
+                self.sent_step = step
+                self.parent.tell(sent=step)
+            self._offset = offset
+        while self._samples:
+            self.client.log_batch(self.run_id, metrics=self._system_points(*self._samples[0]))
+            self._samples.popleft()
+
+    def _unsent_steps(self) -> Iterator[tuple[list[Any], int, int]]:
+        """Batches of metrics, the last step of each, and where it ends in the file."""
+        from mlflow.entities import Metric
+
+        metrics: list[Metric] = []
+        step, offset = self.sent_step, self._offset
+        for record, end in self._records():
+            if record["step"] > step:
+                moment = milliseconds(record["time"])
+                points = [Metric(name, value, moment, record["step"]) for name, value in numbers(record).items()]
+                if len(metrics) + len(points) + 1 > MAX_METRICS:
+                    yield [*metrics, Metric(PROGRESS, step, moment, step)], step, offset
+                    metrics = []
+                metrics += points
+                step = record["step"]
+                last = moment
+            offset = end
+        if metrics:
+            metrics.append(Metric(PROGRESS, step, last, step))
+        yield metrics, step, offset
+
+    def _records(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """The whole lines behind `_offset`, and where each ends. Starts over where the file was cut meanwhile."""
+        if not self.metrics_path.exists():
+            return
+        with open(self.metrics_path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, self._offset - 1))
+            if self._offset and (self._offset > size or file.read(1) != b"\n"):
+                self._offset = 0
+                file.seek(0)
+            end = self._offset
+            while data := file.readlines(MAX_READ):
+                for line in data:
+                    if not line.endswith(b"\n"):
+                        return
+                    end += len(line)
+                    yield json.loads(line), end
+
+    def _system_points(self, moment: float, values: dict[str, float]) -> list[Any]:
+        """Their steps count seconds since the MLflow run began, so that they go on where a resumed run goes on."""
+        from mlflow.entities import Metric
+
+        step = round(moment - self._start_s)
+        return [Metric(name, value, round(moment * 1000), step) for name, value in values.items()]
+
+    def finish(self, status: str) -> None:
+        """Sends what is left, the report and the events, and ends the run on the server."""
+        from megatrain.tracking.report import report
+
+        self.catch_up()
+        with tempfile.TemporaryDirectory() as folder:
+            self.client.log_artifact(self.run_id, str(report(self.run_dir, Path(folder) / "report.html")))
+        for name in ("config.yaml", "events.jsonl"):
+            if (self.run_dir / name).exists():
+                self.client.log_artifact(self.run_id, str(self.run_dir / name))
+        self.client.set_terminated(self.run_id, STATUS[status])
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock file `path` against other processes."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested config to dotted keys and texts that MLflow takes as parameters."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = text(value)
+    return flat
+
+
+def text(value: Any) -> str:
+    """A parameter's value: strings as they are, everything else as JSON, cut at MLflow's limit."""
+    shown = value if isinstance(value, str) else json.dumps(value)
+    return shown if len(shown) <= MAX_PARAM_LENGTH else shown[: MAX_PARAM_LENGTH - 3] + "..."
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """What of a step is worth a point: finite numbers, but not the step itself, nor zeros that only say "not now"."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, (int, float))
+        and math.isfinite(value)
+        and name != "step"
+        and not (name in ("eval_time_s", "save_time_s") and value == 0)
+        and not (name == "updated" and value)
+    }
+
+
+def milliseconds(time_text: str) -> int:
+    """ISO 8601 as written in metrics.jsonl to milliseconds since 1970."""
+    return round(datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp() * 1000)

@@ -1,0 +1,70 @@
+"""What the machine is doing: CPU, memory, disk, network and GPUs. Imports no torch.
+
+Names follow MLflow's own system metrics, so that its page shows them. GPUs are asked through nvidia-smi, which every
+NVIDIA driver brings along: the process that samples holds no CUDA context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+MEGABYTE = 1e6
+
+
+class SystemMetrics:
+    """Samples this machine, and the memory of the process `pid` (the trainer of rank 0)."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self._folder = folder
+        self._process = psutil.Process(pid)
+        self._network = psutil.net_io_counters()
+        self._has_gpu = shutil.which("nvidia-smi") is not None
+        psutil.cpu_percent()  # the first call only marks the beginning of the interval
+
+    def sample(self) -> dict[str, float]:
+        """Percentages of the whole machine, megabytes (1e6 bytes), network traffic since the last sample."""
+        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
+        values = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": (memory.total - memory.available) / MEGABYTE,
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/disk_usage_percentage": disk.percent,
+            "system/disk_available_megabytes": disk.free / MEGABYTE,
+        }
+        if network is not None and self._network is not None:
+            values["system/network_receive_megabytes"] = (network.bytes_recv - self._network.bytes_recv) / MEGABYTE
+            values["system/network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / MEGABYTE
+        self._network = network
+        with contextlib.suppress(psutil.NoSuchProcess):
+            values["system/process_memory_megabytes"] = self._process.memory_info().rss / MEGABYTE
+        return values | (self._gpus() if self._has_gpu else {})
+
+    def _gpus(self) -> dict[str, float]:
+        fields = ("utilization.gpu", "memory.used", "power.draw", "temperature.gpu")
+        command = ["nvidia-smi", f"--query-gpu=index,{','.join(fields)}", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            self._has_gpu = False  # a driver that hangs or fails once is not asked again
+            return {}
+        return parse_gpus(answer)
+
+
+def parse_gpus(answer: str) -> dict[str, float]:
+    """nvidia-smi's comma-separated rows of index, utilisation in percent, MiB used, watts, degrees Celsius."""
+    names = ("utilization_percentage", "memory_usage_megabytes", "power_usage_watts", "temperature_celsius")
+    units = (1.0, 1.048576, 1.0, 1.0)
+    values = {}
+    for row in answer.strip().splitlines():
+        index, *cells = [cell.strip() for cell in row.split(",")]
+        for name, unit, cell in zip(names, units, cells, strict=True):
+            try:
+                values[f"system/gpu_{index}_{name}"] = float(cell) * unit
+            except ValueError:
+                continue  # "[N/A]" where the device does not know
+    return values
