@@ -101,7 +101,10 @@ class MlflowTracker:
                 self._run_dir / "logs" / "mlflow.log",
             )
         elif self._helper.returncode != 0:
-            self._log.warning("MLflow's helper ended with code %d before it was done", self._helper.returncode)
+            self._log.warning(
+                "MLflow has all steps, but its helper was stopped after %g s, before the artifacts were sent",
+                self._config.finish_timeout_s,
+            )
 
     def _tell(self, message: dict[str, Any]) -> None:
         assert self._helper is not None and self._helper.stdin is not None

@@ -100,7 +100,8 @@ class Curves:
         self.tokens: list[int | None] = []
         self.curves: dict[str, dict[str, list[float | None]]] = {}
         self.heldout: list[tuple[int, float, int | None, float]] = []
-        self.totals = dict.fromkeys(("step_time_s", "tokens", *PARTS), 0.0)
+        self.totals = dict.fromkeys(("step_time_s", *PARTS), 0.0)
+        self.rates: dict[str, tuple[float, int]] = {"tokens_per_s": (0.0, 0), "mfu": (0.0, 0)}
         self.num_steps = self.num_skipped = 0
         self.last: dict[str, Any] = {}
         self.last_loss: float | None = None
@@ -113,11 +114,10 @@ class Curves:
             lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         stretch = max(1, math.ceil(lines / MAX_POINTS))
         bucket: dict[str, list[float]] = {}
-        filled, tokens_before = 0, None
+        filled = 0
         try:
             for record in iter_metrics(path):
-                self._note(record, tokens_before)
-                tokens_before = record.get("tokens", tokens_before)
+                self._note(record)
                 for name in (*CURVES, *PARTS):
                     if is_number(record.get(name)):
                         bucket.setdefault(name, []).append(record[name])
@@ -132,7 +132,7 @@ class Curves:
         every = max(1, math.ceil(len(self.heldout) / MAX_POINTS))
         self.heldout = self.heldout[::-every][::-1]  # the last one always stays
 
-    def _note(self, record: dict[str, Any], tokens_before: int | None) -> None:
+    def _note(self, record: dict[str, Any]) -> None:
         self.last = record
         self.num_steps += 1
         self.num_skipped += record.get("updated") is False
@@ -143,8 +143,9 @@ class Curves:
             self.heldout.append((record["step"], moment, record.get("tokens"), record["heldout_loss"]))
         for name in ("step_time_s", *PARTS):
             self.totals[name] += record[name] if is_number(record.get(name)) else 0.0
-        if tokens_before is not None and is_number(record.get("tokens")):
-            self.totals["tokens"] += max(0, record["tokens"] - tokens_before)
+        for name, (total, count) in self.rates.items():
+            if is_number(record.get(name)):
+                self.rates[name] = (total + record[name], count + 1)
 
     def _close(self, bucket: dict[str, list[float]], stretch: int) -> None:
         self.steps.append(self.last["step"])
@@ -196,19 +197,14 @@ def tiles(curves: Curves, events: list[dict[str, Any]]) -> list[dict[str, str]]:
         if is_number(event.get("bits_per_byte")):
             found.append(("bits per byte", f"{event['bits_per_byte']:.3f}", f"at step {event.get('step')}"))
             break
-    time = curves.totals["step_time_s"]
-    if time > 0:
-        if curves.totals["tokens"]:
-            mfu = curves.curves.get("mfu", {}).get("mean", [])
-            known = [value for value in mfu if value is not None]
-            found.append(
-                (
-                    "tokens/s",
-                    short(curves.totals["tokens"] / time),
-                    f"mfu {sum(known) / len(known):.1%}" if known else "mean",
-                )
-            )
-        found.append(("time in steps", clock(time), ""))
+    rates = {name: curves.rates[name] for name in curves.rates if curves.rates[name][1]}
+    if "tokens_per_s" in rates:
+        total, count = rates["tokens_per_s"]
+        mfu = "mfu {:.1%}".format(rates["mfu"][0] / rates["mfu"][1]) if "mfu" in rates else "mean"
+        found.append(("tokens/s", short(total / count), mfu))
+    spent = curves.totals["step_time_s"]
+    if spent:
+        found.append(("time in steps", clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days", ""))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
 

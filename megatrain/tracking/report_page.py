@@ -28,7 +28,7 @@ button:focus-visible { outline:2px solid var(--a); outline-offset:-2px }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(132px, 1fr)); gap:12px; margin-bottom:14px }
 .tile, .card { background:var(--card); border:1px solid var(--line); border-radius:12px }
 .tile { padding:11px 14px 10px } .tile .name, .tile .note { color:var(--soft); font-size:12px }
-.tile .value { font-size:22px; font-weight:620; letter-spacing:-.015em; line-height:1.25 } .tile .note { min-height:17px }
+.tile .value { font-size:22px; font-weight:620; letter-spacing:-.015em; line-height:1.25; white-space:nowrap } .tile .note { min-height:17px }
 .grid { display:grid; grid-template-columns:1fr 1fr; gap:14px } .wide { grid-column:1 / -1 }
 @media (max-width:820px) { .grid { grid-template-columns:1fr } main { padding:18px 12px } }
 .card { padding:12px 14px 8px; position:relative; min-width:0 }
@@ -45,6 +45,7 @@ svg { display:block; width:100%; overflow:visible; touch-action:pan-y } svg text
 .tip .wrap { white-space:normal; color:var(--soft) } .tip i { display:inline-block; width:8px; height:8px;
   border-radius:2px; margin-right:6px }
 .share { display:flex; height:14px; border-radius:5px; overflow:hidden; gap:2px; margin:6px 0 8px }
+.facts { display:flex; flex-wrap:wrap; gap:0 40px } .facts table { flex:1 1 340px; width:auto; align-self:flex-start }
 table { border-collapse:collapse; width:100%; font-size:13px } td { padding:4px 12px 4px 0; vertical-align:top;
   border-top:1px solid var(--grid); overflow-wrap:anywhere } tr:first-child td { border-top:0 }
 td:first-child { color:var(--soft); white-space:nowrap; width:1% } td.nowrap { white-space:nowrap; width:1% }
@@ -62,7 +63,7 @@ const N = D.x.step.length, charts = [], view = {axis: 'step', from: null, to: nu
 const esc = s => String(s).replace(/[&<>"']/g, c => `&#${c.charCodeAt(0)};`);
 const trim = s => s.includes('.') ? s.replace(/\.?0+$/, '') : s;
 function num(v, sig = 4) {
-  if (v === null || v === undefined) return '–';
+  if (v === null || v === undefined) return '\u2013';
   const a = Math.abs(v);
   if (a !== 0 && (a < 1e-3 || a >= 1e15)) return v.toExponential(Math.max(0, sig - 2)).replace(/\.?0+e/, 'e').replace('e+', 'e');
   for (const [size, unit] of [[1e12, 'T'], [1e9, 'B'], [1e6, 'M'], [1e4, 'k']])
@@ -112,6 +113,12 @@ const eventTone = kind => ({save: 'c', evaluate: 'b', start: 'a', resume: 'a', s
   hang: 'bad', signal: 'd', requeue: 'd', verify: 'soft'})[kind] || 'soft';
 const marked = D.events.filter(e => ['resume', 'rollback', 'skip', 'hang'].includes(e.kind)).slice(0, 60);
 const where = e => view.axis === 'tokens' ? (N ? D.x.tokens[nearestStep(e.step)] : null) : e[view.axis];
+// On the time axis a pause before a resume is a gap: the moment of the resume that lies before point i, else null.
+const restarts = D.x.time.map((t, i) => {
+  const found = D.events.filter(e => e.kind === 'resume' && e.time !== null && i && e.time > D.x.time[i - 1] && e.time < t);
+  return found.length ? found[found.length - 1].time : null;
+});
+const restart = i => view.axis === 'time' ? restarts[i] : null;
 function nearestStep(step) { const i = D.x.step.findIndex(s => s >= step); return i < 0 ? N - 1 : i; }
 
 class Chart {
@@ -158,6 +165,11 @@ class Chart {
       if (s.points) for (const p of s.points) { if (inside(p[this.column()])) values.push(p[3]); }
       else for (let i = 0; i < N; i++) if (inside(x[i]) && s.mean[i] !== null) values.push(s.mean[i]);
     }
+    for (const s of this.spec.stacked ? [] : this.spec.series) if (s.min && !s.points) {
+      const sorted = list => list.filter((v, i) => v !== null && inside(x[i])).sort((a, b) => a - b);
+      const lows = sorted(s.min), highs = sorted(s.max);  // the band, but for its most extreme fiftieth
+      if (lows.length) values.push(lows[Math.floor(lows.length * .02)], highs[Math.ceil(highs.length * .98) - 1]);
+    }
     if (this.log) values = values.filter(v => v > 0);
     if (!values.length) return this.log ? [1, 10] : [0, 1];
     let lo = values[0], hi = values[0];
@@ -177,7 +189,7 @@ class Chart {
     const Y = this.Y = v => h - bottom - (t(v) - t(y0)) / (t(y1) - t(y0)) * (h - top - bottom);
     const xt = (view.axis === 'time' ? timeTicks : ticks)(x0, x1, Math.max(3, Math.floor(w / 95)));
     const yt = this.log ? logTicks(y0, y1) : ticks(y0, y1, 4), id = 'c' + charts.indexOf(this);
-    let s = `<defs><clipPath id="${id}"><rect x="${left}" y="0" width="${w - left - right}" height="${h - bottom + 1}"/></clipPath></defs>`;
+    let s = `<defs><clipPath id="${id}"><rect x="${left - 4}" y="0" width="${w - left - right + 8}" height="${h - bottom + 4}"/></clipPath></defs>`;
     for (const v of yt) s += `<line x1="${left}" x2="${w - right}" y1="${Y(v)}" y2="${Y(v)}" stroke="var(--grid)"/>
       <text x="${left - 8}" y="${Y(v) + 4}" text-anchor="end">${this.spec.format ? this.spec.format(v) : num(v, 3)}</text>`;
     for (const v of xt) if (view.axis !== 'step' || Number.isInteger(v)) s += `<text x="${X(v)}" y="${h - 6}" text-anchor="middle">${axes[view.axis][1](v)}</text>`;
@@ -190,10 +202,11 @@ class Chart {
     this.plot.innerHTML = `<svg height="${h}" viewBox="0 0 ${w} ${h}" role="img" aria-label="${esc(this.spec.title)}">
       <rect width="${w}" height="${h}" fill="transparent"/>${s}</svg>`;
   }
-  path(x, y) {
+  path(x, y, whole) {
     let d = '', pen = 'M';
     for (let i = 0; i < x.length; i++) {
       if (y[i] === null || x[i] === null || (this.log && y[i] <= 0)) { pen = 'M'; continue; }
+      if (whole && restart(i) !== null) pen = 'M';
       d += pen + this.X(x[i]).toFixed(1) + ' ' + this.Y(y[i]).toFixed(1); pen = 'L';
     }
     return d;
@@ -207,7 +220,7 @@ class Chart {
       out += `<path class="range" fill="${color}" opacity=".18" d="M${there.map(i => this.X(x[i]).toFixed(1) + ' ' + this.Y(s.max[i]).toFixed(1))
         .concat(there.reverse().map(i => this.X(x[i]).toFixed(1) + ' ' + this.Y(s.min[i]).toFixed(1))).join('L')}Z"/>`;
     }
-    out += `<path class="curve" fill="none" stroke="${color}" stroke-width="${s.points ? 2 : 1.6}" stroke-linejoin="round" d="${this.path(x, y)}"/>`;
+    out += `<path class="curve" fill="none" stroke="${color}" stroke-width="${s.points ? 2 : 1.6}" stroke-linejoin="round" d="${this.path(x, y, !s.points)}"/>`;
     const few = x.length <= 40;
     if (few) for (let i = 0; i < x.length; i++) if (y[i] !== null && x[i] !== null && !(this.log && y[i] <= 0))
       out += `<circle cx="${this.X(x[i])}" cy="${this.Y(y[i])}" r="${s.points ? 3 : 2.2}" fill="${color}"/>`;
@@ -215,15 +228,16 @@ class Chart {
   }
   areas() {
     const x = xs(), base = new Array(N).fill(0); let out = '';
-    const half = i => i <= 0 ? (N > 1 ? x[0] - (x[1] - x[0]) : x[0] - .5) : x[i - 1];
+    const half = i => i <= 0 ? (N > 1 ? x[0] - (x[1] - x[0]) : x[0] - .5) : restart(i) !== null ? restart(i) : x[i - 1];
     for (const s of this.spec.series) {
-      let up = '', down = '';
+      let shape = '', up = '', down = '';
       for (let i = 0; i < N; i++) {
         const a = this.X(half(i)).toFixed(1), b = this.X(x[i]).toFixed(1), v = s.mean[i] || 0;
         const lo = this.Y(base[i]).toFixed(1); base[i] += v; const hi = this.Y(base[i]).toFixed(1);
-        up += `${i ? 'L' : 'M'}${a} ${hi}L${b} ${hi}`; down = `L${b} ${lo}L${a} ${lo}` + down;
+        if (i && restart(i) !== null) { shape += up + down + 'Z'; up = down = ''; }
+        up += `${up ? 'L' : 'M'}${a} ${hi}L${b} ${hi}`; down = `L${b} ${lo}L${a} ${lo}` + down;
       }
-      out += `<path class="curve" fill="var(--${s.tone})" opacity=".85" d="${up}${down}Z"/>`;
+      out += `<path class="curve" fill="var(--${s.tone})" opacity=".85" d="${shape}${up}${down}Z"/>`;
     }
     return out;
   }
@@ -246,7 +260,7 @@ class Chart {
           marks += `<circle cx="${px}" cy="${this.Y(y)}" r="3.5" fill="var(--${s.tone})" stroke="var(--card)" stroke-width="1.5"/>`;
       }
       const band = s.min && s.min[i] !== s.max[i] && s.min[i] !== null ? ` <span style="color:var(--soft)">${format(s.min[i])} … ${format(s.max[i])}</span>` : '';
-      rows += `<div class="row"><span><i style="background:var(--${s.tone})"></i>${esc(label)}</span><span><b>${v === null ? '–' : format(v)}</b>${band}</span></div>`;
+      rows += `<div class="row"><span><i style="background:var(--${s.tone})"></i>${esc(label)}</span><span><b>${v === null ? '\u2013' : format(v)}</b>${band}</span></div>`;
     }
     dots.innerHTML = marks; this.tip.style.display = 'none';
     if (!showTip) return;
@@ -317,7 +331,7 @@ function build() {
     add({title: 'Loss', wide: true, height: 300, legend: true, series: [curve('loss', 'training', 'a'), heldout]});
     add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
-    add({title: 'Tokens per second', zero: true, noLog: true, series: [curve('tokens_per_s', 'tokens/s', 'a')]});
+    add({title: 'Tokens per second', zero: true, noLog: true, height: D.curves.mfu ? 208 : 233, series: [curve('tokens_per_s', 'tokens/s', 'a')]});
     if (D.curves.mfu) add({title: 'Model FLOPs utilisation', zero: true, noLog: true, format: v => trim((v * 100).toFixed(1)) + '%',
       exact: v => (v * 100).toFixed(2) + '%', series: [curve('mfu', 'MFU', 'c')]});
     if (D.curves.loss_scale) add({title: 'Loss scale', log: true, series: [curve('loss_scale', 'loss scale', 'd')]});
@@ -328,14 +342,15 @@ function build() {
       const labels = [['compute', 'computing', 'a'], ['data', 'waiting for data', 'b'], ['eval', 'evaluating', 'c'], ['save', 'saving', 'd']];
       const sum = Object.values(D.time_spent).reduce((a, b) => a + b, 0) || 1;
       const share = labels.map(([k, , tone]) => `<span style="background:var(--${tone});flex:${D.time_spent[k] / sum} 0 0"></span>`).join('');
-      add({title: 'Where step time went (seconds a step)', wide: D.curves.mfu === undefined ? false : true, zero: true, noLog: true, stacked: true, height: D.curves.mfu ? 208 : 178,
+      add({title: 'Where step time went (seconds a step)', wide: Boolean(D.curves.mfu), zero: true, noLog: true, stacked: true, height: D.curves.mfu ? 208 : 178,
         above: `<div class="share">${share}</div>`, exact: v => num(v, 3) + ' s',
         series: labels.map(([k, label, tone]) => ({name: `${label} ${trim((100 * D.time_spent[k] / sum).toFixed(1))}%`, tone, mean: k === 'compute' ? compute : parts[k]}))});
     }
   } else root.innerHTML = '<section class="card wide empty">No step has been written yet.</section>';
   if (D.events.length) new Lanes(root);
   const rows = (list, cls) => `<table>${list.map(r => `<tr>${r.map((c, i) => `<td class="${i < cls ? 'nowrap' : ''}">${esc(c)}</td>`).join('')}</tr>`).join('')}</table>`;
-  root.insertAdjacentHTML('beforeend', `<section class="card wide"><div class="head"><h2>Run</h2></div>${rows(D.facts, 1)}</section>`);
+  const half = Math.ceil(D.facts.length / 2);
+  root.insertAdjacentHTML('beforeend', `<section class="card wide"><div class="head"><h2>Run</h2></div><div class="facts">${rows(D.facts.slice(0, half), 1)}${rows(D.facts.slice(half), 1)}</div></section>`);
   const last = D.events.slice(-300).map(e => [e.time === null ? '' : span(e.time), e.kind, `step ${e.step}`, e.detail]);
   if (last.length) root.insertAdjacentHTML('beforeend', `<details class="card wide"><summary>All events</summary>${rows(last, 3)}</details>`);
   if (D.config) root.insertAdjacentHTML('beforeend', `<details class="card wide"><summary>Configuration</summary><pre>${esc(D.config)}</pre></details>`);
