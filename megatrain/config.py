@@ -113,7 +113,7 @@ class DataConfig:
 
     name: str = key(MISSING, "dataset identity; the prepared form lives in <data.dir>/<data.name>/")
     dir: str = key("data", "folder of all prepared datasets")
-    kind: str = key("files", "where text comes from", choices=("python_stdlib", "files", "huggingface"))
+    kind: str = key("files", "where text comes from", choices=("python_stdlib", "files", "huggingface", "megatron"))
     paths: list[str] = key([], "globs that data=files reads: .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
     text_column: str = key("text", "column or field that holds the text in .jsonl, .parquet and Hugging Face data")
     hf_path: str | None = key(None, "Hugging Face dataset: a hub name or a local folder")

@@ -147,7 +147,7 @@ def check_dataset(folder: Path) -> Card:
     for name, split in card.splits.items():
         prefix = folder / name
         header = read_header(prefix)
-        for path, size in zip(pair(prefix), (split.bin_size, split.idx_size)):
+        for path, size in zip(pair(prefix), (split.bin_size, split.idx_size), strict=True):
             if path.stat().st_size != size:
                 raise DataError(
                     f"{path}: {path.stat().st_size} bytes, but the card says {size}: the file was changed or cut"

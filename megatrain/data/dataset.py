@@ -5,6 +5,7 @@ What is not here: the order of samples (order.py), batches (loader.py), writing 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import xxhash
 
 from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
-from megatrain.data.indexed import BLOCK_BYTES, hash_blocks, hash_file, pair
+from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, pair, read_header
 from megatrain.errors import DataError
 
 __all__ = ["Card", "Dataset", "check_dataset", "describe_dataset"]
@@ -46,7 +47,7 @@ class Dataset:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Token ids `[start, start + count)` as a new int64 array. Raises `DataError` if a block is not what it was."""
-        assert 0 <= start and start + count <= self.num_tokens, (start, count, self.num_tokens)
+        assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
         if self._unverified and count:
             itemsize = self._tokens.itemsize
             first, last = start * itemsize // BLOCK_BYTES, ((start + count) * itemsize - 1) // BLOCK_BYTES
@@ -55,6 +56,15 @@ class Dataset:
                     self._verify(block)
         return self._tokens[start : start + count].astype(np.int64)
 
+    def documents(self) -> Iterator[np.ndarray]:
+        """The token ids (int64) of each document in turn, its end-of-document token included."""
+        header = read_header(self.folder / self.split)
+        lengths = np.memmap(self.idx_path, dtype="<i4", mode="r", offset=HEADER.size, shape=(header.num_sequences,))
+        start = 0
+        for length in lengths:
+            yield self.read(start, int(length))
+            start += int(length)
+
     def offset(self, token: int) -> int:
         """Byte offset of a token in the `.bin`."""
         return token * self._tokens.itemsize
@@ -62,7 +72,7 @@ class Dataset:
     def _verify(self, block: int) -> None:
         start = block * BLOCK_BYTES
         data = np.memmap(self.bin_path, dtype=np.uint8, mode="r")[start : start + BLOCK_BYTES]
-        if xxhash.xxh3_64_hexdigest(data) != self.split_card.block_hashes[block]:
+        if xxhash.xxh3_64_hexdigest(data.data) != self.split_card.block_hashes[block]:
             raise DataError(
                 f"{self.bin_path}: bytes {start} to {start + len(data)} are not what was prepared (hash differs from the card's); "
                 "copy or prepare the dataset again"
@@ -82,7 +92,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
         bin_path, idx_path = pair(folder / name)
         if hash_file(idx_path) != split.idx_hash:
             raise DataError(f"{idx_path}: its hash is not the card's: the file was changed")
-        for block, (found, expected) in enumerate(zip(hash_blocks(bin_path), split.block_hashes)):
+        for block, (found, expected) in enumerate(zip(hash_blocks(bin_path), split.block_hashes, strict=True)):
             if found != expected:
                 raise DataError(f"{bin_path}: block at byte {block * BLOCK_BYTES} does not match the card's hash")
     assert card.fingerprint == fingerprint(card.splits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,13 +73,13 @@ class IndexedWriter:
         self.num_tokens = 0
         self.blocks = BlockHasher()
         self._lengths_path = prefix.with_name(prefix.name + ".lengths")
-        self._bin: BinaryIO = open(self.bin_path, "wb")
-        self._lengths: BinaryIO = open(self._lengths_path, "wb")
+        self._bin: BinaryIO = open(self.bin_path, "wb")  # noqa: SIM115, closed by finish
+        self._lengths: BinaryIO = open(self._lengths_path, "wb")  # noqa: SIM115
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their token ids one after another and the number of ids of each."""
         assert ids.dtype == self.dtype and int(lengths.sum()) == len(ids)
-        data = memoryview(np.ascontiguousarray(ids)).cast("B") if len(ids) else memoryview(b"")
+        data = memoryview(ids.tobytes())
         self._bin.write(data)
         self.blocks.update(data)
         self._lengths.write(lengths.astype("<i4").tobytes())
@@ -105,7 +106,7 @@ class IndexedWriter:
         _flush(self._bin)
         self._bin.close()
 
-    def _read_lengths(self):  # type: ignore[no-untyped-def]
+    def _read_lengths(self) -> Iterator[np.ndarray]:
         with open(self._lengths_path, "rb") as file:
             while data := file.read(4 * _STRIDE):
                 yield np.frombuffer(data, dtype="<i4")

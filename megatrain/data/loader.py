@@ -72,13 +72,16 @@ class TrainStream:
         return self
 
     def __next__(self) -> StepBatch:
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._closed.set()
-            raise item
-        return item
+        while not self._closed.is_set():
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if isinstance(item, BaseException):
+                self._closed.set()
+                raise item
+            return item
+        raise StopIteration
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """End the thread; True when it ended within `timeout_s` seconds (it is a daemon: it never holds up the exit)."""

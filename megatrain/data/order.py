@@ -6,6 +6,7 @@ nothing and any k can be asked for alone. Beside it, the cursor's arithmetic ove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,14 +48,9 @@ def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
     A generalised Feistel network over Z_a x Z_a with a = ceil(sqrt(n)), whose domain a * a is barely larger than n,
     walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    side = int(np.sqrt(n))
-    while side * side < n:
-        side += 1
-    while (side - 1) * (side - 1) >= n:
-        side -= 1
-    a = np.uint64(side)
+    a = np.uint64(math.isqrt(n - 1) + 1)
     round_keys = [np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed=r)) for r in range(_ROUNDS)]
-    value = index.astype(np.uint64)
+    value: np.ndarray = index.astype(np.uint64)
     outside = np.arange(len(value))
     while len(outside):
         left, right = value[outside] // a, value[outside] % a

@@ -8,27 +8,28 @@ by one rename, so that what looks whole is whole.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from megatrain.config import PrepareConfig
+from megatrain.config import PrepareConfig, TokenizerConfig
+from megatrain.data.adopt import check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.finish import Workplace
 from megatrain.data.indexed import IndexedWriter, token_dtype
 from megatrain.data.normalise import Policy, Record
 from megatrain.data.progress import Meter
 from megatrain.data.sources import Source, open_source
-from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Frame, Seen, Spool, pack, unpack
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer, segments, train_sentencepiece
+from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Sample, Seen, Spool, pack, unpack
+from megatrain.data.tokenizer import Tokenizer, find_tokenizer
+from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.data.workers import Cleaned, CleanTask, EncodeTask, Workers, clean_chunk, encode_chunk, usable_cores
 from megatrain.errors import ConfigError, DataError
 
@@ -40,40 +41,58 @@ _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
 def prepare(config: PrepareConfig) -> Path:
     """Prepare the dataset that the config describes and return its folder. A finished one with the same settings is kept.
 
-    Raises `ConfigError` (settings, paths, another dataset of that name) or `DataError` (the text itself).
+    Raises `ConfigError` (settings, paths, another dataset of that name), `DataError` (the text itself) or
+    `EnvironmentFault` (a library or the hub is missing).
     """
     target = Path(config.data.dir) / config.data.name
-    source = open_source(config.data)
+    given = _given_tokenizer(config)
+    opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
+    identity = opened.identity if isinstance(opened, Source) else {s: str(prefix) for s, prefix in opened.items()}
     settings = _settings(config)
-    if _already(target, settings, source, config.data.overwrite):
+    if _already(target, settings | {"source": identity}, given, config.data.overwrite):
         print(
             f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
         )
         return target
-    workers = config.data.workers or usable_cores()
-    with Workplace(target) as workplace, Workers(workers) as pool:
-        folder = workplace.folder
-        spool = Spool(folder)
-        cleaned = _clean(source, config, pool, spool, folder)
-        tokenizer = _tokenizer(config, spool, cleaned)
-        tokenizer.save(folder / "tokenizer")
-        splits = _encode(spool, folder, tokenizer, pool)
-        spool.close()
-        card = Card(
-            name=config.data.name,
-            fingerprint=fingerprint(splits),
-            splits=splits,
-            tokenizer=TokenizerCard(
-                tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document
-            ),
-            source=source.identity,
-            counts=dict(sorted(cleaned.counts.items())),
-            config=settings,
-        )
-        card.save(folder)
+    with Workplace(target) as workplace:
+        if isinstance(opened, Source):
+            card = _make(opened, config, given, workplace.folder)
+        else:
+            link(opened, workplace.folder)
+            card = make_card(workplace.folder, config.data.name, given)
+            if given:
+                given.save(workplace.folder / "tokenizer")
+        card.source, card.config = identity, settings
+        card.save(workplace.folder)
         workplace.publish()
     print(_summary(target, card), file=sys.stderr)
     return target
+
+
+def _make(source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path) -> Card:
+    """Read, clean, tokenize and write; everything of the dataset but its card lies in `folder` afterwards."""
+    with Workers(config.data.workers or usable_cores()) as pool, Spool(folder) as spool:
+        cleaned = _clean(source, config, pool, spool, folder)
+        tokenizer = given or _train_tokenizer(config.tokenizer, spool, cleaned)
+        tokenizer.save(folder / "tokenizer")
+        splits = _encode(spool, folder, tokenizer, pool)
+    return Card(
+        name=config.data.name,
+        fingerprint=fingerprint(splits),
+        splits=splits,
+        tokenizer=TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document),
+        counts=dict(sorted(cleaned.counts.items())),
+    )
+
+
+def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    if config.tokenizer.path:
+        return find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    if config.tokenizer.kind != "sentencepiece" and config.data.kind != "megatron":
+        raise ConfigError(
+            f"tokenizer.path: missing; only sentencepiece is trained here, {config.tokenizer.kind} is loaded"
+        )
+    return None
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -82,7 +101,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return {"seed": config.seed, "data": data, "tokenizer": asdict(config.tokenizer)}
 
 
-def _already(target: Path, settings: dict[str, Any], source: Source, overwrite: bool) -> bool:
+def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
     """Whether `target` is finished with these settings. Raises `ConfigError` when it is something else."""
     if overwrite or not target.exists():
         return False
@@ -91,12 +110,14 @@ def _already(target: Path, settings: dict[str, Any], source: Source, overwrite: 
             return False
         raise ConfigError(f"data.name: {target} exists and is not a prepared dataset; choose another data.name")
     card = check_dataset(target)
-    was, now = _flat(card.config | {"source": card.source}), _flat(settings | {"source": source.identity})
+    was, now = _flat(card.config | {"source": card.source}), _flat(settings)
     changed = [
         f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(was | now)
         if was.get(key) != now.get(key)
     ]
+    if given and card.tokenizer and given.fingerprint != card.tokenizer.fingerprint:
+        changed.append("the tokenizer at tokenizer.path")
     if changed:
         raise ConfigError(
             f"data.name: {target} was prepared with other settings: {'; '.join(changed)}. "
@@ -119,48 +140,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class Clean:
     """What cleaning learnt: counts, how many documents each split has, and which to train the tokenizer on."""
 
+    sample: Sample
     counts: Counter[str] = field(default_factory=Counter)
     kept: Counter[int] = field(default_factory=Counter)
-    sample: Sample | None = None
     lowest: tuple[int, int] | None = None  # (held-out draw, document): the first to be held out
     highest: tuple[int, int] | None = None
-
-
-class Sample:
-    """Documents for the tokenizer: those with the smallest draws until `budget` bytes are full, whatever the order."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._heap: list[tuple[int, int, Frame, int]] = []  # (-draw, bytes, frame, place in it)
-        self._bytes = 0
-
-    def offer(self, draw: int, size: int, frame: Frame, place: int) -> None:
-        """Consider a document."""
-        if self._bytes >= self._budget and draw >= -self._heap[0][0]:
-            return
-        heapq.heappush(self._heap, (-draw, size, frame, place))
-        self._bytes += size
-        while self._bytes - self._heap[0][1] >= self._budget:
-            self._bytes -= heapq.heappop(self._heap)[1]
-
-    def texts(self, spool: Path) -> Iterator[str]:
-        """The documents, in the order of the corpus, `budget` bytes at most, cut at segments."""
-        left = self._budget
-        chosen = sorted(((frame.offset, place, frame) for _, _, frame, place in self._heap), key=lambda item: item[:2])
-        for _, group in itertools.groupby(chosen, key=lambda item: item[0]):
-            members = list(group)
-            documents = unpack(spool, members[0][2])
-            for _, place, _ in members:
-                for segment in segments(documents[place].decode()):
-                    if left > 0:
-                        left -= len(segment.encode())
-                        yield segment
 
 
 def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> Clean:
     """Fill the spool; raises `DataError` when nothing is left to train on."""
     policy = Policy(config.data.text_column, config.data.undecodable)
-    found = Clean(sample=Sample(config.tokenizer.train_bytes))
+    found = Clean(Sample(config.tokenizer.train_bytes))
     seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
     tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
     with Meter("reading", source.total_bytes) as meter:
@@ -210,7 +200,7 @@ def _keep(cleaned: Cleaned, spool: Spool, found: Clean, seen: Seen | None, confi
         found.highest = max(found.highest or place, place)
     frame = spool.add(cleaned.frame, bytes(flags), sum(cleaned.sizes))
     for i, flag in enumerate(flags):
-        if flag == TRAIN and found.sample is not None:
+        if flag == TRAIN:
             found.sample.offer(draws[i], cleaned.sizes[i], frame, i)
 
 
@@ -221,47 +211,38 @@ def _at_least_one(spool: Spool, found: Clean, fraction: float) -> None:
         _cut_in_two(spool, found, fraction)
     elif not found.kept[HELDOUT]:
         spool.set_flag(found.lowest[1], HELDOUT)
+        found.sample.forget(*spool.locate(found.lowest[1]))
     elif not found.kept[TRAIN]:
         spool.set_flag(found.highest[1], TRAIN)
+        frame, place = spool.locate(found.highest[1])
+        found.sample.offer(0, len(unpack(spool.path, frame)[place]), frame, place)
 
 
 def _cut_in_two(spool: Spool, found: Clean, fraction: float) -> None:
     """Hold out the last share of the only document, from the start of a line where there is one."""
     assert found.lowest
-    frame, place, number = None, 0, found.lowest[1]
-    for candidate, _ in spool.frames():
-        if number < candidate.documents:
-            frame, place = candidate, number
-            break
-        number -= candidate.documents
-    assert frame is not None
+    frame, place = spool.locate(found.lowest[1])
     text = unpack(spool.path, frame)[place].decode()
-    at = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 or int(len(text) * (1 - fraction))
+    middle = int(len(text) * (1 - fraction))
+    at = text.rfind("\n", 0, middle) + 1 or middle
     if not 0 < at < len(text):
-        return
-    parts = [text[:at].encode(), text[at:].encode()]
+        raise DataError("the corpus is a single character; it cannot be held out in part: set data.heldout_fraction=0")
     spool.set_flag(found.lowest[1], DROPPED)
+    parts = [text[:at].encode(), text[at:].encode()]
+    frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), sum(map(len, parts)))
     found.counts["cut_in_two"] = 1
-    frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), 0)
-    found.sample = None if found.sample is None else _only(found.sample, len(parts[0]), frame)
-
-
-def _only(sample: Sample, size: int, frame: Frame) -> Sample:
-    """The same budget over the first document of one frame."""
-    fresh = Sample(sample._budget)
-    fresh.offer(0, size, frame, 0)
-    return fresh
+    found.sample = Sample(found.sample.budget)
+    found.sample.offer(0, len(parts[0]), frame, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
-def _tokenizer(config: PrepareConfig, spool: Spool, cleaned: Clean) -> Tokenizer:
-    assert cleaned.sample is not None
-    for _ in spool.frames():  # flushes what is buffered
-        break
-    print(f"tokenizer: training {config.tokenizer.vocab_size} pieces", file=sys.stderr)
-    return train_sentencepiece(cleaned.sample.texts(spool.path), config.tokenizer.vocab_size)
+def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: Clean) -> Tokenizer:
+    start = time.monotonic()
+    tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.vocab_size)
+    print(f"tokenizer: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    return tokenizer
 
 
 def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> dict[str, Any]:

@@ -6,20 +6,25 @@ byte a document says what becomes of it. Nothing here is kept once the dataset i
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import sqlite3
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
-import zstandard
+
+from megatrain.data.tokenizer import segments
 
 DROPPED, TRAIN, HELDOUT = 0, 1, 2
 _FRAME = struct.Struct("<QQQ")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Frame:
     """Where a frame lies in the spool (bytes) and how many documents it holds."""
 
@@ -31,27 +36,27 @@ class Frame:
 def pack(texts: list[bytes]) -> bytes:
     """A frame of documents: their number, their sizes and their bytes, compressed."""
     sizes = np.array([len(texts), *map(len, texts)], dtype="<u8").tobytes()
-    return zstandard.ZstdCompressor(level=1).compress(sizes + b"".join(texts))
+    return zlib.compress(sizes + b"".join(texts), 1)
 
 
 def unpack(spool: Path, frame: Frame) -> list[bytes]:
     """The documents of a frame."""
     with open(spool, "rb") as file:
         file.seek(frame.offset)
-        data = zstandard.ZstdDecompressor().decompress(file.read(frame.size))
+        data = zlib.decompress(file.read(frame.size))
     sizes = np.frombuffer(data, dtype="<u8", count=1 + frame.documents)[1:]
     ends = np.cumsum(sizes, dtype=np.int64) + 8 * (1 + frame.documents)
-    return [data[int(end) - int(size) : int(end)] for end, size in zip(ends, sizes)]
+    return [data[int(end) - int(size) : int(end)] for end, size in zip(ends, sizes, strict=True)]
 
 
 class Spool:
     """Frames, and a flag for each document, in files of a folder: memory does not grow with the corpus."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "spool.zst"
-        self._data = open(self.path, "wb")
-        self._index = open(folder / "spool.frames", "w+b")
-        self._flags = open(folder / "spool.flags", "w+b")
+        self.path = folder / "spool.z"
+        self._data = open(self.path, "wb")  # noqa: SIM115, closed by close
+        self._index = open(folder / "spool.frames", "w+b")  # noqa: SIM115
+        self._flags = open(folder / "spool.flags", "w+b")  # noqa: SIM115
         self.documents = 0
         self.text_bytes = 0
 
@@ -73,18 +78,74 @@ class Spool:
 
     def frames(self) -> Iterator[tuple[Frame, bytes]]:
         """All frames with their flags, in order."""
-        for file in (self._data, self._index, self._flags):
-            file.flush()
+        self.flush()
         with open(self._index.name, "rb") as index, open(self._flags.name, "rb") as flags:
             while entry := index.read(_FRAME.size):
                 frame = Frame(*_FRAME.unpack(entry))
                 yield frame, flags.read(frame.documents)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Make what was added readable."""
+        for file in (self._data, self._index, self._flags):
+            file.flush()
+
+    def locate(self, document: int) -> tuple[Frame, int]:
+        """The frame that holds the document of this number, and its place there."""
+        for frame, _ in self.frames():
+            if document < frame.documents:
+                return frame, document
+            document -= frame.documents
+        raise IndexError(document)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the files and remove them."""
         for file in (self._data, self._index, self._flags):
             file.close()
             Path(file.name).unlink(missing_ok=True)
+
+
+class Sample:
+    """Documents for the tokenizer: those with the smallest draws until `budget` bytes are full, whatever the order."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._heap: list[tuple[int, int, Frame, int]] = []  # (-draw, bytes, frame, place in it)
+        self._bytes = 0
+
+    def offer(self, draw: int, size: int, frame: Frame, place: int) -> None:
+        """Consider a document."""
+        if self._bytes >= self.budget and draw >= -self._heap[0][0]:
+            return
+        heapq.heappush(self._heap, (-draw, size, frame, place))
+        self._bytes += size
+        while self._bytes - self._heap[0][1] >= self.budget:
+            self._bytes -= heapq.heappop(self._heap)[1]
+
+    def forget(self, frame: Frame, place: int) -> None:
+        """Leave a document out, unless it is all there is."""
+        others = [entry for entry in self._heap if entry[2:] != (frame, place)]
+        if others:
+            heapq.heapify(others)
+            self._heap, self._bytes = others, sum(entry[1] for entry in others)
+
+    def texts(self, spool: Spool) -> Iterator[str]:
+        """The documents in the order of the corpus, in segments, `budget` bytes in all (one segment more at most)."""
+        spool.flush()
+        left = self.budget
+        chosen = sorted(((frame.offset, place, frame) for _, _, frame, place in self._heap), key=lambda item: item[:2])
+        for _, group in itertools.groupby(chosen, key=lambda item: item[0]):
+            members = list(group)
+            documents = unpack(spool.path, members[0][2])
+            for _, place, _ in members:
+                for segment in segments(documents[place].decode()):
+                    if left > 0:
+                        left -= len(segment.encode())
+                        yield segment
 
 
 class Seen:

@@ -1,4 +1,5 @@
-"""Text to token ids and back: our SentencePiece models and any Hugging Face fast tokenizer. Runs no code from files.
+"""Text to token ids and back: what every tokenizer offers, and loading one. The two kinds are in tokenizer_sentencepiece.py
+and tokenizer_hf.py. Runs no code from files.
 
 A saved tokenizer is a folder with `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), and
 `megatrain_tokenizer.json` that says which. Loading is always by data: no pickles, no remote code.
@@ -6,19 +7,16 @@ A saved tokenizer is a folder with `tokenizer.model` (SentencePiece) or `tokeniz
 
 from __future__ import annotations
 
-import codecs
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatrain.errors import ConfigError, DataError
 
 META = "megatrain_tokenizer.json"
-SEGMENT = 8192
+SEGMENT = 4096
 """Characters encoded at once. Text is cut there at fixed places, so that memory and time stay linear in its length."""
 
 
@@ -46,7 +44,7 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write the tokenizer into `folder` (made if missing)."""
 
-    def _save_meta(self, folder: Path) -> None:
+    def save_meta(self, folder: Path) -> None:
         meta = {"kind": self.kind, "end_of_document": self.end_of_document, "fingerprint": self.fingerprint}
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
@@ -63,167 +61,53 @@ class StreamDecoder(ABC):
         """What is left."""
 
 
-# ---------------------------------------------------------------------------------------------------- SentencePiece
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with byte fallback, used losslessly.
-
-    SentencePiece writes a space as U+2581; a U+2581 of the text itself therefore goes through its three byte pieces.
-    """
-
-    kind = "sentencepiece"
-
-    def __init__(self, model: bytes, origin: str) -> None:
-        import sentencepiece
-
-        self._model = model
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise DataError(f"{origin}: not a SentencePiece model ({error})") from error
-        self.vocab_size = self._processor.vocab_size()
-        self.end_of_document = self._processor.eos_id()
-        self.fingerprint = xxhash.xxh3_128_hexdigest(model)
-        byte_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
-        if self.end_of_document < 0 or len(set(byte_ids)) < 256:
-            raise DataError(
-                f"{origin}: needs an end-of-sentence piece and byte fallback; train one without tokenizer.path"
-            )
-        self._marker = [byte_ids[b] for b in "▁".encode()]
-        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        for index, byte_id in enumerate(byte_ids):
-            self._bytes[byte_id] = bytes([index])
-        if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise DataError(f"{origin}: does not give text back exactly (it normalises); a lossless model is needed")
-
-    def _piece_bytes(self, token: int) -> bytes:
-        processor = self._processor
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token):
-            return b""
-        return processor.id_to_piece(token).replace("▁", " ").encode()
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for index, part in enumerate(text.split("▁")):
-            if index:
-                ids += self._marker
-            for segment in segments(part):
-                ids += self._processor.encode(segment)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        table = self._bytes
-        return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
-
-    def stream_decoder(self) -> StreamDecoder:
-        return _ByteStream(self._bytes)
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self._model)
-        self._save_meta(folder)
-
-
-_PROBE = "  Ａ ﬁ\t\n\n   x▁▁ é\U0001f600 <s></s><unk><0x41>\n "
-
-
-def segments(text: str) -> Iterator[str]:
-    """The text in pieces of at most `SEGMENT` characters, cut after a newline where there is one."""
+def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
+    """The text in pieces of at most `limit` characters, cut after a newline where there is one."""
     start = 0
-    while len(text) - start > SEGMENT:
-        stop = text.rfind("\n", start, start + SEGMENT) + 1 or start + SEGMENT
+    while len(text) - start > limit:
+        stop = text.rfind("\n", start, start + limit) + 1 or start + limit
         yield text[start:stop]
         start = stop
     if start < len(text):
         yield text[start:]
 
 
-class _ByteStream(StreamDecoder):
-    """Decodes pieces that are byte strings."""
-
-    def __init__(self, table: list[bytes]) -> None:
-        self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._table[token])
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a BPE model with byte fallback on clean texts, read once. The same texts in the same order give the same
-    model on any machine.
-
-    Pieces may be runs of spaces and may join letters with signs (`(self,`), both of which code rewards. Raises
-    `DataError` when the texts cannot fill anything.
-    """
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
+def read_text(path: Path) -> str:
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,
-            input_sentence_size=0,
-            shuffle_input_sentence=False,
-            max_sentence_length=16 * SEGMENT,
-            num_threads=4,  # part of the model file; the result does not depend on it
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"tokenizer.vocab_size={vocab_size}: the tokenizer could not be trained ({error})") from error
-    return SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
-
-
-def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    for text in texts:
-        for part in text.split("▁"):
-            for sentence in segments(part):
-                if sentence.strip("\n"):
-                    yield sentence
-
-
-
-# ---------------------------------------------------------------------------------------------------- loading
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a JSON file of a tokenizer") from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer that `save` wrote. Raises `ConfigError` if the folder is none, `DataError` if it is damaged."""
-    path = Path(folder) / META
-    if not path.is_file():
+    """Load a tokenizer that `save` wrote. Raises `ConfigError` if the folder holds none, `DataError` if it is damaged."""
+    folder = Path(folder)
+    if not (folder / META).is_file():
         raise ConfigError(f"{folder}: no saved tokenizer there (it has no {META})")
     try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads(read_text(folder / META))
         kind, fingerprint = meta["kind"], meta["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error})") from error
-    tokenizer = load_sentencepiece(Path(folder) / "tokenizer.model")
+        raise DataError(f"{folder / META}: damaged ({error})") from error
+    tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
     return tokenizer
 
 
-def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    """Load a `.model` file. Raises `ConfigError` if it is not there, `DataError` if it cannot be used losslessly."""
-    if not path.is_file():
-        raise ConfigError(f"tokenizer.path: {path} is not a file; give a SentencePiece .model file")
-    return SentencePieceTokenizer(path.read_bytes(), str(path))
+def find_tokenizer(kind: str, path: str) -> Tokenizer:
+    """The tokenizer that `tokenizer.kind` and `tokenizer.path` name.
+
+    Raises `ConfigError` when it is not there, `DataError` when it cannot be used.
+    """
+    from megatrain.data.tokenizer_hf import find_hugging_face
+    from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    if kind == "hf":
+        return find_hugging_face(path)
+    place = Path(path).expanduser()
+    if place.is_dir() and (place / "tokenizer.model").is_file():
+        place /= "tokenizer.model"
+    if not place.is_file():
+        raise ConfigError(f"tokenizer.path: {path} is not there; give a SentencePiece .model file")
+    return SentencePieceTokenizer(place.read_bytes(), path)

@@ -146,7 +146,7 @@ def encode_chunk(task: EncodeTask) -> Encoded:
     tokenizer = _load(task.tokenizer, task.fingerprint)
     found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
     total = 0
-    for flag, text in zip(task.flags, unpack(task.spool, task.frame)):
+    for flag, text in zip(task.flags, unpack(task.spool, task.frame), strict=True):
         total += len(text)
         if flag == DROPPED:
             continue

@@ -1,0 +1,53 @@
+"""Megatron-LM data as it is: a card, hashes and a folder for `.bin/.idx` pairs that somebody else tokenized.
+
+Nothing is copied: the dataset's folder links to the files. What was end-of-document there stays so; no id is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, fingerprint
+from megatrain.data.indexed import pair, read_header
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import ConfigError
+
+
+def check_prefixes(paths: list[str]) -> dict[str, Path]:
+    """The pair that each split is to have. Raises `ConfigError` or `DataError` if one is not there or not whole."""
+    if not 1 <= len(paths) <= len(SPLITS):
+        raise ConfigError(
+            f"data.paths={paths}: data=megatron takes one prefix (train) or two (train, held-out), such as [corpus_text_document]"
+        )
+    prefixes = {}
+    for split, given in zip(SPLITS, paths, strict=False):
+        prefix = Path(given.removesuffix(".bin").removesuffix(".idx")).expanduser().absolute()
+        if not any(path.is_file() for path in pair(prefix)):
+            raise ConfigError(f"data.paths: there is no {prefix}.bin and .idx; give the prefix that both files share")
+        read_header(prefix)
+        prefixes[split] = prefix
+    return prefixes
+
+
+def link(prefixes: dict[str, Path], folder: Path) -> None:
+    """Link each split's pair into `folder` under the split's name."""
+    for split, prefix in prefixes.items():
+        for source, name in zip(pair(prefix), pair(folder / split), strict=True):
+            os.symlink(source, name)
+
+
+def make_card(folder: Path, name: str, tokenizer: Tokenizer | None, **also: Any) -> Card:
+    """The card of a folder that holds (or links to) `train.bin/.idx` and perhaps `heldout.bin/.idx`; reads them once.
+
+    `tokenizer` is the one that made the ids, where it is known; `also` are further fields of the card. Raises `DataError`
+    if a pair is not whole. The caller saves it.
+    """
+    splits: dict[str, SplitCard] = {
+        split: card_of_files(folder / split) for split in SPLITS if pair(folder / split)[1].exists() or split == "train"
+    }
+    made_by = None
+    if tokenizer is not None:
+        made_by = TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
+    return Card(name=name, fingerprint=fingerprint(splits), splits=splits, tokenizer=made_by, **also)

@@ -1,0 +1,66 @@
+"""Reading compressed files in bounded memory, with damage noticed. Knows nothing of what the lines mean."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from megatrain.errors import EnvironmentFault
+
+_GULP = 1024  # compressed bytes taken at once: a block of zstd's gives at most 128 KiB for as few as 4 bytes
+
+
+def opened(path: Path, raw: BinaryIO) -> BinaryIO:
+    """A buffered reader of the text in `raw`, decompressed by the suffix of `path`.
+
+    Reading raises `EOFError` where a compressed file ends too early, `zlib.error` or `gzip.BadGzipFile` where a `.gz` is
+    damaged, `EOFError` where a `.zst` is.
+    """
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw)))
+    if path.name.endswith(".zst"):
+        return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), 2**17))
+    return raw
+
+
+class ZstdReader(io.RawIOBase):
+    """Decompresses a zstd file of one or more frames and, unlike the library's own stream, refuses one that is cut short."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise EnvironmentFault("reading .zst needs the library zstandard: pip install 'megatrain[data]'") from error
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._raw = raw
+        self._frame: Any = None  # the frame being read
+        self._rest = b""  # compressed bytes behind the frame that has just ended
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the file; 0 at its end. Raises `EOFError` if the file is cut short or damaged."""
+        while not self._ready:
+            data = self._rest or self._raw.read(_GULP)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the zstd file ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count

@@ -1,0 +1,136 @@
+"""SentencePiece: training a lossless BPE model with byte fallback, and using one. Chooses no texts, splits no data."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from megatrain.data.tokenizer import SEGMENT, StreamDecoder, Tokenizer, segments
+from megatrain.errors import DataError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback, used losslessly.
+
+    SentencePiece writes a space as U+2581; a U+2581 of the text itself therefore goes through its three byte pieces.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, origin: str) -> None:
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise DataError(f"{origin}: not a SentencePiece model ({error})") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.end_of_document = self._processor.eos_id()
+        self.fingerprint = xxhash.xxh3_128_hexdigest(model)
+        byte_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        if self.end_of_document < 0 or len(set(byte_ids)) < 256:
+            raise DataError(
+                f"{origin}: needs an end-of-sentence piece and byte fallback; train one without tokenizer.path"
+            )
+        self._marker = [byte_ids[b] for b in "▁".encode()]
+        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        for index, byte_id in enumerate(byte_ids):
+            self._bytes[byte_id] = bytes([index])
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise DataError(f"{origin}: does not give text back exactly (it normalises); a lossless model is needed")
+
+    def _piece_bytes(self, token: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token):
+            return b""
+        return processor.id_to_piece(token).replace("▁", " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(text.split("▁")):
+            if index:
+                ids += self._marker
+            for segment in segments(part):
+                ids += self._processor.encode(segment)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        table = self._bytes
+        return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def stream_decoder(self) -> StreamDecoder:
+        return _ByteStream(self._bytes)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(self._model)
+        self.save_meta(folder)
+
+
+_PROBE = "  \uff21 \ufb01\t\n\n   x▁▁ é\U0001f600 <s></s><unk><0x41>\n "
+
+
+class _ByteStream(StreamDecoder):
+    """Decodes pieces that are byte strings."""
+
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._table[token])
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
+    """Train a BPE model with byte fallback on clean texts, read once. The same texts in the same order give the same
+    model on any machine.
+
+    Pieces may be runs of spaces and may join letters with signs (`(self,`), both of which code rewards. Raises
+    `DataError` when the texts cannot fill anything.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            input_sentence_size=0,
+            shuffle_input_sentence=False,
+            max_sentence_length=4 * SEGMENT,
+            num_threads=4,  # part of the model file; the result does not depend on it
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"tokenizer.vocab_size={vocab_size}: the tokenizer could not be trained ({error})") from error
+    return SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        for part in text.split("▁"):
+            for sentence in segments(part):
+                if sentence.strip("\n"):
+                    yield sentence
