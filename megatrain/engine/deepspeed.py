@@ -32,7 +32,7 @@ from megatrain.errors import EnvironmentFault
 from megatrain.launch.world import World
 from megatrain.model.gpt import GPT
 from megatrain.model.init import initial_values
-from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
+from megatrain.optim.adamw import MOMENTS, adamw, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 
 
@@ -91,7 +91,9 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = config.parallel.zero
         self.scaler = LossScaler.from_config(config.precision)
-        document = deepspeed_config(config, config.train.global_batch_size // (config.train.micro_batch_size * world.size))
+        document = deepspeed_config(
+            config, config.train.global_batch_size // (config.train.micro_batch_size * world.size)
+        )
         model = self._build_model(deepspeed, document)
         model.recompute = config.train.recompute
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
@@ -190,7 +192,12 @@ class DeepSpeedEngine:
             if key.startswith("model."):
                 name, stop = key.removeprefix("model."), piece.start + piece.flat.numel()  # type: ignore[attr-defined]
                 values = initial_values(
-                    self.config.model, name, self.shapes[name], self.config.seed, piece.start, stop  # type: ignore[attr-defined]
+                    self.config.model,
+                    name,
+                    self.shapes[name],
+                    self.config.seed,
+                    piece.start,
+                    stop,  # type: ignore[attr-defined]
                 )
                 piece.flat.copy_(values)  # type: ignore[attr-defined]
         self._refresh()
@@ -268,9 +275,7 @@ class DeepSpeedEngine:
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.config.optim.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self.engine.module.parameters(), self.config.optim.grad_clip, norm
-                )
+                torch.nn.utils.clip_grads_with_norm_(self.engine.module.parameters(), self.config.optim.grad_clip, norm)
             self.engine.step()
         else:
             self.engine.zero_grad()

@@ -19,9 +19,7 @@ def decays(num_dims: int) -> bool:
     return num_dims >= 2
 
 
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter, int]], config: OptimConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config: OptimConfig) -> list[dict[str, Any]]:
     """Two groups, `decay` and `no_decay`, from (name, parameter, number of dimensions of the whole parameter).
 
     The dimensions are asked for because a sharded parameter no longer shows them.

@@ -1,0 +1,384 @@
+"""One rank of a training job, from the checked config to an exit code: puts the rooms together and lets the trainer run.
+
+How ranks are started is `local.py`'s; nothing here decides about restarts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.store import CheckpointStore, checkpoint_step, list_checkpoints, load_into, verify
+from megatrain.config import TrainConfig
+from megatrain.data.batch import MicroBatch
+from megatrain.data.card import Card
+from megatrain.data.dataset import Dataset
+from megatrain.data.loader import TrainStream, heldout_batches, step_hash
+from megatrain.data.order import SampleOrder
+from megatrain.engine.base import Engine
+from megatrain.engine.build import build_engine
+from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, CheckpointError, ConfigError, DataError
+from megatrain.launch.devices import peak_flops
+from megatrain.launch.environment import RankEnvironment
+from megatrain.launch.world import World, join, leave
+from megatrain.model.count import flops_per_token, num_parameters
+from megatrain.optim.schedule import batch_size
+from megatrain.parallel import layout as layouts
+from megatrain.resilience.signals import StopRequest
+from megatrain.tracking.base import RunInfo, Trackers, git_commit
+from megatrain.tracking.console import Console
+from megatrain.tracking.journal import Journal
+from megatrain.tracking.mlflow import MlflowTracker
+from megatrain.trainer import Parts, Progress, Trainer
+
+_LOG = logging.getLogger("megatrain")
+
+
+def run(config: TrainConfig) -> int:
+    """Train on this rank; returns 0 when the run is done and 75 when it saved after a signal.
+
+    Raises:
+        MegatrainError: a user's mistake or a fault of the machine, before anything is damaged.
+    """
+    stop = StopRequest()
+    stop.listen()
+    # DeepSpeed still calls collectives by names that torch is renaming; its users cannot act on the warning
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    environment = RankEnvironment.from_environ()
+    layouts.check(config, environment.world_size)
+    start_log(run_folder(config), environment.rank)
+    data = open_data(config)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    world = join(config.launch, environment)
+    status = work(data, world, stop)
+    leave()
+    return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
+
+
+def work(data: OpenData, world: World, stop: StopRequest) -> str:
+    """Find where the run stands, build the engine and train; returns `done` or `stopped`."""
+    config = data.config
+    run_dir = run_folder(config)
+    layout = layouts.Layout.of(config, world.size)
+    journal = Journal(run_dir if world.is_main else None, build_trackers(config, run_dir) if world.is_main else None)
+    progress = Progress()
+    try:
+        store = CheckpointStore(
+            run_dir / "checkpoints", world, lambda kind, **detail: journal.event(kind, progress.step, **detail)
+        )
+        origin = choose_origin(config, store, world)
+        resumed = origin.resumes if origin else False
+        if origin and resumed:
+            changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
+            progress = Progress.from_manifest(origin.manifest)
+            for key in changed:
+                _LOG.info("resume: %s has changed since %s", key, origin.folder)
+        if resumed and progress.step >= config.train.steps:
+            if world.is_main:
+                print(
+                    f"run {config.run.name} is at step {progress.step} of train.steps={config.train.steps}: nothing to "
+                    f"do. Raise train.steps to go on, or take another run.name"
+                )
+            return "done"
+        engine = build_engine(config, world)
+        if origin:
+            load_origin(origin, engine, world)
+        if world.is_main:
+            write_run_folder(run_dir, config, data)
+        journal.start(run_info(config, run_dir, data, world, layout, progress.step if resumed else None), progress.step)
+        if origin and not resumed:
+            journal.event("init_from", 0, checkpoint=str(origin.folder))
+        status = train(config, world, layout, engine, store, journal, data, progress, stop)
+    except BaseException as error:
+        journal.finish("failed", progress.step, error=f"{type(error).__name__}: {error}")
+        raise
+    journal.finish(status, progress.step)
+    return status
+
+
+def train(
+    config: TrainConfig,
+    world: World,
+    layout: layouts.Layout,
+    engine: Engine,
+    store: CheckpointStore,
+    journal: Journal,
+    data: OpenData,
+    progress: Progress,
+    stop: StopRequest,
+) -> str:
+    """Make the stream of batches and run the trainer over it; returns the trainer's verdict."""
+    stream = TrainStream(
+        data.train,
+        SampleOrder(data.fingerprint, "train", config.train.seq_len, data.train.num_tokens, config.seed),
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=layout.data_rank(world.rank),
+        dp_size=layout.dp,
+        batch_size=lambda step: batch_size(config.train, step),
+        first_step=progress.step + 1,
+        cursor=progress.cursor,
+        skip_ranges=progress.skip_ranges,
+        pin_memory=world.device.type == "cuda",
+    )
+    peak = peak_flops(world.device, config.precision.name)
+    parts = Parts(
+        engine=engine,
+        stream=stream,
+        heldout=heldout_reader(config, world, layout, data),
+        store=store,
+        journal=journal,
+        exchange=world.gather,
+        batch_hash=lambda hashes: step_hash(in_sample_order(hashes, config.train.micro_batch_size)),
+        stopping=lambda: stop.signal_number,
+        identity={
+            "config": asdict(config),
+            "dataset_fingerprint": data.fingerprint,
+            "layout": layout.to_dict(),
+            "engine": config.engine.name,
+        },
+        flops_per_token=flops_per_token(config.model, config.train.seq_len),
+        peak_flops=peak * world.size if peak else None,
+        bytes_per_token=data.heldout_bytes_per_token,
+    )
+    try:
+        return Trainer(config, parts, progress).run()
+    finally:
+        stream.close()
+
+
+def in_sample_order(hashes: Any, micro_batch_size: int) -> Any:
+    """Every rank's sample hashes (`[ranks, micro batches * micro_batch_size]`) in the order of the step's samples."""
+    ranks = hashes.shape[0]
+    return hashes.reshape(ranks, -1, micro_batch_size).transpose(1, 0, 2).reshape(-1)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """A run's dataset, opened and compared with the model; `config` has the vocabulary filled in."""
+
+    config: TrainConfig
+    folder: Path
+    card: Card
+    train: Dataset
+    heldout: Dataset | None
+
+    @property
+    def fingerprint(self) -> str:
+        """The dataset's identity."""
+        return self.card.fingerprint
+
+    @property
+    def heldout_bytes_per_token(self) -> float | None:
+        """Mean UTF-8 bytes of a held-out token, for bits per byte; None where the text's size is unknown."""
+        card = self.heldout.split_card if self.heldout else None
+        return card.bytes / card.tokens if card and card.bytes and card.tokens else None
+
+
+def open_data(config: TrainConfig) -> OpenData:
+    """Open the dataset of a run and fill in the model's vocabulary.
+
+    Raises:
+        DataError: a damaged dataset, or too few tokens for one sample.
+        ConfigError: a tokenizer whose vocabulary exceeds the model's, or evaluation without held-out data.
+    """
+    folder = Path(config.data.dir) / config.data.name
+    train = Dataset.open(folder, "train", config.data.verify)
+    card = train.card
+    vocab = card.tokenizer.vocab_size if card.tokenizer else None
+    if config.model.vocab_size is None:
+        if vocab is None:
+            raise ConfigError(
+                f"model.vocab_size is null and {folder} names no tokenizer to take it from; set model.vocab_size"
+            )
+        config = replace(config, model=replace(config.model, vocab_size=vocab))
+    elif vocab is not None and vocab > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, {vocab}; "
+            f"set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
+        )
+    if train.num_tokens <= config.train.seq_len:
+        raise DataError(
+            f"{folder}/train.bin holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} needs "
+            f"{config.train.seq_len + 1}; use a smaller train.seq_len or more data"
+        )
+    heldout = None
+    if "heldout" in card.splits and card.splits["heldout"].tokens > 1:
+        heldout = Dataset.open(folder, "heldout", config.data.verify)
+    elif config.train.eval_every:
+        raise ConfigError(
+            f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "
+            f"data.heldout_fraction above 0 or set train.eval_every=0"
+        )
+    return OpenData(config, folder, card, train, heldout)
+
+
+def heldout_reader(
+    config: TrainConfig, world: World, layout: layouts.Layout, data: OpenData
+) -> Callable[[], Iterable[MicroBatch]] | None:
+    """What gives this rank's held-out batches, from the first on, each time it is called."""
+    heldout = data.heldout
+    if heldout is None:
+        return None
+    steps = config.train.eval_steps
+    return lambda: heldout_batches(
+        heldout,
+        seq_len=config.train.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=layout.data_rank(world.rank),
+        dp_size=layout.dp,
+        max_samples=steps * config.train.global_batch_size if steps else None,
+        vocab_size=config.model.vocab,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- where to start
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint a run starts from: to continue it, or for its weights alone."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    resumes: bool
+
+
+def choose_origin(config: TrainConfig, store: CheckpointStore, world: World) -> Origin | None:
+    """The checkpoint that the config asks for, verified; None to start anew.
+
+    Raises:
+        CheckpointError: the one asked for is damaged, or all of the run's own are.
+        ConfigError: `checkpoint.resume=never` in a folder that holds checkpoints.
+    """
+    choice = config.checkpoint.resume
+    if choice == "auto":
+        if found := store.newest_valid():
+            return Origin(*found, resumes=True)
+    elif choice == "never":
+        if list_checkpoints(store.folder):
+            raise ConfigError(
+                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would overwrite; "
+                f"choose another run.name, remove the folder, or use checkpoint.resume=auto"
+            )
+    else:
+        folder = newest_in(Path(choice))
+        return Origin(folder, verify(folder, world), resumes=True)
+    if config.checkpoint.init_from is None:
+        return None
+    folder = newest_in(Path(config.checkpoint.init_from))
+    return Origin(folder, verify(folder, world), resumes=False)
+
+
+def newest_in(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of the run folder it names.
+
+    Raises:
+        CheckpointError: a run folder without a checkpoint.
+    """
+    if checkpoint_step(path) is not None or (path / "manifest.json").exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := list_checkpoints(folder):
+            return found[0]
+    raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
+
+
+def load_origin(origin: Origin, engine: Engine, world: World) -> None:
+    """Fill the engine from a checkpoint: everything to continue, the weights alone to start anew."""
+    state = engine.state()
+    if origin.resumes:
+        load_into(origin.folder, origin.manifest, state, world)
+        engine.restore(origin.manifest)
+    else:
+        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        load_into(origin.folder, origin.manifest, weights, world)
+        engine.restore(None)
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where a run lives."""
+    return Path(config.run.dir) / str(config.run.name)
+
+
+def start_log(run_dir: Path, rank: int) -> None:
+    """Send this rank's log records to logs/rank_00000.log.
+
+    Raises:
+        MegatrainError: the folder cannot be written.
+    """
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+
+
+def write_run_folder(run_dir: Path, config: TrainConfig, data: OpenData) -> None:
+    """The resolved config and the tokenizer, so that the folder can be understood without the dataset."""
+    temporary = run_dir / "config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    os.replace(temporary, run_dir / "config.yaml")
+    source, target = data.folder / "tokenizer", run_dir / "tokenizer"
+    if source.is_dir() and not target.exists():
+        copying = run_dir / "tokenizer.tmp"
+        shutil.rmtree(copying, ignore_errors=True)
+        shutil.copytree(source, copying)
+        os.replace(copying, target)
+
+
+def build_trackers(config: TrainConfig, run_dir: Path) -> Trackers:
+    """The console and the tracker that `tracking` names."""
+    trackers: list[Any] = [Console(config.train.steps)]
+    if config.tracking.name == "mlflow":
+        trackers.append(MlflowTracker(config.tracking, run_dir))
+    return Trackers(trackers)
+
+
+def run_info(
+    config: TrainConfig,
+    run_dir: Path,
+    data: OpenData,
+    world: World,
+    layout: layouts.Layout,
+    resumed_from_step: int | None,
+) -> RunInfo:
+    """What trackers are told once."""
+    return RunInfo(
+        run_name=str(config.run.name),
+        run_dir=run_dir,
+        config=asdict(config),
+        resumed_from_step=resumed_from_step,
+        num_parameters=num_parameters(config.model),
+        flops_per_token=flops_per_token(config.model, config.train.seq_len),
+        world_size=world.size,
+        device=str(world.device.type),
+        layout=layout.describe(),
+        dataset=asdict(data.card),
+        dataset_fingerprint=data.fingerprint,
+        git_commit=git_commit(Path(__file__).parent),
+        host=socket.gethostname(),
+    )

@@ -1,0 +1,52 @@
+"""What the main rank writes down while it trains: metrics.jsonl and events.jsonl first, then every tracker.
+
+The other ranks hold a journal without files and trackers, so that the trainer need not know which one it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.tracking.base import RunInfo, Trackers
+from megatrain.tracking.events import EventLog
+from megatrain.tracking.metrics import MetricsLog
+
+
+class Journal:
+    """metrics.jsonl, events.jsonl and the trackers of one run, or nothing at all (`Journal(None)`)."""
+
+    def __init__(self, run_dir: Path | None, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers or Trackers()
+        self._metrics = MetricsLog(run_dir / "metrics.jsonl") if run_dir else None
+        self._events = EventLog(run_dir / "events.jsonl") if run_dir else None
+
+    def start(self, info: RunInfo, step: int) -> None:
+        """Cut the metrics back to `step`, say that the run starts or resumes, and start the trackers."""
+        if self._metrics is None:
+            return
+        cut = self._metrics.resume(step)
+        self._trackers.start(info)
+        detail = {"cut_metrics": str(cut)} if cut else {}
+        kind = "start" if info.resumed_from_step is None else "resume"
+        self.event(
+            kind, step, host=info.host, world_size=info.world_size, device=info.device, layout=info.layout, **detail
+        )
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step's record."""
+        if self._metrics is not None:
+            self._trackers.step(self._metrics.append(record))
+
+    def event(self, kind: str, step: int, **detail: Any) -> None:
+        """Something that happened."""
+        if self._events is not None:
+            self._trackers.event(self._events.emit(kind, step, **detail))
+
+    def finish(self, status: str, step: int, **detail: Any) -> None:
+        """The run ends, with one of `tracking.base.STATUSES`."""
+        self.event("stop", step, status=status, **detail)
+        self._trackers.finish(status)
+        for log in (self._metrics, self._events):
+            if log is not None:
+                log.close()

@@ -1,0 +1,244 @@
+"""The loop and nothing else: batch -> engine -> metrics -> checkpoint.
+
+It speaks to protocols (an engine, a stream of batches, a checkpoint store, a journal) and knows neither layouts nor ranks;
+whoever starts it (launch/worker.py) hands it the parts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatrain.config import TrainConfig
+from megatrain.data.batch import MicroBatch, StepBatch
+from megatrain.engine.base import Engine, StepResult
+from megatrain.errors import DivergedError
+from megatrain.optim.schedule import learning_rate
+
+MAX_SKIPPED = 100
+"""Vetoed updates in a row after which a run is given up: nothing that follows would differ."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint keeps beside the engine's state.
+
+    `step` counts finished optimizer steps, `cursor` the samples consumed, `tokens` those that counted in the loss.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    skip_ranges: list[tuple[int, int]] = field(default_factory=list)
+    best_heldout_loss: float | None = None
+    evaluations_without_gain: int = 0
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The manifest's keys, `step` apart."""
+        return {
+            "cursor": self.cursor,
+            "tokens": self.tokens,
+            "skip_ranges": self.skip_ranges,
+            "early_stop": {
+                "best_heldout_loss": self.best_heldout_loss,
+                "evaluations_without_gain": self.evaluations_without_gain,
+            },
+        }
+
+    @classmethod
+    def from_manifest(cls, manifest: dict[str, Any]) -> Progress:
+        """Where the checkpoint's run stood."""
+        return cls(
+            step=manifest["step"],
+            cursor=manifest["cursor"],
+            tokens=manifest["tokens"],
+            skip_ranges=[(start, stop) for start, stop in manifest["skip_ranges"]],
+            **manifest["early_stop"],
+        )
+
+
+class Store(Protocol):
+    """Where checkpoints go."""
+
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
+        """Write a checkpoint; returns its folder."""
+
+    def retire(self, keep: int, keep_every: int) -> None:
+        """Remove old checkpoints."""
+
+
+class Journal(Protocol):
+    """Where metrics and events go; on all ranks but the main one it does nothing."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step's record."""
+
+    def event(self, kind: str, step: int, **detail: Any) -> None:
+        """Something that happened."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with.
+
+    `exchange` gathers a CPU int64 tensor of every rank (`[ranks, n]`); `batch_hash` makes the hash of a step from every
+    rank's sample hashes; `heldout` gives this rank's held-out batches anew; `stopping` says whether this rank was asked
+    to stop; `bytes_per_token` is the held-out text's, `peak_flops` the whole job's (None where unknown).
+    """
+
+    engine: Engine
+    stream: Iterator[StepBatch]
+    heldout: Callable[[], Iterable[MicroBatch]] | None
+    store: Store
+    journal: Journal
+    exchange: Callable[[Tensor], Tensor]
+    batch_hash: Callable[[np.ndarray], str]
+    stopping: Callable[[], int]
+    identity: dict[str, Any]
+    flops_per_token: int
+    peak_flops: float | None
+    bytes_per_token: float | None
+
+
+class Trainer:
+    """Runs a training job from `progress` to its last step."""
+
+    def __init__(self, config: TrainConfig, parts: Parts, progress: Progress) -> None:
+        self.config = config
+        self.parts = parts
+        self.progress = progress
+        self.saved_step = progress.step
+        self.skipped_in_a_row = 0
+
+    def run(self) -> str:
+        """Train; returns `done` (all steps, or early stopping) or `stopped` (saved after a signal).
+
+        Raises:
+            DivergedError: no finite gradient for `MAX_SKIPPED` steps, or an overflow at the smallest loss scale.
+        """
+        total = self.config.train.steps
+        while self.progress.step < total:
+            started = time.perf_counter()
+            batch = next(self.parts.stream)
+            data_time = time.perf_counter() - started
+            hashes, signal_number = self._meet(batch)
+            if signal_number:
+                self.parts.journal.event("signal", self.progress.step, signal=signal_number)
+                self._save()
+                return "stopped"
+            step = self.progress.step + 1
+            lr = learning_rate(self.config.optim, step, total)
+            result = self.parts.engine.train_step(batch.micro_batches, lr, step)
+            record = self._record(step, lr, result, batch, hashes)
+            step_time = time.perf_counter() - started
+            eval_time = self._maybe_evaluate(record)
+            save_time = self._maybe_save()
+            self._add_times(record, step_time, data_time, eval_time, save_time)
+            self.parts.journal.step(record)
+            if self._has_stalled(step):
+                break
+        self._save()
+        return "done"
+
+    def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int]:
+        """All ranks' sample hashes, and the signal that any rank has received: one exchange a step."""
+        mine = np.concatenate([[self.parts.stopping()], batch.sample_hashes.view(np.int64)]).astype(np.int64)
+        everyone = self.parts.exchange(torch.from_numpy(mine)).numpy()
+        return everyone[:, 1:].view(np.uint64), int(everyone[:, 0].max())
+
+    def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
+        """Read a step's result, move on, and make its metrics record."""
+        tokens, updated = int(result.tokens), bool(result.updated)
+        self.progress.step, self.progress.cursor = step, batch.cursor
+        self.progress.tokens += tokens
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        if not updated:
+            self.parts.journal.event("skip", step, reason="non-finite gradient norm")
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise DivergedError(
+                f"no finite gradient in the last {MAX_SKIPPED} steps (up to step {step}); lower optim.lr or start again "
+                f"from an earlier checkpoint"
+            )
+        return {
+            "step": step,
+            "loss": float(result.loss_sum) / max(1, tokens),
+            "grad_norm": float(result.grad_norm),
+            "lr": lr,
+            "tokens": self.progress.tokens,
+            "step_tokens": tokens,
+            "updated": updated,
+            "batch_hash": self.parts.batch_hash(hashes),
+            **{name: float(value) for name, value in result.aux.items()},
+        }
+
+    def _add_times(
+        self, record: dict[str, Any], step_time: float, data_time: float, eval_time: float, save_time: float
+    ) -> None:
+        """Complete a record. `step_time_s` leaves evaluation and saving out."""
+        rate = record.pop("step_tokens") / step_time
+        peak = self.parts.peak_flops
+        record["step_time_s"] = step_time
+        record["tokens_per_s"] = rate
+        record["mfu"] = rate * self.parts.flops_per_token / peak if peak else None
+        record["data_time_s"] = data_time
+        record["eval_time_s"] = eval_time
+        record["save_time_s"] = save_time
+
+    def _maybe_evaluate(self, record: dict[str, Any]) -> float:
+        """Evaluate if it is time; returns the seconds it took."""
+        every, step = self.config.train.eval_every, record["step"]
+        last = step == self.config.train.steps
+        if self.parts.heldout is None or not (last or (every and step % every == 0)):
+            return 0.0
+        started = time.perf_counter()
+        loss_sum, tokens = self.parts.engine.evaluate(self.parts.heldout())
+        loss = float(loss_sum) / max(1, int(tokens))
+        record["heldout_loss"] = loss
+        detail = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
+        if self.parts.bytes_per_token:
+            detail["bits_per_byte"] = loss / math.log(2) / self.parts.bytes_per_token
+        best = self.progress.best_heldout_loss
+        if best is None or loss < best - self.config.train.early_stop_min_delta:
+            self.progress.best_heldout_loss, self.progress.evaluations_without_gain = loss, 0
+        else:
+            self.progress.evaluations_without_gain += 1
+        self.parts.journal.event("evaluate", step, **detail)
+        return time.perf_counter() - started
+
+    def _maybe_save(self) -> float:
+        """Save if it is time; returns the seconds it took."""
+        every = self.config.checkpoint.every
+        if not every or self.progress.step % every:
+            return 0.0
+        return self._save()
+
+    def _save(self) -> float:
+        """Save where the run stands, unless that is on disk already."""
+        if self.saved_step == self.progress.step:
+            return 0.0
+        started = time.perf_counter()
+        extra = {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
+        folder = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
+        self.parts.store.retire(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        self.saved_step = self.progress.step
+        seconds = time.perf_counter() - started
+        self.parts.journal.event("save", self.progress.step, checkpoint=str(folder), seconds=seconds)
+        return seconds
+
+    def _has_stalled(self, step: int) -> bool:
+        """Whether early stopping ends the run here."""
+        patience = self.config.train.early_stop_patience
+        if not patience or self.progress.evaluations_without_gain < patience:
+            return False
+        self.parts.journal.event(
+            "early_stop", step, best_heldout_loss=self.progress.best_heldout_loss, evaluations=patience
+        )
+        return True
