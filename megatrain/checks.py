@@ -34,8 +34,8 @@ def check_values(config: Any) -> None:
         check_folder_name("data.name", config.data.name)
         check_source(config.data)
     if isinstance(config, TrainConfig):
-        check_folder_name("run.name", config.run.name or "")
         check_folder_name("data.name", config.data.name)
+        check_folder_name("run.name", config.run.name or "")
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
@@ -84,10 +84,8 @@ def check_folder_name(key: str, name: str) -> None:
 
 def check_source(config: DataConfig) -> None:
     """A source that is told what to read."""
-    if config.kind == "files" and not config.paths:
-        raise ConfigError(
-            f"data.paths={config.paths}: data=files needs globs, for example 'data.paths=[corpus/**/*.txt]'"
-        )
+    if config.kind in ("files", "megatron") and not config.paths:
+        raise ConfigError(f"data.paths=[]: data={config.kind} needs paths, for example 'data.paths=[corpus/**/*.txt]'")
     if config.kind == "huggingface" and config.hf_path is None:
         raise ConfigError("data.hf_path=null: give the hub name or the folder of a Hugging Face dataset")
 

@@ -133,8 +133,9 @@ def parse(argv: list[str]) -> Arguments:
 def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
     """A first argument without `=` is the path of the verbs that have one."""
     if "path" in walk(VERBS[verb]) and overrides and "=" not in overrides[0]:
-        quoted = overrides[0].replace("\\", "\\\\").replace("'", "\\'")
-        return [f"path='{quoted}'", *overrides[1:]]
+        from hydra.core.override_parser.types import Quote, QuotedString
+
+        return [f"path={QuotedString(overrides[0], Quote.single).with_quotes()}", *overrides[1:]]
     return overrides
 
 

@@ -96,7 +96,9 @@ def test_each_worker_finds_its_rank_and_one_meeting_place(tmp_path, monkeypatch)
 def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
-    code = "import os, sys; sys.exit((os.environ['OMP_NUM_THREADS'], os.environ['GLOO_SOCKET_IFNAME']) != ('7', 'eth9'))"
+    code = (
+        "import os, sys; sys.exit((os.environ['OMP_NUM_THREADS'], os.environ['GLOO_SOCKET_IFNAME']) != ('7', 'eth9'))"
+    )
     assert local.launch(worker(code), 1, tmp_path) == 0
 
 

@@ -1,0 +1,122 @@
+"""What is refused because two keys disagree, or because something named is not on the disk."""
+
+import re
+
+import pytest
+
+from megatrain.checks import check_paths, check_values
+from megatrain.compose import compose
+from megatrain.errors import ConfigError
+
+SHAPE = ["model=tiny", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=null", "model.max_seq_len=256"]
+SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len=256", "train.steps=100"]
+
+
+def refusal(*overrides: str, verb: str = "train", paths: bool = False) -> str:
+    """The message that a config is refused with."""
+    config = compose(verb, [*(SHAPE + SIZES if verb == "train" else []), *overrides])
+    with pytest.raises(ConfigError) as caught:
+        (check_paths if paths else check_values)(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["launch.nproc_per_node=2"],
+        ["model.num_heads=3", "model.head_size=16"],
+        ["model.num_kv_heads=2"],
+        ["model.hidden_size=60", "model.position=learned"],
+        ["train.batch_ramp_start=4", "train.batch_ramp_increment=4", "train.batch_ramp_steps=10"],
+        ["optim.warmup_steps=100"],
+        ["train.early_stop_patience=2", "train.eval_every=10"],
+    ],
+)
+def test_keys_that_agree_pass(overrides):
+    check_values(compose("train", [*SHAPE, *SIZES, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["model.num_heads=3"],
+            "num_heads=3 does not divide model.hidden_size=64; nearest that do: 2 or 4; all: 1, 2, 4",
+        ),
+        (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide model.num_heads=4; nearest that do: 2 or 4"),
+        (["model.hidden_size=60"], "must be of even size, and this one is 15 wide; .*: 1, 2, 3, 5, 6, 10, 15, 30"),
+        (["model.head_size=7"], "even size, and this one is 7 wide; give model.head_size=8"),
+        (["train.seq_len=257"], "train.seq_len=257 is longer.*train.seq_len=256 or model.max_seq_len=257"),
+        (["train.global_batch_size=9"], r"global_batch_size=9 .*=4 x 1 data-parallel ranks = 4; nearest: 8 or 12"),
+        (["launch.nproc_per_node=3"], r"global_batch_size=8 .*=4 x 3 data-parallel ranks = 12; nearest: 12"),
+        (["train.batch_ramp_start=2", "train.batch_ramp_steps=9"], "the batch ramp's size=2 does not divide"),
+        (
+            ["train.batch_ramp_start=4", "train.batch_ramp_increment=2", "train.batch_ramp_steps=9"],
+            "the batch ramp's size=6 does not divide",
+        ),
+        (["train.batch_ramp_start=4"], "a ramp needs both; give train.batch_ramp_steps too"),
+        (["train.batch_ramp_steps=4"], "a ramp needs both; give train.batch_ramp_start too"),
+        (["train.batch_ramp_start=16", "train.batch_ramp_steps=9"], "batch_ramp_start=16 is above"),
+        (["optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
+        (["train.early_stop_patience=2"], "train.eval_every=0 makes none; give for example train.eval_every=10"),
+        (["checkpoint.init_from=a", "checkpoint.resume=b"], "give one of them"),
+        (["run.name=a/b"], "run.name='a/b' cannot be the name of a folder"),
+        (["run.name=.."], "run.name='..' cannot"),
+        (["run.name="], "run.name='' cannot"),
+        (["data.name=../x"], "data.name='../x' cannot"),
+    ],
+)
+def test_keys_that_disagree_are_refused_with_the_nearest_that_works(overrides, says):
+    assert re.search(says, refusal(*overrides))
+
+
+def test_a_launchers_world_size_counts_instead_of_ours(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "x 3 data-parallel ranks = 12" in refusal("launch.nproc_per_node=2")
+
+
+def test_a_source_without_anything_to_read_is_refused():
+    assert "data.paths=[] needs" not in refusal("data=files", "data.name=x", verb="prepare")
+    assert "data.paths=" in refusal("data.kind=files", verb="prepare")
+    assert "data.hf_path" in refusal("data.kind=huggingface", verb="prepare")
+
+
+def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal("data.name=python_stdlib", paths=True)
+    assert "no dataset at data/python_stdlib" in message and "megatrain prepare data=python_stdlib" in message
+    (tmp_path / "data" / "python_stdlib").mkdir(parents=True)
+    (tmp_path / "data" / "python_stdlib" / "card.json").write_text("{}")
+    assert "did you mean data.name=python_stdlib?" in refusal("data.name=python_stdlb", paths=True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "says"),
+    [
+        ("train", ["checkpoint.resume=auot"], "checkpoint.resume=auot: no such file or folder; did you mean auto"),
+        ("train", ["checkpoint.init_from=runs/mine/x"], r"init_from=runs/mine/x: no such .* holds checkpoints\)"),
+        ("evaluate", ["path=runs/mime"], r"path=runs/mime: no such file or folder; did you mean runs/mine\?"),
+        ("evaluate", ["path=runs/mine", "data=book.txt"], "data=book.txt: no such file or folder"),
+        ("generate", ["path=nowhere/at/all"], "path=nowhere/at/all: no such file or folder .* holds runs"),
+        ("inspect", ["path=x"], "path=x: no such"),
+        ("report", ["path=x"], "path=x: no such"),
+        ("export", ["path=x", "out=y"], "path=x: no such"),
+        ("import", ["path=x", "out=y"], "path=x: no such"),
+        ("export", ["path=runs/mine", "out=runs"], "out=runs exists already"),
+        ("import", ["path=runs/mine", "out=runs"], "out=runs exists already"),
+        ("prepare", ["tokenizer.path=no.model"], "tokenizer.path=no.model: no such"),
+        ("prepare", ["tokenizer.kind=hf", "tokenizer.path=./gpt2"], "tokenizer.path=gpt2: no such"),
+    ],
+)
+def test_a_path_that_is_not_there_is_refused_with_what_is_nearby(verb, overrides, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    assert re.search(says, refusal(*overrides, verb=verb, paths=True))
+
+
+def test_a_hugging_face_name_is_not_taken_for_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "org/name-2.5"):
+        check_paths(compose("prepare", ["tokenizer.kind=hf", f"tokenizer.path={name}"]))

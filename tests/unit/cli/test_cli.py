@@ -1,0 +1,188 @@
+"""The command line as a user meets it: verbs, flags, messages, exit codes, and what a refusal never imports."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+
+import megatrain
+from megatrain import cli
+from megatrain.config import VERBS, TrainConfig, walk
+from megatrain.errors import CheckpointError, DataError
+
+
+@pytest.fixture
+def action(monkeypatch):
+    """Replaces what a verb calls with a function of the test's."""
+
+    def replace(verb, function):
+        module = types.ModuleType("stand_in")
+        module.act = function
+        monkeypatch.setitem(sys.modules, "stand_in", module)
+        monkeypatch.setitem(cli.ACTIONS, verb, "stand_in:act")
+
+    return replace
+
+
+def test_the_bare_command_and_help_name_every_verb(capsys):
+    for argv in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(argv) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {verb}" in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_explains_every_key(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, f in walk(VERBS[verb]).items():
+        assert f" {name} {f.metadata['help']}" in shown
+        for choice in f.metadata.get("choices", ()):
+            assert str(choice) in shown
+    assert f"megatrain {verb}" in shown
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatrain {megatrain.__version__}\n"
+
+
+def test_cfg_prints_the_resolved_config(capsys):
+    assert cli.main(["train", "--cfg", "model=tiny", "data.name=007", "train.steps=3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["run"]["name"] == "tiny-007" and shown["data"]["name"] == "007" and shown["train"]["steps"] == 3
+    assert list(shown) == list(TrainConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["trian"], "unknown verb trian; did you mean train? (verbs: prepare, train"),
+        (["train", "--confg"], "unknown flag --confg; did you mean --cfg?"),
+        (["train", "--multirun"], "--multirun: sweeps are not supported yet"),
+        (["train", "-m"], "-m: sweeps are not supported yet"),
+        (["train", "train.stepz=1"], "unknown key train.stepz; did you mean train.steps?"),
+        (["inspect"], "path is not set"),
+        (["train", "model=tiny", "model.num_heads=7"], "model.num_heads=7 does not divide"),
+        (["inspect", "no/such folder"], "path=no/such folder: no such file or folder"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_stack_trace_and_exit_code_2(argv, says, capsys):
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("megatrain: error: ") and says in shown.err
+    assert shown.err.count("\n") == 1 and not shown.out
+
+
+def test_debug_shows_the_stack_trace_of_a_mistake(capsys):
+    assert cli.main(["train", "train.stepz=1", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_first_argument_without_equals_is_the_path_taken_as_typed(action, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    action("inspect", lambda config: seen.append(config.path))
+    for name in ("007", "it's, (odd) \\ name", "1e3"):
+        (tmp_path / name).mkdir()
+        assert cli.main(["inspect", name]) == 0
+    assert seen == ["007", "it's, (odd) \\ name", "1e3"]
+
+
+def test_an_actions_result_is_the_exit_code(action, tmp_path):
+    action("inspect", lambda config: 75)
+    assert cli.main(["inspect", str(tmp_path)]) == 75
+    action("inspect", lambda config: None)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("bad bin"), 3), (CheckpointError("bad step"), 4)])
+def test_a_users_error_in_an_action_is_a_message_and_its_own_exit_code(action, tmp_path, capsys, error, code):
+    def act(config):
+        raise error
+
+    action("inspect", act)
+    assert cli.main(["inspect", str(tmp_path)]) == code
+    assert capsys.readouterr().err == f"megatrain: error: {error}\n"
+
+
+def test_a_defect_is_a_stack_trace_a_request_to_report_it_and_exit_code_1(action, tmp_path, capsys):
+    action("inspect", lambda config: 1 // 0)
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    shown = capsys.readouterr().err
+    assert "ZeroDivisionError" in shown and "please report it" in shown
+
+
+def test_an_interrupt_ends_with_130(action, tmp_path):
+    def act(config):
+        raise KeyboardInterrupt
+
+    action("inspect", act)
+    assert cli.main(["inspect", str(tmp_path)]) == 130
+
+
+def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_path):
+    from megatrain.launch import local
+
+    seen = []
+    monkeypatch.setattr(cli, "is_launched", lambda: False)
+    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
+    overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
+    assert cli.main(["train", *overrides, "--debug"]) == 75
+    command = [sys.executable, "-m", "megatrain", "train", "--debug", *overrides]
+    assert seen == [(command, 2, tmp_path / "a b" / "logs")]
+
+
+def test_a_launched_train_is_a_worker(monkeypatch, action):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    action("train", lambda config: 40 + config.seed)
+    assert cli.main(["train", "model=tiny", "seed=2"]) == 42
+
+
+@pytest.mark.parametrize(("rank", "messages"), [("0", 1), ("1", 0)])
+def test_under_a_foreign_launcher_rank_0_speaks_for_all(rank, messages, monkeypatch, capsys):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "train.stepz=2"]) == 2
+    assert capsys.readouterr().err.count("unknown key") == messages
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--cfg"],
+        ["train", "train.stepz=1"],
+        ["train", "model=tinny"],
+        ["train", "train.steps=x"],
+        ["train", "train.steps=0"],
+        ["train", "model.num_heads=7"],
+        ["train", "train.global_batch_size=7"],
+        ["train", "data.name=none_such"],
+        ["train", "checkpoint.resume=none/such"],
+        ["prepare", "tokenizer.path=none.model"],
+        ["evaluate", "none/such"],
+        ["generate", "none/such"],
+        ["export", "none/such", "out=x"],
+        ["report", "none/such"],
+    ],
+)
+def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
+    program = (
+        "import sys; from megatrain.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'deepspeed', 'mlflow', 'transformers', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    expected = 0 if argv[-1] in ("--help", "--cfg") else 2
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=tmp_path, env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == expected, done.stderr
+    assert list(tmp_path.iterdir()) == []

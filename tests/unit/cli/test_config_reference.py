@@ -1,0 +1,15 @@
+"""docs/config.md is what the schema says."""
+
+import importlib.util
+from pathlib import Path
+
+TOOL = Path(__file__).parents[3] / "tools" / "config_reference.py"
+
+
+def test_the_config_reference_is_current():
+    """When red: python tools/config_reference.py"""
+    spec = importlib.util.spec_from_file_location("config_reference", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page()

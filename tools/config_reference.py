@@ -1,0 +1,74 @@
+"""Writes docs/config.md, the reference of every config key, from the schema: python tools/config_reference.py
+
+`tests/unit/cli/test_config_reference.py` fails when the page is not what this would write.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.compose import GROUPS, choices_of, describe, key_types
+from megatrain.config import VERBS, walk
+from megatrain.usage import EXAMPLES, bounds_text, default_text, summary
+
+PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+
+HEAD = """# Config reference
+
+Written by `python tools/config_reference.py` from `megatrain/config.py` and `conf/`; edit those, not this page.
+
+Every command is `megatrain <verb> [key=value | group=choice] ...`, in [Hydra](https://hydra.cc)'s syntax. A group picks a
+file of `conf/<group>/`; a key sets one value. What is typed on the command line wins over an experiment, and an
+experiment over the other groups. `null` is the empty value, `[a,b]` a list. Text is taken as typed, so `run.name=1e3` is a
+name; text that holds a comma stands in quotes: `run.name="'a,b'"`. `${train.steps}` stands for another key's value. The
+verbs that have a `path` take it as their first argument without `path=`.
+
+A config is refused within a second, before anything starts, with the key, what was given and what would work (exit code
+2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the resolved config.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(section(verb) for verb in VERBS)]) + "\n"
+
+
+def section(verb: str) -> str:
+    """One verb: its examples, groups and keys."""
+    schema = VERBS[verb]
+    lines = [f"## megatrain {verb}", "", _sentence(summary(schema)), "", "```"]
+    lines += [*EXAMPLES[verb], "```", ""]
+    if verb in GROUPS:
+        lines += ["| group | choices |", "| --- | --- |"]
+        lines += [f"| `{group}` | {_codes(choices_of(group))} |" for group in GROUPS[verb]]
+        lines.append("")
+    lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    types = key_types(schema)
+    lines += [row(name, types[name], f) for name, f in walk(schema).items()]
+    return "\n".join([*lines, ""])
+
+
+def row(name: str, hint: Any, field: Any) -> str:
+    """One key's line of the table."""
+    choices = field.metadata.get("choices")
+    value = _codes([str(choice) for choice in choices]) if choices else describe(hint)
+    bounds = bounds_text(field.metadata)
+    default = default_text(field).removeprefix("default ")
+    shown = default if default == "mandatory" else f"`{default}`"
+    return f"| `{name}` | {value}{', ' + bounds if bounds else ''} | {shown} | {field.metadata['help']} |".replace(
+        "<", "&lt;"
+    )
+
+
+def _codes(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
