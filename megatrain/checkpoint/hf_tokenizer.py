@@ -1,0 +1,101 @@
+"""A saved tokenizer's place in a Hugging Face folder: our SentencePiece models as an equal tokenizer.json.
+
+The model's mathematics does not live here, nor does tokenization itself (megatrain/data/tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatrain.data.tokenizer import SEGMENT
+from megatrain.errors import ConfigError, EnvironmentFault
+
+SPACE = "▁"
+"""SentencePiece's sign for a space inside a piece."""
+
+
+def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
+    """Copies a saved tokenizer into the folder `out`, and makes it one that `AutoTokenizer` loads.
+
+    A tokenizer that is Hugging Face's own already is copied as it is. Raises `ConfigError` if `tokenizer_dir` is no
+    saved tokenizer, or a SentencePiece model that tokenizer.json cannot express.
+    """
+    model = tokenizer_dir / "tokenizer.model"
+    if not model.is_file() and not (tokenizer_dir / "tokenizer.json").is_file():
+        raise ConfigError(f"{tokenizer_dir}: no tokenizer there (neither tokenizer.model nor tokenizer.json)")
+    for file in sorted(tokenizer_dir.iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
+    if model.is_file():
+        fast_tokenizer(model, max_seq_len).save_pretrained(out)
+
+
+def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
+    """The `PreTrainedTokenizerFast` that gives the same ids as our use of a SentencePiece BPE model with byte fallback.
+
+    Pieces keep their ids, with plain spaces for `▁`; a `▁` of the text itself is then in no piece and falls back to its
+    three bytes, as it does in ours. Text is cut where ours is: around `▁` and into segments of at most `SEGMENT`
+    characters. Control pieces are never read from text (`split_special_tokens`).
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as error:
+        raise EnvironmentFault("Hugging Face folders need transformers: pip install 'megatrain[hf]'") from error
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [processor.id_to_piece(i).replace(SPACE, " ") for i in range(processor.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    ranks = _merge_order(processor, model)
+    unknown = pieces[processor.unk_id()]
+    bpe = models.BPE(
+        vocab, _merges({pieces[i]: rank for i, rank in ranks.items()}), unk_token=unknown, byte_fallback=True
+    )
+    backend = Tokenizer(bpe)
+    # `segments` of megatrain/data/tokenizer.py as a pattern: all of what is left, or up to the last newline, or full.
+    cut = rf"[\s\S]{{1,{SEGMENT}}}\z|[\s\S]{{0,{SEGMENT - 1}}}\n|[\s\S]{{{SEGMENT}}}"
+    around = pre_tokenizers.Split(SPACE, "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([around, pre_tokenizers.Split(Regex(cut), "isolated")])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=pieces[processor.eos_id()],
+        unk_token=unknown,
+        model_max_length=max_seq_len,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+    _check_equal(processor, fast, ranks, model)
+    return fast
+
+
+def _merge_order(processor: Any, model: Path) -> dict[int, int]:
+    """Each mergeable piece's id with its place in the order of merging: a BPE model scores them 0, -1, -2, …"""
+    ranks: dict[int, int] = {}
+    for i in range(processor.vocab_size()):
+        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)):
+            if processor.get_score(i) != -len(ranks):
+                raise ConfigError(f"{model}: not a plain BPE model; its tokenizer cannot be exported to Hugging Face")
+            ranks[i] = len(ranks)
+    return ranks
+
+
+def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, in the order in which the pieces are made."""
+    merges = []
+    for piece in sorted(ranks, key=ranks.__getitem__):
+        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def _check_equal(processor: Any, fast: Any, ranks: dict[int, int], model: Path) -> None:
+    """Both tokenizers agree on the text of every piece."""
+    for i in ranks:
+        text = processor.id_to_piece(i).replace(SPACE, " ")
+        if processor.encode(text) != fast.encode(text, add_special_tokens=False):
+            raise ConfigError(f"{model}: tokenizer.json would encode {text!r} differently, so it cannot be exported")
