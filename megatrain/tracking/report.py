@@ -26,7 +26,7 @@ MAX_POINTS = 1200
 MAX_EVENTS_OF_A_KIND = 400
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
-"""Parts of `step_time_s`; what is left of it is computing."""
+"""Waiting for data is part of `step_time_s`, whose rest is computing; evaluating and saving come on top."""
 
 
 def report(run_dir: Path, out: Path | None = None) -> Path:
@@ -164,13 +164,12 @@ class Curves:
 
     def time_spent(self) -> dict[str, float]:
         """Seconds of all steps by what they went to."""
-        parts = {name: self.totals[name] for name in PARTS}
-        rest = max(0.0, self.totals["step_time_s"] - sum(parts.values()))
+        total = self.totals
         return {
-            "compute": rest,
-            "data": parts["data_time_s"],
-            "eval": parts["eval_time_s"],
-            "save": parts["save_time_s"],
+            "compute": max(0.0, total["step_time_s"] - total["data_time_s"]),
+            "data": total["data_time_s"],
+            "eval": total["eval_time_s"],
+            "save": total["save_time_s"],
         }
 
 
@@ -202,9 +201,9 @@ def tiles(curves: Curves, events: list[dict[str, Any]]) -> list[dict[str, str]]:
         total, count = rates["tokens_per_s"]
         mfu = "mfu {:.1%}".format(rates["mfu"][0] / rates["mfu"][1]) if "mfu" in rates else "mean"
         found.append(("tokens/s", short(total / count), mfu))
-    spent = curves.totals["step_time_s"]
+    spent = sum(curves.time_spent().values())
     if spent:
-        found.append(("time in steps", clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days", ""))
+        found.append(("training time", clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days", ""))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
 
@@ -238,7 +237,7 @@ def facts(
     ]
     merged: dict[str, Any] = {}
     for event in starts:
-        merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
+        merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step", "cut_metrics")}
     rows += [(name.replace("_", " "), plain(value)) for name, value in merged.items()]
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))

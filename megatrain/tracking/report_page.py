@@ -338,11 +338,11 @@ function build() {
     const mean = name => (D.curves[name] || {}).mean || new Array(N).fill(0), total = mean('step_time_s');
     if (D.curves.step_time_s) {
       const parts = {data: mean('data_time_s'), eval: mean('eval_time_s'), save: mean('save_time_s')};
-      const compute = total.map((t, i) => Math.max(0, (t || 0) - (parts.data[i] || 0) - (parts.eval[i] || 0) - (parts.save[i] || 0)));
+      const compute = total.map((t, i) => Math.max(0, (t || 0) - (parts.data[i] || 0)));
       const labels = [['compute', 'computing', 'a'], ['data', 'waiting for data', 'b'], ['eval', 'evaluating', 'c'], ['save', 'saving', 'd']];
       const sum = Object.values(D.time_spent).reduce((a, b) => a + b, 0) || 1;
       const share = labels.map(([k, , tone]) => `<span style="background:var(--${tone});flex:${D.time_spent[k] / sum} 0 0"></span>`).join('');
-      add({title: 'Where step time went (seconds a step)', wide: Boolean(D.curves.mfu), zero: true, noLog: true, stacked: true, height: D.curves.mfu ? 208 : 178,
+      add({title: 'Where time went (seconds a step)', wide: Boolean(D.curves.mfu), zero: true, noLog: true, stacked: true, height: D.curves.mfu ? 208 : 178,
         above: `<div class="share">${share}</div>`, exact: v => num(v, 3) + ' s',
         series: labels.map(([k, label, tone]) => ({name: `${label} ${trim((100 * D.time_spent[k] / sum).toFixed(1))}%`, tone, mean: k === 'compute' ? compute : parts[k]}))});
     }
@@ -366,7 +366,7 @@ function build() {
   };
   document.getElementById('reset').onclick = () => zoom(null, null);
   drawAll();
-  let width = 0;
+  let width = root.clientWidth;
   new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; drawAll(); } }).observe(root);
   document.body.dataset.drawn = document.querySelectorAll('path.curve').length;
 }

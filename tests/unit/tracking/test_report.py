@@ -1,0 +1,175 @@
+"""The report: one page, drawn by a real browser, of any state a run's folder can be in."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from megatrain.errors import ConfigError
+from megatrain.tracking import report as report_module
+from megatrain.tracking.events import EventLog
+from megatrain.tracking.metrics import MetricsLog
+from megatrain.tracking.report import collect, report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to draw the page with")
+
+
+def make_run(folder, num_steps, name="demo"):
+    run_dir = folder / name
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(
+        "run:\n  name: demo\nmodel:\n  name: tiny\n  num_layers: 2\ntrain:\n  steps: 300\n"
+    )
+    log, events = MetricsLog(run_dir / "metrics.jsonl"), EventLog(run_dir / "events.jsonl")
+    events.emit("start", 0, world_size=2, layout="dp=2 zero=3", note="</script><script>alert(1)</script>")
+    for step in range(1, num_steps + 1):
+        record = {
+            "step": step,
+            "loss": math.nan if step == 7 else 2 + 6 / step,
+            "grad_norm": 1 / step,
+            "lr": 1e-3,
+            "tokens": step * 512,
+            "updated": step != 7,
+            "step_time_s": 0.5,
+            "tokens_per_s": 1024.0,
+            "mfu": None,
+            "data_time_s": 0.125,
+            "eval_time_s": 0.25 if step % 10 == 0 else 0.0,
+            "save_time_s": 0.0,
+        }
+        if step % 10 == 0:
+            record["heldout_loss"] = 2.5 + 6 / step
+            events.emit("evaluate", step, heldout_loss=record["heldout_loss"], bits_per_byte=1.5)
+        log.append(record)
+    events.emit("resume", num_steps // 2, world_size=1)
+    return run_dir
+
+
+def drawn(page):
+    """The page's document, without its scripts, once a real browser has run them."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--window-size=1200,1600", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+
+
+class References(html.parser.HTMLParser):
+    """Everything in a page that a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+
+
+@needs_browser
+def test_a_browser_draws_every_chart(tmp_path):
+    document = drawn(report(make_run(tmp_path, 60)))
+    for title in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Where time went", "Events"):
+        assert f"<h2>{title}" in document, title
+    assert re.search(r'data-drawn="(\d+)"', document).group(1) == "9"  # train, held-out, lr, norm, rate and four times
+    curves = re.findall(r'<path class="curve"[^>]* d="([^"]*)"', document)
+    assert len(curves) == 9 and not any("NaN" in curve for curve in curves)
+    assert curves[0].count("M") == 2 and curves[0].count("L") == 57  # the skipped step leaves a gap
+    assert document.count('class="mark"') == 1 + 6 + 1
+    assert "note &lt;/script&gt;" in document
+    assert "num_layers: 2" in document and "waiting for data 23.8%" in document
+
+
+@needs_browser
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_browser_draws_a_run_of_few_steps(tmp_path, num_steps):
+    document = drawn(report(make_run(tmp_path, num_steps)))
+    assert 'data-drawn="' in document and "NaN" not in document
+    assert ("No step has been written yet" in document) == (num_steps == 0)
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    page = report(make_run(tmp_path, 20)).read_text()
+    references = References()
+    references.feed(page)
+    assert references.found == []
+    assert not re.search(r"https?:|@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
+    assert "default-src 'none'" in page
+
+
+def test_text_of_the_run_cannot_end_the_script(tmp_path):
+    page = report(make_run(tmp_path, 5)).read_text()
+    assert page.count("</script>") == 2
+    embedded = re.search(r'id="data">(.*?)</script>', page).group(1)
+    assert "</script><script>alert(1)" in json.loads(embedded)["events"][0]["detail"]
+
+
+def test_a_long_run_gives_a_small_page_that_keeps_extremes_and_means(tmp_path):
+    """Every stretch carries its mean and its extremes: no spike is lost."""
+    run_dir = tmp_path / "long"
+    run_dir.mkdir()
+    values = [2 + math.sin(step) + (50 if step == 31_234 else 0) for step in range(1, 50_001)]
+    time = "2026-01-01T00:00:00.000Z"
+    rows = [
+        {"step": step, "loss": value, "tokens": step, "heldout_loss": value, "time": time}
+        for step, value in enumerate(values, start=1)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "events.jsonl").write_text(
+        "".join(json.dumps({"time": time, "kind": "save", "step": step}) + "\n" for step in range(5000))
+        + json.dumps({"time": time, "kind": "skip", "step": 3}) + "\n"
+    )  # fmt: skip
+    data = collect(run_dir)
+    loss = data["curves"]["loss"]
+    assert len(loss["mean"]) == len(data["x"]["step"]) <= report_module.MAX_POINTS and data["x"]["step"][-1] == 50_000
+    assert max(loss["max"]) == pytest.approx(max(values), rel=1e-5)
+    assert min(loss["min"]) == pytest.approx(min(values), rel=1e-5)
+    stretch = data["x"]["step"][0]
+    assert loss["mean"][3] == pytest.approx(math.fsum(values[3 * stretch : 4 * stretch]) / stretch, rel=1e-5)
+    assert len(data["heldout"]) <= report_module.MAX_POINTS and data["heldout"][-1][0] == 50_000
+    assert [event["kind"] for event in data["events"]].count("skip") == 1
+    assert report(run_dir).stat().st_size < 1_000_000
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere: no such folder"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"not a run's folder, it holds none of metrics\.jsonl"):
+        report(tmp_path)
+
+
+def test_a_crashed_run_gives_a_page_of_what_there_is(tmp_path):
+    run_dir = make_run(tmp_path, 12)
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_bytes(
+        b"".join(lines[:8]) + b"\0\0\0\n" + b"".join(lines[8:]) + b'{"step": 13, "l'
+    )
+    (run_dir / "events.jsonl").unlink()
+    (run_dir / "config.yaml").write_text("a: [")
+    data = collect(run_dir)
+    assert data["x"]["step"] == list(range(1, 9)) and data["config"] == "a: ["
+    assert len(data["notices"]) == 2 and "line 9" in data["notices"][0]
+    assert data["status"]["text"] == "no end recorded"
+
+
+def test_the_numbers_at_the_top_are_those_of_the_run(tmp_path):
+    run_dir = make_run(tmp_path, 60)
+    EventLog(run_dir / "events.jsonl").emit("stop", 60, status="done")
+    data = collect(run_dir)
+    assert {tile["name"]: tile["value"] for tile in data["tiles"]} == {
+        "step": "60",
+        "tokens": "30.7k",
+        "loss": "2.1000",
+        "held-out loss": "2.6000",
+        "bits per byte": "1.500",
+        "tokens/s": "1.02k",
+        "training time": "0:00:32",
+    }
+    assert data["time_spent"] == {"compute": 22.5, "data": 7.5, "eval": 1.5, "save": 0.0}
+    assert data["status"] == {"text": "done", "tone": "good"}
+    facts = dict(data["facts"])
+    assert (facts["model"], facts["world size"], facts["steps planned"]) == ("tiny · 2 layers", "1", "300")
+    assert (facts["resumes"], facts["steps skipped"]) == ("1", "1")
