@@ -149,11 +149,11 @@ def start_workers(config: TrainConfig, arguments: Arguments) -> int:
     return launch(command, config.launch.nproc_per_node, log_dir)
 
 
-def report(config: ReportConfig) -> int | None:
+def report(config: ReportConfig) -> None:
     """`megatrain report`."""
     from megatrain.tracking.report import report as write_report
 
-    return write_report(Path(config.path), Path(config.out) if config.out is not None else None)
+    print(write_report(Path(config.path), Path(config.out) if config.out is not None else None))
 
 
 def to_yaml(config: Any) -> str:

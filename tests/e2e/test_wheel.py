@@ -1,0 +1,67 @@
+"""The built distributions: a wheel installed elsewhere finds its config groups and kernels, with no checkout in sight."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "megatrain", "conf", "kernels")
+
+
+def run(*command: object, cwd: Path, **environ: str) -> str:
+    """A command's output; its whole story when it fails."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel that pip builds from a copy of the sources (a build leaves files beside them)."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        extra = {"symlinks": True, "ignore": shutil.ignore_patterns("__pycache__")} if copy is shutil.copytree else {}
+        copy(ROOT / name, folder / name, **extra)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder / "dist", folder, cwd=folder)
+    (built,) = (folder / "dist").glob("megatrain-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel alone; its dependencies are this environment's."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=folder)
+    dependencies = Path(run(sys.executable, "-c", "import torch; print(torch.__path__[0])", cwd=folder).strip()).parent
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    return python
+
+
+def test_the_wheel_holds_every_module_kernel_and_config_file(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    files = [path for path in (ROOT / "megatrain").rglob("*") if path.suffix == ".py"]
+    files += [ROOT / "megatrain" / path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")]
+    files += [ROOT / "megatrain" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
+    missing = {str(path.relative_to(ROOT)) for path in files} - held
+    assert not missing
+    assert "megatrain/conf/train.yaml" in held and "megatrain/kernels/__init__.py" in held
+
+
+def test_the_installed_command_composes_a_config_in_an_empty_folder(installed, tmp_path):
+    shown = run(installed, "-m", "megatrain", "train", "--cfg", "model=tiny", "experiment=quickstart", cwd=tmp_path)
+    assert "name: tiny" in shown
+    where = "import megatrain.conf, megatrain.kernels; print(megatrain.conf.__file__, megatrain.kernels.__file__)"
+    places = run(installed, "-c", where, cwd=tmp_path).split()
+    assert all(Path(place).is_relative_to(installed.parent.parent) for place in places)
+    assert list(tmp_path.iterdir()) == []
