@@ -96,6 +96,8 @@ def test_the_documented_table_is_the_computed_one():
 
 
 def test_only_the_cpu_sized_presets_leave_the_vocabulary_to_the_tokenizer():
-    text = {p.stem: p.read_text(encoding="utf-8") for p in (Path(__file__).parents[3] / "conf" / "model").glob("*.yaml")}
+    text = {
+        p.stem: p.read_text(encoding="utf-8") for p in (Path(__file__).parents[3] / "conf" / "model").glob("*.yaml")
+    }
     assert text.keys() == presets().keys()
     assert {name for name, content in text.items() if "vocab_size" not in content} == {"tiny", "small"}
