@@ -167,12 +167,9 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
 
 def check_layout(config: TrainConfig, ranks: int) -> None:
     """Ask the table of legal combinations."""
-    from importlib.util import find_spec
+    from megatrain.parallel import layout
 
-    if find_spec("megatrain.parallel.layout"):
-        from megatrain.parallel import layout
-
-        layout.check(config, ranks)
+    layout.check(config, ranks)
 
 
 def divisors(number: int) -> list[int]:

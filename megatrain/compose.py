@@ -157,10 +157,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
         hint_text = f" (write {name}=[{bare}])" if typing.get_origin(kind) is list else hint_text
         raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
-    if typing.get_origin(kind) is list:
-        (element,) = typing.get_args(kind)
-        return [element(item) for item in value]
-    return kind(value)
+    return value
 
 
 def _parse(name: str, text: str) -> Any:

@@ -1,22 +1,37 @@
 """What is refused because two keys disagree, or because something named is not on the disk."""
 
+import copy
 import re
 
 import pytest
 
 from megatrain.checks import check_paths, check_values
-from megatrain.compose import compose
+from megatrain.compose import compose, read_overrides
 from megatrain.errors import ConfigError
 
 SHAPE = ["model=tiny", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=null", "model.max_seq_len=256"]
 SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len=256", "train.steps=100"]
 
 
-def refusal(*overrides: str, verb: str = "train", paths: bool = False) -> str:
+@pytest.fixture(scope="module")
+def base():
+    """A train config whose keys agree, composed once."""
+    return compose("train", SHAPE + SIZES)
+
+
+def changed(base, overrides):
+    """A copy of a config with some keys changed."""
+    config = copy.deepcopy(base)
+    for name, value in read_overrides("train", list(overrides)).values.items():
+        group, _, key = name.rpartition(".")
+        setattr(getattr(config, group) if group else config, key, value)
+    return config
+
+
+def refusal(check, config) -> str:
     """The message that a config is refused with."""
-    config = compose(verb, [*(SHAPE + SIZES if verb == "train" else []), *overrides])
     with pytest.raises(ConfigError) as caught:
-        (check_paths if paths else check_values)(config)
+        check(config)
     return str(caught.value)
 
 
@@ -33,8 +48,8 @@ def refusal(*overrides: str, verb: str = "train", paths: bool = False) -> str:
         ["train.early_stop_patience=2", "train.eval_every=10"],
     ],
 )
-def test_keys_that_agree_pass(overrides):
-    check_values(compose("train", [*SHAPE, *SIZES, *overrides]))
+def test_keys_that_agree_pass(base, overrides):
+    check_values(changed(base, overrides))
 
 
 @pytest.mark.parametrize(
@@ -67,29 +82,29 @@ def test_keys_that_agree_pass(overrides):
         (["data.name=../x"], "data.name='../x' cannot"),
     ],
 )
-def test_keys_that_disagree_are_refused_with_the_nearest_that_works(overrides, says):
-    assert re.search(says, refusal(*overrides))
+def test_keys_that_disagree_are_refused_with_the_nearest_that_works(base, overrides, says):
+    assert re.search(says, refusal(check_values, changed(base, overrides)))
 
 
-def test_a_launchers_world_size_counts_instead_of_ours(monkeypatch):
+def test_a_launchers_world_size_counts_instead_of_ours(base, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert "x 3 data-parallel ranks = 12" in refusal("launch.nproc_per_node=2")
+    assert "x 3 data-parallel ranks = 12" in refusal(check_values, changed(base, ["launch.nproc_per_node=2"]))
 
 
 def test_a_source_without_anything_to_read_is_refused():
-    assert "data.paths=[] needs" not in refusal("data=files", "data.name=x", verb="prepare")
-    assert "data.paths=" in refusal("data.kind=files", verb="prepare")
-    assert "data.hf_path" in refusal("data.kind=huggingface", verb="prepare")
+    assert "data.paths=[]" in refusal(check_values, compose("prepare", ["data=files"]))
+    assert "data.hf_path=null" in refusal(check_values, compose("prepare", ["data.kind=huggingface"]))
+    check_values(compose("prepare", ["data=files", "data.paths=[a.txt]"]))
 
 
-def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
+def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = refusal("data.name=python_stdlib", paths=True)
+    message = refusal(check_paths, changed(base, ["data.name=python_stdlib"]))
     assert "no dataset at data/python_stdlib" in message and "megatrain prepare data=python_stdlib" in message
     (tmp_path / "data" / "python_stdlib").mkdir(parents=True)
     (tmp_path / "data" / "python_stdlib" / "card.json").write_text("{}")
-    assert "did you mean data.name=python_stdlib?" in refusal("data.name=python_stdlb", paths=True)
+    assert "did you mean data.name=python_stdlib?" in refusal(check_paths, changed(base, ["data.name=python_stdlb"]))
 
 
 @pytest.mark.parametrize(
@@ -110,10 +125,11 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(t
         ("prepare", ["tokenizer.kind=hf", "tokenizer.path=./gpt2"], "tokenizer.path=gpt2: no such"),
     ],
 )
-def test_a_path_that_is_not_there_is_refused_with_what_is_nearby(verb, overrides, says, tmp_path, monkeypatch):
+def test_a_path_that_is_not_there_is_refused_with_what_is_nearby(base, verb, overrides, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
-    assert re.search(says, refusal(*overrides, verb=verb, paths=True))
+    config = changed(base, overrides) if verb == "train" else compose(verb, overrides)
+    assert re.search(says, refusal(check_paths, config))
 
 
 def test_a_hugging_face_name_is_not_taken_for_a_path(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: verbs, flags, messages, exit codes, and what a refusal never imports."""
 
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -10,8 +11,11 @@ import yaml
 
 import megatrain
 from megatrain import cli
+from megatrain.checks import check_values
+from megatrain.compose import compose
 from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.errors import CheckpointError, DataError
+from megatrain.usage import EXAMPLES
 
 
 @pytest.fixture
@@ -43,6 +47,12 @@ def test_help_of_a_verb_explains_every_key(verb, capsys):
         for choice in f.metadata.get("choices", ()):
             assert str(choice) in shown
     assert f"megatrain {verb}" in shown
+
+
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_every_example_in_the_help_is_a_command_that_composes(line):
+    arguments = cli.parse(shlex.split(line)[1:])
+    check_values(compose(arguments.verb, arguments.overrides))
 
 
 def test_version(capsys):

@@ -24,14 +24,20 @@ def test_every_verb_composes_to_its_dataclass(verb):
     assert type(compose(verb, PATHS.get(verb, []))) is VERBS[verb]
 
 
-@pytest.mark.parametrize("group", GROUPS["train"])
-def test_every_choice_of_every_group_composes(group):
-    choices = choices_of(group)
-    assert choices
-    for choice in choices:
-        config = compose("train", [f"{group}={choice}", "data.name=some"])
-        if group not in ("experiment", "data", "tokenizer"):
-            assert getattr(config, group).name == choice
+def test_every_choice_of_every_group_composes_and_carries_its_own_name():
+    choices = {group: choices_of(group) for group in GROUPS["train"]}
+    assert all(choices.values())
+    for turn in range(max(len(names) for names in choices.values())):  # several groups a turn: composing is slow
+        chosen = {group: names[turn % len(names)] for group, names in choices.items() if group != "experiment"}
+        config = compose("train", [*(f"{group}={choice}" for group, choice in chosen.items()), "data.name=some"])
+        for group in ("model", "engine", "optim", "precision", "launch", "tracking"):
+            assert getattr(config, group).name == chosen[group]
+        assert config.tokenizer.kind == chosen["tokenizer"]
+
+
+@pytest.mark.parametrize("choice", choices_of("experiment"))
+def test_every_experiment_composes(choice):
+    compose("train", [f"experiment={choice}"])
 
 
 def test_a_key_that_no_file_and_no_override_sets_has_the_schemas_default():
@@ -66,8 +72,13 @@ def test_a_later_override_wins_over_an_earlier_one():
     "text", ["1e3", "007", "true", "null_", "1_000", "0x1f", "nan", "3.0", "[x]", "{x}", "a=b", "é x"]
 )
 def test_a_name_stays_exactly_as_typed(text):
-    config = compose("train", [f"run.name={text}", f"data.name={text}", f"tracking.experiment={text}"])
-    assert (config.run.name, config.data.name, config.tracking.experiment) == (text, text, text)
+    config = compose("evaluate", [f"path={text}", f"data={text}"])
+    assert (config.path, config.data) == (text, text)
+
+
+def test_the_names_of_a_run_and_its_dataset_may_look_like_numbers():
+    config = compose("train", ["run.name=1e3", "data.name=007"])
+    assert (config.run.name, config.data.name) == ("1e3", "007")
 
 
 def test_text_may_stand_in_quotes():

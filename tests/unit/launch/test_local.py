@@ -179,6 +179,7 @@ def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
         rank = os.environ["RANK"]
         def save(number, frame):
             time.sleep(2.5 if rank == "0" else 0)
+            open(f"{sys.argv[1]}/saved_{rank}", "w").write("x")
             sys.exit(75)
         signal.signal(signal.SIGTERM, save)
         open(f"{sys.argv[1]}/pid_{rank}", "w").write("x")
@@ -189,6 +190,7 @@ def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
     agent.terminate()
     assert agent.wait(timeout=30) == 75
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
 
 
 def test_a_second_ctrl_c_ends_a_save_at_once(tmp_path):
