@@ -334,11 +334,9 @@ class Sender:
         if not self.metrics_path.exists():
             return
         with open(self.metrics_path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, self._offset - 1))
-            if self._offset and (self._offset > size or file.read(1) != b"\n"):
+            if self._offset and self._is_cut(file):
                 self._offset = 0
-                file.seek(0)
+            file.seek(self._offset)
             end = self._offset
             while data := file.readlines(MAX_READ):
                 for line in data:
@@ -346,6 +344,16 @@ class Sender:
                         return
                     end += len(line)
                     yield json.loads(line), end
+
+    def _is_cut(self, file: IO[bytes]) -> bool:
+        """Whether what lies at `_offset` is not what follows the last step that was sent."""
+        if self._offset > os.fstat(file.fileno()).st_size:
+            return True
+        file.seek(self._offset - 1)
+        if file.read(1) != b"\n":
+            return True
+        line = file.readline()
+        return line.endswith(b"\n") and json.loads(line)["step"] > self.sent_step + 1
 
     def _system_points(self, moment: float, values: dict[str, float]) -> list[Any]:
         """Their steps count seconds since the MLflow run began, so that they go on where a resumed run goes on."""

@@ -21,7 +21,7 @@ class SystemMetrics:
 
     def __init__(self, pid: int, folder: Path) -> None:
         self._folder = folder
-        self._process = psutil.Process(pid)
+        self._pid = pid
         self._network = psutil.net_io_counters()
         self._has_gpu = shutil.which("nvidia-smi") is not None
         psutil.cpu_percent()  # the first call only marks the beginning of the interval
@@ -41,7 +41,7 @@ class SystemMetrics:
             values["system/network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / MEGABYTE
         self._network = network
         with contextlib.suppress(psutil.NoSuchProcess):
-            values["system/process_memory_megabytes"] = self._process.memory_info().rss / MEGABYTE
+            values["system/process_memory_megabytes"] = psutil.Process(self._pid).memory_info().rss / MEGABYTE
         return values | (self._gpus() if self._has_gpu else {})
 
     def _gpus(self) -> dict[str, float]:

@@ -1,0 +1,271 @@
+"""MLflow from the trainer's side: real helper processes against the embedded store, a real server, a hung and a dead
+one."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from megatrain.config import TrackingConfig
+from megatrain.tracking.base import RunInfo
+from megatrain.tracking.events import EventLog
+from megatrain.tracking.metrics import MetricsLog, read_metrics
+from megatrain.tracking.mlflow import MlflowTracker, tracking_uri, without_password
+from megatrain.tracking.mlflow_sender import milliseconds
+
+FINGERPRINT = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def embedded():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+def info(run_dir, first=1, lr=1e-3):
+    config = {
+        "optim": {"lr": lr},
+        "data": {"name": "books", "dir": "data", "paths": ["x" * 600]},
+        "engine": {"name": "native"},
+        "tracking": {"name": "mlflow"},
+    }
+    return RunInfo(
+        run_name=run_dir.name,
+        run_dir=run_dir,
+        config=config,
+        resumed_from_step=first - 1 or None,
+        num_parameters=1000,
+        world_size=2,
+        layout="dp=2 zero=3",
+        dataset={"documents": 7, "blocks": ["..."]},
+        dataset_fingerprint=FINGERPRINT,
+        git_commit="abc123",
+        host="node-1",
+    )
+
+
+class Training:
+    """A run as the trainer makes it: the log is cut, the tracker started, steps are written and noted."""
+
+    def __init__(self, run_dir, first=1, lr=1e-3, **settings):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text("a: 1\n")
+        self.run_dir, self.next = run_dir, first
+        self.log = MetricsLog(run_dir / "metrics.jsonl")
+        self.log.resume(first - 1)
+        self.events = EventLog(run_dir / "events.jsonl")
+        self.events.emit("start" if first == 1 else "resume", first - 1)
+        defaults = {"flush_every_s": 0.2, "system_metrics_every_s": 0.5, "finish_timeout_s": 60.0}
+        self.tracker = MlflowTracker(TrackingConfig(**{**defaults, **settings}), run_dir)
+        self.tracker.start(info(run_dir, first, lr))
+
+    def steps(self, count):
+        for step in range(self.next, self.next + count):
+            record = {"step": step, "loss": 1 / step + self.next, "tokens": step * 64, "updated": step != 3}
+            record |= {"eval_time_s": 0.0, "batch_hash": "00", "mfu": None} | (
+                {"heldout_loss": 2.0} if step == 5 else {}
+            )
+            self.tracker.step(self.log.append(record))
+        self.next += count
+        return self
+
+    def finish(self, status="done"):
+        self.tracker.finish(status)
+        self.log.close()
+
+
+def client(uri):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def run_id_of(run_dir, server="embedded"):
+    return json.loads((run_dir / "mlflow.json").read_text())[server]["run_id"]
+
+
+def points(mlflow, run_id, name):
+    return [(point.step, point.value, point.timestamp) for point in mlflow.get_metric_history(run_id, name)]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server(tmp_path_factory):
+    """A real `mlflow server`, starting while other tests run; returns its address once it answers."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+
+    def address():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return f"http://127.0.0.1:{port}"
+            time.sleep(0.2)
+        raise TimeoutError((folder / "server.log").read_text())
+
+    yield address
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """Two runs begin at the same moment on a store that does not exist yet; then one of them goes back five steps
+    and on, with another learning rate. A third one's trainer was killed before its helper had even connected."""
+    runs = tmp_path_factory.mktemp("runs")
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from pathlib import Path; from test_mlflow import Training\n"
+        "Training(Path(sys.argv[1])).steps(12); print('ready', flush=True); import time; time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(runs / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout.readline() == b"ready\n"
+        trainer.send_signal(signal.SIGKILL)
+    both = [Training(runs / "one"), Training(runs / "two")]
+    for training in both:
+        training.steps(20)
+    for training in both:
+        training.finish("stopped")
+    mlflow = client(tracking_uri(runs))
+    first = {name: points(mlflow, run_id_of(runs / name), "loss") for name in ("one", "two")}
+    Training(runs / "one", first=16, lr=5e-4).steps(15).finish("done")
+    return runs, mlflow, first
+
+
+def test_two_runs_that_begin_at_once_share_one_new_store(story):
+    runs, mlflow, first = story
+    assert [step for step, _, _ in first["one"]] == [step for step, _, _ in first["two"]] == list(range(1, 21))
+    one, two = (mlflow.get_run(run_id_of(runs / name)) for name in ("one", "two"))
+    assert one.info.run_id != two.info.run_id and one.info.experiment_id == two.info.experiment_id
+    assert (one.info.status, two.info.status, two.info.run_name) == ("FINISHED", "KILLED", "two")
+
+
+def test_a_resumed_run_goes_on_without_duplicate_points(story):
+    """Redone steps keep value and time of their first doing; every other point is that of metrics.jsonl."""
+    runs, mlflow, first = story
+    loss = points(mlflow, run_id_of(runs / "one"), "loss")
+    assert [step for step, _, _ in loss] == list(range(1, 31))
+    assert loss[:20] == first["one"]
+    written = read_metrics(runs / "one" / "metrics.jsonl")
+    assert loss[20:] == [(r["step"], r["loss"], milliseconds(r["time"])) for r in written[20:]]
+
+
+def test_no_metric_has_two_points_at_a_step(story):
+    runs, mlflow, _ = story
+    run_id = run_id_of(runs / "one")
+    metrics = mlflow.get_run(run_id).data.metrics
+    assert {"loss", "tokens", "heldout_loss", "updated", "system/cpu_utilization_percentage"} <= set(metrics)
+    assert not {"batch_hash", "mfu", "eval_time_s", "step"} & set(metrics)
+    for name in metrics:
+        steps = [step for step, _, _ in points(mlflow, run_id, name)]
+        assert len(steps) == len(set(steps)), name
+    assert points(mlflow, run_id, "updated")[0][:2] == (3, 0.0)
+
+
+def test_a_parameter_that_a_resume_changed_becomes_a_tag(story):
+    runs, mlflow, _ = story
+    run = mlflow.get_run(run_id_of(runs / "one"))
+    assert (run.data.params["optim.lr"], run.data.tags["resume.optim.lr"]) == ("0.001", "0.0005")
+    assert [name for name in run.data.tags if name.startswith("resume.")] == ["resume.optim.lr"]
+    assert run.data.params["num_parameters"] == "1000" and run.data.params["engine.name"] == "native"
+    assert len(run.data.params["data.paths"]) == 500 and run.data.params["data.paths"].endswith("x...")
+
+
+def test_tags_dataset_and_artifacts_are_there(story):
+    runs, mlflow, _ = story
+    run = mlflow.get_run(run_id_of(runs / "one"))
+    expected = {
+        "git_commit": "abc123",
+        "host": "node-1",
+        "world_size": "2",
+        "layout": "dp=2 zero=3",
+        "engine": "native",
+    }
+    assert expected.items() <= run.data.tags.items()
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("books", FINGERPRINT[:36])
+    assert json.loads(used.dataset.profile) == {"documents": 7, "fingerprint": FINGERPRINT}
+    assert json.loads(used.dataset.source)["uri"].endswith("data/books")
+    names = {item.path for item in mlflow.list_artifacts(run.info.run_id)}
+    assert names == {"config.yaml", "events.jsonl", "report.html"}
+    assert run.info.artifact_uri.startswith((runs / "mlartifacts").as_uri())
+
+
+def test_what_was_known_of_a_killed_trainer_is_sent_and_the_run_marked_as_failed(story):
+    runs, mlflow, _ = story
+    run = None
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            run = mlflow.get_run(run_id_of(runs / "killed"))
+            if run.info.status != "RUNNING":
+                break
+        time.sleep(0.2)
+    assert run is not None and run.info.status == "FAILED"
+    assert [step for step, _, _ in points(mlflow, run.info.run_id, "loss")] == list(range(1, 13))
+
+
+def test_a_server_that_never_answers_costs_a_step_nothing(tmp_path, monkeypatch, caplog):
+    """Neither a start nor a thousand steps wait; the end waits as long as it may and says what was not sent."""
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hung.getsockname()[1]}")
+        begin = time.perf_counter()
+        training = Training(tmp_path / "run", finish_timeout_s=1.0)
+        assert time.perf_counter() - begin < 1.0
+        record = {"step": 1}
+        begin = time.perf_counter()
+        for _ in range(1000):
+            training.tracker.step(record)
+        assert (time.perf_counter() - begin) / 1000 < 50e-6
+        training.steps(25)
+        begin = time.perf_counter()
+        with caplog.at_level(logging.WARNING):
+            training.finish()
+        assert time.perf_counter() - begin < 4.0
+    assert "MLflow has not got steps 1 to 25. They are in metrics.jsonl" in caplog.text
+
+
+def test_what_a_dead_server_missed_it_gets_at_the_next_start(tmp_path, monkeypatch, server, caplog):
+    """The user and password of a server are written nowhere."""
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{free_port()}")
+    with caplog.at_level(logging.WARNING):
+        training = Training(run_dir, finish_timeout_s=3.0).steps(10)
+        deadline = time.monotonic() + 60
+        while "cannot be used now" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+        training.finish("stopped")
+    assert caplog.text.count("cannot be used now, training goes on") == 1
+    assert "MLflow has not got steps 1 to 10" in caplog.text
+    uri = server()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//someone:secret@"))
+    Training(run_dir, first=8).steps(6).finish()
+    mlflow, run_id = client(uri), run_id_of(run_dir, uri)
+    written = read_metrics(run_dir / "metrics.jsonl")
+    assert points(mlflow, run_id, "loss") == [(r["step"], r["loss"], milliseconds(r["time"])) for r in written]
+    assert len(written) == 13 and mlflow.get_run(run_id).info.status == "FINISHED"
+    assert {item.path for item in mlflow.list_artifacts(run_id)} == {"config.yaml", "events.jsonl", "report.html"}
+    assert "secret" not in caplog.text + (run_dir / "mlflow.json").read_text()
+
+
+def test_passwords_are_left_out_of_what_is_shown():
+    assert without_password("https://me:pa:ss@host:5000/a") == "https://host:5000/a"
+    assert without_password("sqlite:////runs/a@b/mlflow.db") == "sqlite:////runs/a@b/mlflow.db"

@@ -1,0 +1,215 @@
+"""The sender inside this process, on a real embedded store, with faults put between the two."""
+
+import json
+import os
+
+import pytest
+
+from megatrain.tracking import mlflow_sender
+from megatrain.tracking.metrics import MetricsLog
+from megatrain.tracking.mlflow_sender import Sender, flatten, text
+from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
+
+
+@pytest.fixture(autouse=True, scope="module")
+def embedded():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+class Quiet:
+    """A trainer that lives and keeps what it is told."""
+
+    gone = False
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, **message):
+        self.told.append(message)
+
+
+def sender(run_dir, config=None, resumed_from_step=None):
+    run_dir.mkdir(exist_ok=True)
+    info = {
+        "run_name": run_dir.name, "run_dir": str(run_dir), "config": config or {"seed": 1}, "layout": "",
+        "resumed_from_step": resumed_from_step, "num_parameters": 1, "flops_per_token": 6.0, "world_size": 1,
+        "device": "cpu", "dataset": {}, "dataset_fingerprint": "", "git_commit": None, "host": "here",
+    }  # fmt: skip
+    settings = {"experiment": "demo", "flush_every_s": 1.0, "system_metrics_every_s": 0.0, "finish_timeout_s": 5.0}
+    return Sender({"info": info, "settings": settings, "parent": os.getpid()}, Quiet())
+
+
+def write(log, first, last):
+    for step in range(first, last + 1):
+        log.append({"step": step, "loss": 1 / step, "lr": 0.1})
+
+
+def steps_at(one, name="loss"):
+    return [point.step for point in one.client.get_metric_history(one.run_id, name)]
+
+
+class Fails:
+    """A client whose `log_batch` raises at its n-th call with metrics, before or after it has done the work."""
+
+    def __init__(self, client, at, after):
+        self._client, self._at, self._after, self._calls = client, at, after, 0
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def log_batch(self, run_id, **what):
+        self._calls += "metrics" in what
+        if self._calls == self._at and not self._after:
+            self._calls += 1
+            raise ConnectionError("lost")
+        self._client.log_batch(run_id, **what)
+        if self._calls == self._at and self._after:
+            self._calls += 1
+            raise ConnectionError("lost")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_request_that_fails_loses_and_doubles_nothing(runs, monkeypatch, at, after):
+    """Also where the server had done the work and only its answer was lost."""
+    monkeypatch.setattr(mlflow_sender, "MAX_METRICS", 11)
+    run_dir = runs / f"fails-{at}-{after}"
+    one = sender(run_dir)
+    write(MetricsLog(run_dir / "metrics.jsonl"), 1, 17)
+    one.connect()
+    one.client = Fails(one.client, at, after)
+    with pytest.raises(ConnectionError):
+        one.send()
+    one.send()
+    assert steps_at(one) == list(range(1, 18)) and one.sent_step == 17
+    again = sender(run_dir, resumed_from_step=17)
+    again._lock = one._lock
+    again.catch_up()
+    assert again.run_id == one.run_id and again.sent_step == 17
+    assert steps_at(one) == list(range(1, 18))
+
+
+def test_a_log_that_is_cut_while_the_run_goes_on_gives_no_duplicates(runs):
+    """Whether the cut is seen at once or only after the file has grown past where it was read to."""
+    one = sender(runs / "cut")
+    log = MetricsLog(runs / "cut" / "metrics.jsonl")
+    write(log, 1, 20)
+    one.catch_up()
+    log.resume(8)
+    one.catch_up()
+    write(log, 9, 23)
+    one.catch_up()
+    log.resume(10)
+    for step in range(11, 41):
+        log.append({"step": step, "loss": 1 / step, "lr": 0.1, "more": "x" * (step % 7)})
+    one.catch_up()
+    assert steps_at(one) == list(range(1, 41))
+
+
+def test_a_log_that_was_cut_and_grew_to_the_very_byte_gives_no_gap(runs):
+    """The line that begins where reading had ended belongs to a later step than the next one."""
+    one = sender(runs / "aligned")
+    path = runs / "aligned" / "metrics.jsonl"
+
+    def line(step, length):
+        record = {"step": step, "loss": 1.0, "time": "2026-01-01T00:00:00.000Z"}
+        return json.dumps(record).ljust(length) + "\n"
+
+    path.write_text(line(1, 79) + line(2, 159))
+    one.catch_up()
+    path.write_text(line(1, 79) + line(2, 79) + line(3, 79) + line(4, 79))
+    one.catch_up()
+    assert steps_at(one) == [1, 2, 3, 4]
+
+
+def test_a_line_is_sent_once_it_is_whole(runs):
+    one = sender(runs / "half")
+    path = runs / "half" / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0, "time": "2026-01-01T00:00:00.000Z"}\n{"step": 2, "lo')
+    one.catch_up()
+    with open(path, "ab") as file:
+        file.write(b'ss": 2.0, "time": "2026-01-01T00:00:01.000Z"}\n')
+    one.catch_up()
+    assert steps_at(one) == [1, 2]
+
+
+def test_a_run_that_was_deleted_on_the_server_is_made_anew_with_all_steps(runs):
+    one = sender(runs / "deleted")
+    write(MetricsLog(runs / "deleted" / "metrics.jsonl"), 1, 5)
+    one.catch_up()
+    one.client.delete_run(one.run_id)
+    again = sender(runs / "deleted", resumed_from_step=5)
+    again._lock = one._lock
+    again.catch_up()
+    assert again.run_id != one.run_id and steps_at(again) == [1, 2, 3, 4, 5]
+    assert "was deleted there" in again.parent.told[0]["warning"]
+
+
+def test_a_new_beginning_is_another_mlflow_run_only_with_another_config(runs):
+    """A run that fell before its first checkpoint begins again at step 1 and stays the same run."""
+    ids = []
+    for config in ({"seed": 1}, {"seed": 1}, {"seed": 2}):
+        one = sender(runs / "anew", config=config)
+        one.connect()
+        one._lock.close()
+        ids.append(one.run_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_two_helpers_never_send_for_one_run_at_a_time(runs):
+    one = sender(runs / "locked")
+    one.connect()
+    with pytest.raises(RuntimeError, match="earlier start of this run is still sending"):
+        sender(runs / "locked").connect()
+
+
+def test_many_and_long_parameters_fit(runs):
+    config = {"group": {f"key_{number}": number for number in range(250)}, "long": "y" * 7000}
+    one = sender(runs / "many", config=config)
+    one.connect()
+    params = one.client.get_run(one.run_id).data.params
+    assert params["group.key_249"] == "249" and len(params) == 253 and len(params["long"]) == 500
+
+
+def test_config_becomes_dotted_keys_and_plain_texts():
+    assert flatten({"a": {"b": {"c": None}, "d": True}, "e": [1, 2.5], "f": "x", "g": ""}) == {
+        "a.b.c": "null", "a.d": "true", "e": "[1, 2.5]", "f": "x", "g": ""
+    }  # fmt: skip
+    assert text("z" * 500) == "z" * 500 and text("z" * 501) == "z" * 497 + "..."
+
+
+def test_system_samples_wait_for_the_server_in_bounded_memory(runs, monkeypatch):
+    monkeypatch.setattr(mlflow_sender, "MAX_SYSTEM_SAMPLES", 3)
+    one = sender(runs / "system")
+    one.settings["system_metrics_every_s"] = 1e-6
+    for _ in range(5):
+        one._sample()
+    assert len(one._samples) == 3 and one._dropped == 2
+    assert one._try(one.catch_up)
+    assert not one._samples and {"warning": "2 samples of system metrics did not fit and are lost"} in one.parent.told
+
+
+def test_system_metrics_are_percentages_and_megabytes(tmp_path):
+    sample = SystemMetrics(os.getpid(), tmp_path).sample()
+    assert 0 < sample["system/system_memory_usage_percentage"] < 100
+    assert 5 < sample["system/process_memory_megabytes"] < sample["system/system_memory_usage_megabytes"]
+
+
+def test_gpus_are_read_from_nvidia_smi():
+    answer = "0, 97, 1000, 312.45, 61\n1, 3, 20, [N/A], 30\n"
+    assert parse_gpus(answer) == pytest.approx({
+        "system/gpu_0_utilization_percentage": 97.0,
+        "system/gpu_0_memory_usage_megabytes": 1048.576,
+        "system/gpu_0_power_usage_watts": 312.45,
+        "system/gpu_0_temperature_celsius": 61.0,
+        "system/gpu_1_utilization_percentage": 3.0,
+        "system/gpu_1_memory_usage_megabytes": 20.97152,
+        "system/gpu_1_temperature_celsius": 30.0,
+    })  # fmt: skip
