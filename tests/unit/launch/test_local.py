@@ -50,9 +50,11 @@ def exit_with(*codes: str) -> list[str]:
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
-    """An agent in a process of its own."""
+    """An agent in a process of its own, with the signals as a terminal leaves them (a shell's `&` ignores some)."""
     program = (
-        "import sys, json, pathlib; from megatrain.launch import local; local.OWN_ACCORD_S, local.KILL_S = 0.2, 1.0; "
+        "import sys, json, pathlib, signal; from megatrain.launch import local; "
+        "[signal.signal(number, signal.SIG_DFL) for number in local.FORWARDED]; "
+        "local.OWN_ACCORD_S, local.KILL_S = 0.2, 1.0; "
         "sys.exit(local.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
     )
     arguments = [json.dumps(command), str(num_workers), str(folder / "logs")]
