@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 
 from megatrain.errors import EnvironmentFault
 
-_GULP = 1024  # compressed bytes taken at once: a block of zstd's gives at most 128 KiB for as few as 4 bytes
+_GULP = 256  # compressed bytes taken at once: 4 of them can stand for a block of 128 KiB
 
 
 def opened(path: Path, raw: BinaryIO) -> BinaryIO:

@@ -53,7 +53,8 @@ def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
     value: np.ndarray = index.astype(np.uint64)
     outside = np.arange(len(value))
     while len(outside):
-        left, right = value[outside] // a, value[outside] % a
+        left: np.ndarray = value[outside] // a
+        right: np.ndarray = value[outside] % a
         for round_key in round_keys:
             left, right = right, (left + _mix(right ^ round_key) % a) % a
         value[outside] = left * a + right

@@ -223,10 +223,10 @@ def _cut_in_two(spool: Spool, found: Clean, fraction: float) -> None:
     assert found.lowest
     frame, place = spool.locate(found.lowest[1])
     text = unpack(spool.path, frame)[place].decode()
-    middle = int(len(text) * (1 - fraction))
-    at = text.rfind("\n", 0, middle) + 1 or middle
-    if not 0 < at < len(text):
+    if len(text) < 2:
         raise DataError("the corpus is a single character; it cannot be held out in part: set data.heldout_fraction=0")
+    middle = min(max(1, int(len(text) * (1 - fraction))), len(text) - 1)
+    at = text.rfind("\n", 0, middle) + 1 or middle
     spool.set_flag(found.lowest[1], DROPPED)
     parts = [text[:at].encode(), text[at:].encode()]
     frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), sum(map(len, parts)))

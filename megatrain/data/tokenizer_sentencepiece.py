@@ -108,6 +108,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9999,
+            required_chars="▁",  # a space seen in no text would be spelt like a U+2581 otherwise
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

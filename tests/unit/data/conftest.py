@@ -1,0 +1,33 @@
+"""Small datasets with known ids, written through the real writer."""
+
+import numpy as np
+import pytest
+
+from megatrain.data.card import Card, card_of_written, fingerprint
+from megatrain.data.dataset import Dataset
+from megatrain.data.indexed import IndexedWriter
+
+
+@pytest.fixture
+def make_dataset(tmp_path):
+    """Make a dataset folder of given splits' ids (one document each) and return the folder."""
+
+    def make(name="d", dtype=np.uint16, **splits):
+        folder = tmp_path / name
+        folder.mkdir()
+        cards = {}
+        for split, ids in splits.items():
+            writer = IndexedWriter(folder / split, np.dtype(dtype))
+            writer.add(np.asarray(ids, dtype=dtype), np.array([len(ids)], np.int32))
+            writer.finish()
+            cards[split] = card_of_written(writer, 3 * len(ids))
+        Card(name=name, fingerprint=fingerprint(cards), splits=cards, tokenizer=None).save(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def train_set(make_dataset):
+    """A train split of 1,000 ids, 0 to 999 in a shuffled order."""
+    return Dataset.open(make_dataset(train=np.random.default_rng(0).permutation(1000)), "train")

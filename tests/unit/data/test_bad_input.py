@@ -1,0 +1,198 @@
+"""Bad text gets one clear message that names the place, the policy's way, and never more memory than it may have."""
+
+import gzip
+import json
+import tracemalloc
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.card import Card
+from megatrain.data.dataset import Dataset
+from megatrain.data.prepare import prepare
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.errors import ConfigError, DataError
+
+GOOD = "".join(json.dumps({"text": f"a good document, number {i}\n"}) + "\n" for i in range(50))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Prepare one file of given name and bytes (files of GOOD text beside it on request); returns the folder."""
+
+    def go(file, content, /, beside=False, **data):
+        source = tmp_path / "in"
+        source.mkdir(exist_ok=True)
+        if content is not None:
+            (source / file).write_bytes(content)
+        if beside:
+            (source / "good.jsonl").write_text(GOOD)
+        given = dict(name="d", dir=str(tmp_path / "out"), kind="files", paths=[str(source / "*")], workers=1)
+        return prepare(PrepareConfig(data=DataConfig(**given | data), tokenizer=TokenizerConfig(vocab_size=400)))
+
+    return go
+
+
+def all_text(folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    ids = [Dataset.open(folder, split) for split in Card.load(folder).splits]
+    return "".join(tokenizer.decode(dataset.read(0, dataset.num_tokens).tolist()) for dataset in ids)
+
+
+def test_a_glob_without_a_match_and_a_file_of_another_kind_are_refused_by_key(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.paths: '.*nothing.*' matches no file"):
+        run("a.txt", b"x", paths=[str(tmp_path / "in" / "*"), "nothing/*.txt"])
+    with pytest.raises(ConfigError, match=r"data.paths: .*a.docx is none of .txt"):
+        run("a.docx", b"x")
+    with pytest.raises(ConfigError, match=r"data.paths: empty"):
+        run("a.txt", b"x", paths=[])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.txt", b"\x00\x01"), ("a.jsonl", b'{"text": ""}')]
+)
+def test_an_empty_corpus_is_refused_with_what_was_read(run, name, content):
+    with pytest.raises(DataError, match="the corpus is empty"):
+        run(name, content)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"text": "ok"}\n{"text": \n', r"a.jsonl:2: not a line of JSON"),
+        (b'{"text": "ok"}\n\n["text"]\n', r"a.jsonl:3: no text under 'text' \(it is no JSON object\)"),
+        (b'{"body": "x", "id": 3}\n', r"a.jsonl:1: no text under 'text' \(it has 'body', 'id'\); set data.text_column"),
+        (b'{"text": 5}\n', r"a.jsonl:1: no text under 'text'"),
+        (b"[" * 100000, r"a.jsonl:1: not a line of JSON"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named_by_file_and_line(run, content, message):
+    with pytest.raises(DataError, match=message):
+        run("a.jsonl", content)
+
+
+BAD = b"fine\nbroken: \xff\xfe and \xc3\n"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_undecodable_bytes_are_refused_with_file_byte_and_line(run, workers):
+    with pytest.raises(DataError, match=r"bad.txt: not UTF-8 \(byte 13, line 2\); .* data.undecodable=replace or skip"):
+        run("bad.txt", BAD, beside=True, undecodable="refuse", workers=workers)
+
+
+def test_undecodable_bytes_are_replaced_or_their_document_skipped_and_counted(run):
+    replaced = run("bad.txt", BAD, beside=True, name="r")
+    assert "broken: \ufffd\ufffd and \ufffd\n" in all_text(replaced)
+    assert Card.load(replaced).counts["undecodable"] == 1
+    skipped = run("bad.txt", BAD, beside=True, name="s", undecodable="skip")
+    assert "broken" not in all_text(skipped) and "number 49" in all_text(skipped)
+    assert Card.load(skipped).counts["skipped_undecodable"] == 1
+
+
+def test_bad_bytes_and_lone_surrogates_in_json_follow_the_same_policy(run):
+    content = b'{"text": "raw \xff byte"}\n{"text": "lone \\ud800 surrogate"}\n' + GOOD.encode()
+    folder = run("a.jsonl", content, name="r")
+    assert "raw \ufffd byte" in all_text(folder) and "lone \ufffd surrogate" in all_text(folder)
+    assert Card.load(folder).counts["undecodable"] == 2
+    for line, where in ((content.splitlines()[0], "byte 14"), (content.splitlines()[1], "a lone surrogate")):
+        with pytest.raises(DataError, match=rf"b.jsonl:1: not UTF-8 \({where}"):
+            run("b.jsonl", line, name="x", paths=[str(folder.parents[1] / "in" / "b.jsonl")], undecodable="refuse")
+
+
+def test_undecodable_bytes_in_a_parquet_column_follow_the_policy(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    column = pyarrow.array([b"bad \xff byte", b"good", None], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in" / "a.parquet")
+    folder = run("", None, beside=True)
+    assert "bad \ufffd byte" in all_text(folder) and Card.load(folder).counts["empty"] == 1
+    with pytest.raises(DataError, match=r"a.parquet:1: not UTF-8"):
+        run("", None, name="x", undecodable="refuse")
+
+
+def compress(kind, data):
+    return {"gz": gzip.compress, "zst": zstandard.compress}[kind](data)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("cut", [1, 5, 40, 150])
+def test_a_compressed_file_that_is_cut_short_is_named(run, kind, cut):
+    data = "".join(json.dumps({"text": f"{i} {i**9}"}) + "\n" for i in range(500)).encode()
+    with pytest.raises(DataError, match=rf"a.jsonl.{kind}: cut short or damaged"):
+        run(f"a.jsonl.{kind}", compress(kind, data)[:-cut])
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_compressed_file_that_is_damaged_or_none_is_named(run, kind):
+    data = bytearray(compress(kind, GOOD.encode()))
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    for content in (bytes(data), GOOD.encode()):
+        with pytest.raises(DataError, match=rf"a.jsonl.{kind}: "):
+            run(f"a.jsonl.{kind}", content)
+
+
+def test_a_cut_or_damaged_parquet_or_one_without_the_column_is_named(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": [str(i**20) for i in range(2000)], "n": range(2000)}), path)
+    whole = path.read_bytes()
+    with pytest.raises(DataError, match=r"a.parquet: no column 'text' \(it has body, n\); set data.text_column"):
+        run("", None)
+    with pytest.raises(DataError, match=r"a.parquet: column 'n' holds int64, not text"):
+        run("", None, text_column="n")
+    damaged = bytearray(whole)
+    damaged[200:2000] = bytes(1800)
+    for content in (whole[:-300], whole[:100], bytes(damaged)):
+        with pytest.raises(DataError, match=r"a.parquet: cut short or damaged"):
+            run("a.parquet", content, text_column="body")
+
+
+LIMIT = 100_000
+
+
+def huge(name, tmp_path):
+    """A file with one huge record between two good ones; its size in bytes."""
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    good = b'{"text": "a short document"}\n'
+    if name.endswith(".txt"):
+        with open(path, "wb") as file:
+            file.truncate(2**30)
+    elif name.endswith(".jsonl"):
+        with open(path, "wb") as file:
+            file.write(good + b'{"text": "')
+            file.seek(2**30)
+            file.write(b'"}\n' + good.replace(b"short", b"second"))
+    else:
+        data = good + b'{"text": "' + b"y" * 2**26 + b'"}\n' + good.replace(b"short", b"second")
+        path.write_bytes(compress(name.rsplit(".", 1)[1], data))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_of_a_gigabyte_is_refused_or_skipped_without_being_read_into_memory(run, tmp_path, name):
+    """1 GiB plain (64 MiB compressed) against a limit of 100 kB: at no time are 8 MiB held."""
+    huge(name, tmp_path)
+    run("good2.jsonl", GOOD.encode(), name="warm", paths=[str(tmp_path / "in" / "good2.jsonl")])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"{name}(:2)?: longer than data.max_document_bytes=100000"):
+            run("", None, beside=True, max_document_bytes=LIMIT)
+        folder = run("", None, beside=True, max_document_bytes=LIMIT, oversized="skip")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert Card.load(folder).counts["oversized"] == 1
+    assert "number 49" in all_text(folder) and ("second" in all_text(folder) or name == "a.txt")
+    assert peak < 8 * 2**20, peak
+
+
+def test_a_line_of_exactly_the_limit_is_taken_and_one_byte_more_is_not(run):
+    line = json.dumps({"text": "z" * 100}).encode()
+    assert "z" * 100 in all_text(
+        run("a.jsonl", line + b"\r\n" + GOOD.encode(), name="ok", max_document_bytes=len(line))
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:1: longer than"):
+        run("a.jsonl", line + b"\n" + GOOD.encode(), name="no", max_document_bytes=len(line) - 1)

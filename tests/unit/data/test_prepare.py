@@ -1,0 +1,401 @@
+"""Preparing: the text goes in and comes out, once, the same on any number of workers, whole or not at all."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.card import Card
+from megatrain.data.dataset import Dataset, describe_dataset
+from megatrain.data.prepare import prepare
+from megatrain.data.spool import Frame, Sample, Seen
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.errors import ConfigError, DataError
+
+
+def config(tmp_path, data=None, tokenizer=None, seed=1234):
+    given = dict(name="d", dir=str(tmp_path / "out"), kind="files", paths=[str(tmp_path / "in" / "*")], workers=1)
+    return PrepareConfig(
+        seed, DataConfig(**given | (data or {})), TokenizerConfig(**{"vocab_size": 400} | (tokenizer or {}))
+    )
+
+
+def make(tmp_path, **also):
+    return prepare(config(tmp_path, **also))
+
+
+def documents(folder, split):
+    """The texts of a split, decoded from its ids."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    texts = []
+    for ids in Dataset.open(folder, split).documents():
+        assert ids[-1] == tokenizer.end_of_document and tokenizer.end_of_document not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1].tolist()))
+    return texts
+
+
+def texts(count, start=0):
+    return [
+        f"Document {i}\twith  spaces ▁ and é {'x' * (i % 37)}\n    indented {i * i}\n"
+        for i in range(start, start + count)
+    ]
+
+
+def lines(of):
+    return "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in of)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """300 documents over every file format; their texts."""
+    (tmp_path / "in").mkdir()
+    all_texts = texts(300)
+    (tmp_path / "in" / "a.jsonl").write_text(lines(all_texts[:60]) + "\n  \n")
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(lines(all_texts[60:120]).encode()))
+    two = [zstandard.compress(lines(part).encode()) for part in (all_texts[120:150], all_texts[150:180])]
+    (tmp_path / "in" / "c.jsonl.zst").write_bytes(b"".join(two))
+    table = pyarrow.table({"text": all_texts[180:240], "other": list(range(60))})
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "d.parquet", row_group_size=7)
+    for i in range(240, 300):
+        (tmp_path / "in" / f"e{i}.{'txt' if i % 2 else 'md'}").write_bytes(all_texts[i].encode())
+    return all_texts
+
+
+def test_every_format_gives_its_documents_once_and_exactly(tmp_path, corpus):
+    folder = make(tmp_path)
+    train, heldout = documents(folder, "train"), documents(folder, "heldout")
+    assert sorted(train + heldout) == sorted(corpus)
+    assert train == [text for text in corpus if text in set(train)], "the order of the corpus is kept"
+    card = Card.load(folder)
+    assert card.splits["train"].documents == len(train) and card.splits["heldout"].documents == len(heldout)
+    assert card.splits["train"].bytes == sum(len(text.encode()) for text in train)
+    assert card.counts["read"] == 300 and card.source["files"] == 64
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, corpus):
+    folders = [make(tmp_path, data=dict(name=f"w{n}", workers=n)) for n in (1, 3)]
+    for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "tokenizer/tokenizer.model"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_text_is_normalised_on_the_way(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes("\ufeffe\u0301\r\nb\x00\x1b\rc".encode())
+    folder = make(tmp_path, data=dict(heldout_fraction=0.0))
+    assert documents(folder, "train") == ["\u00e9\nb\nc"]
+    assert unicodedata.is_normalized("NFC", documents(folder, "train")[0])
+
+
+def test_duplicates_are_dropped_after_normalising_and_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(lines([*texts(40), *texts(40), texts(1)[0].replace("\n", "\r\n"), ""]))
+    folder = make(tmp_path)
+    assert sorted(documents(folder, "train") + documents(folder, "heldout")) == sorted(texts(40))
+    assert Card.load(folder).counts == dict(
+        read=82, duplicates=41, empty=1, oversized=0, undecodable=0, skipped_undecodable=0
+    )
+    both = make(tmp_path, data=dict(name="kept", deduplicate=False))
+    assert len(documents(both, "train") + documents(both, "heldout")) == 81
+
+
+def test_the_held_out_documents_do_not_depend_on_the_order_of_reading(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.jsonl"
+    held = []
+    for name, order in {"forward": texts(400), "backward": texts(400)[::-1], "fewer": texts(300)}.items():
+        path.write_text(lines(order))
+        held.append(set(documents(make(tmp_path, data=dict(name=name, heldout_fraction=0.1)), "heldout")))
+    assert held[0] == held[1] and held[2] == held[0] & set(texts(300))
+    assert 20 <= len(held[0]) <= 65
+    other = make(tmp_path, data=dict(name="seed", heldout_fraction=0.1), seed=5)
+    assert set(documents(other, "heldout")) != held[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999])
+def test_a_small_corpus_gets_something_to_train_on_and_something_held_out(tmp_path, count, fraction):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(lines(texts(count)))
+    folder = make(tmp_path, data=dict(heldout_fraction=fraction))
+    train, heldout = documents(folder, "train"), documents(folder, "heldout")
+    assert train and heldout and sorted("".join(train + heldout)) == sorted("".join(texts(count)))
+    if count > 1:
+        assert min(len(train), len(heldout)) == 1 and sorted(train + heldout) == sorted(texts(count))
+
+
+def test_a_single_document_is_cut_at_a_line_near_the_held_out_share(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("0123456789abcdef\n" * 1000)
+    folder = make(tmp_path, data=dict(heldout_fraction=0.1))
+    assert documents(folder, "train") == ["0123456789abcdef\n" * 900]
+    assert documents(folder, "heldout") == ["0123456789abcdef\n" * 100]
+    assert Card.load(folder).counts["cut_in_two"] == 1
+
+
+def test_nothing_is_held_out_when_nothing_is_asked_for(tmp_path, corpus):
+    folder = make(tmp_path, data=dict(heldout_fraction=0.0))
+    assert list(Card.load(folder).splits) == ["train"] and not (folder / "heldout.bin").exists()
+    assert len(documents(folder, "train")) == 300
+
+
+def test_max_documents_reads_the_first_ones(tmp_path, corpus):
+    folder = make(tmp_path, data=dict(max_documents=70, heldout_fraction=0.0))
+    assert documents(folder, "train") == corpus[:70]
+
+
+def test_the_standard_library_is_prepared_without_its_tests(tmp_path):
+    from megatrain.data.sources import open_source
+
+    given = config(tmp_path, data=dict(kind="python_stdlib", paths=[]))
+    source = open_source(given.data)
+    names = [path.relative_to(source.root).as_posix() for path in source.files]
+    assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= set(names) and names == sorted(names)
+    assert not [name for name in names if {"test", "tests", "site-packages", "idle_test"} & set(Path(name).parts)]
+    assert source.total_bytes > 5_000_000
+    folder = make(
+        tmp_path, data=dict(kind="python_stdlib", paths=[], max_documents=30), tokenizer=dict(train_bytes=100_000)
+    )
+    assert len(documents(folder, "train") + documents(folder, "heldout")) > 20
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_dataset_in_the_shape_of_the_hub_is_streamed(tmp_path, form, monkeypatch):
+    """A folder of shards with a split and further columns, as the hub's datasets are."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    for shard in range(2):
+        part = texts(20, 20 * shard)
+        if form == "parquet":
+            table = pyarrow.table({"url": ["u"] * 20, "text": part})
+            pyarrow.parquet.write_table(table, folder / f"train-0000{shard}-of-00002.parquet")
+        else:
+            (folder / f"train-0000{shard}-of-00002.jsonl").write_text(lines(part))
+    data = dict(kind="huggingface", paths=[], hf_path=str(tmp_path / "hub"), heldout_fraction=0.0)
+    assert documents(make(tmp_path, data=data), "train") == texts(40)
+    with pytest.raises(ConfigError, match=r"data.text_column=body: .* has .*text"):
+        make(tmp_path, data=data | dict(name="x", text_column="body"))
+    with pytest.raises(ConfigError, match=r"data.hf_split=validation: .*train"):
+        make(tmp_path, data=data | dict(name="x", hf_split="validation"))
+    with pytest.raises(ConfigError, match=r"data.hf_path=.*none"):
+        make(tmp_path, data=data | dict(name="x", hf_path=str(tmp_path / "none")))
+
+
+def test_a_given_tokenizer_is_used_as_it_is(tmp_path, corpus):
+    first = make(tmp_path)
+    second = make(tmp_path, data=dict(name="e"), tokenizer=dict(path=str(first / "tokenizer" / "tokenizer.model")))
+    assert (first / "train.bin").read_bytes() == (second / "train.bin").read_bytes()
+    assert Card.load(first).tokenizer == Card.load(second).tokenizer
+
+
+def test_a_hugging_face_tokenizer_prepares_data(tmp_path, corpus):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    folder = make(tmp_path, tokenizer=dict(kind="hf", path=str(tmp_path / "tokenizer.json")))
+    assert sorted(documents(folder, "train") + documents(folder, "heldout")) == sorted(corpus)
+    assert Card.load(folder).tokenizer.kind == "hf"
+    with pytest.raises(ConfigError, match=r"tokenizer.path: missing"):
+        make(tmp_path, data=dict(name="x"), tokenizer=dict(kind="hf"))
+
+
+def test_vocabularies_from_65500_on_are_written_as_int32(tmp_path, corpus):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        piece: i for i, piece in enumerate([*alphabet, *(f"filler {i}" for i in range(70000)), "<|endoftext|>"])
+    }
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    folder = make(tmp_path, tokenizer=dict(kind="hf", path=str(tmp_path / "tokenizer.json")))
+    assert Card.load(folder).splits["train"].dtype == "int32"
+    assert np.fromfile(folder / "train.bin", dtype=np.int32).max() == 70256
+    assert sorted(documents(folder, "train") + documents(folder, "heldout")) == sorted(corpus)
+
+
+def test_foreign_megatron_data_gets_a_folder_and_a_card_and_is_not_copied(tmp_path, corpus):
+    ours = make(tmp_path)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for split, name in (("train", "my.data_text_document"), ("heldout", "valid")):
+        for suffix in (".bin", ".idx"):
+            (foreign / (name + suffix)).write_bytes((ours / (split + suffix)).read_bytes())
+    paths = [str(foreign / "my.data_text_document"), str(foreign / "valid.bin")]
+    folder = make(
+        tmp_path, data=dict(name="m", kind="megatron", paths=paths), tokenizer=dict(path=str(ours / "tokenizer"))
+    )
+    assert Card.load(folder).fingerprint == Card.load(ours).fingerprint
+    assert documents(folder, "train") == documents(ours, "train") and (folder / "train.bin").is_symlink()
+    bare = make(tmp_path, data=dict(name="n", kind="megatron", paths=paths[:1]))
+    assert Card.load(bare).tokenizer is None and list(Card.load(bare).splits) == ["train"]
+    describe_dataset(bare)
+    for given, message in [([], "takes one prefix"), ([str(foreign / "none")], "there is no .*none.bin and .idx")]:
+        with pytest.raises(ConfigError, match=message):
+            make(tmp_path, data=dict(name="x", kind="megatron", paths=given))
+
+
+# ---------------------------------------------------------------------------------------------------- finishing
+
+
+def test_preparing_again_with_the_same_settings_changes_nothing(tmp_path, corpus, capsys):
+    folder = make(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert make(tmp_path, data=dict(workers=2)) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "already prepared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(data=dict(heldout_fraction=0.2)), r"data.heldout_fraction \(was 0.05, now 0.2\)"),
+        (dict(tokenizer=dict(vocab_size=500)), r"tokenizer.vocab_size \(was 400, now 500\)"),
+        (dict(seed=1), r"seed \(was 1234, now 1\)"),
+    ],
+)
+def test_other_settings_under_the_same_name_are_refused_by_key(tmp_path, corpus, change, named):
+    make(tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        make(tmp_path, **change)
+
+
+def test_a_changed_corpus_under_the_same_name_is_refused_and_overwritten_on_request(tmp_path, corpus):
+    folder = make(tmp_path)
+    (tmp_path / "in" / "f.txt").write_text("one more document")
+    with pytest.raises(ConfigError, match=r"source.files \(was 64, now 65\).*data.overwrite=true"):
+        make(tmp_path)
+    assert Card.load(folder).counts["read"] == 300
+    assert Card.load(make(tmp_path, data=dict(overwrite=True))).counts["read"] == 301
+    assert os.listdir(tmp_path / "out") == ["d"]
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus):
+    (tmp_path / "out" / "d").mkdir(parents=True)
+    (tmp_path / "out" / "d" / "thesis.doc").write_text("precious")
+    with pytest.raises(ConfigError, match=r"exists and is not a prepared dataset"):
+        make(tmp_path)
+    assert os.listdir(tmp_path / "out" / "d") == ["thesis.doc"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatrain.config import *
+from megatrain.data import finish, indexed, prepare, spool
+owner, name, count = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+original = getattr(owner, name)
+def dying(*args, **kwargs):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, dying)
+data = DataConfig(name="d", dir=sys.argv[2], kind="files", paths=[sys.argv[1] + "/*"], workers=1, overwrite=True)
+prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=400)))
+"""
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("spool.Spool", "add", "1"),
+        ("indexed.IndexedWriter", "finish", "2"),
+        ("prepare.Card", "save", "1"),
+        ("finish.os", "rename", "1"),
+        ("finish.os", "rename", "2"),
+        ("finish.shutil", "rmtree", "1"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_killed_preparation_leaves_nothing_half_made_and_starts_again_cleanly(tmp_path, corpus, place, existing):
+    """With an old dataset in place (being overwritten), the old one or the new one stands at every moment that lasts."""
+    out = tmp_path / "out"
+    old = Card.load(make(tmp_path, data=dict(max_documents=50))).fingerprint if existing else None
+    if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "1")):
+        place = ("finish.os", "rename", "1")  # nothing to replace: there is one rename and nothing to remove
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out), *place], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if (out / "d").exists():
+        assert (describe_dataset(out / "d")["fingerprint"] == old) == (place[1] != "rmtree")
+    else:
+        assert not existing or place == ("finish.os", "rename", "2")
+    fresh = Card.load(make(tmp_path, data=dict(name="fresh"))).fingerprint
+    assert Card.load(make(tmp_path, data=dict(overwrite=True))).fingerprint == fresh != old
+    assert sorted(os.listdir(out)) == ["d", "fresh"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("{")
+    with pytest.raises(DataError):
+        make(tmp_path)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_two_preparations_of_one_name_at_once_are_refused(tmp_path, corpus):
+    from megatrain.data.finish import Workplace
+
+    with Workplace(tmp_path / "out" / "d"):
+        with pytest.raises(ConfigError, match="another process is preparing"):
+            make(tmp_path)
+        make(tmp_path, data=dict(name="another"))
+    make(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def test_the_tokenizers_sample_does_not_depend_on_the_order_of_offers():
+    rng = np.random.default_rng(0)
+    offers = [
+        (int(draw), int(size), Frame(i, 1, 1), 0) for i, (draw, size) in enumerate(rng.integers(1, 1000, (300, 2)))
+    ]
+    chosen = []
+    for order in (offers, offers[::-1], sorted(offers)):
+        sample = Sample(20_000)
+        for offer in order:
+            sample.offer(*offer)
+        chosen.append(sorted(-entry[0] for entry in sample._heap))
+    expected, total = [], 0
+    for draw, size, _, _ in sorted(offers):
+        if total >= 20_000:
+            break
+        expected.append(draw)
+        total += size
+    assert chosen[0] == chosen[1] == chosen[2] == expected
+
+
+def test_the_set_of_hashes_on_disk_is_a_set(tmp_path):
+    seen, mirror = Seen(tmp_path / "s"), set()
+    for value in np.random.default_rng(0).integers(0, 2000, 5000):
+        digest = int(value).to_bytes(16, "big")
+        assert seen.add(digest) == (digest not in mirror)
+        mirror.add(digest)
+    seen.close()
+    assert not (tmp_path / "s").exists()
