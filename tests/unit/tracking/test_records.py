@@ -61,7 +61,7 @@ def test_a_line_is_in_the_file_when_append_returns(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = (
         "import os, signal, sys; from pathlib import Path; from megatrain.tracking.metrics import MetricsLog\n"
-        "MetricsLog(Path(sys.argv[1])).append({'step': 1}); os.kill(os.getpid(), signal.SIGKILL)"
+        "log = MetricsLog(Path(sys.argv[1])); log.append({'step': 1}); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert steps_of(path) == [1]
