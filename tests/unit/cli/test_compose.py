@@ -130,6 +130,7 @@ def test_a_value_may_refer_to_another_key():
         ("learning_rate", "optim.lr"),
         ("lr", "optim.lr"),
         ("train.lr", "optim.lr"),
+        ("tokenizer.vocab_siz", "tokenizer.vocab_size"),
         ("model.hidden", "model.hidden_size"),
         ("model.heads", "model.num_heads"),
         ("optimizer", "optim=<choice>"),
