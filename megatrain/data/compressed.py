@@ -19,7 +19,7 @@ def opened(path: Path, raw: BinaryIO) -> BinaryIO:
     damaged, `EOFError` where a `.zst` is.
     """
     if path.name.endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw)))
+        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**17))
     if path.name.endswith(".zst"):
         return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), 2**17))
     return raw

@@ -150,7 +150,7 @@ class FilesSource(Source):
     def _lines(self, path: Path) -> Iterator[Record]:
         """The lines of a `.jsonl`, compressed or not; none is held longer than `data.max_document_bytes`."""
         limit, before = self.config.max_document_bytes, self.progress.bytes
-        with open(path, "rb") as raw, opened(path, raw) as file:
+        with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
             try:
                 for number in itertools.count(1):
                     line = file.readline(limit + 2)
