@@ -7,6 +7,8 @@ not hold a process group or start threads in torch.
 from __future__ import annotations
 
 import datetime
+import gc
+import importlib
 import os
 import pickle
 import signal
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,35 @@ import torch.distributed as dist
 
 from megatrain.launch.world import World
 
+PRELOADED = (
+    "deepspeed",
+    "megatrain.launch.worker",
+    "megatrain.engine.deepspeed",
+    "megatrain.engine.native",
+    "deepspeed.ops.adam",
+    "deepspeed.ops.lion",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def preload() -> None:
-    """Import what the ranks will need, once."""
-    import logging
-
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    """Import what the ranks will need, once: both engines, and what DeepSpeed and torch import only when first used."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    gc.freeze()  # or every rank's first collection walks the parent's heap
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -63,7 +83,9 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         errors = [path.read_text() for path in sorted(folder.glob("error*"))]
-        assert not failed and not children, f"ranks {failed or sorted(children.values())} did not end well\n" + "\n".join(errors)
+        assert not failed and not children, (
+            f"ranks {failed or sorted(children.values())} did not end well\n" + "\n".join(errors)
+        )
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(size)]
 
 

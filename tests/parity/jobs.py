@@ -1,0 +1,94 @@
+"""Small training jobs that the parity tests run on several ranks: a config, random batches that depend on the step alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.config import ModelConfig, TrainConfig
+from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.engine.base import Engine
+
+VOCAB = 101  # does not divide by any number of ranks
+SEQ_LEN = 16
+GLOBAL_BATCH = 16
+
+
+def llama(**changes: Any) -> ModelConfig:
+    """A Llama-shaped model of odd sizes."""
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 24, "head_size": 6, "ffn_size": 37}
+    return ModelConfig(**{**shape, "vocab_size": VOCAB, "max_seq_len": SEQ_LEN, **changes})
+
+
+def gpt2(**changes: Any) -> ModelConfig:
+    """A GPT-2-shaped model: learned positions, biases, LayerNorm, tied embeddings."""
+    shape = {"num_layers": 3, "num_heads": 3, "hidden_size": 24, "norm": "layernorm", "position": "learned"}
+    # at this width the usual 0.02 leaves some gradients near Adam's epsilon, where it would amplify rounding
+    family = {"activation": "gelu", "bias": True, "tie_embeddings": True, "init_std": 0.1}
+    return ModelConfig(**{**shape, **family, "vocab_size": VOCAB, "max_seq_len": SEQ_LEN, **changes})
+
+
+def job(
+    engine: str = "deepspeed",
+    zero: int = 3,
+    micro: int = 4,
+    model: ModelConfig | None = None,
+    precision: str = "fp32",
+    accumulate: str = "fp32",
+    **train: Any,
+) -> TrainConfig:
+    """The config of a job over `GLOBAL_BATCH` sequences a step."""
+    config = TrainConfig()
+    config.model = model or llama()
+    config.engine.name = engine
+    config.parallel.zero = zero
+    config.precision.name, config.precision.accumulate_dtype = precision, accumulate
+    config.train.micro_batch_size, config.train.global_batch_size = micro, GLOBAL_BATCH
+    config.train.seq_len = SEQ_LEN
+    config.optim.lr = 1e-3
+    for name, value in train.items():
+        setattr(config.train, name, value)
+    return config
+
+
+def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool = False) -> list[MicroBatch]:
+    """One rank's micro-batches of a step; with `ignored`, unevenly many labels do not count."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    if ignored:
+        labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, GLOBAL_BATCH)[:, None]] = (
+            IGNORE_INDEX
+        )
+    size = config.train.micro_batch_size
+    chosen = [
+        slice((index * ranks + rank) * size, (index * ranks + rank + 1) * size)
+        for index in range(GLOBAL_BATCH // (size * ranks))
+    ]
+    return [MicroBatch(ids[rows, :-1].contiguous(), labels[rows].contiguous()) for rows in chosen]
+
+
+def train(
+    engine: Engine, config: TrainConfig, rank: int, ranks: int, first: int, last: int, ignored: bool = False
+) -> list[tuple[float, float]]:
+    """Steps `first` to `last`; their (loss, gradient norm)."""
+    seen = []
+    for step in range(first, last + 1):
+        result = engine.train_step(batches(config, step, rank, ranks, ignored), config.optim.lr, step)
+        assert bool(result.updated)
+        seen.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm)))
+    return seen
+
+
+def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
+    """An engine's whole state, through a checkpoint: every tensor by name, whole."""
+    from megatrain.checkpoint.store import CheckpointStore, load_into, verify
+
+    store = CheckpointStore(folder, world)
+    saved = store.save(1, engine.state(), {"note": "gathered", **engine.counters()})
+    manifest = verify(saved)
+    whole = {name: torch.empty(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
+    load_into(saved, manifest, whole, None)
+    return whole
