@@ -170,12 +170,23 @@ def test_two_helpers_never_send_for_one_run_at_a_time(runs):
         sender(runs / "locked").connect()
 
 
-def test_many_and_long_parameters_fit(runs):
+def test_many_and_long_parameters_fit(runs, monkeypatch):
+    """A server takes at most 100 parameters a request; the embedded store would take more."""
+    from mlflow.tracking import MlflowClient
+
+    sizes, log_batch = [], MlflowClient.log_batch
+
+    def counted(self, run_id, metrics=(), params=(), tags=()):
+        sizes.append(len(params))
+        log_batch(self, run_id, metrics=metrics, params=params, tags=tags)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
     config = {"group": {f"key_{number}": number for number in range(250)}, "long": "y" * 7000}
     one = sender(runs / "many", config=config)
     one.connect()
     params = one.client.get_run(one.run_id).data.params
     assert params["group.key_249"] == "249" and len(params) == 253 and len(params["long"]) == 500
+    assert sum(sizes) == 253 and max(sizes) <= 100
 
 
 def test_config_becomes_dotted_keys_and_plain_texts():
