@@ -1,0 +1,176 @@
+"""`megatrain train` as a user starts it: killed, stopped by a signal, refused, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TRAIN = [
+    "train", "model=tiny", "data=files", "data.name=tiny", "train.seq_len=32", "train.global_batch_size=8",
+    "train.micro_batch_size=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20", "optim.lr=1e-3",
+    "tracking=none", "model.num_layers=2", "model.hidden_size=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a small prepared dataset."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "text").mkdir()
+    for source in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        (folder / "text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
+    done = megatrain(
+        folder, "prepare", "data=files", "data.name=tiny", "data.paths=[text/*.txt]", "tokenizer.vocab_size=400"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def megatrain(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "megatrain", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def start(folder, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatrain", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def metrics(folder, name):
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(folder, name, steps, process):
+    deadline = time.monotonic() + 180
+    while len(metrics(folder, name)) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{name} did not reach step {steps}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace):
+    """Two ranks, ZeRO-3, never stopped."""
+    done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    return metrics(workplace, "undisturbed")
+
+
+def same(records, expected, keys=("step", "loss", "grad_norm", "lr", "tokens", "batch_hash", "updated")):
+    assert [{key: record[key] for key in keys} for record in records] == [
+        {key: r[key] for key in keys} for r in expected
+    ]
+
+
+def test_a_run_writes_what_it_promises(workplace, undisturbed):
+    """One record a step with every key, the run's files, and a checkpoint at the end; old ones are retired."""
+    assert [record["step"] for record in undisturbed] == list(range(1, 41))
+    keys = {"loss", "grad_norm", "lr", "tokens", "updated", "step_time_s", "tokens_per_s", "mfu", "batch_hash"}
+    assert all(keys <= record.keys() for record in undisturbed)
+    assert [record["step"] for record in undisturbed if "heldout_loss" in record] == [20, 40]
+    assert undisturbed[-1]["tokens"] == 40 * 8 * 32 and undisturbed[-1]["loss"] < undisturbed[0]["loss"] - 0.5
+    run = workplace / "runs" / "undisturbed"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000035", "step_00000040"]
+    assert (run / "config.yaml").exists() and (run / "logs" / "rank_00001.log").exists()
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds[0] == "start" and kinds[-1] == "stop" and kinds.count("evaluate") == 2 and kinds.count("save") == 8
+
+
+def test_a_killed_run_continues_bit_for_bit(workplace, undisturbed):
+    """SIGKILL of the agent ends its workers too; the same command continues, and every record is the undisturbed one's."""
+    words = [*TRAIN, "run.name=killed", "launch.nproc_per_node=2"]
+    process = start(workplace, *words)
+    wait_for(workplace, "killed", 13, process)
+    process.kill()
+    process.communicate()
+    seen = len(metrics(workplace, "killed"))
+    time.sleep(1.0)
+    assert len(metrics(workplace, "killed")) <= seen + 1, "the workers outlived their agent"
+    done = megatrain(workplace, *words)
+    assert done.returncode == 0, done.stderr
+    same(metrics(workplace, "killed"), undisturbed)
+    assert list((workplace / "runs" / "killed").glob("metrics.cut-*.jsonl"))
+
+
+def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, undisturbed):
+    """Begun as ZeRO-3 on two ranks, continued as ZeRO-1 on one and ended by the native engine: the same samples, the
+    losses within 1e-5."""
+    words = [*TRAIN, "run.name=moved"]
+    process = start(workplace, *words, "launch.nproc_per_node=2")
+    wait_for(workplace, "moved", 12, process)
+    process.kill()
+    process.communicate()
+    process = start(workplace, *words, "launch.nproc_per_node=1", "parallel.zero=1")
+    wait_for(workplace, "moved", 23, process)
+    process.kill()
+    process.communicate()
+    done = megatrain(workplace, *words, "engine=native", "train.micro_batch_size=8")
+    assert done.returncode == 0, done.stderr
+    records = metrics(workplace, "moved")
+    same(records, undisturbed, ("step", "lr", "tokens", "batch_hash"))
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in undisturbed], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_75(workplace, undisturbed, number):
+    """The signal stops all ranks at the same step, no step is lost, and the same command continues bit for bit."""
+    name = f"stopped_{number.name}"
+    words = [*TRAIN, f"run.name={name}", "launch.nproc_per_node=2"]
+    process = start(workplace, *words)
+    wait_for(workplace, name, 7, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    stopped_at = metrics(workplace, name)[-1]["step"]
+    assert (workplace / "runs" / name / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
+    assert megatrain(workplace, *words).returncode == 0
+    same(metrics(workplace, name), undisturbed)
+
+
+def test_a_finished_run_has_nothing_to_do(workplace, undisturbed):
+    """The same command once more ends at once with 0 and changes no record; more steps continue it."""
+    done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert metrics(workplace, "undisturbed") == undisturbed
+
+
+REFUSALS = [
+    (["optim.lr=2e-3"], 4, "optim.lr was 0.001 and is now 0.002"),
+    (["checkpoint.resume=never"], 2, "already holds checkpoints"),
+    (["model.vocab_size=300", "run.name=new"], 2, "model.vocab_size=400"),
+    (["data.name=other", "run.name=new"], 2, "megatrain prepare"),
+    (["engine=native"], 2, "engine=native"),
+    (["train.seq_len=512", "data.name=tiny", "run.name=undisturbed"], 4, "train.seq_len"),
+    (["run.name=new", "checkpoint.init_from=nowhere"], 2, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), REFUSALS)
+def test_mistakes_get_one_clear_message(workplace, undisturbed, words, code, message):
+    """The exit code of the mistake's kind, one message that names it, no stack trace, nothing changed on disk."""
+    before = sorted((workplace / "runs" / "undisturbed" / "checkpoints").rglob("*"))
+    done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2", *words)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and done.stderr.count("megatrain: error") == 1
+    assert "Traceback" not in done.stderr
+    assert sorted((workplace / "runs" / "undisturbed" / "checkpoints").rglob("*")) == before
+    assert metrics(workplace, "undisturbed") == undisturbed

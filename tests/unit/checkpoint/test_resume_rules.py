@@ -1,0 +1,65 @@
+"""Which keys a resume may change."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from megatrain.checkpoint.resume import MAY_CHANGE, changed_keys, check_resume, flatten, may_change
+from megatrain.config import TrainConfig, walk
+from megatrain.errors import CheckpointError, DataError
+
+
+def manifest(config):
+    return {"config": asdict(config), "dataset_fingerprint": "abc"}
+
+
+def test_layout_and_housekeeping_may_change():
+    """Engine, stage, ranks, precision, saving and tracking do not change what is trained; they are named."""
+    config = TrainConfig()
+    old = manifest(config)
+    config.engine.name, config.parallel.zero, config.launch.nproc_per_node = "native", 0, 4
+    config.train.steps, config.checkpoint.every, config.train.micro_batch_size = 7, 1, 1
+    changed = check_resume(old, asdict(config), "abc", "step_1")
+    assert set(changed) == {
+        "engine.name", "parallel.zero", "launch.nproc_per_node", "train.steps", "checkpoint.every", "train.micro_batch_size",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("model", "num_layers", 9), ("model", "dropout", 0.5), ("optim", "lr", 1.0), ("optim", "betas", [0.5, 0.5]),
+        ("optim", "schedule", "linear"), ("train", "global_batch_size", 64), ("train", "seq_len", 64), ("data", "name", "other"),
+    ],
+)  # fmt: skip
+def test_what_is_trained_may_not_change(group, name, value):
+    """Another model, update, schedule or order is refused by key, with both values and the way to a new run."""
+    config = TrainConfig()
+    old = manifest(config)
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(CheckpointError) as caught:
+        check_resume(old, asdict(config), "abc", "step_1")
+    assert f"{group}.{name} was " in str(caught.value) and repr(value) in str(caught.value)
+    assert "checkpoint.init_from=step_1" in str(caught.value)
+
+
+def test_another_dataset_is_refused():
+    """The fingerprint decides, not the name."""
+    with pytest.raises(DataError, match="was abc and is now xyz"):
+        check_resume(manifest(TrainConfig()), asdict(TrainConfig()), "xyz", "step_1")
+
+
+def test_the_list_names_only_keys_that_exist():
+    """Every pattern matches some key of the schema, and the seed matches none."""
+    keys = set(flatten(asdict(TrainConfig()))) | set(walk(TrainConfig))
+    for pattern in MAY_CHANGE:
+        stem = pattern.rstrip("*")
+        assert any(key == pattern or key.startswith(stem) for key in keys), pattern
+    assert not may_change("seed") and not may_change("model.vocab_size")
+
+
+def test_changed_keys_sees_added_and_lost_keys():
+    """A key that only one config has counts as changed."""
+    assert changed_keys({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == {"a.c": (None, 2)}
