@@ -100,7 +100,8 @@ def run(arguments: Arguments) -> int:
     check_paths(config)
     if verb == "train" and not is_launched():
         return start_workers(config, arguments)
-    return _action(verb)(config) or EXIT_OK
+    result = _action(verb)(config)
+    return result if isinstance(result, int) else EXIT_OK  # some verbs return what they wrote, for callers in Python
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -163,7 +164,7 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _action(verb: str) -> Callable[[Any], int | None]:
+def _action(verb: str) -> Callable[[Any], Any]:
     """The function that does a verb's work."""
     module, _, name = ACTIONS[verb].partition(":")
     return getattr(import_module(module), name)
