@@ -273,6 +273,7 @@ class EvaluateConfig:
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
     data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset")
     split: str = key("heldout", "split of a prepared dataset", choices=("train", "heldout"))
+    seq_len: int | None = key(None, "tokens a sequence; null means as in training, or else model.max_seq_len", minimum=1)
     batch_size: int = key(8, "sequences evaluated at once", minimum=1)
     max_batches: int | None = key(None, "evaluate at most so many batches; null evaluates all", minimum=1)
     device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))

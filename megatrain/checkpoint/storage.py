@@ -7,6 +7,7 @@ where checkpoints live and which one is used is `store.py`'s.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -112,23 +113,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_coverage(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest whose chunks do not add up to each tensor's shape (torch checks this on save only)."""
+    """Refuse a manifest whose chunks do not fill each tensor exactly once (torch checks this on save only)."""
     for name, tensor in manifest["tensors"].items():
-        total = 1
-        for size in tensor["shape"]:
-            total *= size
-        covered = 0
+        shape, covered = tensor["shape"], 0
         for chunk in tensor["chunks"]:
-            count = 1
-            for offset, size, bound in zip(chunk["offset"], chunk["size"], tensor["shape"], strict=True):
-                if offset < 0 or offset + size > bound:
-                    raise CheckpointError(f"{folder}: a chunk of {name} lies outside its shape {tensor['shape']}")
-                count *= size
-            covered += count
+            for offset, size, bound in zip(chunk["offset"], chunk["size"], shape, strict=True):
+                if offset < 0 or size < 0 or offset + size > bound:
+                    raise CheckpointError(f"{folder}: a chunk of {name} lies outside its shape {shape}")
+            covered += math.prod(chunk["size"])
             if chunk["file"] not in manifest["files"]:
                 raise CheckpointError(f"{folder}: {name} points to {chunk['file']}, which the manifest does not list")
-        if covered != total:
-            raise CheckpointError(f"{folder}: {name} holds {covered} of its {total} elements")
+        if covered != math.prod(shape):
+            raise CheckpointError(f"{folder}: {name} holds {covered} of its {math.prod(shape)} elements")
+        if _overlap(tensor["chunks"]):
+            raise CheckpointError(f"{folder}: chunks of {name} overlap, so some of its elements are missing")
+
+
+def _overlap(chunks: list[dict[str, Any]]) -> bool:
+    """Whether any two rectangles share an element. Sweeps along the first dimension, where few are open at a time."""
+    boxes = sorted(
+        (chunk["offset"], [o + s for o, s in zip(chunk["offset"], chunk["size"], strict=True)]) for chunk in chunks
+    )
+    open_boxes: list[tuple[list[int], list[int]]] = []
+    for start, stop in boxes:
+        if any(low == high for low, high in zip(start, stop, strict=True)):
+            continue  # empty
+        open_boxes = [box for box in open_boxes if not start or box[1][0] > start[0]]
+        for other_start, other_stop in open_boxes:
+            if all(max(a, c) < min(b, d) for a, b, c, d in zip(start, stop, other_start, other_stop, strict=True)):
+                return True
+        open_boxes.append((start, stop))
+    return False
 
 
 def verify_file(folder: Path, name: str, recorded: dict[str, Any]) -> str | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
                 problems.append(problem)
     except CheckpointError as error:
         problems.append(str(error))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"{folder / MANIFEST} lacks or garbles {error}")
     everyone = world.share(problems) if world else [problems]
     if found := sorted({problem for rank_problems in everyone for problem in rank_problems}):
@@ -79,14 +81,28 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
     return manifest
 
 
+def first_valid(
+    candidates: list[Path], world: World | None, skip: Callable[[Path, CheckpointError], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The first of the candidates that verifies, and its manifest; `skip` hears of the damaged ones before it."""
+    for folder in candidates:
+        try:
+            return folder, verify(folder, world)
+        except CheckpointError as error:
+            skip(folder, error)
+    return None
+
+
 class CheckpointStore:
     """The `checkpoints/` folder of one run, shared by all ranks."""
 
     def __init__(self, folder: Path, world: World, report: Callable[..., None] = lambda *args, **kwargs: None) -> None:
-        """`report(kind, **detail)` hears of saves, skips and retirements (rank 0's event log)."""
+        """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log)."""
         self.folder = folder
         self.world = world
         self.report = report
+        self.damaged: set[Path] = set()
+        self.saved_step: int | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"*{_TEMPORARY}"):  # a save that was cut short; never a checkpoint
@@ -103,10 +119,14 @@ class CheckpointStore:
         self.world.barrier()
         write(temporary, state, {"step": step, **extra}, self.world)
         if self.world.is_main:
+            older = final.with_name(final.name + ".older" + _TEMPORARY)
             if final.exists():  # the same step saved again: the older one makes way only now
-                shutil.rmtree(final)
+                os.replace(final, older)
             os.replace(temporary, final)
             sync_folder(self.folder)
+            shutil.rmtree(older, ignore_errors=True)
+        self.damaged.discard(final)
+        self.saved_step = step
         self.world.barrier()
         return final
 
@@ -118,46 +138,62 @@ class CheckpointStore:
         """
         candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(self.folder)])[0]]
         skipped = []
-        for folder in candidates:
-            try:
-                return folder, verify(folder, self.world)
-            except CheckpointError as error:
-                skipped.append(str(error))
-                self.report("skip", checkpoint=str(folder), reason=str(error))
-        if skipped:
+
+        def skip(folder: Path, error: CheckpointError) -> None:
+            self.damaged.add(folder)
+            skipped.append(str(error))
+            self.report("skip", checkpoint=str(folder), reason=str(error))
+
+        found = first_valid(candidates, self.world, skip)
+        if found is None and skipped:
             raise CheckpointError(
                 f"all {len(skipped)} checkpoints of {self.folder} are damaged: {' | '.join(skipped)}. "
                 f"Set checkpoint.resume=never with another run.name to start anew"
             )
-        return None
+        return found
 
     def retire(self, keep: int, keep_every: int) -> None:
-        """Remove all but the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.
+        """Remove what is older than the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.
 
-        Called after a save that succeeded, so the newest one is whole; should it be damaged later, nothing older than
-        the newest `keep` was promised. With `keep=0` nothing is removed.
+        Counted from the one saved last: those of later steps, left by a run that went another way, and those found
+        damaged do not count, so that the newest valid one always stays. With `keep=0` nothing is removed.
         """
         if not self.world.is_main or keep == 0:
             return
-        for folder in list_checkpoints(self.folder)[keep:]:
-            step = checkpoint_step(folder) or 0
-            if keep_every and step % keep_every == 0:
+        last = self.saved_step
+        reached = [
+            path for path in list_checkpoints(self.folder) if last is None or (checkpoint_step(path) or 0) <= last
+        ]
+        whole = [path for path in reached if path not in self.damaged]
+        if len(whole) <= keep:
+            return
+        for folder in reached[reached.index(whole[keep - 1]) + 1 :]:
+            if keep_every and (checkpoint_step(folder) or 0) % keep_every == 0:
                 continue
             doomed = folder.with_name(folder.name + _TEMPORARY)  # from here on it is no checkpoint, even if cut short
             os.replace(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """torch warns where there is no process group; `no_dist` has said already that none is wanted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
 def write(folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None) -> None:
     """Write `state` and a manifest with `extra` into an existing empty folder."""
     alone = world is None or world.control is None
-    dcp.save(
-        dict(state),
-        storage_writer=SafetensorsWriter(folder, extra),
-        planner=save_planner(),
-        process_group=None if alone or world is None else world.control,
-        no_dist=alone,
-    )
+    with _single_process_is_meant():
+        dcp.save(
+            dict(state),
+            storage_writer=SafetensorsWriter(folder, extra),
+            planner=save_planner(),
+            process_group=None if alone or world is None else world.control,
+            no_dist=alone,
+        )
 
 
 def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], world: World | None) -> None:
@@ -177,14 +213,16 @@ def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], 
             )
     alone = world is None or world.control is None
     try:
-        dcp.load(
-            dict(state),
-            storage_reader=SafetensorsReader(folder, manifest),
-            process_group=None if alone or world is None else world.control,
-            no_dist=alone,
-        )
+        with _single_process_is_meant():
+            dcp.load(
+                dict(state),
+                storage_reader=SafetensorsReader(folder, manifest),
+                process_group=None if alone or world is None else world.control,
+                no_dist=alone,
+            )
     except CheckpointException as error:  # derives from BaseException
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        causes = sorted({str(cause) for cause, _ in error.failures.values()})
+        raise CheckpointError(f"{folder} cannot be loaded: {'; '.join(causes)}") from error
 
 
 def load_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:

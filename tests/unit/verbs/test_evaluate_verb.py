@@ -1,0 +1,155 @@
+"""`megatrain evaluate`: the loop's own figure, transformers' figure in float64, and refusals that say what to do."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from megatrain.checkpoint.huggingface_verbs import export_
+from megatrain.config import EvaluateConfig, ExportConfig
+from megatrain.data.card import Card, fingerprint
+from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.evaluate import evaluate
+from megatrain.tracking.metrics import read_metrics
+
+SEQ_LEN = 16
+
+
+def result(capsys, path, **keys) -> dict:
+    """What the verb prints on standard output, read back."""
+    capsys.readouterr()
+    assert not evaluate(EvaluateConfig(path=str(path), device="cpu", **keys))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_it_gives_the_final_heldout_loss_of_training(finished, capsys):
+    """The run's own dataset, the run's own windows; bits per byte too, whatever the batch size."""
+    trained = read_metrics(finished / "metrics.jsonl")[-1]["heldout_loss"]
+    events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+    logged = [event for event in events if event["kind"] == "evaluate"][-1]
+    for batch_size in (4, 7):
+        found = result(capsys, finished, batch_size=batch_size)
+        assert found["loss"] == pytest.approx(trained, rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
+        assert found["tokens"] == logged["tokens"] and found["seq_len"] == SEQ_LEN and found["step"] == 4
+        assert found["perplexity"] == pytest.approx(math.exp(trained))
+
+
+def test_an_older_checkpoint_has_a_worse_loss(finished, capsys):
+    earlier = result(capsys, finished / "checkpoints" / "step_00000002")
+    assert earlier["step"] == 2
+    assert earlier["loss"] > result(capsys, finished)["loss"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_loss_of_a_text_is_that_of_transformers_in_float64(name, family, tokenizer, tmp_path, capsys):
+    """Windows of `seq_len`, each token of the text and its end predicted once, the end of a document in front."""
+    folder, _, _ = family(name)
+    file = tmp_path / "text.txt"
+    file.write_text("the naïve model sleeps; 東京 writes\n" * 9, encoding="utf-8")
+    found = result(capsys, folder, data=str(file), seq_len=24, batch_size=3)
+    export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf")))
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").double()
+    end = tokenizer.end_of_document
+    ids = [end, *tokenizer.encode(file.read_text(encoding="utf-8")), end]
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 24):
+            window = torch.tensor(ids[start : start + 25])
+            total += float(cross_entropy(oracle(window[None, :-1]).logits[0], window[1:], reduction="sum"))
+    assert found["tokens"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert found["bytes"] == file.stat().st_size
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / file.stat().st_size, rel=1e-5)
+
+
+def test_max_batches_reads_no_more(finished, capsys):
+    found = result(capsys, finished, max_batches=2, batch_size=3)
+    assert found["tokens"] == 6 * SEQ_LEN and found["bytes"] < result(capsys, finished)["bytes"]
+
+
+def test_the_train_split_and_any_prepared_folder_can_be_named(finished, dataset, capsys):
+    found = result(capsys, finished, data=str(dataset), split="train")
+    assert found["tokens"] == Card.load(dataset).splits["train"].tokens - 1
+    assert found["bytes"] == Card.load(dataset).splits["train"].bytes
+
+
+def test_unknown_bytes_give_no_bits_per_byte(finished, dataset, tmp_path, capsys):
+    foreign = shutil.copytree(dataset, tmp_path / "foreign")
+    card = Card.load(foreign)
+    card.splits["heldout"].bytes = None
+    card.save(foreign)
+    found = result(capsys, finished, data=str(foreign))
+    assert found["bits_per_byte"] is None and found["bytes"] is None
+    evaluate(EvaluateConfig(path=str(finished), data=str(foreign), device="cpu"))
+    assert "unknown" in capsys.readouterr().err
+
+
+def refusal(error, path, **keys) -> str:
+    with pytest.raises(error) as caught:
+        evaluate(EvaluateConfig(path=str(path), device="cpu", **keys))
+    return str(caught.value)
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(finished, dataset, tmp_path):
+    foreign = shutil.copytree(dataset, tmp_path / "foreign")
+    card = Card.load(foreign)
+    card.tokenizer.fingerprint = "0" * 32
+    card.save(foreign)
+    assert "another tokenizer" in refusal(ConfigError, finished, data=str(foreign))
+
+
+def test_what_cannot_be_evaluated_is_refused_with_the_way_out(finished, family, tmp_path):
+    binary, empty = tmp_path / "binary", tmp_path / "empty.txt"
+    binary.write_bytes(b"abc\xff")
+    empty.write_text("\x00")
+    assert "byte 3" in refusal(DataError, finished, data=str(binary))
+    assert "no text" in refusal(DataError, finished, data=str(empty))
+    assert "give data=" in refusal(ConfigError, family("llama")[0])
+    assert "seq_len=64 or less" in refusal(ConfigError, finished, seq_len=65)
+
+
+def test_a_dataset_that_changed_since_training_is_refused(finished, dataset, tmp_path, train_job):
+    runs = tmp_path / "runs"
+    moved = shutil.copytree(dataset, tmp_path / "data" / "words")
+    assert train_job(runs, data__dir=str(moved.parent), train__steps=1) == 0
+    card = Card.load(moved)
+    del card.splits["train"]
+    card.fingerprint = fingerprint(card.splits)
+    card.save(moved)
+    assert "no longer the dataset" in refusal(DataError, runs / "first")
+    shutil.rmtree(moved)
+    assert "is not there" in refusal(ConfigError, runs / "first")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(finished, dataset, tmp_path, capsys, caplog):
+    run = shutil.copytree(finished, tmp_path / "run")
+    newest = run / "checkpoints" / "step_00000004" / "0.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert result(capsys, run)["step"] == 2
+    assert str(newest) in caplog.text
+    assert str(newest) in refusal(CheckpointError, newest.parent)
+    other = run / "checkpoints" / "step_00000002" / "manifest.json"
+    other.write_text("")
+    assert "all 2 checkpoints" in refusal(CheckpointError, run)
+
+
+def test_paths_that_hold_no_model_are_refused(finished, dataset, tmp_path):
+    assert "prepared dataset" in refusal(ConfigError, dataset)
+    assert "neither a run folder" in refusal(ConfigError, tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "no checkpoint yet" in refusal(CheckpointError, tmp_path / "run")
+
+
+def test_looking_at_a_run_does_not_disturb_a_save_in_progress(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    saving = run / "checkpoints" / "step_00000006.writing"
+    saving.mkdir()
+    assert result(capsys, run)["step"] == 4
+    assert saving.exists()

@@ -1,0 +1,112 @@
+"""`megatrain export` and `megatrain import`: a round trip changes no bit, and a run starts from what was imported."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megatrain.checkpoint.huggingface_verbs import export_, import_
+from megatrain.checkpoint.load import load
+from megatrain.config import ExportConfig, ImportConfig
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.tracking.metrics import read_metrics
+
+
+@pytest.fixture
+def imported(finished, tmp_path):
+    """A finished run, exported and imported again."""
+    export_(ExportConfig(path=str(finished), out=str(tmp_path / "hf")))
+    import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
+    return tmp_path / "imported"
+
+
+def test_a_round_trip_keeps_every_bit_the_shape_and_the_tokenizer(finished, imported):
+    before, after = load(finished), load(imported)
+    assert before.weights.keys() == after.weights.keys()
+    for name, tensor in before.weights.items():
+        assert torch.equal(tensor, after.weights[name]), name
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert after.config.num_kv_heads == before.config.num_kv_heads and after.config.vocab == before.config.vocab
+    assert after.manifest["step"] == 0 and not any(name.startswith("optim.") for name in after.manifest["tensors"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_round_trip_of_either_family_keeps_every_bit(name, family, tmp_path):
+    folder, config, model = family(name)
+    export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf")))
+    import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
+    after = load(tmp_path / "imported")
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, after.weights[key]), key
+    assert after.config.position == config.position
+
+
+def test_half_precision_is_widened_exactly(family, tmp_path):
+    folder, _, model = family("llama")
+    export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf"), dtype="bf16"))
+    import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
+    after = load(tmp_path / "imported")
+    assert {tensor["dtype"] for tensor in after.manifest["tensors"].values()} == {"float32"}
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.bfloat16().float(), after.weights[key]), key
+
+
+def test_a_new_run_starts_from_an_imported_checkpoint(finished, imported, tmp_path, train_job):
+    """The first loss is that of trained weights, not of fresh ones, and two steps train."""
+    assert train_job(tmp_path / "runs", checkpoint__init_from=str(imported), train__steps=2) == 0
+    fresh = read_metrics(finished / "metrics.jsonl")[0]["loss"]
+    started = read_metrics(tmp_path / "runs" / "first" / "metrics.jsonl")
+    assert [record["step"] for record in started] == [1, 2]
+    assert started[0]["loss"] < fresh - 0.01
+    assert all(record["updated"] for record in started)
+
+
+def test_weights_alone_cannot_continue_a_run(imported, tmp_path, train_job):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.init_from"):
+        train_job(tmp_path / "runs", checkpoint__resume=str(imported), train__steps=2)
+
+
+def test_nothing_is_overwritten(finished, imported, tmp_path):
+    for verb, config in (
+        (export_, ExportConfig(path=str(finished), out=str(imported))),
+        (import_, ImportConfig(path=str(tmp_path / "hf"), out=str(imported))),
+    ):
+        with pytest.raises(ConfigError, match="exists already"):
+            verb(config)
+
+
+def test_an_import_that_fails_leaves_nothing_behind(imported, tmp_path, monkeypatch):
+    from megatrain.checkpoint import huggingface_verbs
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(huggingface_verbs, "write", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "second")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_is_no_hugging_face_folder_is_refused(finished, imported, tmp_path):
+    with pytest.raises(ConfigError, match="not a Hugging Face folder"):
+        import_(ImportConfig(path=str(finished), out=str(tmp_path / "new")))
+    with pytest.raises(ConfigError, match="is a Hugging Face folder already"):
+        export_(ExportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "new")))
+
+
+def test_a_folder_without_a_tokenizer_is_imported_and_says_so(imported, tmp_path, capsys):
+    bare = shutil.copytree(tmp_path / "hf", tmp_path / "bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    import_(ImportConfig(path=str(bare), out=str(tmp_path / "new")))
+    assert "without a tokenizer" in capsys.readouterr().err
+    assert load(tmp_path / "new").tokenizer is None
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(imported, tmp_path):
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"layers\.2"):
+        import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "new")))

@@ -1,0 +1,107 @@
+"""`megatrain generate`: what transformers generates from the exported folder, streamed as it is drawn."""
+
+import io
+import shutil
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatrain import generation
+from megatrain.checkpoint.huggingface_verbs import export_
+from megatrain.config import ExportConfig, GenerateConfig
+from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.errors import ConfigError
+from megatrain.generation import generate
+
+PROMPT = "the naïve model"
+
+
+def text_of(capsys, path, **keys) -> str:
+    """What the verb prints."""
+    capsys.readouterr()
+    keys = {"prompt": PROMPT, "max_new_tokens": 20, "temperature": 0.0, **keys}
+    assert not generate(GenerateConfig(path=str(path), device="cpu", **keys))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_greedy_text_is_that_of_transformers_on_the_exported_folder(name, family, tokenizer, tmp_path, capsys):
+    """Same ids; decoded by our tokenizer, because theirs shows a whole run of bytes as U+FFFD where one of them is broken
+    UTF-8, which a random model draws and a trained one hardly ever."""
+    folder, _, _ = family(name)
+    export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf")))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = theirs(PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        drawn = model.generate(ids, do_sample=False, max_new_tokens=20)[0]
+    assert len(drawn) > ids.shape[1] + 5
+    expected = tokenizer.decode(drawn.tolist()) + "\n"
+    assert text_of(capsys, folder) == expected
+    assert text_of(capsys, tmp_path / "hf") == expected
+
+
+def test_the_seed_decides_what_is_sampled(family, capsys):
+    folder, _, _ = family("llama")
+    first, again, other = (text_of(capsys, folder, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert text_of(capsys, folder, temperature=1.0, top_k=1) == text_of(capsys, folder)
+
+
+def test_text_appears_token_by_token(family, tokenizer, monkeypatch):
+    """Every whole character is written before the next token is drawn, the prompt before the first."""
+    written = []
+    seen = []
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return len(text)
+
+    def drawn(model, ids, **_):
+        for token in tokenizer.encode("é东 self"):
+            seen.append("".join(written))
+            yield token
+
+    monkeypatch.setattr(generation, "sample", drawn)
+    monkeypatch.setattr(sys, "stdout", Screen())
+    generate(GenerateConfig(path=str(family("llama")[0]), prompt=PROMPT, device="cpu"))
+    assert "".join(written) == PROMPT + "é东 self\n"
+    assert seen[0] == PROMPT and len(set(seen)) > 3
+    assert not any("\ufffd" in text for text in seen), "half a character is never shown"
+
+
+def test_an_empty_prompt_starts_after_an_end_of_document(family, tokenizer, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(generation, "sample", lambda model, ids, **_: given.append(ids) or iter(()))
+    assert text_of(capsys, family("llama")[0], prompt="") == "\n"
+    assert given == [[tokenizer.end_of_document]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prompt_longer_than_the_model_takes_is_refused_with_both_lengths(name, family, capsys):
+    with pytest.raises(ConfigError, match=r"prompt: \d+ tokens.*at most 64 \(model\.max_seq_len\)"):
+        text_of(capsys, family(name)[0], prompt=PROMPT * 30)
+    assert capsys.readouterr().out == "", "nothing is echoed before the refusal"
+
+
+def test_bytes_that_are_not_text_are_refused(family, capsys):
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        text_of(capsys, family("llama")[0], prompt="a\udcff")
+
+
+def test_a_model_without_a_tokenizer_is_refused(family, tmp_path, capsys):
+    alone = shutil.copytree(family("llama")[0], tmp_path / "alone")
+    shutil.rmtree(alone / "tokenizer")
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        text_of(capsys, alone)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(family, tmp_path, capsys):
+    other = shutil.copytree(family("llama")[0], tmp_path / "other")
+    words = [f"word{i}ing text{i * 7919}" for i in range(4000)]
+    train_sentencepiece(iter(words), 700).save(other / "tokenizer")
+    with pytest.raises(ConfigError, match="not the one that made the model's data"):
+        text_of(capsys, other)

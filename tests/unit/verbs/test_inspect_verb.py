@@ -1,0 +1,127 @@
+"""`megatrain inspect`: prints what is there, verifies every checksum, and ends with the exit code of what is damaged."""
+
+import json
+import shutil
+
+import pytest
+
+from megatrain import cli
+from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.model.count import num_parameters
+
+
+@pytest.fixture
+def inspect(capsys):
+    """Runs the command; returns its exit code, what it printed and its error."""
+
+    def run(path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(["inspect", str(path)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def words(line: str) -> list[str]:
+    return line.split()
+
+
+def test_a_checkpoint_shows_where_the_run_stood_and_what_it_holds(inspect, finished, family):
+    code, out, err = inspect(finished / "checkpoints" / "step_00000004")
+    manifest = json.loads((finished / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    _, config, _ = family("llama")
+    count, tensors = num_parameters(config), sum(name.startswith("model.") for name in manifest["tensors"])
+    lines = [words(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert ["step:", "4"] in lines and ["tokens:", "256"] in lines and ["cursor", "(samples):", "16"] in lines
+    assert ["engine:", "native"] in lines and ["parameters:", f"{count:,}"] in lines
+    for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq"):
+        assert [kind, "float32", str(tensors), f"{count:,}", f"{4 * count:,}"] in lines
+    size = (finished / "checkpoints" / "step_00000004" / "0.safetensors").stat().st_size
+    assert ["0.safetensors", f"{size:,}", "ok"] in lines and ["train.seq_len", "16"] in lines
+    assert "verdict: valid" in out
+
+
+def test_a_damaged_checkpoint_is_printed_and_then_refused_by_file(inspect, run_copy):
+    folder = run_copy / "checkpoints" / "step_00000004"
+    shard = bytearray((folder / "0.safetensors").read_bytes())
+    shard[-1] ^= 1
+    (folder / "0.safetensors").write_bytes(shard)
+    code, out, err = inspect(folder)
+    assert code == CheckpointError.exit_code and str(folder / "0.safetensors") in err
+    assert "step: 4" in out and "verdict: damaged" in out
+    (folder / "manifest.json").write_text("{")
+    code, out, err = inspect(folder)
+    assert code == CheckpointError.exit_code and str(folder / "manifest.json") in err
+    assert "0.safetensors" in out and "unknown" in out
+
+
+def test_files_that_no_manifest_lists_are_pointed_out(inspect, run_copy):
+    folder = run_copy / "checkpoints" / "step_00000004"
+    (folder / "extra.bin").write_bytes(b"")
+    code, out, _ = inspect(folder)
+    assert code == 0 and "not listed in the manifest" in out
+
+
+def test_a_run_shows_its_checkpoints_the_one_to_resume_from_and_its_records(inspect, finished):
+    code, out, err = inspect(finished)
+    lines = [words(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [line[-1] for line in lines if line and line[0].startswith("step_")] == ["valid", "valid"]
+    assert "a resume takes: step_00000004" in out
+    assert ["step", "4"] in lines and any(line[:3] == ["save", "2", "4"] for line in lines)
+    assert "last held-out loss: " in out and "tokenizer: sentencepiece" in out
+
+
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(inspect, run_copy):
+    damaged = run_copy / "checkpoints" / "step_00000004" / "0.safetensors"
+    damaged.unlink()
+    code, out, err = inspect(run_copy)
+    assert code == CheckpointError.exit_code and str(damaged) in err
+    assert "a resume takes: step_00000002" in out and "last metrics" in out
+
+
+def test_a_damaged_tokenizer_of_a_run_is_named(inspect, run_copy):
+    model = run_copy / "tokenizer" / "tokenizer.model"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    model.write_bytes(data)
+    code, _, err = inspect(run_copy)
+    assert code == CheckpointError.exit_code and str(run_copy / "tokenizer") in err
+
+
+def test_inspecting_leaves_a_save_in_progress_alone(inspect, run_copy):
+    saving = run_copy / "checkpoints" / "step_00000006.writing"
+    saving.mkdir()
+    code, out, _ = inspect(run_copy)
+    assert code == 0 and "unfinished: step_00000006.writing" in out and saving.exists()
+
+
+def test_a_dataset_shows_its_card_and_is_verified_whole(inspect, dataset, tmp_path):
+    code, out, err = inspect(dataset)
+    card = json.loads((dataset / "card.json").read_text())
+    assert (code, err) == (0, "") and card["fingerprint"] in out
+    heldout = card["splits"]["heldout"]
+    row = ["heldout", str(heldout["documents"]), f"{heldout['bytes']:,}", f"{heldout['tokens']:,}", "uint16"]
+    assert row in [words(line) for line in out.splitlines()]
+    damaged = shutil.copytree(dataset, tmp_path / "damaged")
+    ids = bytearray((damaged / "train.bin").read_bytes())
+    ids[10] ^= 1
+    (damaged / "train.bin").write_bytes(ids)
+    code, out, err = inspect(damaged)
+    assert code == DataError.exit_code and str(damaged / "train.bin") in err
+    assert row in [words(line) for line in out.splitlines()], "the card is printed all the same"
+    (damaged / "train.bin").unlink()
+    code, _, err = inspect(damaged)
+    assert code == DataError.exit_code and "train.bin" in err
+
+
+def test_anything_else_is_refused(inspect, tmp_path):
+    code, out, err = inspect(tmp_path)
+    assert code == ConfigError.exit_code and out == "" and "neither a run folder" in err
