@@ -15,6 +15,7 @@ from megatrain.data.tokenizer import SEGMENT, load_tokenizer
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
+from megatrain.model.generate import generate
 from megatrain.model.init import build_model
 
 
@@ -138,8 +139,13 @@ def test_text_in_text_out_through_transformers_alone(trained, tmp_path):
 
     tokenizer = load_tokenizer(trained)
     config = ModelConfig(num_heads=2, hidden_size=16, vocab_size=tokenizer.vocab_size)
-    weights = {name: p.detach() for name, p in build_model(config, seed=1).named_parameters()}
+    model = build_model(config, seed=1)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     end = tokenizer.end_of_document
     export_model(config, weights, tmp_path / "hf", tokenizer_dir=trained, end_of_document=end)
-    text = pipeline("text-generation", model=str(tmp_path / "hf"))("def f(", max_new_tokens=5)[0]["generated_text"]
-    assert text.startswith("def f(")
+    write = pipeline("text-generation", model=str(tmp_path / "hf"))
+    text = write("def f(", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    prompt = tokenizer.encode("def f(")
+    drawn = list(generate(model, prompt, max_new_tokens=8, temperature=0, stop_id=end))
+    assert text == tokenizer.decode(prompt + drawn)
+    assert write.tokenizer("  x").input_ids == tokenizer.encode("  x")
