@@ -125,6 +125,7 @@ class Trainer:
             DivergedError: no finite gradient for `MAX_SKIPPED` steps, or an overflow at the smallest loss scale.
         """
         total = self.config.train.steps
+        save_time = 0.0
         while self.progress.step < total:
             started = time.perf_counter()
             batch = next(self.parts.stream)
@@ -140,9 +141,9 @@ class Trainer:
             record = self._record(step, lr, result, batch, hashes)
             step_time = time.perf_counter() - started
             eval_time = self._maybe_evaluate(record)
-            save_time = self._maybe_save()
             self._add_times(record, step_time, data_time, eval_time, save_time)
-            self.parts.journal.step(record)
+            self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
+            save_time = self._maybe_save()
             if self._has_stalled(step):
                 break
         self._save()
@@ -182,7 +183,7 @@ class Trainer:
     def _add_times(
         self, record: dict[str, Any], step_time: float, data_time: float, eval_time: float, save_time: float
     ) -> None:
-        """Complete a record. `step_time_s` leaves evaluation and saving out."""
+        """Complete a record. `step_time_s` leaves evaluation and saving out; `save_time_s` is the save before the step."""
         rate = record.pop("step_tokens") / step_time
         peak = self.parts.peak_flops
         record["step_time_s"] = step_time

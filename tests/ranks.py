@@ -96,6 +96,7 @@ def _fork(function: Callable[..., Any], rank: int, size: int, folder: Path, args
     if pid:
         return pid
     code = 1
+    os.environ["LOCAL_RANK"] = str(rank)
     try:
         dist.init_process_group(
             "gloo",

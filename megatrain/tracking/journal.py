@@ -12,6 +12,9 @@ from megatrain.tracking.base import RunInfo, Trackers
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 
+START_DETAIL = ("host", "world_size", "device", "layout", "num_parameters", "git_commit")
+"""What of `RunInfo` the start and resume events carry."""
+
 
 class Journal:
     """metrics.jsonl, events.jsonl and the trackers of one run, or nothing at all (`Journal(None)`)."""
@@ -27,11 +30,10 @@ class Journal:
             return
         cut = self._metrics.resume(step)
         self._trackers.start(info)
-        detail = {"cut_metrics": str(cut)} if cut else {}
-        kind = "start" if info.resumed_from_step is None else "resume"
-        self.event(
-            kind, step, host=info.host, world_size=info.world_size, device=info.device, layout=info.layout, **detail
-        )
+        detail = {name: getattr(info, name) for name in START_DETAIL}
+        if cut:
+            detail["cut_metrics"] = str(cut)
+        self.event("start" if info.resumed_from_step is None else "resume", step, **detail)
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step's record."""

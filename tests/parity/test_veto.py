@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from jobs import batches, gather, job
-from megatrain.engine.build import build_engine
 from ranks import run_ranks
+
+from megatrain.engine.build import build_engine
 
 ENGINES = [
     ("native", 0, 1, "fp32", "fp32"),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from jobs import GLOBAL_BATCH, gather, gpt2, job, llama, train
-from megatrain.engine.build import build_engine
 from ranks import run_ranks
+
+from megatrain.engine.build import build_engine
 
 STEPS = 20
 MODELS = {"llama": llama(), "llama_tied_qk_norm": llama(tie_embeddings=True, qk_norm=True), "gpt2": gpt2()}

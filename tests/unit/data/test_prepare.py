@@ -57,8 +57,9 @@ def lines(of):
 
 
 @pytest.fixture
-def corpus(tmp_path):
-    """300 documents over every file format; their texts."""
+def corpus(tmp_path, monkeypatch):
+    """300 documents over every file format, read in chunks of 16 at most; their texts."""
+    monkeypatch.setattr("megatrain.data.prepare.CHUNK_RECORDS", 16)
     (tmp_path / "in").mkdir()
     all_texts = texts(300)
     (tmp_path / "in" / "a.jsonl").write_text(lines(all_texts[:60]) + "\n  \n")

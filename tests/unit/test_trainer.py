@@ -1,0 +1,184 @@
+"""The loop, over fakes of the parts it speaks to: when it evaluates, saves, stops and gives up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatrain.config import TrainConfig
+from megatrain.data.batch import StepBatch
+from megatrain.engine.base import StepResult
+from megatrain.errors import DivergedError
+from megatrain.trainer import MAX_SKIPPED, Parts, Progress, Trainer
+
+
+class FakeEngine:
+    """Losses fall by one a step; `finite` tells which steps update, `heldout` what evaluations give."""
+
+    def __init__(self, finite=lambda step: True, heldout=(3.0,)):
+        self.finite, self.heldout, self.asked, self.trained = finite, list(heldout), 0, []
+
+    def train_step(self, micro_batches, lr, step):
+        self.trained.append((step, lr))
+        finite = self.finite(step)
+        return StepResult(
+            torch.tensor(20.0), torch.tensor(10), torch.tensor(1.0 if finite else float("nan")), torch.tensor(finite)
+        )
+
+    def evaluate(self, batches):
+        assert list(batches) == ["batch"]
+        self.asked += 1
+        return torch.tensor(self.heldout[min(self.asked, len(self.heldout)) - 1] * 10), torch.tensor(10)
+
+    def state(self):
+        return {"model.w": torch.zeros(1)}
+
+    def counters(self):
+        return {"optimizer": {"step": len(self.trained)}}
+
+
+class FakeStore:
+    def __init__(self):
+        self.saved, self.retired = [], []
+
+    def save(self, step, state, extra):
+        self.saved.append((step, extra))
+        return Path(f"step_{step}")
+
+    def retire(self, keep, keep_every):
+        self.retired.append((keep, keep_every))
+
+
+class FakeJournal:
+    def __init__(self):
+        self.records, self.events = [], []
+
+    def step(self, record):
+        self.records.append(record)
+
+    def event(self, kind, step, **detail):
+        self.events.append((kind, step, detail))
+
+
+def trainer(config, engine=None, progress=None, stop_at=None):
+    progress = progress or Progress()
+
+    def stream():
+        step, cursor = progress.step, progress.cursor
+        while True:
+            step, cursor = step + 1, cursor + 8
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, cursor)
+
+    engine = engine or FakeEngine()
+    parts = Parts(
+        engine=engine,
+        stream=stream(),
+        heldout=lambda: ["batch"],
+        store=FakeStore(),
+        journal=FakeJournal(),
+        exchange=lambda values: values.unsqueeze(0),
+        batch_hash=lambda hashes: str(hashes.shape),
+        stopping=lambda: 15 if stop_at is not None and len(engine.trained) >= stop_at else 0,
+        identity={"config": {}},
+        flops_per_token=3,
+        peak_flops=None,
+        bytes_per_token=4.0,
+    )
+    return Trainer(config, parts, progress), parts
+
+
+def config(**train):
+    made = TrainConfig()
+    made.train.steps, made.checkpoint.every = 10, 4
+    for name, value in train.items():
+        setattr(made.train, name, value)
+    return made
+
+
+def test_it_saves_every_so_many_steps_and_at_the_end():
+    """Saves at multiples and at the last step, each followed by retiring; the manifest holds where the run stands."""
+    loop, parts = trainer(config())
+    assert loop.run() == "done"
+    assert [step for step, _ in parts.store.saved] == [4, 8, 10]
+    assert len(parts.store.retired) == 3
+    _, extra = parts.store.saved[-1]
+    assert (extra["cursor"], extra["tokens"], extra["optimizer"]) == (80, 100, {"step": 10})
+    assert extra["early_stop"]["best_heldout_loss"] == 3.0
+
+
+def test_a_record_holds_the_mean_loss_and_the_totals():
+    """Loss is the sum over the tokens that counted; tokens add up over the run, a resumed one included."""
+    loop, parts = trainer(config(), progress=Progress(step=6, cursor=48, tokens=60))
+    loop.run()
+    assert [record["step"] for record in parts.journal.records] == [7, 8, 9, 10]
+    assert parts.journal.records[0]["loss"] == 2.0 and parts.journal.records[-1]["tokens"] == 100
+    assert parts.journal.records[-1]["mfu"] is None and parts.journal.records[-1]["batch_hash"] == "(1, 8)"
+
+
+def test_a_signal_saves_the_finished_steps_and_stops():
+    """The batch that was fetched is not trained on; what is saved is the last finished step, once."""
+    loop, parts = trainer(config(), stop_at=6)
+    assert loop.run() == "stopped"
+    assert [step for step, _ in parts.store.saved] == [4, 6]
+    assert parts.store.saved[-1][1]["cursor"] == 48
+    assert ("signal", 6, {"signal": 15}) in parts.journal.events
+
+
+def test_a_signal_right_after_a_save_does_not_save_again():
+    """What is on disk already is not written twice."""
+    loop, parts = trainer(config(), stop_at=4)
+    assert loop.run() == "stopped"
+    assert [step for step, _ in parts.store.saved] == [4]
+
+
+def test_it_evaluates_on_time_and_at_the_end():
+    """Held-out loss, perplexity and bits per byte on evaluation steps and the last one only."""
+    loop, parts = trainer(config(eval_every=3))
+    loop.run()
+    assert [record["step"] for record in parts.journal.records if "heldout_loss" in record] == [3, 6, 9, 10]
+    detail = next(detail for kind, _, detail in parts.journal.events if kind == "evaluate")
+    assert detail["heldout_loss"] == 3.0 and detail["perplexity"] == pytest.approx(np.exp(3.0))
+    assert detail["bits_per_byte"] == pytest.approx(3.0 / np.log(2) / 4.0)
+
+
+def test_early_stopping_waits_for_its_patience():
+    """Two evaluations without a gain of at least the delta end the run, saved; a gain starts the count anew."""
+    made = config(eval_every=1, early_stop_patience=2, early_stop_min_delta=0.1, steps=50)
+    loop, parts = trainer(made, FakeEngine(heldout=[3.0, 2.95, 2.8, 2.75, 2.79]))
+    assert loop.run() == "done"
+    assert len(parts.journal.records) == 5 and parts.store.saved[-1][0] == 5
+    assert parts.journal.events[-2][0] == "early_stop" or parts.journal.events[-1][0] == "early_stop"
+
+
+def test_early_stopping_goes_on_counting_after_a_resume():
+    """The count and the best loss come from the checkpoint."""
+    made = config(eval_every=1, early_stop_patience=2, steps=50)
+    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(7, 56, 70, [], 2.9, 1))
+    loop.run()
+    assert [record["step"] for record in parts.journal.records] == [8]
+
+
+def test_a_vetoed_step_is_recorded_and_consumes_its_samples():
+    """The record says `updated: false`, an event names the step, the cursor moves on."""
+    loop, parts = trainer(config(), FakeEngine(finite=lambda step: step != 3))
+    loop.run()
+    assert [record["updated"] for record in parts.journal.records].count(False) == 1
+    assert [step for kind, step, _ in parts.journal.events if kind == "skip"] == [3]
+    assert parts.store.saved[-1][1]["cursor"] == 80
+
+
+def test_endless_vetoes_end_the_run():
+    """After a hundred steps without a finite gradient the run is given up with a message that says what to change."""
+    loop, parts = trainer(config(steps=1000), FakeEngine(finite=lambda step: step < 5))
+    with pytest.raises(DivergedError, match=r"optim\.lr"):
+        loop.run()
+    assert len(parts.journal.records) == 4 + MAX_SKIPPED - 1
+
+
+def test_progress_survives_the_manifest():
+    """What goes into the manifest comes back equal."""
+    progress = Progress(5, 40, 50, [(3, 7)], 2.5, 1)
+    assert Progress.from_manifest({"step": 5, **progress.to_manifest()}) == progress
