@@ -4,7 +4,7 @@
 
 The plain loop is what one would write by hand: read a line of JSON, SentencePiece's `encode`, append an end token,
 `tofile`. It neither normalises, nor deduplicates, nor holds anything out, nor checks, nor hashes. Both use the same trained
-tokenizer. The table gives the median of the rounds in MB of text a second; the text is the standard library's source,
+tokenizer. The table gives the median of the rounds in MB of text a second and in CPU seconds; the text is the standard library's source,
 repeated under changing first lines so that no two documents are equal.
 """
 
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +63,11 @@ def ours(path: Path, model: Path | None, folder: Path, name: str, workers: int) 
     return prepare(PrepareConfig(data=data, tokenizer=tokenizer))
 
 
-def timed(function, *arguments) -> float:  # type: ignore[no-untyped-def]
-    """Seconds of one call."""
-    start = time.perf_counter()
+def timed(function: Callable[..., object], *arguments: object) -> tuple[float, float]:
+    """Seconds of one call, and seconds of CPU time in this process and the workers it waited for."""
+    start, cpu = time.perf_counter(), sum(os.times()[:4])
     function(*arguments)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[:4]) - cpu
 
 
 def main() -> None:
@@ -83,20 +83,21 @@ def main() -> None:
         size = corpus(path, given.megabytes)
         model = ours(path, None, folder, "first", given.workers) / "tokenizer" / "tokenizer.model"
         counts = sorted({1, given.workers})
-        seconds: dict[str, list[float]] = {"plain loop, 1 process": []} | {f"prepare, {n} workers": [] for n in counts}
+        runs: dict[str, list[tuple[float, float]]] = {"plain loop, 1 process": []}
+        runs |= {f"prepare, {n} workers": [] for n in counts}
         for _ in range(given.rounds):
-            seconds["plain loop, 1 process"].append(timed(plain, path, model, folder / "plain.bin"))
+            runs["plain loop, 1 process"].append(timed(plain, path, model, folder / "plain.bin"))
             for n in counts:
-                seconds[f"prepare, {n} workers"].append(timed(ours, path, model, folder, "again", n))
-    rates = {name: size / 1e6 / statistics.median(values) for name, values in seconds.items()}
+                runs[f"prepare, {n} workers"].append(timed(ours, path, model, folder, "again", n))
+    rates = {name: size / 1e6 / statistics.median(wall for wall, _ in values) for name, values in runs.items()}
     base = rates["plain loop, 1 process"]
-    print(
-        f"{size / 1e6:.1f} MB of text, {given.rounds} rounds, {os.cpu_count()} CPUs, {platform.machine()}, Python {sys.version.split()[0]}"
-    )
-    print(f"load average {os.getloadavg()[0]:.1f}")
-    print(f"{'':24}{'MB/s':>8}{'x plain':>10}   seconds of each round")
+    print(f"{size / 1e6:.1f} MB of text, {given.rounds} rounds, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
+    print(f"load average at the end {os.getloadavg()[0]:.1f}")
+    print(f"{'':24}{'MB/s':>8}{'x plain':>10}{'CPU s':>8}   seconds of each round")
     for name, rate in rates.items():
-        print(f"{name:24}{rate:8.2f}{rate / base:10.2f}   {', '.join(f'{value:.1f}' for value in seconds[name])}")
+        cpu = statistics.median(cpu for _, cpu in runs[name])
+        walls = ", ".join(f"{wall:.1f}" for wall, _ in runs[name])
+        print(f"{name:24}{rate:8.2f}{rate / base:10.2f}{cpu:8.1f}   {walls}")
 
 
 if __name__ == "__main__":
