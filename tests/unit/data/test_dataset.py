@@ -118,7 +118,7 @@ def test_what_is_missing_is_said_with_what_to_do(make_dataset, tmp_path):
         check_dataset(folder)
 
 
-def test_the_fingerprint_covers_the_ids_the_index_and_the_splits(make_dataset):
+def test_the_fingerprint_covers_the_ids_the_index_and_the_splits(make_dataset, tmp_path):
     prints = [
         Card.load(make_dataset(name, **splits)).fingerprint
         for name, splits in {
@@ -130,7 +130,11 @@ def test_the_fingerprint_covers_the_ids_the_index_and_the_splits(make_dataset):
             "f": dict(train=[1, 2, 3], dtype=np.int32),
         }.items()
     ]
-    assert len(set(prints)) == 6
+    writer = indexed.IndexedWriter(tmp_path / "train", np.dtype(np.uint16))
+    writer.add(np.array([1, 2, 3], np.uint16), np.array([1, 2], np.int32))  # the ids of "a" as two documents
+    writer.finish()
+    prints.append(make_card(tmp_path, "g", None).fingerprint)
+    assert len(set(prints)) == 7
     assert Card.load(make_dataset("again", train=[1, 2, 3])).fingerprint == prints[0]
 
 

@@ -81,6 +81,7 @@ def test_every_layout_reads_the_same_samples_in_the_same_step(stream, dp_size, m
 def test_a_resumed_stream_goes_on_where_the_first_stopped(stream):
     first = stream()
     steps = [next(first) for _ in range(12)]
+    assert [step.cursor for step in steps] == [16 * i for i in range(1, 13)]
     again = stream(first_step=6, cursor=steps[4].cursor)
     for step in steps[5:]:
         resumed = next(again)
