@@ -125,7 +125,9 @@ class DataConfig:
     oversized: str = key("refuse", "what a longer document gets", choices=("refuse", "skip"))
     undecodable: str = key("replace", "what bytes that are not UTF-8 get", choices=("replace", "skip", "refuse"))
     deduplicate: bool = key(True, "drop exact duplicates of a document (after normalisation)")
-    workers: int | None = key(None, "processes that read and tokenize; null means the cores this process may use", minimum=1)
+    workers: int | None = key(
+        None, "processes that read and tokenize; null means the cores this process may use", minimum=1
+    )
     overwrite: bool = key(False, "prepare again over a finished dataset of the same name")
     verify: bool = key(True, "check each 64 MiB block against the card's hash when it is first read")
 
@@ -135,9 +137,13 @@ class TokenizerConfig:
     """How text becomes token ids."""
 
     kind: str = key("sentencepiece", "tokenizer library", choices=("sentencepiece", "hf"))
-    path: str | None = key(None, "a trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder")
+    path: str | None = key(
+        None, "a trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder"
+    )
     vocab_size: int = key(8192, "vocabulary to train (no tokenizer.path given)", minimum=300)
-    train_bytes: int = key(32 * 2**20, "text the tokenizer is trained on, in bytes, sampled over the corpus", minimum=1024)
+    train_bytes: int = key(
+        32 * 2**20, "text the tokenizer is trained on, in bytes, sampled over the corpus", minimum=1024
+    )
 
 
 @dataclass
@@ -153,13 +159,21 @@ class OptimConfig:
 
     name: str = key("adamw", "optimizer", choices=("adamw",))
     lr: float = key(3e-4, "peak learning rate", above=0)
-    min_lr_ratio: float = key(0.1, "final learning rate as a share of the peak (cosine, linear, wsd)", minimum=0, maximum=1)
+    min_lr_ratio: float = key(
+        0.1, "final learning rate as a share of the peak (cosine, linear, wsd)", minimum=0, maximum=1
+    )
     schedule: str = key("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = key(0, "steps of linear warm-up from 0", minimum=0)
-    decay_fraction: float = key(0.2, "share of the run that wsd (warmup-stable-decay) spends decaying", above=0, maximum=1)
-    betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of the first and second moment", each_minimum=0, each_below=1)
+    decay_fraction: float = key(
+        0.2, "share of the run that wsd (warmup-stable-decay) spends decaying", above=0, maximum=1
+    )
+    betas: list[float] = key(
+        [0.9, 0.95], "AdamW's decay rates of the first and second moment", each_minimum=0, each_below=1
+    )
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
-    weight_decay: float = key(0.1, "decoupled weight decay on matrices; biases, norms and other vectors have none", minimum=0)
+    weight_decay: float = key(
+        0.1, "decoupled weight decay on matrices; biases, norms and other vectors have none", minimum=0
+    )
     grad_clip: float = key(1.0, "largest global gradient norm; 0 does not clip", minimum=0)
 
 
@@ -171,13 +185,23 @@ class TrainLoopConfig:
     global_batch_size: int = key(8, "sequences a step over the whole job", minimum=1)
     micro_batch_size: int = key(4, "sequences a rank runs at once", minimum=1)
     seq_len: int = key(256, "tokens a sequence", minimum=1)
-    batch_ramp_start: int | None = key(None, "sequences of the first steps; null starts at global_batch_size", minimum=1)
+    batch_ramp_start: int | None = key(
+        None, "sequences of the first steps; null starts at global_batch_size", minimum=1
+    )
     batch_ramp_increment: int = key(1, "sequences added each time the ramp rises", minimum=1)
     batch_ramp_steps: int = key(0, "steps until the ramp reaches global_batch_size", minimum=0)
-    eval_every: int = key(0, "steps between held-out evaluations inside the loop; 0 evaluates only at the end", minimum=0)
-    eval_steps: int | None = key(None, "held-out batches (of global_batch_size) an evaluation reads; null reads all", minimum=1)
-    early_stop_patience: int = key(0, "evaluations without a better held-out loss before the run ends; 0 never", minimum=0)
-    early_stop_min_delta: float = key(0.0, "smallest drop of the held-out loss that counts as better, in nats", minimum=0)
+    eval_every: int = key(
+        0, "steps between held-out evaluations inside the loop; 0 evaluates only at the end", minimum=0
+    )
+    eval_steps: int | None = key(
+        None, "held-out batches (of global_batch_size) an evaluation reads; null reads all", minimum=1
+    )
+    early_stop_patience: int = key(
+        0, "evaluations without a better held-out loss before the run ends; 0 never", minimum=0
+    )
+    early_stop_min_delta: float = key(
+        0.0, "smallest drop of the held-out loss that counts as better, in nats", minimum=0
+    )
     recompute: str = key("none", "activation recompute in the backward pass", choices=("none", "full"))
 
 
@@ -185,7 +209,11 @@ class TrainLoopConfig:
 class ParallelConfig:
     """How the job is split."""
 
-    zero: int = key(3, "ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too", choices=(0, 1, 2, 3))
+    zero: int = key(
+        3,
+        "ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too",
+        choices=(0, 1, 2, 3),
+    )
 
 
 @dataclass
@@ -193,7 +221,9 @@ class PrecisionConfig:
     """Number formats. Master weights and optimizer states are fp32 in every choice."""
 
     name: str = key("fp32", "format of parameters and activations in compute", choices=("fp32", "bf16", "fp16"))
-    accumulate_dtype: str = key("fp32", "format that gradients of micro-batches are summed in", choices=("fp32", "bf16", "fp16"))
+    accumulate_dtype: str = key(
+        "fp32", "format that gradients of micro-batches are summed in", choices=("fp32", "bf16", "fp16")
+    )
     reduce_dtype: str = key("fp32", "format that gradients travel between ranks in", choices=("fp32", "bf16", "fp16"))
     initial_loss_scale: float = key(2.0**16, "first loss scale (fp16)", minimum=1)
     loss_scale_window: int = key(1000, "good steps before the loss scale doubles (fp16)", minimum=1)
@@ -207,7 +237,9 @@ class LaunchConfig:
 
     name: str = key("local", "who starts the ranks", choices=("local",))
     nproc_per_node: int = key(1, "local worker processes", minimum=1)
-    device: str = key("auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda"))
+    device: str = key(
+        "auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda")
+    )
     timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0)
 
 
@@ -218,7 +250,10 @@ class CheckpointConfig:
     every: int = key(100, "steps between saves; 0 saves only at the end and on a signal", minimum=0)
     keep: int = key(2, "newest checkpoints to retain; 0 keeps all", minimum=0)
     keep_every: int = key(0, "every so many steps a checkpoint is a milestone, never retired; 0 has none", minimum=0)
-    resume: str = key("auto", "auto continues the run folder's newest valid checkpoint, never starts anew, a path continues that checkpoint")
+    resume: str = key(
+        "auto",
+        "auto continues the run folder's newest valid checkpoint, never starts anew, a path continues that checkpoint",
+    )
     init_from: str | None = key(None, "a checkpoint whose weights alone start a new run")
 
 
@@ -229,8 +264,12 @@ class TrackingConfig:
     name: str = key("mlflow", "tracker", choices=("mlflow", "none"))
     experiment: str = key("megatrain", "MLflow experiment")
     flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0)
-    system_metrics_every_s: float = key(10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0)
-    finish_timeout_s: float = key(30.0, "longest wait at the end for the MLflow server to take what is left, in seconds", above=0)
+    system_metrics_every_s: float = key(
+        10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0
+    )
+    finish_timeout_s: float = key(
+        30.0, "longest wait at the end for the MLflow server to take what is left, in seconds", above=0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- verbs
@@ -273,7 +312,9 @@ class EvaluateConfig:
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
     data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset")
     split: str = key("heldout", "split of a prepared dataset", choices=("train", "heldout"))
-    seq_len: int | None = key(None, "tokens a sequence; null means as in training, or else model.max_seq_len", minimum=1)
+    seq_len: int | None = key(
+        None, "tokens a sequence; null means as in training, or else model.max_seq_len", minimum=1
+    )
     batch_size: int = key(8, "sequences evaluated at once", minimum=1)
     max_batches: int | None = key(None, "evaluate at most so many batches; null evaluates all", minimum=1)
     device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))

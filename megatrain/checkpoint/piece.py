@@ -66,7 +66,7 @@ class Piece(torch.Tensor):
     def __new__(cls, flat: Tensor, start: int, global_shape: Sequence[int]) -> Piece:
         """Wrap `flat`, a contiguous 1-D tensor, without copying it."""
         assert flat.dim() == 1 and flat.is_contiguous()
-        piece: Piece = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        piece: Piece = torch.Tensor._make_wrapper_subclass(
             cls, tuple(global_shape), dtype=flat.dtype, device=flat.device
         )
         piece.flat, piece.start = flat.detach(), start
@@ -79,7 +79,7 @@ class Piece(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Only a detach is allowed: everything else would act on memory that is not here."""
         if func is torch.ops.aten.detach.default:
             return args[0]

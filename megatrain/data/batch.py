@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +30,11 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device` (pinned memory copies without blocking)."""
-        return MicroBatch(
-            **{
-                f.name: None if (value := getattr(self, f.name)) is None else value.to(device, non_blocking=True)
-                for f in fields(self)
-            }
-        )
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            moved[f.name] = None if value is None else value.to(device, non_blocking=True)
+        return MicroBatch(**moved)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class DeepSpeedEngine:
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _fragment(self, parameter: nn.Parameter, slot: str | None) -> tuple[Tensor, int]:
+    def _fragment(self, parameter: Any, slot: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 piece of a parameter (or of one of its moments), flat, and where it starts."""
         if hasattr(parameter, "ds_id"):  # stage 3
             flat, _ = self.optimizer._get_fp32_opt_state_partition(
@@ -186,20 +186,13 @@ class DeepSpeedEngine:
                 state[key] = Piece(flat, start, self.shapes[name])
         return state
 
+    @torch.no_grad()
     def _initialise(self) -> None:
         """Fill each rank's piece of each parameter with the bits that one process would have."""
-        for key, piece in self.state().items():
-            if key.startswith("model."):
-                name, stop = key.removeprefix("model."), piece.start + piece.flat.numel()  # type: ignore[attr-defined]
-                values = initial_values(
-                    self.config.model,
-                    name,
-                    self.shapes[name],
-                    self.config.seed,
-                    piece.start,
-                    stop,  # type: ignore[attr-defined]
-                )
-                piece.flat.copy_(values)  # type: ignore[attr-defined]
+        for name, parameter in self.engine.module.named_parameters():
+            flat, start = self._fragment(parameter, None)
+            stop = start + flat.numel()
+            flat.copy_(initial_values(self.config.model, name, self.shapes[name], self.config.seed, start, stop))
         self._refresh()
 
     @torch.no_grad()
