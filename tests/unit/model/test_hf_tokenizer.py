@@ -148,4 +148,4 @@ def test_text_in_text_out_through_transformers_alone(trained, tmp_path):
     prompt = tokenizer.encode("def f(")
     drawn = list(generate(model, prompt, max_new_tokens=8, temperature=0, stop_id=end))
     assert written in (prompt + drawn, [*prompt, *drawn, end])
-    assert write.tokenizer("  x").input_ids == tokenizer.encode("  x")
+    assert write.tokenizer("▁</s>  x").input_ids == tokenizer.encode("▁</s>  x")
