@@ -136,8 +136,6 @@ def _overlap(chunks: list[dict[str, Any]]) -> bool:
     )
     open_boxes: list[tuple[list[int], list[int]]] = []
     for start, stop in boxes:
-        if any(low == high for low, high in zip(start, stop, strict=True)):
-            continue  # empty
         open_boxes = [box for box in open_boxes if not start or box[1][0] > start[0]]
         for other_start, other_stop in open_boxes:
             if all(max(a, c) < min(b, d) for a, b, c, d in zip(start, stop, other_start, other_stop, strict=True)):

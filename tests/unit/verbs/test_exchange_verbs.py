@@ -22,6 +22,8 @@ def imported(finished, tmp_path):
 
 
 def test_a_round_trip_keeps_every_bit_the_shape_and_the_tokenizer(finished, imported):
+    """And leaves nothing else behind."""
+    assert sorted(path.name for path in imported.parent.iterdir()) == ["hf", "imported"]
     before, after = load(finished), load(imported)
     assert before.weights.keys() == after.weights.keys()
     for name, tensor in before.weights.items():
