@@ -14,7 +14,8 @@ import pytest
 
 TRAIN = [
     "train", "model=tiny", "data=files", "data.name=tiny", "train.seq_len=32", "train.global_batch_size=8",
-    "train.micro_batch_size=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20", "optim.lr=1e-3",
+    "train.micro_batch_size=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20",
+    "train.eval_steps=4", "optim.lr=1e-3",
     "tracking=none", "model.num_layers=2", "model.hidden_size=32",
 ]  # fmt: skip
 
