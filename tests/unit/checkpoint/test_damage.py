@@ -187,6 +187,9 @@ def test_chunks_that_fill_a_tensor_exactly_once_are_accepted_in_any_order(store)
     for first, second in (((0, 3), (3, 6)), ((5, 6), (0, 5)), ((0, 0), (0, 6))):
         halves(manifest, first, second)
         check_coverage(store.folder, manifest)
+    columns = [([0, 2], [6, 2]), ([0, 0], [6, 2])]
+    a_chunks(manifest)[:] = [{"offset": o, "size": s, "file": SHARD} for o, s in columns]
+    check_coverage(store.folder, manifest)
 
 
 def test_columns_that_overlap_are_found_too(store):
@@ -259,6 +262,7 @@ def test_the_newest_are_kept_and_milestones_stay(store):
 
 def test_keep_zero_retires_nothing(store):
     store.save(40, state(40), {})
+    store.damaged.add(store.folder / "step_00000010")
     store.retire(0, 0)
     assert len(names(store)) == 4
 
