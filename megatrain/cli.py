@@ -5,6 +5,7 @@ Everything below takes the checked dataclass. A user's mistake ends here as one 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 
 import megatrain
 from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
-from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, MegatrainError
+from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, DataError, EnvironmentFault, MegatrainError
 from megatrain.launch.environment import WORKER_MARK, is_launched
 from megatrain.suggest import did_you_mean
 
@@ -41,6 +42,9 @@ FLAGS = {
 
 EXIT_INTERRUPTED = 130
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""Answers of the system to a read or write that name a fault of the machine or its set-up, none of ours."""
+
 
 @dataclass
 class Arguments:
@@ -57,22 +61,30 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         return run(parse(argv))
-    except MegatrainError as error:
-        if debug:
-            traceback.print_exc()
-        elif not _is_silent_rank():
-            print(f"megatrain: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except KeyboardInterrupt:
         print("megatrain: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe (head, less) left: nobody to tell
         return EXIT_OK
-    except Exception:
+    except Exception as error:
+        known = error if isinstance(error, MegatrainError) else disk_fault(error)
+        if known is not None:
+            if debug:
+                traceback.print_exc()
+            elif not _is_silent_rank(error):
+                print(f"megatrain: error: {known}", file=sys.stderr, flush=True)
+            return known.exit_code
         traceback.print_exc()
         print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
         return EXIT_DEFECT
+
+
+def disk_fault(error: Exception) -> EnvironmentFault | None:
+    """What a full, broken or forbidden disk answered, as an error for the user; None for any other error."""
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return EnvironmentFault(f"{error.filename or 'the disk'}: {error.strerror}")
+    return None
 
 
 def run(arguments: Arguments) -> int:
@@ -170,6 +182,12 @@ def _action(verb: str) -> Callable[[Any], Any]:
     return getattr(import_module(module), name)
 
 
-def _is_silent_rank() -> bool:
-    """Under somebody else's launcher all ranks share a terminal and meet the same mistakes: rank 0 speaks for them."""
-    return is_launched() and WORKER_MARK not in os.environ and os.environ["RANK"] != "0"
+def _is_silent_rank(error: Exception) -> bool:
+    """Under somebody else's launcher all ranks share a terminal and meet the same mistakes: rank 0 speaks for them.
+
+    Damaged data or a full disk, though, may be one rank's alone once the ranks have met and gone to work.
+    """
+    if not is_launched() or WORKER_MARK in os.environ or os.environ["RANK"] == "0":
+        return False
+    distributed = sys.modules.get("torch.distributed")
+    return not (isinstance(error, (DataError, OSError)) and distributed is not None and distributed.is_initialized())

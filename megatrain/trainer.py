@@ -126,7 +126,7 @@ class Trainer:
         """
         total = self.config.train.steps
         save_time = 0.0
-        while self.progress.step < total:
+        while self.progress.step < total and not self._has_stalled():
             started = time.perf_counter()
             batch = next(self.parts.stream)
             data_time = time.perf_counter() - started
@@ -144,8 +144,8 @@ class Trainer:
             self._add_times(record, step_time, data_time, eval_time, save_time)
             self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
             save_time = self._maybe_save()
-            if self._has_stalled(step):
-                break
+            if self._has_stalled():
+                self.parts.journal.event("early_stop", step, best_heldout_loss=self.progress.best_heldout_loss)
         self._save()
         return "done"
 
@@ -234,12 +234,7 @@ class Trainer:
         self.parts.journal.event("save", self.progress.step, checkpoint=str(folder), seconds=seconds)
         return seconds
 
-    def _has_stalled(self, step: int) -> bool:
-        """Whether early stopping ends the run here."""
+    def _has_stalled(self) -> bool:
+        """Whether early stopping ends the run here; a run that it ended stays ended when it is started again."""
         patience = self.config.train.early_stop_patience
-        if not patience or self.progress.evaluations_without_gain < patience:
-            return False
-        self.parts.journal.event(
-            "early_stop", step, best_heldout_loss=self.progress.best_heldout_loss, evaluations=patience
-        )
-        return True
+        return 0 < patience <= self.progress.evaluations_without_gain

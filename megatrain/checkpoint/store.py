@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,7 +31,7 @@ from megatrain.checkpoint.storage import (
     sync_folder,
     verify_file,
 )
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, EnvironmentFault
 from megatrain.launch.world import World
 
 _NAME = re.compile(r"step_(\d{8,})$")
@@ -184,16 +185,27 @@ def _single_process_is_meant() -> Iterator[None]:
 
 
 def write(folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None) -> None:
-    """Write `state` and a manifest with `extra` into an existing empty folder."""
+    """Write `state` and a manifest with `extra` into an existing empty folder.
+
+    Raises:
+        EnvironmentFault: on every rank, where the disk of any does not take it.
+    """
     alone = world is None or world.control is None
-    with _single_process_is_meant():
-        dcp.save(
-            dict(state),
-            storage_writer=SafetensorsWriter(folder, extra),
-            planner=save_planner(),
-            process_group=None if alone or world is None else world.control,
-            no_dist=alone,
-        )
+    try:
+        with _single_process_is_meant():
+            dcp.save(
+                dict(state),
+                storage_writer=SafetensorsWriter(folder, extra),
+                planner=save_planner(),
+                process_group=None if alone or world is None else world.control,
+                no_dist=alone,
+            )
+    except CheckpointException as error:  # derives from BaseException
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, (OSError, SafetensorError)) for cause in causes):
+            raise RuntimeError(f"{folder} could not be written") from error
+        told = "; ".join(sorted({str(cause) for cause in causes}))
+        raise EnvironmentFault(f"{folder} cannot be written: {told}; what was saved before is untouched") from error
 
 
 def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], world: World | None) -> None:

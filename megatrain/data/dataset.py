@@ -43,6 +43,8 @@ class Dataset:
         card = check_dataset(folder)
         if split not in card.splits:
             raise DataError(f"{folder}: has no {split} split; prepare it with data.heldout_fraction above 0")
+        if not card.splits[split].tokens:
+            raise DataError(f"{folder}: its {split} split is empty; prepare it from data that holds tokens")
         return Dataset(folder, split, card, verify)
 
     def read(self, start: int, count: int) -> np.ndarray:

@@ -17,9 +17,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def normalise(text: str) -> str:
-    """Newlines to `\\n`, a leading byte order mark and all control characters but `\\n` and `\\t` removed, then NFC."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    return unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    """Newlines to `\\n`, leading byte order marks and all control characters but `\\n` and `\\t` removed, then NFC."""
+    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return unicodedata.normalize("NFC", text.lstrip("\ufeff"))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from megatrain.errors import EXIT_DEFECT, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
+from megatrain.errors import (
+    EXIT_DEFECT,
+    EXIT_OK,
+    EXIT_SAVED_AFTER_SIGNAL,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    EnvironmentFault,
+)
 from megatrain.launch.environment import WORKER_MARK
 
 POLL_S = 0.05
@@ -33,6 +42,9 @@ OWN_ACCORD_S = 2.0
 
 KILL_S = 8.0
 """Seconds from a worker's failure until those still alive are killed."""
+
+OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError))
+"""Exit codes that say why a worker ended, where 8 may only say that it lost one of the others."""
 
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C: stopped without saving."""
@@ -178,8 +190,8 @@ class _Agent:
                 say("stopped without saving (second Ctrl-C)")
                 return EXIT_INTERRUPTED
             failed = [worker for worker in self._look() if worker.code not in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)]
-            if failed:  # a signal's victim is rather the cause than the peers that miss it
-                return self._end_after(min(failed, key=lambda worker: (not worker.killed, worker.rank)))
+            if failed:
+                return self._end_after(min(failed, key=self._blame))
             if not self._alive():
                 saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
                 return EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK
@@ -215,11 +227,17 @@ class _Agent:
             for worker in self._alive():
                 worker.process.send_signal(number)
 
+    @staticmethod
+    def _blame(worker: _Worker) -> tuple[bool, bool, int]:
+        """Sorts workers that ended together: killed ones first, those that may only have lost a peer last."""
+        return not worker.killed, worker.code == EnvironmentFault.exit_code, worker.rank
+
     def _end_after(self, first: _Worker) -> int:
         """One worker failed: let the others end, kill those that do not, say why, and return the exit code."""
         started = time.monotonic()
         asked = False
         rank0_spoke = first.rank == 0
+        cause = first
         while self._alive() and (elapsed := time.monotonic() - started) < KILL_S:
             if not asked and elapsed > OWN_ACCORD_S:
                 asked = True
@@ -227,9 +245,11 @@ class _Agent:
                     worker.process.terminate()
             for worker in self._look():
                 rank0_spoke = rank0_spoke or (worker.rank == 0 and not asked and worker.code == first.code)
+                if cause.code == EnvironmentFault.exit_code and worker.code in OWN_MISTAKES:
+                    cause = worker  # whoever lost this peer noticed before it had ended
             time.sleep(POLL_S)
         self.kill()
-        return self._verdict(first, rank0_spoke)
+        return self._verdict(cause, cause.rank == 0 or (cause is first and rank0_spoke))
 
     def _verdict(self, first: _Worker, rank0_spoke: bool) -> int:
         """The exit code after a failure, and the message where rank 0 has not already given it."""

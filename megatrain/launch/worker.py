@@ -28,10 +28,17 @@ from megatrain.data.loader import TrainStream, heldout_batches, step_hash
 from megatrain.data.order import SampleOrder
 from megatrain.engine.base import Engine
 from megatrain.engine.build import build_engine
-from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, CheckpointError, ConfigError, DataError
+from megatrain.errors import (
+    EXIT_OK,
+    EXIT_SAVED_AFTER_SIGNAL,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+)
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
-from megatrain.launch.world import World, join, leave
+from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
 from megatrain.parallel import layout as layouts
@@ -103,8 +110,14 @@ def work(data: OpenData, world: World, stop: StopRequest) -> str:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
         status = train(config, world, layout, engine, store, journal, data, progress, stop)
     except BaseException as error:
-        journal.finish("failed", progress.step, error=f"{type(error).__name__}: {error}")
-        raise
+        fault = error
+        if lost_peer(error):
+            _LOG.warning("lost another rank", exc_info=error)
+            fault = EnvironmentFault(
+                f"rank {world.rank} lost another rank, which ended or is out of reach; the other ranks' logs tell why"
+            )
+        journal.finish("failed", progress.step, error=f"{type(fault).__name__}: {fault}")
+        raise fault from (error if fault is not error else None)
     journal.finish(status, progress.step)
     return status
 

@@ -114,6 +114,11 @@ def join(config: LaunchConfig, environment: RankEnvironment) -> World:
     return World(environment.rank, environment.world_size, environment.local_rank, device, control)
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone or silent: why, that rank's own message tells."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 def leave() -> None:
     """Take the process group down, if there is one."""
     if dist.is_initialized():

@@ -161,6 +161,17 @@ def test_early_stopping_goes_on_counting_after_a_resume():
     assert [record["step"] for record in parts.journal.records] == [8]
 
 
+def test_a_run_that_stopped_early_stays_stopped():
+    """Started again with the same command it trains no further step; with more patience it goes on."""
+    made = config(eval_every=1, early_stop_patience=2, steps=50)
+    loop, parts = trainer(made, FakeEngine(), Progress(9, 72, 90, [], 2.9, 2))
+    assert loop.run() == "done" and parts.journal.records == [] and parts.journal.events == []
+    made.train.early_stop_patience, made.train.steps = 3, 10
+    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(9, 72, 90, [], 2.9, 2))
+    loop.run()
+    assert [record["step"] for record in parts.journal.records] == [10]
+
+
 def test_a_vetoed_step_is_recorded_and_consumes_its_samples():
     """The record says `updated: false`, an event names the step, the cursor moves on."""
     loop, parts = trainer(config(), FakeEngine(finite=lambda step: step != 3))

@@ -1,5 +1,6 @@
 """Damaged checkpoints: each kind is refused by name, an older whole one takes over, and the last whole one is never retired."""
 
+import errno
 import json
 import pickle
 import re
@@ -11,7 +12,7 @@ import torch
 
 from megatrain.checkpoint.storage import MANIFEST, check_coverage, file_hash, manifest_hash, read_manifest
 from megatrain.checkpoint.store import CheckpointStore, load_into, load_weights, verify
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, EnvironmentFault
 from megatrain.launch.world import World
 
 torch.set_num_threads(1)
@@ -302,3 +303,14 @@ def test_saving_a_step_again_replaces_a_damaged_one(store):
     assert names(store) == ["step_00000010", "step_00000020", "step_00000030"]
     store.retire(1, 0)
     assert names(store) == ["step_00000030"]
+
+
+def test_a_full_disk_ends_a_save_with_one_message_and_spares_what_was_saved(store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatrain.checkpoint.storage.save_file", full)
+    with pytest.raises(EnvironmentFault, match=r"step_00000040.writing cannot be written: .*No space left on device"):
+        store.save(40, state(40), {})
+    monkeypatch.undo()
+    assert reopen(store.folder).newest_valid()[0].name == "step_00000030"

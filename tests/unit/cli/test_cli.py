@@ -1,5 +1,6 @@
 """The command line as a user meets it: verbs, flags, messages, exit codes, and what a refusal never imports."""
 
+import errno
 import os
 import shlex
 import subprocess
@@ -196,3 +197,37 @@ def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
     )
     assert done.returncode == expected, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_the_machines_fault_and_a_missing_file_of_ours_a_defect(action, capsys, tmp_path):
+    """One message and exit code 8 for what no code can help; anything else keeps its stack trace."""
+
+    def full(_config):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    action("report", full)
+    assert cli.main(["report", str(tmp_path)]) == 8
+    assert capsys.readouterr().err == "megatrain: error: somewhere: No space left on device\n"
+
+    def missing(_config):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
+
+    action("report", missing)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_damaged_data_that_one_rank_alone_met_is_told_by_it(action, capsys, monkeypatch, tmp_path):
+    """Under a foreign launcher rank 1 leaves common mistakes to rank 0, but not what it met after the ranks had joined."""
+
+    def damaged(_config):
+        raise DataError("block 7 is damaged")
+
+    action("report", damaged)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
+    assert cli.main(["report", str(tmp_path)]) == 3 and capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "torch.distributed", types.SimpleNamespace(is_initialized=lambda: True))
+    assert cli.main(["report", str(tmp_path)]) == 3
+    assert "block 7 is damaged" in capsys.readouterr().err

@@ -172,3 +172,9 @@ def test_checking_a_dataset_imports_no_torch(make_dataset):
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_split_without_tokens_is_refused_by_name(make_dataset):
+    folder = make_dataset(train=np.arange(10), heldout=np.arange(0))
+    with pytest.raises(DataError, match="its heldout split is empty"):
+        Dataset.open(folder, "heldout")

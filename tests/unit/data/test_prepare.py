@@ -21,6 +21,7 @@ from megatrain.data.dataset import Dataset, describe_dataset
 from megatrain.data.prepare import prepare
 from megatrain.data.spool import Frame, Sample, Seen
 from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.workers import Workers
 from megatrain.errors import ConfigError, DataError
 
 
@@ -400,3 +401,9 @@ def test_the_set_of_hashes_on_disk_is_a_set(tmp_path):
         mirror.add(digest)
     seen.close()
     assert not (tmp_path / "s").exists()
+
+
+def test_ctrl_c_is_the_parents_affair():
+    """A terminal sends it to the workers as well, which would each print a stack trace."""
+    with Workers(2) as pool:
+        assert list(pool.map(signal.getsignal, [signal.SIGINT] * 3)) == [signal.SIG_IGN] * 3

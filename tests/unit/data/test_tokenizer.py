@@ -252,7 +252,17 @@ def test_segments_join_to_the_text_are_bounded_and_end_at_newlines():
 
 
 @pytest.mark.parametrize(
-    "text", [*HARD, "a\r\nb\rc\r\r\n", "\ufeffbom", "\x00\x07\x1b[0m\x7f\x85\x9f.\x0c", "e\u0301", "\u1100\x01\u1161"]
+    "text",
+    [
+        *HARD,
+        "a\r\nb\rc\r\r\n",
+        "\ufeffbom",
+        "\ufeff\ufeffboms",
+        "\x00\ufeffbom",
+        "\x00\x07\x1b[0m\x7f\x85\x9f.\x0c",
+        "e\u0301",
+        "\u1100\x01\u1161",
+    ],
 )
 def test_normalising_is_idempotent_and_leaves_clean_nfc_text(text):
     clean = normalise(text)
