@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import GLOBAL_BATCH, gather, gpt2, job, llama, train
+from jobs import GLOBAL_BATCH, batches, gather, gpt2, job, llama, train
 from ranks import run_ranks
 
 from megatrain.engine.build import build_engine
@@ -141,3 +141,24 @@ def test_clipping_uses_the_global_norm(engine, zero, ranks):
     true = run_ranks(run, 1, reference, None, 3)[0][0]
     assert [loss for loss, _ in ends[1]] == pytest.approx([loss for loss, _ in true], rel=1e-6)
     assert math.isfinite(true[0][1]) and true[0][1] > 0.1
+
+
+def ramp(world, config):
+    """Three steps of one micro-batch a rank, then three of four: a ramp's smallest and its full batch."""
+    engine = build_engine(config, world)
+    seen = []
+    for step in range(1, 7):
+        every = batches(config, step, world.rank, world.size)
+        result = engine.train_step(every[:1] if step <= 3 else every, config.optim.lr, step)
+        seen.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm)))
+    return seen
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_growing_batch_gives_the_steps_of_one_process(zero):
+    """The number of micro-batches may change from step to step, whatever the library was told at the start."""
+    expected = run_ranks(ramp, 1, job("native", 0, micro=4))[0]
+    seen = run_ranks(ramp, 2, job("deepspeed", zero, micro=2))[0]
+    for (loss, norm), (true_loss, true_norm) in zip(seen, expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
