@@ -103,6 +103,13 @@ REFUSALS = (
         ),
         "DeepSpeed's unsharded fp16 optimizer does not scale the loss it is given; use parallel.zero=1 or precision=bf16",
     ),
+    Refusal(
+        # measured on a 2-block model: 11 graph fragments, torch's recompile limit hit, losses bit-equal to uncompiled
+        "deepspeed_zero3_compile",
+        lambda config, _: config.compile and config.engine.name == "deepspeed" and config.parallel.zero == 3,
+        "compile=true does nothing under DeepSpeed at parallel.zero=3, whose hooks split every block into fragments; use "
+        "parallel.zero=2, or compile=false",
+    ),
 )
 """The refused rows, the first that applies speaking. Everything else is legal."""
 

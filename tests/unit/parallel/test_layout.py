@@ -13,8 +13,9 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.layout import REFUSALS, Layout, check, refusal
 
 
-def job(engine="deepspeed", zero=3, precision="fp32", accumulate="fp32", reduce="fp32"):
+def job(engine="deepspeed", zero=3, precision="fp32", accumulate="fp32", reduce="fp32", compiled=False):
     config = TrainConfig()
+    config.compile = compiled
     config.engine.name, config.parallel.zero, config.precision.name = engine, zero, precision
     config.precision.accumulate_dtype, config.precision.reduce_dtype = accumulate, reduce
     return config
@@ -27,6 +28,7 @@ REFUSED = {
     "foreign_reduce_dtype": (job(precision="fp16", reduce="bf16"), 2, "use fp32 or fp16"),
     "deepspeed_zero0_fp32_accumulation": (job(zero=0, precision="bf16"), 2, "parallel.zero=1"),
     "deepspeed_zero0_fp16": (job(zero=0, precision="fp16", accumulate="fp16"), 2, "parallel.zero=1"),
+    "deepspeed_zero3_compile": (job(compiled=True), 2, "parallel.zero=2"),
 }
 
 
@@ -49,6 +51,7 @@ def test_what_the_messages_advise_is_legal():
         (job(precision="fp16", reduce="fp16"), 2),
         (job(zero=1, precision="bf16"), 2),
         (job(zero=1, precision="fp16", accumulate="fp16"), 2),
+        (job(zero=2, compiled=True), 2),
     ]:
         assert refusal(config, world_size) is None
 
