@@ -6,6 +6,7 @@ The bytes are `storage.py`'s, what a resume may change is `resume.py`'s.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -36,6 +37,8 @@ from megatrain.launch.world import World
 
 _NAME = re.compile(r"step_(\d{8,})$")
 _TEMPORARY = ".writing"
+_OLDER = ".older" + _TEMPORARY
+_LOG = logging.getLogger("megatrain")
 
 
 def checkpoint_name(step: int) -> str:
@@ -106,6 +109,9 @@ class CheckpointStore:
         self.saved_step: int | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            for older in folder.glob(f"*{_OLDER}"):  # a save of the same step was cut short between its two renames
+                if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():
+                    os.replace(older, final)
             for leftover in folder.glob(f"*{_TEMPORARY}"):  # a save that was cut short; never a checkpoint
                 shutil.rmtree(leftover, ignore_errors=True)
         world.barrier()
@@ -120,7 +126,7 @@ class CheckpointStore:
         self.world.barrier()
         write(temporary, state, {"step": step, **extra}, self.world)
         if self.world.is_main:
-            older = final.with_name(final.name + ".older" + _TEMPORARY)
+            older = final.with_name(final.name + _OLDER)
             if final.exists():  # the same step saved again: the older one makes way only now
                 os.replace(final, older)
             os.replace(temporary, final)
@@ -131,27 +137,46 @@ class CheckpointStore:
         self.world.barrier()
         return final
 
-    def newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that verifies, and its manifest; None where there is none at all.
+    def newest_valid(self, folder: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint (of another run's `folder`, where given) that verifies, and its manifest; None where
+        there is none at all.
 
         Raises:
             CheckpointError: there are checkpoints but every one is damaged; starting anew must be asked for.
         """
-        candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(self.folder)])[0]]
+        folder = folder or self.folder
+        candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(folder)])[0]]
         skipped = []
 
         def skip(folder: Path, error: CheckpointError) -> None:
             self.damaged.add(folder)
             skipped.append(str(error))
+            _LOG.warning("%s is damaged and passed over: %s", folder, error)
             self.report("skip", checkpoint=str(folder), reason=str(error))
 
         found = first_valid(candidates, self.world, skip)
         if found is None and skipped:
             raise CheckpointError(
-                f"all {len(skipped)} checkpoints of {self.folder} are damaged: {' | '.join(skipped)}. "
+                f"all {len(skipped)} checkpoints of {folder} are damaged: {' | '.join(skipped)}. "
                 f"Set checkpoint.resume=never with another run.name to start anew"
             )
         return found
+
+    def set_aside(self, step: int) -> None:
+        """Move checkpoints of later steps than `step`, from which the run goes on, to `abandoned-<n>/`: they are another
+        history, which a later start must not take up. Newest first, so that a kill half-way leaves one history."""
+        later = [path for path in list_checkpoints(self.folder) if (checkpoint_step(path) or 0) > step]
+        if self.world.is_main and later:
+            number = 1
+            while (aside := self.folder / f"abandoned-{number}").exists():
+                number += 1
+            aside.mkdir()
+            for path in later:
+                os.replace(path, aside / path.name)
+            sync_folder(aside)
+            sync_folder(self.folder)
+            self.report("set_aside", checkpoints=[path.name for path in later], folder=str(aside))
+        self.world.barrier()
 
     def retire(self, keep: int, keep_every: int) -> None:
         """Remove what is older than the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.

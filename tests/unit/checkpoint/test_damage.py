@@ -220,6 +220,27 @@ def test_a_save_that_was_cut_short_is_no_checkpoint_and_is_cleared_away(store):
     assert names(again) == ["step_00000010", "step_00000020", "step_00000030"]
 
 
+def test_a_save_of_the_same_step_cut_short_between_its_renames_keeps_the_older_one(store, monkeypatch):
+    """Both lie under temporary names then; the next start gives the older its name back."""
+    import megatrain.checkpoint.store as module
+
+    real = module.os.replace
+
+    def killed(source, target):
+        if Path(source).name == "step_00000030.writing":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(30, state(31), {})
+    assert not (store.folder / "step_00000030").exists()
+    folder, manifest = reopen(store.folder).newest_valid()
+    assert torch.equal(load_weights(folder, manifest)["a.weight"], state(30)["model.a.weight"])
+    assert names(store) == ["step_00000010", "step_00000020", "step_00000030"]
+
+
 def test_a_pickle_named_as_a_shard_is_never_executed(store, tmp_path):
     mark = tmp_path / "executed"
 
