@@ -75,9 +75,14 @@ def check_resume(manifest: dict[str, Any], config: dict[str, Any], dataset_finge
     Returns the keys that did change and may.
 
     Raises:
-        CheckpointError: a key changed that may not, by name, with both values.
+        CheckpointError: a key changed that may not, by name, with both values; or weights alone, of no run.
         DataError: the dataset is not the one the run began with.
     """
+    if manifest.get("dataset_fingerprint") is None:
+        raise CheckpointError(
+            f"{origin} holds weights alone, so there is no run to continue; start a new one from them: "
+            f"checkpoint.init_from={origin}"
+        )
     changed = changed_keys(manifest["config"], config)
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)

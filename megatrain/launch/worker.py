@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from megatrain.checkpoint.resume import check_resume
-from megatrain.checkpoint.store import CheckpointStore, checkpoint_step, list_checkpoints, load_into, verify
+from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
@@ -31,13 +31,13 @@ from megatrain.engine.build import build_engine
 from megatrain.errors import (
     EXIT_OK,
     EXIT_SAVED_AFTER_SIGNAL,
-    CheckpointError,
     ConfigError,
     DataError,
     EnvironmentFault,
 )
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
+from megatrain.launch.origin import choose_origin, load_origin
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
@@ -86,7 +86,7 @@ def work(data: OpenData, world: World, stop: StopRequest) -> str:
         store = CheckpointStore(
             run_dir / "checkpoints", world, lambda kind, **detail: journal.event(kind, progress.step, **detail)
         )
-        origin = choose_origin(config, store, world)
+        origin = choose_origin(config, store)
         resumed = origin.resumes if origin else False
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
@@ -103,12 +103,15 @@ def work(data: OpenData, world: World, stop: StopRequest) -> str:
         engine = build_engine(config, world)
         if origin:
             load_origin(origin, engine, world)
+        if resumed:
+            store.set_aside(progress.step)
         if world.is_main:
             write_run_folder(run_dir, config, data)
         journal.start(run_info(config, run_dir, data, world, layout, progress.step if resumed else None), progress.step)
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
-        status = train(config, world, layout, engine, store, journal, data, progress, stop)
+        began_from = origin.began_from if origin else None
+        status = train(config, world, layout, engine, store, journal, data, progress, began_from, stop)
     except BaseException as error:
         fault = error
         if lost_peer(error):
@@ -131,6 +134,7 @@ def train(
     journal: Journal,
     data: OpenData,
     progress: Progress,
+    began_from: str | None,
     stop: StopRequest,
 ) -> str:
     """Make the stream of batches and run the trainer over it; returns the trainer's verdict."""
@@ -163,6 +167,7 @@ def train(
             "dataset_fingerprint": data.fingerprint,
             "layout": layout.to_dict(),
             "engine": config.engine.name,
+            "origin": began_from,
         },
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         peak_flops=peak * world.size if peak else None,
@@ -260,70 +265,6 @@ def heldout_reader(
         max_samples=steps * config.train.global_batch_size if steps else None,
         vocab_size=config.model.vocab,
     )
-
-
-# ---------------------------------------------------------------------------------------------------- where to start
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint a run starts from: to continue it, or for its weights alone."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    resumes: bool
-
-
-def choose_origin(config: TrainConfig, store: CheckpointStore, world: World) -> Origin | None:
-    """The checkpoint that the config asks for, verified; None to start anew.
-
-    Raises:
-        CheckpointError: the one asked for is damaged, or all of the run's own are.
-        ConfigError: `checkpoint.resume=never` in a folder that holds checkpoints.
-    """
-    choice = config.checkpoint.resume
-    if choice == "auto":
-        if found := store.newest_valid():
-            return Origin(*found, resumes=True)
-    elif choice == "never":
-        if list_checkpoints(store.folder):
-            raise ConfigError(
-                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would overwrite; "
-                f"choose another run.name, remove the folder, or use checkpoint.resume=auto"
-            )
-    else:
-        folder = newest_in(Path(choice))
-        return Origin(folder, verify(folder, world), resumes=True)
-    if config.checkpoint.init_from is None:
-        return None
-    folder = newest_in(Path(config.checkpoint.init_from))
-    return Origin(folder, verify(folder, world), resumes=False)
-
-
-def newest_in(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of the run folder it names.
-
-    Raises:
-        CheckpointError: a run folder without a checkpoint.
-    """
-    if checkpoint_step(path) is not None or (path / "manifest.json").exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        if found := list_checkpoints(folder):
-            return found[0]
-    raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
-
-
-def load_origin(origin: Origin, engine: Engine, world: World) -> None:
-    """Fill the engine from a checkpoint: everything to continue, the weights alone to start anew."""
-    state = engine.state()
-    if origin.resumes:
-        load_into(origin.folder, origin.manifest, state, world)
-        engine.restore(origin.manifest)
-    else:
-        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-        load_into(origin.folder, origin.manifest, weights, world)
-        engine.restore(None)
 
 
 # ---------------------------------------------------------------------------------------------------- the run's folder

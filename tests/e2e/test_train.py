@@ -154,6 +154,23 @@ def test_a_finished_run_has_nothing_to_do(workplace, undisturbed):
     assert metrics(workplace, "undisturbed") == undisturbed
 
 
+def test_going_back_to_an_earlier_checkpoint_leaves_one_history(workplace):
+    """From step 10 back to 5 and cut short there: the plain command goes on from 5, every step once and in order, and
+    what was left behind is kept aside."""
+    words = [*TRAIN, "run.name=rewound", "engine=native", "train.eval_steps=1"]
+    assert megatrain(workplace, *words, "train.steps=10").returncode == 0
+    run = workplace / "runs" / "rewound"
+    back = f"checkpoint.resume={run / 'checkpoints' / 'step_00000005'}"
+    assert megatrain(workplace, *words, back, "train.steps=6", "checkpoint.every=0").returncode == 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "abandoned-1", "step_00000005", "step_00000006"
+    ]  # fmt: skip
+    assert megatrain(workplace, *words, "train.steps=11").returncode == 0
+    assert [record["step"] for record in metrics(workplace, "rewound")] == list(range(1, 12))
+    assert (run / "checkpoints" / "abandoned-1" / "step_00000010" / "manifest.json").exists()
+    assert "set_aside" in (run / "events.jsonl").read_text()
+
+
 REFUSALS = [
     (["optim.lr=2e-3"], 4, "optim.lr was 0.001 and is now 0.002"),
     (["checkpoint.resume=never"], 2, "already holds checkpoints"),

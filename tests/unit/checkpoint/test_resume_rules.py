@@ -63,3 +63,11 @@ def test_the_list_names_only_keys_that_exist():
 def test_changed_keys_sees_added_and_lost_keys():
     """A key that only one config has counts as changed."""
     assert changed_keys({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == {"a.c": (None, 2)}
+
+
+def test_weights_alone_cannot_be_continued_and_say_so():
+    """One sentence that points to checkpoint.init_from, not a list of every key that a run would have."""
+    imported = {"config": {"model": asdict(TrainConfig().model)}, "dataset_fingerprint": None, "optimizer": None}
+    with pytest.raises(CheckpointError, match=r"weights alone.*checkpoint\.init_from=imported") as caught:
+        check_resume(imported, asdict(TrainConfig()), "abc", "imported")
+    assert "optim.lr" not in str(caught.value)

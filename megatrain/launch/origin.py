@@ -1,0 +1,97 @@
+"""Which checkpoint a run starts from, and filling the engine from it. What a resume may change is checkpoint/resume.py's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.store import CheckpointStore, checkpoint_step, list_checkpoints, load_into, verify
+from megatrain.config import TrainConfig
+from megatrain.engine.base import Engine
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.launch.world import World
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint a run starts from: to continue it, or for its weights alone.
+
+    `began_from` is the path outside the run's folder that the run once continued; its manifests carry it on.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    resumes: bool
+    began_from: str | None = None
+
+
+def choose_origin(config: TrainConfig, store: CheckpointStore) -> Origin | None:
+    """The checkpoint that the config asks for, verified; None to start anew.
+
+    Raises:
+        CheckpointError: the one asked for is damaged, or all of the run's own are.
+        ConfigError: `checkpoint.resume` is `never`, or a path elsewhere, in a folder that holds checkpoints of its own.
+    """
+    choice = config.checkpoint.resume
+    if choice == "auto":
+        if found := store.newest_valid():
+            return _continued(*found)
+    elif choice == "never":
+        if list_checkpoints(store.folder):
+            raise ConfigError(
+                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would overwrite; "
+                f"choose another run.name, remove the folder, or use checkpoint.resume=auto"
+            )
+    else:
+        return _asked_for(Path(choice), store)
+    if config.checkpoint.init_from is None:
+        return None
+    return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)
+
+
+def _asked_for(path: Path, store: CheckpointStore) -> Origin:
+    """The checkpoint that a path names. One of another run only begins this one: repeated, the command goes on here."""
+    place, own_folder = path.resolve(), store.folder.resolve()
+    if own_folder in (place, place.parent, place / "checkpoints"):
+        return _continued(*_find(path, store))
+    own = store.newest_valid()
+    if own is None:
+        return Origin(*_find(path, store), resumes=True, began_from=str(place))
+    if own[1].get("origin") != str(place):
+        raise ConfigError(
+            f"checkpoint.resume={path} is not of this run, and {store.folder} holds checkpoints that do not come from it; "
+            f"choose another run.name, or checkpoint.resume=auto to continue those"
+        )
+    return _continued(*own)
+
+
+def _continued(folder: Path, manifest: dict[str, Any]) -> Origin:
+    """A checkpoint of this run's own."""
+    return Origin(folder, manifest, resumes=True, began_from=manifest.get("origin"))
+
+
+def _find(path: Path, store: CheckpointStore) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path means, and its manifest: itself, or the newest valid of the run folder it names.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or a run folder without a whole one.
+    """
+    if checkpoint_step(path) is not None or (path / "manifest.json").exists():
+        return path, verify(path, store.world)
+    for folder in (path / "checkpoints", path):
+        if found := store.newest_valid(folder):
+            return found
+    raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
+
+
+def load_origin(origin: Origin, engine: Engine, world: World) -> None:
+    """Fill the engine from a checkpoint: everything to continue, the weights alone to start anew."""
+    state = engine.state()
+    if origin.resumes:
+        load_into(origin.folder, origin.manifest, state, world)
+        engine.restore(origin.manifest)
+    else:
+        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        load_into(origin.folder, origin.manifest, weights, world)
+        engine.restore(None)

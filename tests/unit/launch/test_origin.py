@@ -1,0 +1,107 @@
+"""Which checkpoint a run starts from: its own, one of its own gone back to, one of another run, or weights alone."""
+
+import logging
+
+import pytest
+import torch
+
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.config import TrainConfig
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.launch.origin import choose_origin
+from megatrain.launch.world import World
+
+
+def store_of(run_dir):
+    """The store of a run that starts; `told` collects its events."""
+    told = []
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        World(0, 1, 0, torch.device("cpu"), None),
+        lambda kind, **detail: told.append((kind, detail)),
+    )
+    store.told = told
+    return store
+
+
+def save(store, *steps, **extra):
+    for step in steps:
+        store.save(step, {"model.w": torch.full((2,), float(step))}, extra)
+
+
+def asking(**checkpoint):
+    config = TrainConfig()
+    for name, value in checkpoint.items():
+        setattr(config.checkpoint, name, str(value))
+    return config
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_lies_beyond_a_checkpoint_gone_back_to_is_set_aside_and_never_taken_up_again(tmp_path):
+    """Back to 5 of 20 and killed: the plain command continues from 5, not from the abandoned 20, which is kept."""
+    store = store_of(tmp_path)
+    save(store, 5, 10, 20)
+    origin = choose_origin(asking(resume=store.folder / "step_00000005"), store)
+    assert origin.resumes and origin.manifest["step"] == 5 and origin.began_from is None
+    assert names(store.folder) == ["step_00000005", "step_00000010", "step_00000020"], "choosing alone moves nothing"
+    store.set_aside(5)
+    assert choose_origin(asking(), store_of(tmp_path)).manifest["step"] == 5
+    assert names(store.folder) == ["abandoned-1", "step_00000005"]
+    assert names(store.folder / "abandoned-1") == ["step_00000010", "step_00000020"]
+    assert [kind for kind, _ in store.told] == ["set_aside"]
+    save(store, 10)
+    store.set_aside(5)
+    store.set_aside(5)
+    assert names(store.folder) == ["abandoned-1", "abandoned-2", "step_00000005"]
+
+
+def test_a_run_begun_from_another_runs_checkpoint_goes_on_with_its_own(tmp_path):
+    """The same command repeated continues the newest of its own; so does the plain one, which keeps the path."""
+    elsewhere = store_of(tmp_path / "a")
+    save(elsewhere, 5)
+    config = asking(resume=elsewhere.folder / "step_00000005")
+    store = store_of(tmp_path / "b")
+    first = choose_origin(config, store)
+    assert (first.folder, first.resumes) == (elsewhere.folder / "step_00000005", True)
+    save(store, 7, origin=first.began_from)
+    again = choose_origin(config, store)
+    assert (again.folder, again.began_from) == (store.folder / "step_00000007", first.began_from)
+    assert choose_origin(asking(), store).began_from == first.began_from
+
+
+def test_another_runs_checkpoint_is_refused_over_ones_that_do_not_come_from_it(tmp_path):
+    """Neither history is the one asked for: another run.name is."""
+    elsewhere, store = store_of(tmp_path / "a"), store_of(tmp_path / "b")
+    save(elsewhere, 5)
+    save(store, 7, origin=None)
+    with pytest.raises(ConfigError, match=r"not of this run.*run\.name"):
+        choose_origin(asking(resume=elsewhere.folder / "step_00000005"), store)
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        choose_origin(asking(resume=tmp_path / "a"), store)
+
+
+@pytest.mark.parametrize("key", ["init_from", "resume"])
+def test_of_a_run_folder_the_newest_that_is_whole_is_taken_with_a_warning(key, tmp_path, caplog):
+    """A damaged newest one is passed over and named."""
+    elsewhere = store_of(tmp_path / "a")
+    save(elsewhere, 5, 10)
+    (elsewhere.folder / "step_00000010" / "0.safetensors").write_bytes(b"short")
+    with caplog.at_level(logging.WARNING, "megatrain"):
+        origin = choose_origin(asking(**{key: tmp_path / "a"}), store_of(tmp_path / "b"))
+    assert origin.folder.name == "step_00000005" and origin.resumes == (key == "resume")
+    assert "step_00000010 is damaged and passed over" in caplog.text
+
+
+def test_a_checkpoint_asked_for_by_name_is_never_replaced_by_another(tmp_path):
+    """Damaged, it is refused, though an older whole one lies beside it."""
+    elsewhere = store_of(tmp_path / "a")
+    save(elsewhere, 5, 10)
+    (elsewhere.folder / "step_00000010" / "0.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="step_00000010"):
+        choose_origin(asking(init_from=elsewhere.folder / "step_00000010"), store_of(tmp_path / "b"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither"):
+        choose_origin(asking(init_from=tmp_path / "empty"), store_of(tmp_path / "b"))
