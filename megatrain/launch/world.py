@@ -70,17 +70,17 @@ def choose_device(config: LaunchConfig, environment: RankEnvironment) -> torch.d
     """This rank's device.
 
     Raises:
-        EnvironmentFault: `launch.device=cuda` without a CUDA device for every local rank.
+        EnvironmentFault: CUDA asked for, or `auto` and some device there, but not one for every local rank.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and available < environment.local_world_size:
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return torch.device("cpu")
+    if available < environment.local_world_size:
         raise EnvironmentFault(
-            f"launch.device=cuda needs {environment.local_world_size} CUDA devices on this node (one a rank), found "
-            f"{available}; set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
+            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on this node (one a rank), "
+            f"found {available}; set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
         )
-    if config.device == "cuda" or (config.device == "auto" and available >= environment.local_world_size):
-        return torch.device("cuda", environment.local_rank)
-    return torch.device("cpu")
+    return torch.device("cuda", environment.local_rank)
 
 
 def join(config: LaunchConfig, environment: RankEnvironment) -> World:

@@ -1,7 +1,15 @@
-"""The ranks as one of them sees them: what it makes of a peer that is gone."""
+"""The ranks as one of them sees them: its device, and what it makes of a peer that is gone."""
 
 import subprocess
 import sys
+
+import pytest
+import torch
+
+from megatrain.config import LaunchConfig
+from megatrain.errors import EnvironmentFault
+from megatrain.launch.environment import RankEnvironment
+from megatrain.launch.world import choose_device
 
 TWO_RANKS = """
 import datetime, os, sys
@@ -33,3 +41,22 @@ def test_an_exchange_with_a_rank_that_ended_is_known_for_what_it_is(tmp_path, mo
     mine = subprocess.run([*command, "0", str(tmp_path / "store")], capture_output=True, text=True, timeout=50)
     assert other.wait(timeout=10) == 3
     assert mine.returncode == 0, mine.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "chosen"),
+    [
+        ("auto", 0, "cpu"), ("auto", 2, "cuda:1"), ("auto", 1, None), ("cuda", 2, "cuda:1"), ("cuda", 1, None),
+        ("cuda", 0, None), ("cpu", 4, "cpu"),
+    ],
+)  # fmt: skip
+def test_too_few_devices_are_never_made_up_for_by_the_cpu(asked, available, chosen, monkeypatch):
+    """For the second of two ranks: its own device, the CPU where there is none at all or it was asked for, or a refusal."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    config, second = LaunchConfig(device=asked), RankEnvironment(1, 1, 2, 2, "x", 1)
+    if chosen is not None:
+        assert choose_device(config, second) == torch.device(chosen)
+        return
+    with pytest.raises(EnvironmentFault, match=rf"launch\.nproc_per_node={max(1, available)} or launch\.device=cpu"):
+        choose_device(config, second)
