@@ -294,6 +294,16 @@ def test_a_changed_corpus_under_the_same_name_is_refused_and_overwritten_on_requ
     assert os.listdir(tmp_path / "out") == ["d"]
 
 
+def test_an_edit_that_keeps_every_size_is_seen(tmp_path, corpus):
+    """One letter changed in one file, as many files and bytes as before: another corpus."""
+    make(tmp_path)
+    path = next(path for path in sorted((tmp_path / "in").iterdir()) if path.name.endswith(".txt"))
+    text = path.read_bytes()
+    path.write_bytes(bytes([text[0] ^ 1]) + text[1:])
+    with pytest.raises(ConfigError, match=r"source.listing \(was .*data.overwrite=true"):
+        make(tmp_path)
+
+
 def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus):
     (tmp_path / "out" / "d").mkdir(parents=True)
     (tmp_path / "out" / "d" / "thesis.doc").write_text("precious")
