@@ -24,7 +24,7 @@ DATASET = Path("data/quickstart")
 RUN = Path("runs/quickstart")
 STOP_AT = 0.4
 """Share of the run after which it is stopped once."""
-PREPARE = ["data=python_stdlib", "data.name=quickstart", "tokenizer.vocab_size=4096"]
+PREPARE = ["data=python_stdlib", "data.name=quickstart", "tokenizer.vocab_size=2048"]
 
 
 def main() -> int:
