@@ -9,8 +9,10 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import yaml
 
 from megatrain.checkpoint.resume import check_resume
 from megatrain.checkpoint.store import CheckpointStore
-from megatrain.config import TrainConfig
+from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
@@ -64,14 +66,15 @@ def run(config: TrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     environment = RankEnvironment.from_environ()
     layouts.check(config, environment.world_size)
-    start_log(run_folder(config), environment.rank)
-    data = open_data(config)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    world = join(config.launch, environment)
-    status = work(data, world, stop)
-    leave()
+    with log_to(run_folder(config), environment.rank):
+        warn_of_other_count(config, environment)
+        data = open_data(config)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        world = join(config.launch, environment)
+        status = work(data, world, stop)
+        leave()  # not after a failure: its message comes first, and taking NCCL down without a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
 
 
@@ -115,7 +118,7 @@ def work(data: OpenData, world: World, stop: StopRequest) -> str:
     except BaseException as error:
         fault = error
         if lost_peer(error):
-            _LOG.warning("lost another rank", exc_info=error)
+            _LOG.info("lost another rank", exc_info=error)
             fault = EnvironmentFault(
                 f"rank {world.rank} lost another rank, which ended or is out of reach; the other ranks' logs tell why"
             )
@@ -275,20 +278,55 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.run.dir) / str(config.run.name)
 
 
-def start_log(run_dir: Path, rank: int) -> None:
-    """Send this rank's log records to logs/rank_00000.log.
+class Warnings(logging.Handler):
+    """Shows warnings on the terminal, one line each; their stack traces are in the log file."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Looks sys.stderr up each time: the progress bar puts itself in its place."""
+        print(f"megatrain: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_to(run_dir: Path, rank: int) -> Iterator[None]:
+    """Send this rank's log records to logs/rank_00000.log, and rank 0's warnings to the terminal too.
 
     Raises:
-        MegatrainError: the folder cannot be written.
+        ConfigError: the folder cannot be written.
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
+        file = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
     except OSError as error:
         raise ConfigError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    _LOG.addHandler(handler)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers = [file, Warnings()] if rank == 0 else [file]
+    level, propagate = _LOG.level, _LOG.propagate
     _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False  # or a library that sets up the root logger would show each warning again
+    for handler in handlers:
+        _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _LOG.removeHandler(handler)
+            handler.close()
+        _LOG.setLevel(level)
+        _LOG.propagate = propagate
+
+
+def warn_of_other_count(config: TrainConfig, environment: RankEnvironment) -> None:
+    """Say that another launcher's number of processes counts, where `launch.nproc_per_node` names another."""
+    asked, found = config.launch.nproc_per_node, environment.local_world_size
+    if asked not in (found, LaunchConfig().nproc_per_node):
+        _LOG.warning(
+            "launch.nproc_per_node=%d is not what counts here: the launcher started %d processes on this node",
+            asked,
+            found,
+        )
 
 
 def write_run_folder(run_dir: Path, config: TrainConfig, data: OpenData) -> None:
