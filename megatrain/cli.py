@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -60,14 +61,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
-        return run(parse(argv))
+        code = run(parse(argv))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("megatrain: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe (head, less) left: nobody to tell
-        return EXIT_OK
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return EXIT_OK
         known = error if isinstance(error, MegatrainError) else disk_fault(error)
         if known is not None:
             if debug:
@@ -78,6 +80,20 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
         return EXIT_DEFECT
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (`| head`); what is left then goes nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, as under a test's capture
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def disk_fault(error: Exception) -> EnvironmentFault | None:

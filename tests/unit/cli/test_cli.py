@@ -231,3 +231,37 @@ def test_damaged_data_that_one_rank_alone_met_is_told_by_it(action, capsys, monk
     monkeypatch.setitem(sys.modules, "torch.distributed", types.SimpleNamespace(is_initialized=lambda: True))
     assert cli.main(["report", str(tmp_path)]) == 3
     assert "block 7 is damaged" in capsys.readouterr().err
+
+
+PIPES = """
+import os, sys, types
+from megatrain import cli
+stand_in = types.ModuleType("stand_in")
+def act(config):
+    if sys.argv[1] == "other":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.write(writer, b"x")
+    for _ in range(int(sys.argv[2])):
+        print("x" * 1000)
+stand_in.act = act
+sys.modules["stand_in"] = stand_in
+cli.ACTIONS["report"] = "stand_in:act"
+sys.exit(cli.main(["report", "."]))
+"""
+
+
+@pytest.mark.parametrize(("pipe", "lines", "code"), [("stdout", 1000, 0), ("stdout", 1, 0), ("other", 1, 1)])
+def test_only_a_reader_of_our_output_that_left_is_no_fault(pipe, lines, code, tmp_path):
+    """`| head` ends a verb quietly with 0, much or little output left; any other pipe that breaks is a defect."""
+    reader, writer = os.pipe()
+    if pipe == "stdout":
+        os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", PIPES, pipe, str(lines)], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == code, done.stderr
+    assert ("please report it" in done.stderr) == (code == 1) and ("BrokenPipeError" in done.stderr) == (code == 1)
+    if pipe != "stdout":
+        os.close(reader)
