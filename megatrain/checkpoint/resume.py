@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import asdict
 from typing import Any
 
+from megatrain.config import TrainConfig
 from megatrain.errors import CheckpointError, DataError
 
 MAY_CHANGE = (
@@ -83,7 +85,8 @@ def check_resume(manifest: dict[str, Any], config: dict[str, Any], dataset_finge
             f"{origin} holds weights alone, so there is no run to continue; start a new one from them: "
             f"checkpoint.init_from={origin}"
         )
-    changed = changed_keys(manifest["config"], config)
+    began_with = flatten(asdict(TrainConfig())) | flatten(manifest["config"])  # a key is younger than some manifests
+    changed = changed_keys(began_with, config)
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
         raise CheckpointError(

@@ -71,3 +71,14 @@ def test_weights_alone_cannot_be_continued_and_say_so():
     with pytest.raises(CheckpointError, match=r"weights alone.*checkpoint\.init_from=imported") as caught:
         check_resume(imported, asdict(TrainConfig()), "abc", "imported")
     assert "optim.lr" not in str(caught.value)
+
+
+def test_a_key_younger_than_the_manifest_had_its_default():
+    """An older version's run continues, unless the new key is now set to something else."""
+    config = TrainConfig()
+    old = manifest(config)
+    del old["config"]["model"]["qk_norm"], old["config"]["optim"]["betas"]
+    assert check_resume(old, asdict(config), "abc", "step_1") == []
+    config.model.qk_norm = True
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm was False and is now True"):
+        check_resume(old, asdict(config), "abc", "step_1")
