@@ -207,7 +207,7 @@ class Trainer:
         if self.parts.bytes_per_token:
             detail["bits_per_byte"] = loss / math.log(2) / self.parts.bytes_per_token
         best = self.progress.best_heldout_loss
-        if best is None or loss < best - self.config.train.early_stop_min_delta:
+        if math.isfinite(loss) and (best is None or loss < best - self.config.train.early_stop_min_delta):
             self.progress.best_heldout_loss, self.progress.evaluations_without_gain = loss, 0
         else:
             self.progress.evaluations_without_gain += 1

@@ -74,10 +74,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON under a temporary name, flush it and rename it into place."""
+    """Write standard JSON (NaN raises ValueError) under a temporary name, flush it and rename it into place."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
-        json.dump(document, file, indent=1)
+        json.dump(document, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

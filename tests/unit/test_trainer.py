@@ -153,6 +153,17 @@ def test_early_stopping_waits_for_its_patience():
     assert parts.journal.events[-2][0] == "early_stop" or parts.journal.events[-1][0] == "early_stop"
 
 
+def test_only_a_finite_heldout_loss_can_be_the_best():
+    """NaN is no gain and never hides a later one: 3.0 after it is the best, and nothing but numbers goes to the manifest."""
+    loop, parts = trainer(config(eval_every=4), FakeEngine(heldout=[float("nan"), 3.0, float("inf")]))
+    assert loop.run() == "done"
+    states = [extra["early_stop"] for _, extra in parts.store.saved]
+    assert states == [
+        {"best_heldout_loss": best, "evaluations_without_gain": count}
+        for best, count in ((None, 1), (3.0, 0), (3.0, 1))
+    ]
+
+
 def test_early_stopping_goes_on_counting_after_a_resume():
     """The count and the best loss come from the checkpoint."""
     made = config(eval_every=1, early_stop_patience=2, steps=50)

@@ -209,6 +209,14 @@ def test_no_new_start_when_every_checkpoint_is_damaged(store):
     assert all(name in str(caught.value) for name in names(store)) and "checkpoint.resume=never" in str(caught.value)
 
 
+def test_a_manifest_is_standard_json_or_is_not_written(store):
+    """NaN is no JSON: such a save fails and leaves no checkpoint."""
+    with pytest.raises(RuntimeError, match="could not be written") as caught:
+        store.save(40, state(40), {"early_stop": {"best_heldout_loss": float("nan")}})
+    assert "JSON compliant" in str(caught.value.__cause__)
+    assert reopen(store.folder).newest_valid()[0].name == "step_00000030"
+
+
 def test_a_run_without_checkpoints_starts_anew(tmp_path):
     assert reopen(tmp_path / "none").newest_valid() is None
 
