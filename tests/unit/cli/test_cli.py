@@ -254,11 +254,17 @@ sys.exit(cli.main(["report", "."]))
 @pytest.mark.parametrize(("pipe", "lines", "code"), [("stdout", 1000, 0), ("stdout", 1, 0), ("other", 1, 1)])
 def test_only_a_reader_of_our_output_that_left_is_no_fault(pipe, lines, code, tmp_path):
     """`| head` ends a verb quietly with 0, much or little output left; any other pipe that breaks is a defect."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     if pipe == "stdout":
         os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", PIPES, pipe, str(lines)], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PIPES, pipe, str(lines)],
+        cwd=tmp_path,
+        env=environ,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writer)
     assert done.returncode == code, done.stderr
