@@ -26,7 +26,7 @@ import sentencepiece
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.prepare import prepare
-from megatrain.data.workers import usable_cores
+from megatrain.launch.environment import usable_cores
 
 
 def corpus(path: Path, megabytes: float) -> int:

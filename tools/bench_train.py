@@ -69,8 +69,8 @@ def bare_loop(overrides: list[str]) -> float:
     import torch
 
     from megatrain.compose import compose
+    from megatrain.launch.environment import usable_cores
     from megatrain.launch.worker import open_data
-    from megatrain.launch.world import usable_cores
     from megatrain.model.init import build_model
     from megatrain.optim.adamw import adamw, parameter_groups
 

@@ -22,11 +22,11 @@ from megatrain.checkpoint.hf_tokenizer import export_tokenizer
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 from megatrain.model.count import parameter_shapes
+from megatrain.model.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
 
 

@@ -30,8 +30,9 @@ from megatrain.data.sources import Source, open_source
 from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Sample, Seen, Spool, pack, unpack
 from megatrain.data.tokenizer import Tokenizer, find_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
-from megatrain.data.workers import Cleaned, CleanTask, EncodeTask, Workers, clean_chunk, encode_chunk, usable_cores
+from megatrain.data.workers import Cleaned, CleanTask, EncodeTask, Workers, clean_chunk, encode_chunk
 from megatrain.errors import ConfigError, DataError
+from megatrain.launch.environment import usable_cores
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048

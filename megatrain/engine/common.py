@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain.launch.world import World
+from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import decays
 from megatrain.optim.loss_scale import LossScaler
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int) -> int:

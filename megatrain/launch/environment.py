@@ -1,4 +1,4 @@
-"""This process's place among the ranks, read from the environment a launcher left. Imports no torch.
+"""This process's place among the ranks, read from the environment a launcher left, and its cores. Imports no torch.
 
 Our own agent (`local.py`) and torchrun leave the same variables; a process nobody launched is rank 0 of 1.
 """
@@ -50,6 +50,11 @@ def is_launched(environ: Mapping[str, str] | None = None) -> bool:
     """Whether a launcher (our agent, or torchrun) started this process as one of its ranks."""
     environ = os.environ if environ is None else environ
     return "WORLD_SIZE" in environ and "RANK" in environ
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(environ: Mapping[str, str], name: str, low: int, high: int | None, default: int | None = None) -> int:

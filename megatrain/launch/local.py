@@ -32,7 +32,7 @@ from megatrain.errors import (
     DivergedError,
     EnvironmentFault,
 )
-from megatrain.launch.environment import WORKER_MARK
+from megatrain.launch.environment import WORKER_MARK, usable_cores
 
 POLL_S = 0.05
 """Seconds between looks at the workers."""
@@ -103,8 +103,7 @@ class _Worker:
 
 def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
     """What a rank finds in its environment."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // num_workers))}
+    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers))}
     if LINUX:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {

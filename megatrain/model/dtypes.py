@@ -1,0 +1,7 @@
+"""The number formats of the config by their names. What each is used for is the reader's."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
