@@ -61,7 +61,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     """`function(world, *args)` on `size` ranks; their results in rank order.
 
     Raises:
-        AssertionError: a rank failed (its stack trace is in the message) or the time is up.
+        AssertionError: a rank failed; its stack trace is in the message.
+        TimeoutError: the time is up; the message names the ranks that still ran.
     """
     preload()
     with tempfile.TemporaryDirectory() as name:
@@ -83,9 +84,9 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         errors = [path.read_text() for path in sorted(folder.glob("error*"))]
-        assert not failed and not children, (
-            f"ranks {failed or sorted(children.values())} did not end well\n" + "\n".join(errors)
-        )
+        assert not failed, f"ranks {failed} did not end well\n" + "\n".join(errors)
+        if children:
+            raise TimeoutError(f"ranks {sorted(children.values())} still ran after {timeout_s:g} s")
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(size)]
 
 

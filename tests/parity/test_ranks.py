@@ -1,0 +1,32 @@
+"""The runner of ranks itself: a hang reads as a hang, a failure as a failure."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from ranks import run_ranks
+
+
+def sleep(world):
+    time.sleep(60)
+
+
+def fail(world):
+    if world.rank == 1:
+        raise ValueError("one of two")
+    time.sleep(60)
+
+
+def test_ranks_that_hang_are_ended_and_named():
+    """Not as ranks that failed, with nothing to say."""
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] still ran after 1 s"):
+        run_ranks(sleep, 2, timeout_s=1)
+    assert time.monotonic() - started < 50
+
+
+def test_a_rank_that_fails_ends_the_others_and_shows_its_stack_trace():
+    """The rank, its error, and no waiting for the rest."""
+    with pytest.raises(AssertionError, match=r"(?s)ranks \[1\] did not end well.*ValueError: one of two"):
+        run_ranks(fail, 2, timeout_s=40)
