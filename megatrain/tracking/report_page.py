@@ -110,7 +110,7 @@ function nearest(value) {
   return Math.abs(x[lo] - value) <= Math.abs(x[hi] - value) ? lo : hi;
 }
 const eventTone = kind => ({save: 'c', evaluate: 'b', start: 'a', resume: 'a', stop: 'soft', skip: 'bad', rollback: 'bad',
-  hang: 'bad', signal: 'd', requeue: 'd', verify: 'soft'})[kind] || 'soft';
+  hang: 'bad', signal: 'd', requeue: 'd', set_aside: 'soft'})[kind] || 'soft';
 const marked = D.events.filter(e => ['resume', 'rollback', 'skip', 'hang'].includes(e.kind)).slice(0, 60);
 const where = e => view.axis === 'tokens' ? (N ? D.x.tokens[nearestStep(e.step)] : null) : e[view.axis];
 // On the time axis a pause before a resume is a gap: the moment of the resume that lies before point i, else null.
