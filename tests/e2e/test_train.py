@@ -3,61 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-TRAIN = [
-    "train", "model=tiny", "data=files", "data.name=tiny", "train.seq_len=32", "train.global_batch_size=8",
-    "train.micro_batch_size=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20",
-    "train.eval_steps=4", "optim.lr=1e-3",
-    "tracking=none", "model.num_layers=2", "model.hidden_size=32",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with a small prepared dataset."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "text").mkdir()
-    for source in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
-        (folder / "text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
-    done = megatrain(
-        folder, "prepare", "data=files", "data.name=tiny", "data.paths=[text/*.txt]", "tokenizer.vocab_size=400"
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def megatrain(folder, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "megatrain", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def start(folder, *words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatrain", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def metrics(folder, name):
-    path = folder / "runs" / name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+from commands import TRAIN, megatrain, metrics, start
 
 
 def wait_for(folder, name, steps, process):

@@ -1,0 +1,40 @@
+"""The command as a user types it, for the end-to-end tests: a small training job, started, waited for and read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+TRAIN = [
+    "train", "model=tiny", "data=files", "data.name=tiny", "train.seq_len=32", "train.global_batch_size=8",
+    "train.micro_batch_size=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20",
+    "train.eval_steps=4", "optim.lr=1e-3",
+    "tracking=none", "model.num_layers=2", "model.hidden_size=32",
+]  # fmt: skip
+
+
+def megatrain(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "megatrain", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def start(folder, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatrain", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def metrics(folder, name):
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
