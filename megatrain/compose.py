@@ -28,6 +28,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 FREE_TEXT = ("prompt",)
 """Keys whose value is prose: commas and brackets in it mean nothing."""
 
+LARGEST_INT = 2**63 - 1
+"""What a whole number of a config may be at most: it ends up in tensors and files of 64 bits."""
+
 SWEEPS = ("choice(", "range(", "interval(", "glob(")
 
 
@@ -155,7 +158,8 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
         return value
     if not _fits(kind, value):
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
-        hint_text = f" (write {name}=[{bare}])" if typing.get_origin(kind) is list else hint_text
+        if typing.get_origin(kind) is list and not isinstance(value, list):
+            hint_text = f" (write {name}=[{bare}])"
         raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
     return value
 
@@ -333,8 +337,12 @@ def _check_number(name: str, number: Any, given: Any, metadata: Any, prefix: str
         "below": ("below", lambda bound: number < bound),
     }
     bounds = {which: metadata[prefix + which] for which in tests if prefix + which in metadata}
-    finite = math.isfinite(number)
-    if finite and all(tests[which][1](bound) for which, bound in bounds.items()):
+    usable = abs(number) <= LARGEST_INT if isinstance(number, int) else math.isfinite(number)
+    if usable and all(tests[which][1](bound) for which, bound in bounds.items()):
         return
-    allowed = " and ".join(f"{tests[which][0]} {bound:g}" for which, bound in bounds.items()) or "finite"
+    allowed = " and ".join(f"{tests[which][0]} {bound:g}" for which, bound in bounds.items())
+    if not usable and not {"maximum", "below"} & bounds.keys():
+        end = f"at most {LARGEST_INT}" if isinstance(number, int) else "finite"
+        allowed = f"{allowed} and {end}" if allowed else end
+    given = given if len(str(given)) < 40 else f"{str(given)[:36]}..."
     raise ConfigError(f"{name}={given} is out of range: {'each must be' if prefix else 'must be'} {allowed}")

@@ -240,7 +240,7 @@ class LaunchConfig:
     device: str = key(
         "auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda")
     )
-    timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0)
+    timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0, maximum=1e7)
 
 
 @dataclass
@@ -263,12 +263,15 @@ class TrackingConfig:
 
     name: str = key("mlflow", "tracker", choices=("mlflow", "none"))
     experiment: str = key("megatrain", "MLflow experiment")
-    flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0)
+    flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0, maximum=1e7)
     system_metrics_every_s: float = key(
-        10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0
+        10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0, maximum=1e7
     )
     finish_timeout_s: float = key(
-        30.0, "longest wait at the end for the MLflow server to take what is left, in seconds", above=0
+        30.0,
+        "longest wait at the end for the MLflow server to take what is left, in seconds",
+        above=0,
+        maximum=1e7,
     )
 
 

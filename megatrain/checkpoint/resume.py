@@ -90,7 +90,7 @@ def check_resume(manifest: dict[str, Any], config: dict[str, Any], dataset_finge
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
         raise CheckpointError(
-            f"{origin} cannot continue with another {listed}; restore the value, or start a new run from its weights: "
+            f"{origin} cannot continue with other values: {listed}; restore them, or start a new run from its weights: "
             f"run.name=<new name> checkpoint.init_from={origin}"
         )
     if manifest["dataset_fingerprint"] != dataset_fingerprint:

@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); the checkpoint is damaged") from None
     if not isinstance(document, dict) or "format" not in document:
         raise CheckpointError(f"{path} is not a megatrain manifest")

@@ -10,9 +10,9 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-import numpy as np
 import xxhash
 
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
@@ -79,11 +79,23 @@ class Card:
             raw["splits"] = {name: SplitCard(**split) for name, split in raw["splits"].items()}
             raw["tokenizer"] = TokenizerCard(**raw["tokenizer"]) if raw["tokenizer"] else None
             card = Card(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_types(card, *card.splits.values(), *([card.tokenizer] if card.tokenizer else []))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
             raise DataError(f"{path}: not a dataset card ({error}); prepare the dataset again") from error
         if card.fingerprint != fingerprint(card.splits):
             raise DataError(f"{path}: its fingerprint is not that of its own hashes: the card was edited or damaged")
         return card
+
+
+def _check_types(*parts: Any) -> None:
+    """Whether each value of a card is of its field's type, and no count is negative. Raises TypeError or ValueError."""
+    for part in parts:
+        for name, hint in get_type_hints(type(part)).items():
+            value, kinds = getattr(part, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
+            if type(value) not in [get_origin(kind) or kind for kind in kinds]:
+                raise TypeError(f"{name} is {value!r}")
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{name} is {value}")
 
 
 def fingerprint(splits: dict[str, SplitCard]) -> str:
@@ -152,7 +164,7 @@ def check_dataset(folder: Path) -> Card:
                 raise DataError(
                     f"{path}: {path.stat().st_size} bytes, but the card says {size}: the file was changed or cut"
                 )
-        if header.num_tokens != split.tokens or header.dtype != np.dtype(split.dtype):
+        if header.num_tokens != split.tokens or header.dtype.name != split.dtype:
             raise DataError(
                 f"{prefix}.idx: {header.num_tokens} {header.dtype} tokens, but the card says {split.tokens} {split.dtype}"
             )

@@ -98,8 +98,15 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
             if found != expected:
                 raise DataError(f"{bin_path}: block at byte {block * BLOCK_BYTES} does not match the card's hash")
     assert card.fingerprint == fingerprint(card.splits)
-    if card.tokenizer is not None and load_tokenizer(folder / "tokenizer").fingerprint != card.tokenizer.fingerprint:
-        raise DataError(f"{folder / 'tokenizer'}: not the tokenizer that made this dataset (fingerprints differ)")
+    if card.tokenizer is not None:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        for name in ("fingerprint", "vocab_size", "end_of_document"):
+            found, expected = getattr(tokenizer, name), getattr(card.tokenizer, name)
+            if found != expected:
+                raise DataError(
+                    f"{folder / 'tokenizer'}: not the tokenizer that made this dataset: its {name} is {found}, the card's "
+                    f"{expected}"
+                )
     return {
         "kind": "dataset",
         "name": card.name,

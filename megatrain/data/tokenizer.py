@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         meta: dict[str, Any] = json.loads(read_text(folder / META))
         kind, fingerprint = meta["kind"], meta["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / META}: damaged ({error})") from error
     tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
     if tokenizer.fingerprint != fingerprint:

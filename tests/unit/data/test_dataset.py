@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,14 @@ def edit(change):
             "its fingerprint is not that of its own hashes",
         ),
         (edit(lambda card: card.update(format=99)), "card format 99"),
+        (lambda folder: (folder / "card.json").write_text("[" * 200000), "card.json: not a dataset card"),
+        (
+            edit(lambda card: card["splits"]["train"].update(tokens="10")),
+            "card.json: not a dataset card (tokens is '10')",
+        ),
+        (edit(lambda card: card["splits"]["train"].update(bytes="x")), "not a dataset card (bytes is 'x')"),
+        (edit(lambda card: card["splits"]["train"].update(tokens=-1)), "not a dataset card (tokens is -1)"),
+        (edit(lambda card: card["splits"]["train"].update(dtype="foo")), "but the card says 10 foo"),
     ],
 )
 def test_a_dataset_that_is_not_whole_is_refused_before_it_is_read(make_dataset, change, message):
@@ -152,6 +161,17 @@ def test_inspecting_finds_a_single_flipped_bit_anywhere(make_dataset, small_bloc
     }
     flip(folder / name, at)
     with pytest.raises(DataError, match=message):
+        describe_dataset(folder)
+
+
+def test_inspecting_compares_the_cards_tokenizer_with_the_one_in_the_folder(make_dataset, monkeypatch):
+    folder = make_dataset(train=np.arange(10))
+    said = {"fingerprint": "f", "vocab_size": 300, "end_of_document": 0}
+    edit(lambda card: card.update(tokenizer={"kind": "hf", **said}))(folder)
+    monkeypatch.setattr("megatrain.data.tokenizer.load_tokenizer", lambda place: SimpleNamespace(**said))
+    describe_dataset(folder)
+    edit(lambda card: card["tokenizer"].update(vocab_size=100))(folder)
+    with pytest.raises(DataError, match="its vocab_size is 300, the card's 100"):
         describe_dataset(folder)
 
 
