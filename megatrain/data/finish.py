@@ -25,7 +25,12 @@ class Workplace:
         self._lock = -1
 
     def __enter__(self) -> Workplace:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data.dir={self.target.parent} cannot be made ({error.strerror}); give a folder"
+            ) from error
         self._lock = self._take_over()
         if self._replaced.exists():  # stopped between the two renames of `publish`, or just after them
             if self.target.exists():

@@ -104,12 +104,14 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
     """Whether `target` is finished with these settings. Raises `ConfigError` when it is something else."""
-    if overwrite or not target.exists():
+    if not target.exists():
         return False
     if not (target / CARD).is_file():
         if target.is_dir() and not any(target.iterdir()):
             return False
         raise ConfigError(f"data.name: {target} exists and is not a prepared dataset; choose another data.name")
+    if overwrite:
+        return False
     card = check_dataset(target)
     was, now = _flat(card.config | {"source": card.source}), _flat(settings)
     changed = [

@@ -304,12 +304,19 @@ def test_an_edit_that_keeps_every_size_is_seen(tmp_path, corpus):
         make(tmp_path)
 
 
-def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus, overwrite):
     (tmp_path / "out" / "d").mkdir(parents=True)
     (tmp_path / "out" / "d" / "thesis.doc").write_text("precious")
     with pytest.raises(ConfigError, match=r"exists and is not a prepared dataset"):
-        make(tmp_path)
+        make(tmp_path, data=dict(overwrite=overwrite))
     assert os.listdir(tmp_path / "out" / "d") == ["thesis.doc"]
+
+
+def test_a_data_dir_that_is_a_file_is_refused_by_name(tmp_path, corpus):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match=r"data.dir=.*out cannot be made \(File exists\)"):
+        make(tmp_path)
 
 
 KILLED = """
