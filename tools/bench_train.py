@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def bare_loop(overrides: list[str]) -> float:
     from megatrain.model.init import build_model
     from megatrain.optim.adamw import adamw, parameter_groups
 
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", usable_cores())))
     config = open_data(compose("train", overrides)).config
     loop = config.train
     model = build_model(config.model, seed=1)
