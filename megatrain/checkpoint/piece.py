@@ -52,7 +52,9 @@ def rectangles(start: int, stop: int, shape: Sequence[int], origin: Sequence[int
 
 
 class Piece(torch.Tensor):
-    """Elements [start, start + len(flat)) of a row-major tensor of `global_shape`; `flat` is the owner's own memory.
+    """Elements [start, start + len(flat)) of a row-major block of a tensor; `flat` is the owner's own memory.
+
+    The block has the shape `block` and stands at `origin` in the tensor of `global_shape`; both default to all of it.
 
     It follows torch's `_Checkpointable` protocol. It has to be a tensor subclass: a plain object fails on save and is
     dropped on load.
@@ -63,7 +65,14 @@ class Piece(torch.Tensor):
     parts: list[tuple[torch.Size, torch.Size, Tensor]]
 
     @staticmethod
-    def __new__(cls, flat: Tensor, start: int, global_shape: Sequence[int]) -> Piece:
+    def __new__(
+        cls,
+        flat: Tensor,
+        start: int,
+        global_shape: Sequence[int],
+        origin: Sequence[int] | None = None,
+        block: Sequence[int] | None = None,
+    ) -> Piece:
         """Wrap `flat`, a contiguous 1-D tensor, without copying it."""
         assert flat.dim() == 1 and flat.is_contiguous()
         piece: Piece = torch.Tensor._make_wrapper_subclass(
@@ -72,7 +81,9 @@ class Piece(torch.Tensor):
         piece.flat, piece.start = flat.detach(), start
         piece.parts = [
             (torch.Size(offsets), torch.Size(sizes), piece.flat[at : at + math.prod(sizes)].view(sizes))
-            for offsets, sizes, at in rectangles(start, start + flat.numel(), tuple(global_shape))
+            for offsets, sizes, at in rectangles(
+                start, start + flat.numel(), tuple(global_shape if block is None else block), origin
+            )
         ]
         return piece
 

@@ -41,6 +41,34 @@ def initial_values(
     return _normal(name, seed, start, stop).mul_(std)
 
 
+def initial_block(
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    origin: tuple[int, ...],
+    block: tuple[int, ...],
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Elements `[start, stop)` of the flattened block of shape `block` that stands at `origin` in a parameter.
+
+    Fp32 on the CPU, the bits that `initial_values` has there. No more than the rows that the range touches are made.
+    """
+    stop = math.prod(block) if stop is None else stop
+    if start >= stop:
+        return torch.empty(0)
+    row = math.prod(block[1:])  # elements of the block's rows, and of the whole parameter's
+    whole_row = math.prod(shape[1:])
+    first, last = start // row, -(-stop // row)
+    base = (origin[0] + first) * whole_row
+    rows = initial_values(config, name, shape, seed, base, base + (last - first) * whole_row)
+    rows = rows.view(last - first, *shape[1:])
+    for dimension in range(1, len(shape)):
+        rows = rows.narrow(dimension, origin[dimension], block[dimension])
+    return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
 def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
     """Standard normal values `[start, stop)` of the endless stream that belongs to (seed, name)."""
     values = np.empty(stop - start, dtype=np.float32)

@@ -43,3 +43,13 @@ def test_a_piece_aliases_its_owners_memory():
     assert flat.sum() == 7
     with pytest.raises(NotImplementedError):
         piece + 1
+
+
+def test_a_piece_of_a_block_stands_where_the_block_does():
+    """Four elements from the third on of a 2 x 3 block at (4, 1) of a 6 x 5 tensor."""
+    whole = torch.zeros(6, 5)
+    piece = Piece(torch.arange(1.0, 5.0), 2, whole.shape, (4, 1), (2, 3))
+    assert tuple(piece.shape) == (6, 5)
+    for offsets, sizes, part in piece.parts:
+        whole[offsets[0] : offsets[0] + sizes[0], offsets[1] : offsets[1] + sizes[1]] = part
+    assert whole[4].tolist() == [0, 0, 0, 1, 0] and whole[5].tolist() == [0, 2, 3, 4, 0] and whole[:4].sum() == 0

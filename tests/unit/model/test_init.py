@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatrain.config import ModelConfig
-from megatrain.model.init import BLOCK, build_model, initial_values
+from megatrain.model.count import parameter_shapes
+from megatrain.model.init import BLOCK, build_model, initial_block, initial_values
+from megatrain.parallel.plan import chunk
 
 torch.set_num_threads(1)
 
@@ -95,3 +97,19 @@ def test_a_model_in_bf16_holds_the_rounded_values():
     exact, rounded = build_model(CONFIG, seed=9), build_model(CONFIG, seed=9, dtype=torch.bfloat16)
     for (name, a), b in zip(exact.named_parameters(), rounded.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b), name
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.q.weight", "blocks.0.mlp.down.weight", "final_norm.weight"])
+def test_a_block_has_the_bits_of_the_whole(name):
+    """Any range of any block of a parameter, cut by columns or by rows, is the same bits as cutting the whole."""
+    config = ModelConfig(vocab_size=31)
+    shape = parameter_shapes(config)[name]
+    whole = initial_values(config, name, shape, 7).view(shape)
+    for part in range(3):
+        for dimension in range(len(shape)):
+            origin, block = [0] * len(shape), list(shape)
+            origin[dimension], block[dimension] = chunk(shape[dimension], 3, part)
+            expected = whole.narrow(dimension, origin[dimension], block[dimension]).reshape(-1)
+            for start, stop in ((0, len(expected)), (5, len(expected) - 3), (9, 9), (len(expected) - 1, len(expected))):
+                made = initial_block(config, name, shape, 7, tuple(origin), tuple(block), start, stop)
+                assert torch.equal(made, expected[start:stop])

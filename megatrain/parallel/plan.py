@@ -1,0 +1,59 @@
+"""The tensor-parallel plan as data: how each parameter is cut over the ranks of a tensor group. Imports no torch.
+
+Declared once; `tensor.py` translates it for each engine, the checkpoint takes global places from it, and the memory model
+its sizes.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+COLUMN, ROW, VOCAB, REPLICATED = "column", "row", "vocab", "replicated"
+
+PLAN = (
+    ("embed.weight", VOCAB),
+    ("head.weight", VOCAB),
+    ("blocks.*.attn.[qkv].*", COLUMN),
+    ("blocks.*.attn.o.weight", ROW),
+    ("blocks.*.mlp.gate.*", COLUMN),
+    ("blocks.*.mlp.up.*", COLUMN),
+    ("blocks.*.mlp.down.weight", ROW),
+    ("*", REPLICATED),
+)
+"""Parameter pattern to cut, the first that matches. `column` cuts a layer's outputs (query, key and value by heads),
+`row` its inputs, `vocab` the rows of a vocabulary table; what is `replicated` (norms, positions, biases of row-cut
+layers) is whole on every rank."""
+
+_DIMENSION = {COLUMN: 0, VOCAB: 0, ROW: 1, REPLICATED: None}
+
+
+def cut(name: str) -> str:
+    """How the parameter of this single-device name is cut."""
+    return next(kind for pattern, kind in PLAN if fnmatchcase(name, pattern))
+
+
+def cut_dimension(name: str, vocabulary_cut: bool = True) -> int | None:
+    """The dimension that is cut, None where the parameter is whole on every rank.
+
+    An engine that cannot cut the vocabulary (DeepSpeed's AutoTP) says so.
+    """
+    kind = cut(name)
+    return None if kind == VOCAB and not vocabulary_cut else _DIMENSION[kind]
+
+
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and length of chunk `index` when `size` is cut as `torch.chunk` cuts it: the last ones are shorter, or empty."""
+    length = -(-size // parts)
+    start = min(index * length, size)
+    return start, min(start + length, size) - start
+
+
+def block(
+    name: str, shape: tuple[int, ...], tp: int, tp_rank: int, vocabulary_cut: bool = True
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Origin and shape of the block of a parameter (of global `shape`) that one rank of a tensor group works with."""
+    dimension = cut_dimension(name, vocabulary_cut)
+    origin, sizes = [0] * len(shape), list(shape)
+    if dimension is not None and tp > 1:
+        origin[dimension], sizes[dimension] = chunk(shape[dimension], tp, tp_rank)
+    return tuple(origin), tuple(sizes)
