@@ -47,7 +47,7 @@ class SplitBackwardStage(PipelineStage):
     """
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = super().forward_maybe_with_nosync(*args, **kwargs)
         # the inputs' part detaches the output in place, which autograd forbids for views
         return output.clone() if output._is_view() else output
 
