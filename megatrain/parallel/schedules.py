@@ -49,7 +49,8 @@ class SplitBackwardStage(PipelineStage):
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_maybe_with_nosync(*args, **kwargs)
         # the inputs' part detaches the output in place, which autograd forbids for views
-        return output.clone() if output._is_view() else output
+        output = output.clone() if output._is_view() else output
+        return output.contiguous()  # or it could not be sent
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -58,10 +59,11 @@ class SplitBackwardStage(PipelineStage):
             for module in self.submod.modules():
                 if isinstance(module, FSDPModule):
                     module.unshard()
-        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if backward_type == "weight":
             self._accumulate()
-        return result
+            return gradients, groups
+        return tuple(None if g is None else g.contiguous() for g in gradients), groups
 
     def _accumulate(self) -> None:
         """What autograd does after it has added to a parameter's gradient."""
