@@ -25,6 +25,7 @@ from megatrain.config import (
 )
 from megatrain.errors import ConfigError
 from megatrain.launch.environment import RankEnvironment, is_launched
+from megatrain.parallel.layout import divisors, listed
 from megatrain.suggest import did_you_mean
 
 
@@ -39,7 +40,6 @@ def check_values(config: Any) -> None:
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
-        check_batches(config.train, ranks)
         check_layout(config, ranks)
 
 
@@ -106,7 +106,7 @@ def check_model(config: ModelConfig) -> None:
     if config.position == "rope" and config.head_dim % 2:
         even = [count for count in divisors(width) if (width // count) % 2 == 0]
         options = (
-            f"head counts that work for model.hidden_size={width}: {_listed(even)}" if even else "use an even width"
+            f"head counts that work for model.hidden_size={width}: {listed(even)}" if even else "use an even width"
         )
         raise ConfigError(
             f"model.position=rope rotates pairs, so a head must be of even size, and this one is {config.head_dim} wide; "
@@ -166,27 +166,19 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
 
 
 def check_layout(config: TrainConfig, ranks: int) -> None:
-    """Ask the table of legal combinations."""
+    """Degrees that divide the ranks, batches that divide over the data-parallel ones, then the table of combinations."""
     from megatrain.parallel import layout
 
+    layout.check_degrees(config, ranks)
+    check_batches(config.train, layout.Layout.of(config, ranks).dp)
     layout.check(config, ranks)
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, rising."""
-    low = [count for count in range(1, int(number**0.5) + 1) if number % count == 0]
-    return sorted({*low, *(number // count for count in low)})
 
 
 def _nearest_divisors(given: int, number: int) -> str:
     """The divisors next to a count that is not one, and the list of all."""
     found = divisors(number)
     near = [*[count for count in found if count < given][-1:], *[count for count in found if count > given][:1]]
-    return f"nearest that do: {' or '.join(map(str, near))}; all: {_listed(found)}"
-
-
-def _listed(numbers: list[int], most: int = 24) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+    return f"nearest that do: {' or '.join(map(str, near))}; all: {listed(found)}"
 
 
 # ----------------------------------------------------------------------------------------------- keys against the disk

@@ -200,6 +200,7 @@ def describe(hint: Any) -> str:
         bool: "true or false",
         str: "text",
         list[str]: "a list of texts such as [a,b]",
+        list[int]: "a list of whole numbers such as [3,4]",
         list[float]: "a list of numbers such as [0.9,0.95]",
     }
     return words[kind] + (" or null" if optional else "")

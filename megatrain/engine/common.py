@@ -17,9 +17,13 @@ from megatrain.optim.adamw import decays
 from megatrain.optim.loss_scale import LossScaler
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int) -> int:
-    """Seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved."""
-    key = f"dropout:{seed}:{step}:{micro_batch}:{data_rank}"
+def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int, tensor_rank: int = 0) -> int:
+    """Seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved.
+
+    `data_rank` tells apart who works on other tokens (context ranks too), `tensor_rank` who holds another slice of their
+    activations; 0 where activations are whole.
+    """
+    key = f"dropout:{seed}:{step}:{micro_batch}:{data_rank}" + (f":{tensor_rank}" if tensor_rank else "")
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
@@ -58,7 +62,7 @@ def evaluate(model: nn.Module, batches: Iterable[MicroBatch], world: World) -> t
 
 def compile_blocks(model: GPT) -> None:
     """torch.compile each block by itself: one graph for all of them, and short compile times."""
-    for block in model.blocks:
+    for block in model.blocks.children():
         block.compile()
 
 

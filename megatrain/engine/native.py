@@ -1,164 +1,382 @@
-"""The native engine: torch alone, one process so far.
+"""The native engine: torch alone. FSDP2 or replicas x tensor and sequence parallel x pipeline x context parallel.
 
-Parameters live in the compute precision with fp32 master copies beside them where that is lower; gradients are summed,
-clipped and vetoed on the device, without the host waiting for them.
+The optimizer updates fp32 master pieces, each a block of a parameter that this rank holds; gradients are summed, clipped
+and vetoed on the device, without the host waiting for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.base import StepResult
-from megatrain.engine.common import (
-    DTYPES,
-    compile_blocks,
-    count_tokens,
-    dropout_seed,
-    evaluate,
-    optimizer_counters,
-    sum_loss,
-)
+from megatrain.engine.common import DTYPES, compile_blocks, count_tokens, dropout_seed, optimizer_counters
+from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
-from megatrain.model.gpt import GPT
-from megatrain.model.init import initial_values
+from megatrain.model.count import parameter_shapes
+from megatrain.model.init import initial_block
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.parallel import plan
+from megatrain.parallel.context import local_slice, make_attend
+from megatrain.parallel.layout import Layout, stage_layers
+from megatrain.parallel.mesh import make_groups
+from megatrain.parallel.pipeline import LossFunction, Stage
+from megatrain.parallel.schedules import Pipeline
+from megatrain.parallel.sharding import before_backward, local, shard
+from megatrain.parallel.tensor import cut_tensors
+from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
+
+EVALUATED_AT_ONCE = 16
+"""Held-out micro-batches that go through a pipeline together."""
+
+
+@dataclass
+class Held:
+    """One parameter as this rank holds it.
+
+    `master` (fp32) is the block of `sizes` at `origin` in the whole parameter of `shape`; it is the memory of `parameter`
+    itself where that rests in fp32. `counted` is false where another rank's copy stands for this one in the norm.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    master: nn.Parameter
+    shape: tuple[int, ...]
+    origin: tuple[int, ...]
+    sizes: tuple[int, ...]
+    counted: bool
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the model computes with a lower-precision copy that this engine keeps up to date."""
+        return self.master.data_ptr() != local(self.parameter).data_ptr()
 
 
 class NativeEngine:
-    """`Engine` on one process, without a library between the model and torch."""
+    """`Engine` on torch's own parallelism, for every layout that the table allows."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        assert world.size == 1, "the layout table refuses engine=native on several ranks"
         self.config = config
         self.world = world
-        compute = DTYPES[config.precision.name]
-        with torch.device("meta"):
-            model = GPT(config.model)
-        self.model = model.to_empty(device=world.device).to(compute)
-        self.model.recompute = config.train.recompute
-        self.parameters = dict(self.model.named_parameters())
-        self.masters = {
-            name: parameter if compute == torch.float32 else nn.Parameter(parameter.detach().float())
-            for name, parameter in self.parameters.items()
-        }
+        self.layout = Layout.of(config, world.size)
+        self.place = self.layout.coordinate(world.rank)
+        self.groups = make_groups(self.layout, world.rank, world.device) if world.size > 1 else None
+        self.is_sharded = self.layout.dp * self.layout.cp > 1
+        self.compute = DTYPES[config.precision.name]
         self.scaler = LossScaler.from_config(config.precision)
         self.accumulate_in_master = (
-            compute != torch.float32 and DTYPES[config.precision.accumulate_dtype] == torch.float32
+            not self.is_sharded
+            and self.compute != torch.float32
+            and DTYPES[config.precision.accumulate_dtype] == torch.float32
         )
+        self.stages = self._build_stages()
+        self.held = [held for stage in self.stages.values() for held in self._hold(stage)]
+        self.tied = self._tied()
         if self.accumulate_in_master:
             self._accumulate_into_masters()
-        groups = parameter_groups(((name, p, p.dim()) for name, p in self.masters.items()), config.optim)
+        groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.held), config.optim)
         self.optimizer = adamw(groups, config.optim)
         materialise(self.optimizer, step=0)
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                values = initial_values(config.model, name, tuple(master.shape), config.seed)
-                master.copy_(values.view(master.shape))
-        self._refresh()
+        self._initialise()
         if config.compile:
-            compile_blocks(self.model)
-        self.model.train()
+            for stage in self.stages.values():
+                compile_blocks(stage)
+        self.pipeline = None
+        if self.groups and self.groups.pp is not None:
+            self.pipeline = Pipeline(self.layout, self.stages, self.groups.pp, self._examples())
+
+    # ------------------------------------------------------------------------------------------- construction
+
+    def _build_stages(self) -> dict[int, Stage]:
+        """This rank's pipeline stages by number: cut, with memory for what this rank holds, without values."""
+        layers = stage_layers(self.config, self.layout.num_stages)
+        stages: dict[int, Stage] = {}
+        for index in self.layout.stages_of(self.place.pp):
+            with torch.device("meta"):
+                stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, self._loss())
+            stage.recompute = self.config.train.recompute
+            stage.detach_embedding = self.config.compile and self.layout.tp > 1
+            if self.groups and self.groups.cp is not None:
+                for block in stage.blocks.children():
+                    block.attn.attend = make_attend(self.layout.cp_kind, self.groups.cp)  # type: ignore[union-attr]
+            if self.groups and self.groups.tp is not None:
+                cut_tensors(stage, self.groups.tensor_mesh)
+            if self.groups and self.is_sharded:
+                shard(stage, stage.units(), self.layout.zero, self.groups, self.config.precision)
+            else:
+                stage.to(self.compute)
+            stages[index] = stage.to_empty(device=self.world.device).train()
+        return stages
+
+    def _loss(self) -> LossFunction:
+        """What the last stage computes its loss with."""
+        if self.groups is None or self.groups.tp is None:
+            return cross_entropy_sum
+        group = self.groups.tp
+        first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
+        return lambda logits, labels, weights: vocabulary_parallel_cross_entropy(logits, labels, weights, first, group)
+
+    def _hold(self, stage: Stage) -> Iterator[Held]:
+        """A stage's parameters with their places in the whole model."""
+        shapes = parameter_shapes(self.config.model)
+        mesh = self.groups.mesh if self.groups else None
+        shards = mesh["shard"].size() if mesh and self.is_sharded else 1
+        shard_rank = mesh["shard"].get_local_rank() if mesh and self.is_sharded else 0
+        is_replica = mesh is not None and mesh["replicate"].get_local_rank() > 0
+        for own_name, parameter in stage.named_parameters():
+            name = stage.single_device_name(own_name)
+            shape = shapes[name]
+            origin, sizes = plan.block(name, shape, self.layout.tp, self.place.tp)
+            start, length = plan.chunk(sizes[0], shards, shard_rank)
+            origin, sizes = (origin[0] + start, *origin[1:]), (length, *sizes[1:])
+            here = local(parameter).detach()
+            assert tuple(here.shape) == sizes, (name, tuple(here.shape), sizes)
+            whole_on_tp = plan.cut_dimension(name) is None
+            counted = not is_replica and not (whole_on_tp and self.place.tp > 0) and own_name == name
+            master = nn.Parameter(here if here.dtype == torch.float32 else here.float())
+            yield Held(name, parameter, master, shape, origin, sizes, counted)
+
+    def _tied(self) -> list[Held]:
+        """The copies of a weight that two pipeline stages share, this rank's one or two of them."""
+        if not self.config.model.tie_embeddings or self.layout.num_stages == 1:
+            return []
+        return [held for held in self.held if held.name == "embed.weight"]
 
     def _accumulate_into_masters(self) -> None:
         """Sum each micro-batch's low-precision gradient into the fp32 master as soon as autograd has it."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
+        for held in self.held:
 
-            def add(parameter: Tensor, master: nn.Parameter = master) -> None:
-                assert parameter.grad is not None
-                if master.grad is None:
-                    master.grad = parameter.grad.float()
+            def add(parameter: Tensor, held: Held = held) -> None:
+                gradient = self._local_gradient(held)
+                if held.master.grad is None:
+                    held.master.grad = gradient.float()
                 else:
-                    master.grad += parameter.grad
+                    held.master.grad += gradient
                 parameter.grad = None
 
-            parameter.register_post_accumulate_grad_hook(add)
+            held.parameter.register_post_accumulate_grad_hook(add)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Fill each master with the bits that one process would have, one block at a time."""
+        for held in self.held:
+            values = initial_block(self.config.model, held.name, held.shape, self.config.seed, held.origin, held.sizes)
+            held.master.copy_(values.view(held.sizes))
+        self._refresh()
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """Bring the compute copies up to the masters."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        for held in self.held:
+            if held.is_copied:
+                local(held.parameter).copy_(held.master)
+
+    def _examples(self) -> tuple[Tensor, Tensor]:
+        """Meta tensors shaped as a first stage's input and as what passes between stages."""
+        rows = self.config.train.micro_batch_size
+        length = self.config.train.seq_len // self.layout.cp
+        tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        hidden = torch.empty(
+            rows, length // self.layout.tp, self.config.model.hidden_size, dtype=self.compute, device="meta"
+        )
+        return tokens, hidden
+
+    # ------------------------------------------------------------------------------------------- work
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
-        tokens = count_tokens(micro_batches)
-        factor = self.scaler.scale / max(1, tokens)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
-        for index, micro_batch in enumerate(micro_batches):
-            seed = dropout_seed(self.config.seed, step, index, data_rank=0)
-            loss = sum_loss(self.model, micro_batch.to(self.world.device), seed)
-            (loss * factor).backward()
-            loss_sum += loss.detach()
-        grad_norm, finite = self._update(lr)
+        batches = self._mine(micro_batches)
+        tokens = self._sum_over_data(torch.tensor(count_tokens(batches), device=self.world.device))
+        data_rank = self.place.dp * self.layout.cp + self.place.cp
+        seeds = [dropout_seed(self.config.seed, step, index, data_rank, self.place.tp) for index in range(len(batches))]
+        factor = self.scaler.scale / max(1, int(tokens))
+        for stage in self.stages.values():
+            stage.take(batches, seeds)
+        if self.pipeline:
+            loss_sum = self.pipeline.train(batches, factor)
+        else:
+            loss_sum = self._train_without_pipeline(batches, factor)
+        loss_sum, grad_norm, finite = self._update(loss_sum, lr)
         if self.scaler.enabled:
             self.scaler.update(overflow=not bool(finite))
         return StepResult(
             loss_sum=loss_sum,
-            tokens=torch.tensor(tokens, dtype=torch.int64),
+            tokens=tokens,
             grad_norm=grad_norm,
             updated=finite,
             aux={"loss_scale": torch.tensor(self.scaler.scale)} if self.scaler.enabled else {},
         )
 
+    def _mine(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+        """Micro-batches on this device, this rank's slice of their sequences."""
+        layout, place = self.layout, self.place
+        moved = [micro_batch.to(self.world.device) for micro_batch in micro_batches]
+        if layout.cp == 1:
+            return moved
+        return [local_slice(micro_batch, layout.cp_kind, place.cp, layout.cp) for micro_batch in moved]
+
+    @property
+    def _speaks_for_its_data(self) -> bool:
+        """Whether this rank's sums over its share of the data count: ranks of a tensor group and stages share theirs."""
+        return self.place.tp == 0 and self.place.pp == 0
+
+    def _sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the whole job of what every rank has counted on its share of the data."""
+        return self.world.sum(values if self._speaks_for_its_data else torch.zeros_like(values))
+
+    def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: float) -> Tensor:
+        """Forward and backward of every micro-batch; the summed loss of this rank's tokens."""
+        (stage,) = self.stages.values()
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        for index, micro_batch in enumerate(micro_batches):
+            before_backward(stage, self.layout.zero, last=index == len(micro_batches) - 1)
+            loss = stage(micro_batch.tokens, torch.tensor([index]))
+            (loss * factor).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _local_gradient(self, held: Held) -> Tensor:
+        """This rank's block of a parameter's gradient; what tensor ranks have of it in parts is summed first."""
+        gradient = held.parameter.grad
+        assert gradient is not None, f"{held.name} took no part in the step"
+        if isinstance(gradient, DTensor):
+            assert isinstance(held.parameter, DTensor)
+            if gradient.placements != held.parameter.placements:
+                gradient = gradient.redistribute(placements=held.parameter.placements)
+        return local(gradient)
+
     @torch.no_grad()
-    def _update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Clip, veto and apply the gradients; returns the norm before clipping and whether it was finite.
+    def _update(self, loss_sum: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip, veto and apply the gradients; the job's summed loss, the norm before clipping and whether it was finite.
 
         The veto goes through the fused optimizer's own `found_inf`, so no host has to look at the norm.
         """
-        masters = list(self.masters.values())
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and not self.accumulate_in_master:
-                assert parameter.grad is not None
-                master.grad, parameter.grad = parameter.grad.float(), None
-        gradients = [master.grad for master in masters if master.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients) / self.scaler.scale
-        finite = torch.isfinite(grad_norm)
+        for held in self.held:
+            if not self.accumulate_in_master:
+                held.master.grad, held.parameter.grad = self._local_gradient(held).float(), None
+        self._sum_tied_gradients()
+        gradients = [held.master.grad for held in self.held if held.master.grad is not None]
+        counted = [held.master.grad for held in self.held if held.counted and held.master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(counted).to(self.world.device) / self.scaler.scale
+        if self.world.size > 1:
+            mine = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
+            totals = torch.stack([norm.double() ** 2, loss_sum.double() * mine])
+            squared, loss_sum = self.world.sum(totals)
+            norm, loss_sum = squared.sqrt().float(), loss_sum.float()
+        finite = torch.isfinite(norm)
         limit = self.config.optim.grad_clip
-        shrink = (limit / (grad_norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(grad_norm)
+        shrink = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         if limit or self.scaler.scale != 1.0:
             torch._foreach_mul_(gradients, shrink / self.scaler.scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
-        for master in masters:
-            master.grad = None
+        for held in self.held:
+            held.master.grad = None
         self._refresh()
-        return grad_norm, finite
+        return loss_sum, norm, finite
+
+    def _sum_tied_gradients(self) -> None:
+        """Give the embedding and the head of a tied model, on two stages, the sum of both gradients: they stay equal."""
+        gradients = [held.master.grad for held in self.tied if held.master.grad is not None]
+        if len(gradients) == 2:  # both ends of the model are on this rank
+            gradients[0] += gradients[1]
+            gradients[1].copy_(gradients[0])
+        elif gradients:
+            assert self.groups is not None and self.groups.ends is not None
+            dist.all_reduce(gradients[0], group=self.groups.ends)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for stage in self.stages.values():
+            stage.eval()
+        with torch.no_grad():
+            yield
+        for stage in self.stages.values():
+            stage.train()
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        return evaluate(self.model, batches, self.world)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        waiting: list[MicroBatch] = []
+        with self._evaluating():
+            for batch in batches:
+                waiting.append(batch)
+                if len(waiting) == EVALUATED_AT_ONCE:
+                    totals += self._evaluate_some(waiting)
+                    waiting = []
+            if waiting:
+                totals += self._evaluate_some(waiting)
+        totals = self.world.sum(totals)
+        return totals[0], totals[1].long()
+
+    def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """Summed loss and tokens that this rank counts, float64 `[2]`."""
+        batches = self._mine(micro_batches)
+        for stage in self.stages.values():
+            stage.take(batches, [None] * len(batches))
+        if self.pipeline:
+            loss_sum = self.pipeline.evaluate(batches)
+        else:
+            (stage,) = self.stages.values()
+            losses = [stage(batch.tokens, torch.tensor([index])) for index, batch in enumerate(batches)]
+            loss_sum = torch.stack(losses).double().sum()
+        loss_counts = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
+        tokens = count_tokens(batches) if self._speaks_for_its_data else 0
+        return torch.stack(
+            [loss_sum.double() * loss_counts, torch.tensor(float(tokens), device=loss_sum.device).double()]
+        )
+
+    # ------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine.state`."""
         state: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            state[f"model.{name}"] = master.detach()
+        for held in self._saved():
+            slots = {f"model.{held.name}": held.master.detach()}
             for moment in MOMENTS:
-                state[f"optim.{moment}.{name}"] = self.optimizer.state[master][moment]
+                slots[f"optim.{moment}.{held.name}"] = self.optimizer.state[held.master][moment]
+            if held.sizes != held.shape:
+                slots = {
+                    key: Piece(tensor.view(-1), 0, held.shape, held.origin, held.sizes) for key, tensor in slots.items()
+                }
+            state.update(slots)
         return state
+
+    def _saved(self) -> list[Held]:
+        """What goes into a checkpoint: where both copies of a tied weight are on this rank, one of them."""
+        return [held for held in self.held if len(self.tied) < 2 or held is not self.tied[1]]
+
+    @torch.no_grad()
+    def _match_tied(self) -> None:
+        """Give the copy that a checkpoint does not fill what the other one has."""
+        if len(self.tied) == 2:
+            first, second = (held.master for held in self.tied)
+            second.copy_(first)
+            for moment in MOMENTS:
+                self.optimizer.state[second][moment].copy_(self.optimizer.state[first][moment])
 
     def counters(self) -> dict[str, Any]:
         """See `Engine.counters`."""
         step = int(next(iter(self.optimizer.state.values()))["step"])
-        shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
-        return optimizer_counters(self.optimizer.param_groups, shapes, step, self.scaler)
+        return optimizer_counters(self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler)
 
     def restore(self, counters: dict[str, Any] | None) -> None:
         """See `Engine.restore`."""
         step = int(counters["optimizer"]["step"]) if counters else 0
         materialise(self.optimizer, step)
+        self._match_tied()
         self.scaler.load(counters["loss_scale"] if counters else None)
         self._refresh()

@@ -10,12 +10,13 @@ Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import attention, document_mask
@@ -26,6 +27,18 @@ from megatrain.kernels.rms_norm import rms_norm
 from megatrain.kernels.rope import apply_rope, rope_angles
 from megatrain.kernels.swiglu import swiglu
 from megatrain.model.cache import KVCache, LayerCache
+
+_ATEN = torch.ops.aten
+SAVED_BY_SELECTIVE = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]
+"""Operations whose results `recompute = "selective"` keeps; norms, rotations and activations are computed again."""
 
 
 class Linear(nn.Linear):
@@ -91,6 +104,7 @@ class Attention(nn.Module):
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
         self.head_dim = head_dim
+        self.attend = attention  # what mixes tokens; context parallelism puts its own in its place
         self.rope_theta = config.rope_theta if config.position == "rope" else None
         self.dropout = config.dropout
         self.q = Linear(width, config.num_heads * head_dim, config.bias)
@@ -115,7 +129,7 @@ class Attention(nn.Module):
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).flatten(-2))
 
 
@@ -155,7 +169,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. Set `recompute = "full"` to keep only each block's input for the backward pass.
+    """The whole model. Set `recompute` to `full` to keep only each block's input for the backward pass, or to `selective`
+    to keep also what is costly to compute again.
 
     `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py).
     """
@@ -208,19 +223,50 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
         mask = self._mask(document_ids, num_tokens, past, tokens.device)
+        x = self.embedded(tokens, positions, dropout_seed)
+        x = self.through_blocks(x, positions, mask, dropout_seed, cache)
+        return self.final_norm(x)
+
+    def embedded(self, tokens: Tensor, positions: Tensor, dropout_seed: int | None) -> Tensor:
+        """What the first block reads, `[B, T, D]`."""
         self._seed_dropout(dropout_seed, layer=-1)
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.blocks):
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def through_blocks(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        dropout_seed: int | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`x` `[B, T, D]` after every block this model holds; a block's name is its layer's number in the whole model."""
+        for name, block in self.blocks.named_children():
+            layer = int(name)
             self._seed_dropout(dropout_seed, layer)
-            if self.recompute == "full" and torch.is_grad_enabled():
-                keep_random_state = self.config.dropout > 0
-                x = checkpoint(block, x, positions, mask, use_reentrant=False, preserve_rng_state=keep_random_state)
+            if self.recompute != "none" and torch.is_grad_enabled():
+                x = self._recomputed(block, x, positions, mask)
             else:
                 x = block(x, positions, mask, None if cache is None else cache.layers[layer])
-        return self.final_norm(x)
+        return x
+
+    def _recomputed(self, block: nn.Module, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """The block's output, with all (`full`) or the cheap part (`selective`) of its inside recomputed in backward."""
+        options: dict[str, Any] = {}
+        if self.recompute == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_BY_SELECTIVE)
+        return checkpoint(
+            block,
+            x,
+            positions,
+            mask,
+            use_reentrant=False,
+            preserve_rng_state=self.config.dropout > 0,
+            **options,
+        )
 
     def tie(self) -> None:
         """Makes the head share the embedding's weight again, where the config says so and something parted them."""

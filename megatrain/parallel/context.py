@@ -1,0 +1,230 @@
+"""Context parallelism: the sequence cut over ranks, and attention across the cut.
+
+Everything but attention works on a token by itself, so that a rank runs the whole model on its slice of each sequence and
+only what mixes tokens is replaced. Ulysses exchanges the slice of the sequence for a slice of the heads; the ring keeps the
+heads and passes keys and values round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.data.batch import MicroBatch
+from megatrain.kernels.attention import attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""`kernels.attention.attention`, where queries, keys and values hold this rank's slice of the sequence and the mask is the
+whole sequence's."""
+
+
+def make_attend(kind: str, group: dist.ProcessGroup) -> Attend:
+    """What takes attention's place on the ranks of a context group: `kind` is `ulysses` or `ring`."""
+    return Ulysses(group) if kind == "ulysses" else Ring(group)
+
+
+def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
+    """The positions in the sequence of a rank's tokens, int64 `[T / cp]`, in the order it holds them.
+
+    Ulysses: one contiguous slice. Ring: the sequence is cut into 2 cp chunks and rank i holds chunks i and 2 cp - 1 - i,
+    so that every rank has as many pairs of query and key below the diagonal as any other.
+    """
+    if kind == "ulysses":
+        return torch.arange(seq_len).chunk(cp_size)[cp_rank]
+    chunks = torch.arange(seq_len).chunk(2 * cp_size)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+
+
+def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) -> MicroBatch:
+    """A rank's tokens of a micro-batch, with the positions they have in the whole; document ids stay whole, for the mask."""
+    tokens = micro_batch.tokens
+    mine = positions_of(kind, tokens.shape[1], cp_rank, cp_size).to(tokens.device)
+
+    def cut(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:, mine].contiguous()
+
+    positions = mine if micro_batch.positions is None else cut(micro_batch.positions)
+    return replace(
+        micro_batch,
+        tokens=tokens[:, mine].contiguous(),
+        labels=micro_batch.labels[:, mine].contiguous(),
+        positions=positions,
+        loss_weights=cut(micro_batch.loss_weights),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- ulysses
+
+
+class Ulysses:
+    """Each rank attends over the whole sequence with its share of the heads (Jacobs et al., 2023, arXiv:2309.14509)."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """`q` `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`, to `[B, H, T / cp, K]`; `mask` over the whole sequence."""
+        q, k, v = (exchange(x, self.group, scatter=1, gather=2) for x in (q, k, v))
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.chunk(self.group.size(), dim=1)[self.group.rank()]
+        y = attention(q, k, v, mask, dropout)
+        return exchange(y, self.group, scatter=2, gather=1)
+
+
+def exchange(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
+    """Cuts `x` along `scatter`, gives each rank its part and joins what comes back along `gather`; differentiable."""
+    result: Tensor = _Exchange.apply(x, group, scatter, gather)
+    return result
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
+        ctx.group, ctx.scatter, ctx.gather = group, scatter, gather
+        return _all_to_all(x, group, scatter, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _all_to_all(gradients[0], ctx.group, ctx.gather, ctx.scatter), None, None, None
+
+
+def _all_to_all(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
+    sent = torch.stack(x.chunk(group.size(), dim=scatter))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(0), dim=gather)
+
+
+# ---------------------------------------------------------------------------------------------------- ring
+
+
+class Ring:
+    """Each rank keeps its queries while keys and values pass round (Liu et al., 2023, arXiv:2310.01889).
+
+    Partial results are merged by their log-sum-exp, in fp32. Which blocks causality leaves is decided by chunk: what lies
+    above the diagonal is never computed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.blocks_computed = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """As `Ulysses`; the slice of the sequence is in `positions_of("ring", ...)` order."""
+        assert dropout == 0.0, "the layout table refuses ring attention with dropout"
+        result: Tensor = _RingAttention.apply(q, k, v, mask, self)
+        return result
+
+    def pass_on(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Send to the next rank, receive from the one before."""
+        size, rank = self.group.size(), self.group.rank()
+        tensors = [tensor.contiguous() for tensor in tensors]
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        operations = []
+        for tag, (out, into) in enumerate(zip(tensors, received, strict=True)):
+            following, before = (rank + 1) % size, (rank - 1) % size
+            operations.append(dist.P2POp(dist.isend, out, group=self.group, group_peer=following, tag=tag))
+            operations.append(dist.P2POp(dist.irecv, into, group=self.group, group_peer=before, tag=tag))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        return received
+
+    def blocks(self, owner: int) -> list[tuple[int, int, int, int]]:
+        """The pairs of this rank's query halves and the owner's key halves on or below the diagonal.
+
+        (query half, key half, query chunk, key chunk).
+        """
+        size, rank = self.group.size(), self.group.rank()
+        mine, theirs = (rank, 2 * size - 1 - rank), (owner, 2 * size - 1 - owner)
+        return [(i, j, a, b) for i, a in enumerate(mine) for j, b in enumerate(theirs) if b <= a]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, query_chunk: int, key_chunk: int) -> Tensor:
+    """Masked, scaled scores of one block, fp32 `[B, Hkv, H / Hkv, t, t]`; `q` is `[B, Hkv, H / Hkv, t, K]`."""
+    length = q.shape[-2]
+    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        rows, columns = (slice(chunk * length, (chunk + 1) * length) for chunk in (query_chunk, key_chunk))
+        part = mask[..., rows, columns]
+        part = part.unflatten(1, (k.shape[1], -1)) if part.shape[1] > 1 else part.unsqueeze(1)
+        return scores.masked_fill(~part, -torch.inf)
+    if query_chunk == key_chunk:
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        return scores.masked_fill(~causal, -torch.inf)
+    return scores
+
+
+def _halves(x: Tensor, heads: int) -> list[Tensor]:
+    """The two chunks of a rank's slice, query heads grouped by the key-value head they read: `[B, Hkv, H / Hkv, t, K]`."""
+    return list(_wide(x).unflatten(1, (heads, -1)).chunk(2, dim=-2))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ring: Ring) -> Tensor:
+        size, rank = ring.group.size(), ring.group.rank()
+        queries = _halves(q, k.shape[1])
+        outputs = [torch.zeros_like(part) for part in queries]
+        logsumexps = [part.new_full(part.shape[:-1], -torch.inf) for part in queries]
+        keys, values = k, v
+        for turn in range(size):
+            key_halves, value_halves = (_wide(x).chunk(2, dim=-2) for x in (keys, values))
+            for i, j, a, b in ring.blocks((rank - turn) % size):
+                scores = _scores(queries[i], key_halves[j], mask, a, b)
+                ring.blocks_computed += 1
+                here = scores.logsumexp(dim=-1)
+                merged = torch.logaddexp(logsumexps[i], here)
+                safe = merged.masked_fill(merged == -torch.inf, 0.0)  # a row with nothing to see yet
+                weights = (scores - safe[..., None]).exp()
+                kept = (logsumexps[i] - safe).exp()[..., None]
+                outputs[i] = outputs[i] * kept + weights @ value_halves[j].unsqueeze(2)
+                logsumexps[i] = merged
+            if turn + 1 < size:
+                keys, values = ring.pass_on([keys, values])
+        ctx.ring, ctx.mask = ring, mask
+        out = torch.cat(outputs, dim=-2)
+        ctx.save_for_backward(q, k, v, out, torch.cat(logsumexps, dim=-1))
+        return out.flatten(1, 2).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        ring, mask = ctx.ring, ctx.mask
+        size, rank = ring.group.size(), ring.group.rank()
+        scale = 1.0 / math.sqrt(q.shape[-1])
+        queries, upstream = _halves(q, k.shape[1]), _halves(gradients[0], k.shape[1])
+        totals = list(logsumexp.chunk(2, dim=-1))
+        # rowsum(dP * P) of attention's gradient is rowsum(d_out * out)
+        diagonals = [(g * o).sum(-1, keepdim=True) for g, o in zip(upstream, out.chunk(2, dim=-2), strict=True)]
+        d_queries = [torch.zeros_like(part) for part in queries]
+        keys, values = k, v
+        d_keys, d_values = torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
+        for turn in range(size):
+            key_halves, value_halves = (_wide(x).chunk(2, dim=-2) for x in (keys, values))
+            d_key_halves, d_value_halves = d_keys.chunk(2, dim=-2), d_values.chunk(2, dim=-2)
+            for i, j, a, b in ring.blocks((rank - turn) % size):
+                scores = _scores(queries[i], key_halves[j], mask, a, b)
+                probabilities = (scores - totals[i][..., None]).exp()
+                d_probabilities = upstream[i] @ value_halves[j].unsqueeze(2).transpose(-1, -2)
+                d_scores = probabilities * (d_probabilities - diagonals[i]) * scale
+                d_value_halves[j].add_((probabilities.transpose(-1, -2) @ upstream[i]).sum(2))
+                d_key_halves[j].add_((d_scores.transpose(-1, -2) @ queries[i]).sum(2))
+                d_queries[i] += d_scores @ key_halves[j].unsqueeze(2)
+            # the sums travel with their keys and values, all the way round to their owner
+            if turn + 1 < size:
+                keys, values, d_keys, d_values = ring.pass_on([keys, values, d_keys, d_values])
+            else:
+                d_keys, d_values = ring.pass_on([d_keys, d_values])
+        d_query = torch.cat(d_queries, dim=-2).flatten(1, 2)
+        return d_query.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype), None, None

@@ -1,0 +1,65 @@
+"""The tensor-parallel plan, translated: to DTensor styles for the native engine, to AutoTP layer specs for DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from megatrain.model.gpt import MLP, Attention, LayerNorm, RMSNorm
+from megatrain.parallel.pipeline import Stage
+from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut
+
+# ---------------------------------------------------------------------------------------------------- native
+
+
+def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
+    """Cut a stage's layers over the ranks of a tensor group, by the plan, with sequence parallelism between them.
+
+    Between layers a rank holds `[B, T / tp, D]`: norms, residual additions and dropout work on that slice of the sequence
+    (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers gather the sequence at their entry and
+    scatter it at their exit; the head leaves its rows of the vocabulary on each rank.
+    """
+    sequence, whole = Shard(1), Replicate()
+    styles: dict[str, ParallelStyle] = {}
+    for name, module in stage.named_modules():
+        kind = cut(f"{name}.weight") if isinstance(module, nn.Linear | nn.Embedding) else None
+        if isinstance(module, Attention):
+            styles[name] = PrepareModuleInput(
+                input_layouts=(sequence, None, None, None), desired_input_layouts=(whole, None, None, None)
+            )
+        elif isinstance(module, MLP):
+            styles[name] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
+        elif name.endswith((".q_norm", ".k_norm")):  # [B, T, heads, K], cut by heads
+            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+        elif isinstance(module, RMSNorm | LayerNorm):
+            styles[name] = SequenceParallel()
+        elif kind == COLUMN:
+            styles[name] = ColwiseParallel()
+        elif kind == ROW:
+            styles[name] = RowwiseParallel(output_layouts=sequence)
+        elif kind == VOCAB and isinstance(module, nn.Embedding):
+            styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=sequence)
+        elif kind == VOCAB:
+            styles[name] = ColwiseParallel(input_layouts=sequence, output_layouts=Shard(-1))
+        elif isinstance(module, nn.Embedding):  # learned positions: whole, looked up for this rank's slice
+            module.register_forward_pre_hook(_slice_of_sequence(mesh))
+            styles[name] = SequenceParallel(sequence_dim=-1, use_local_output=True)
+    parallelize_module(stage, mesh, styles)
+    stage.tie()
+
+
+def _slice_of_sequence(mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    """A hook that gives a module this rank's slice of its input's last dimension."""
+    size, rank = mesh.size(), mesh.get_local_rank()
+    return lambda module, arguments: (arguments[0].chunk(size, dim=-1)[rank],)
