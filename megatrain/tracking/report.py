@@ -20,6 +20,7 @@ from megatrain.tracking.console import clock, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics, to_json
 from megatrain.tracking.report_page import PAGE
+from megatrain.tracking.report_pipeline import pipeline
 
 MAX_POINTS = 1200
 """Points of a curve; a longer run shows the mean of each stretch, with its smallest and largest value as a band."""
@@ -75,11 +76,13 @@ def collect(run_dir: Path) -> dict[str, Any]:
         }
         for event in thin(events)
     ]
+    config = config if isinstance(config, dict) else {}
     return {
         "name": run_dir.resolve().name,
         "status": status(events, curves),
         "tiles": tiles(curves, events),
-        "facts": facts(config if isinstance(config, dict) else {}, events, curves, checkpoints),
+        "facts": facts(config, events, curves, checkpoints),
+        "pipeline": pipeline(config, events),
         "x": {"step": curves.steps, "time": [time - first for time in curves.times], "tokens": curves.tokens},
         "curves": curves.curves,
         "heldout": [[step, time - first, tokens, value] for step, time, tokens, value in curves.heldout],

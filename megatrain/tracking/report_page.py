@@ -52,6 +52,7 @@ td:first-child { color:var(--soft); white-space:nowrap; width:1% } td.nowrap { w
 details.card { padding:10px 14px } summary { cursor:pointer; font-weight:600; font-size:13.5px }
 pre { font:12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x:auto; margin:10px 0 4px }
 .notice { border-left:3px solid var(--b); padding:8px 12px; margin-bottom:14px }
+.under { color:var(--soft); font-size:12px; margin-bottom:8px }
 .empty { color:var(--soft); padding:48px 0; text-align:center }
 footer { color:var(--soft); font-size:12px; margin-top:16px }
 """
@@ -348,6 +349,8 @@ function build() {
     }
   } else root.innerHTML = '<section class="card wide empty">No step has been written yet.</section>';
   if (D.events.length) new Lanes(root);
+  if (D.pipeline) root.insertAdjacentHTML('beforeend', `<section class="card wide"><div class="head"><h2>Pipeline schedule</h2></div>
+    <div class="under">${esc(D.pipeline.text)}</div>${D.pipeline.svg}</section>`);
   const rows = (list, cls) => `<table>${list.map(r => `<tr>${r.map((c, i) => `<td class="${i < cls ? 'nowrap' : ''}">${esc(c)}</td>`).join('')}</tr>`).join('')}</table>`;
   const half = Math.ceil(D.facts.length / 2);
   root.insertAdjacentHTML('beforeend', `<section class="card wide"><div class="head"><h2>Run</h2></div><div class="facts">${rows(D.facts.slice(0, half), 1)}${rows(D.facts.slice(half), 1)}</div></section>`);

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain.parallel import schedules
 from megatrain.parallel.layout import Layout
+from megatrain.parallel.timeline import orders
 
 VOCAB, WIDTH, LENGTH, ROWS = 11, 8, 5, 2
 SCHEDULES = {
@@ -238,6 +239,34 @@ def test_the_number_of_micro_batches_may_change_from_step_to_step(schedule):
     counts = [4, 8, 8, 4]
     results = run_ranks(train, 2, schedule, 2, 1, None, counts)
     compare(results, reference(2 * SCHEDULES[schedule], 1, counts), 1)
+
+
+def what_ran(world, schedule, pp, count):
+    """This rank's actions in a step, written down as torch's schedule calls its stages."""
+    ran = []
+
+    class Watched(schedules.SplitBackwardStage):
+        def forward_one_chunk(self, chunk, *args, **kwargs):
+            ran.append((self.stage_index, "F", chunk))
+            return super().forward_one_chunk(chunk, *args, **kwargs)
+
+        def backward_one_chunk(self, chunk, *args, full_backward=True, **kwargs):
+            ran.append((self.stage_index, "B" if full_backward else "I", chunk))
+            return super().backward_one_chunk(chunk, *args, full_backward=full_backward, **kwargs)
+
+        def backward_weight_one_chunk(self, chunk, *args, **kwargs):
+            ran.append((self.stage_index, "W", chunk))
+            return super().backward_weight_one_chunk(chunk, *args, **kwargs)
+
+    schedules.SplitBackwardStage = Watched
+    train(world, schedule, pp, 1, None, [count])
+    return ran
+
+
+@pytest.mark.parametrize(("pp", "count"), [(2, 4), (3, 6), (4, 8)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_run_in_the_order_that_the_timelines_show(schedule, pp, count):
+    assert run_ranks(what_ran, pp, schedule, pp, count) == orders(schedule, pp, SCHEDULES[schedule], count)
 
 
 def forward_only(world, schedule, pp, dp, wrap, counts):
