@@ -33,7 +33,7 @@ from megatrain.parallel.layout import Layout, stage_layers
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import LossFunction, Stage
 from megatrain.parallel.schedules import Pipeline
-from megatrain.parallel.sharding import before_backward, local, shard
+from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
 from megatrain.parallel.tensor import cut_tensors
 from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
@@ -378,5 +378,7 @@ class NativeEngine:
         step = int(counters["optimizer"]["step"]) if counters else 0
         materialise(self.optimizer, step)
         self._match_tied()
+        for stage in self.stages.values():
+            forget_gathered(stage)
         self.scaler.load(counters["loss_scale"] if counters else None)
         self._refresh()

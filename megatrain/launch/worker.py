@@ -5,6 +5,7 @@ How ranks are started is `local.py`'s; nothing here decides about restarts.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 import yaml
 
-from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.resume import check_resume, flatten
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
@@ -51,6 +53,9 @@ from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
 from megatrain.trainer import Parts, Progress, Trainer
 
+BY_HOST = ("launch.", "data.dir", "data.workers", "run.dir")
+"""Keys that may differ between the ranks of a job."""
+
 _LOG = logging.getLogger("megatrain")
 
 
@@ -73,9 +78,33 @@ def run(config: TrainConfig) -> int:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         world = join(config.launch, environment)
+        check_agreement(config, data, world)
         status = work(data, world, stop)
         leave()  # not after a failure: its message comes first, and taking NCCL down without a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
+
+
+def check_agreement(config: TrainConfig, data: OpenData, world: World) -> None:
+    """Refuse ranks that were started with other configs or see other data: they would train different models in part.
+
+    What may differ by host is left out: `launch` and where folders are.
+
+    Raises:
+        ConfigError: on every rank, naming the ranks and the first keys that differ from rank 0's.
+    """
+    mine = {key: value for key, value in flatten(asdict(config)).items() if not key.startswith(BY_HOST)}
+    mine["data (fingerprint)"] = data.fingerprint
+    fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(mine, sort_keys=True, default=str).encode())
+    if len(set(world.share(fingerprint))) == 1:
+        return
+    everyone = world.share(mine)
+    told = []
+    for rank, other in enumerate(everyone):
+        differing = [key for key in {**everyone[0], **other} if other.get(key) != everyone[0].get(key)]
+        told += [f"rank {rank} has {key}={other.get(key)}, rank 0 {everyone[0].get(key)}" for key in differing[:3]]
+    raise ConfigError(
+        f"the ranks disagree on the config: {'; '.join(told[:8])}. Start all of them with the same command"
+    )
 
 
 def work(data: OpenData, world: World, stop: StopRequest) -> str:
@@ -163,7 +192,7 @@ def train(
         store=store,
         journal=journal,
         exchange=world.gather,
-        batch_hash=lambda hashes: step_hash(in_sample_order(hashes, config.train.micro_batch_size)),
+        batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
         stopping=lambda: stop.signal_number,
         identity={
             "config": asdict(config),
@@ -183,7 +212,7 @@ def train(
 
 
 def in_sample_order(hashes: Any, micro_batch_size: int) -> Any:
-    """Every rank's sample hashes (`[ranks, micro batches * micro_batch_size]`) in the order of the step's samples."""
+    """Every data rank's sample hashes (`[dp, micro batches * micro_batch_size]`) in the order of the step's samples."""
     ranks = hashes.shape[0]
     return hashes.reshape(ranks, -1, micro_batch_size).transpose(1, 0, 2).reshape(-1)
 

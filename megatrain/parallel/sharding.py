@@ -53,6 +53,13 @@ def before_backward(stage: nn.Module, zero: int, last: bool) -> None:
         stage.set_reshard_after_backward(last or zero == 3)
 
 
+def forget_gathered(stage: nn.Module) -> None:
+    """Let go of parameters that are still gathered from the last forward pass: what they rest as has been overwritten."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, whether it is a DTensor or a plain one; shares its memory."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -92,3 +92,36 @@ def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
     whole = {name: torch.empty(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
     load_into(saved, manifest, whole, None)
     return whole
+
+
+def wide_llama(**changes: Any) -> ModelConfig:
+    """A Llama-shaped model that 2 and 4 tensor ranks can share; its vocabulary and its 5 blocks divide by nothing."""
+    shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "hidden_size": 32, "head_size": 4, "ffn_size": 40}
+    return llama(**{**shape, "init_std": 0.1, **changes})
+
+
+def wide_gpt2(**changes: Any) -> ModelConfig:
+    """A GPT-2-shaped model (tied, biases, learned positions) that 2, 4 and 8 tensor ranks can share."""
+    return gpt2(**{"num_layers": 5, "num_heads": 8, "hidden_size": 32, **changes})
+
+
+def layout_job(
+    engine: str = "native",
+    family: str = "llama",
+    micro: int = 1,
+    compile: bool = False,
+    recompute: str = "none",
+    **parallel: Any,
+) -> TrainConfig:
+    """The config of a job whose `parallel.*` keys are given.
+
+    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is nothing but rounding into a step of the whole
+    learning rate, on one process with other micro-batches just as well.
+    """
+    model = wide_llama() if family == "llama" else wide_gpt2()
+    config = job(engine, parallel.pop("zero", 0), micro, model, recompute=recompute)
+    config.optim.eps = 1e-6
+    config.compile = compile
+    for name, value in parallel.items():
+        setattr(config.parallel, name, value)
+    return config

@@ -147,8 +147,8 @@ def test_a_key_that_does_not_exist_is_refused_with_the_nearest_one(key, meant):
 
 
 def test_a_key_like_no_other_is_refused_with_what_there_is():
-    message = refusal("train", "parallel.tp=2")
-    assert "unknown key parallel.tp" in message and "parallel.zero" in message
+    message = refusal("train", "parallel.xq=2")
+    assert "unknown key parallel.xq" in message and "parallel.zero" in message
     message = refusal("train", "xyzzy=2")
     assert "unknown key xyzzy" in message and "model" in message and "experiment" in message
 

@@ -166,6 +166,15 @@ REFUSED = {
             dict(precision__accumulate_dtype="fp32"),
         )
     ],
+    "native_low_reduction": [
+        (native(zero=1, precision="bf16", reduce="bf16"), 2, "parallel.zero=2", dict(parallel__zero=2)),
+        (
+            native(precision="bf16", reduce="bf16", parallel__pp=2),
+            2,
+            "precision.reduce_dtype=fp32",
+            dict(precision__reduce_dtype="fp32"),
+        ),
+    ],
     "deepspeed_zero0_fp32_accumulation": [
         (job(zero=0, precision="bf16"), 2, "parallel.zero=1", dict(parallel__zero=1))
     ],
