@@ -446,9 +446,9 @@ REFUSALS = (
         "native_low_reduction",
         "native with gradients that travel in less than fp32 where FSDP2 would sum micro-batches in that format too",
         lambda config, world_size: (
-            f"engine=native sums micro-batches in the format that gradients travel in where it reduces once a step "
-            f"(a pipeline, or parallel.zero=0 or 1); use precision.reduce_dtype=fp32, or parallel.zero=2 or 3 with "
-            f"parallel.pp=1"
+            "engine=native sums micro-batches in the format that gradients travel in where it reduces once a step "
+            "(a pipeline, or parallel.zero=0 or 1); use precision.reduce_dtype=fp32, or parallel.zero=2 or 3 with "
+            "parallel.pp=1"
             if not _is_deepspeed(config)
             and world_size > 1
             and _is_low(config)

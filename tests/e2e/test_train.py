@@ -142,3 +142,27 @@ def test_mistakes_get_one_clear_message(workplace, undisturbed, words, code, mes
     assert "Traceback" not in done.stderr
     assert sorted((workplace / "runs" / "undisturbed" / "checkpoints").rglob("*")) == before
     assert metrics(workplace, "undisturbed") == undisturbed
+
+
+def test_any_layout_of_the_native_engine_trains_the_same_run(workplace, undisturbed):
+    """Tensor x pipeline ranks, killed and continued by data x context ranks, then by DeepSpeed: the same samples to the
+    hash, the losses of the undisturbed run within 1e-5, evaluation too."""
+    words = [*TRAIN, "run.name=split"]
+    native = [*words, "engine=native", "launch.nproc_per_node=4"]
+    process = start(workplace, *native, "parallel.tp=2", "parallel.pp=2")
+    wait_for(workplace, "split", 12, process)
+    process.kill()
+    process.communicate()
+    process = start(workplace, *native, "parallel.cp=2", "parallel.zero=3")
+    wait_for(workplace, "split", 23, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    done = megatrain(workplace, *words, "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    records = metrics(workplace, "split")
+    same(records, undisturbed, ("step", "lr", "tokens", "batch_hash", "updated"))
+    for record, expected in zip(records, undisturbed, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert ("heldout_loss" in record) == ("heldout_loss" in expected)
+        if "heldout_loss" in record:
+            assert record["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-5)
