@@ -1,0 +1,23 @@
+"""Writes the table of refused combinations into docs/layouts.md, from megatrain/parallel/layout.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatrain.parallel.layout import REFUSALS
+
+PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
+BEGIN, END = "<!-- refusals: written by tools/layouts_reference.py -->\n", "<!-- end of refusals -->"
+
+
+def page(text: str) -> str:
+    """The page with its table renewed."""
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    rows = "".join(f"| `{row.name}` | {row.summary} |\n" for row in REFUSALS)
+    return f"{head}{BEGIN}| row | what is refused, and why |\n| --- | --- |\n{rows}{END}{tail}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE}")
