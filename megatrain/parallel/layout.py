@@ -482,6 +482,17 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        # seen: "c10d._allgather_base_ encountered during backward but not found in storage", on two ranks
+        "deepspeed_zero3_selective",
+        "selective recompute at DeepSpeed's ZeRO 3: it gathers inside the block, which the recompute cannot repeat",
+        lambda config, _: (
+            "train.recompute=selective fails under DeepSpeed at parallel.zero=3, which gathers parameters inside the "
+            "recomputed block; use train.recompute=full, parallel.zero=2 or engine=native"
+            if config.train.recompute == "selective" and _is_deepspeed(config) and config.parallel.zero == 3
+            else None
+        ),
+    ),
+    Refusal(
         # measured on a 2-block model: 11 graph fragments, torch's recompile limit hit, losses bit-equal to uncompiled
         "deepspeed_zero3_compile",
         "compile at DeepSpeed's ZeRO 3, whose hooks split every block into fragments",

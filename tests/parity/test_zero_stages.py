@@ -79,13 +79,15 @@ def test_accumulation_equals_one_large_micro_batch(reference):
 
 @pytest.mark.parametrize(("engine", "zero", "ranks"), [("native", 0, 1), ("deepspeed", 2, 2), ("deepspeed", 3, 2)])
 def test_recompute_changes_nothing(engine, zero, ranks):
-    """Full recompute gives the same bits as none, with dropout too."""
+    """Full and selective recompute give the same bits as none, with dropout too."""
     model = llama(dropout=0.2)
     plain = run_ranks(run, ranks, job(engine, zero, model=model), None, 3)[0][0]
     again = run_ranks(run, ranks, job(engine, zero, model=model), None, 3)[0][0]
-    recomputed = run_ranks(run, ranks, job(engine, zero, model=model, recompute="full"), None, 3)[0][0]
     assert plain == again
-    assert plain == recomputed
+    for kind in (
+        ("full",) if (engine, zero) == ("deepspeed", 3) else ("selective", "full")
+    ):  # the table refuses the pair
+        assert plain == run_ranks(run, ranks, job(engine, zero, model=model, recompute=kind), None, 3)[0][0], kind
     without = run_ranks(run, ranks, job(engine, zero, model=llama()), None, 3)[0][0]
     assert without != plain, "dropout did nothing"
 

@@ -181,6 +181,9 @@ REFUSED = {
     "deepspeed_zero0_fp16": [
         (job(zero=0, precision="fp16", accumulate="fp16"), 2, "parallel.zero=1", dict(parallel__zero=1))
     ],
+    "deepspeed_zero3_selective": [
+        (job(train__recompute="selective"), 2, "train.recompute=full", dict(train__recompute="full"))
+    ],
     "deepspeed_zero3_compile": [(job(compiled=True), 2, "parallel.zero=2", dict(parallel__zero=2))],
 }
 """For each row of the table: a job it refuses, its ranks, what the message must advise, and the change that follows it."""
