@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 over data-parallel ranks.
+"""The DeepSpeed engine: ZeRO 0 to 3 over data-parallel and context-parallel ranks.
 
 DeepSpeed reduces, shards and updates; what it leaves open is decided here: the loss is normalised by the tokens of the
 whole step, the loss scale follows our one rule, non-finite gradients never reach the parameters (stage 0 in fp32 would
@@ -34,6 +34,9 @@ from megatrain.model.gpt import GPT
 from megatrain.model.init import initial_values
 from megatrain.optim.adamw import MOMENTS, adamw, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.parallel.context import local_slice, make_attend
+from megatrain.parallel.layout import Layout
+from megatrain.parallel.mesh import make_groups
 
 
 def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, Any]:
@@ -91,10 +94,17 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = config.parallel.zero
         self.scaler = LossScaler.from_config(config.precision)
+        self.layout = Layout.of(config, world.size)
         document = deepspeed_config(
-            config, config.train.global_batch_size // (config.train.micro_batch_size * world.size)
+            config, config.train.global_batch_size // (config.train.micro_batch_size * self.layout.dp)
         )
         model = self._build_model(deepspeed, document)
+        if self.layout.cp > 1:
+            # to DeepSpeed context ranks are data ranks: they hold the same parameters and sum the same gradients
+            context = make_groups(self.layout, world.rank, world.device).cp
+            assert context is not None
+            for block in model.blocks.children():
+                block.attn.attend = make_attend(self.layout.cp_kind, context)  # type: ignore[union-attr]
         model.recompute = config.train.recompute
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         groups = parameter_groups(
@@ -230,6 +240,7 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
+        micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
         tokens = self.world.sum(torch.tensor(count_tokens(micro_batches), dtype=torch.int64, device=self.world.device))
         factor = self.world.size / max(1, int(tokens))  # DeepSpeed averages gradients over the ranks
         for group in self.inner.param_groups:
@@ -276,4 +287,11 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        return evaluate(self.engine.module, batches, self.world)
+        return evaluate(self.engine.module, map(self._mine, batches), self.world)
+
+    def _mine(self, micro_batch: MicroBatch) -> MicroBatch:
+        """This rank's slice of the sequences."""
+        layout = self.layout
+        if layout.cp == 1:
+            return micro_batch
+        return local_slice(micro_batch, layout.cp_kind, layout.coordinate(self.world.rank).cp, layout.cp)

@@ -351,11 +351,11 @@ REFUSALS = (
         ),
     ),
     Refusal(
-        "deepspeed_cuts",
-        "tensor and context parallelism under engine=deepspeed: not built yet",
+        "deepspeed_tensor",
+        "tensor parallelism under engine=deepspeed: not built yet",
         lambda config, _: (
-            f"parallel.tp={config.parallel.tp} and parallel.cp={config.parallel.cp} need engine=native"
-            if _is_deepspeed(config) and config.parallel.tp * config.parallel.cp > 1
+            f"parallel.tp={config.parallel.tp} needs engine=native"
+            if _is_deepspeed(config) and config.parallel.tp > 1
             else None
         ),
     ),

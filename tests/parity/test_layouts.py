@@ -43,6 +43,10 @@ CELLS = [
     (4, "llama", {**V, "zero": 1}),
     (4, "gpt2", {"pp": 2, "tp": 2}),
     (4, "llama", {"pp": 2, "cp": 2, "zero": 3}),
+    (2, "llama", {"engine": "deepspeed", "cp": 2, "zero": 3}),
+    (2, "gpt2", {"engine": "deepspeed", "cp": 2, "zero": 0, "recompute": "full"}),
+    (4, "llama", {"engine": "deepspeed", "cp": 2, "zero": 2, "cp_kind": "ring"}),
+    (4, "gpt2", {"engine": "deepspeed", "cp": 2, "zero": 1}),
     (8, "gpt2", {"pp": 2, "tp": 2, "zero": 3}),
 ]
 

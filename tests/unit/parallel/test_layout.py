@@ -39,9 +39,8 @@ def native(**changes):
 REFUSED = {
     "world_does_not_factor": [(native(parallel__tp=4), 6, "start 4 or 8 ranks", dict(world=8))],
     "deepspeed_pipeline": [(job(parallel__pp=2), 4, "engine=native", dict(engine__name="native"))],
-    "deepspeed_cuts": [
+    "deepspeed_tensor": [
         (job(parallel__tp=2), 2, "engine=native", dict(engine__name="native")),
-        (job(parallel__cp=2), 2, "engine=native", dict(engine__name="native")),
     ],
     "tensor_cuts": [
         (
