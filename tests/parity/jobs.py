@@ -10,6 +10,8 @@ import torch
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
 from megatrain.engine.base import Engine
+from megatrain.engine.build import build_engine
+from megatrain.parallel.layout import Layout
 
 VOCAB = 101  # does not divide by any number of ranks
 SEQ_LEN = 16
@@ -125,3 +127,69 @@ def layout_job(
     for name, value in parallel.items():
         setattr(config.parallel, name, value)
     return config
+
+
+STEPS = 10
+LIMITS = {
+    "start": 0.0,
+    "loss": 1e-5,
+    "grad_norm": 1e-4,
+    "first_gradient": 1e-5,
+    "parameter": 1e-5,
+    "heldout_loss": 1e-5,
+}
+"""Largest deviation from one process that a layout may have; see `deviations`."""
+
+
+def ten_steps(world: Any, config: TrainConfig, folder: str) -> Any:
+    """Ten steps with unevenly many ignored labels; what each rank was told, and the gathered state on the way."""
+    engine = build_engine(config, world)
+    layout = Layout.of(config, world.size)
+
+    def data(step: int) -> list[MicroBatch]:
+        return batches(config, step, layout.data_rank(world.rank), layout.dp, ignored=True)
+
+    told, states = [], [gather(engine, Path(folder) / "start", world)]
+    for step in range(1, STEPS + 1):
+        result = engine.train_step(data(step), config.optim.lr, step)
+        told.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm), int(result.tokens)))
+        if step in (1, STEPS):
+            states.append(gather(engine, Path(folder) / str(step), world))
+    loss_sum, tokens = engine.evaluate(data(99))
+    return told, (float(loss_sum) / int(tokens), int(tokens)), states if world.rank == 0 else None
+
+
+def deviations(results: list[Any], expected: Any) -> dict[str, float]:
+    """How far `ten_steps` of a layout are from one process.
+
+    `loss`, `grad_norm` and `heldout_loss`: the largest relative difference; `first_gradient`: of each parameter relative to
+    its largest element (the first moment after one step is the clipped gradient times 1 - beta1); `parameter`: absolute,
+    after the last step; `start`: absolute, 0 where all initial bits are equal. Key biases are left out: their true gradient
+    is zero. Ranks that were told different numbers, or other token counts, deviate infinitely.
+    """
+    told, held_out, states = results[0]
+    true_told, true_held_out, true_states = expected
+    tokens = [[entry[2] for entry in run] for run in (told, true_told)]
+    agreed = all(other[:2] == (told, held_out) for other in results[1:]) and tokens[0] == tokens[1]
+    if not agreed or held_out[1] != true_held_out[1] or states[0].keys() != true_states[0].keys():
+        return dict.fromkeys(LIMITS, float("inf"))
+
+    def relative(values: list[float], true: list[float]) -> float:
+        return max(abs(value / other - 1) for value, other in zip(values, true, strict=True))
+
+    def furthest(index: int, prefix: str, scaled: bool = False) -> float:
+        found = [0.0]
+        for key, tensor in true_states[index].items():
+            if key.startswith(prefix) and not (index and key.endswith("k.bias")):
+                difference = (states[index][key] - tensor).abs().max()
+                found.append(float(difference / tensor.abs().max().clamp(min=1e-30) if scaled else difference))
+        return max(value if value == value else float("inf") for value in found)
+
+    return {
+        "start": furthest(0, ""),
+        "loss": relative([entry[0] for entry in told], [entry[0] for entry in true_told]),
+        "grad_norm": relative([entry[1] for entry in told], [entry[1] for entry in true_told]),
+        "first_gradient": furthest(1, "optim.exp_avg.", scaled=True),
+        "parameter": furthest(2, "model."),
+        "heldout_loss": relative([held_out[0]], [true_held_out[0]]),
+    }

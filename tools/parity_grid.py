@@ -1,0 +1,114 @@
+"""Compares every legal layout with one process, on CPU in fp32, and prints a table of the deviations.
+
+    python tools/parity_grid.py --world 2 4 --family gpt2
+    python tools/parity_grid.py --world 8 --sample 40
+
+The cells come from the table of layouts; a cell is what tests/parity/test_layouts.py runs: ten steps with unevenly many
+ignored labels. Exit code 1 where a cell deviates, fails or hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+
+from jobs import LIMITS, deviations, layout_job, ten_steps  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+
+from megatrain.parallel.layout import Layout, divisors, refusal  # noqa: E402
+
+SCHEDULES = [
+    {"schedule": "gpipe"},
+    {"schedule": "1f1b"},
+    {"schedule": "interleaved_1f1b", "virtual_stages": 2},
+    {"schedule": "interleaved_zero_bubble", "virtual_stages": 2},
+    {"schedule": "zbv_zero_bubble", "virtual_stages": 2},
+]
+
+
+def cells(world: int) -> list[dict[str, Any]]:
+    """Every legal combination of the axes on so many ranks, as arguments of `layout_job`."""
+    found = []
+    degrees = [(tp, pp, cp) for tp, pp, cp in product(divisors(world), repeat=3) if world % (tp * pp * cp) == 0]
+    for engine, zero, (tp, pp, cp), recompute in product(
+        ("native", "deepspeed"), range(4), degrees, ("none", "selective", "full")
+    ):
+        schedules = SCHEDULES if pp > 1 else [{}]
+        kinds = ("ulysses", "ring") if cp > 1 else ("ulysses",)
+        replicas = (1, 2) if world // (tp * pp * cp) % 2 == 0 and zero else (1,)
+        for schedule, kind, replicate in product(schedules, kinds, replicas):
+            cell = {"engine": engine, "zero": zero, "tp": tp, "pp": pp, "cp": cp, "recompute": recompute, **schedule}
+            cell |= {"cp_kind": kind} if cp > 1 else {}
+            cell |= {"dp_replicate": replicate} if replicate > 1 else {}
+            if refusal(layout_job(**cell), world) is None:
+                found.append(cell)
+    return found
+
+
+def main() -> int:
+    """Run the cells that were asked for; 1 where any is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default 1 2 4)")
+    parser.add_argument("--family", nargs="+", choices=("llama", "gpt2"), default=["llama", "gpt2"])
+    parser.add_argument("--engine", choices=("native", "deepspeed"), help="only this engine")
+    parser.add_argument("--sample", type=int, help="so many cells of each world and family, drawn with a fixed seed")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a cell may take (default 300)")
+    parser.add_argument("--list", action="store_true", help="print the cells and end")
+    arguments = parser.parse_args()
+    failed, worst, total = 0, dict.fromkeys(LIMITS, 0.0), 0
+    print("| ranks | family | layout | " + " | ".join(LIMITS) + " | seconds |")
+    print("| ---: | --- | --- | " + "---: | " * (len(LIMITS) + 1))
+    for family in arguments.family:
+        expected = None
+        for world in arguments.world:
+            chosen = [cell for cell in cells(world) if arguments.engine in (None, cell["engine"])]
+            if arguments.sample is not None and arguments.sample < len(chosen):
+                chosen = random.Random(world).sample(chosen, arguments.sample)
+            for cell in chosen:
+                name = f"{Layout.of(layout_job(**cell), world).describe()}" + "".join(
+                    f" {key}={cell[key]}"
+                    for key in ("cp_kind", "dp_replicate", "recompute")
+                    if cell.get(key) not in (None, "none")
+                )
+                if arguments.list:
+                    print(f"| {world} | {family} | {name} |")
+                    continue
+                if expected is None:
+                    with tempfile.TemporaryDirectory() as folder:
+                        expected = run_ranks(ten_steps, 1, layout_job(family=family, micro=8), folder)[0]
+                started = time.monotonic()
+                try:
+                    with tempfile.TemporaryDirectory() as folder:
+                        config = layout_job(family=family, **cell)
+                        found = deviations(
+                            run_ranks(ten_steps, world, config, folder, timeout_s=arguments.timeout), expected
+                        )
+                    bad = [key for key, value in found.items() if not value <= LIMITS[key]]
+                    shown = [f"**{found[key]:.1e}**" if key in bad else f"{found[key]:.1e}" for key in LIMITS]
+                    worst = {key: max(worst[key], found[key]) for key in LIMITS}
+                except (AssertionError, TimeoutError) as error:
+                    bad, shown = (
+                        ["run"],
+                        [f"**{str(error).strip().splitlines()[-1][:120]}**"] + [""] * (len(LIMITS) - 1),
+                    )
+                total, failed = total + 1, failed + bool(bad)
+                print(
+                    f"| {world} | {family} | {name} | {' | '.join(shown)} | {time.monotonic() - started:.1f} |",
+                    flush=True,
+                )
+    if not arguments.list:
+        print(f"\n{total} cells, {failed} not as they should be; largest deviations: ", end="")
+        print(", ".join(f"{key} {value:.1e} (limit {LIMITS[key]:g})" for key, value in worst.items()))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
