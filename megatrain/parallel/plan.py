@@ -1,7 +1,7 @@
 """The tensor-parallel plan as data: how each parameter is cut over the ranks of a tensor group. Imports no torch.
 
-Declared once; `tensor.py` translates it for each engine, the checkpoint takes global places from it, and the memory model
-its sizes.
+Declared once; `tensor.py` translates it into modules that compute so, and the engine takes from it where in the whole
+parameter a rank's block stands.
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ def cut(name: str) -> str:
     return next(kind for pattern, kind in PLAN if fnmatchcase(name, pattern))
 
 
-def cut_dimension(name: str, vocabulary_cut: bool = True) -> int | None:
-    """The dimension that is cut, None where the parameter is whole on every rank.
-
-    An engine that cannot cut the vocabulary (DeepSpeed's AutoTP) says so.
-    """
-    kind = cut(name)
-    return None if kind == VOCAB and not vocabulary_cut else _DIMENSION[kind]
+def cut_dimension(name: str) -> int | None:
+    """The dimension that is cut, None where the parameter is whole on every rank."""
+    return _DIMENSION[cut(name)]
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -48,11 +44,9 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(start + length, size) - start
 
 
-def block(
-    name: str, shape: tuple[int, ...], tp: int, tp_rank: int, vocabulary_cut: bool = True
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def block(name: str, shape: tuple[int, ...], tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Origin and shape of the block of a parameter (of global `shape`) that one rank of a tensor group works with."""
-    dimension = cut_dimension(name, vocabulary_cut)
+    dimension = cut_dimension(name)
     origin, sizes = [0] * len(shape), list(shape)
     if dimension is not None and tp > 1:
         origin[dimension], sizes[dimension] = chunk(shape[dimension], tp, tp_rank)

@@ -1,4 +1,4 @@
-"""The tensor-parallel plan, translated: to DTensor styles for the native engine, to AutoTP layer specs for DeepSpeed."""
+"""The tensor-parallel plan, translated to DTensor styles for the native engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from torch.distributed.tensor.parallel import (
 from megatrain.model.gpt import MLP, Attention, LayerNorm, RMSNorm
 from megatrain.parallel.pipeline import Stage
 from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut
-
-# ---------------------------------------------------------------------------------------------------- native
 
 
 def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
