@@ -77,7 +77,8 @@ def go_on(world, config, folder, whole_folder):
     load_into(saved, manifest, engine.state(), world)
     engine.restore(manifest)
     whole = gather(engine, Path(whole_folder), world)
-    return train(engine, config, world, SAVED_AT + 1, LAST), whole, engine.counters(), manifest["optimizer"]
+    counters = engine.counters()
+    return train(engine, config, world, SAVED_AT + 1, LAST), whole, counters, manifest["optimizer"]
 
 
 @pytest.fixture(scope="module")
