@@ -126,7 +126,7 @@ REFUSALS = [
     (["checkpoint.resume=never"], 2, "already holds checkpoints"),
     (["model.vocab_size=300", "run.name=new"], 2, "model.vocab_size=400"),
     (["data.name=other", "run.name=new"], 2, "megatrain prepare"),
-    (["engine=native"], 2, "engine=native"),
+    (["parallel.pp=2"], 2, "engine=native"),
     (["train.seq_len=512", "data.name=tiny", "run.name=undisturbed"], 4, "train.seq_len"),
     (["run.name=new", "checkpoint.init_from=nowhere"], 2, "nowhere"),
 ]
