@@ -151,6 +151,14 @@ class EngineConfig:
     """Who owns parameters, gradients and optimizer states."""
 
     name: str = key("deepspeed", "training engine", choices=("deepspeed", "native"))
+    offload: str = key(
+        "none",
+        "where masters and optimizer states live, and the update runs, instead of on the device: cpu, the host's memory; "
+        "nvme, engine.nvme_path (deepspeed)",
+        choices=("none", "cpu", "nvme"),
+    )
+    offload_parameters: bool = key(False, "parameters live there too, and come to the device block by block (ZeRO 3)")
+    nvme_path: str | None = key(None, "folder on a fast local disk that engine.offload=nvme swaps to")
 
 
 @dataclass

@@ -27,7 +27,6 @@ from megatrain.data.normalise import normalise
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.engine.common import evaluate as sum_over
 from megatrain.errors import ConfigError, DataError
-from megatrain.launch.world import World
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> None:
         vocab_size=loaded.config.vocab,
     )
     started = time.perf_counter()
-    loss_sum, tokens = sum_over(model, _with_bar(batches, num_batches), World(0, 1, 0, device, None))
+    loss_sum, tokens = sum_over(model, _with_bar(batches, num_batches), device)
     seconds = time.perf_counter() - started
     result = {
         "checkpoint": str(loaded.folder),

@@ -10,7 +10,6 @@ import xxhash
 from torch import Tensor, nn
 
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
-from megatrain.launch.world import World
 from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import decays
@@ -46,18 +45,17 @@ def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Ten
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[MicroBatch], world: World) -> tuple[Tensor, Tensor]:
-    """Summed loss and counted tokens of `batches` over all ranks, the model in evaluation mode meanwhile."""
+def evaluate(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed loss (float64) and counted tokens (int64) of this rank's `batches`, the model in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
         tokens += count_tokens([batch])
-        loss_sum += sum_loss(model, batch.to(world.device), None)
+        loss_sum += sum_loss(model, batch.to(device), None)
     model.train(was_training)
-    totals = world.sum(torch.stack([loss_sum, torch.tensor(float(tokens), dtype=torch.float64, device=world.device)]))
-    return totals[0], totals[1].long()
+    return loss_sum, torch.tensor(tokens, device=device)
 
 
 def compile_blocks(model: GPT) -> None:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 over data-parallel and context-parallel ranks.
+"""The DeepSpeed engine: ZeRO 0 to 3 over data-parallel and context-parallel ranks, x tensor parallel (AutoTP's layers).
 
 DeepSpeed reduces, shards and updates; what it leaves open is decided here: the loss is normalised by the tokens of the
 whole step, the loss scale follows our one rule, non-finite gradients never reach the parameters (stage 0 in fp32 would
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.checkpoint.piece import Piece
@@ -30,10 +31,12 @@ from megatrain.engine.common import (
 )
 from megatrain.errors import EnvironmentFault
 from megatrain.launch.world import World
+from megatrain.model.count import parameter_shapes
 from megatrain.model.gpt import GPT
-from megatrain.model.init import initial_values
+from megatrain.model.init import initial_block
 from megatrain.optim.adamw import MOMENTS, adamw, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout
 from megatrain.parallel.mesh import make_groups
@@ -59,6 +62,15 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, A
             "round_robin_gradients": False,
         },
     }
+    if config.engine.offload != "none":
+        place = {"device": config.engine.offload, "nvme_path": config.engine.nvme_path, "pin_memory": True}
+        document["zero_optimization"]["offload_optimizer"] = place
+        if config.engine.offload_parameters:
+            document["zero_optimization"]["offload_param"] = place
+        # torch's fused AdamW runs on host tensors too, and is the one of every other layout
+        document["zero_force_ds_cpu_optimizer"] = False
+    if config.parallel.tp > 1:
+        document["tensor_parallel"] = {"autotp_size": config.parallel.tp}
     if precision.name == "bf16":
         document["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if precision.name == "fp16":  # a static scale, which LossScaler moves
@@ -95,18 +107,18 @@ class DeepSpeedEngine:
         self.stage = config.parallel.zero
         self.scaler = LossScaler.from_config(config.precision)
         self.layout = Layout.of(config, world.size)
+        self.place = self.layout.coordinate(world.rank)
+        self.tensor_group = None
+        if self.layout.tp > 1:
+            from megatrain.parallel.autotp import make_tensor_group  # imports DeepSpeed, which needs the lines above
+
+            self.tensor_group = make_tensor_group(self.layout.tp)
         document = deepspeed_config(
             config, config.train.global_batch_size // (config.train.micro_batch_size * self.layout.dp)
         )
         model = self._build_model(deepspeed, document)
-        if self.layout.cp > 1:
-            # to DeepSpeed context ranks are data ranks: they hold the same parameters and sum the same gradients
-            context = make_groups(self.layout, world.rank, world.device).cp
-            assert context is not None
-            for block in model.blocks.children():
-                block.attn.attend = make_attend(self.layout.cp_kind, context)  # type: ignore[union-attr]
         model.recompute = config.train.recompute
-        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        self.shapes = parameter_shapes(config.model)
         groups = parameter_groups(
             ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim
         )
@@ -122,17 +134,37 @@ class DeepSpeedEngine:
         self.engine.train()
 
     def _build_model(self, deepspeed: Any, document: dict[str, Any]) -> GPT:
-        """The model with memory but without values; under stage 3 each parameter is cut as soon as it exists."""
-        if self.stage == 3:
+        """The model with memory but without values.
+
+        A tensor rank makes its block of each layer in turn; under stage 3 without tensor ranks each parameter is cut as
+        soon as it exists.
+        """
+        if self.stage == 3 and self.tensor_group is None:
             # without a dtype it takes the config's; given float32 on a CPU it would choose bfloat16
             with deepspeed.zero.Init(config_dict_or_path=document):
-                return GPT(self.config.model)
+                model = GPT(self.config.model)
+            self._cut_sequences(model)
+            return model
         with torch.device("meta"):
-            model = GPT(self.config.model)
-        model = model.to_empty(device=self.world.device).to(DTYPES[self.config.precision.name])
+            model = GPT(self.config.model).to(DTYPES[self.config.precision.name])
+        self._cut_sequences(model)
+        if self.tensor_group is None:
+            model.to_empty(device=self.world.device)
+        else:
+            from megatrain.parallel.autotp import cut_layers
+
+            cut_layers(model, self.tensor_group, self.world.device)
         for parameter in model.parameters():
             nn.init.zeros_(parameter)  # DeepSpeed compares and copies them before their values are filled in
         return model
+
+    def _cut_sequences(self, model: GPT) -> None:
+        """Context parallelism. To DeepSpeed context ranks are data ranks: they hold the same parameters."""
+        if self.layout.cp > 1:
+            context = make_groups(self.layout, self.world.rank, self.world.device).cp
+            assert context is not None
+            for block in model.blocks.children():
+                block.attn.attend = make_attend(self.layout.cp_kind, context)  # type: ignore[union-attr]
 
     # ------------------------------------------------------------------------------------------- state
 
@@ -193,16 +225,23 @@ class DeepSpeedEngine:
         for name, parameter in self.engine.module.named_parameters():
             for slot, key in ((None, f"model.{name}"), *((m, f"optim.{m}.{name}") for m in MOMENTS)):
                 flat, start = self._fragment(parameter, slot)
-                state[key] = Piece(flat, start, self.shapes[name])
+                state[key] = Piece(flat, start, self.shapes[name], *self._block(name))
         return state
+
+    def _block(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Origin and shape of this tensor rank's block of a parameter."""
+        return plan.block(name, self.shapes[name], self.layout.tp, self.place.tp)
 
     @torch.no_grad()
     def _initialise(self) -> None:
         """Fill each rank's piece of each parameter with the bits that one process would have."""
         for name, parameter in self.engine.module.named_parameters():
             flat, start = self._fragment(parameter, None)
+            origin, block = self._block(name)
             stop = start + flat.numel()
-            flat.copy_(initial_values(self.config.model, name, self.shapes[name], self.config.seed, start, stop))
+            flat.copy_(
+                initial_block(self.config.model, name, self.shapes[name], self.config.seed, origin, block, start, stop)
+            )
         self._refresh()
 
     @torch.no_grad()
@@ -241,8 +280,10 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
         micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
-        tokens = self.world.sum(torch.tensor(count_tokens(micro_batches), dtype=torch.int64, device=self.world.device))
-        factor = self.world.size / max(1, int(tokens))  # DeepSpeed averages gradients over the ranks
+        tokens = self._sum_over_data(torch.tensor(count_tokens(micro_batches), device=self.world.device))
+        # DeepSpeed averages gradients over the ranks that hold the same parameters
+        factor = self.layout.dp * self.layout.cp / max(1, int(tokens))
+        data_rank = self.place.dp * self.layout.cp + self.place.cp
         for group in self.inner.param_groups:
             group["lr"] = lr
         if self.scaler.enabled:
@@ -252,7 +293,7 @@ class DeepSpeedEngine:
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            seed = dropout_seed(self.config.seed, step, index, self.world.rank)
+            seed = dropout_seed(self.config.seed, step, index, data_rank)
             loss = sum_loss(self.engine, micro_batch.to(self.world.device), seed)
             self.engine.backward(loss * factor, scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -262,7 +303,7 @@ class DeepSpeedEngine:
                 self.engine.step()
         self.scaler.update(overflow=not updated)
         return StepResult(
-            loss_sum=self.world.sum(loss_sum),
+            loss_sum=self._sum_over_data(loss_sum),
             tokens=tokens,
             grad_norm=torch.tensor(grad_norm),
             updated=torch.tensor(updated),
@@ -274,8 +315,7 @@ class DeepSpeedEngine:
         if not _updates_blindly(self.config):
             self.engine.step()
             return bool(self.engine.was_step_applied()), float(self.engine.get_global_grad_norm())
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._gradient_norm()
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.config.optim.grad_clip:
@@ -285,13 +325,28 @@ class DeepSpeedEngine:
             self.engine.zero_grad()
         return finite, float(norm)
 
+    def _gradient_norm(self) -> Tensor:
+        """Stage 0 in fp32: the norm of all gradients, what is whole on every tensor rank counted once."""
+        gradients = {name: p.grad for name, p in self.engine.module.named_parameters() if p.grad is not None}
+        if self.tensor_group is None:
+            return torch.nn.utils.get_total_norm(gradients.values())
+        counted = [g for name, g in gradients.items() if plan.cut_dimension(name) is not None or self.place.tp == 0]
+        squared = torch.nn.utils.get_total_norm(counted) ** 2
+        dist.all_reduce(squared, group=self.tensor_group)
+        return squared.sqrt()
+
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        return evaluate(self.engine.module, map(self._mine, batches), self.world)
+        loss_sum, tokens = evaluate(self.engine.module, map(self._mine, batches), self.world.device)
+        totals = self._sum_over_data(torch.stack([loss_sum, tokens.double()]))
+        return totals[0], totals[1].long()
+
+    def _sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the whole job of what every rank has counted on its share of the data; tensor ranks share theirs."""
+        return self.world.sum(values if self.place.tp == 0 else torch.zeros_like(values))
 
     def _mine(self, micro_batch: MicroBatch) -> MicroBatch:
         """This rank's slice of the sequences."""
-        layout = self.layout
-        if layout.cp == 1:
+        if self.layout.cp == 1:
             return micro_batch
-        return local_slice(micro_batch, layout.cp_kind, layout.coordinate(self.world.rank).cp, layout.cp)
+        return local_slice(micro_batch, self.layout.cp_kind, self.place.cp, self.layout.cp)

@@ -24,6 +24,7 @@ from megatrain.engine.common import DTYPES, compile_blocks, count_tokens, dropou
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
+from megatrain.model.gpt import LossFunction
 from megatrain.model.init import initial_block
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
@@ -31,7 +32,7 @@ from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, stage_layers
 from megatrain.parallel.mesh import make_groups
-from megatrain.parallel.pipeline import LossFunction, Stage
+from megatrain.parallel.pipeline import Stage
 from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
 from megatrain.parallel.tensor import cut_tensors

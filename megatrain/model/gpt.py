@@ -28,6 +28,9 @@ from megatrain.kernels.rope import apply_rope, rope_angles
 from megatrain.kernels.swiglu import swiglu
 from megatrain.model.cache import KVCache, LayerCache
 
+LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Logits, labels and weights to the summed loss, an fp32 scalar."""
+
 _ATEN = torch.ops.aten
 SAVED_BY_SELECTIVE = [
     _ATEN.mm.default,
@@ -179,6 +182,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = "none"
+        self.loss: LossFunction = cross_entropy_sum  # a vocabulary that is cut over ranks has its own
         self.embed = Embedding(config.vocab, config.hidden_size)
         learned = config.position == "learned"
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
@@ -207,7 +211,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
         logits = self.head(x)
-        return logits if labels is None else cross_entropy_sum(logits, labels, loss_weights)
+        return logits if labels is None else self.loss(logits, labels, loss_weights)
 
     def hidden(
         self,

@@ -230,6 +230,17 @@ def _tensor_cuts(config: TrainConfig, _: int) -> str | None:
     return None
 
 
+def _vocabulary_cut(config: TrainConfig, _: int) -> str | None:
+    tp, vocab = config.parallel.tp, config.model.vocab_size
+    if not _is_deepspeed(config) or vocab is None or -(-vocab // tp) * (tp - 1) < vocab:
+        return None
+    fitting = [count for count in range(1, tp) if -(-vocab // count) * (count - 1) < vocab]
+    return (
+        f"model.vocab_size={vocab} leaves a rank of parallel.tp={tp} without a row, which AutoTP does not take; use "
+        f"parallel.tp={fitting[-1]} or engine=native"
+    )
+
+
 def _sequence_cut(config: TrainConfig, _: int) -> str | None:
     p, length = config.parallel, config.train.seq_len
     pieces = p.cp * (2 if p.cp_kind == "ring" and p.cp > 1 else 1)
@@ -339,6 +350,24 @@ def _hybrid(config: TrainConfig, world_size: int) -> str | None:
     return _does_not_divide("the data-parallel degree", dp, "parallel.dp_replicate", p.dp_replicate)
 
 
+def _offload(config: TrainConfig, _: int) -> str | None:
+    engine, zero = config.engine, config.parallel.zero
+    if engine.offload == "none":
+        if engine.offload_parameters:
+            return "engine.offload_parameters=true does not say where to; add engine.offload=cpu or engine.offload=nvme"
+        return None
+    if not _is_deepspeed(config):
+        return f"engine.offload={engine.offload} needs engine=deepspeed"
+    if engine.offload == "nvme" and engine.nvme_path is None:
+        return "engine.offload=nvme needs engine.nvme_path, a folder on a fast local disk; or use engine.offload=cpu"
+    if zero < 3 and (engine.offload == "nvme" or engine.offload_parameters):
+        key = "offload=nvme" if engine.offload == "nvme" else "offload_parameters=true"
+        return f"engine.{key} needs parallel.zero=3, this job has parallel.zero={zero}; or use engine.offload=cpu alone"
+    if zero == 0:
+        return f"engine.offload={engine.offload} needs shards to move; use parallel.zero=1, 2 or 3"
+    return None
+
+
 REFUSALS = (
     Refusal("world_does_not_factor", "ranks that tp x pp x cp does not divide", _world_does_not_factor),
     Refusal(
@@ -350,16 +379,10 @@ REFUSALS = (
             else None
         ),
     ),
-    Refusal(
-        "deepspeed_tensor",
-        "tensor parallelism under engine=deepspeed: not built yet",
-        lambda config, _: (
-            f"parallel.tp={config.parallel.tp} needs engine=native"
-            if _is_deepspeed(config) and config.parallel.tp > 1
-            else None
-        ),
-    ),
     Refusal("tensor_cuts", "heads, key-value heads or ffn that tp does not divide", _tensor_cuts),
+    Refusal(
+        "vocabulary_cut", "deepspeed with a vocabulary so small that a tensor rank gets no row of it", _vocabulary_cut
+    ),
     Refusal("ulysses_heads", "heads of a tensor rank that cp does not divide (ulysses)", _ulysses_heads),
     Refusal("sequence_cut", "sequences that do not cut into equal pieces", _sequence_cut),
     Refusal(
@@ -376,6 +399,7 @@ REFUSALS = (
     Refusal("stages", "more stages than blocks, or a split that does not add up", _stages),
     Refusal("micro_batches", "fewer micro-batches than the schedule needs", _micro_batches),
     Refusal("hybrid", "hybrid sharding under DeepSpeed, at ZeRO 0, or uneven", _hybrid),
+    Refusal("offload", "offload under native, of what is not sharded, or without a place", _offload),
     Refusal(
         "zero_bubble_recompute",
         "zero-bubble schedules with recompute: each half of the backward pass would recompute again",

@@ -6,17 +6,14 @@ has one stage, which is the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megatrain.config import ModelConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.model.gpt import GPT
-
-LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Logits, labels and weights to the summed loss: `kernels.cross_entropy.cross_entropy_sum`, or its vocabulary-parallel form."""
+from megatrain.model.gpt import GPT, LossFunction
 
 
 class Stage(GPT):

@@ -1,19 +1,20 @@
 """The tensor-parallel plan as data: how each parameter is cut over the ranks of a tensor group. Imports no torch.
 
-Declared once; `tensor.py` translates it into modules that compute so, and the engine takes from it where in the whole
-parameter a rank's block stands.
+Declared once; `tensor.py` translates it into DTensor styles (native engine) and `autotp.py` into DeepSpeed's layers, and an
+engine takes from it where in the whole parameter a rank's block stands.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-COLUMN, ROW, VOCAB, REPLICATED = "column", "row", "vocab", "replicated"
+COLUMN, ROW, VOCAB, REPLICATED, HEADWISE = "column", "row", "vocab", "replicated", "headwise"
 
 PLAN = (
     ("embed.weight", VOCAB),
     ("head.weight", VOCAB),
     ("blocks.*.attn.[qkv].*", COLUMN),
+    ("blocks.*.attn.[qk]_norm.weight", HEADWISE),
     ("blocks.*.attn.o.weight", ROW),
     ("blocks.*.mlp.gate.*", COLUMN),
     ("blocks.*.mlp.up.*", COLUMN),
@@ -22,9 +23,10 @@ PLAN = (
 )
 """Parameter pattern to cut, the first that matches. `column` cuts a layer's outputs (query, key and value by heads),
 `row` its inputs, `vocab` the rows of a vocabulary table; what is `replicated` (norms, positions, biases of row-cut
-layers) is whole on every rank."""
+layers) is whole on every rank. So is what is `headwise`, but it acts on heads that are cut: each rank's gradient is a
+part of the sum."""
 
-_DIMENSION = {COLUMN: 0, VOCAB: 0, ROW: 1, REPLICATED: None}
+_DIMENSION = {COLUMN: 0, VOCAB: 0, ROW: 1, REPLICATED: None, HEADWISE: None}
 
 
 def cut(name: str) -> str:

@@ -16,6 +16,7 @@ from megatrain.engine.build import build_engine
 from megatrain.errors import EnvironmentFault
 from megatrain.model.count import num_parameters, parameter_shapes
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.parallel.layout import Layout
 
 ENGINES = [("native", 0, 1), ("deepspeed", 0, 2), ("deepspeed", 1, 2), ("deepspeed", 2, 2), ("deepspeed", 3, 2)]
 
@@ -152,6 +153,7 @@ def construct(world, config):
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     maker = DeepSpeedEngine.__new__(DeepSpeedEngine)
     maker.config, maker.world, maker.stage = config, world, config.parallel.zero
+    maker.layout, maker.tensor_group = Layout.of(config, world.size), None
     document = deepspeed_config(config, 1)
     maker._build_model(deepspeed, deepspeed_config(job(model=llama()), 1))  # DeepSpeed's own first-time costs
     start = _resident()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import LIMITS, deviations, layout_job, ten_steps
+from jobs import LIMITS, batches, deviations, gpt2, layout_job, ten_steps
 from ranks import run_ranks
+from torch.distributed.tensor import DTensor
 
+from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import check
+from megatrain.parallel.sharding import local
 
 INTERLEAVED = {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b"}
 SPLIT = {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_zero_bubble"}
@@ -43,6 +46,12 @@ CELLS = [
     (2, "gpt2", {"engine": "deepspeed", "cp": 2, "zero": 0, "recompute": "full"}),
     (4, "llama", {"engine": "deepspeed", "cp": 2, "zero": 2, "cp_kind": "ring"}),
     (4, "gpt2", {"engine": "deepspeed", "cp": 2, "zero": 1}),
+    (2, "llama", {"engine": "deepspeed", "tp": 2, "zero": 0}),
+    (2, "gpt2", {"engine": "deepspeed", "tp": 2, "zero": 1, "recompute": "selective"}),
+    (2, "gpt2", {"engine": "deepspeed", "tp": 2, "zero": 2, "recompute": "full"}),
+    (4, "gpt2", {"engine": "deepspeed", "tp": 2, "zero": 3}),
+    (4, "llama", {"engine": "deepspeed", "tp": 4, "zero": 2}),
+    (4, "llama", {"engine": "deepspeed", "tp": 2, "cp": 2, "zero": 3}),
     (8, "gpt2", {"pp": 2, "tp": 2, "zero": 3}),
 ]
 
@@ -74,8 +83,34 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
 
+@pytest.mark.parametrize(("zero", "parameters"), [(1, False), (2, False), (3, False), (3, True)])
+def test_offloaded_to_the_host_it_is_the_same(zero, parameters, one_process, tmp_path):
+    """Masters, moments and update in host memory, parameters too: DeepSpeed's own path through them, on a CPU here."""
+    config = layout_job("deepspeed", "gpt2", zero=zero)
+    config.engine.offload, config.engine.offload_parameters = "cpu", parameters
+    check(config, 2)
+    compare(run_ranks(ten_steps, 2, config, str(tmp_path)), one_process("gpt2"))
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
+    """Query and key norms are whole on every tensor rank and act on its heads alone: their gradients are summed."""
+    one, two = layout_job(micro=8), layout_job(engine=engine, tp=2)
+    one.model.qk_norm = two.model.qk_norm = True
+    expected = run_ranks(ten_steps, 1, one, str(tmp_path / "one"))[0]
+    compare(run_ranks(ten_steps, 2, two, str(tmp_path / "two"), timeout_s=300), expected)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "changes"), [(2, {"tp": 2}), (2, {"zero": 3}), (2, {"pp": 2}), (4, {"tp": 2, "zero": 3})], ids=str
+    ("ranks", "changes"),
+    [
+        (2, {"tp": 2}),
+        (2, {"zero": 3}),
+        (2, {"pp": 2}),
+        (4, {"tp": 2, "zero": 3}),
+        (2, {"engine": "deepspeed", "tp": 2}),
+    ],
+    ids=str,
 )
 def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_process, tmp_path):
     """A compiled block behind a tensor-parallel embedding once gave silently wrong gradients."""
@@ -84,7 +119,14 @@ def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_proc
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes"), [(2, {"tp": 2}), (2, {"cp": 2}), (4, {"pp": 2, "zero": 3, "recompute": "full"})], ids=str
+    ("ranks", "changes"),
+    [
+        (2, {"tp": 2}),
+        (2, {"cp": 2}),
+        (4, {"pp": 2, "zero": 3, "recompute": "full"}),
+        (2, {"engine": "deepspeed", "tp": 2, "recompute": "selective"}),
+    ],
+    ids=str,
 )
 def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
     """Two runs of one layout with dropout are the same to the bit, and not those without."""
@@ -94,3 +136,30 @@ def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
     assert first[:2] == again[:2]
     assert all(torch.equal(tensor, again[2][-1][key]) for key, tensor in first[2][-1].items())
     assert first[0] != one_process("llama")[0]
+
+
+def masked(world, engine):
+    """What dropout leaves of two heads that are alike, on each of two tensor ranks, and of a residual branch."""
+    config = layout_job(engine=engine, tp=2)
+    config.model = gpt2(num_heads=2, num_layers=1, dropout=0.5, tie_embeddings=False)
+    built = build_engine(config, world)
+    model = built.engine.module if engine == "deepspeed" else built.stages[0]
+    seen = {}
+    block = next(model.blocks.children())
+    block.attn.o.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0].detach().clone()))
+    block.mlp.register_forward_pre_hook(lambda _, inputs: seen.update(residual=inputs[0]))
+    for name, parameter in model.named_parameters():
+        if ".attn.v" in name:  # every head's values are ones: its output is the sum of the probabilities that were kept
+            local(parameter).data.fill_(1.0 if name.endswith("bias") else 0.0)
+    built.train_step(batches(config, 1, 0, 1), 1e-3, 1)
+    residual = seen["residual"]
+    whole = residual.full_tensor() if isinstance(residual, DTensor) else residual
+    return local(seen["heads"]).flatten(), whole.detach()
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_dropout_differs_between_heads_and_agrees_on_what_is_whole(engine):
+    """Tensor ranks hold different heads, which draw different masks; what all of them hold is masked alike."""
+    (mine, whole), (theirs, also_whole) = run_ranks(masked, 2, engine)
+    assert not torch.equal(mine, theirs) and mine.std() > 0.1
+    assert torch.equal(whole, also_whole)

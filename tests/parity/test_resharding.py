@@ -30,6 +30,9 @@ LAYOUTS = {
     "deepspeed0": (2, {"engine": "deepspeed", "zero": 0}),
     "deepspeed2": (2, {"engine": "deepspeed", "zero": 2}),
     "deepspeed3": (4, {"engine": "deepspeed", "zero": 3}),
+    "deepspeed1 tp2": (2, {"engine": "deepspeed", "zero": 1, "tp": 2}),
+    "deepspeed3 tp2": (4, {"engine": "deepspeed", "zero": 3, "tp": 2}),
+    "deepspeed0 tp4": (4, {"engine": "deepspeed", "zero": 0, "tp": 4}),
 }
 PAIRS = [
     ("deepspeed3", "pp2 tp2", "gpt2"),
@@ -47,6 +50,11 @@ PAIRS = [
     ("hybrid", "cp2 zero1", "gpt2"),
     ("pp2", "zero3", "gpt2"),
     ("tp2", "pp2", "gpt2"),
+    ("deepspeed3 tp2", "pp2 v zero3", "gpt2"),
+    ("pp2 v zero3", "deepspeed3 tp2", "gpt2"),
+    ("deepspeed3", "deepspeed0 tp4", "llama"),
+    ("deepspeed0 tp4", "deepspeed1 tp2", "llama"),
+    ("tp4", "deepspeed3 tp2", "llama"),
 ]
 
 

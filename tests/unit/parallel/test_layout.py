@@ -39,9 +39,6 @@ def native(**changes):
 REFUSED = {
     "world_does_not_factor": [(native(parallel__tp=4), 6, "start 4 or 8 ranks", dict(world=8))],
     "deepspeed_pipeline": [(job(parallel__pp=2), 4, "engine=native", dict(engine__name="native"))],
-    "deepspeed_tensor": [
-        (job(parallel__tp=2), 2, "engine=native", dict(engine__name="native")),
-    ],
     "tensor_cuts": [
         (
             native(parallel__tp=3),
@@ -51,6 +48,9 @@ REFUSED = {
         ),
         (native(parallel__tp=8), 8, "model.num_kv_heads=4", dict(parallel__tp=4)),
         (native(parallel__tp=4, model__ffn_size=190), 4, "model.ffn_size=190", dict(parallel__tp=2)),
+    ],
+    "vocabulary_cut": [
+        (job(parallel__tp=4, model__vocab_size=5), 4, "parallel.tp=3 or engine=native", dict(engine__name="native")),
     ],
     "ulysses_heads": [
         (native(parallel__cp=8), 8, "parallel.cp_kind=ring", dict(parallel__cp_kind="ring")),
@@ -126,6 +126,24 @@ REFUSED = {
         (job(parallel__dp_replicate=2), 4, "engine=native", dict(engine__name="native")),
         (native(zero=0, parallel__dp_replicate=2), 4, "parallel.zero=1", dict(parallel__zero=1)),
         (native(parallel__dp_replicate=3), 4, "1, 2, 4 do", dict(parallel__dp_replicate=2)),
+    ],
+    "offload": [
+        (native(engine__offload="cpu"), 2, "engine=deepspeed", dict(engine__name="deepspeed")),
+        (job(engine__offload_parameters=True), 2, "engine.offload=cpu", dict(engine__offload="cpu")),
+        (job(engine__offload="nvme"), 2, "engine.nvme_path", dict(engine__nvme_path="/scratch")),
+        (job(zero=0, engine__offload="cpu"), 2, "parallel.zero=1", dict(parallel__zero=1)),
+        (
+            job(zero=2, engine__offload="cpu", engine__offload_parameters=True),
+            2,
+            "parallel.zero=3",
+            dict(parallel__zero=3),
+        ),
+        (
+            job(zero=2, engine__offload="nvme", engine__nvme_path="/scratch"),
+            2,
+            "engine.offload=cpu alone",
+            dict(engine__offload="cpu"),
+        ),
     ],
     "zero_bubble_recompute": [
         (
