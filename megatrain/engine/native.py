@@ -29,6 +29,7 @@ from megatrain.model.init import initial_block
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
+from megatrain.parallel.communication import is_summed
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, stage_layers
 from megatrain.parallel.mesh import make_groups
@@ -81,6 +82,7 @@ class NativeEngine:
             and self.compute != torch.float32
             and DTYPES[config.precision.accumulate_dtype] == torch.float32
         )
+        self.travels_in_fp32 = config.precision.name == "fp32" or config.precision.reduce_dtype == "fp32"
         self.stages = self._build_stages()
         self.held = [held for stage in self.stages.values() for held in self._hold(stage)]
         self.tied = self._tied()
@@ -241,19 +243,19 @@ class NativeEngine:
         (stage,) = self.stages.values()
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
-            before_backward(stage, self.layout.zero, last=index == len(micro_batches) - 1)
+            before_backward(stage, self.layout.zero, index == len(micro_batches) - 1, self.travels_in_fp32)
             loss = stage(micro_batch.tokens, torch.tensor([index]))
             (loss * factor).backward()
             loss_sum += loss.detach()
         return loss_sum
 
     def _local_gradient(self, held: Held) -> Tensor:
-        """This rank's block of a parameter's gradient; what tensor ranks have of it in parts is summed first."""
+        """This rank's block of a parameter's gradient."""
         gradient = held.parameter.grad
         assert gradient is not None, f"{held.name} took no part in the step"
         if isinstance(gradient, DTensor):
             assert isinstance(held.parameter, DTensor)
-            if gradient.placements != held.parameter.placements:
+            if gradient.placements != held.parameter.placements:  # the embedding's comes whole: no rank has to be asked
                 gradient = gradient.redistribute(placements=held.parameter.placements)
         return local(gradient)
 
@@ -266,6 +268,7 @@ class NativeEngine:
         for held in self.held:
             if not self.accumulate_in_master:
                 held.master.grad, held.parameter.grad = self._local_gradient(held).float(), None
+        self._sum_gradients_of_slices()
         self._sum_tied_gradients()
         gradients = [held.master.grad for held in self.held if held.master.grad is not None]
         counted = [held.master.grad for held in self.held if held.counted and held.master.grad is not None]
@@ -288,6 +291,16 @@ class NativeEngine:
             held.master.grad = None
         self._refresh()
         return loss_sum, norm, finite
+
+    def _sum_gradients_of_slices(self) -> None:
+        """Sum over the tensor group what each of its ranks has from its slice of the sequence, all parameters at once."""
+        if self.groups is None or self.groups.tp is None:
+            return
+        parts = [held.master.grad for held in self.held if is_summed(held.name) and held.master.grad is not None]
+        together = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(together, group=self.groups.tp)
+        for part, total in zip(parts, together.split([part.numel() for part in parts]), strict=True):
+            part.copy_(total.view_as(part))
 
     def _sum_tied_gradients(self) -> None:
         """Give the embedding and the head of a tied model, on two stages, the sum of both gradients: they stay equal."""

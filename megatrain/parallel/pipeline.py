@@ -70,10 +70,11 @@ class Stage(GPT):
         return name
 
     def units(self) -> list[list[nn.Module]]:
-        """The modules that are gathered and reduced together: each block; each end, unless a tied weight joins them."""
+        """The modules that are gathered and reduced together, in the order of the forward pass: each block; each end,
+        unless a tied weight joins them."""
         units: list[list[nn.Module]] = [[block] for block in self.blocks.children()]
         if not (self.is_first and self.is_last and self.config.tie_embeddings):
             first: list[nn.Module] = [module for module in (self.embed, self.positions) if module is not None]
             last: list[nn.Module] = [module for module in (self.final_norm, self.head) if module is not None]
-            units += [unit for unit in (first, last) if unit]
+            units = [unit for unit in (first, *units, last) if unit]
         return units

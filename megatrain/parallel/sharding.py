@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -35,20 +37,35 @@ def shard(
         mesh = groups.mesh["replicate", "shard"] if hybrid else groups.mesh["shard"]
         for unit in [*units, [stage]]:
             fully_shard(unit, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
+        _gather_in_reverse([stage, *(unit[0] for unit in reversed(units))])
     for part in stage.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
 
-def before_backward(stage: nn.Module, zero: int, last: bool) -> None:
+def _gather_in_reverse(modules: list[nn.Module]) -> None:
+    """Have each of `modules`, which are in the order of the backward pass, gather the next one ahead of its turn.
+
+    Left to itself FSDP2 takes the order from the forward passes that it remembers, and after a micro-batch's first unit goes
+    on to the micro-batch before: the last one of a step then gathers the head, mostly its largest unit, for nothing.
+    """
+    for module, following in pairwise([*modules, modules[-1]]):
+        assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
+        module.set_modules_to_backward_prefetch([following])  # the last one names itself: it is gathered already
+
+
+def before_backward(stage: nn.Module, zero: int, last: bool, travels_in_fp32: bool) -> None:
     """Say before a micro-batch whether it is the step's last one.
 
     Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch; up to stage 2 the gathered parameters stay until
-    the step's end.
+    the step's end. Replicas of hybrid sharding are summed once a step, unless gradients travel in less than fp32: FSDP2
+    sums what waits for that in the format in which it travels.
     """
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(last or zero >= 2)
+        if travels_in_fp32 and zero >= 2:
+            stage.set_requires_all_reduce(last)
         stage.set_is_last_backward(last)
         stage.set_reshard_after_backward(last or zero == 3)
 

@@ -12,11 +12,10 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
-from megatrain.model.gpt import MLP, Attention, LayerNorm, RMSNorm
+from megatrain.model.gpt import MLP, Attention
 from megatrain.parallel.pipeline import Stage
 from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut
 
@@ -26,7 +25,9 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
 
     Between layers a rank holds `[B, T / tp, D]`: norms, residual additions and dropout work on that slice of the sequence
     (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers gather the sequence at their entry and
-    scatter it at their exit; the head leaves its rows of the vocabulary on each rank.
+    scatter it at their exit; the head leaves its rows of the vocabulary on each rank. What works on a slice (norms, learned
+    positions) stays as it is, with parameters whose gradients are parts of a sum: see
+    `communication.is_summed`.
     """
     sequence, whole = Shard(1), Replicate()
     styles: dict[str, ParallelStyle] = {}
@@ -38,10 +39,6 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
             )
         elif isinstance(module, MLP):
             styles[name] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
-        elif name.endswith((".q_norm", ".k_norm")):  # [B, T, heads, K], cut by heads
-            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
-        elif isinstance(module, RMSNorm | LayerNorm):
-            styles[name] = SequenceParallel()
         elif kind == COLUMN:
             styles[name] = ColwiseParallel()
         elif kind == ROW:
@@ -52,7 +49,6 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
             styles[name] = ColwiseParallel(input_layouts=sequence, output_layouts=Shard(-1))
         elif isinstance(module, nn.Embedding):  # learned positions: whole, looked up for this rank's slice
             module.register_forward_pre_hook(_slice_of_sequence(mesh))
-            styles[name] = SequenceParallel(sequence_dim=-1, use_local_output=True)
     parallelize_module(stage, mesh, styles)
     stage.tie()
 
