@@ -1,0 +1,72 @@
+"""Counts what the ranks of a layout communicate in one optimizer step and prints it beside the theory, as a table.
+
+    python tools/measure_communication.py
+    python tools/measure_communication.py --only deepspeed
+
+The layouts are those of tests/parity/test_communication.py, on small models in fp32 over gloo. All ranks are compared, the
+table shows rank 0. Exit code 1 where a count is not the theory's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+
+from collectives import CELLS, Count, Kind, cell, expected, second_step  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+
+from megatrain.parallel.communication import Traffic, step_traffic  # noqa: E402
+
+
+def main() -> int:
+    """Run the layouts that were asked for; 1 where one differs from the theory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="layouts whose row has this text in its name")
+    arguments = parser.parse_args()
+    print(
+        "| ranks: layout | collective | over | calls: theory | counted | bytes: theory | counted | sent by the rank | for |"
+    )
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    differing = 0
+    for ranks, changes in CELLS:
+        name = f"{ranks}: " + " ".join(f"{key}={value}" for key, value in changes.items() if key != "family")
+        if arguments.only not in name:
+            continue
+        config, zero3 = cell(changes)
+        counted = run_ranks(second_step, ranks, config, zero3)
+        theory = [step_traffic(config, ranks, rank, zero3) for rank in range(ranks)]
+        for count, traffic in zip(counted, theory, strict=True):
+            differing += count != expected(traffic)
+        for line in rows(counted[0], theory[0]):
+            print(f"| {name} {line}", flush=True)
+            name = ""
+    print(f"\n{differing} ranks differ from the theory")
+    return int(differing > 0)
+
+
+def rows(counted: dict[Kind, Count], theory: list[Traffic]) -> list[str]:
+    """A line for each group, collective and dtype; an axis is named by every reason that uses it."""
+    reasons: dict[Kind, list[Traffic]] = defaultdict(list)
+    for part in theory:
+        reasons[Kind(part.collective, part.members, part.dtype)].append(part)
+    lines = []
+    for kind in [*reasons, *(kind for kind in counted if kind not in reasons)]:
+        parts = reasons[kind]
+        should = expected(parts).get(kind, Count(0, 0))
+        found = counted.get(kind, Count(0, 0))
+        axes = ", ".join(dict.fromkeys(part.axis for part in parts)) or f"ranks {kind.members}"
+        sent = sum(part.wire_bytes for part in parts)
+        lines.append(
+            f"| {kind.collective}, {kind.dtype} | {axes} ({len(kind.members)}) | {should.calls:,} | {found.calls:,} "
+            f"| {should.num_bytes:,} | {found.num_bytes:,} | {sent:,} "
+            f"| {'; '.join(dict.fromkeys(part.reason for part in parts)) or '**not in the theory**'} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
