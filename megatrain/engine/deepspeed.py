@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
@@ -63,7 +67,9 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, A
         },
     }
     if config.engine.offload != "none":
-        place = {"device": config.engine.offload, "nvme_path": config.engine.nvme_path, "pin_memory": True}
+        place: dict[str, Any] = {"device": config.engine.offload, "pin_memory": True}
+        if config.engine.offload == "nvme":  # a folder a run, for file names in it are the same in every run
+            place["nvme_path"] = str(Path(config.engine.nvme_path or "") / (config.run.name or "run"))
         document["zero_optimization"]["offload_optimizer"] = place
         if config.engine.offload_parameters:
             document["zero_optimization"]["offload_param"] = place
@@ -83,6 +89,32 @@ def _updates_blindly(config: TrainConfig) -> bool:
     return config.parallel.zero == 0 and config.precision.name == "fp32"
 
 
+def _wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
+    """See that DeepSpeed can build what reads and writes the disk, and that nobody's half-finished build blocks it.
+
+    Raises:
+        EnvironmentFault: libaio is missing, or the lock of a build that was killed is in the way: torch would wait for ever.
+    """
+    if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+        raise EnvironmentFault(
+            "engine.offload=nvme needs libaio's headers and a C++ compiler; on Debian and Ubuntu: apt-get install "
+            "libaio-dev g++; or use engine.offload=cpu"
+        )
+    lock = Path(_get_build_directory("async_io", False)) / "lock"
+    while lock.exists():
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > timeout_s:
+                raise EnvironmentFault(
+                    f"{lock} is older than launch.timeout_s={timeout_s:g} s: a build that was killed left it. Remove it"
+                )
+        time.sleep(0.2)
+
+
+def _slots(name: str) -> list[tuple[str | None, str]]:
+    """DeepSpeed's key and the checkpoint's for a parameter's master and its moments."""
+    return [(None, f"model.{name}"), *((moment, f"optim.{moment}.{name}") for moment in MOMENTS)]
+
+
 class DeepSpeedEngine:
     """`Engine` over DeepSpeed's. The process group must exist already."""
 
@@ -99,6 +131,8 @@ class DeepSpeedEngine:
                 f"precision=fp16 under engine=deepspeed needs a device with fp16 arithmetic, this {world.device.type} "
                 f"has none; use precision=bf16 or precision=fp32"
             )
+        if config.engine.offload == "nvme":
+            _wait_for_asynchronous_io(get_accelerator(), config.launch.timeout_s)
         # its shared-memory all-reduce serves inference alone, and would be compiled at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
@@ -106,6 +140,7 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = config.parallel.zero
         self.scaler = LossScaler.from_config(config.precision)
+        self.copies: dict[str, Tensor] = {}  # what `state` has read from a disk
         self.layout = Layout.of(config, world.size)
         self.place = self.layout.coordinate(world.rank)
         self.tensor_group = None
@@ -182,23 +217,48 @@ class DeepSpeedEngine:
                 return list(getattr(self.optimizer, name))
         return self._masters()
 
+    def _is_swapped(self, group: int) -> bool:
+        """Whether a sub-group's masters and moments are on a disk (engine.offload=nvme), out of its update."""
+        return self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(group)
+
+    @contextmanager
+    def _resident(self, group: int) -> Iterator[None]:
+        """A sub-group's masters and moments in memory, and written back to the disk they live on, if they do."""
+        if not self._is_swapped(group):
+            yield
+            return
+        self.optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield
+        self.optimizer._optimizer_states_and_gradient_swap_out(group)
+
+    def _sub_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
+        """The parameters by the sub-group that is updated, and swapped, at once; one group below stage 3."""
+        members: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            group = 0
+            if self.stage == 3:
+                group, *_ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            members.setdefault(group, []).append((name, parameter))
+        return sorted(members.items())
+
     def _materialise(self, step: int) -> None:
         """Make AdamW's states, which are otherwise born in the first step, and set its step count."""
-        for master in self._flat_masters():
-            state = self.inner.state[master]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(master)
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
+        for group, master in enumerate(self._flat_masters()):
+            with self._resident(group):
+                state = self.inner.state[master]
+                for moment in MOMENTS:
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(master)
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _fragment(self, parameter: Any, slot: str | None) -> tuple[Tensor, int]:
         """This rank's fp32 piece of a parameter (or of one of its moments), flat, and where it starts."""
         if hasattr(parameter, "ds_id"):  # stage 3
-            flat, _ = self.optimizer._get_fp32_opt_state_partition(
-                parameter, release_swap_buffers=False, optim_state_key=slot
-            )
+            group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            master = self.optimizer.fp32_partitioned_groups_flat[group]
+            flat = (master.detach() if slot is None else self.inner.state[master][slot]).narrow(0, offset, length)
             start = self.optimizer._get_param_partition_rank(parameter) * flat.numel()
             held = max(0, min(start + flat.numel(), parameter.ds_numel) - start)
             return flat[:held], min(start, parameter.ds_numel)
@@ -222,11 +282,26 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, Tensor]:
         """See `Engine.state`."""
         state: dict[str, Tensor] = {}
-        for name, parameter in self.engine.module.named_parameters():
-            for slot, key in ((None, f"model.{name}"), *((m, f"optim.{m}.{name}") for m in MOMENTS)):
-                flat, start = self._fragment(parameter, slot)
-                state[key] = Piece(flat, start, self.shapes[name], *self._block(name))
+        for group, members in self._sub_groups():
+            with self._resident(group):
+                for name, parameter in members:
+                    for slot, key in _slots(name):
+                        flat, start = self._fragment(parameter, slot)
+                        if self._is_swapped(group):
+                            flat = self.copies[key] = flat.clone()
+                        state[key] = Piece(flat, start, self.shapes[name], *self._block(name))
         return state
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        """Put on the disk what was written into the copies that `state` gave of what lives there."""
+        for group, members in self._sub_groups():
+            if self.copies and self._is_swapped(group):
+                with self._resident(group):
+                    for name, parameter in members:
+                        for slot, key in _slots(name):
+                            self._fragment(parameter, slot)[0].copy_(self.copies[key])
+        self.copies.clear()
 
     def _block(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Origin and shape of this tensor rank's block of a parameter."""
@@ -235,13 +310,12 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _initialise(self) -> None:
         """Fill each rank's piece of each parameter with the bits that one process would have."""
-        for name, parameter in self.engine.module.named_parameters():
-            flat, start = self._fragment(parameter, None)
-            origin, block = self._block(name)
-            stop = start + flat.numel()
-            flat.copy_(
-                initial_block(self.config.model, name, self.shapes[name], self.config.seed, origin, block, start, stop)
-            )
+        for group, members in self._sub_groups():
+            with self._resident(group):
+                for name, parameter in members:
+                    flat, start = self._fragment(parameter, None)
+                    place = (*self._block(name), start, start + flat.numel())
+                    flat.copy_(initial_block(self.config.model, name, self.shapes[name], self.config.seed, *place))
         self._refresh()
 
     @torch.no_grad()
@@ -249,11 +323,9 @@ class DeepSpeedEngine:
         """Bring the copies that compute up to the fp32 masters, on every rank."""
         optimizer = self.optimizer
         if self.stage == 3:
-            for index, low in enumerate(optimizer.fp16_partitioned_groups_flat):
-                low.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
-                members = optimizer.fp16_partitioned_groups[index]
-                for target, value in zip(members, optimizer.unflatten(low, members), strict=True):
-                    target.data = value.data
+            for group in range(len(optimizer.fp16_partitioned_groups_flat)):
+                with self._resident(group):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if persistent := optimizer.persistent_parameters:  # small parameters that stay gathered
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
@@ -271,6 +343,7 @@ class DeepSpeedEngine:
 
     def restore(self, counters: dict[str, Any] | None) -> None:
         """See `Engine.restore`."""
+        self._write_back()
         self._materialise(int(counters["optimizer"]["step"]) if counters else 0)
         self.scaler.load(counters["loss_scale"] if counters else None)
         self._refresh()
@@ -279,6 +352,7 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
+        self.copies.clear()
         micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
         tokens = self._sum_over_data(torch.tensor(count_tokens(micro_batches), device=self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters

@@ -193,3 +193,9 @@ def deviations(results: list[Any], expected: Any) -> dict[str, float]:
         "parameter": furthest(2, "model."),
         "heldout_loss": relative([held_out[0]], [true_held_out[0]]),
     }
+
+
+def compare(results: list[Any], expected: Any) -> None:
+    """Every deviation is within `LIMITS`."""
+    for name, value in deviations(results, expected).items():
+        assert value <= LIMITS[name], (name, value)

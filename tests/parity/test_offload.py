@@ -1,0 +1,117 @@
+"""Masters, moments and parameters in host memory or on a disk: DeepSpeed's own paths, with the result of one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import batches, compare, gather, gpt2, layout_job, ten_steps
+from ranks import run_ranks
+
+from megatrain.checkpoint.store import CheckpointStore, load_into, verify
+from megatrain.engine.build import build_engine
+from megatrain.parallel.layout import check
+
+BUILD_S = 600
+"""Seconds that the first rank may need to build DeepSpeed's asynchronous input and output."""
+
+
+def has_libaio():
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
+
+
+on_disk = pytest.mark.skipif(
+    not has_libaio(), reason="engine.offload=nvme needs libaio: apt-get install libaio-dev g++"
+)
+
+
+def job(place, zero, parameters, folder):
+    """A model whose shards on two ranks are above the megabyte from which DeepSpeed swaps."""
+    config = layout_job("deepspeed", micro=4, zero=zero)
+    config.model = gpt2(hidden_size=192, num_heads=4, num_layers=4)
+    config.engine.offload, config.engine.offload_parameters = place, parameters
+    config.engine.nvme_path = str(folder) if place == "nvme" else None
+    check(config, 2)
+    return config
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    config = layout_job(micro=8)
+    config.model = gpt2(hidden_size=192, num_heads=4, num_layers=4)
+    return run_ranks(ten_steps, 1, config, str(tmp_path_factory.mktemp("one")))[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "zero", "parameters"),
+    [
+        ("cpu", 1, False),
+        ("cpu", 2, False),
+        ("cpu", 3, False),
+        ("cpu", 3, True),
+        *(pytest.param("nvme", 3, parameters, marks=on_disk) for parameters in (False, True)),
+    ],
+)
+def test_offloaded_it_is_the_same(place, zero, parameters, one_process, tmp_path):
+    """Losses, norms, gradients and parameters of one process; under nvme what is swapped is on the disk."""
+    config = job(place, zero, parameters, tmp_path / "nvme")
+    compare(run_ranks(ten_steps, 2, config, str(tmp_path), timeout_s=BUILD_S), one_process)
+    swapped = sum(path.stat().st_size for path in (tmp_path / "nvme").rglob("*.swp"))
+    if place == "nvme":
+        assert swapped >= 3 * 4 * 1.5e6, "masters and both moments of 1.8 million parameters"
+
+
+def move(world, first, second, folder):
+    """Two steps and a save under `first`, then two more under `second` from its checkpoint; states and losses."""
+    told = []
+    for config in (first, second):
+        engine = build_engine(config, world)
+        if told:
+            saved = Path(folder) / "checkpoints" / "step_00000002"
+            manifest = verify(saved, world)
+            load_into(saved, manifest, engine.state(), world)
+            engine.restore(manifest)
+        states = [gather(engine, Path(folder) / f"{len(told)}", world)]
+        losses = []
+        for step in (1, 2, 3, 4)[2 * bool(told) :]:
+            if step == 3 and not told:
+                CheckpointStore(Path(folder) / "checkpoints", world).save(2, engine.state(), engine.counters())
+                states.append(gather(engine, Path(folder) / "saved", world))
+            result = engine.train_step(batches(config, step, world.rank, world.size), 1e-3, step)
+            losses.append(float(result.loss_sum))
+        told.append((losses, states))
+    return told if world.rank == 0 else None
+
+
+@on_disk
+@pytest.mark.parametrize("order", ["to the disk", "from the disk"])
+def test_a_checkpoint_moves_to_and_from_the_disk(order, tmp_path):
+    """Saved by shards in memory and continued by shards on a disk, or the other way: bit-equal, and the same losses."""
+    configs = [job("none", 3, False, tmp_path), job("nvme", 3, False, tmp_path / "nvme")]
+    first, second = configs if order == "to the disk" else reversed(configs)
+    (losses, (_, saved)), (again, (loaded,)) = run_ranks(move, 2, first, second, str(tmp_path), timeout_s=BUILD_S)[0]
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in saved.items())
+    assert again == pytest.approx(losses[2:], rel=1e-6)
+
+
+@on_disk
+def test_a_build_that_was_killed_does_not_block_for_ever(monkeypatch, tmp_path):
+    """Its lock is named once it is older than the longest wait."""
+    from deepspeed.accelerator import get_accelerator
+
+    from megatrain.engine.deepspeed import _wait_for_asynchronous_io
+    from megatrain.errors import EnvironmentFault
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "async_io" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (1, 1))
+    with pytest.raises(EnvironmentFault, match=f"{lock} is older than launch.timeout_s=30 s"):
+        _wait_for_asynchronous_io(get_accelerator(), 30)
+    lock.unlink()
+    _wait_for_asynchronous_io(get_accelerator(), 30)
