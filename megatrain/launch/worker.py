@@ -397,7 +397,7 @@ def run_info(
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         world_size=world.size,
         device=str(world.device.type),
-        layout=layout.describe(),
+        layout=layouts.describe(config, layout),
         dataset=asdict(data.card),
         dataset_fingerprint=data.fingerprint,
         git_commit=git_commit(Path(__file__).parent),

@@ -146,6 +146,14 @@ def stage_layers(config: TrainConfig, num_stages: int) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
+def describe(config: TrainConfig, layout: Layout) -> str:
+    """A job's layout on one line, with the blocks of each pipeline stage where there is a pipeline."""
+    if layout.pp == 1:
+        return layout.describe()
+    counts = "+".join(str(len(layers)) for layers in stage_layers(config, layout.num_stages))
+    return f"{layout.describe()} (blocks {counts})"
+
+
 def balanced(num_layers: int, num_stages: int, before: float, after: float) -> list[int]:
     """Blocks a stage, at least one each, with `before` blocks' worth of work ahead of the first and `after` behind the last.
 

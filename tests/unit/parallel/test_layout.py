@@ -12,7 +12,7 @@ import pytest
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.errors import ConfigError
-from megatrain.parallel.layout import REFUSALS, Layout, balanced, check, refusal, stage_layers
+from megatrain.parallel.layout import REFUSALS, Layout, balanced, check, describe, refusal, stage_layers
 
 
 def job(engine="deepspeed", zero=3, precision="fp32", accumulate="fp32", reduce="fp32", compiled=False, **changes):
@@ -319,6 +319,7 @@ def test_a_split_can_be_given():
     assert len(first) > len(last) and (first.start, last.stop) == (0, 6)
     config.parallel.layers_per_stage = [1, 5]
     assert stage_layers(config, 2) == [range(0, 1), range(1, 6)]
+    assert describe(config, Layout.of(config, 2)) == "native dp=1 pp=2 zero=3 1f1b fp32 (blocks 1+5)"
 
 
 def test_the_table_needs_no_torch():
