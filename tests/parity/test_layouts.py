@@ -134,8 +134,8 @@ def masked(world, engine):
     block.attn.o.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0].detach().clone()))
     block.mlp.register_forward_pre_hook(lambda _, inputs: seen.update(residual=inputs[0]))
     for name, parameter in model.named_parameters():
-        if ".attn.v" in name:  # every head's values are ones: its output is the sum of the probabilities that were kept
-            local(parameter).data.fill_(1.0 if name.endswith("bias") else 0.0)
+        if name.split(".")[-2] in ("q", "k", "v"):  # heads that are alike: each gives the sum of what its mask kept
+            local(parameter).data.fill_(1.0 if name.endswith("v.bias") else 0.0)
     built.train_step(batches(config, 1, 0, 1), 1e-3, 1)
     residual = seen["residual"]
     whole = residual.full_tensor() if isinstance(residual, DTensor) else residual
