@@ -16,6 +16,7 @@ from megatrain.config import (
     GenerateConfig,
     ImportConfig,
     InspectConfig,
+    LayoutsConfig,
     ModelConfig,
     PrepareConfig,
     ReportConfig,
@@ -34,7 +35,9 @@ def check_values(config: Any) -> None:
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
         check_source(config.data)
-    if isinstance(config, TrainConfig):
+    if isinstance(config, LayoutsConfig):
+        check_model(config.model)  # what else must fit together is said of its layouts: layouts.py
+    elif isinstance(config, TrainConfig):
         check_folder_name("data.name", config.data.name)
         check_folder_name("run.name", config.run.name or "")
         ranks = world_size(config)
@@ -45,7 +48,7 @@ def check_values(config: Any) -> None:
 
 def check_paths(config: Any) -> None:
     """Whether what a config names on disk is there, and what it would write is not. Raises ConfigError or DataError."""
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_dataset_folder(config.data)
     if isinstance(config, PrepareConfig):

@@ -25,6 +25,7 @@ from megatrain.suggest import did_you_mean
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.data.prepare:prepare",
     "train": "megatrain.launch.worker:run",
+    "layouts": "megatrain.layouts:layouts",
     "evaluate": "megatrain.evaluate:evaluate",
     "generate": "megatrain.generation:generate",
     "export": "megatrain.checkpoint.huggingface_verbs:export_",

@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
     "prepare": ("data", "tokenizer"),
 }
+GROUPS["layouts"] = GROUPS["train"]
 """Config groups of the verbs that have any: `<group>=<choice>` picks conf/<group>/<choice>.yaml."""
 
 FREE_TEXT = ("prompt",)

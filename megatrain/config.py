@@ -344,6 +344,92 @@ class PrepareConfig:
 
 
 @dataclass
+class OpenEngineConfig(EngineConfig):
+    """Who owns parameters, gradients and optimizer states; open, every engine."""
+
+    name: str | None = key(  # type: ignore[assignment]
+        None, "training engine; null tries both", choices=("deepspeed", "native")
+    )
+
+
+@dataclass
+class OpenParallelConfig(ParallelConfig):
+    """How the job is split; what is left open takes every value."""
+
+    tp: int | None = key(None, "tensor-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
+    pp: int | None = key(None, "pipeline-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
+    cp: int | None = key(None, "context-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
+    zero: int | None = key(None, "ZeRO stage; null tries all", choices=(0, 1, 2, 3))  # type: ignore[assignment]
+    dp_replicate: int | None = key(  # type: ignore[assignment]
+        None, "hybrid sharding: groups that each hold all shards; null tries all", minimum=1
+    )
+    schedule: str | None = key(  # type: ignore[assignment]
+        None,
+        "order in which pipeline stages run micro-batches; null tries all",
+        choices=("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"),
+    )
+    virtual_stages: int | None = key(  # type: ignore[assignment]
+        None, "pipeline stages a rank holds; null tries 1, or 2 where the schedule wants several", minimum=1
+    )
+    cp_kind: str | None = key(  # type: ignore[assignment]
+        None, "context parallelism; null tries both", choices=("ulysses", "ring")
+    )
+
+
+@dataclass
+class OpenTrainLoopConfig(TrainLoopConfig):
+    """Sizes of the loop; what is left open gets a value that every layout can take."""
+
+    global_batch_size: int | None = key(  # type: ignore[assignment]
+        None, "sequences a step over the whole job; null means 2 x ranks x micro_batch_size", minimum=1
+    )
+    micro_batch_size: int | None = key(  # type: ignore[assignment]
+        None, "sequences a rank runs at once; null means 1", minimum=1
+    )
+    seq_len: int | None = key(  # type: ignore[assignment]
+        None, "tokens a sequence; null means model.max_seq_len", minimum=1
+    )
+    recompute: str | None = key(  # type: ignore[assignment]
+        None, "activations recomputed in the backward pass; null tries all", choices=("none", "selective", "full")
+    )
+
+
+@dataclass
+class OpenDataConfig(DataConfig):
+    """Which text; none is read."""
+
+    name: str | None = key(None, "dataset identity; not needed here")  # type: ignore[assignment]
+
+
+@dataclass
+class OpenLaunchConfig(LaunchConfig):
+    """Processes and devices."""
+
+    world_size: int | None = key(None, "ranks of the job; null means launch.nproc_per_node", minimum=1)
+
+
+@dataclass
+class LayoutListConfig:
+    """What is shown of the layouts."""
+
+    memory_gib: float | None = key(80.0, "memory of a device; layouts that fit come first; null does not ask", above=0)
+    limit: int = key(24, "rows to show; 0 shows all", minimum=0)
+    format: str = key("table", "form of the output", choices=("table", "csv", "json"))
+
+
+@dataclass
+class LayoutsConfig(TrainConfig):
+    """`megatrain layouts`: every legal layout of a training job, with memory per rank; takes all of train's keys."""
+
+    data: OpenDataConfig = field(default_factory=OpenDataConfig)
+    engine: OpenEngineConfig = field(default_factory=OpenEngineConfig)
+    train: OpenTrainLoopConfig = field(default_factory=OpenTrainLoopConfig)
+    parallel: OpenParallelConfig = field(default_factory=OpenParallelConfig)
+    launch: OpenLaunchConfig = field(default_factory=OpenLaunchConfig)
+    layouts: LayoutListConfig = field(default_factory=LayoutListConfig)
+
+
+@dataclass
 class EvaluateConfig:
     """`megatrain evaluate <run | checkpoint>`: loss, perplexity and bits per byte."""
 
@@ -408,6 +494,7 @@ class ReportConfig:
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
+    "layouts": LayoutsConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,

@@ -19,6 +19,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain train model=small launch.nproc_per_node=2",
         "megatrain train model=gpt2_124m data=files data.name=mine precision=bf16 train.steps=1000 optim.lr=6e-4",
     ),
+    "layouts": (
+        "megatrain layouts model=llama_8b precision=bf16 launch.world_size=64",
+        "megatrain layouts model=gpt2_124m launch.nproc_per_node=8 parallel.zero=3 layouts.memory_gib=24",
+    ),
     "evaluate": ("megatrain evaluate runs/small-python_stdlib", "megatrain evaluate runs/mine data=book.txt"),
     "generate": ('megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',),
     "export": ("megatrain export runs/small-python_stdlib out=exported",),

@@ -14,7 +14,6 @@ import random
 import sys
 import tempfile
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,26 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).par
 from jobs import LIMITS, deviations, layout_job, ten_steps  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-from megatrain.parallel.layout import Layout, divisors, refusal  # noqa: E402
-
-SCHEDULES = [
-    {"schedule": "gpipe"},
-    {"schedule": "1f1b"},
-    {"schedule": "interleaved_1f1b", "virtual_stages": 2},
-    {"schedule": "interleaved_zero_bubble", "virtual_stages": 2},
-    {"schedule": "zbv_zero_bubble", "virtual_stages": 2},
-]
+from megatrain.parallel.candidates import Axes, judge  # noqa: E402
+from megatrain.parallel.layout import Layout  # noqa: E402
 
 
 def cells(world: int) -> list[dict[str, Any]]:
-    """Every legal combination of the axes on so many ranks, as arguments of `layout_job`."""
+    """Every legal combination of the axes on so many ranks, as arguments of `layout_job`. Hybrid sharding in two groups."""
     found = []
-    degrees = [(tp, pp, cp) for tp, pp, cp in product(divisors(world), repeat=3) if world % (tp * pp * cp) == 0]
-    for engine, zero, (tp, pp, cp), recompute in product(
-        ("native", "deepspeed"), range(4), degrees, ("none", "selective", "full")
-    ):
-        schedules = SCHEDULES if pp > 1 else [{}]
-        kinds = ("ulysses", "ring") if cp > 1 else ("ulysses",)
-        replicas = (1, 2) if world // (tp * pp * cp) % 2 == 0 and zero else (1,)
-        for schedule, kind, replicate in product(schedules, kinds, replicas):
-            cell = {"engine": engine, "zero": zero, "tp": tp, "pp": pp, "cp": cp, "recompute": recompute, **schedule}
-            cell |= {"cp_kind": kind} if cp > 1 else {}
-            cell |= {"dp_replicate": replicate} if replicate > 1 else {}
-            if refusal(layout_job(**cell), world) is None:
+    for engine in ("native", "deepspeed"):
+        for candidate, refused, _ in judge(layout_job(), world, Axes(engines=(engine,), replicas=(1, 2))):
+            dp = world // (candidate.tp * candidate.pp * candidate.cp)
+            if refused is None and (candidate.dp_replicate == 1 or dp % 2 == 0):
+                cell = candidate._asdict()
+                for key, needs in (
+                    ("schedule", "pp"),
+                    ("virtual_stages", "pp"),
+                    ("cp_kind", "cp"),
+                    ("dp_replicate", "dp_replicate"),
+                ):
+                    if cell[needs] == 1:
+                        del cell[key]
                 found.append(cell)
     return found
 

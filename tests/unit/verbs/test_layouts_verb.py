@@ -1,0 +1,105 @@
+"""`megatrain layouts`: what is listed is legal and complete, what is printed adds up, and nothing heavy is imported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+
+from megatrain import cli
+from megatrain.compose import compose
+from megatrain.layouts import axes_of, find, job_of
+from megatrain.parallel.candidates import Candidate
+from megatrain.parallel.layout import check
+
+LLAMA = ["layouts", "model=llama_8b", "precision=bf16", "launch.world_size=64"]
+
+
+def records(capsys, *arguments):
+    assert cli.main([*LLAMA, "layouts.format=json", "layouts.limit=0", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_row_is_legal_and_kinds_add_up(capsys):
+    """The rows are keys of train, and the table of layouts takes each."""
+    config = compose("layouts", LLAMA[1:])
+    job, _ = job_of(config, 64)
+    rows = records(capsys, "parallel.zero=3")
+    assert len(rows) > 500 and len({tuple(sorted(row.items())) for row in rows}) == len(rows)
+    for row in rows[::20]:
+        changed = deepcopy(job)
+        names = [field.replace("engines", "engine") for field in Candidate._fields]
+        values = [row.get(name, row.get(f"parallel.{name}", row.get(f"train.{name}"))) for name in names]
+        Candidate(*values).apply(changed)
+        check(changed, 64)
+        kinds = ("parameters", "gradients", "optimizer", "activations", "working")
+        assert sum(row[f"{kind}_bytes"] for kind in kinds) == row["total_bytes"]
+
+
+def test_a_given_key_is_fixed_and_others_vary(capsys):
+    rows = records(capsys, "engine=native", "parallel.tp=4", "parallel.schedule=1f1b", "train.recompute=full")
+    assert {(row["engine"], row["parallel.tp"], row["train.recompute"]) for row in rows} == {("native", 4, "full")}
+    assert {row["parallel.pp"] for row in rows} > {1, 2, 4} and {row["parallel.zero"] for row in rows} == {0, 1, 2, 3}
+    assert {row["parallel.schedule"] for row in rows} == {"1f1b"}
+
+
+def test_what_fits_comes_first_and_what_talks_least_leads(capsys):
+    rows = records(capsys, "layouts.memory_gib=40")
+    fits = [row["fits"] for row in rows]
+    assert fits == sorted(fits, reverse=True) and True in fits and False in fits
+    degrees = [row["parallel.tp"] * row["parallel.pp"] * row["parallel.cp"] for row in rows if row["fits"]]
+    assert degrees == sorted(degrees)
+
+
+def test_the_table_says_what_it_is_about(capsys):
+    assert cli.main([*LLAMA, "layouts.limit=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "llama_8b: 8,030,261,248 parameters, bf16 on fp32 masters, 64 ranks" in shown
+    assert "1,048,576 tokens a step" in shown and "layouts.limit=0 shows all" in shown and "\033" not in shown
+    table = shown.split("\n\n")[1].splitlines()
+    assert len(table) == 4 and table[0].split()[:3] == ["engine", "dp", "tp"]
+
+
+def test_csv_has_the_same_rows(capsys):
+    assert cli.main([*LLAMA, "layouts.format=csv", "layouts.limit=5"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["total_bytes"] for row in rows] == [str(row["total_bytes"]) for row in records(capsys)[:5]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["parallel.tp=3"], ["64 ranks do not divide by parallel.tp=3", "without parallel.tp=3"]),
+        (["engine=deepspeed", "parallel.pp=2"], ["engine=native", "without parallel.pp=2", "without engine.name"]),
+        (
+            ["train.global_batch_size=7", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"],
+            ["train.global_batch_size=7", "without train.global_batch_size=7"],
+        ),
+        (["parallel.tp=16"], ["model.num_kv_heads=8 does not divide by parallel.tp=16: 1, 2, 4, 8 do"]),
+        (["train.seq_len=100000"], ["is longer than the model takes"]),
+    ],
+)
+def test_where_nothing_is_legal_the_way_out_is_named(keys, says, capsys):
+    assert cli.main([*LLAMA, *keys]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in says), error
+
+
+def test_a_train_command_needs_only_another_verb():
+    """Groups, experiments and keys of train are taken; a dataset is not asked for."""
+    config = compose("layouts", ["experiment=quickstart", "launch.nproc_per_node=2", "optim.lr=1e-3", "data=files"])
+    job, notes = job_of(config, 2)
+    assert job.train.global_batch_size == 16 and job.model.hidden_size == 96
+    assert len(notes) == 1 and "tokenizer.vocab_size" in notes[0]
+    rows, _ = find(job, 2, axes_of(config))
+    assert {row.candidate.engine for row in rows} == {"native", "deepspeed"}
+
+
+def test_no_torch_is_imported():
+    code = f"import sys; from megatrain import cli; cli.main({LLAMA!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
