@@ -60,7 +60,7 @@ def layouts(config: LayoutsConfig) -> None:
         raise ConfigError(nothing_legal(config, job, world_size, refused))
     limit = config.layouts.memory_gib
     rows.sort(key=lambda row: _order(row, limit))
-    shown = rows[: config.layouts.limit] if config.layouts.limit else rows
+    shown = shortened(rows, config.layouts.limit)
     if config.layouts.format == "json":
         print(json.dumps([record(row, limit) for row in shown], indent=1))
     elif config.layouts.format == "csv":
@@ -73,8 +73,24 @@ def layouts(config: LayoutsConfig) -> None:
         print_table(shown, limit)
         if len(shown) < len(rows):
             print(
-                f"\n{len(rows) - len(shown):,} more: layouts.limit=0 shows all, and any key that is given narrows them"
+                f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them: here is the first for each engine and degrees; "
+                f"any key that is given narrows the list"
             )
+
+
+def shortened(rows: list[Row], limit: int) -> list[Row]:
+    """So many of the rows, in their order: the first of each engine and degrees, and what comes next where there is room."""
+    if not limit or len(rows) <= limit:
+        return rows
+    firsts: list[int] = []
+    others: list[int] = []
+    seen: set[tuple[str, int, int, int]] = set()
+    for index, row in enumerate(rows):
+        c = row.candidate
+        key = (c.engine, c.tp, c.pp, c.cp)
+        (others if key in seen else firsts).append(index)
+        seen.add(key)
+    return [rows[index] for index in sorted([*firsts, *others][:limit])]
 
 
 # ---------------------------------------------------------------------------------------------------- the job
@@ -146,9 +162,14 @@ def find(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Coun
             batches[layout.dp] = _batch_fault(config, layout.dp)
         if (fault := batches[layout.dp]) is not None:
             refused[fault] += 1
-        else:
+        elif not _is_repeated(candidate, layout, axes):
             rows.append(Row(candidate, layout, model.largest(config, layout)))
     return rows, refused
+
+
+def _is_repeated(candidate: Candidate, layout: Layout, axes: Axes) -> bool:
+    """Whether it is another name of a layout that was listed: natively, ZeRO stages of a rank that shares with nobody."""
+    return candidate.engine == "native" and layout.dp * layout.cp == 1 and candidate.zero != axes.zeros[0]
 
 
 def _batch_fault(config: TrainConfig, dp: int) -> str | None:

@@ -7,10 +7,9 @@ operation inside a layer, and the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache
 from math import ceil, prod
-from operator import mul
+from operator import ge, mul
 from typing import Any, NamedTuple
 
 from megatrain.config import ModelConfig, TrainConfig
@@ -380,17 +379,15 @@ def in_flight(
     return tuple(_most_held(order) for order in timeline.orders(schedule, pp, virtual_stages, num_micro_batches))
 
 
-def _most_held(order: Iterable[timeline.Action]) -> tuple[tuple[int, ...], ...]:
+def _most_held(order: list[timeline.Action]) -> tuple[tuple[int, ...], ...]:
     """The counts by stage that no other moment of a rank's step exceeds in every stage."""
-    order = list(order)
-    stages = sorted({action.stage for action in order})
-    held, seen = dict.fromkeys(stages, 0), set()
-    for action in order:
+    held, seen = dict.fromkeys(sorted({action.stage for action in order}), 0), set()
+    for action, following in zip(order, [*order[1:], None], strict=True):
         held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        if action.kind == "F":
+        if action.kind == "F" and (following is None or following.kind != "F"):
             seen.add(tuple(held.values()))
-    return tuple(
-        counts
-        for counts in seen
-        if not any(other != counts and all(a >= b for a, b in zip(other, counts, strict=True)) for other in seen)
-    )
+    most: list[tuple[int, ...]] = []
+    for counts in sorted(seen, key=sum, reverse=True):
+        if not any(all(map(ge, other, counts)) for other in most):
+            most.append(counts)
+    return tuple(most)

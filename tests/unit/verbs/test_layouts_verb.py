@@ -60,7 +60,7 @@ def test_the_table_says_what_it_is_about(capsys):
     assert cli.main([*LLAMA, "layouts.limit=3"]) == 0
     shown = capsys.readouterr().out
     assert "llama_8b: 8,030,261,248 parameters, bf16 on fp32 masters, 64 ranks" in shown
-    assert "1,048,576 tokens a step" in shown and "layouts.limit=0 shows all" in shown and "\033" not in shown
+    assert "1,048,576 tokens a step" in shown and "layouts.limit=0 shows them" in shown and "\033" not in shown
     table = shown.split("\n\n")[1].splitlines()
     assert len(table) == 4 and table[0].split()[:3] == ["engine", "dp", "tp"]
 
@@ -68,7 +68,17 @@ def test_the_table_says_what_it_is_about(capsys):
 def test_csv_has_the_same_rows(capsys):
     assert cli.main([*LLAMA, "layouts.format=csv", "layouts.limit=5"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["total_bytes"] for row in rows] == [str(row["total_bytes"]) for row in records(capsys)[:5]]
+    every = [{key: str(value) for key, value in row.items()} for row in records(capsys)]
+    assert len(rows) == 5 and all(row in every for row in rows)
+
+
+def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
+    """And is in the order of the long one."""
+    every = records(capsys)
+    rows = records(capsys, "layouts.limit=12")
+    assert [every.index(row) for row in rows] == sorted(every.index(row) for row in rows)
+    keys = [tuple(row[key] for key in ("engine", "parallel.tp", "parallel.pp", "parallel.cp")) for row in rows]
+    assert len(set(keys)) == len(rows) == 12
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""Prints what ranks hold, summed from their tensors, beside the formula of megatrain/parallel/memory.py, as a table.
+
+    python tools/measure_memory.py
+
+The layouts are those of tests/parity/test_memory.py, which holds the deviations within bounds. A cell is the bytes of the
+rank that holds most, and the largest deviation of the formula over all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+
+from holdings import held_in_a_step  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+from test_memory import BUCKET, CASES, PATCH, job  # noqa: E402
+
+from megatrain.parallel.layout import Layout  # noqa: E402
+from megatrain.parallel.memory import DeepSpeedSizes, MemoryModel  # noqa: E402
+
+KINDS = ("parameters", "gradients", "optimizer", "activations")
+
+
+def main() -> None:
+    """One line a layout."""
+    print("| ranks | model, layout | " + " | ".join(KINDS) + " |")
+    print("| ---: | --- | " + "---: | " * len(KINDS))
+    for world, changes in CASES:
+        config = job(**changes)
+        layout = Layout.of(config, world)
+        model = MemoryModel(config.model, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
+        held = run_ranks(held_in_a_step, world, config, PATCH, timeout_s=300)
+        formula = [model.of_rank(config, layout, rank) for rank in range(world)]
+        cells = []
+        for kind in KINDS:
+            off = [getattr(memory, kind) / rank[kind] - 1 for rank, memory in zip(held, formula, strict=True)]
+            cells.append(f"{max(rank[kind] for rank in held):,} ({max(off, key=abs):+.1%})")
+        told = [f"{key}={changes[key]}" for key in ("cp_kind", "dp_replicate", "recompute") if key in changes]
+        name = " ".join([changes.get("family", "llama"), layout.describe(), *told])
+        print(f"| {world} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
