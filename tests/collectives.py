@@ -193,7 +193,7 @@ CELLS: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero": 1}),
     (2, {"zero": 2, "family": "gpt2"}),
     (2, {"zero": 3}),
-    (4, {"zero": 3, "dp_replicate": 2}),
+    (4, {"zero": 3, "dp_replicate": 2, "micro": 2}),
     (2, {"tp": 2}),
     (2, {"tp": 2, "family": "gpt2", "recompute": "selective"}),
     (4, {"tp": 2, "zero": 3, "recompute": "full"}),
@@ -201,10 +201,12 @@ CELLS: list[tuple[int, dict[str, Any]]] = [
     (4, {"cp": 2, "tp": 2, "zero": 2, "recompute": "full"}),
     (2, {"cp": 2, "cp_kind": "ring"}),
     (2, {"pp": 2, "family": "gpt2"}),
-    (4, {"pp": 2, "zero": 3}),
-    (4, {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b", "zero": 3, "family": "gpt2"}),
-    (4, {"pp": 2, "virtual_stages": 2, "schedule": "zbv_zero_bubble", "zero": 3}),
-    (8, {"pp": 2, "tp": 2, "zero": 1, "family": "gpt2"}),
+    (4, {"pp": 2, "zero": 3, "micro": 2}),
+    (4, {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b", "zero": 3, "micro": 2}),
+    (4, {"pp": 2, "virtual_stages": 2, "schedule": "zbv_zero_bubble", "zero": 3, "micro": 2}),
+    (8, {"pp": 2, "tp": 2, "zero": 1, "family": "gpt2", "micro": 2}),
+    (4, {"tp": 2, "zero": 2, "precision": "bf16"}),
+    (4, {"zero": 3, "dp_replicate": 2, "micro": 2, "precision": "bf16", "reduce_dtype": "bf16"}),
     (2, {**DEEPSPEED, "zero": 0}),
     (2, {**DEEPSPEED, "zero": 1}),
     (2, {**DEEPSPEED, "zero": 2, "family": "gpt2"}),
@@ -218,7 +220,10 @@ CELLS: list[tuple[int, dict[str, Any]]] = [
 
 
 def cell(changes: dict[str, Any]) -> tuple[TrainConfig, Zero3Settings]:
-    """The job of a cell, two sequences a micro-batch."""
-    own = {key: changes[key] for key in asdict(Zero3Settings()) if key in changes}
-    rest = {key: value for key, value in changes.items() if key not in own}
-    return layout_job(micro=2, **rest), Zero3Settings(**own)
+    """The job of a cell, four sequences a micro-batch unless it says otherwise."""
+    rest = dict(changes)
+    zero3 = Zero3Settings(**{key: rest.pop(key) for key in asdict(Zero3Settings()) if key in rest})
+    precision, reduce_dtype = rest.pop("precision", "fp32"), rest.pop("reduce_dtype", "fp32")
+    config = layout_job(**{"micro": 4, **rest})
+    config.precision.name, config.precision.reduce_dtype = precision, reduce_dtype
+    return config, zero3

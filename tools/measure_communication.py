@@ -27,13 +27,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="layouts whose row has this text in its name")
     arguments = parser.parse_args()
-    print(
-        "| ranks: layout | collective | over | calls: theory | counted | bytes: theory | counted | sent by the rank | for |"
-    )
+    print("| layout | collective | over | calls: theory | counted | bytes: theory | counted | sent by the rank | for |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
-    differing = 0
+    differing, compared = 0, []
     for ranks, changes in CELLS:
-        name = f"{ranks}: " + " ".join(f"{key}={value}" for key, value in changes.items() if key != "family")
+        name = f"{ranks} ranks: " + " ".join(f"{key}={value}" for key, value in changes.items())
+        label = name
         if arguments.only not in name:
             continue
         config, zero3 = cell(changes)
@@ -44,6 +43,13 @@ def main() -> int:
         for line in rows(counted[0], theory[0]):
             print(f"| {name} {line}", flush=True)
             name = ""
+        if config.engine.name == "deepspeed":
+            config.engine.name = "native"
+            sums = [sum(part.wire_bytes for part in parts) for parts in (theory[0], step_traffic(config, ranks, 0))]
+            compared.append(f"| {label} | {sums[0]:,} | {sums[1]:,} | {sums[0] / sums[1]:.2f} |")
+    if compared:
+        print("\n| sent by rank 0 in a step, bytes | deepspeed | native, the same layout | ratio |")
+        print("| --- | ---: | ---: | ---: |", *compared, sep="\n")
     print(f"\n{differing} ranks differ from the theory")
     return int(differing > 0)
 

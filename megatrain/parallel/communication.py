@@ -143,17 +143,15 @@ class _Step:
         if layout.cp_kind == "ulysses":
             passes = forwards + 1
             yield self.traffic(
-                "ulysses: q, k, v there and the output back; their gradients",
+                "ulysses: q, k, v, output",
                 *(ALL_TO_ALL, "cp", self.compute, 4 * times * passes, times * passes * (2 * q + 2 * kv)),
             )
             return
         for collective in (SEND, RECEIVE):
             turns = times * (layout.cp - 1) * (forwards + 1)
-            yield self.traffic("ring: k, v to the next rank", collective, "cp", self.compute, 2 * turns, 2 * turns * kv)
+            yield self.traffic("ring: k, v", collective, "cp", self.compute, 2 * turns, 2 * turns * kv)
             turns = times * layout.cp
-            yield self.traffic(
-                "ring: their gradients, round to the owner", collective, "cp", "float32", 2 * turns, 2 * turns * kv
-            )
+            yield self.traffic("ring: their gradients", collective, "cp", "float32", 2 * turns, 2 * turns * kv)
 
     # ------------------------------------------------------------------------------------------- native
 
@@ -167,7 +165,7 @@ class _Step:
         if self.layout.tp > 1:
             parts = [self._held(name) for stage in self.stages for name in self._names(stage) if is_summed(name)]
             yield self.traffic(
-                "gradients of norms and positions, each rank's from its slice of the sequence",
+                "gradients of norms and positions",
                 *(ALL_REDUCE, "tp", "float32", 1, sum(parts)),
             )
         if self.model.tie_embeddings and {0, self.layout.num_stages - 1} & set(self.stages):
@@ -189,17 +187,17 @@ class _Step:
         if self.layout.tp == 1:
             return
         for collective in (ALL_GATHER, REDUCE_SCATTER):
-            yield cross("attention and feed-forward, forward and backward", collective, 4 * layers)
-            yield cross("embedding: scatter forward, gather backward", collective, int(is_first))
-            yield cross("head: gather forward, scatter backward", collective, int(is_last))
+            yield cross("layers", collective, 4 * layers)
+            yield cross("embedding", collective, int(is_first))
+            yield cross("head", collective, int(is_last))
         # the last scatter of a block is not needed for any gradient in it, and not repeated
-        yield cross("recompute: both gathers again", ALL_GATHER, 2 * recomputed)
-        yield cross("recompute: attention's scatter again", REDUCE_SCATTER, recomputed)
+        yield cross("layers recomputed", ALL_GATHER, 2 * recomputed)
+        yield cross("layers recomputed", REDUCE_SCATTER, recomputed)
         if is_last:
             calls, tokens = self.num_micro_batches, self.num_micro_batches * self.rows * self.length
-            yield self.traffic("loss: the largest logit", ALL_REDUCE, "tp", "float32", calls, tokens)
+            yield self.traffic("loss: largest logit", ALL_REDUCE, "tp", "float32", calls, tokens)
             yield self.traffic(
-                "loss: sum of exponentials, the label's logit", ALL_REDUCE, "tp", "float32", calls, 2 * tokens
+                "loss: sum of exponentials and the label's logit", ALL_REDUCE, "tp", "float32", calls, 2 * tokens
             )
 
     def _zero(self, stage: int) -> Iterator[Traffic]:
@@ -231,7 +229,7 @@ class _Step:
         if self.travel == "float32":
             reductions = 1
         yield self.traffic(
-            "hybrid: shards of gradients over the replicas",
+            "hybrid: gradients",
             *(ALL_REDUCE, "replicate", self.travel, reductions * len(units), reductions * elements // shards),
         )
 
@@ -324,7 +322,7 @@ class _Step:
             return
         norms = "float64" if layout.zero == 3 else "float32"
         for axis in ("shard", "tp"):
-            yield self.traffic("gradient norm; gradients that are not finite", ALL_REDUCE, axis, norms, 2, 2)
+            yield self.traffic("gradient norm and overflow", ALL_REDUCE, axis, norms, 2, 2)
         if layout.zero < 3:
             reductions = batches if layout.zero == 2 else 1
             yield self.traffic(
@@ -341,9 +339,7 @@ class _Step:
         large = [padded[name] for name, numel in numels.items() if numel >= zero3.persistence_threshold]
         gathers = batches * (2 if zero3.releases else 1)
         calls = gathers * (len(large) if zero3.releases else bool(large))
-        yield self.traffic(
-            "ZeRO 3: small parameters after the update", ALL_GATHER, "shard", "float32", len(small), sum(small)
-        )
+        yield self.traffic("ZeRO 3: small parameters", ALL_GATHER, "shard", "float32", len(small), sum(small))
         yield self.traffic("ZeRO 3: parameters", ALL_GATHER, "shard", "float32", calls, gathers * sum(large))
         yield self.traffic(
             "ZeRO 3: gradients", REDUCE_SCATTER, "shard", "float32", batches, batches * sum(padded.values())
@@ -358,12 +354,12 @@ class _Step:
             return self.traffic(reason, ALL_REDUCE, "tp", "float32", batches * calls, batches * calls * elements)
 
         hidden = tokens * model.hidden_size
-        yield cross("attention and feed-forward, forward and backward", 4 * num_layers, hidden)
-        yield cross("embedding, forward", 1, hidden)
-        yield cross("head, backward", 1, hidden)
+        yield cross("layers", 4 * num_layers, hidden)
+        yield cross("embedding", 1, hidden)
+        yield cross("head", 1, hidden)
         if self.config.train.recompute != "none":  # the last sum of a block is not needed for any gradient in it
-            yield cross("recompute: attention's sum again", num_layers, hidden)
+            yield cross("layers recomputed", num_layers, hidden)
         if model.qk_norm:
             yield cross("gradients of query and key norms", 2 * num_layers, model.head_dim)
-        yield cross("loss: the largest logit", 1, tokens)
-        yield cross("loss: sum of exponentials, the label's logit", 1, 2 * tokens)
+        yield cross("loss: largest logit", 1, tokens)
+        yield cross("loss: sum of exponentials and the label's logit", 1, 2 * tokens)

@@ -6,15 +6,28 @@ import pytest
 from collectives import CELLS, cell, expected, second_step
 from ranks import run_ranks
 
+from megatrain.model.count import num_parameters
 from megatrain.parallel.communication import (
     ALL_GATHER,
     ALL_REDUCE,
+    ALL_TO_ALL,
+    RECEIVE,
     REDUCE_SCATTER,
+    SEND,
     Traffic,
     Zero3Settings,
     step_traffic,
 )
 from megatrain.parallel.layout import check
+
+GLOO = {
+    "all_reduce": (ALL_REDUCE, REDUCE_SCATTER),  # gloo makes a reduce-scatter out of an all-reduce
+    "all_gather": (ALL_GATHER,),
+    "all_to_all": (ALL_TO_ALL,),
+    "send": (SEND,),
+    "recv": (RECEIVE,),
+}
+"""What gloo is asked for, and which collectives it serves with it."""
 
 
 @pytest.mark.parametrize(("ranks", "changes"), CELLS, ids=str)
@@ -25,17 +38,12 @@ def test_a_step_communicates_what_the_theory_says(ranks, changes):
         assert counted == expected(step_traffic(config, ranks, rank, zero3)), f"rank {rank}"
 
 
-GLOO = {"all_reduce": (ALL_REDUCE, REDUCE_SCATTER), "all_gather": (ALL_GATHER,), "all_to_all": ("all-to-all",)}
-"""What gloo is asked for and which collectives it then serves: it makes a reduce-scatter out of an all-reduce."""
-
-
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (4, {"tp": 2, "zero": 3, "recompute": "full"}),
-        (2, {"cp": 2, "zero": 2}),
-        (4, {"pp": 2, "zero": 3}),
-        (2, {"engine": "deepspeed", "zero": 3}),
+        (4, {"pp": 2, "tp": 2, "recompute": "full", "micro": 8}),
+        (2, {"cp": 2, "zero": 3, "micro": 8}),
+        (2, {"engine": "deepspeed", "zero": 3, "micro": 8}),
     ],
     ids=str,
 )
@@ -43,10 +51,9 @@ def test_nothing_escapes_the_counter(ranks, changes):
     """Torch's profiler, which sees the process groups from below, saw as many calls of each kind."""
     config, zero3 = cell(changes)
     for counted, profiled in run_ranks(second_step, ranks, config, zero3, True):
-        serves = GLOO | {"send": ("send",), "recv": ("receive",)}
         calls = {
             name: sum(count.calls for kind, count in counted.items() if kind.collective in collectives)
-            for name, collectives in serves.items()
+            for name, collectives in GLOO.items()
         }
         assert profiled == {name: number for name, number in calls.items() if number}
 
@@ -56,10 +63,8 @@ def test_zero_3_gathers_twice_and_reduces_once_a_micro_batch():
     config, _ = cell({"zero": 3})
     config.model.vocab_size = 102  # every first dimension but the feed-forward layer's divides by 2
     config.model.ffn_size = 40
-    from megatrain.model.count import num_parameters
-
     totals = {part.collective: part for part in step_traffic(config, 2, 0) if part.axis == "shard"}
-    micro_batches = 16 // (2 * 2)
+    micro_batches = 16 // (4 * 2)
     assert totals[ALL_GATHER].num_bytes == 2 * micro_batches * 4 * num_parameters(config.model)
     assert totals[REDUCE_SCATTER].num_bytes == micro_batches * 4 * num_parameters(config.model)
 
@@ -70,7 +75,7 @@ def test_a_ring_sends_an_all_reduce_twice():
 
     assert [sent(ALL_GATHER, ranks) for ranks in (2, 3, 4)] == [600, 800, 900]
     assert [sent(ALL_REDUCE, ranks) for ranks in (2, 3, 4)] == [1200, 1600, 1800]
-    assert sent("receive", 2) == 0
+    assert sent(RECEIVE, 2) == 0
 
 
 def test_deepspeed_in_low_precision_is_not_described():
