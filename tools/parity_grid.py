@@ -26,11 +26,12 @@ from megatrain.parallel.candidates import Axes, judge  # noqa: E402
 from megatrain.parallel.layout import Layout  # noqa: E402
 
 
-def cells(world: int) -> list[dict[str, Any]]:
+def cells(world: int, compiled: bool = False) -> list[dict[str, Any]]:
     """Every legal combination of the axes on so many ranks, as arguments of `layout_job`. Hybrid sharding in two groups."""
+    job = layout_job(compile=compiled)
     found = []
     for engine in ("native", "deepspeed"):
-        for candidate, refused, _ in judge(layout_job(), world, Axes(engines=(engine,), replicas=(1, 2))):
+        for candidate, refused, _ in judge(job, world, Axes(engines=(engine,), replicas=(1, 2))):
             dp = world // (candidate.tp * candidate.pp * candidate.cp)
             if refused is None and (candidate.dp_replicate == 1 or dp % 2 == 0):
                 cell = candidate._asdict()
@@ -42,7 +43,7 @@ def cells(world: int) -> list[dict[str, Any]]:
                 ):
                     if cell[needs] == 1:
                         del cell[key]
-                found.append(cell)
+                found.append({**cell, "compile": True} if compiled else cell)
     return found
 
 
@@ -54,6 +55,9 @@ def main() -> int:
     parser.add_argument("--engine", choices=("native", "deepspeed"), help="only this engine")
     parser.add_argument("--sample", type=int, help="so many cells of each world and family, drawn with a fixed seed")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a cell may take (default 300)")
+    parser.add_argument(
+        "--compile", action="store_true", help="the same cells with compiled blocks, where that is legal"
+    )
     parser.add_argument("--list", action="store_true", help="print the cells and end")
     arguments = parser.parse_args()
     failed, worst, total = 0, dict.fromkeys(LIMITS, 0.0), 0
@@ -62,13 +66,13 @@ def main() -> int:
     for family in arguments.family:
         expected = None
         for world in arguments.world:
-            chosen = [cell for cell in cells(world) if arguments.engine in (None, cell["engine"])]
+            chosen = [cell for cell in cells(world, arguments.compile) if arguments.engine in (None, cell["engine"])]
             if arguments.sample is not None and arguments.sample < len(chosen):
                 chosen = random.Random(world).sample(chosen, arguments.sample)
             for cell in chosen:
                 name = f"{Layout.of(layout_job(**cell), world).describe()}" + "".join(
                     f" {key}={cell[key]}"
-                    for key in ("cp_kind", "dp_replicate", "recompute")
+                    for key in ("cp_kind", "dp_replicate", "recompute", "compile")
                     if cell.get(key) not in (None, "none")
                 )
                 if arguments.list:
