@@ -1,6 +1,6 @@
 """The memory model against the tensors that the engines hold: parallel/memory.py's formulas, rank by rank.
 
-Parameters, gradients and optimizer states within 5% (they are exact but for the odd scalar), activations within 10%. What is
+Parameters, gradients and optimizer states within 5% (in fact they are exact), activations within 3%. What is
 there for a moment is only bounded: the instants that a test can look at need not be its largest.
 """
 
@@ -65,7 +65,7 @@ def test_ranks_hold_what_the_formula_says(world, changes):
     model = MemoryModel(config.model, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
     for rank, held in enumerate(run_ranks(held_in_a_step, world, config, PATCH)):
         memory = model.of_rank(config, layout, rank)
-        for kind, within in (("parameters", 0.05), ("gradients", 0.05), ("optimizer", 0.05), ("activations", 0.1)):
+        for kind, within in (("parameters", 0.05), ("gradients", 0.05), ("optimizer", 0.05), ("activations", 0.03)):
             assert held[kind] == pytest.approx(getattr(memory, kind), rel=within), (rank, kind, held, memory)
         assert held["working"] <= memory.working, (rank, held, memory)
 
