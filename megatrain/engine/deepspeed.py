@@ -46,7 +46,7 @@ from megatrain.parallel.layout import Layout
 from megatrain.parallel.mesh import make_groups
 
 
-def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = "cpu") -> dict[str, Any]:
     """DeepSpeed's JSON config for a run. Sizes are given as micro batch and accumulation; a global one is miscounted."""
     precision = config.precision
     document: dict[str, Any] = {
@@ -67,7 +67,7 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int) -> dict[str, A
         },
     }
     if config.engine.offload != "none":
-        place: dict[str, Any] = {"device": config.engine.offload, "pin_memory": True}
+        place: dict[str, Any] = {"device": config.engine.offload, "pin_memory": device == "cuda"}
         if config.engine.offload == "nvme":  # a folder a run, for file names in it are the same in every run
             place["nvme_path"] = str(Path(config.engine.nvme_path or "") / (config.run.name or "run"))
         document["zero_optimization"]["offload_optimizer"] = place
@@ -149,7 +149,9 @@ class DeepSpeedEngine:
 
             self.tensor_group = make_tensor_group(self.layout.tp)
         document = deepspeed_config(
-            config, config.train.global_batch_size // (config.train.micro_batch_size * self.layout.dp)
+            config,
+            config.train.global_batch_size // (config.train.micro_batch_size * self.layout.dp),
+            world.device.type,
         )
         model = self._build_model(deepspeed, document)
         model.recompute = config.train.recompute
