@@ -157,8 +157,13 @@ class EngineConfig:
         "nvme, engine.nvme_path (deepspeed)",
         choices=("none", "cpu", "nvme"),
     )
-    offload_parameters: bool = key(False, "parameters live there too, and come to the device block by block (ZeRO 3)")
-    nvme_path: str | None = key(None, "folder on a fast local disk that engine.offload=nvme swaps to")
+    offload_parameters: bool = key(
+        False, "parameters live in the host's memory too, and come to the device block by block (cpu, ZeRO 3)"
+    )
+    nvme_path: str | None = key(
+        None,
+        "folder on a fast local disk that engine.offload=nvme swaps to; a save takes 12 bytes a parameter of a rank in memory",
+    )
 
 
 @dataclass

@@ -62,9 +62,9 @@ def layouts(config: LayoutsConfig) -> None:
     rows.sort(key=lambda row: _order(row, limit))
     shown = shortened(rows, config.layouts.limit)
     if config.layouts.format == "json":
-        print(json.dumps([record(row, limit) for row in shown], indent=1))
+        print(json.dumps([record(row, job, limit) for row in shown], indent=1))
     elif config.layouts.format == "csv":
-        records = [record(row, limit) for row in shown]
+        records = [record(row, job, limit) for row in shown]
         writer = csv.DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
@@ -73,7 +73,7 @@ def layouts(config: LayoutsConfig) -> None:
         print_table(shown, limit)
         if len(shown) < len(rows):
             print(
-                f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them: here is the first for each engine and degrees; "
+                f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them; here each engine and degrees stand once, as far as the limit goes; "
                 f"any key that is given narrows the list"
             )
 
@@ -242,10 +242,13 @@ def print_table(rows: list[Row], limit: float | None) -> None:
         print(f"\033[1m{text}\033[0m" if index == 0 and sys.stdout.isatty() else text)
 
 
-def record(row: Row, limit: float | None) -> dict[str, Any]:
-    """A row for programs: the keys to give `megatrain train`, and bytes."""
+def record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:
+    """A row for programs: the keys to give `megatrain train`, and bytes; `fits` is null without a limit."""
     c = row.candidate
     keys = {
+        "train.global_batch_size": job.train.global_batch_size,
+        "train.micro_batch_size": job.train.micro_batch_size,
+        "train.seq_len": job.train.seq_len,
         "engine": c.engine,
         "parallel.tp": c.tp,
         "parallel.pp": c.pp,
@@ -258,7 +261,7 @@ def record(row: Row, limit: float | None) -> dict[str, Any]:
         "train.recompute": c.recompute,
     }
     bytes_ = {f"{kind}_bytes": getattr(row.memory, kind) for kind in (*KINDS, "total")}
-    return {**keys, "dp": row.layout.dp, **bytes_, "fits": row.fits(limit)}
+    return {**keys, "dp": row.layout.dp, **bytes_, "fits": None if limit is None else row.fits(limit)}
 
 
 def nothing_legal(config: LayoutsConfig, job: TrainConfig, world_size: int, refused: Counter[str]) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
-from torch.utils.cpp_extension import _get_build_directory
 
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
@@ -69,7 +69,10 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = 
     if config.engine.offload != "none":
         place: dict[str, Any] = {"device": config.engine.offload, "pin_memory": device == "cuda"}
         if config.engine.offload == "nvme":  # a folder a run, for file names in it are the same in every run
-            place["nvme_path"] = str(Path(config.engine.nvme_path or "") / (config.run.name or "run"))
+            assert config.engine.nvme_path is not None, "the layout table refuses nvme without a path"
+            run = Path(config.run.dir, config.run.name or "run").absolute()
+            folder = f"{run.name}-{xxhash.xxh3_64_hexdigest(str(run).encode())}"
+            place["nvme_path"] = str(Path(config.engine.nvme_path) / folder)
         document["zero_optimization"]["offload_optimizer"] = place
         if config.engine.offload_parameters:
             document["zero_optimization"]["offload_param"] = place
@@ -100,14 +103,17 @@ def _wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
             "engine.offload=nvme needs libaio's headers and a C++ compiler; on Debian and Ubuntu: apt-get install "
             "libaio-dev g++; or use engine.offload=cpu"
         )
-    lock = Path(_get_build_directory("async_io", False)) / "lock"
-    while lock.exists():
-        with suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > timeout_s:
-                raise EnvironmentFault(
-                    f"{lock} is older than launch.timeout_s={timeout_s:g} s: a build that was killed left it. Remove it"
-                )
-        time.sleep(0.2)
+    from torch.utils.cpp_extension import _get_build_directory
+
+    for extension in ("pin_memory", "async_io"):
+        lock = Path(_get_build_directory(extension, False)) / "lock"
+        while lock.exists():
+            with suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > timeout_s:
+                    raise EnvironmentFault(
+                        f"{lock} is older than launch.timeout_s={timeout_s:g} s: a build that was killed left it. Remove it"
+                    )
+            time.sleep(0.2)
 
 
 def _slots(name: str) -> list[tuple[str | None, str]]:
@@ -162,6 +168,9 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=adamw(groups, config.optim), config=document, dist_init_required=False
         )
+        if self.tensor_group is not None:
+            # at the first forward pass it would send every rank's batch through pickle to compare them; batch_hash tells
+            self.engine.first_dataloader_check.remove()
         self.optimizer = self.engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self._materialise(step=0)
@@ -230,8 +239,10 @@ class DeepSpeedEngine:
             yield
             return
         self.optimizer._optimizer_states_and_gradient_swap_in(group)
-        yield
-        self.optimizer._optimizer_states_and_gradient_swap_out(group)
+        try:
+            yield
+        finally:
+            self.optimizer._optimizer_states_and_gradient_swap_out(group)
 
     def _sub_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
         """The parameters by the sub-group that is updated, and swapped, at once; one group below stage 3."""

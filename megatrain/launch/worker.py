@@ -53,7 +53,7 @@ from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
 from megatrain.trainer import Parts, Progress, Trainer
 
-BY_HOST = ("launch.", "data.dir", "data.workers", "run.dir")
+BY_HOST = ("launch.", "data.dir", "data.workers", "run.dir", "engine.nvme_path")
 """Keys that may differ between the ranks of a job."""
 
 _LOG = logging.getLogger("megatrain")
@@ -74,6 +74,7 @@ def run(config: TrainConfig) -> int:
     with log_to(run_folder(config), environment.rank):
         warn_of_other_count(config, environment)
         data = open_data(config)
+        layouts.check(data.config, environment.world_size)  # again, now that the vocabulary is known
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

@@ -35,6 +35,8 @@ def make_tensor_group(tp: int) -> dist.ProcessGroup:
     set_autotp_mode(training=True)
     groups._init_tp_mesh_device(tensor_model_parallel_size=tp)
     group: dist.ProcessGroup = groups.get_tensor_model_parallel_group()
+    first = dist.get_rank() // tp * tp
+    assert dist.get_process_group_ranks(group) == list(range(first, first + tp)), "not the layout's tensor ranks"
     return group
 
 
@@ -78,9 +80,8 @@ def _layer(name: str, module: nn.Module, model: GPT, group: dist.ProcessGroup, d
     if kind == plan.ROW:
         return _RowLinear(module, group, name=name, tp_meta=meta)
     layer = (VocabParallelLinear if kind == plan.VOCAB else LinearLayer)(module, group, name=name, tp_meta=meta)
-    layer.mp_group = (
-        None  # or query, key and value would each sum the gradient of the input they share; _Enter does, once
-    )
+    # or query, key and value would each sum the gradient of the input they share; _Enter does, once
+    layer.mp_group = None
     return layer
 
 

@@ -368,11 +368,19 @@ def _offload(config: TrainConfig, _: int) -> str | None:
         return f"engine.offload={engine.offload} needs engine=deepspeed"
     if engine.offload == "nvme" and engine.nvme_path is None:
         return "engine.offload=nvme needs engine.nvme_path, a folder on a fast local disk; or use engine.offload=cpu"
+    if engine.offload == "nvme" and engine.offload_parameters:
+        # DeepSpeed's buffers take 1e8 numbers a parameter, and it keeps the first 1e9 numbers in memory: not shown to work
+        return "engine.offload=nvme takes masters and optimizer states; engine.offload_parameters=true needs engine.offload=cpu"
     if zero < 3 and (engine.offload == "nvme" or engine.offload_parameters):
         key = "offload=nvme" if engine.offload == "nvme" else "offload_parameters=true"
         return f"engine.{key} needs parallel.zero=3, this job has parallel.zero={zero}; or use engine.offload=cpu alone"
     if zero == 0:
         return f"engine.offload={engine.offload} needs shards to move; use parallel.zero=1, 2 or 3"
+    if engine.offload_parameters and config.parallel.tp > 1:
+        return (
+            f"engine.offload_parameters=true with parallel.tp={config.parallel.tp} would still make a rank's whole block on "
+            f"the device first; use engine.offload_parameters=false or parallel.tp=1"
+        )
     return None
 
 
@@ -407,7 +415,9 @@ REFUSALS = (
     Refusal("stages", "more stages than blocks, or a split that does not add up", _stages),
     Refusal("micro_batches", "fewer micro-batches than the schedule needs", _micro_batches),
     Refusal("hybrid", "hybrid sharding under DeepSpeed, at ZeRO 0, or uneven", _hybrid),
-    Refusal("offload", "offload under native, of what is not sharded, or without a place", _offload),
+    Refusal(
+        "offload", "offload under native, of what is not sharded, without a place, or of parameters to a disk", _offload
+    ),
     Refusal(
         "zero_bubble_recompute",
         "zero-bubble schedules with recompute: each half of the backward pass would recompute again",
@@ -510,6 +520,27 @@ REFUSALS = (
             "DeepSpeed's unsharded fp16 optimizer does not scale the loss it is given; use parallel.zero=1 or "
             "precision=bf16"
             if _is_deepspeed(config) and config.parallel.zero == 0 and config.precision.name == "fp16"
+            else None
+        ),
+    ),
+    Refusal(
+        # measured in bf16 on two tensor ranks: 1.687 where one process and ZeRO 1 to 3 have a norm of 2.366
+        "deepspeed_zero0_low_tensor",
+        "low precision with tensor ranks at DeepSpeed's ZeRO 0, which leaves all but the first out of the gradient norm",
+        lambda config, _: (
+            f"DeepSpeed's unsharded {config.precision.name} optimizer clips by the first tensor rank's gradients alone; use "
+            f"parallel.zero=1 or parallel.tp=1"
+            if _is_deepspeed(config) and config.parallel.zero == 0 and config.parallel.tp > 1 and _is_low(config)
+            else None
+        ),
+    ),
+    Refusal(
+        "deepspeed_tensor_compiled_dropout",
+        "compiled blocks with dropout on DeepSpeed's tensor ranks: that heads draw masks of their own is not shown there",
+        lambda config, _: (
+            f"compile=true with model.dropout={config.model.dropout:g} and parallel.tp={config.parallel.tp} under "
+            f"engine=deepspeed: use compile=false, model.dropout=0 or engine=native"
+            if _is_deepspeed(config) and config.parallel.tp > 1 and config.compile and config.model.dropout > 0
             else None
         ),
     ),

@@ -199,8 +199,8 @@ class MemoryModel:
             held = held.plus(unit, number)
         optimizer = 8 * held.mine + 4 * held.tensors
         unsharded = 4 * held.whole
-        if w == 4 and cut.tp > 1 and any(self._has_own_embedding(stage) for stage in stages):
-            # DTensor makes the embedding's gradient for the whole vocabulary on every rank, and sums it at the step's end
+        if (w == 4 or sharded) and cut.tp > 1 and any(self._has_own_embedding(stage) for stage in stages):
+            # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end
             absent = self.model.vocab - plan.chunk(self.model.vocab, cut.tp, cut.tp_rank)[1]
             unsharded += 4 * absent * self.model.hidden_size
         if not sharded:

@@ -42,6 +42,7 @@ CASES = [
     (2, {"engine": "deepspeed", "zero": 3, "precision": "bf16", "family": "gpt2"}),
     (4, {"pp": 2, "zero": 3}),
     (4, {"tp": 2, "zero": 1}),
+    (4, {"tp": 2, "zero": 1, "precision": "bf16"}),
     (4, {"engine": "deepspeed", "tp": 2, "zero": 2, "family": "gpt2"}),
     (8, {"tp": 2, "pp": 2, "zero": 3}),
     (8, {"zero": 1, "dp_replicate": 2, "precision": "bf16", "family": "gpt2"}),

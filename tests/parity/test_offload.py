@@ -53,7 +53,7 @@ def one_process(tmp_path_factory):
         ("cpu", 2, False),
         ("cpu", 3, False),
         ("cpu", 3, True),
-        *(pytest.param("nvme", 3, parameters, marks=on_disk) for parameters in (False, True)),
+        pytest.param("nvme", 3, False, marks=on_disk),
     ],
 )
 def test_offloaded_it_is_the_same(place, zero, parameters, one_process, tmp_path):

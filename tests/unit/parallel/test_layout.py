@@ -133,6 +133,12 @@ REFUSED = {
         (job(engine__offload="nvme"), 2, "engine.nvme_path", dict(engine__nvme_path="/scratch")),
         (job(zero=0, engine__offload="cpu"), 2, "parallel.zero=1", dict(parallel__zero=1)),
         (
+            job(engine__offload="nvme", engine__nvme_path="/scratch", engine__offload_parameters=True),
+            2,
+            "engine.offload=cpu",
+            dict(engine__offload="cpu"),
+        ),
+        (
             job(zero=2, engine__offload="cpu", engine__offload_parameters=True),
             2,
             "parallel.zero=3",
@@ -143,6 +149,12 @@ REFUSED = {
             2,
             "engine.offload=cpu alone",
             dict(engine__offload="cpu"),
+        ),
+        (
+            job(parallel__tp=2, engine__offload="cpu", engine__offload_parameters=True),
+            2,
+            "parallel.tp=1",
+            dict(parallel__tp=1),
         ),
     ],
     "zero_bubble_recompute": [
@@ -197,6 +209,22 @@ REFUSED = {
     ],
     "deepspeed_zero0_fp16": [
         (job(zero=0, precision="fp16", accumulate="fp16"), 2, "parallel.zero=1", dict(parallel__zero=1))
+    ],
+    "deepspeed_zero0_low_tensor": [
+        (
+            job(zero=0, precision="bf16", accumulate="bf16", parallel__tp=2),
+            2,
+            "parallel.zero=1",
+            dict(parallel__zero=1),
+        ),
+    ],
+    "deepspeed_tensor_compiled_dropout": [
+        (
+            job(zero=1, compiled=True, parallel__tp=2, model__dropout=0.1),
+            2,
+            "model.dropout=0",
+            dict(model__dropout=0.0),
+        ),
     ],
     "deepspeed_zero3_selective": [
         (job(train__recompute="selective"), 2, "train.recompute=full", dict(train__recompute="full"))
