@@ -77,6 +77,23 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
 
+def first_norm(world, config):
+    """The gradient norm of one step."""
+    engine = build_engine(config, world)
+    micro_batches = batches(config, 1, 0, 1)
+    return float(engine.train_step(micro_batches, config.optim.lr, 1).grad_norm)
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
+def test_the_norm_counts_every_tensor_rank_in_low_precision(engine, zero):
+    """In bf16, where other optimizers are at work than in fp32: the norm of one process, but for bf16's rounding."""
+    one, two = layout_job(), layout_job(engine=engine, tp=2, zero=zero)
+    one.precision.name = two.precision.name = "bf16"
+    check(two, 2)
+    expected = run_ranks(first_norm, 1, one)[0]
+    assert run_ranks(first_norm, 2, two) == pytest.approx([expected] * 2, rel=5e-3)
+
+
 @pytest.mark.parametrize("engine", ["native", "deepspeed"])
 def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
     """Query and key norms are whole on every tensor rank and act on its heads alone: their gradients are summed."""
