@@ -18,7 +18,7 @@ from typing import Any
 
 import megatrain
 from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
-from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, DataError, EnvironmentFault, MegatrainError
+from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, EnvironmentFault, MegatrainError
 from megatrain.launch.environment import WORKER_MARK, is_launched
 from megatrain.suggest import did_you_mean
 
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         if known is not None:
             if debug:
                 traceback.print_exc()
-            elif not _is_silent_rank(error):
-                print(f"megatrain: error: {known}", file=sys.stderr, flush=True)
+            else:
+                print(f"megatrain: error: {_speaker()}{known}", file=sys.stderr, flush=True)
             return known.exit_code
         traceback.print_exc()
         print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
@@ -199,12 +199,11 @@ def _action(verb: str) -> Callable[[Any], Any]:
     return getattr(import_module(module), name)
 
 
-def _is_silent_rank(error: Exception) -> bool:
-    """Under somebody else's launcher all ranks share a terminal and meet the same mistakes: rank 0 speaks for them.
+def _speaker() -> str:
+    """Under somebody else's launcher all ranks share a terminal: each but the first says which it is.
 
-    Damaged data or a full disk, though, may be one rank's alone once the ranks have met and gone to work.
+    None keeps still, though most mistakes are everybody's: whether the others made the same one, no rank can know.
     """
     if not is_launched() or WORKER_MARK in os.environ or os.environ["RANK"] == "0":
-        return False
-    distributed = sys.modules.get("torch.distributed")
-    return not (isinstance(error, (DataError, OSError)) and distributed is not None and distributed.is_initialized())
+        return ""
+    return f"rank {os.environ['RANK']}: "

@@ -255,7 +255,9 @@ class _Agent:
         code = first.code
         assert code is not None, "a worker that has not ended cannot have failed"
         if -code in self.forwarded:
-            say(f"stopped by {signal.Signals(-code).name} before training began; start again to continue")
+            say(
+                f"stopped by {signal.Signals(-code).name} before or after training; start again to continue, if it is not done"
+            )
             return EXIT_SAVED_AFTER_SIGNAL
         told_by_rank0 = rank0_spoke and code > EXIT_DEFECT
         if not told_by_rank0 or code < 0:

@@ -242,7 +242,7 @@ def _vocabulary_cut(config: TrainConfig, _: int) -> str | None:
     tp, vocab = config.parallel.tp, config.model.vocab_size
     if not _is_deepspeed(config) or vocab is None or -(-vocab // tp) * (tp - 1) < vocab:
         return None
-    fitting = [count for count in range(1, tp) if -(-vocab // count) * (count - 1) < vocab]
+    fitting = [count for count in divisors(tp)[:-1] if -(-vocab // count) * (count - 1) < vocab]
     return (
         f"model.vocab_size={vocab} leaves a rank of parallel.tp={tp} without a row, which AutoTP does not take; use "
         f"parallel.tp={fitting[-1]} or engine=native"
@@ -330,12 +330,21 @@ def _micro_batches(config: TrainConfig, world_size: int) -> str | None:
         return None
     least = p.pp * p.virtual_stages if p.schedule in V_SHAPED else p.pp
     unit = config.train.micro_batch_size * Layout.of(config, world_size).dp
-    for count in micro_batches(config, world_size):
+    *ramp, last = micro_batches(config, world_size)
+    if ramp and (min(ramp) < least or (p.schedule in LOOPED and any(count % p.pp for count in ramp))):
+        rounds = f", in rounds of parallel.pp={p.pp}" if p.schedule in LOOPED else ""
+        return (
+            f"parallel.schedule={p.schedule} needs {least} micro-batches a step or more{rounds}, and the batch ramp passes "
+            f"steps of {', '.join(map(str, ramp[:6]))}; use train.batch_ramp_start={least * unit} and "
+            f"train.batch_ramp_increment={p.pp * unit}"
+        )
+    for count in [last]:
         if count < least:
+            simplest = "parallel.schedule=gpipe" + (" with parallel.virtual_stages=1" if p.virtual_stages > 1 else "")
             return (
                 f"parallel.schedule={p.schedule} with parallel.pp={p.pp} needs {least} micro-batches a step or more, and "
                 f"this job has {count}; use train.global_batch_size={least * unit}, a smaller train.micro_batch_size, or "
-                f"parallel.schedule=gpipe"
+                f"{simplest}"
             )
         if p.schedule in LOOPED and count % p.pp:
             below, above = count // p.pp * p.pp, (count // p.pp + 1) * p.pp

@@ -50,7 +50,7 @@ REFUSED = {
         (native(parallel__tp=4, model__ffn_size=190), 4, "model.ffn_size=190", dict(parallel__tp=2)),
     ],
     "vocabulary_cut": [
-        (job(parallel__tp=4, model__vocab_size=5), 4, "parallel.tp=3 or engine=native", dict(engine__name="native")),
+        (job(parallel__tp=4, model__vocab_size=5), 4, "parallel.tp=2 or engine=native", dict(engine__name="native")),
     ],
     "ulysses_heads": [
         (native(parallel__cp=8), 8, "parallel.cp_kind=ring", dict(parallel__cp_kind="ring")),
