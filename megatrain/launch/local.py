@@ -256,7 +256,7 @@ class _Agent:
         assert code is not None, "a worker that has not ended cannot have failed"
         if -code in self.forwarded:
             say(
-                f"stopped by {signal.Signals(-code).name} before or after training; start again to continue, if it is not done"
+                f"stopped by {signal.Signals(-code).name} before training began or after its end; start again to continue"
             )
             return EXIT_SAVED_AFTER_SIGNAL
         told_by_rank0 = rank0_spoke and code > EXIT_DEFECT
