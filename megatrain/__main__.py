@@ -1,8 +1,6 @@
 """`python -m megatrain` is the same as the `megatrain` command."""
 
-import sys
-
-from megatrain.cli import main
+from megatrain.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -6,15 +6,17 @@ Everything below takes the checked dataclass. A user's mistake ends here as one 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import megatrain
 from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
@@ -81,6 +83,23 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
         return EXIT_DEFECT
+
+
+def command() -> NoReturn:
+    """The process of one command: `main`, and out with its exit code.
+
+    A rank that failed holds a process group whose peers may be gone. Interpreter shutdown takes it down, which was seen
+    to abort (`terminate called without an active exception`) and to lose the code that tells the agent what to do.
+    """
+    code = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody may be reading
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _reader_left() -> bool:

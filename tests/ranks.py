@@ -7,6 +7,7 @@ not hold a process group or start threads in torch.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import gc
 import importlib
 import os
@@ -69,7 +70,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
         folder = Path(name)
         children = {_fork(function, rank, size, folder, args): rank for rank in range(size)}
         deadline = time.monotonic() + timeout_s
-        failed = []
+        failed, killed = [], []
         while children and time.monotonic() < deadline and not failed:
             for pid in list(children):
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -77,13 +78,15 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
                     rank = children.pop(pid)
                     if status:
                         failed.append(rank)
+                        if os.WIFSIGNALED(status):
+                            killed.append(f"--- rank {rank} was killed by {signal.Signals(os.WTERMSIG(status)).name}")
             time.sleep(0.002)
         if failed:
             time.sleep(0.5)  # the others fail too, and say why
         for pid in children:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        errors = [path.read_text() for path in sorted(folder.glob("error*"))]
+        errors = killed + [path.read_text() for path in sorted(folder.glob("error*")) if path.stat().st_size]
         assert not failed, f"ranks {failed} did not end well\n" + "\n".join(errors)
         if children:
             raise TimeoutError(f"ranks {sorted(children.values())} still ran after {timeout_s:g} s")
@@ -98,6 +101,7 @@ def _fork(function: Callable[..., Any], rank: int, size: int, folder: Path, args
         return pid
     code = 1
     os.environ["LOCAL_RANK"] = str(rank)
+    faulthandler.enable(open(folder / f"error{rank}.fault", "w"))  # noqa: SIM115 - open as long as the rank lives
     try:
         dist.init_process_group(
             "gloo",

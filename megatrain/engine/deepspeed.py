@@ -45,6 +45,8 @@ from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout
 from megatrain.parallel.mesh import make_groups
 
+_LOG = logging.getLogger("megatrain")
+
 
 def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = "cpu") -> dict[str, Any]:
     """DeepSpeed's JSON config for a run. Sizes are given as micro batch and accumulation; a global one is miscounted."""
@@ -107,6 +109,8 @@ def _wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
 
     for extension in ("pin_memory", "async_io"):
         lock = Path(_get_build_directory(extension, False)) / "lock"
+        if lock.exists():
+            _LOG.warning("waiting for another process to build %s (%s), %g s at most", extension, lock, timeout_s)
         while lock.exists():
             with suppress(FileNotFoundError):
                 if time.time() - lock.stat().st_mtime > timeout_s:
@@ -121,17 +125,28 @@ def _slots(name: str) -> list[tuple[str | None, str]]:
     return [(None, f"model.{name}"), *((moment, f"optim.{moment}.{name}") for moment in MOMENTS)]
 
 
+def start_deepspeed(world: World) -> Any:
+    """Import DeepSpeed and put it over the process group that exists; returns its module."""
+    os.environ["DS_ACCELERATOR"] = world.device.type
+    os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it whoever made the process group
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Its shared-memory all-reduce serves inference alone. It would be compiled at every first start, and a compilation
+    # that was killed leaves a lock on which all later ones wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
+    return deepspeed
+
+
 class DeepSpeedEngine:
     """`Engine` over DeepSpeed's. The process group must exist already."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        os.environ["DS_ACCELERATOR"] = world.device.type
-        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it whoever made the process group
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        import deepspeed
+        deepspeed = start_deepspeed(world)
         from deepspeed.accelerator import get_accelerator
 
-        deepspeed.utils.logger.setLevel(logging.WARNING)
         if config.precision.name == "fp16" and not get_accelerator().is_fp16_supported():
             raise EnvironmentFault(
                 f"precision=fp16 under engine=deepspeed needs a device with fp16 arithmetic, this {world.device.type} "
@@ -139,9 +154,6 @@ class DeepSpeedEngine:
             )
         if config.engine.offload == "nvme":
             _wait_for_asynchronous_io(get_accelerator(), config.launch.timeout_s)
-        # its shared-memory all-reduce serves inference alone, and would be compiled at every first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
         self.config = config
         self.world = world
         self.stage = config.parallel.zero

@@ -200,6 +200,22 @@ def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shutdown_does_not_change_the_exit_code_of_a_rank_that_failed():
+    """Gloo was seen to abort in the interpreter's shutdown; the exit code and the last message are out before it."""
+    program = (
+        "import atexit, logging, os, sys\n"
+        "import torch.distributed as dist\n"
+        "from megatrain import cli\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "atexit.register(os.abort)\n"
+        "sys.argv = ['megatrain', 'none_such']\n"
+        "cli.command()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "unknown verb none_such" in done.stderr
+
+
 def test_a_full_disk_is_the_machines_fault_and_a_missing_file_of_ours_a_defect(action, capsys, tmp_path):
     """One message and exit code 8 for what no code can help; anything else keeps its stack trace."""
 
