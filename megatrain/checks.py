@@ -161,9 +161,14 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
     for size in batch_sizes(config):
         if size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit
-            where = "train.global_batch_size" if size == config.global_batch_size else "the batch ramp's size"
+            where = f"train.global_batch_size={size}"
+            if size != config.global_batch_size:
+                where = (
+                    f"the batch ramp's size {size} (train.batch_ramp_start={config.batch_ramp_start} + a multiple of "
+                    f"train.batch_ramp_increment={config.batch_ramp_increment})"
+                )
             raise ConfigError(
-                f"{where}={size} does not divide into train.micro_batch_size={config.micro_batch_size} x {ranks} "
+                f"{where} does not divide into train.micro_batch_size={config.micro_batch_size} x {ranks} "
                 f"data-parallel ranks = {unit}; nearest: {f'{below} or {above}' if below else above}"
             )
 

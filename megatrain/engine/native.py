@@ -29,7 +29,6 @@ from megatrain.model.init import initial_block
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
-from megatrain.parallel.communication import is_summed
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, stage_layers
 from megatrain.parallel.mesh import make_groups
@@ -296,7 +295,7 @@ class NativeEngine:
         """Sum over the tensor group what each of its ranks has from its slice of the sequence, all parameters at once."""
         if self.groups is None or self.groups.tp is None:
             return
-        parts = [held.master.grad for held in self.held if is_summed(held.name) and held.master.grad is not None]
+        parts = [held.master.grad for held in self.held if plan.is_summed(held.name) and held.master.grad is not None]
         together = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(together, group=self.groups.tp)
         for part, total in zip(parts, together.split([part.numel() for part in parts]), strict=True):

@@ -64,12 +64,6 @@ class Zero3Settings:
     releases: bool = False
 
 
-def is_summed(name: str) -> bool:
-    """Whether a parameter is whole on each tensor rank but meets only that rank's slice of the sequence (or its heads), so
-    that its gradient is the sum of theirs. Biases of row-cut layers are added where the whole sequence is at hand."""
-    return plan.cut_dimension(name) is None and plan.cut(name.removesuffix("bias") + "weight") != plan.ROW
-
-
 def step_traffic(
     config: TrainConfig, world_size: int, rank: int, zero3: Zero3Settings = Zero3Settings()
 ) -> list[Traffic]:
@@ -163,7 +157,7 @@ class _Step:
             yield from self._zero(stage)
             yield from self._between_stages(stage)
         if self.layout.tp > 1:
-            parts = [self._held(name) for stage in self.stages for name in self._names(stage) if is_summed(name)]
+            parts = [self._held(name) for stage in self.stages for name in self._names(stage) if plan.is_summed(name)]
             yield self.traffic(
                 "gradients of norms and positions",
                 *(ALL_REDUCE, "tp", "float32", 1, sum(parts)),

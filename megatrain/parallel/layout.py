@@ -256,12 +256,16 @@ def _sequence_cut(config: TrainConfig, _: int) -> str | None:
     if length % (pieces * local) == 0:
         return None
     unit = pieces * local
-    nearest = [size for size in (length // unit * unit, (length // unit + 1) * unit) if size]
+    longest = config.model.max_seq_len
+    nearest = [size for size in (length // unit * unit, (length // unit + 1) * unit) if 0 < size <= longest]
+    advice = (
+        f"nearest: {' or '.join(map(str, nearest))}" if nearest else f"model.max_seq_len={longest} needs lower degrees"
+    )
     return (
         f"train.seq_len={length} does not cut into {unit} equal pieces (parallel.cp={p.cp}"
         f"{', two pieces a rank for ring' if p.cp_kind == 'ring' and p.cp > 1 else ''}"
         f"{f', parallel.tp={p.tp} for sequence parallelism' if local > 1 else ''}); "
-        f"nearest: {' or '.join(map(str, nearest))}"
+        f"{advice}"
     )
 
 
@@ -283,7 +287,8 @@ def _stages(config: TrainConfig, _: int) -> str | None:
     if stages > layers:
         return (
             f"model.num_layers={layers} blocks do not fill parallel.pp={p.pp} x parallel.virtual_stages="
-            f"{p.virtual_stages} = {stages} stages, one block each at least; use at most {layers} stages"
+            f"{p.virtual_stages} = {stages} stages, one block each at least; use at most {layers} stages: "
+            f"{f'parallel.pp={layers // p.virtual_stages} or less' if layers > p.virtual_stages else 'parallel.pp=1'}"
         )
     given = list(p.layers_per_stage)
     if given and (len(given) != stages or sum(given) != layers or 0 in given):

@@ -39,6 +39,13 @@ def cut_dimension(name: str) -> int | None:
     return _DIMENSION[cut(name)]
 
 
+def is_summed(name: str) -> bool:
+    """Whether a parameter is whole on each tensor rank but meets only that rank's slice of the sequence (or its heads), so
+    that its gradient is the sum of theirs. Biases of row-cut layers are added where the whole sequence is at hand."""
+    layer, _, kind = name.rpartition(".")
+    return cut_dimension(name) is None and not (kind == "bias" and cut(f"{layer}.weight") == ROW)
+
+
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     """Start and length of chunk `index` when `size` is cut as `torch.chunk` cuts it: the last ones are shorter, or empty."""
     length = -(-size // parts)

@@ -27,7 +27,7 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
     (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers gather the sequence at their entry and
     scatter it at their exit; the head leaves its rows of the vocabulary on each rank. What works on a slice (norms, learned
     positions) stays as it is, with parameters whose gradients are parts of a sum: see
-    `communication.is_summed`.
+    `plan.is_summed`.
     """
     sequence, whole = Shard(1), Replicate()
     styles: dict[str, ParallelStyle] = {}
