@@ -190,12 +190,25 @@ def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
 
 def start_workers(config: TrainConfig, arguments: Arguments) -> int:
     """Run this command as `launch.nproc_per_node` workers on this machine and return the job's exit code."""
-    from megatrain.launch.local import launch
+    from megatrain.launch.local import Recovery, launch
+    from megatrain.resilience.owner import Ownership
+    from megatrain.resilience.watchdog import Limits
 
     command = [sys.executable, "-m", "megatrain", "train", *sorted(arguments.flags), *arguments.overrides]
     assert config.run.name is not None, "compose gives every run a name"
-    log_dir = Path(config.run.dir) / config.run.name / "logs"
-    return launch(command, config.launch.nproc_per_node, log_dir)
+    run_dir = Path(config.run.dir) / config.run.name
+    hang_s = config.resilience.hang_timeout_s or (120.0 if has_gpu(config.launch.device) else 600.0)
+    owner = Ownership.take(run_dir)
+    try:
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, Limits(hang_s, config.launch.timeout_s))
+        return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery)
+    finally:
+        owner.release()
+
+
+def has_gpu(device: str) -> bool:
+    """Whether workers will run on NVIDIA GPUs, found without torch."""
+    return device == "cuda" or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def report(config: ReportConfig) -> None:

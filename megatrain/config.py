@@ -298,6 +298,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """What happens when something fails."""
+
+    max_restarts: int = key(
+        100, "times that ranks which were killed or hang are started again inside a job; 0 never", minimum=0
+    )
+    hang_timeout_s: float | None = key(
+        None,
+        "seconds in which no rank moves that count as a hang; null means 120 on GPUs and 600 on CPUs. Until a start's "
+        "first step is done launch.timeout_s counts instead, where that is longer",
+        above=0,
+        maximum=1e7,
+    )
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go beside metrics.jsonl."""
 
@@ -336,6 +352,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

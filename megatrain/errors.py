@@ -8,6 +8,7 @@ from __future__ import annotations
 
 EXIT_OK = 0
 EXIT_DEFECT = 1
+EXIT_NO_PROGRESS = 6
 EXIT_SAVED_AFTER_SIGNAL = 75
 
 
@@ -39,6 +40,12 @@ class DivergedError(MegatrainError):
     """Training diverged and will not recover by itself."""
 
     exit_code = 5
+
+
+class OwnedError(MegatrainError):
+    """Another job owns the run folder."""
+
+    exit_code = 7
 
 
 class EnvironmentFault(MegatrainError):

@@ -91,7 +91,7 @@ class Parts:
 
     `exchange` gathers a CPU int64 tensor of every rank (`[ranks, n]`); `batch_hash` makes the hash of a step from every
     rank's sample hashes; `heldout` gives this rank's held-out batches anew; `stopping` says whether this rank was asked
-    to stop; `bytes_per_token` is the held-out text's, `peak_flops` the whole job's (None where unknown).
+    to stop; `mark` tells the watchdog which phase of which step begins; `bytes_per_token` is the held-out text's, `peak_flops` the whole job's (None where unknown).
     """
 
     engine: Engine
@@ -102,6 +102,7 @@ class Parts:
     exchange: Callable[[Tensor], Tensor]
     batch_hash: Callable[[np.ndarray], str]
     stopping: Callable[[], int]
+    mark: Callable[[str, int], None]
     identity: dict[str, Any]
     flops_per_token: int
     peak_flops: float | None
@@ -128,14 +129,16 @@ class Trainer:
         save_time = 0.0
         while self.progress.step < total and not self._has_stalled():
             started = time.perf_counter()
+            step = self.progress.step + 1
+            self.parts.mark("data", step)
             batch = next(self.parts.stream)
             data_time = time.perf_counter() - started
+            self.parts.mark("exchange", step)
             hashes, signal_number = self._meet(batch)
             if signal_number:
                 self.parts.journal.event("signal", self.progress.step, signal=signal_number)
                 self._save()
                 return "stopped"
-            step = self.progress.step + 1
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
             record = self._record(step, lr, result, batch, hashes)
@@ -147,6 +150,7 @@ class Trainer:
             if self._has_stalled():
                 self.parts.journal.event("early_stop", step, best_heldout_loss=self.progress.best_heldout_loss)
         self._save()
+        self.parts.mark("end", self.progress.step)
         return "done"
 
     def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int]:
@@ -200,7 +204,7 @@ class Trainer:
         if self.parts.heldout is None or not (last or (every and step % every == 0)):
             return 0.0
         started = time.perf_counter()
-        loss_sum, tokens = self.parts.engine.evaluate(self.parts.heldout())
+        loss_sum, tokens = self.parts.engine.evaluate(self._marked(self.parts.heldout(), step))
         loss = float(loss_sum) / max(1, int(tokens))
         record["heldout_loss"] = loss
         detail = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
@@ -214,6 +218,12 @@ class Trainer:
         self.parts.journal.event("evaluate", step, **detail)
         return time.perf_counter() - started
 
+    def _marked(self, batches: Iterable[MicroBatch], step: int) -> Iterator[MicroBatch]:
+        """Held-out batches, each a sign of life."""
+        for batch in batches:
+            self.parts.mark("evaluate", step)
+            yield batch
+
     def _maybe_save(self) -> float:
         """Save if it is time; returns the seconds it took."""
         every = self.config.checkpoint.every
@@ -226,6 +236,7 @@ class Trainer:
         if self.saved_step == self.progress.step:
             return 0.0
         started = time.perf_counter()
+        self.parts.mark("save", self.progress.step)
         extra = {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
         folder = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
         self.parts.store.retire(self.config.checkpoint.keep, self.config.checkpoint.keep_every)

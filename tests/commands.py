@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def megatrain(folder, *words):
+def megatrain(folder, *words, environ=None):
     return subprocess.run(
         [sys.executable, "-m", "megatrain", *words],
         cwd=folder,
+        env={**os.environ, **(environ or {})},
         capture_output=True,
         text=True,
         timeout=240,
@@ -38,3 +40,22 @@ def start(folder, *words):
 def metrics(folder, name):
     path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def events(folder, name, kind=None):
+    lines = (folder / "runs" / name / "events.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [event for event in found if kind is None or event["kind"] == kind]
+
+
+def same(records, expected, keys=("step", "loss", "grad_norm", "lr", "tokens", "batch_hash", "updated")):
+    assert [{key: record[key] for key in keys} for record in records] == [
+        {key: r[key] for key in keys} for r in expected
+    ]
+
+
+def final_files(folder, name):
+    """Checksums of the last checkpoint's files: equal where all tensors are, to the bit (for one layout and engine)."""
+    last = max((folder / "runs" / name / "checkpoints").glob("step_*"))
+    manifest = json.loads((last / "manifest.json").read_text())
+    return manifest["step"], {file: recorded["xxh3"] for file, recorded in manifest["files"].items()}

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a rank, and the helpers of this folder importable by name."""
+"""Shared by all tests: one thread a rank, the helpers of this folder importable by name, and one small job to compare with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,34 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
+sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parent / room) for room in ("parity", "chaos"))]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with a small prepared dataset."""
+    from commands import megatrain
+
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "text").mkdir()
+    for source in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        (folder / "text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
+    done = megatrain(
+        folder, "prepare", "data=files", "data.name=tiny", "data.paths=[text/*.txt]", "tokenizer.vocab_size=400"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workplace):
+    """The metrics of a run of two ranks, ZeRO-3, that nothing disturbed; it is called `undisturbed`."""
+    from commands import TRAIN, megatrain, metrics
+
+    done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    return metrics(workplace, "undisturbed")

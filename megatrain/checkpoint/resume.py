@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "data.overwrite",
     "data.verify",
     "checkpoint.*",
+    "resilience.*",
     "tracking.*",
     # how the dataset was made is the dataset's own affair: its fingerprint is compared instead
     "data.kind",

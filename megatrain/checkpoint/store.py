@@ -100,8 +100,16 @@ def first_valid(
 class CheckpointStore:
     """The `checkpoints/` folder of one run, shared by all ranks."""
 
-    def __init__(self, folder: Path, world: World, report: Callable[..., None] = lambda *args, **kwargs: None) -> None:
-        """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log)."""
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        report: Callable[..., None] = lambda *args, **kwargs: None,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log); `may_write`
+        raises OwnedError once another job owns the run."""
+        self.may_write = may_write
         self.folder = folder
         self.world = world
         self.report = report
@@ -121,11 +129,13 @@ class CheckpointStore:
         final = self.folder / checkpoint_name(step)
         temporary = final.with_name(final.name + _TEMPORARY)
         if self.world.is_main:
+            self.may_write()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         self.world.barrier()
         write(temporary, state, {"step": step, **extra}, self.world)
         if self.world.is_main:
+            self.may_write()
             older = final.with_name(final.name + _OLDER)
             if final.exists():  # the same step saved again: the older one makes way only now
                 os.replace(final, older)

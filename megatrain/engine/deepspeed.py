@@ -393,10 +393,13 @@ class DeepSpeedEngine:
             last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             seed = dropout_seed(self.config.seed, step, index, data_rank)
+            self.world.heartbeat.enter("forward")
             loss = sum_loss(self.engine, micro_batch.to(self.world.device), seed)
+            self.world.heartbeat.enter("backward")
             self.engine.backward(loss * factor, scale_wrt_gas=False)
             loss_sum += loss.detach()
             if last:
+                self.world.heartbeat.enter("update")
                 updated, grad_norm = self._finish_step()
             else:
                 self.engine.step()

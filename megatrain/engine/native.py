@@ -206,9 +206,11 @@ class NativeEngine:
         for stage in self.stages.values():
             stage.take(batches, seeds)
         if self.pipeline:
+            self.world.heartbeat.enter("forward")  # and backward, as the schedule mixes them
             loss_sum = self.pipeline.train(batches, factor)
         else:
             loss_sum = self._train_without_pipeline(batches, factor)
+        self.world.heartbeat.enter("update")
         loss_sum, grad_norm, finite = self._update(loss_sum, lr)
         if self.scaler.enabled:
             self.scaler.update(overflow=not bool(finite))
@@ -243,7 +245,9 @@ class NativeEngine:
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
             before_backward(stage, self.layout.zero, index == len(micro_batches) - 1, self.travels_in_fp32)
+            self.world.heartbeat.enter("forward")
             loss = stage(micro_batch.tokens, torch.tensor([index]))
+            self.world.heartbeat.enter("backward")
             (loss * factor).backward()
             loss_sum += loss.detach()
         return loss_sum

@@ -14,6 +14,9 @@ from megatrain.errors import EnvironmentFault
 WORKER_MARK = "MEGATRAIN_WORKER"
 """Set to 1 by our agent in its workers' environment, so that they do not start agents of their own."""
 
+RESTARTS = "MEGATRAIN_RESTARTS"
+"""How often our agent has started its workers again, in their environment."""
+
 
 @dataclass(frozen=True)
 class RankEnvironment:
@@ -25,6 +28,7 @@ class RankEnvironment:
     local_world_size: int = 1
     master_addr: str | None = None
     master_port: int | None = None
+    restarts: int = 0
 
     @staticmethod
     def from_environ(environ: Mapping[str, str] | None = None) -> RankEnvironment:
@@ -43,7 +47,8 @@ class RankEnvironment:
         if not address:
             raise EnvironmentFault("MASTER_ADDR is not set, though WORLD_SIZE is; the launcher has to set both")
         port = _number(environ, "MASTER_PORT", 1, 65536)
-        return RankEnvironment(rank, local_rank, world_size, local_world_size, address, port)
+        restarts = _number(environ, RESTARTS, 0, None, default=0)
+        return RankEnvironment(rank, local_rank, world_size, local_world_size, address, port, restarts)
 
 
 def is_launched(environ: Mapping[str, str] | None = None) -> bool:

@@ -1,8 +1,8 @@
 """The agent that starts this node's workers, hands on signals and makes one exit code of theirs. Imports no torch.
 
-It starts nothing twice: a job that is to go on is started again with the same command. What a worker does is in
-`worker.py`. Workers live in sessions of their own, so that a Ctrl-C reaches the agent alone; on Linux they die with it,
-whatever kills it.
+Where a rank was killed or hangs, it ends the others and starts all of them again; whether that can help is
+`resilience/`'s knowledge. What a worker does is in `worker.py`. Workers live in sessions of their own, so that a Ctrl-C
+reaches the agent alone; on Linux they die with it, whatever kills it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import IO
 
 from megatrain.errors import (
     EXIT_DEFECT,
+    EXIT_NO_PROGRESS,
     EXIT_OK,
     EXIT_SAVED_AFTER_SIGNAL,
     CheckpointError,
@@ -31,8 +32,16 @@ from megatrain.errors import (
     DataError,
     DivergedError,
     EnvironmentFault,
+    OwnedError,
 )
-from megatrain.launch.environment import WORKER_MARK, usable_cores
+from megatrain.launch.environment import RESTARTS, WORKER_MARK, usable_cores
+from megatrain.resilience import watchdog
+from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
+from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
+from megatrain.resilience.heartbeat import Heartbeats
+from megatrain.resilience.owner import ENVIRONMENT as OWNER
+from megatrain.resilience.owner import Ownership
+from megatrain.tracking.events import EventLog, read_events
 
 POLL_S = 0.05
 """Seconds between looks at the workers."""
@@ -43,7 +52,7 @@ OWN_ACCORD_S = 2.0
 KILL_S = 8.0
 """Seconds from a worker's failure until those still alive are killed."""
 
-OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError))
+OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError, OwnedError))
 """Exit codes that say why a worker ended, where 8 may only say that it lost one of the others."""
 
 EXIT_INTERRUPTED = 130
@@ -51,28 +60,41 @@ EXIT_INTERRUPTED = 130
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LINUX = sys.platform == "linux"
+HOST = socket.gethostname()
 
 
-def launch(command: Sequence[str], num_workers: int, log_dir: Path) -> int:
+@dataclass(frozen=True)
+class Recovery:
+    """How an agent takes failures of the workers of the run in `run_dir`, which it owns and whose events.jsonl it adds
+    to."""
+
+    run_dir: Path
+    owner: Ownership
+    max_restarts: int
+    limits: watchdog.Limits
+
+
+def launch(command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None = None) -> int:
     """Run `command` as `num_workers` ranks on this machine and wait for them all.
 
     Rank 0 shares the terminal; the others write to `log_dir`/rank_XXXXX.log. SIGTERM and SIGUSR1 go on to the workers,
     who save and end; the agent then waits as long as that takes. Ctrl-C asks for the same, a second one kills.
 
-    Returns the job's exit code: 0, 75 (saved after a signal), the code of the first worker that failed, or 1 for a
-    worker that a signal killed.
+    With a `recovery`, ranks that were killed or hang are started again, all together.
+
+    Returns the job's exit code: 0, 75 (saved after a signal), 6 (the same failure again and again), the code of the
+    first worker that failed, or 1 for a worker that a signal killed and that is not started again.
     """
-    agent = _Agent([], log_dir)
+    agent = _Agent(command, num_workers, log_dir, recovery)
     previous = {number: signal.getsignal(number) for number in FORWARDED}
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:  # nohup means it
             signal.signal(number, agent.on_signal)
     try:
-        for rank in range(num_workers):
-            agent.workers.append(_start(command, rank, _worker_environ(rank, num_workers, agent.port), log_dir))
-        return agent.wait()
+        return agent.run()
     finally:
         agent.kill()
+        agent.heartbeats.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -101,7 +123,7 @@ class _Worker:
         self.code = self.process.wait()
 
 
-def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
+def _worker_environ(rank: int, num_workers: int, port: int, heartbeats: int, restarts: int) -> dict[str, str]:
     """What a rank finds in its environment."""
     defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers))}
     if LINUX:
@@ -110,6 +132,8 @@ def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
         **defaults,
         **os.environ,
         WORKER_MARK: "1",
+        HEARTBEATS: str(heartbeats),
+        RESTARTS: str(restarts),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_workers),
@@ -119,7 +143,7 @@ def _worker_environ(rank: int, num_workers: int, port: int) -> dict[str, str]:
     }
 
 
-def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: Path) -> _Worker:
+def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: Path, heartbeats: int) -> _Worker:
     """Start one rank in a session of its own."""
     log = log_dir / f"rank_{rank:05d}.log" if rank else None
     sink: IO[bytes] | None = None
@@ -134,6 +158,7 @@ def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: 
             stdout=sink,
             stderr=sink,
             start_new_session=True,
+            pass_fds=(heartbeats,),
             preexec_fn=_die_with_agent() if LINUX else None,
         )
     finally:
@@ -165,36 +190,123 @@ def _free_port() -> int:
 # ---------------------------------------------------------------------------------------------------- waiting
 
 
-class _Agent:
-    """Waits for the workers; one instance a launch."""
+@dataclass(frozen=True)
+class _Ending:
+    """How one start of the workers ended: its exit code and, where starting again may help, the failure."""
 
-    def __init__(self, workers: list[_Worker], log_dir: Path) -> None:
-        self.workers = workers
+    code: int
+    failure: Failure | None = None
+
+
+class _Agent:
+    """Starts the workers and waits for them; one instance a launch."""
+
+    def __init__(self, command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None) -> None:
+        self.command = command
+        self.num_workers = num_workers
         self.log_dir = log_dir
-        self.port = _free_port()
+        self.recovery = recovery
+        self.heartbeats = Heartbeats(num_workers)
+        self.workers: list[_Worker] = []
         self.pending: deque[int] = deque()
         self.forwarded: set[int] = set()
         self.interrupts = 0
+        self.restarts = 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; the waiting loop acts on it."""
         self.pending.append(number)
 
-    def wait(self) -> int:
-        """Until every worker has ended: the job's exit code."""
+    def run(self) -> int:
+        """Start the workers, again where that can help: the job's exit code."""
+        while True:
+            self._start()
+            ending = self._wait()
+            if ending.failure is None or self.recovery is None:
+                return ending.code
+            code = self._take(ending.failure, self.recovery)
+            if code is not None:
+                return code
+
+    def _start(self) -> None:
+        self.heartbeats.clear()
+        port, shared = _free_port(), self.heartbeats.file
+        self.workers = []
+        for rank in range(self.num_workers):
+            environ = _worker_environ(rank, self.num_workers, port, shared, self.restarts)
+            if self.recovery is not None:
+                environ[OWNER] = str(self.recovery.owner.number)
+            self.workers.append(_start(self.command, rank, environ, self.log_dir, shared))
+
+    def _take(self, failure: Failure, recovery: Recovery) -> int | None:
+        """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
+        path = recovery.run_dir / "events.jsonl"
+        events = EventLog(path)
+        seen = times_seen(failure, read_events(path))
+        events.emit("failure", failure.step, **failure.event(), times=seen)
+        code, what_now = None, f"starting all ranks again (restart {self.restarts + 1} of {recovery.max_restarts})"
+        if self.forwarded or self.pending:
+            code, what_now = EnvironmentFault.exit_code, "not started again, for the job was asked to stop"
+        elif seen >= SAME_FAILURES:
+            code = EXIT_NO_PROGRESS
+            what_now = (
+                f"the same for the {seen}th time in a row; not started again. {self._where_to_look(failure.rank)}"
+            )
+        elif self.restarts >= recovery.max_restarts:
+            code = EXIT_DEFECT if failure.how != "hang" else EnvironmentFault.exit_code
+            what_now = f"not started again (resilience.max_restarts={recovery.max_restarts})"
+            what_now += f". {self._where_to_look(failure.rank)}"
+        say(f"{failure}; {what_now}")
+        if code is None:
+            self.restarts += 1
+            events.emit("restart", failure.step, restarts=self.restarts)
+        events.close()
+        return code
+
+    def _where_to_look(self, rank: int) -> str:
+        log = self.workers[rank].log
+        return f"Its log is {log}" if log else "Its output is above"
+
+    def _wait(self) -> _Ending:
+        """Until every worker has ended."""
         while True:
             self._hand_on_signals()
             if self.interrupts > 1:
                 self.kill()
                 say("stopped without saving (second Ctrl-C)")
-                return EXIT_INTERRUPTED
+                return _Ending(EXIT_INTERRUPTED)
             failed = [worker for worker in self._look() if worker.code not in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)]
             if failed:
                 return self._end_after(min(failed, key=self._blame))
-            if not self._alive():
+            alive = self._alive()
+            if not alive:
                 saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
-                return EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK
+                return _Ending(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
+            if self.recovery is not None:
+                self.recovery.owner.beat()
+                if watchdog.hangs(self.heartbeats, [worker.rank for worker in alive], self.recovery.limits):
+                    return self._end_hang(self.recovery)
             time.sleep(POLL_S)
+
+    def _end_hang(self, recovery: Recovery) -> _Ending:
+        """The job hangs: have every rank show its stacks, end them all and name the culprit."""
+        files = {worker.rank: stack_file(recovery.run_dir, worker.rank) for worker in self.workers}
+        pids = {worker.rank: worker.process.pid for worker in self._alive()}
+        witnesses = watchdog.question(pids, self.heartbeats, files)
+        guilty = watchdog.culprits(witnesses)
+        self.kill()
+        step = min(witness.beat.step for witness in witnesses)
+        first = guilty[0] if guilty else witnesses[0]
+        silent = min(witness.beat.age_s for witness in witnesses)
+        events = EventLog(recovery.run_dir / "events.jsonl")
+        for witness in witnesses:
+            events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=HOST)
+        events.close()
+        others = "; ".join(str(witness) for witness in witnesses if witness is not first)
+        detail = f"no rank has moved for {silent:.1f} s; {first}{f'; {others}' if others else ''}"
+        if not guilty:
+            detail += "; all wait alike, so the network is the likely culprit"
+        return _Ending(EnvironmentFault.exit_code, Failure("hang", first.rank, step, first.beat.phase, HOST, detail))
 
     def kill(self) -> None:
         """Kill every worker that still runs, and what it started; returns once they are gone."""
@@ -231,8 +343,8 @@ class _Agent:
         """Sorts workers that ended together: killed ones first, those that may only have lost a peer last."""
         return not worker.killed, worker.code == EnvironmentFault.exit_code, worker.rank
 
-    def _end_after(self, first: _Worker) -> int:
-        """One worker failed: let the others end, kill those that do not, say why, and return the exit code."""
+    def _end_after(self, first: _Worker) -> _Ending:
+        """One worker failed: let the others end, kill those that do not, and say why."""
         started = time.monotonic()
         asked = False
         rank0_spoke = first.rank == 0
@@ -250,19 +362,28 @@ class _Agent:
         self.kill()
         return self._verdict(cause, cause.rank == 0 or (cause is first and rank0_spoke))
 
-    def _verdict(self, first: _Worker, rank0_spoke: bool) -> int:
-        """The exit code after a failure, and the message where rank 0 has not already given it."""
+    def _verdict(self, first: _Worker, rank0_spoke: bool) -> _Ending:
+        """How the job ends after a failure, and the message where rank 0 has not already given it."""
         code = first.code
         assert code is not None, "a worker that has not ended cannot have failed"
         if -code in self.forwarded:
             say(
                 f"stopped by {signal.Signals(-code).name} before training began or after its end; start again to continue"
             )
-            return EXIT_SAVED_AFTER_SIGNAL
+            return _Ending(EXIT_SAVED_AFTER_SIGNAL)
+        if code < 0 and self.recovery is not None:
+            beat = self.heartbeats.read(first.rank)
+            failure = Failure(signal.Signals(-code).name, first.rank, beat.step, beat.phase, HOST)
+            return _Ending(EXIT_DEFECT, failure)
         told_by_rank0 = rank0_spoke and code > EXIT_DEFECT
         if not told_by_rank0 or code < 0:
             say(describe_end(first.rank, code, first.log))
-        return EXIT_DEFECT if code < 0 else code
+        return _Ending(EXIT_DEFECT if code < 0 else code)
+
+
+def stack_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is asked to."""
+    return run_dir / "logs" / f"stacks_{rank:05d}.txt"
 
 
 def describe_end(rank: int, code: int, log: Path | None) -> str:

@@ -26,15 +26,17 @@ class Origin:
     began_from: str | None = None
 
 
-def choose_origin(config: TrainConfig, store: CheckpointStore) -> Origin | None:
+def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool = False) -> Origin | None:
     """The checkpoint that the config asks for, verified; None to start anew.
+
+    When the agent has `restarted` the ranks of a run that was to start anew, what it saved meanwhile is its own.
 
     Raises:
         CheckpointError: the one asked for is damaged, or all of the run's own are.
         ConfigError: `checkpoint.resume` is `never`, or a path elsewhere, in a folder that holds checkpoints of its own.
     """
     choice = config.checkpoint.resume
-    if choice == "auto":
+    if choice == "auto" or (choice == "never" and restarted):
         if found := store.newest_valid():
             return _continued(*found)
     elif choice == "never":

@@ -38,15 +38,20 @@ from megatrain.errors import (
     ConfigError,
     DataError,
     EnvironmentFault,
+    OwnedError,
 )
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
+from megatrain.launch.local import stack_file
 from megatrain.launch.origin import choose_origin, load_origin
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
 from megatrain.parallel import layout as layouts
+from megatrain.resilience.heartbeat import Heartbeat
+from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
+from megatrain.resilience.watchdog import answer_with_stacks
 from megatrain.tracking.base import RunInfo, Trackers, git_commit
 from megatrain.tracking.console import Console
 from megatrain.tracking.journal import Journal
@@ -70,17 +75,22 @@ def run(config: TrainConfig) -> int:
     # DeepSpeed still calls collectives by names that torch is renaming; its users cannot act on the warning
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     environment = RankEnvironment.from_environ()
+    heartbeat = Heartbeat.from_environ(environment.local_rank)
     layouts.check(config, environment.world_size)
-    with log_to(run_folder(config), environment.rank):
+    with (
+        log_to(run_folder(config), environment.rank),
+        answer_with_stacks(stack_file(run_folder(config), environment.rank)),
+    ):
         warn_of_other_count(config, environment)
         data = open_data(config)
         layouts.check(data.config, environment.world_size)  # again, now that the vocabulary is known
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        world = join(config.launch, environment)
+        world = join(config.launch, environment, heartbeat)
         check_agreement(config, data, world)
-        status = work(data, world, stop)
+        with ownership(run_folder(config), world) as owner:
+            status = work(data, world, stop, owner, environment.restarts)
         leave()  # not after a failure: its message comes first, and taking NCCL down without a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
 
@@ -108,18 +118,48 @@ def check_agreement(config: TrainConfig, data: OpenData, world: World) -> None:
     )
 
 
-def work(data: OpenData, world: World, stop: StopRequest) -> str:
+@contextmanager
+def ownership(run_dir: Path, world: World) -> Iterator[Ownership | None]:
+    """The right to write to the run's folder, on rank 0: its agent's, or where another launcher started the ranks, taken
+    here.
+
+    Raises:
+        OwnedError: on every rank, if another job owns the folder.
+    """
+    owner, refusal, taken = None, "", False
+    if world.is_main:
+        owner = Ownership.from_environ(run_dir)
+        try:
+            if owner is None:
+                owner, taken = Ownership.take(run_dir), True
+        except OwnedError as error:
+            refusal = str(error)
+    if refusal := world.share(refusal)[0]:
+        raise OwnedError(refusal)
+    try:
+        yield owner
+    finally:
+        if owner is not None and taken:
+            owner.release()
+
+
+def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | None, restarts: int) -> str:
     """Find where the run stands, build the engine and train; returns `done` or `stopped`."""
     config = data.config
     run_dir = run_folder(config)
     layout = layouts.Layout.of(config, world.size)
-    journal = Journal(run_dir if world.is_main else None, build_trackers(config, run_dir) if world.is_main else None)
+    may_write = owner.check if owner else lambda: None
+    trackers = build_trackers(config, run_dir) if world.is_main else None
+    journal = Journal(run_dir if world.is_main else None, trackers, may_write)
     progress = Progress()
     try:
         store = CheckpointStore(
-            run_dir / "checkpoints", world, lambda kind, **detail: journal.event(kind, progress.step, **detail)
+            run_dir / "checkpoints",
+            world,
+            lambda kind, **detail: journal.event(kind, progress.step, **detail),
+            may_write,
         )
-        origin = choose_origin(config, store)
+        origin = choose_origin(config, store, restarted=restarts > 0)
         resumed = origin.resumes if origin else False
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
@@ -135,12 +175,14 @@ def work(data: OpenData, world: World, stop: StopRequest) -> str:
             return "done"
         engine = build_engine(config, world)
         if origin:
+            world.heartbeat.enter("load")
             load_origin(origin, engine, world)
         if resumed:
             store.set_aside(progress.step)
         if world.is_main:
             write_run_folder(run_dir, config, data)
-        journal.start(run_info(config, run_dir, data, world, layout, progress.step if resumed else None), progress.step)
+        info = run_info(config, run_dir, data, world, layout, progress.step if resumed else None)
+        journal.start(info, progress.step, **({"restarts": restarts} if restarts else {}))
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
         began_from = origin.began_from if origin else None
@@ -195,6 +237,7 @@ def train(
         exchange=world.gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
         stopping=lambda: stop.signal_number,
+        mark=world.heartbeat.enter,
         identity={
             "config": asdict(config),
             "dataset_fingerprint": data.fingerprint,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,17 +17,20 @@ from torch import Tensor
 from megatrain.config import LaunchConfig
 from megatrain.errors import EnvironmentFault
 from megatrain.launch.environment import RankEnvironment
+from megatrain.resilience.heartbeat import Heartbeat
 
 
 @dataclass
 class World:
-    """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone."""
+    """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone;
+    `heartbeat` tells the agent where this one is."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +85,7 @@ def choose_device(config: LaunchConfig, environment: RankEnvironment) -> torch.d
     return torch.device("cuda", environment.local_rank)
 
 
-def join(config: LaunchConfig, environment: RankEnvironment) -> World:
+def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbeat | None = None) -> World:
     """Meet the other ranks and return this one's place among them.
 
     Raises:
@@ -110,7 +113,8 @@ def join(config: LaunchConfig, environment: RankEnvironment) -> World:
                 f"(launch.timeout_s): {error}"
             ) from error
     control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
-    return World(environment.rank, environment.world_size, environment.local_rank, device, control)
+    place = environment.rank, environment.world_size, environment.local_rank
+    return World(*place, device, control, heartbeat or Heartbeat())
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ The other ranks hold a journal without files and trackers, so that the trainer n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ START_DETAIL = ("host", "world_size", "device", "layout", "num_parameters", "git
 class Journal:
     """metrics.jsonl, events.jsonl and the trackers of one run, or nothing at all (`Journal(None)`)."""
 
-    def __init__(self, run_dir: Path | None, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self, run_dir: Path | None, trackers: Trackers | None = None, may_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """`may_write` raises OwnedError once another job owns the run."""
+        self._may_write = may_write
         self._trackers = trackers or Trackers()
         self._metrics = MetricsLog(run_dir / "metrics.jsonl") if run_dir else None
         self._events = EventLog(run_dir / "events.jsonl") if run_dir else None
 
-    def start(self, info: RunInfo, step: int) -> None:
+    def start(self, info: RunInfo, step: int, **further: Any) -> None:
         """Cut the metrics back to `step`, say that the run starts or resumes, and start the trackers."""
         if self._metrics is None:
             return
+        self._may_write()
         cut = self._metrics.resume(step)
         self._trackers.start(info)
-        detail = {name: getattr(info, name) for name in START_DETAIL}
+        detail = {name: getattr(info, name) for name in START_DETAIL} | further
         if cut:
             detail["cut_metrics"] = str(cut)
         self.event("start" if info.resumed_from_step is None else "resume", step, **detail)
@@ -38,6 +44,7 @@ class Journal:
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step's record."""
         if self._metrics is not None:
+            self._may_write()
             self._trackers.step(self._metrics.append(record))
 
     def event(self, kind: str, step: int, **detail: Any) -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from commands import TRAIN, megatrain, metrics, start
+from commands import TRAIN, megatrain, metrics, same, start
 
 
 def wait_for(folder, name, steps, process):
@@ -16,20 +16,6 @@ def wait_for(folder, name, steps, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{name} did not reach step {steps}"
         time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workplace):
-    """Two ranks, ZeRO-3, never stopped."""
-    done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
-    assert done.returncode == 0, done.stderr
-    return metrics(workplace, "undisturbed")
-
-
-def same(records, expected, keys=("step", "loss", "grad_norm", "lr", "tokens", "batch_hash", "updated")):
-    assert [{key: record[key] for key in keys} for record in records] == [
-        {key: r[key] for key in keys} for r in expected
-    ]
 
 
 def test_a_run_writes_what_it_promises(workplace, undisturbed):

@@ -16,6 +16,7 @@ from megatrain.checks import check_values
 from megatrain.compose import compose
 from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.errors import CheckpointError, DataError
+from megatrain.resilience.owner import last_owner
 from megatrain.usage import EXAMPLES
 
 
@@ -145,7 +146,11 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
     command = [sys.executable, "-m", "megatrain", "train", "--debug", *overrides]
-    assert seen == [(command, 2, tmp_path / "a b" / "logs")]
+    ((*started, recovery),) = seen
+    assert started == [command, 2, tmp_path / "a b" / "logs"]
+    assert (recovery.max_restarts, recovery.limits.training_s, recovery.limits.starting_s) == (100, 600, 600)
+    assert recovery.run_dir == tmp_path / "a b" and recovery.owner.number == 1
+    assert last_owner(tmp_path / "a b" / "owner")[1]["released"], "the folder is free again at the end"
 
 
 def test_a_launched_train_is_a_worker(monkeypatch, action):

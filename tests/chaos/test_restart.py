@@ -1,0 +1,78 @@
+"""Ranks that die, hang or crash again and again in a real job; the oracle is the run that nothing disturbed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+from commands import TRAIN, events, final_files, metrics, same
+from faults import fault, run_with
+
+EVERY = 5
+"""Steps between the job's saves (commands.TRAIN)."""
+
+
+def when(event):
+    return datetime.fromisoformat(event["time"].replace("Z", "+00:00")).timestamp()
+
+
+def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed):
+    """SIGKILL of each rank in forward, backward, update, evaluation and while saving, one after the other in one job."""
+    places = [(2, "forward"), (7, "backward"), (13, "update")]
+    deaths = [fault(rank, step + rank, phase, "SIGKILL") for step, phase in places for rank in (0, 1)]
+    deaths += [fault(0, 20, "evaluate", "SIGKILL"), fault(0, 25, "save", "SIGKILL")]
+    deaths += [fault(1, 30, "save", "SIGKILL"), fault(1, 40, "evaluate", "SIGKILL")]
+    done = run_with(workplace, deaths, *TRAIN, "run.name=deaths", "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    same(metrics(workplace, "deaths"), undisturbed)
+    assert final_files(workplace, "deaths") == final_files(workplace, "undisturbed")
+    failures = events(workplace, "deaths", "failure")
+    assert {(f["rank"], f["step"], f["phase"]) for f in failures} == {
+        (d["rank"], d["step"], d["phase"]) for d in deaths
+    }
+    assert len(failures) == len(deaths) and {f["how"] for f in failures} == {"SIGKILL"}
+    for death in deaths:
+        assert f"rank {death['rank']} on" in done.stderr
+        assert (
+            f"was killed by SIGKILL (out of memory, perhaps) at step {death['step']} in {death['phase']}" in done.stderr
+        )
+    resumed = [event["step"] for event in events(workplace, "deaths") if event["kind"] in ("resume", "start")][1:]
+    assert all(f["step"] - at <= EVERY for f, at in zip(failures, resumed, strict=True)), (
+        "more redone than a save apart"
+    )
+
+
+def test_the_same_failure_at_the_same_step_ends_the_job_the_third_time(workplace):
+    done = run_with(
+        workplace,
+        [fault(1, 8, "forward", "SIGSEGV", times=9)],
+        *TRAIN, "run.name=loop", "launch.nproc_per_node=2",
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert [(f["step"], f["times"]) for f in events(workplace, "loop", "failure")] == [(8, 1), (8, 2), (8, 3)]
+    assert "rank_00001.log" in done.stderr
+    again = run_with(workplace, [], *TRAIN, "run.name=loop", "launch.nproc_per_node=2")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(("do", "says"), [("SIGSTOP", "is stopped (SIGSTOP)"), ("sleep", "waits for no one")])
+def test_a_rank_that_hangs_is_named_and_the_job_restarted(workplace, undisturbed, do, says):
+    """Detected within twice the limit, stacks and the collective of every rank written down, bit-identical end."""
+    limit = 4.0
+    name = f"hang-{do}"
+    done = run_with(
+        workplace,
+        [fault(1, 8, "backward", do)],
+        *TRAIN, f"run.name={name}", "launch.nproc_per_node=2", f"resilience.hang_timeout_s={limit}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    same(metrics(workplace, name), undisturbed)
+    assert final_files(workplace, name) == final_files(workplace, "undisturbed")
+    innocent, culprit = sorted(events(workplace, name, "hang"), key=lambda event: event["rank"])
+    assert culprit["guilty"] and not innocent["guilty"], (innocent, culprit)
+    assert max(culprit["silent_s"], innocent["silent_s"]) < 2 * limit
+    assert innocent["waits_in"] and "deepspeed.py" in innocent["at"] and "Thread" in innocent["stacks"]
+    assert culprit["waits_in"] is None and (do == "SIGSTOP") == (culprit["stacks"] == "")
+    (failure,) = events(workplace, name, "failure")
+    assert failure["how"] == "hang" and failure["rank"] == 1 and says in failure["detail"]
+    assert says in done.stderr

@@ -1,0 +1,127 @@
+"""One writer a run folder: at once, after a crash, across machines, and for an owner that wakes again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megatrain.errors import OwnedError
+from megatrain.resilience import owner
+from megatrain.resilience.owner import Ownership, last_owner
+
+HOLD = """
+import pathlib, sys, time
+from megatrain.resilience.owner import Ownership
+Ownership.take(pathlib.Path(sys.argv[1]))
+print("mine", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(folder):
+    """Another process that owns the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "mine\n"
+    return process
+
+
+def elsewhere(folder, number=1, **changes):
+    """The mark of an owner on another machine."""
+    (folder / "owner").mkdir(exist_ok=True)
+    path = folder / "owner" / f"{number:08d}.json"
+    mark = {"host": "far", "job": None, "pid": 77, "since": "2026-01-01T00:00:00Z", "machine": "far x y"} | changes
+    path.write_text(json.dumps(mark))
+    return path
+
+
+def test_a_second_job_is_refused_and_told_who_owns_the_run(tmp_path):
+    process = holder(tmp_path)
+    with pytest.raises(OwnedError, match=rf"host .*, process {process.pid}, since 20..-.*another run.name") as caught:
+        Ownership.take(tmp_path)
+    assert caught.value.exit_code == 7
+    process.kill()
+    process.wait()
+    assert Ownership.take(tmp_path).number == 2, "an owner that was killed is replaced at once"
+
+
+def test_a_stopped_process_still_owns_its_run(tmp_path):
+    process = holder(tmp_path)
+    process.send_signal(19)
+    with pytest.raises(OwnedError):
+        Ownership.take(tmp_path)
+    process.kill()
+    process.wait()
+
+
+def test_of_many_that_start_at_once_one_becomes_the_owner(tmp_path):
+    def take(_):
+        try:
+            return Ownership.take(tmp_path)
+        except OwnedError:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len([mine for mine in pool.map(take, range(64)) if mine]) == 1
+
+
+def test_an_owner_that_was_replaced_may_write_no_more(tmp_path):
+    """Whatever it was doing meanwhile, and though its own process lives."""
+    sleeper = Ownership.take(tmp_path)
+    sleeper.check()
+    elsewhere(tmp_path, number=2)
+    with pytest.raises(OwnedError, match="was taken over by host far, process 77"):
+        sleeper.check()
+    sleeper.release()
+    assert last_owner(tmp_path / "owner")[0] == 2 and "released" not in last_owner(tmp_path / "owner")[1]
+
+
+def test_one_that_ended_in_order_is_followed_at_once(tmp_path):
+    first = Ownership.take(tmp_path)
+    first.release()
+    started = time.monotonic()
+    assert Ownership.take(tmp_path).number == 2
+    assert time.monotonic() - started < 1
+
+
+def test_an_owner_elsewhere_is_watched(tmp_path, capsys):
+    """Taken over once it gives no sign of life, refused while it does; clocks of other machines are not looked at."""
+    path = elsewhere(tmp_path)
+    os.utime(path, (4e9, 4e9))
+    assert Ownership.take(tmp_path, watch_s=0.5).number == 2
+    assert "watching it for 0.5 s" in capsys.readouterr().err
+    path = elsewhere(tmp_path, number=3)
+    with ThreadPoolExecutor(1) as pool:
+        beats = pool.submit(lambda: [time.sleep(0.1) or os.utime(path) for _ in range(10)])
+        with pytest.raises(OwnedError, match="host far"):
+            Ownership.take(tmp_path, watch_s=2)
+        beats.result()
+
+
+def test_a_requeued_job_follows_itself(tmp_path, monkeypatch):
+    elsewhere(tmp_path, job="41")
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    started = time.monotonic()
+    assert Ownership.take(tmp_path).number == 2
+    assert time.monotonic() - started < 1
+
+
+def test_a_mark_that_cannot_be_read_is_watched_like_a_stranger(tmp_path):
+    elsewhere(tmp_path).write_text("{half")
+    assert Ownership.take(tmp_path, watch_s=0.3).number == 2
+
+
+def test_signs_of_life_are_given_in_time(tmp_path, monkeypatch):
+    mine = Ownership.take(tmp_path)
+    path = tmp_path / "owner" / "00000001.json"
+    os.utime(path, (1, 1))
+    mine.beat()
+    assert path.stat().st_mtime == 1, "not yet due"
+    monkeypatch.setattr(owner, "BEAT_S", 0)
+    mine.check()
+    assert path.stat().st_mtime > 1e9

@@ -1,0 +1,70 @@
+"""What counts as a hang, and who is to blame for it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatrain.resilience.heartbeat import Beat, Heartbeat, Heartbeats
+from megatrain.resilience.watchdog import Limits, Witness, culprits, hangs, read_stacks
+
+WAITING = """Current thread 0x00007f0000000000 (most recent call first):
+  File "/x/torch/distributed/distributed_c10d.py", line 3333 in all_gather
+  File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
+  File "/x/megatrain/launch/world.py", line 47 in gather
+  File "/x/megatrain/trainer.py", line 162 in _meet
+"""
+IDLE = """Thread 0x00007f1111111111 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 327 in wait
+
+Current thread 0x00007f0000000000 (most recent call first):
+  File "/x/somewhere.py", line 3 in sleep
+  File "/x/megatrain/data/loader.py", line 5 in __next__
+  File "/x/megatrain/trainer.py", line 162 in run
+"""
+
+
+def witness(rank, step=7, state="S", stacks=WAITING):
+    return Witness(rank, Beat(step, 1, "forward", 9.0), state, *read_stacks(stacks), stacks)
+
+
+def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
+    assert read_stacks(WAITING) == ("all_gather (distributed_c10d.py)", "megatrain/launch/world.py:47 gather")
+    assert read_stacks(IDLE) == (None, "megatrain/data/loader.py:5 __next__")
+    assert read_stacks("") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("witnesses", "guilty"),
+    [
+        ([witness(0), witness(1, state="T", stacks=""), witness(2)], [1]),
+        ([witness(0), witness(1, stacks=IDLE), witness(2)], [1]),
+        ([witness(0, stacks=IDLE), witness(1, state="T", stacks="")], [1]),
+        ([witness(0, step=8), witness(1, step=7)], [1]),
+        ([witness(0), witness(1)], []),
+        ([witness(0, stacks=IDLE)], [0]),
+    ],
+)
+def test_the_culprit_is_who_does_not_answer_or_waits_for_no_one(witnesses, guilty):
+    assert [found.rank for found in culprits(witnesses)] == guilty
+
+
+def test_a_job_hangs_when_no_rank_moves():
+    heartbeats = Heartbeats(2)
+    first, second = Heartbeat(heartbeats.file, 0), Heartbeat(heartbeats.file, 1)
+    limits = Limits(training_s=0.2, starting_s=30)
+    time.sleep(0.3)
+    assert not hangs(heartbeats, [0, 1], limits), "starting takes longer"
+    for beat in (first, second):
+        beat.enter("forward", 4)
+        beat.enter("data", 5)
+    time.sleep(0.3)
+    first.beat()
+    assert not hangs(heartbeats, [0, 1], limits), "one rank moves: the others wait for it"
+    time.sleep(0.3)
+    assert hangs(heartbeats, [0, 1], limits)
+    assert heartbeats.read(1).step == 5 and heartbeats.read(1).finished == 1 and heartbeats.read(1).phase == "data"
+    heartbeats.clear()
+    assert not hangs(heartbeats, [0, 1], limits)
+    assert not hangs(heartbeats, [], limits)
