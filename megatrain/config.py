@@ -295,6 +295,11 @@ class CheckpointConfig:
         "auto continues the run folder's newest valid checkpoint, never starts anew, a path continues that checkpoint",
     )
     init_from: str | None = key(None, "a checkpoint whose weights alone start a new run")
+    background: bool = key(
+        True, "write while training goes on, from a copy in host memory (12 bytes a parameter that a rank holds)"
+    )
+    retries: int = key(5, "failed writes in a row after which the run ends; the next one ends it", minimum=0)
+    retry_wait_s: float = key(30.0, "seconds until a failed write is tried again", minimum=0, maximum=1e7)
 
 
 @dataclass

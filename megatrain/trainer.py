@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,11 +67,18 @@ class Progress:
 class Store(Protocol):
     """Where checkpoints go."""
 
-    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write a checkpoint; returns its folder."""
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+        """Begin to write a checkpoint; returns the seconds that this held the loop up."""
 
-    def retire(self, keep: int, keep_every: int) -> None:
-        """Remove old checkpoints."""
+    @property
+    def has_failed(self) -> bool:
+        """Whether saving was given up."""
+
+    def reports(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """What became of saves since this was asked last: events' kinds, steps and details."""
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises what made saving give up."""
 
 
 class Journal(Protocol):
@@ -134,10 +140,13 @@ class Trainer:
             batch = next(self.parts.stream)
             data_time = time.perf_counter() - started
             self.parts.mark("exchange", step)
-            hashes, signal_number = self._meet(batch)
+            hashes, signal_number, saving_failed = self._meet(batch)
+            self._report_saves()
+            if saving_failed:
+                self.parts.store.finish()
             if signal_number:
                 self.parts.journal.event("signal", self.progress.step, signal=signal_number)
-                self._save()
+                self._save_and_wait()
                 return "stopped"
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
@@ -149,15 +158,17 @@ class Trainer:
             save_time = self._maybe_save()
             if self._has_stalled():
                 self.parts.journal.event("early_stop", step, best_heldout_loss=self.progress.best_heldout_loss)
-        self._save()
+        self._save_and_wait()
         self.parts.mark("end", self.progress.step)
         return "done"
 
-    def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int]:
-        """All ranks' sample hashes, and the signal that any rank has received: one exchange a step."""
-        mine = np.concatenate([[self.parts.stopping()], batch.sample_hashes.view(np.int64)]).astype(np.int64)
+    def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int, bool]:
+        """All ranks' sample hashes, the signal that any rank has received, and whether any can save no more: one exchange
+        a step."""
+        state = [self.parts.stopping(), int(self.parts.store.has_failed)]
+        mine = np.concatenate([state, batch.sample_hashes.view(np.int64)]).astype(np.int64)
         everyone = self.parts.exchange(torch.from_numpy(mine)).numpy()
-        return everyone[:, 1:].view(np.uint64), int(everyone[:, 0].max())
+        return everyone[:, 2:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
 
     def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""
@@ -232,18 +243,26 @@ class Trainer:
         return self._save()
 
     def _save(self) -> float:
-        """Save where the run stands, unless that is on disk already."""
+        """Begin to save where the run stands, unless that was done already; returns the seconds it held the loop up."""
         if self.saved_step == self.progress.step:
             return 0.0
-        started = time.perf_counter()
         self.parts.mark("save", self.progress.step)
         extra = {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
-        folder = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
-        self.parts.store.retire(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
         self.saved_step = self.progress.step
-        seconds = time.perf_counter() - started
-        self.parts.journal.event("save", self.progress.step, checkpoint=str(folder), seconds=seconds)
-        return seconds
+        return stall
+
+    def _save_and_wait(self) -> None:
+        """See that where the run stands is on the disk."""
+        self._save()
+        try:
+            self.parts.store.finish()
+        finally:
+            self._report_saves()
+
+    def _report_saves(self) -> None:
+        for kind, step, detail in self.parts.store.reports():
+            self.parts.journal.event(kind, step, **detail)
 
     def _has_stalled(self) -> bool:
         """Whether early stopping ends the run here; a run that it ended stays ended when it is started again."""

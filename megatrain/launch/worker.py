@@ -23,6 +23,7 @@ import xxhash
 import yaml
 
 from megatrain.checkpoint.resume import check_resume, flatten
+from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
@@ -232,7 +233,7 @@ def train(
         engine=engine,
         stream=stream,
         heldout=heldout_reader(config, world, layout, data),
-        store=store,
+        store=Saver(store, config.checkpoint),
         journal=journal,
         exchange=world.gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),

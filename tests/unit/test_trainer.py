@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
 from megatrain.engine.base import StepResult
-from megatrain.errors import DivergedError
+from megatrain.errors import DivergedError, EnvironmentFault
 from megatrain.trainer import MAX_SKIPPED, Parts, Progress, Trainer
 
 
@@ -41,15 +39,24 @@ class FakeEngine:
 
 
 class FakeStore:
-    def __init__(self):
-        self.saved, self.retired = [], []
+    """Saves at once; from step `fails_from` on it cannot."""
+
+    def __init__(self, fails_from=None):
+        self.saved, self.told, self.has_failed, self.fails_from = [], [], False, fails_from
 
     def save(self, step, state, extra):
         self.saved.append((step, extra))
-        return Path(f"step_{step}")
+        self.has_failed = self.fails_from is not None and step >= self.fails_from
+        self.told.append(("save_failed" if self.has_failed else "save", step, {}))
+        return 0.5
 
-    def retire(self, keep, keep_every):
-        self.retired.append((keep, keep_every))
+    def reports(self):
+        told, self.told = self.told, []
+        return told
+
+    def finish(self):
+        if self.has_failed:
+            raise EnvironmentFault("the disk is full")
 
 
 class FakeJournal:
@@ -100,11 +107,10 @@ def config(**train):
 
 
 def test_it_saves_every_so_many_steps_and_at_the_end():
-    """Saves at multiples and at the last step, each followed by retiring; the manifest holds where the run stands."""
+    """Saves at multiples and at the last step; the manifest holds where the run stands."""
     loop, parts = trainer(config())
     assert loop.run() == "done"
     assert [step for step, _ in parts.store.saved] == [4, 8, 10]
-    assert len(parts.store.retired) == 3
     _, extra = parts.store.saved[-1]
     assert (extra["cursor"], extra["tokens"], extra["optimizer"]) == (80, 100, {"step": 10})
     assert extra["early_stop"]["best_heldout_loss"] == 3.0
@@ -205,3 +211,14 @@ def test_progress_survives_the_manifest():
     """What goes into the manifest comes back equal."""
     progress = Progress(5, 40, 50, [(3, 7)], 2.5, 1)
     assert Progress.from_manifest({"step": 5, **progress.to_manifest()}) == progress
+
+
+def test_what_became_of_saves_is_told_at_the_next_step_and_giving_up_ends_the_run():
+    loop, parts = trainer(config())
+    parts.store.fails_from = 8
+    with pytest.raises(EnvironmentFault, match="the disk is full"):
+        loop.run()
+    told = [(kind, step) for kind, step, _ in parts.journal.events if kind.startswith("save")]
+    assert told == [("save", 4), ("save_failed", 8)]
+    assert [record["step"] for record in parts.journal.records] == list(range(1, 9)), "not one step further"
+    assert [record["save_time_s"] for record in parts.journal.records][4] == 0.5
