@@ -200,10 +200,20 @@ def start_workers(config: TrainConfig, arguments: Arguments) -> int:
     hang_s = config.resilience.hang_timeout_s or (120.0 if has_gpu(config.launch.device) else 600.0)
     owner = Ownership.take(run_dir)
     try:
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, Limits(hang_s, config.launch.timeout_s))
+        limits = Limits(hang_s, config.launch.timeout_s)
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, worker_modules(config))
         return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery)
     finally:
         owner.release()
+
+
+def worker_modules(config: TrainConfig) -> list[str]:
+    """What a worker imports on its way to the first step, but for what may touch a GPU: forks cannot share that."""
+    modules = ["megatrain.compose", "megatrain.checks", "megatrain.launch.worker", "megatrain.engine.native"]
+    if config.engine.name == "deepspeed" and not has_gpu(config.launch.device):
+        modules[-1] = "megatrain.engine.deepspeed"
+        modules.append("deepspeed")
+    return modules
 
 
 def has_gpu(device: str) -> bool:

@@ -16,7 +16,7 @@ def run_with(folder, faults, *words):
     """`megatrain` in `folder`, its ranks failing as the `faults` say, each so many times over all starts."""
     name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
     done = folder / f"faults_{name}"
-    done.mkdir()
+    done.mkdir(exist_ok=True)
     environ = {
         "PYTHONPATH": str(Path(__file__).parent / "inject"),
         "FAULTS": json.dumps(faults),
