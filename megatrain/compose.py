@@ -203,6 +203,7 @@ def describe(hint: Any) -> str:
         list[str]: "a list of texts such as [a,b]",
         list[int]: "a list of whole numbers such as [3,4]",
         list[float]: "a list of numbers such as [0.9,0.95]",
+        list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
     }
     return words[kind] + (" or null" if optional else "")
 
