@@ -29,6 +29,9 @@ from megatrain.launch.environment import RankEnvironment, is_launched
 from megatrain.parallel.layout import divisors, listed
 from megatrain.suggest import did_you_mean
 
+LAST_SAMPLE = 2**62
+"""No run reaches it, and arithmetic of 64 bits has room beyond."""
+
 
 def check_values(config: Any) -> None:
     """Whether the keys of a config agree with one another; reads no files. Raises ConfigError."""
@@ -153,10 +156,10 @@ def check_skip_ranges(ranges: list[list[int]]) -> None:
                 f"the last, as in [[96,128]]"
             )
         start, stop = given
-        if start < 0 or stop <= start:
+        if start < 0 or stop <= start or stop > LAST_SAMPLE:
             raise ConfigError(
                 f"train.skip_ranges={ranges}: [{start},{stop}] holds no samples; the first number must be at least 0 and "
-                f"the second above it"
+                f"the second above it, {LAST_SAMPLE} at most"
             )
         if start < end:
             raise ConfigError(

@@ -159,7 +159,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
         return value
     if not _fits(kind, value):
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
-        if typing.get_origin(kind) is list and not isinstance(value, list):
+        if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
             hint_text = f" (write {name}=[{bare}])"
         raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
     return value

@@ -55,9 +55,14 @@ def test_a_loss_that_overflows_on_one_rank_updates_nothing_on_any(workplace, und
 
 
 def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(workplace, undisturbed):
-    """Bit for bit from the checkpoint on; the data of the three steps up to the spike is left out, and all of it told."""
+    """Bit for bit from the checkpoint on; the data of the three steps up to the spike is left out, and all of it told.
+
+    A rank is killed on its way back the first time: the job resumes from a later checkpoint, which holds the losses to
+    judge by, meets the spike again and decides the same.
+    """
     guarded = ["resilience.spike_window=16", "resilience.spike_skip_steps=3", "launch.nproc_per_node=2"]
-    done = run_with(workplace, leap(37), *TRAIN, "run.name=spike", *guarded)
+    faults = [*leap(37, times=2), fault(1, 37, "load", "SIGKILL")]
+    done = run_with(workplace, faults, *TRAIN, "run.name=spike", *guarded)
     assert done.returncode == 0, done.stderr
     skipped = [34 * SAMPLES, 37 * SAMPLES]
     by_hand = [f"train.skip_ranges=[{json.dumps(skipped)}]", "run.name=by-hand"]
@@ -68,7 +73,9 @@ def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(work
     assert metrics(workplace, "spike")[34]["batch_hash"] == metrics(workplace, "by-hand")[34]["batch_hash"]
     assert metrics(workplace, "spike")[34]["batch_hash"] != undisturbed[34]["batch_hash"]
     assert final_files(workplace, "spike") == final_files(workplace, "by-hand")
-    (spike,) = events(workplace, "spike", "spike")
+    assert [event["step"] for event in events(workplace, "spike", "resume")] == [35]
+    spike, same_spike = events(workplace, "spike", "spike")
+    assert {**spike, "time": ""} == {**same_spike, "time": ""}
     (rollback,) = events(workplace, "spike", "rollback")
     assert spike["step"] == 37 and spike["loss"] == pytest.approx(10 * undisturbed[36]["loss"], rel=1e-5)
     assert spike["zscore"] > 12 and spike["median"] == np.median([r["loss"] for r in undisturbed[20:36]])
@@ -77,8 +84,8 @@ def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(work
     checkpoints = workplace / "runs" / "spike" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["abandoned-1", "step_00000035", "step_00000040"]
     assert [path.name for path in (checkpoints / "abandoned-1").iterdir()] == ["step_00000035"]
-    cut = [json.loads(line)["step"] for line in (workplace / "runs" / "spike" / "metrics.cut-1.jsonl").open()]
-    assert cut == list(range(31, 38))
+    cut = (workplace / rollback["cut_metrics"]).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in cut] == list(range(31, 38))
     again = megatrain(workplace, *TRAIN, "run.name=spike", *guarded, "train.skip_ranges=[[0,8]]", "train.steps=45")
     assert again.returncode == 4 and "train.skip_ranges was [] and is now [[0, 8]]" in again.stderr
 
