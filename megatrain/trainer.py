@@ -262,6 +262,7 @@ class Trainer:
         if spike is None:
             return False
         self.parts.journal.event("spike", step, loss=loss, zscore=spike.zscore, median=spike.median)
+        self._wait_for_saves()  # what is being written may be what to go back to
         if len(self.progress.rollbacks) >= self.config.resilience.max_rollbacks:
             raise DivergedError(
                 f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} rollbacks: "
@@ -298,6 +299,9 @@ class Trainer:
     def _save_and_wait(self) -> None:
         """See that where the run stands is on the disk."""
         self._save()
+        self._wait_for_saves()
+
+    def _wait_for_saves(self) -> None:
         try:
             self.parts.store.finish()
         finally:

@@ -51,6 +51,7 @@ class FakeStore:
 
     def save(self, step, state, extra):
         self.saved.append((step, extra))
+        self.pending = True
         self.has_failed = self.fails_from is not None and step >= self.fails_from
         self.told.append(("save_failed" if self.has_failed else "save", step, {}))
         return 0.5
@@ -60,6 +61,7 @@ class FakeStore:
         return told
 
     def finish(self):
+        self.pending = False
         if self.has_failed:
             raise EnvironmentFault("the disk is full")
 
@@ -231,9 +233,10 @@ class FakeRollback:
     """Goes back to step 8, wherever it is asked from."""
 
     def __init__(self):
-        self.spikes = []
+        self.spikes, self.store = [], None
 
     def __call__(self, progress, spike):
+        assert self.store is None or not self.store.pending, "what is to be gone back to may still be being written"
         self.spikes.append(spike.step)
         seen = {"step": spike.step, "loss": spike.loss, "zscore": spike.zscore, "skip_range": [72, progress.cursor]}
         return Progress(8, 64, 80, [(72, progress.cursor)], losses=[2.0] * 8, rollbacks=[*progress.rollbacks, seen])
@@ -250,6 +253,7 @@ def test_a_spike_takes_the_run_back_and_on():
     back = FakeRollback()
     engine = FakeEngine(loss=lambda step, count: 5.0 if count == 12 else 2.0)
     loop, parts = trainer(guarded(steps=20), engine, roll_back=back)
+    back.store = parts.store
     assert loop.run() == "done"
     assert [record["step"] for record in parts.journal.records] == [*range(1, 13), *range(9, 21)]
     assert back.spikes == [12]
