@@ -18,7 +18,7 @@ def run_with(folder, faults, *words):
     name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
     here = filter(None, [os.environ.get("PYTHONPATH")])
     done = folder / f"faults_{name}"
-    done.mkdir()
+    done.mkdir(exist_ok=True)
     environ = {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inject"), *here]),
         "FAULTS": json.dumps(faults),

@@ -103,6 +103,8 @@ def test_a_run_that_spikes_every_time_is_given_up(workplace):
     assert "samples 80 to 95 skipped); step 12" in done.stderr and "resilience.max_rollbacks=2" in done.stderr
     assert events(workplace, "diverged", "stop")[-1]["status"] == "failed"
     assert [record["step"] for record in metrics(workplace, "diverged")] == list(range(1, 13))
+    again = run_with(workplace, leap(12, times=99), *words)
+    assert again.returncode == 5 and len(events(workplace, "diverged", "rollback")) == 2, again.stderr
 
 
 def test_real_losses_raise_no_alarm(undisturbed):
