@@ -173,15 +173,16 @@ class CheckpointStore:
         if problem := self.world.share(problem)[0]:
             raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
 
-    def newest_valid(self, folder: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint (of another run's `folder`, where given) that verifies, and its manifest; None where
-        there is none at all.
+    def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint (of another run's `folder`, of a step `before` one, where given) that verifies, and its
+        manifest; None where there is none at all.
 
         Raises:
             CheckpointError: there are checkpoints but every one is damaged; starting anew must be asked for.
         """
         folder = folder or self.folder
-        candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(folder)])[0]]
+        there = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
+        candidates = [Path(name) for name in self.world.share([str(p) for p in there])[0]]
         skipped = []
 
         def skip(folder: Path, error: CheckpointError) -> None:
