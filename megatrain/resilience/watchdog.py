@@ -11,10 +11,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatrain.resilience.heartbeat import Beat, Heartbeats
 
@@ -91,11 +92,17 @@ def hangs(heartbeats: Heartbeats, ranks: Sequence[int], limits: Limits) -> bool:
     return bool(beats) and all(beat.age_s > limits.of(beat) for beat in beats)
 
 
-def answer_with_stacks(path: Path) -> IO[str]:
-    """In a worker: write the stacks of all threads to `path` when the agent asks. The file must stay open."""
-    file = path.open("w")
-    faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True, chain=False)
-    return file
+@contextmanager
+def answer_with_stacks(path: Path) -> Iterator[None]:
+    """In a worker: write the stacks of all threads to `path` whenever the agent asks. A file that stayed empty goes."""
+    with path.open("w") as file:
+        faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True, chain=False)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(DUMP_SIGNAL)
+            if not _size(path):
+                path.unlink(missing_ok=True)
 
 
 def question(
