@@ -1,0 +1,23 @@
+"""A Slurm of four nodes for the tests of this folder. They skip where there is none, unless MEGATRAIN_REQUIRE_SLURM=1."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    from cluster import Cluster, missing
+
+    if reason := missing():
+        if os.environ.get("MEGATRAIN_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
