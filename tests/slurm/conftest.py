@@ -21,3 +21,14 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def expected(workplace):
+    """The metrics of the same job as two local ranks that nothing disturbed; the run is called `expected`."""
+    from commands import megatrain, metrics
+    from jobs_on_slurm import JOB
+
+    done = megatrain(workplace, *JOB, "run.name=expected", "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    return metrics(workplace, "expected")
