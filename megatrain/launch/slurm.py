@@ -140,9 +140,7 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
         return EXIT_OK
     if shutil.which("sbatch") is None:
         raise EnvironmentFault("launch=slurm: there is no sbatch on the PATH; submit from a login node of the cluster")
-    done = subprocess.run(
-        command, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"launch=slurm: Slurm refused the job: {done.stderr.strip()}")
     print(done.stdout.strip().partition(";")[0])

@@ -42,15 +42,16 @@ class Job:
         """Until the run has written this step down."""
         wait_until(lambda: len(self.metrics) >= step, seconds, f"step {step} of {self.name}; {self.log}")
 
-    def wait(self, seconds=150, wakes=True):
-        """Until the job has ended for good: its state. A job that was requeued is not left waiting (`wakes`)."""
+    def wait(self, seconds=150):
+        """Until the job has ended for good: its state."""
         deadline = time.monotonic() + seconds
         while (job := self.cluster.job(self.number))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"{job['JobState']} after {seconds} s: {self.log}"
-            if wakes and job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
-                self.cluster.command("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
             time.sleep(0.2)
         return job["JobState"]
+
+    def is_waiting(self):
+        return self.state == "PENDING"
 
     def send(self, name):
         """What Slurm does before the time limit (--signal=B:...)."""

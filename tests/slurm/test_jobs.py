@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+from cluster import wait_until
 from commands import events, final_files, same
+from faults import fault, injected
 from jobs_on_slurm import Job
 
 
@@ -23,3 +26,62 @@ def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expecte
     (stop,) = events(workplace, "warned", "stop")
     (resumed,) = events(workplace, "warned", "resume")
     assert resumed["step"] == stop["step"] >= 7
+
+
+def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workplace, expected):
+    job = Job(cluster, workplace, "again")
+    job.wait_for_step(7)
+    cluster.command("scontrol", "requeue", job.number)
+    job.wait_for_step(20)
+    same(job.metrics[:20], expected[:20])
+    assert cluster.job(job.number)["Restarts"] == "1"
+    cluster.command("scancel", job.number)
+    assert job.wait() == "CANCELLED", job.log
+    cluster.wait_idle()
+    assert (job.state, cluster.job(job.number)["Restarts"]) == ("CANCELLED", "1"), job.log
+    saved, last = events(workplace, "again", "stop")[-1]["step"], job.metrics[-1]["step"]
+    assert saved == last < 40 and "not requeued" in job.log, "scancel's TERM saves, too"
+    same(job.metrics, expected[:last])
+
+
+def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, workplace, expected):
+    deaths = [fault(1, 8, "backward", "SIGKILL"), fault(0, 23, "forward", "SIGKILL")]
+    job = Job(cluster, workplace, "killed", faults=injected(workplace, "killed", deaths))
+    assert job.wait() == "COMPLETED", job.log
+    assert cluster.job(job.number)["Restarts"] == "0"
+    same(job.metrics, expected)
+    assert final_files(workplace, "killed") == final_files(workplace, "expected")
+    failures = events(workplace, "killed", "failure")
+    assert [(f["rank"], f["step"], f["host"]) for f in failures] == [(1, 8, "n2"), (0, 23, "n1")]
+    assert [event["restarts"] for event in events(workplace, "killed", "restart")] == [1, 2]
+
+
+def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
+    stopped = injected(workplace, "hangs", [fault(1, 8, "backward", "SIGSTOP")])
+    job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=4", faults=stopped)
+    assert job.wait() == "COMPLETED", job.log
+    same(job.metrics, expected)
+    (failure,) = events(workplace, "hangs", "failure")
+    assert (failure["how"], failure["rank"], failure["host"]) == ("hang", 1, "n2")
+    assert {(e["rank"], e["host"], e["guilty"]) for e in events(workplace, "hangs", "hang")} == {
+        (0, "n1", False),
+        (1, "n2", True),
+    }
+
+
+@pytest.mark.parametrize("which", ["n2", "n1"])
+def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, workplace, expected, which):
+    name = f"power-{which}"
+    job = Job(cluster, workplace, name)
+    job.wait_for_step(8)
+    cluster.power_off(which)
+    try:
+        wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", 90, f"a requeue; {job.log}")
+        done = job.metrics[-1]["step"]
+        assert job.wait() == "COMPLETED", job.log
+    finally:
+        cluster.power_on(which)
+        cluster.wait_idle()
+    same(job.metrics, expected)
+    (resumed,) = events(workplace, name, "resume")
+    assert done - resumed["step"] <= 5, "more redone than a save apart"
