@@ -185,11 +185,13 @@ def _gather(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
         while len(members) < size - 1:
             if time.monotonic() > deadline:
                 missing = [str(node) for node in range(1, size) if node not in members]
-                raise EnvironmentFault(
+                text = (
                     f"no word from the agents of node {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
                     f"(counted from 0) within {timeout_s:g} s (launch.timeout_s); node 0 listens on "
                     f"{socket.gethostname()}:{listener.getsockname()[1]}"
                 )
+                _say_gone(members.values(), text)
+                raise EnvironmentFault(text)
             ready = _readable([listener, *strangers], 0.2)
             if listener.fileno() in ready:
                 strangers.append(_Link(listener.accept()[0], "a stranger"))
@@ -216,6 +218,17 @@ def _admit(link: _Link, key: str, size: int, members: dict[int, _Link]) -> None:
     if node in members:
         members[node].close()  # it had given up waiting for an answer and called again
     members[node] = link
+
+
+def _say_gone(links: Iterable[_Link], text: str) -> None:
+    """Tell these agents who keeps the job from going on; then they end."""
+    for link in links:
+        with suppress(_Gone, OSError):
+            link.send({"gone": text})
+            link.socket.shutdown(socket.SHUT_WR)
+            link.socket.setblocking(False)
+            while link.socket.recv(1 << 16):  # closing with something unread could take the word back (a reset)
+                continue
 
 
 def _call(key: str, node: int, address: str, timeout_s: float) -> _Link:
@@ -334,8 +347,5 @@ class _Team:
     def _mourn(self, lost: _Link) -> None:
         """An agent is gone: tell the others which, for to them it is node 0's agent that will be gone."""
         text = f"the agent of {lost.name}, is gone (killed, or its machine or network failed); this job ends"
-        for link in self._links.values():
-            if link is not lost:
-                with suppress(_Gone):
-                    link.send({"gone": text})
+        _say_gone([link for link in self._links.values() if link is not lost], text)
         raise EnvironmentFault(text)

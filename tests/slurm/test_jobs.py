@@ -23,7 +23,7 @@ def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expecte
     assert job.wait() == "COMPLETED", job.log
     assert cluster.job(job.number)["Restarts"] == "1" and "requeued" in job.log
     same(job.metrics, expected)
-    (stop,) = events(workplace, "warned", "stop")
+    stop, _ = events(workplace, "warned", "stop")
     (resumed,) = events(workplace, "warned", "resume")
     assert resumed["step"] == stop["step"] >= 7
 
