@@ -40,7 +40,7 @@ def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workpla
     cluster.wait_idle()
     assert (job.state, cluster.job(job.number)["Restarts"]) == ("CANCELLED", "1"), job.log
     saved, last = events(workplace, "again", "stop")[-1]["step"], job.metrics[-1]["step"]
-    assert saved == last < 40 and "not requeued" in job.log, "scancel's TERM saves, too"
+    assert saved == last < 40, "scancel's TERM saves, too"
     same(job.metrics, expected[:last])
 
 
