@@ -107,7 +107,7 @@ def launch(
         agent.kill()
         agent.heartbeats.close()
         for number, handler in previous.items():
-            # srun ends the other agents as soon as one has left with a code: theirs, agreed on, must not become SIGTERM's
+            # srun may end the other agents once one has left (--wait): their code, agreed on, must not become SIGTERM's
             signal.signal(number, handler if peers.size == 1 else signal.SIG_IGN)
 
 

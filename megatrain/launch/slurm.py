@@ -19,7 +19,14 @@ from types import FrameType
 from typing import TypeVar
 
 from megatrain.config import LaunchConfig
-from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, EnvironmentFault, MegatrainError
+from megatrain.errors import (
+    EXIT_DEFECT,
+    EXIT_OK,
+    EXIT_SAVED_AFTER_SIGNAL,
+    ConfigError,
+    EnvironmentFault,
+    MegatrainError,
+)
 from megatrain.launch import peers
 from megatrain.launch.environment import is_launched, number_from
 
@@ -113,9 +120,12 @@ def together(team: peers.Peers, act: Callable[[], T]) -> T:
 
 
 def _stopped_early(number: int, _frame: FrameType | None) -> None:
-    """A signal before there are ranks to hand it to: nothing is lost by starting again."""
+    """A signal before there are ranks to hand it to: nothing is lost by starting again.
+
+    TERM is what srun sends when another agent has ended, whose code has to count: srun's is the highest of all.
+    """
     print(f"megatrain: stopped by {signal.Signals(number).name} before training began", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_SAVED_AFTER_SIGNAL)
+    raise SystemExit(EXIT_SAVED_AFTER_SIGNAL if number == signal.SIGUSR1 else EXIT_DEFECT)
 
 
 # ---------------------------------------------------------------------------------------------------- submitting

@@ -16,15 +16,15 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEM
 
 
 class Job:
-    """One job on two nodes, a rank on each; `job.out` in the run's folder of the workplace is its output."""
+    """One job on two nodes, a rank on each, submitted here unless it has a number; its output is `<name>.out`."""
 
-    def __init__(self, cluster, folder, name, *words, options=(), faults=None):
+    def __init__(self, cluster, folder, name, *words, number=None, options=(), faults=None):
         self.cluster, self.folder, self.name = cluster, folder, name
         self.out = folder / f"{name}.out"
         environ = {"MEGATRAIN_PYTHON": sys.executable, **(faults or {})}
         command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.out}", *options, str(SCRIPT)]
         overrides = [*JOB[1:], f"run.name={name}", *words]
-        self.number = cluster.command(*command, *overrides, cwd=folder, **environ).strip()
+        self.number = number or cluster.command(*command, *overrides, cwd=folder, **environ).strip()
 
     @property
     def state(self):
@@ -49,9 +49,6 @@ class Job:
             assert time.monotonic() < deadline, f"{job['JobState']} after {seconds} s: {self.log}"
             time.sleep(0.2)
         return job["JobState"]
-
-    def is_waiting(self):
-        return self.state == "PENDING"
 
     def send(self, name):
         """What Slurm does before the time limit (--signal=B:...)."""

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import pytest
 from cluster import wait_until
-from commands import events, final_files, same
+from commands import events, final_files, megatrain, same
 from faults import fault, injected
-from jobs_on_slurm import Job
+from jobs_on_slurm import JOB, Job
 
 
-def test_a_job_on_two_nodes_is_the_run_on_one(cluster, workplace, expected):
-    job = Job(cluster, workplace, "nodes")
+def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplace, expected):
+    out = workplace / "nodes.out"
+    words = ["launch=slurm", "launch.num_nodes=2", "launch.time=20", f"launch.sbatch_options=['--output={out}']"]
+    asked = [*JOB, "run.name=nodes", *words]
+    environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"]}
+    shown = megatrain(workplace, *asked, "--dry-run", environ=environ)
+    assert shown.returncode == 0 and "sbatch --parsable --nodes=2" in shown.stdout and "#SBATCH" in shown.stdout
+    done = megatrain(workplace, *asked, environ=environ)
+    assert done.returncode == 0 and done.stdout.strip().isdecimal(), done.stderr
+    job = Job(cluster, workplace, "nodes", number=done.stdout.strip())
     assert job.wait() == "COMPLETED", job.log
+    assert "TimeLimit=00:20:00" in cluster.command("scontrol", "show", "job", job.number)
     same(job.metrics, expected)
     assert final_files(workplace, "nodes") == final_files(workplace, "expected")
+
+
+def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplace):
+    job = Job(cluster, workplace, "mistake", "data.name=none_such")
+    assert job.wait() == "FAILED", job.log
+    found = cluster.job(job.number)
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), job.log
+    assert job.log.count("there is no dataset at") == 1 and "error: n1: data.name=none_such" in job.log
+    wrong = Job(cluster, workplace, "nodes3", "launch.num_nodes=3")
+    assert wrong.wait() == "FAILED" and cluster.job(wrong.number)["ExitCode"] == "2:0", wrong.log
+    assert "launch.num_nodes=3, but Slurm gave this job step 2 nodes (n[1-2])" in wrong.log
 
 
 def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expected):
