@@ -44,7 +44,7 @@ def test_elsewhere_there_is_no_step(environ):
 
 
 def test_a_task_a_rank_is_refused_with_what_to_ask_for():
-    with pytest.raises(EnvironmentFault, match="8 tasks on 2 nodes.*--ntasks-per-node=1"):
+    with pytest.raises(EnvironmentFault, match=r"8 tasks on 2 nodes.*--ntasks-per-node=1"):
         Step.from_environ({**STEP, "SLURM_STEP_NUM_TASKS": "8"})
 
 
@@ -92,7 +92,7 @@ def test_what_fails_on_one_node_ends_all_alike():
     assert together(Team(None), lambda: 5) == 5
     with pytest.raises(DataError, match=f"^{os.uname().nodename}: no data"):
         together(Team(None), refuse)
-    with pytest.raises(DataError, match="^no data"):
+    with pytest.raises(DataError, match=r"^no data"):
         together(Alone(), refuse)
     for act in (refuse, lambda: 5):  # node 0 says why
         with pytest.raises(SystemExit) as ended:
