@@ -324,9 +324,7 @@ class _Agent:
             code, what_now = EnvironmentFault.exit_code, "not started again, for the job was asked to stop"
         elif seen >= SAME_FAILURES:
             code = EXIT_NO_PROGRESS
-            what_now = (
-                f"the same for the {seen}th time in a row; not started again. {self._where_to_look(failure.rank)}"
-            )
+            what_now = f"the same {seen} times in a row; not started again. {self._where_to_look(failure.rank)}"
         elif self.restarts >= recovery.max_restarts:
             code = EXIT_DEFECT if failure.how != "hang" else EnvironmentFault.exit_code
             what_now = f"not started again (resilience.max_restarts={recovery.max_restarts})"
