@@ -44,12 +44,14 @@ class Step:
 
     @staticmethod
     def from_environ(environ: Mapping[str, str] | None = None) -> Step | None:
-        """The step this process is a task of; None outside `srun` (in a batch script, too) and under another launcher.
+        """The step this process is a task of; None outside `srun` (a batch script, a shell) and under another launcher.
 
         Raises EnvironmentFault where the step has other than one task a node.
         """
         environ = os.environ if environ is None else environ
         if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ or is_launched(environ):
+            return None
+        if "SLURM_PTY_PORT" in environ:  # the shell of `srun --pty`, in which a person types
             return None
         given = {"SLURM_STEP_NUM_NODES": environ.get("SLURM_NNODES", "1"), **environ}
         num_nodes = number_from(given, "SLURM_STEP_NUM_NODES", 1, None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from cluster import wait_until
 from commands import events, final_files, megatrain, same
 from faults import fault, injected
-from jobs_on_slurm import JOB, Job
+from jobs_on_slurm import JOB, SCRIPT, Job
 
 
 def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplace, expected):
@@ -34,6 +36,24 @@ def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplac
     wrong = Job(cluster, workplace, "nodes3", "launch.num_nodes=3")
     assert wrong.wait() == "FAILED" and cluster.job(wrong.number)["ExitCode"] == "2:0", wrong.log
     assert "launch.num_nodes=3, but Slurm gave this job step 2 nodes (n[1-2])" in wrong.log
+
+
+def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, workplace):
+    profile = workplace / "site.sh"
+    profile.write_text(
+        "export SBATCH_TIMELIMIT=7\nMEGATRAIN_RANKS_PER_NODE=2\nmegatrain_setup() { export OMP_NUM_THREADS=1; }\n"
+        "WRAPPER=(env FROM_PROFILE=1)\n"
+    )
+    environ = {"MEGATRAIN_PROFILE": str(profile), "MEGATRAIN_PYTHON": sys.executable}
+    options = ["--parsable", "--array=1-2", "--nodes=1", f"--output={workplace}/array-%a.out"]
+    words = ["run.name=array-%a", "seed=%a", "train.steps=3", "train.eval_every=0"]
+    sbatch = ["sbatch", *options, str(SCRIPT), *JOB[1:], *words]
+    number = cluster.command(*sbatch, cwd=workplace, **environ).strip()
+    for task in (1, 2):
+        job = Job(cluster, workplace, f"array-{task}", number=f"{number}_{task}")
+        assert job.wait() == "COMPLETED", job.log
+        assert len(job.metrics) == 3 and "2 x cpu" in job.log, job.log
+        assert f"\nseed: {task}\n" in (workplace / "runs" / f"array-{task}" / "config.yaml").read_text()
 
 
 def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expected):

@@ -36,8 +36,9 @@ def test_a_task_of_srun_is_a_node_of_its_step():
         {},
         {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"},
         {**STEP, "RANK": "0", "WORLD_SIZE": "2"},
+        {**STEP, "SLURM_PTY_PORT": "40000"},
     ],
-    ids=["no Slurm", "batch script", "torchrun under srun"],
+    ids=["no Slurm", "batch script", "torchrun under srun", "srun --pty"],
 )
 def test_elsewhere_there_is_no_step(environ):
     assert Step.from_environ(environ) is None
