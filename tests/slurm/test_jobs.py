@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+from contextlib import closing
 
 import pytest
 from cluster import wait_until
@@ -57,7 +59,7 @@ def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, wor
 
 
 def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expected):
-    job = Job(cluster, workplace, "warned")
+    job = Job(cluster, workplace, "warned", "tracking=mlflow")
     job.wait_for_step(7)
     job.send("USR1")
     assert job.wait() == "COMPLETED", job.log
@@ -66,6 +68,10 @@ def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expecte
     stop, _ = events(workplace, "warned", "stop")
     (resumed,) = events(workplace, "warned", "resume")
     assert resumed["step"] == stop["step"] >= 7
+    with closing(sqlite3.connect(workplace / "runs" / "mlflow.db")) as store:
+        assert store.execute("select count(*) from runs").fetchall() == [(1,)], "one MLflow run"
+        logged = store.execute("select step from metrics where key = 'loss' order by step").fetchall()
+    assert logged == [(step,) for step in range(1, 41)], "every step once"
 
 
 def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workplace, expected):
