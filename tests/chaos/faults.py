@@ -16,7 +16,7 @@ def fault(rank, step, phase, do, times=1):
 def injected(folder, name, faults):
     """The environment in which the ranks of run `name` fail as the `faults` say, each so many times over all starts."""
     done = folder / f"faults_{name}"
-    done.mkdir()
+    done.mkdir(exist_ok=True)
     paths = [str(Path(__file__).parent / "inject"), os.environ.get("PYTHONPATH")]
     return {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
