@@ -30,6 +30,9 @@ from megatrain.launch.slurm import Step, num_nodes
 from megatrain.parallel.layout import divisors, listed
 from megatrain.suggest import did_you_mean
 
+LAST_SAMPLE = 2**62
+"""No run reaches it, and arithmetic of 64 bits has room beyond."""
+
 
 def check_values(config: Any) -> None:
     """Whether the keys of a config agree with one another; reads no files. Raises ConfigError."""
@@ -44,6 +47,7 @@ def check_values(config: Any) -> None:
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
+        check_skip_ranges(config.train.skip_ranges)
         check_layout(config, ranks)
 
 
@@ -143,6 +147,29 @@ def check_loop(config: TrainConfig) -> None:
             f"checkpoint.init_from={config.checkpoint.init_from} starts a new run and checkpoint.resume="
             f"{config.checkpoint.resume} continues one; give one of them"
         )
+
+
+def check_skip_ranges(ranges: list[list[int]]) -> None:
+    """Pairs of sample numbers, each after the one before."""
+    end = 0
+    for given in ranges:
+        if len(given) != 2:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: {given} is not a pair; give the first sample to skip and the one behind "
+                f"the last, as in [[96,128]]"
+            )
+        start, stop = given
+        if start < 0 or stop <= start or stop > LAST_SAMPLE:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: [{start},{stop}] holds no samples; the first number must be at least 0 and "
+                f"the second above it, {LAST_SAMPLE} at most"
+            )
+        if start < end:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: [{start},{stop}] begins before {end}, where the range before it ends; give "
+                f"the ranges in ascending order and apart"
+            )
+        end = stop
 
 
 def check_batches(config: TrainLoopConfig, ranks: int) -> None:

@@ -237,11 +237,20 @@ def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> in
     try:
         number = peers.share(taken.number if taken else None)[0]
         owner = taken or Ownership(run_dir / FOLDER, number)
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits)
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, worker_modules(config))
         return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if taken is not None:
             taken.release()
+
+
+def worker_modules(config: TrainConfig) -> list[str]:
+    """What a worker imports on its way to the first step, but for what may touch a GPU: forks cannot share that."""
+    modules = ["megatrain.compose", "megatrain.checks", "megatrain.launch.worker", "megatrain.engine.native"]
+    if config.engine.name == "deepspeed" and not has_gpu(config.launch.device):
+        modules[-1] = "megatrain.engine.deepspeed"
+        modules.append("deepspeed")
+    return modules
 
 
 def has_gpu(device: str) -> bool:

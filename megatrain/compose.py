@@ -159,7 +159,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
         return value
     if not _fits(kind, value):
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
-        if typing.get_origin(kind) is list and not isinstance(value, list):
+        if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
             hint_text = f" (write {name}=[{bare}])"
         raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
     return value
@@ -203,6 +203,7 @@ def describe(hint: Any) -> str:
         list[str]: "a list of texts such as [a,b]",
         list[int]: "a list of whole numbers such as [3,4]",
         list[float]: "a list of numbers such as [0.9,0.95]",
+        list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
     }
     return words[kind] + (" or null" if optional else "")
 

@@ -221,6 +221,9 @@ class TrainLoopConfig:
         "all inside a block",
         choices=("none", "selective", "full"),
     )
+    skip_ranges: list[list[int]] = key(
+        [], "samples to pass over from the start, as [start,stop) pairs of their numbers in the run's order"
+    )
 
 
 @dataclass
@@ -307,6 +310,11 @@ class CheckpointConfig:
         "auto continues the run folder's newest valid checkpoint, never starts anew, a path continues that checkpoint",
     )
     init_from: str | None = key(None, "a checkpoint whose weights alone start a new run")
+    background: bool = key(
+        True, "write while training goes on, from a copy in host memory (12 bytes a parameter that a rank holds)"
+    )
+    retries: int = key(5, "failed writes in a row after which the run ends; the next one ends it", minimum=0)
+    retry_wait_s: float = key(30.0, "seconds until a failed write is tried again", minimum=0, maximum=1e7)
 
 
 @dataclass
@@ -322,6 +330,24 @@ class ResilienceConfig:
         "first step is done launch.timeout_s counts instead, where that is longer",
         above=0,
         maximum=1e7,
+    )
+    max_skipped: int = key(
+        100,
+        "steps in a row without a finite loss and gradient, which update nothing, after which the run is given up",
+        minimum=1,
+    )
+    spike_zscore: float = key(
+        12.0,
+        "robust standard deviations above the median of recent losses from which a step's loss is a spike, and the run "
+        "is rolled back; 0 never",
+        minimum=0,
+    )
+    spike_window: int = key(128, "losses of recent steps that a loss is compared with", minimum=8)
+    spike_skip_steps: int = key(
+        8, "steps whose samples a rollback leaves out from then on, the spike's the last of them", minimum=1
+    )
+    max_rollbacks: int = key(
+        3, "rollbacks without a checkpoint beyond the spike between them before the run is given up", minimum=0
     )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +21,7 @@ from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.engine.base import Engine, StepResult
 from megatrain.errors import DivergedError
 from megatrain.optim.schedule import learning_rate
-
-MAX_SKIPPED = 100
-"""Vetoed updates in a row after which a run is given up: nothing that follows would differ."""
+from megatrain.resilience.guard import LossGuard, Spike, report
 
 
 @dataclass
@@ -32,6 +29,8 @@ class Progress:
     """Where a run stands: what a checkpoint keeps beside the engine's state.
 
     `step` counts finished optimizer steps, `cursor` the samples consumed, `tokens` those that counted in the loss.
+    `losses` are those that the guard compares the next one with, `rollbacks` the spikes it has gone back from without
+    getting past them since.
     """
 
     step: int = 0
@@ -40,6 +39,8 @@ class Progress:
     skip_ranges: list[tuple[int, int]] = field(default_factory=list)
     best_heldout_loss: float | None = None
     evaluations_without_gain: int = 0
+    losses: list[float] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_manifest(self) -> dict[str, Any]:
         """The manifest's keys, `step` apart."""
@@ -51,6 +52,7 @@ class Progress:
                 "best_heldout_loss": self.best_heldout_loss,
                 "evaluations_without_gain": self.evaluations_without_gain,
             },
+            "loss_guard": {"losses": self.losses, "rollbacks": self.rollbacks},
         }
 
     @classmethod
@@ -62,17 +64,30 @@ class Progress:
             tokens=manifest["tokens"],
             skip_ranges=[(start, stop) for start, stop in manifest["skip_ranges"]],
             **manifest["early_stop"],
+            **manifest.get("loss_guard", {}),  # older manifests have none
         )
+
+    def become(self, other: Progress) -> None:
+        """Stand where another one stands; whoever holds this one sees it."""
+        for f in fields(other):
+            setattr(self, f.name, getattr(other, f.name))
 
 
 class Store(Protocol):
     """Where checkpoints go."""
 
-    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write a checkpoint; returns its folder."""
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+        """Begin to write a checkpoint; returns the seconds that this held the loop up."""
 
-    def retire(self, keep: int, keep_every: int) -> None:
-        """Remove old checkpoints."""
+    @property
+    def has_failed(self) -> bool:
+        """Whether saving was given up."""
+
+    def reports(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """What became of saves since this was asked last: events' kinds, steps and details."""
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises what made saving give up."""
 
 
 class Journal(Protocol):
@@ -91,7 +106,9 @@ class Parts:
 
     `exchange` gathers a CPU int64 tensor of every rank (`[ranks, n]`); `batch_hash` makes the hash of a step from every
     rank's sample hashes; `heldout` gives this rank's held-out batches anew; `stopping` says whether this rank was asked
-    to stop; `mark` tells the watchdog which phase of which step begins; `bytes_per_token` is the held-out text's, `peak_flops` the whole job's (None where unknown).
+    to stop; `mark` tells the watchdog which phase of which step begins; `roll_back` takes engine and stream back to before
+    a spike and returns where the run then stands (None: there is nowhere to go back to); `bytes_per_token` is the held-out
+    text's, `peak_flops` the whole job's (None where unknown).
     """
 
     engine: Engine
@@ -103,6 +120,7 @@ class Parts:
     batch_hash: Callable[[np.ndarray], str]
     stopping: Callable[[], int]
     mark: Callable[[str, int], None]
+    roll_back: Callable[[Progress, Spike], Progress | None]
     identity: dict[str, Any]
     flops_per_token: int
     peak_flops: float | None
@@ -118,12 +136,14 @@ class Trainer:
         self.progress = progress
         self.saved_step = progress.step
         self.skipped_in_a_row = 0
+        self.guard = LossGuard.from_config(config.resilience)
 
     def run(self) -> str:
         """Train; returns `done` (all steps, or early stopping) or `stopped` (saved after a signal).
 
         Raises:
-            DivergedError: no finite gradient for `MAX_SKIPPED` steps, or an overflow at the smallest loss scale.
+            DivergedError: no finite gradient for `resilience.max_skipped` steps, an overflow at the smallest loss scale,
+                or a loss that spiked once more after `resilience.max_rollbacks` rollbacks.
         """
         total = self.config.train.steps
         save_time = 0.0
@@ -134,10 +154,13 @@ class Trainer:
             batch = next(self.parts.stream)
             data_time = time.perf_counter() - started
             self.parts.mark("exchange", step)
-            hashes, signal_number = self._meet(batch)
+            hashes, signal_number, saving_failed = self._meet(batch)
+            self._report_saves()
+            if saving_failed:
+                self.parts.store.finish()
             if signal_number:
                 self.parts.journal.event("signal", self.progress.step, signal=signal_number)
-                self._save()
+                self._save_and_wait()
                 return "stopped"
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
@@ -146,18 +169,20 @@ class Trainer:
             eval_time = self._maybe_evaluate(record)
             self._add_times(record, step_time, data_time, eval_time, save_time)
             self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
-            save_time = self._maybe_save()
+            save_time = self._save() if self._went_back(record) else self._maybe_save()
             if self._has_stalled():
                 self.parts.journal.event("early_stop", step, best_heldout_loss=self.progress.best_heldout_loss)
-        self._save()
+        self._save_and_wait()
         self.parts.mark("end", self.progress.step)
         return "done"
 
-    def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int]:
-        """All ranks' sample hashes, and the signal that any rank has received: one exchange a step."""
-        mine = np.concatenate([[self.parts.stopping()], batch.sample_hashes.view(np.int64)]).astype(np.int64)
+    def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int, bool]:
+        """All ranks' sample hashes, the signal that any rank has received, and whether any can save no more: one exchange
+        a step."""
+        state = [self.parts.stopping(), int(self.parts.store.has_failed)]
+        mine = np.concatenate([state, batch.sample_hashes.view(np.int64)]).astype(np.int64)
         everyone = self.parts.exchange(torch.from_numpy(mine)).numpy()
-        return everyone[:, 1:].view(np.uint64), int(everyone[:, 0].max())
+        return everyone[:, 2:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
 
     def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""
@@ -165,16 +190,18 @@ class Trainer:
         self.progress.step, self.progress.cursor = step, batch.cursor
         self.progress.tokens += tokens
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        loss = float(result.loss_sum) / max(1, tokens)
         if not updated:
-            self.parts.journal.event("skip", step, reason="non-finite gradient norm")
-        if self.skipped_in_a_row >= MAX_SKIPPED:
+            what = "gradient norm" if math.isfinite(loss) else "loss"
+            self.parts.journal.event("skip", step, reason=f"non-finite {what}")
+        if self.skipped_in_a_row >= self.config.resilience.max_skipped:
             raise DivergedError(
-                f"no finite gradient in the last {MAX_SKIPPED} steps (up to step {step}); lower optim.lr or start again "
-                f"from an earlier checkpoint"
+                f"no finite gradient in the last {self.skipped_in_a_row} steps (resilience.max_skipped, up to step {step}); "
+                f"lower optim.lr or start again from an earlier checkpoint"
             )
         return {
             "step": step,
-            "loss": float(result.loss_sum) / max(1, tokens),
+            "loss": loss,
             "grad_norm": float(result.grad_norm),
             "lr": lr,
             "tokens": self.progress.tokens,
@@ -224,6 +251,32 @@ class Trainer:
             self.parts.mark("evaluate", step)
             yield batch
 
+    def _went_back(self, record: dict[str, Any]) -> bool:
+        """Judge a step's loss; where it is a spike, go back and stand before it."""
+        step, loss = record["step"], record["loss"]
+        if not record["updated"]:
+            return False
+        before = self.progress.losses
+        self.progress.losses = self.guard.remember(before, loss)
+        spike = self.guard.judge(before, step, loss)
+        if spike is None:
+            return False
+        self.parts.journal.event("spike", step, loss=loss, zscore=spike.zscore, median=spike.median)
+        self._wait_for_saves()  # what is being written may be what to go back to
+        if len(self.progress.rollbacks) >= self.config.resilience.max_rollbacks:
+            raise DivergedError(
+                f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} rollbacks: "
+                f"{report(spike, self.progress.rollbacks)}; lower optim.lr in a new run, or raise resilience.spike_zscore "
+                f"if these losses are what they should be"
+            )
+        there = self.parts.roll_back(self.progress, spike)
+        if there is None:
+            self.parts.journal.event("spike_kept", step, reason="there is no checkpoint before it to go back to")
+            return False
+        self.progress.become(there)
+        self.saved_step = -1  # what is on disk leaves nothing out yet: a death now would meet the spike again
+        return True
+
     def _maybe_save(self) -> float:
         """Save if it is time; returns the seconds it took."""
         every = self.config.checkpoint.every
@@ -232,18 +285,31 @@ class Trainer:
         return self._save()
 
     def _save(self) -> float:
-        """Save where the run stands, unless that is on disk already."""
+        """Begin to save where the run stands, unless that was done already; returns the seconds it held the loop up."""
         if self.saved_step == self.progress.step:
             return 0.0
-        started = time.perf_counter()
         self.parts.mark("save", self.progress.step)
+        if self.progress.step > max((seen["step"] for seen in self.progress.rollbacks), default=0):
+            self.progress.rollbacks = []  # past the trouble
         extra = {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
-        folder = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
-        self.parts.store.retire(self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
         self.saved_step = self.progress.step
-        seconds = time.perf_counter() - started
-        self.parts.journal.event("save", self.progress.step, checkpoint=str(folder), seconds=seconds)
-        return seconds
+        return stall
+
+    def _save_and_wait(self) -> None:
+        """See that where the run stands is on the disk."""
+        self._save()
+        self._wait_for_saves()
+
+    def _wait_for_saves(self) -> None:
+        try:
+            self.parts.store.finish()
+        finally:
+            self._report_saves()
+
+    def _report_saves(self) -> None:
+        for kind, step, detail in self.parts.store.reports():
+            self.parts.journal.event(kind, step, **detail)
 
     def _has_stalled(self) -> bool:
         """Whether early stopping ends the run here; a run that it ended stays ended when it is started again."""

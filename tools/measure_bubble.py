@@ -112,7 +112,7 @@ def run_rank(rank: int, folder: str, schedule: str, options: argparse.Namespace,
     for _ in range(options.steps + 1):
         spans.clear()
         dist.barrier()
-        pipeline.train([MicroBatch(tokens, tokens)] * options.micro_batches, 1.0)
+        pipeline.train([MicroBatch(tokens, tokens)] * options.micro_batches, lambda loss: loss)
         steps.append(list(spans) if schedule in ZERO_BUBBLE else whole_backwards(spans))
     Path(folder, f"rank{rank}").write_bytes(pickle.dumps(steps[1:]))
     dist.barrier()

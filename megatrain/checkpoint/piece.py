@@ -87,6 +87,18 @@ class Piece(torch.Tensor):
         ]
         return piece
 
+    def over(self, flat: Tensor) -> Piece:
+        """The same piece of the same tensor over other memory, as long and contiguous."""
+        assert flat.shape == self.flat.shape and flat.is_contiguous()
+        other: Piece = torch.Tensor._make_wrapper_subclass(
+            type(self), tuple(self.shape), dtype=flat.dtype, device=flat.device
+        )
+        other.flat, other.start, other.parts, at = flat, self.start, [], 0
+        for offsets, sizes, part in self.parts:  # they follow one another in the flat piece
+            other.parts.append((offsets, sizes, flat[at : at + part.numel()].view(sizes)))
+            at += part.numel()
+        return other
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

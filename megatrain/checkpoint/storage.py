@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import (
     DefaultSavePlanner,
     FileSystemReader,
@@ -43,6 +43,7 @@ from megatrain.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HASH_BLOCK = 2**22
 
 
@@ -160,6 +161,43 @@ def verify_file(folder: Path, name: str, recorded: dict[str, Any]) -> str | None
     return None
 
 
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
+    """Write contiguous CPU tensors as a safetensors file, flushed to the disk.
+
+    The library would make a second copy of everything and leave the checksum to another pass; here the tensors' own memory
+    is written and hashed block by block. The layout (https://huggingface.co/docs/safetensors): the header's length as 8
+    bytes, little-endian; the header as JSON, padded to 8 bytes; the tensors one after the other.
+    """
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("xb", buffering=0) as file:
+        parts = [memoryview(struct.pack("<Q", len(text)) + text), *map(_bytes, tensors.values())]
+        for piece in parts:
+            for start in range(0, len(piece), _HASH_BLOCK):
+                block = piece[start : start + _HASH_BLOCK]
+                digest.update(block)
+                size += len(block)
+                while block:  # a full disk may take a part of it
+                    block = block[file.write(block) :]
+        os.fsync(file.fileno())
+    return WrittenFile(path.name, size, digest.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview[int]:
+    """A contiguous CPU tensor's own memory."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def _entry(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
 
@@ -174,24 +212,19 @@ class SafetensorsWriter(FileSystemWriter):
         self.extra = extra
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's part of the plan, flushed to the disk, its checksum taken from the disk's bytes."""
-        tensors, items = {}, []
+        """Write this rank's part of the plan, flushed to the disk."""
+        tensors = {}
         for item in plan.items:
             assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is not a tensor; it belongs into the manifest"
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
-            tensors[_entry(item.index)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            items.append(item)
+            tensors[_entry(item.index)] = tensor.detach().cpu().contiguous()
         results: list[WriteResult] = []
         if tensors:
-            path = self.folder / f"{plan.storage_data.prefix.strip('_')}.safetensors"
-            save_file(tensors, str(path))
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            written = WrittenFile(path.name, path.stat().st_size, file_hash(path))
+            written = write_safetensors(self.folder / f"{plan.storage_data.prefix.strip('_')}.safetensors", tensors)
             results = [
                 WriteResult(index=item.index, size_in_bytes=tensors[_entry(item.index)].nbytes, storage_data=written)
-                for item in items
+                for item in plan.items
             ]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)

@@ -32,7 +32,7 @@ from megatrain.checkpoint.storage import (
     sync_folder,
     verify_file,
 )
-from megatrain.errors import CheckpointError, EnvironmentFault
+from megatrain.errors import CheckpointError, EnvironmentFault, OwnedError
 from megatrain.launch.world import World
 
 _NAME = re.compile(r"step_(\d{8,})$")
@@ -110,6 +110,7 @@ class CheckpointStore:
         """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log); `may_write`
         raises OwnedError once another job owns the run."""
         self.may_write = may_write
+        world = world.apart()  # its exchanges run in a thread of their own (`saver.py`)
         self.folder = folder
         self.world = world
         self.report = report
@@ -125,37 +126,63 @@ class CheckpointStore:
         world.barrier()
 
     def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write a checkpoint of `state` (each rank its pieces) and the manifest's `extra` values."""
+        """Write a checkpoint of `state` (each rank its pieces) and the manifest's `extra` values.
+
+        Raises:
+            EnvironmentFault: on every rank, where the disk of any does not take it; what was saved before is whole.
+            OwnedError: on every rank, where another job owns the run now.
+        """
         final = self.folder / checkpoint_name(step)
         temporary = final.with_name(final.name + _TEMPORARY)
-        if self.world.is_main:
-            self.may_write()
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        self.world.barrier()
-        write(temporary, state, {"step": step, **extra}, self.world)
-        if self.world.is_main:
-            self.may_write()
-            older = final.with_name(final.name + _OLDER)
-            if final.exists():  # the same step saved again: the older one makes way only now
-                os.replace(final, older)
-            os.replace(temporary, final)
-            sync_folder(self.folder)
-            shutil.rmtree(older, ignore_errors=True)
+        self._on_main(lambda: self._clear(temporary))
+        try:
+            write(temporary, state, {"step": step, **extra}, self.world)
+            self._on_main(lambda: self._put_in_place(temporary, final))
+        except EnvironmentFault:
+            if self.world.is_main:  # a full disk needs the room
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self.damaged.discard(final)
         self.saved_step = step
-        self.world.barrier()
         return final
 
-    def newest_valid(self, folder: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint (of another run's `folder`, where given) that verifies, and its manifest; None where
-        there is none at all.
+    def _clear(self, temporary: Path) -> None:
+        self.may_write()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def _put_in_place(self, temporary: Path, final: Path) -> None:
+        self.may_write()
+        older = final.with_name(final.name + _OLDER)
+        if final.exists():  # the same step saved again: the older one makes way only now
+            os.replace(final, older)
+        os.replace(temporary, final)
+        sync_folder(self.folder)
+        shutil.rmtree(older, ignore_errors=True)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Have rank 0 do something to the folder; all ranks hear how it went, at the same time."""
+        problem: list[str] | None = None
+        if self.world.is_main:
+            try:
+                work()
+            except OSError as error:
+                problem = ["disk", f"{error.filename or self.folder} cannot be written: {error.strerror}"]
+            except OwnedError as error:
+                problem = ["owner", str(error)]
+        if problem := self.world.share(problem)[0]:
+            raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
+
+    def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint (of another run's `folder`, of a step `before` one, where given) that verifies, and its
+        manifest; None where there is none at all.
 
         Raises:
             CheckpointError: there are checkpoints but every one is damaged; starting anew must be asked for.
         """
         folder = folder or self.folder
-        candidates = [Path(name) for name in self.world.share([str(p) for p in list_checkpoints(folder)])[0]]
+        there = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
+        candidates = [Path(name) for name in self.world.share([str(p) for p in there])[0]]
         skipped = []
 
         def skip(folder: Path, error: CheckpointError) -> None:

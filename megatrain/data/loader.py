@@ -61,12 +61,8 @@ class TrainStream:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._batch_size, self._skip_ranges = batch_size, merge_ranges(skip_ranges)
         self._pin_memory = pin_memory
-        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._fill, args=(first_step, cursor), name="megatrain-loader", daemon=True
-        )
-        self._thread.start()
+        self._prefetch = prefetch
+        self._start(first_step, cursor)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -94,27 +90,48 @@ class TrainStream:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _fill(self, step: int, cursor: int) -> None:
+    def restart(self, first_step: int, cursor: int, skip_ranges: Iterable[tuple[int, int]]) -> None:
+        """Go on from another step and cursor, passing over other samples; what was read ahead is dropped."""
+        self.close()
+        self._skip_ranges = merge_ranges(skip_ranges)
+        self._start(first_step, cursor)
+
+    def _start(self, first_step: int, cursor: int) -> None:
+        """Each thread has its own queue and end, so that one which outlives `close` in a slow read disturbs no other."""
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=self._prefetch)
+        self._closed = threading.Event()
+        place = first_step, cursor, self._skip_ranges, self._queue, self._closed
+        self._thread = threading.Thread(target=self._fill, args=place, name="megatrain-loader", daemon=True)
+        self._thread.start()
+
+    def _fill(
+        self,
+        step: int,
+        cursor: int,
+        skip_ranges: list[tuple[int, int]],
+        filled: queue.Queue[StepBatch | BaseException],
+        closed: threading.Event,
+    ) -> None:
+        def put(item: StepBatch | BaseException) -> None:
+            while not closed.is_set():
+                try:
+                    return filled.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
         try:
-            while not self._closed.is_set():
-                batch = self._read_step(step, cursor)
-                self._put(batch)
+            while not closed.is_set():
+                batch = self._read_step(step, cursor, skip_ranges)
+                put(batch)
                 step, cursor = step + 1, batch.cursor
         except BaseException as error:  # carried to the consumer, whatever it is
-            self._put(error)
+            put(error)
 
-    def _put(self, item: StepBatch | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def _read_step(self, step: int, cursor: int) -> StepBatch:
+    def _read_step(self, step: int, cursor: int, skip_ranges: list[tuple[int, int]]) -> StepBatch:
         size = self._batch_size(step)
         rows = self._micro_batch_size * self._dp_size
         assert size > 0 and size % rows == 0, (size, self._micro_batch_size, self._dp_size)
-        positions, cursor = take(cursor, size, self._skip_ranges)
+        positions, cursor = take(cursor, size, skip_ranges)
         mine = positions.reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]
         windows = self._order.windows(mine.reshape(-1))
         samples = np.stack([read_window(self._dataset, int(w), self._order.seq_len, self._vocab_size) for w in windows])

@@ -37,8 +37,8 @@ class Engine(Protocol):
         """Run one optimizer step over this rank's micro-batches.
 
         Gradients are those of the mean loss over all tokens of the step in the whole job. They are clipped by their
-        global norm, and the update is skipped on every rank when that norm is not finite. `step` (1-based) seeds
-        dropout together with the micro-batch's number and the data rank.
+        global norm, and the update is skipped on every rank when that norm, or any micro-batch's loss, is not finite.
+        `step` (1-based) seeds dropout together with the micro-batch's number and the data rank.
         """
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,16 @@ def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Ten
     return loss
 
 
+def scaled_loss(loss: Tensor, factor: float) -> Tensor:
+    """What a micro-batch runs backward: `factor` times its loss, and where that loss is not finite, NaN times it.
+
+    Every gradient then is NaN, also where those of a loss that overflowed would have been finite, so that the one veto
+    on the gradient norm covers the loss too, on all ranks and without the host looking at it.
+    """
+    nowhere = torch.full_like(loss, float("nan"))
+    return loss * torch.full_like(loss, factor).where(torch.isfinite(loss), nowhere)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
     """Summed loss (float64) and counted tokens (int64) of this rank's `batches`, the model in evaluation mode meanwhile."""

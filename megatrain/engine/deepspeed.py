@@ -31,6 +31,7 @@ from megatrain.engine.common import (
     dropout_seed,
     evaluate,
     optimizer_counters,
+    scaled_loss,
     sum_loss,
 )
 from megatrain.errors import EnvironmentFault
@@ -396,7 +397,7 @@ class DeepSpeedEngine:
             self.world.heartbeat.enter("forward")
             loss = sum_loss(self.engine, micro_batch.to(self.world.device), seed)
             self.world.heartbeat.enter("backward")
-            self.engine.backward(loss * factor, scale_wrt_gas=False)
+            self.engine.backward(scaled_loss(loss, factor), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if last:
                 self.world.heartbeat.enter("update")

@@ -20,7 +20,7 @@ from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.base import StepResult
-from megatrain.engine.common import DTYPES, compile_blocks, count_tokens, dropout_seed, optimizer_counters
+from megatrain.engine.common import DTYPES, compile_blocks, count_tokens, dropout_seed, optimizer_counters, scaled_loss
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
@@ -207,7 +207,7 @@ class NativeEngine:
             stage.take(batches, seeds)
         if self.pipeline:
             self.world.heartbeat.enter("forward")  # and backward, as the schedule mixes them
-            loss_sum = self.pipeline.train(batches, factor)
+            loss_sum = self.pipeline.train(batches, lambda loss: scaled_loss(loss, factor))
         else:
             loss_sum = self._train_without_pipeline(batches, factor)
         self.world.heartbeat.enter("update")
@@ -248,7 +248,7 @@ class NativeEngine:
             self.world.heartbeat.enter("forward")
             loss = stage(micro_batch.tokens, torch.tensor([index]))
             self.world.heartbeat.enter("backward")
-            (loss * factor).backward()
+            scaled_loss(loss, factor).backward()
             loss_sum += loss.detach()
         return loss_sum
 

@@ -9,7 +9,6 @@ reaches the agent alone; on Linux they die with it, whatever kills it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -36,6 +35,7 @@ from megatrain.errors import (
     OwnedError,
 )
 from megatrain.launch.environment import RESTARTS, WORKER_MARK, usable_cores
+from megatrain.launch.nursery import Forked, Nursery, NurseryError, die_with
 from megatrain.launch.peers import DONE, FAILED, HANGS, STILL, WORKS, Alone, Peers
 from megatrain.resilience import watchdog
 from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
@@ -74,6 +74,8 @@ class Recovery:
     owner: Ownership
     max_restarts: int
     limits: watchdog.Limits
+    modules: Sequence[str] = ()
+    """What the workers will import; once for all where the system can fork them from a process that has."""
 
 
 def launch(
@@ -104,8 +106,7 @@ def launch(
     try:
         return agent.run()
     finally:
-        agent.kill()
-        agent.heartbeats.close()
+        agent.close()
         for number, handler in previous.items():
             # srun may end the other agents once one has left (--wait): their code, agreed on, must not become SIGTERM's
             signal.signal(number, handler if peers.size == 1 else signal.SIG_IGN)
@@ -120,7 +121,7 @@ class _Worker:
 
     rank: int
     local_rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path | None
     code: int | None = None
 
@@ -154,14 +155,26 @@ def _worker_environ(local_rank: int, num_workers: int, peers: Peers, port: int) 
     }
 
 
+def _nursery_environ(environ: dict[str, str]) -> dict[str, str]:
+    """A worker's environment without what makes it one of the ranks."""
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in environ.items() if name not in places}
+    return {"DS_ACCELERATOR": "cpu", **kept}  # DeepSpeed chooses when it is imported, and is only here where no GPU is
+
+
+def _log(log_dir: Path, rank: int) -> Path | None:
+    """Where a rank's output goes; rank 0 shares the terminal."""
+    if rank == 0:
+        return None
+    log_dir.mkdir(parents=True, exist_ok=True)
+    return log_dir / f"rank_{rank:05d}.log"
+
+
 def _start(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> _Worker:
     """Start one rank in a session of its own."""
     rank = int(environ["RANK"])
-    log = _log_of(rank, log_dir) if rank else None
-    sink: IO[bytes] | None = None
-    if log is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        sink = log.open("ab")
+    log = _log(log_dir, rank)
+    sink: IO[bytes] | None = log.open("ab") if log is not None else None
     try:
         process = subprocess.Popen(
             list(command),
@@ -179,21 +192,10 @@ def _start(command: Sequence[str], environ: dict[str, str], log_dir: Path, heart
     return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
 
 
-def _log_of(rank: int, log_dir: Path) -> Path:
-    return log_dir / f"rank_{rank:05d}.log"
-
-
 def _die_with_agent() -> Callable[[], None]:
-    """What a worker runs before its program: ask the kernel for SIGKILL when the agent ends (PR_SET_PDEATHSIG)."""
-    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec as little as possible happens
-    agent, pr_set_pdeathsig, kill = os.getpid(), 1, int(signal.SIGKILL)
-
-    def prepare() -> None:
-        libc.prctl(pr_set_pdeathsig, kill, 0, 0, 0)
-        if os.getppid() != agent:  # the agent ended before the kernel knew
-            os._exit(EXIT_DEFECT)
-
-    return prepare
+    """What a worker runs before its program."""
+    agent = os.getpid()
+    return lambda: die_with(agent)
 
 
 def _free_port() -> int:
@@ -250,6 +252,8 @@ class _Agent:
         self.forwarded: set[int] = set()
         self.interrupts = 0
         self.restarts = 0
+        self.nursery: Nursery | None = None
+        self.can_fork = LINUX and recovery is not None and bool(recovery.modules)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; the waiting loop acts on it."""
@@ -272,6 +276,13 @@ class _Agent:
             self._write_down_loss(str(lost))
             raise
 
+    def close(self) -> None:
+        """Leave no process behind."""
+        self.kill()
+        if self.nursery is not None:
+            self.nursery.close()
+        self.heartbeats.close()
+
     def _start(self) -> None:
         self.heartbeats.clear()
         shared = self.heartbeats.file
@@ -284,7 +295,24 @@ class _Agent:
             environ |= {HEARTBEATS: str(shared), RESTARTS: str(self.restarts)}
             if self.recovery is not None:
                 environ[OWNER] = str(self.recovery.owner.number)
-            self.workers.append(_start(self.command, environ, self.log_dir, shared))
+            worker = self._fork(environ) if self.can_fork else None
+            self.workers.append(worker or _start(self.command, environ, self.log_dir, shared))
+
+    def _fork(self, environ: dict[str, str]) -> _Worker | None:
+        """A rank from the nursery; None where that does not work, which is said once."""
+        assert self.recovery is not None
+        try:
+            if self.nursery is None:
+                self.nursery = Nursery(self.recovery.modules, _nursery_environ(environ), [self.heartbeats.file])
+            rank = int(environ["RANK"])
+            log = _log(self.log_dir, rank)
+            arguments = self.command[3:]  # behind python -m megatrain
+            process = self.nursery.fork(arguments, environ, log, lambda: len(self.pending) > 1)
+            return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
+        except NurseryError as error:
+            self.can_fork = False
+            say(f"ranks cannot be forked ({error}); starting them one by one")
+            return None
 
     def _agree(self, mine: _Ending) -> _Ending:
         """How this start ended for the whole job: the same on all nodes; node 0 says it."""
@@ -336,7 +364,8 @@ class _Agent:
         return code
 
     def _where_to_look(self, rank: int) -> str:
-        return f"Its log is {_log_of(rank, self.log_dir)}" if rank else "Its output is above"
+        log = _log(self.log_dir, rank)
+        return f"Its log is {log}" if log else "Its output is above"
 
     def _wait(self) -> _Ending:
         """Until every worker of the job has ended, on whichever node."""

@@ -23,13 +23,14 @@ import xxhash
 import yaml
 
 from megatrain.checkpoint.resume import check_resume, flatten
+from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
 from megatrain.data.loader import TrainStream, heldout_batches, step_hash
-from megatrain.data.order import SampleOrder
+from megatrain.data.order import SampleOrder, merge_ranges
 from megatrain.engine.base import Engine
 from megatrain.engine.build import build_engine
 from megatrain.errors import (
@@ -44,6 +45,7 @@ from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
 from megatrain.launch.local import stack_file
 from megatrain.launch.origin import choose_origin, load_origin
+from megatrain.launch.rollback import Rollback
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
@@ -151,7 +153,7 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
     may_write = owner.check if owner else lambda: None
     trackers = build_trackers(config, run_dir) if world.is_main else None
     journal = Journal(run_dir if world.is_main else None, trackers, may_write)
-    progress = Progress()
+    progress = Progress(skip_ranges=merge_ranges((start, stop) for start, stop in config.train.skip_ranges))
     try:
         store = CheckpointStore(
             run_dir / "checkpoints",
@@ -213,15 +215,20 @@ def train(
     stop: StopRequest,
 ) -> str:
     """Make the stream of batches and run the trainer over it; returns the trainer's verdict."""
+    order = SampleOrder(data.fingerprint, "train", config.train.seq_len, data.train.num_tokens, config.seed)
+
+    def samples(step: int) -> int:
+        return batch_size(config.train, step)
+
     stream = TrainStream(
         data.train,
-        SampleOrder(data.fingerprint, "train", config.train.seq_len, data.train.num_tokens, config.seed),
+        order,
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=layout.data_rank(world.rank),
         dp_size=layout.dp,
-        batch_size=lambda step: batch_size(config.train, step),
+        batch_size=samples,
         first_step=progress.step + 1,
         cursor=progress.cursor,
         skip_ranges=progress.skip_ranges,
@@ -232,12 +239,13 @@ def train(
         engine=engine,
         stream=stream,
         heldout=heldout_reader(config, world, layout, data),
-        store=store,
+        store=Saver(store, config.checkpoint),
         journal=journal,
         exchange=world.gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
         stopping=lambda: stop.signal_number,
         mark=world.heartbeat.enter,
+        roll_back=Rollback(world, engine, store, journal, stream, order, samples, config.resilience.spike_skip_steps),
         identity={
             "config": asdict(config),
             "dataset_fingerprint": data.fingerprint,

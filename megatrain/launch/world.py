@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megatrain.resilience.heartbeat import Heartbeat
 @dataclass
 class World:
     """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone;
-    `heartbeat` tells the agent where this one is."""
+    `heartbeat` tells the agent where this one is; `timeout` limits every exchange."""
 
     rank: int
     size: int
@@ -31,6 +31,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +62,12 @@ class World:
         padded[: payload.numel()] = payload
         rows = self.gather(padded)
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+    def apart(self) -> World:
+        """The same ranks with a control group of their own, for exchanges in another thread. All ranks must call it."""
+        if self.control is None:
+            return self
+        return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
 
     def barrier(self) -> None:
         """Wait for all ranks (no longer than launch.timeout_s)."""
@@ -114,7 +121,7 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
             ) from error
     control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
     place = environment.rank, environment.world_size, environment.local_rank
-    return World(*place, device, control, heartbeat or Heartbeat())
+    return World(*place, device, control, heartbeat or Heartbeat(), timeout)
 
 
 def lost_peer(error: BaseException) -> bool:

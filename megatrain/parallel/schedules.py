@@ -1,13 +1,13 @@
 """In which order the stages of a pipeline run: what lies between a layout and `torch.distributed.pipelining`.
 
-What a stage computes is pipeline.py's. Gradients are summed over micro-batches, never averaged: the caller's factor divides
-the summed loss by the step's tokens.
+What a stage computes is pipeline.py's. Gradients are summed over micro-batches, never averaged: the caller divides the
+summed loss by the step's tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,19 +115,19 @@ class Pipeline:
         )
         self.schedule: PipelineScheduleSingle | PipelineScheduleMulti | None = None
         self.num_micro_batches = 0
-        self.factor = 1.0
+        self.scaled: Callable[[Tensor], Tensor] = lambda loss: loss
         self.losses: list[Tensor] = []
 
-    def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
-        """Forward and backward of a step's micro-batches; gradients of `factor` times their losses are added up.
+    def train(self, micro_batches: Sequence[MicroBatch], scaled: Callable[[Tensor], Tensor]) -> Tensor:
+        """Forward and backward of a step's micro-batches; gradients of `scaled(loss)` of each are added up.
 
         Their number may differ from step to step. Every rank of the group is given the same micro-batches. Returns the
-        summed loss without the factor, fp32, on the rank with the last stage, and 0 on the others.
+        summed loss as it was before `scaled`, fp32, on the rank with the last stage, and 0 on the others.
         """
         if self.schedule is None or self.num_micro_batches != len(micro_batches):
             self.schedule = self._build(len(micro_batches))
             self.num_micro_batches = len(micro_batches)
-        self.factor = factor
+        self.scaled = scaled
         inputs = [torch.cat([batch.tokens for batch in micro_batches])] if 0 in self.stages else []
         index = torch.arange(len(micro_batches))
         # torch wants a target for each micro-batch; ours reach the last stage by their number
@@ -185,7 +185,7 @@ class Pipeline:
 
     def _loss(self, output: Tensor, _: Tensor) -> Tensor:
         self.losses.append(output.detach())
-        return output * self.factor
+        return self.scaled(output)
 
     def _build(self, num_micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """Torch's schedule for a number of micro-batches. Torch's stages hold buffers for that number, so they are new too."""

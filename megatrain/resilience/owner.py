@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -189,13 +190,16 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _create(path: Path, document: dict[str, Any]) -> None:
-    """Make a file that must not exist yet, with all of its content."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    """Make a file that must not exist yet; whoever sees it sees all of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}")
     try:
-        os.write(descriptor, json.dumps(document).encode())
-        os.fsync(descriptor)
+        with temporary.open("x") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # fails where the name is taken
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -134,4 +134,6 @@ def clock(seconds: float) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"[{', '.join(map(str, value[:8]))}, ... {len(value)} in all]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

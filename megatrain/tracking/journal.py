@@ -41,6 +41,13 @@ class Journal:
             detail["cut_metrics"] = str(cut)
         self.event("start" if info.resumed_from_step is None else "resume", step, **detail)
 
+    def cut(self, step: int) -> Path | None:
+        """Cut the metrics back to `step`, where a rollback goes on; where the cut tail is kept, if there was one."""
+        if self._metrics is None:
+            return None
+        self._may_write()
+        return self._metrics.resume(step)
+
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step's record."""
         if self._metrics is not None:

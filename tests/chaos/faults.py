@@ -9,8 +9,8 @@ from pathlib import Path
 from commands import megatrain
 
 
-def fault(rank, step, phase, do, times=1):
-    return {"rank": rank, "step": step, "phase": phase, "do": do, "times": times}
+def fault(rank, step, phase, do, times=1, by=None):
+    return {"rank": rank, "step": step, "phase": phase, "do": do, "times": times, "by": by}
 
 
 def injected(folder, name, faults):

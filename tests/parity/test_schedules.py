@@ -139,7 +139,7 @@ def train(world, schedule, pp, dp, wrap, counts, policy=None, dtype=torch.float6
         tokens = sum(counted(micro_batches(step, rank, count)) for rank in range(dp))
         for stage in stages.values():
             stage.labels = [batch.labels for batch in mine]
-        loss = pipeline.train(mine, 1 / tokens).item()
+        loss = pipeline.train(mine, lambda loss, tokens=tokens: loss * (1 / tokens)).item()
         named = [item for stage in stages.values() for item in stage.named_parameters()]
         seen.append((loss, {name: whole(parameter.grad) for name, parameter in named}))
         with torch.no_grad():
@@ -218,7 +218,7 @@ def summed_by_hooks(world, schedule):
                 parameter.grad = None
 
             parameter.register_post_accumulate_grad_hook(add)
-    loss = pipeline.train(micro_batches(0, 0, 8), 1 / 80).item()
+    loss = pipeline.train(micro_batches(0, 0, 8), lambda loss: loss * (1 / 80)).item()
     return [(loss, sums)]
 
 

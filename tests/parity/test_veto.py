@@ -1,16 +1,19 @@
-"""A gradient that is not finite on one rank moves no parameter on any; the run goes on after it."""
+"""A loss or a gradient that is not finite on one rank moves no parameter on any; the run goes on after it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, gather, job
+from jobs import batches, gather, job, layout_job
 from ranks import run_ranks
 
+from megatrain.engine import deepspeed
 from megatrain.engine.build import build_engine
+from megatrain.parallel.layout import Layout
 
 ENGINES = [
     ("native", 0, 1, "fp32", "fp32"),
@@ -64,3 +67,57 @@ def test_a_nan_on_one_rank_is_vetoed_on_all(engine, zero, ranks, precision, accu
         assert first == second == 1
         assert recovered
         assert any(not torch.equal(tensor, end[key]) for key, tensor in after.items() if key.startswith("model."))
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"zero": 3}),
+    (2, {"tp": 2}),
+    (2, {"pp": 2}),
+    (2, {"pp": 2, "schedule": "zbv_zero_bubble", "virtual_stages": 2}),
+    (4, {"pp": 2, "zero": 1}),
+    (1, {"engine": "deepspeed"}),
+    (2, {"engine": "deepspeed"}),
+    (2, {"engine": "deepspeed", "zero": 2}),
+    (2, {"engine": "deepspeed", "zero": 3}),
+    (2, {"engine": "deepspeed", "tp": 2}),
+]
+
+
+def lose(engine, layout, world, amount):
+    """Add `amount` to the loss of one rank's micro-batches: its gradients stay as they were."""
+    last_stage = layout.num_stages - 1
+    if world.rank != max(r for r in range(world.size) if last_stage in layout.stages_of(layout.coordinate(r).pp)):
+        return
+    if layout.engine == "deepspeed":
+        true = deepspeed.sum_loss
+        deepspeed.sum_loss = lambda *given: true(*given) + amount
+    else:
+        stage = engine.stages[last_stage]
+        stage.loss = lambda *given, true=stage.loss: true(*given) + amount
+
+
+def overflow(world, config, folder):
+    """A clean step, a step with an infinite loss on one rank, a clean one; what each said and the states around them."""
+    engine, layout = build_engine(config, world), Layout.of(config, world.size)
+    told, states = [], []
+    for step, amount in enumerate((0.0, float("inf"), float("-inf")), start=1):
+        lose(engine, layout, world, amount)
+        data = batches(config, step, layout.data_rank(world.rank), layout.dp)
+        result = engine.train_step(data, 1e-3, step)
+        told.append((bool(result.updated), float(result.loss_sum), float(result.grad_norm)))
+        states.append(gather(engine, Path(folder) / str(step), world))
+    return told, states
+
+
+@pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
+def test_an_infinite_loss_with_finite_gradients_is_vetoed_on_all(ranks, changes, tmp_path):
+    """One rank's loss overflows, its gradients do not: no parameter of any rank moves, and all say so."""
+    results = run_ranks(overflow, ranks, layout_job(**changes), str(tmp_path))
+    for told, states in results:
+        assert [updated for updated, _, _ in told] == [True, False, False]
+        (_, loss, norm), (_, bad_loss, bad_norm), _ = told
+        assert math.isfinite(loss + norm) and not math.isfinite(bad_norm)
+        assert not math.isfinite(bad_loss) or "tp" in changes  # which counts the loss of one tensor rank alone
+        for later in states[1:]:
+            assert all(torch.equal(tensor, later[key]) for key, tensor in states[0].items())

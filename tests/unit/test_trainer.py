@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
@@ -11,21 +11,24 @@ import torch
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
 from megatrain.engine.base import StepResult
-from megatrain.errors import DivergedError
-from megatrain.trainer import MAX_SKIPPED, Parts, Progress, Trainer
+from megatrain.errors import DivergedError, EnvironmentFault
+from megatrain.trainer import Parts, Progress, Trainer
 
 
 class FakeEngine:
-    """Losses fall by one a step; `finite` tells which steps update, `heldout` what evaluations give."""
+    """`finite` tells which steps update, `heldout` what evaluations give, `loss` the loss of the n-th step trained on."""
 
-    def __init__(self, finite=lambda step: True, heldout=(3.0,)):
-        self.finite, self.heldout, self.asked, self.trained = finite, list(heldout), 0, []
+    def __init__(self, finite=lambda step: True, heldout=(3.0,), loss=lambda step, count: 2.0):
+        self.finite, self.heldout, self.asked, self.trained, self.loss = finite, list(heldout), 0, [], loss
 
     def train_step(self, micro_batches, lr, step):
         self.trained.append((step, lr))
         finite = self.finite(step)
         return StepResult(
-            torch.tensor(20.0), torch.tensor(10), torch.tensor(1.0 if finite else float("nan")), torch.tensor(finite)
+            torch.tensor(10 * self.loss(step, len(self.trained))),
+            torch.tensor(10),
+            torch.tensor(1.0 if finite else float("nan")),
+            torch.tensor(finite),
         )
 
     def evaluate(self, batches):
@@ -41,15 +44,26 @@ class FakeEngine:
 
 
 class FakeStore:
-    def __init__(self):
-        self.saved, self.retired = [], []
+    """Saves at once; from step `fails_from` on it cannot."""
+
+    def __init__(self, fails_from=None):
+        self.saved, self.told, self.has_failed, self.fails_from = [], [], False, fails_from
 
     def save(self, step, state, extra):
         self.saved.append((step, extra))
-        return Path(f"step_{step}")
+        self.pending = True
+        self.has_failed = self.fails_from is not None and step >= self.fails_from
+        self.told.append(("save_failed" if self.has_failed else "save", step, {}))
+        return 0.5
 
-    def retire(self, keep, keep_every):
-        self.retired.append((keep, keep_every))
+    def reports(self):
+        told, self.told = self.told, []
+        return told
+
+    def finish(self):
+        self.pending = False
+        if self.has_failed:
+            raise EnvironmentFault("the disk is full")
 
 
 class FakeJournal:
@@ -63,14 +77,12 @@ class FakeJournal:
         self.events.append((kind, step, detail))
 
 
-def trainer(config, engine=None, progress=None, stop_at=None):
+def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda progress, spike: None):
     progress = progress or Progress()
 
     def stream():
-        step, cursor = progress.step, progress.cursor
         while True:
-            step, cursor = step + 1, cursor + 8
-            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, cursor)
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, progress.cursor + 8)
 
     engine = engine or FakeEngine()
     parts = Parts(
@@ -82,6 +94,7 @@ def trainer(config, engine=None, progress=None, stop_at=None):
         exchange=lambda values: values.unsqueeze(0),
         batch_hash=lambda hashes: str(hashes.shape),
         mark=lambda phase, step: None,
+        roll_back=roll_back,
         stopping=lambda: 15 if stop_at is not None and len(engine.trained) >= stop_at else 0,
         identity={"config": {}},
         flops_per_token=3,
@@ -100,11 +113,10 @@ def config(**train):
 
 
 def test_it_saves_every_so_many_steps_and_at_the_end():
-    """Saves at multiples and at the last step, each followed by retiring; the manifest holds where the run stands."""
+    """Saves at multiples and at the last step; the manifest holds where the run stands."""
     loop, parts = trainer(config())
     assert loop.run() == "done"
     assert [step for step, _ in parts.store.saved] == [4, 8, 10]
-    assert len(parts.store.retired) == 3
     _, extra = parts.store.saved[-1]
     assert (extra["cursor"], extra["tokens"], extra["optimizer"]) == (80, 100, {"step": 10})
     assert extra["early_stop"]["best_heldout_loss"] == 3.0
@@ -194,14 +206,115 @@ def test_a_vetoed_step_is_recorded_and_consumes_its_samples():
 
 
 def test_endless_vetoes_end_the_run():
-    """After a hundred steps without a finite gradient the run is given up with a message that says what to change."""
-    loop, parts = trainer(config(steps=1000), FakeEngine(finite=lambda step: step < 5))
+    """After so many steps without a finite gradient the run is given up with a message that says what to change."""
+    made = config(steps=1000)
+    made.resilience.max_skipped = 30
+    loop, parts = trainer(made, FakeEngine(finite=lambda step: step < 5))
     with pytest.raises(DivergedError, match=r"optim\.lr"):
         loop.run()
-    assert len(parts.journal.records) == 4 + MAX_SKIPPED - 1
+    assert len(parts.journal.records) == 4 + 30 - 1
 
 
 def test_progress_survives_the_manifest():
     """What goes into the manifest comes back equal."""
-    progress = Progress(5, 40, 50, [(3, 7)], 2.5, 1)
-    assert Progress.from_manifest({"step": 5, **progress.to_manifest()}) == progress
+    rollbacks = [{"step": 9, "loss": 7.5, "zscore": 20.0, "median": 2.0, "skip_range": [3, 7]}]
+    progress = Progress(5, 40, 50, [(3, 7)], 2.5, 1, [2.5, 2.1], rollbacks)
+    assert Progress.from_manifest({"step": 5, **json.loads(json.dumps(progress.to_manifest()))}) == progress
+
+
+def test_a_manifest_from_before_the_guard_has_seen_no_losses():
+    """Checkpoints that older versions wrote are resumed; the guard then waits for enough losses."""
+    manifest = {"step": 5, **Progress(5, 40, 50).to_manifest()}
+    del manifest["loss_guard"]
+    assert Progress.from_manifest(manifest) == Progress(5, 40, 50)
+
+
+class FakeRollback:
+    """Goes back to step 8, wherever it is asked from."""
+
+    def __init__(self):
+        self.spikes, self.store = [], None
+
+    def __call__(self, progress, spike):
+        assert self.store is None or not self.store.pending, "what is to be gone back to may still be being written"
+        self.spikes.append(spike.step)
+        seen = {"step": spike.step, "loss": spike.loss, "zscore": spike.zscore, "skip_range": [72, progress.cursor]}
+        return Progress(8, 64, 80, [(72, progress.cursor)], losses=[2.0] * 8, rollbacks=[*progress.rollbacks, seen])
+
+
+def guarded(**train):
+    made = config(**train)
+    made.resilience.spike_window = 8
+    return made
+
+
+def test_a_spike_takes_the_run_back_and_on():
+    """What came after the checkpoint is done again; the skip range is saved at once, the spike's step is not."""
+    back = FakeRollback()
+    engine = FakeEngine(loss=lambda step, count: 5.0 if count == 12 else 2.0)
+    loop, parts = trainer(guarded(steps=20), engine, roll_back=back)
+    back.store = parts.store
+    assert loop.run() == "done"
+    assert [record["step"] for record in parts.journal.records] == [*range(1, 13), *range(9, 21)]
+    assert back.spikes == [12]
+    assert [step for step, _ in parts.store.saved] == [4, 8, 8, 12, 16, 20]
+    kept = [(extra["skip_ranges"], len(extra["loss_guard"]["rollbacks"])) for _, extra in parts.store.saved]
+    assert kept == [([], 0)] * 2 + [([(72, 96)], 1)] * 2 + [([(72, 96)], 0)] * 2
+    (spike,) = [event for event in parts.journal.events if event[0] == "spike"]
+    assert spike[1] == 12 and spike[2]["loss"] == 5.0 and spike[2]["median"] == 2.0 and spike[2]["zscore"] > 12
+
+
+def test_a_run_that_spikes_again_and_again_is_given_up():
+    """After so many rollbacks without a checkpoint beyond the spike; the message tells each spike and what was skipped."""
+    back = FakeRollback()
+    loop, parts = trainer(
+        guarded(steps=20), FakeEngine(loss=lambda step, _: 5.0 if step == 12 else 2.0), None, None, back
+    )
+    with pytest.raises(DivergedError, match=r"step 12 \(loss 5.0000, z .*samples 72 to 95 skipped\); .*median 2.0000"):
+        loop.run()
+    assert back.spikes == [12] * 3
+    assert [step for kind, step, _ in parts.journal.events if kind == "spike"] == [12] * 4
+
+
+def test_spikes_that_the_run_gets_past_do_not_add_up():
+    """A checkpoint beyond the spike begins the count anew; one that the run had reached before does not."""
+    made = guarded(steps=24)
+    made.resilience.max_rollbacks = 1
+    back = FakeRollback()
+    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24) else 2.0), roll_back=back)
+    assert loop.run() == "done" and back.spikes == [12, 20]
+    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24, 35) else 2.0), roll_back=back)
+    with pytest.raises(DivergedError):  # at step 19, before it was past 20 again
+        loop.run()
+
+
+def test_a_spike_without_a_checkpoint_is_told_and_borne():
+    """There is nowhere to go back to: the run goes on, and says so."""
+    engine = FakeEngine(loss=lambda step, count: 5.0 if step == 9 else 2.0)
+    loop, parts = trainer(guarded(), engine)
+    assert loop.run() == "done" and len(parts.journal.records) == 10
+    assert [step for kind, step, _ in parts.journal.events if kind == "spike_kept"] == [9]
+
+
+def test_the_guard_judges_the_losses_of_steps_that_moved_parameters():
+    """A vetoed step's loss is neither judged nor compared with; a resumed run compares with its checkpoint's losses."""
+    back = FakeRollback()
+    engine = FakeEngine(finite=lambda step: step != 9, loss=lambda step, count: 5.0 if step == 9 else 2.0)
+    loop, parts = trainer(guarded(), engine, roll_back=back)
+    assert loop.run() == "done" and back.spikes == []
+    assert parts.store.saved[-1][1]["loss_guard"]["losses"] == [2.0] * 8
+    progress = Progress(8, 64, 80, losses=[2.0] * 8)
+    engine = FakeEngine(loss=lambda step, count: 5.0 if count == 1 else 2.0)
+    loop, _ = trainer(guarded(), engine, progress, roll_back=back)
+    assert loop.run() == "done" and back.spikes == [9]
+
+
+def test_what_became_of_saves_is_told_at_the_next_step_and_giving_up_ends_the_run():
+    loop, parts = trainer(config())
+    parts.store.fails_from = 8
+    with pytest.raises(EnvironmentFault, match="the disk is full"):
+        loop.run()
+    told = [(kind, step) for kind, step, _ in parts.journal.events if kind.startswith("save")]
+    assert told == [("save", 4), ("save_failed", 8)]
+    assert [record["step"] for record in parts.journal.records] == list(range(1, 9)), "not one step further"
+    assert [record["save_time_s"] for record in parts.journal.records][4] == 0.5

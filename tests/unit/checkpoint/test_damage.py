@@ -338,7 +338,7 @@ def test_a_full_disk_ends_a_save_with_one_message_and_spares_what_was_saved(stor
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megatrain.checkpoint.storage.save_file", full)
+    monkeypatch.setattr("megatrain.checkpoint.storage.write_safetensors", full)
     with pytest.raises(EnvironmentFault, match=r"step_00000040.writing cannot be written: .*No space left on device"):
         store.save(40, state(40), {})
     monkeypatch.undo()

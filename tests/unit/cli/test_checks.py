@@ -46,6 +46,7 @@ def refusal(check, config) -> str:
         ["train.batch_ramp_start=4", "train.batch_ramp_increment=4", "train.batch_ramp_steps=10"],
         ["optim.warmup_steps=100"],
         ["train.early_stop_patience=2", "train.eval_every=10"],
+        ["train.skip_ranges=[[0,8],[8,16],[100,101]]"],
     ],
 )
 def test_keys_that_agree_pass(base, overrides):
@@ -76,6 +77,12 @@ def test_keys_that_agree_pass(base, overrides):
         (["optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
         (["train.early_stop_patience=2"], "train.eval_every=0 makes none; give for example train.eval_every=10"),
         (["checkpoint.init_from=a", "checkpoint.resume=b"], "give one of them"),
+        (["train.skip_ranges=[[1,2,3]]"], r"\[1, 2, 3\] is not a pair; give the first .* behind the last"),
+        (["train.skip_ranges=[[5,5]]"], r"\[5,5\] holds no samples"),
+        (["train.skip_ranges=[[5,99999999999999999999]]"], r"holds no samples; .*, 4611686018427387904 at most"),
+        (["train.skip_ranges=[[-1,5]]"], r"\[-1,5\] holds no samples; the first number must be at least 0"),
+        (["train.skip_ranges=[[8,16],[0,4]]"], r"\[0,4\] begins before 16, .* in ascending order"),
+        (["train.skip_ranges=[[8,16],[12,20]]"], r"\[12,20\] begins before 16"),
         (["run.name=a/b"], "run.name='a/b' cannot be the name of a folder"),
         (["run.name=.."], "run.name='..' cannot"),
         (["run.name="], "run.name='' cannot"),

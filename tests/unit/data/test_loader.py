@@ -191,3 +191,38 @@ def test_held_out_ids_outside_the_vocabulary_are_refused(make_dataset):
     dataset = Dataset.open(make_dataset(heldout=np.arange(100)), "heldout")
     with pytest.raises(DataError, match=r"heldout.bin: token id 99 at byte 198"):
         list(heldout_batches(dataset, seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1, vocab_size=99))
+
+
+def test_a_stream_that_is_restarted_is_the_one_that_was_begun_there(stream):
+    """What was read ahead is gone, the new ranges hold, and it may go back."""
+    moved = stream(batch_size=lambda step: 2 * (1 + step), micro_batch_size=2)
+    for _ in range(5):
+        next(moved)
+    moved.restart(2, 4, [(8, 12)])
+    begun = stream(
+        batch_size=lambda step: 2 * (1 + step), micro_batch_size=2, first_step=2, cursor=4, skip_ranges=[(8, 12)]
+    )
+    for _ in range(3):
+        mine, other = next(moved), next(begun)
+        assert (mine.cursor, mine.batch_size) == (other.cursor, other.batch_size)
+        assert mine.sample_hashes.tolist() == other.sample_hashes.tolist()
+
+
+def test_a_thread_that_outlives_a_restart_disturbs_nothing(stream, train_set, monkeypatch):
+    """A read that hangs (a slow disk) and comes back late puts its batch nowhere."""
+    moved, let_go, read = stream(), threading.Event(), TrainStream._read_step
+
+    def slow(self, step, cursor, skip_ranges):
+        if step == 50:
+            let_go.wait(10)
+        return read(self, step, cursor, skip_ranges)
+
+    monkeypatch.setattr(TrainStream, "_read_step", slow)
+    monkeypatch.setattr(TrainStream.close, "__defaults__", (0.05,))
+    moved.restart(50, 0, [])
+    stuck = moved._thread
+    moved.restart(1, 0, [])
+    let_go.set()
+    stuck.join(10)
+    assert not stuck.is_alive()
+    assert [next(moved).cursor for _ in range(6)] == [16 * step for step in range(1, 7)]

@@ -138,3 +138,12 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(tmp_path):
     assert git_commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
     assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_long_list_is_shown_by_its_beginning(tmp_path):
+    """A rollback's event lists every window that it leaves out."""
+    out = io.StringIO()
+    Console(20, stream=out).event(
+        {"time": "", "kind": "rollback", "step": 7, "windows": [*range(9)], "skip_range": [8, 16]}
+    )
+    assert out.getvalue() == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip_range [8, 16]\n"

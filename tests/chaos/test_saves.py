@@ -1,0 +1,85 @@
+"""Faults of checkpoints and of the disk they are on, in real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import TRAIN, events, final_files, megatrain, metrics, same, start
+
+from megatrain.checkpoint.store import verify
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
+    """A short one of `tools/kill_saves.py --n 1000`."""
+    command = [sys.executable, str(TOOLS / "kill_saves.py"), "--n", "30", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 corrupt loads, 0 written checkpoints lost" in done.stdout
+    assert int(re.search(r"(\d+) of them while a save was under way", done.stdout)[1]) >= 5, done.stdout
+
+
+LONG = [*TRAIN, "engine=native", "train.steps=600", "checkpoint.every=20", "train.eval_every=0", "train.eval_steps=1"]
+PATIENCE = ["checkpoint.retry_wait_s=0.2", "checkpoint.retries=4"]
+
+
+@pytest.fixture
+def small_disk(workplace):
+    """The checkpoints' folder of the run `disk` on a disk of its own, with room for three of them."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    folder = workplace / "runs" / "disk" / "checkpoints"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder, mode):
+    return (
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def wait_until(true, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk):
+    """Read-only for a while: saving is tried again, training goes on. Full for good: a clear end, the last checkpoint whole;
+    started again with room, the run ends as the undisturbed one."""
+    assert megatrain(workplace, *LONG, "run.name=whole").returncode == 0
+    process = start(workplace, *LONG, *PATIENCE, "run.name=disk")
+    saved = lambda kind="save": events(workplace, "disk", kind)  # noqa: E731
+    wait_until(lambda: (workplace / "runs/disk/events.jsonl").exists() and len(saved()) >= 2, process)
+    wait_until(lambda: remount(small_disk, "ro"), process)  # refused while a file of it is being written
+    wait_until(lambda: saved("save_failed"), process)
+    assert remount(small_disk, "rw")
+    failed_at = saved("save_failed")[-1]["step"]
+    wait_until(lambda: saved()[-1]["step"] >= failed_at, process)
+    assert "Read-only file system" in saved("save_failed")[0]["reason"]
+    filler = small_disk / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True, check=False)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 8, stderr
+    assert "5 saves in a row have failed (checkpoint.retries=4)" in stderr and "No space left on device" in stderr
+    assert len(metrics(workplace, "disk")) > saved("save_failed")[-5]["step"], "training went on meanwhile"
+    left = [path for path in small_disk.iterdir() if path != filler]
+    assert left and all(verify(path) for path in left), "what was saved is whole, and nothing partial is in the way"
+    filler.unlink()
+    done = megatrain(workplace, *LONG, *PATIENCE, "run.name=disk")
+    assert done.returncode == 0, done.stderr
+    same(metrics(workplace, "disk"), metrics(workplace, "whole"))
+    assert final_files(workplace, "disk") == final_files(workplace, "whole")

@@ -1,0 +1,70 @@
+"""An engine that has trained goes back to a checkpoint in place, and from there on is the one that was saved, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import batches, gather, layout_job
+from ranks import run_ranks
+
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.engine.build import build_engine
+from megatrain.launch.origin import Origin, load_origin
+from megatrain.parallel.layout import Layout
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"zero": 3}),
+    (2, {"zero": 1, "precision": "bf16"}),
+    (1, {"precision": "fp16"}),
+    (2, {"pp": 2, "family": "gpt2"}),
+    (2, {"tp": 2}),
+    (2, {"engine": "deepspeed"}),
+    (2, {"engine": "deepspeed", "zero": 1, "precision": "bf16"}),
+    (2, {"engine": "deepspeed", "zero": 2}),
+    (2, {"engine": "deepspeed", "zero": 3}),
+    (2, {"engine": "deepspeed", "zero": 3, "precision": "bf16"}),
+]
+
+
+def there_and_back(world, config, folder):
+    """Three steps, a save, five more; then back in place, and the first three of them again: both histories."""
+    engine, layout = build_engine(config, world), Layout.of(config, world.size)
+    store = CheckpointStore(Path(folder) / "checkpoints", world)
+
+    def steps(name, numbers, factor=1.0):
+        told = []
+        for step in numbers:
+            data = batches(config, step, layout.data_rank(world.rank), layout.dp)
+            result = engine.train_step(data, config.optim.lr * factor, step)
+            told.append((float(result.loss_sum), float(result.grad_norm), bool(result.updated)))
+        return (
+            told,
+            gather(engine, Path(folder) / name, world),
+            engine.counters(),
+        )
+
+    steps("start", range(1, 4))
+    store.save(3, engine.state(), engine.counters())
+    first = steps("first", range(4, 7))
+    steps("beyond", range(7, 9), factor=30.0)
+    folder_saved, manifest = store.newest_valid(before=7)
+    load_origin(Origin(folder_saved, manifest, resumes=True), engine, world)
+    return first, steps("again", range(4, 7))
+
+
+@pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
+def test_going_back_in_place_leaves_no_trace(ranks, changes, tmp_path):
+    """Losses, gradient norms, parameters, moments, the optimizer's step and the loss scale, of three steps after it."""
+    changes = dict(changes)
+    precision = changes.pop("precision", "fp32")
+    config = layout_job(**changes)
+    config.precision.name = precision
+    config.precision.loss_scale_window = 2
+    for (told, state, counters), (again, state_again, counters_again) in run_ranks(
+        there_and_back, ranks, config, str(tmp_path)
+    ):
+        assert again == told and counters_again == counters
+        assert all(torch.equal(tensor, state_again[key]) for key, tensor in state.items())

@@ -1,0 +1,144 @@
+"""Which checkpoint a rollback goes to, which samples it leaves out, and what it does with what came after."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatrain.checkpoint.store import CheckpointStore, list_checkpoints
+from megatrain.data.order import SampleOrder, take
+from megatrain.launch.rollback import Rollback
+from megatrain.launch.world import World
+from megatrain.resilience.guard import Spike
+from megatrain.tracking.journal import Journal
+from megatrain.trainer import Progress
+
+
+class FakeEngine:
+    def __init__(self):
+        self.weight = torch.zeros(1)
+
+    def state(self):
+        return {"model.w": self.weight}
+
+    def restore(self, counters):
+        self.optimizer = counters["optimizer"]
+
+
+class FakeStream:
+    def __init__(self):
+        self.restarts = []
+
+    def restart(self, first_step, cursor, skip_ranges):
+        self.restarts.append((first_step, cursor, skip_ranges))
+
+
+def samples(step):
+    """A batch ramp: 4, 4, 4, then 8."""
+    return 4 if step <= 3 else 8
+
+
+class Run:
+    """A run that has trained to `last` and saved after some steps, its weight being the step."""
+
+    def __init__(self, folder, saved, last, skip_ranges=(), skip_steps=3):
+        self.folder, self.engine, self.stream = folder, FakeEngine(), FakeStream()
+        world = World(0, 1, 0, torch.device("cpu"), None)
+        self.store = CheckpointStore(folder / "checkpoints", world)
+        self.journal = Journal(folder)
+        self.now = Progress(skip_ranges=list(skip_ranges))
+        self.taken = {}
+        for step in range(1, last + 1):
+            positions, self.now.cursor = take(self.now.cursor, samples(step), skip_ranges)
+            self.taken[step] = positions.tolist()
+            self.now.step, self.now.losses = step, [*self.now.losses, 2.0]
+            self.engine.weight.fill_(step)
+            self.journal.step({"step": step})
+            if step in saved:
+                self.store.save(step, self.engine.state(), {"optimizer": {"step": step}, **self.now.to_manifest()})
+        self.order = SampleOrder("fingerprint", "train", 8, 10_000, 1)
+        self.go_back = Rollback(
+            world, self.engine, self.store, self.journal, self.stream, self.order, samples, skip_steps
+        )
+        self.spike = Spike(last, 9.0, 50.0, 2.0)
+
+    def event(self):
+        (event,) = [
+            event
+            for event in map(json.loads, (self.folder / "events.jsonl").read_text().splitlines())
+            if event["kind"] == "rollback"
+        ]
+        return event
+
+
+@pytest.mark.parametrize(
+    ("saved", "to", "left_out"),
+    [
+        ([2, 4, 6, 8], 6, [7, 8, 9]),  # 8 lies within the steps in doubt
+        ([2, 8], 2, [7, 8, 9]),
+        ([7, 8], 8, [9]),  # nothing before them: the newest, and no sample from before it
+        ([1, 2, 9], 2, [7, 8, 9]),  # the spike's own step is no way out
+    ],
+)
+def test_it_goes_to_the_newest_checkpoint_from_before_the_steps_in_doubt(tmp_path, saved, to, left_out):
+    """Engine, stream and progress stand there; what came after is kept aside; exactly the steps' samples are left out."""
+    run = Run(tmp_path, saved, 9)
+    there = run.go_back(run.now, run.spike)
+    expected = [sample for step in left_out for sample in run.taken[step]]
+    skip = (expected[0], expected[-1] + 1)
+    assert (there.step, there.losses, there.skip_ranges) == (to, [2.0] * to, [skip])
+    assert (there.rollbacks[0]["step"], there.rollbacks[0]["skip_range"]) == (9, list(skip))
+    assert run.engine.weight.item() == to and run.engine.optimizer == {"step": to}
+    assert run.stream.restarts == [(to + 1, run.taken[to][-1] + 1, [skip])]
+    assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path / "checkpoints")] == [
+        step for step in reversed(saved) if step <= to
+    ]
+    event = run.event()
+    assert (event["from_step"], event["to_step"], event["skip_range"]) == (9, to, list(skip))
+    assert event["windows"] == run.order.windows(np.array(expected)).tolist()
+    kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == list(range(1, to + 1))
+
+
+def test_it_counts_samples_as_the_run_took_them(tmp_path):
+    """Over ranges that were passed over already, which stay so and are not told again."""
+    ranges = [(6, 10), (36, 39)]
+    run = Run(tmp_path, [2, 5], 8, ranges)
+    there = run.go_back(run.now, run.spike)
+    expected = [sample for step in (6, 7, 8) for sample in run.taken[step]]
+    assert expected[0] < 36 and expected[-1] > 39 and 37 not in expected
+    assert there.step == 5 and there.skip_ranges == [(6, 10), (expected[0], expected[-1] + 1)]
+    assert run.event()["windows"] == run.order.windows(np.array(expected)).tolist()
+
+
+def test_a_second_rollback_leaves_out_both_ranges(tmp_path):
+    """What the first one left out stays out, though the checkpoint does not know of it."""
+    run = Run(tmp_path, [5], 9)
+    first = run.go_back(run.now, run.spike)
+    (taken, cursor) = take(first.cursor, 4 * 8, first.skip_ranges)  # steps 6 to 9 anew
+    now = Progress(9, cursor, skip_ranges=first.skip_ranges, rollbacks=first.rollbacks)
+    second = run.go_back(now, run.spike)
+    assert len(second.rollbacks) == 2 and second.step == 5
+    assert second.skip_ranges == [(first.skip_ranges[0][0], cursor)]
+    assert taken[0] < first.skip_ranges[0][0], "step 6 is not in doubt and stays"
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path):
+    """An older whole one is better than a newer damaged one; a newer whole one is better than none."""
+    run = Run(tmp_path / "a", [2, 4, 6], 9)
+    next((tmp_path / "a" / "checkpoints" / "step_00000006").glob("*.safetensors")).write_bytes(b"")
+    assert run.go_back(run.now, run.spike).step == 4
+    run = Run(tmp_path / "b", [4, 8], 9)
+    next((tmp_path / "b" / "checkpoints" / "step_00000004").glob("*.safetensors")).write_bytes(b"")
+    assert run.go_back(run.now, run.spike).step == 8
+
+
+@pytest.mark.parametrize("saved", [[], [9]])
+def test_without_a_checkpoint_before_the_spike_nothing_changes(tmp_path, saved):
+    run = Run(tmp_path, saved, 9)
+    assert run.go_back(run.now, run.spike) is None
+    assert run.engine.weight.item() == 9 and run.stream.restarts == []
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
