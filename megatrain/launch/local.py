@@ -415,6 +415,9 @@ class _Agent:
         files = {worker.local_rank: stack_file(self.recovery.run_dir, worker.rank) for worker in self.workers}
         pids = {worker.local_rank: worker.process.pid for worker in self._alive()}
         witnesses = watchdog.question(pids, self.heartbeats, files)
+        self._look()
+        if all(worker.code in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL) for worker in self.workers):
+            return self._verdict(None)  # they were only slow to leave
         self.kill()
         first = self.peers.node * self.num_workers
         return _Ending(
