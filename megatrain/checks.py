@@ -26,6 +26,7 @@ from megatrain.config import (
 )
 from megatrain.errors import ConfigError
 from megatrain.launch.environment import RankEnvironment, is_launched
+from megatrain.launch.slurm import Step, num_nodes
 from megatrain.parallel.layout import divisors, listed
 from megatrain.suggest import did_you_mean
 
@@ -66,8 +67,10 @@ def check_paths(config: Any) -> None:
 
 
 def world_size(config: TrainConfig) -> int:
-    """Ranks of the job: the launcher's count where one started us, else `launch.nproc_per_node`."""
-    return RankEnvironment.from_environ().world_size if is_launched() else config.launch.nproc_per_node
+    """Ranks of the job: the launcher's count where one started us, else `launch.nproc_per_node` on each node."""
+    if is_launched():
+        return RankEnvironment.from_environ().world_size
+    return config.launch.nproc_per_node * num_nodes(config.launch, Step.from_environ())
 
 
 # ------------------------------------------------------------------------------------------------- keys against keys

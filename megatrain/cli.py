@@ -16,13 +16,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import megatrain
 from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
 from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, EnvironmentFault, MegatrainError
 from megatrain.launch.environment import WORKER_MARK, is_launched
 from megatrain.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from megatrain.launch.peers import Peers
 
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.data.prepare:prepare",
@@ -41,6 +44,7 @@ FLAGS = {
     "--help": "explain the verb and its keys",
     "--cfg": "print the resolved config as YAML and end",
     "--debug": "show stack traces of errors",
+    "--dry-run": "train launch=slurm: show what would be submitted",
     "--version": "print the version",
 }
 
@@ -145,9 +149,11 @@ def run(arguments: Arguments) -> int:
     if "--cfg" in arguments.flags:
         print(to_yaml(config), end="")
         return EXIT_OK
-    check_paths(config)
+    if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
+        raise ConfigError("--dry-run shows what `megatrain train launch=slurm` would submit; nothing else has it")
     if verb == "train" and not is_launched():
-        return start_workers(config, arguments)
+        return start(config, arguments)
+    check_paths(config)
     result = _action(verb)(config)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return what they wrote, for callers in Python
 
@@ -188,23 +194,54 @@ def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
     return overrides
 
 
-def start_workers(config: TrainConfig, arguments: Arguments) -> int:
-    """Run this command as `launch.nproc_per_node` workers on this machine and return the job's exit code."""
+def start(config: TrainConfig, arguments: Arguments) -> int:
+    """Start a training job: submit it (`launch=slurm`), or be the agent of this node and return the job's exit code."""
+    from megatrain.checks import check_paths
+    from megatrain.launch import slurm
+    from megatrain.launch.peers import Alone
+
+    assert config.run.name is not None, "compose gives every run a name"
+    step = slurm.Step.from_environ()
+    if step is None and config.launch.name == "slurm":
+        check_paths(config)
+        words = [*sorted(arguments.flags - {"--dry-run"}), *arguments.overrides]
+        return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in arguments.flags)
+    if step is None and slurm.num_nodes(config.launch, step) > 1:
+        raise ConfigError(
+            f"launch.num_nodes={config.launch.num_nodes}: a plain start runs on this machine alone; submit the job with "
+            f"launch=slurm or sbatch slurm/train.sbatch"
+        )
+    peers = step.meet(config.launch.timeout_s) if step else Alone()
+    try:
+        slurm.together(peers, lambda: check_paths(config))
+        return start_workers(config, arguments, peers)
+    finally:
+        peers.close()
+
+
+def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> int:
+    """Run this command as `launch.nproc_per_node` workers on this machine and return the job's exit code.
+
+    Node 0's agent owns the run's folder, for all.
+    """
     from megatrain.launch.local import Recovery, launch
-    from megatrain.resilience.owner import Ownership
+    from megatrain.launch.slurm import together
+    from megatrain.resilience.owner import FOLDER, Ownership
     from megatrain.resilience.watchdog import Limits
 
     command = [sys.executable, "-m", "megatrain", "train", *sorted(arguments.flags), *arguments.overrides]
-    assert config.run.name is not None, "compose gives every run a name"
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir = Path(config.run.dir) / str(config.run.name)
     hang_s = config.resilience.hang_timeout_s or (120.0 if has_gpu(config.launch.device) else 600.0)
-    owner = Ownership.take(run_dir)
+    limits = Limits(hang_s, config.launch.timeout_s)
+    taken = together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
-        limits = Limits(hang_s, config.launch.timeout_s)
+        number = peers.share(taken.number if taken else None)[0]
+        owner = taken or Ownership(run_dir / FOLDER, number)
         recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, worker_modules(config))
-        return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery)
+        return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
-        owner.release()
+        if taken is not None:
+            taken.release()
 
 
 def worker_modules(config: TrainConfig) -> list[str]:

@@ -53,7 +53,7 @@ class Row:
 
 def layouts(config: LayoutsConfig) -> None:
     """Print every legal layout. Raises ConfigError, with what stands in the way, where there is none."""
-    world_size = config.launch.world_size or config.launch.nproc_per_node
+    world_size = config.launch.world_size or config.launch.nproc_per_node * (config.launch.num_nodes or 1)
     job, notes = job_of(config, world_size)
     rows, refused = find(job, world_size, axes_of(config))
     if not rows:

@@ -10,7 +10,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parent / room) for room in ("parity", "chaos"))]
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    *(str(Path(__file__).parent / room) for room in ("parity", "chaos", "slurm")),
+]
 
 
 @pytest.fixture(scope="session")

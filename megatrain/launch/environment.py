@@ -39,15 +39,15 @@ class RankEnvironment:
         environ = os.environ if environ is None else environ
         if not is_launched(environ):
             return RankEnvironment()
-        world_size = _number(environ, "WORLD_SIZE", 1, None)
-        rank = _number(environ, "RANK", 0, world_size)
-        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", 1, world_size + 1, default=world_size)
-        local_rank = _number(environ, "LOCAL_RANK", 0, local_world_size, default=rank)
+        world_size = number_from(environ, "WORLD_SIZE", 1, None)
+        rank = number_from(environ, "RANK", 0, world_size)
+        local_world_size = number_from(environ, "LOCAL_WORLD_SIZE", 1, world_size + 1, default=world_size)
+        local_rank = number_from(environ, "LOCAL_RANK", 0, local_world_size, default=rank)
         address = environ.get("MASTER_ADDR")
         if not address:
             raise EnvironmentFault("MASTER_ADDR is not set, though WORLD_SIZE is; the launcher has to set both")
-        port = _number(environ, "MASTER_PORT", 1, 65536)
-        restarts = _number(environ, RESTARTS, 0, None, default=0)
+        port = number_from(environ, "MASTER_PORT", 1, 65536)
+        restarts = number_from(environ, RESTARTS, 0, None, default=0)
         return RankEnvironment(rank, local_rank, world_size, local_world_size, address, port, restarts)
 
 
@@ -62,7 +62,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _number(environ: Mapping[str, str], name: str, low: int, high: int | None, default: int | None = None) -> int:
+def number_from(environ: Mapping[str, str], name: str, low: int, high: int | None, default: int | None = None) -> int:
     """A whole number in [low, high) from the environment."""
     text = environ.get(name)
     if text is None and default is not None:

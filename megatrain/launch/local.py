@@ -1,7 +1,8 @@
 """The agent that starts this node's workers, hands on signals and makes one exit code of theirs. Imports no torch.
 
 Where a rank was killed or hangs, it ends the others and starts all of them again; whether that can help is
-`resilience/`'s knowledge. What a worker does is in `worker.py`. Workers live in sessions of their own, so that a Ctrl-C
+`resilience/`'s knowledge. The agents of several nodes act together (`peers.py`): a start is one of all nodes' ranks, and
+ends with one verdict. What a worker does is in `worker.py`. Workers live in sessions of their own, so that a Ctrl-C
 reaches the agent alone; on Linux they die with it, whatever kills it.
 """
 
@@ -16,10 +17,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from megatrain.errors import (
     EXIT_DEFECT,
@@ -35,10 +36,11 @@ from megatrain.errors import (
 )
 from megatrain.launch.environment import RESTARTS, WORKER_MARK, usable_cores
 from megatrain.launch.nursery import Forked, Nursery, NurseryError, die_with
+from megatrain.launch.peers import DONE, FAILED, HANGS, STILL, WORKS, Alone, Peers
 from megatrain.resilience import watchdog
 from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
 from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
-from megatrain.resilience.heartbeat import Heartbeats
+from megatrain.resilience.heartbeat import Beat, Heartbeats
 from megatrain.resilience.owner import ENVIRONMENT as OWNER
 from megatrain.resilience.owner import Ownership
 from megatrain.tracking.events import EventLog, read_events
@@ -76,18 +78,27 @@ class Recovery:
     """What the workers will import; once for all where the system can fork them from a process that has."""
 
 
-def launch(command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None = None) -> int:
-    """Run `command` as `num_workers` ranks on this machine and wait for them all.
+def launch(
+    command: Sequence[str],
+    num_workers: int,
+    log_dir: Path,
+    recovery: Recovery | None = None,
+    peers: Peers | None = None,
+) -> int:
+    """Run `command` as `num_workers` ranks on this machine, and on those of the `peers`, and wait for them all.
 
     Rank 0 shares the terminal; the others write to `log_dir`/rank_XXXXX.log. SIGTERM and SIGUSR1 go on to the workers,
     who save and end; the agent then waits as long as that takes. Ctrl-C asks for the same, a second one kills.
 
     With a `recovery`, ranks that were killed or hang are started again, all together.
 
-    Returns the job's exit code: 0, 75 (saved after a signal), 6 (the same failure again and again), the code of the
-    first worker that failed, or 1 for a worker that a signal killed and that is not started again.
+    Returns the job's exit code, the same on all nodes: 0, 75 (saved after a signal), 6 (the same failure again and
+    again), the code of the first worker that failed, or 1 for a worker that a signal killed and that is not started again.
+
+    Raises EnvironmentFault where another node's agent is gone.
     """
-    agent = _Agent(command, num_workers, log_dir, recovery)
+    peers = peers or Alone()
+    agent = _Agent(command, num_workers, log_dir, recovery, peers)
     previous = {number: signal.getsignal(number) for number in FORWARDED}
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:  # nohup means it
@@ -97,7 +108,8 @@ def launch(command: Sequence[str], num_workers: int, log_dir: Path, recovery: Re
     finally:
         agent.close()
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # srun may end the other agents once one has left (--wait): their code, agreed on, must not become SIGTERM's
+            signal.signal(number, handler if peers.size == 1 else signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------- starting
@@ -108,6 +120,7 @@ class _Worker:
     """One rank's process. `code` is None while it runs; negative means the signal that killed it."""
 
     rank: int
+    local_rank: int
     process: subprocess.Popen[bytes] | Forked
     log: Path | None
     code: int | None = None
@@ -124,22 +137,20 @@ class _Worker:
         self.code = self.process.wait()
 
 
-def _worker_environ(rank: int, num_workers: int, port: int, heartbeats: int, restarts: int) -> dict[str, str]:
+def _worker_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
     """What a rank finds in its environment."""
     defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers))}
-    if LINUX:
+    if LINUX and peers.size == 1:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {
         **defaults,
         **os.environ,
         WORKER_MARK: "1",
-        HEARTBEATS: str(heartbeats),
-        RESTARTS: str(restarts),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_workers),
+        "RANK": str(peers.node * num_workers + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(peers.size * num_workers),
         "LOCAL_WORLD_SIZE": str(num_workers),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": peers.address,
         "MASTER_PORT": str(port),
     }
 
@@ -159,8 +170,9 @@ def _log(log_dir: Path, rank: int) -> Path | None:
     return log_dir / f"rank_{rank:05d}.log"
 
 
-def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: Path, heartbeats: int) -> _Worker:
+def _start(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> _Worker:
     """Start one rank in a session of its own."""
+    rank = int(environ["RANK"])
     log = _log(log_dir, rank)
     sink: IO[bytes] | None = log.open("ab") if log is not None else None
     try:
@@ -177,7 +189,7 @@ def _start(command: Sequence[str], rank: int, environ: dict[str, str], log_dir: 
     finally:
         if sink is not None:
             sink.close()
-    return _Worker(rank, process, log)
+    return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
 
 
 def _die_with_agent() -> Callable[[], None]:
@@ -189,7 +201,7 @@ def _die_with_agent() -> Callable[[], None]:
 def _free_port() -> int:
     """A TCP port of this machine that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
@@ -198,22 +210,44 @@ def _free_port() -> int:
 
 @dataclass(frozen=True)
 class _Ending:
-    """How one start of the workers ended: its exit code and, where starting again may help, the failure."""
+    """How one start of a node's workers ended: its exit code and, where starting again may help, the failure.
+
+    `blame` sorts nodes by how likely theirs is the failure that ended all, the likeliest first; it is None where a node's
+    ranks only ended because others did. `message` is what there is to say of it, `rank0_code` how rank 0 ended where it
+    did so by itself, hence with words of its own; `asked` whether the node's ranks had been asked to stop.
+    """
 
     code: int
+    blame: tuple[bool, bool, int] | None = None
     failure: Failure | None = None
+    message: str = ""
+    rank0_code: int | None = None
+    witnesses: tuple[watchdog.Witness, ...] = ()
+    asked: bool = False
+
+    @staticmethod
+    def from_json(found: dict[str, Any]) -> _Ending:
+        """What another agent sent of `asdict(ending)`."""
+        witnesses = [watchdog.Witness(**{**one, "beat": Beat(**one["beat"])}) for one in found["witnesses"]]
+        failure = Failure(**found["failure"]) if found["failure"] else None
+        blame = tuple(found["blame"]) if found["blame"] else None
+        return _Ending(**{**found, "blame": blame, "failure": failure, "witnesses": tuple(witnesses)})
 
 
 class _Agent:
     """Starts the workers and waits for them; one instance a launch."""
 
-    def __init__(self, command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None) -> None:
+    def __init__(
+        self, command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None, peers: Peers
+    ) -> None:
+        self.peers = peers
         self.command = command
         self.num_workers = num_workers
         self.log_dir = log_dir
         self.recovery = recovery
         self.heartbeats = Heartbeats(num_workers)
         self.workers: list[_Worker] = []
+        self.hosts = [HOST]
         self.pending: deque[int] = deque()
         self.forwarded: set[int] = set()
         self.interrupts = 0
@@ -227,14 +261,20 @@ class _Agent:
 
     def run(self) -> int:
         """Start the workers, again where that can help: the job's exit code."""
-        while True:
-            self._start()
-            ending = self._wait()
-            if ending.failure is None or self.recovery is None:
-                return ending.code
-            code = self._take(ending.failure, self.recovery)
-            if code is not None:
-                return code
+        try:
+            while True:
+                self._start()
+                ending = self._agree(self._wait())
+                code: int | None = ending.code
+                if self.peers.node == 0 and ending.failure is not None and self.recovery is not None:
+                    code = self._take(ending.failure, ending.asked, self.recovery)
+                code = self.peers.share(code)[0]
+                if code is not None:
+                    return code
+                self.restarts += 1
+        except EnvironmentFault as lost:
+            self._write_down_loss(str(lost))
+            raise
 
     def close(self) -> None:
         """Leave no process behind."""
@@ -245,38 +285,70 @@ class _Agent:
 
     def _start(self) -> None:
         self.heartbeats.clear()
-        port, shared = _free_port(), self.heartbeats.file
+        shared = self.heartbeats.file
+        places = self.peers.share([HOST, _free_port()])
+        self.hosts = [host for host, _ in places]
+        port = places[0][1]
         self.workers = []
-        for rank in range(self.num_workers):
-            environ = _worker_environ(rank, self.num_workers, port, shared, self.restarts)
+        for local_rank in range(self.num_workers):
+            environ = _worker_environ(local_rank, self.num_workers, self.peers, port)
+            environ |= {HEARTBEATS: str(shared), RESTARTS: str(self.restarts)}
             if self.recovery is not None:
                 environ[OWNER] = str(self.recovery.owner.number)
-            worker = self._fork(rank, environ) if self.can_fork else None
-            self.workers.append(worker or _start(self.command, rank, environ, self.log_dir, shared))
+            worker = self._fork(environ) if self.can_fork else None
+            self.workers.append(worker or _start(self.command, environ, self.log_dir, shared))
 
-    def _fork(self, rank: int, environ: dict[str, str]) -> _Worker | None:
+    def _fork(self, environ: dict[str, str]) -> _Worker | None:
         """A rank from the nursery; None where that does not work, which is said once."""
         assert self.recovery is not None
         try:
             if self.nursery is None:
                 self.nursery = Nursery(self.recovery.modules, _nursery_environ(environ), [self.heartbeats.file])
+            rank = int(environ["RANK"])
             log = _log(self.log_dir, rank)
             arguments = self.command[3:]  # behind python -m megatrain
             process = self.nursery.fork(arguments, environ, log, lambda: len(self.pending) > 1)
-            return _Worker(rank, process, log)
+            return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
         except NurseryError as error:
             self.can_fork = False
             say(f"ranks cannot be forked ({error}); starting them one by one")
             return None
 
-    def _take(self, failure: Failure, recovery: Recovery) -> int | None:
+    def _agree(self, mine: _Ending) -> _Ending:
+        """How this start ended for the whole job: the same on all nodes; node 0 says it."""
+        mine = replace(mine, asked=bool(self.forwarded or self.pending))
+        endings = [_Ending.from_json(found) for found in self.peers.share(asdict(mine))]
+        blamed = [ending for ending in endings if ending.blame is not None]
+        witnesses = tuple(witness for ending in endings for witness in ending.witnesses)
+        if blamed:
+            chosen = min(blamed, key=lambda ending: ending.blame or ())
+            told = chosen.code > EXIT_DEFECT and chosen.code == endings[0].rank0_code
+            if self.peers.node == 0 and chosen.message and not told:
+                say(chosen.message)
+        elif witnesses and self.recovery is not None:
+            failure = self._name_culprit(witnesses, self.recovery if self.peers.node == 0 else None)
+            chosen = _Ending(EnvironmentFault.exit_code, failure=failure)
+        else:
+            chosen = max(endings, key=lambda ending: ending.code)
+        return replace(chosen, asked=any(ending.asked for ending in endings))
+
+    def _write_down_loss(self, what: str) -> None:
+        """Another node's agent is gone: so says events.jsonl, if this node can."""
+        if self.recovery is not None and self.peers.node == 0:
+            step = max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))
+            with contextlib.suppress(OSError):
+                events = EventLog(self.recovery.run_dir / "events.jsonl")
+                events.emit("node_lost", step, detail=what)
+                events.close()
+
+    def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
         path = recovery.run_dir / "events.jsonl"
         events = EventLog(path)
         seen = times_seen(failure, read_events(path))
         events.emit("failure", failure.step, **failure.event(), times=seen)
         code, what_now = None, f"starting all ranks again (restart {self.restarts + 1} of {recovery.max_restarts})"
-        if self.forwarded or self.pending:
+        if asked:
             code, what_now = EnvironmentFault.exit_code, "not started again, for the job was asked to stop"
         elif seen >= SAME_FAILURES:
             code = EXIT_NO_PROGRESS
@@ -287,55 +359,90 @@ class _Agent:
             what_now += f". {self._where_to_look(failure.rank)}"
         say(f"{failure}; {what_now}")
         if code is None:
-            self.restarts += 1
-            events.emit("restart", failure.step, restarts=self.restarts)
+            events.emit("restart", failure.step, restarts=self.restarts + 1)
         events.close()
         return code
 
     def _where_to_look(self, rank: int) -> str:
-        log = self.workers[rank].log
+        log = _log(self.log_dir, rank)
         return f"Its log is {log}" if log else "Its output is above"
 
     def _wait(self) -> _Ending:
-        """Until every worker has ended."""
+        """Until every worker of the job has ended, on whichever node."""
         while True:
             self._hand_on_signals()
             if self.interrupts > 1:
+                self.peers.tell(FAILED)
                 self.kill()
-                say("stopped without saving (second Ctrl-C)")
-                return _Ending(EXIT_INTERRUPTED)
+                return _Ending(EXIT_INTERRUPTED, (False, False, -1), None, "stopped without saving (second Ctrl-C)")
             failed = [worker for worker in self._look() if worker.code not in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)]
             if failed:
+                self.peers.tell(FAILED)
                 return self._end_after(min(failed, key=self._blame))
-            alive = self._alive()
-            if not alive:
-                saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
-                return _Ending(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
-            if self.recovery is not None:
-                self.recovery.owner.beat()
-                if watchdog.hangs(self.heartbeats, [worker.rank for worker in alive], self.recovery.limits):
-                    return self._end_hang(self.recovery)
+            if (ending := self._end_with_others()) is not None:
+                return ending
             time.sleep(POLL_S)
 
-    def _end_hang(self, recovery: Recovery) -> _Ending:
-        """The job hangs: have every rank show its stacks, end them all and name the culprit."""
-        files = {worker.rank: stack_file(recovery.run_dir, worker.rank) for worker in self.workers}
-        pids = {worker.rank: worker.process.pid for worker in self._alive()}
+    def _end_with_others(self) -> _Ending | None:
+        """Say how this node's ranks fare, and whether this start is over, all nodes considered."""
+        self.peers.tell(self._state())
+        states = self.peers.states()
+        if FAILED in states:
+            return self._end_after(None)
+        if set(states) == {DONE}:
+            return self._verdict(None)
+        if self.peers.node == 0 and STILL in states and set(states) <= {STILL, DONE}:
+            self.peers.tell(HANGS)
+            return self._question()
+        return self._question() if states[0] == HANGS else None
+
+    def _state(self) -> str:
+        alive = self._alive()
+        if not alive:
+            return DONE
+        if self.recovery is None:
+            return WORKS
+        self.recovery.owner.beat()
+        return (
+            STILL
+            if watchdog.hangs(self.heartbeats, [worker.local_rank for worker in alive], self.recovery.limits)
+            else WORKS
+        )
+
+    def _question(self) -> _Ending:
+        """The job hangs: have every rank of this node show its stacks, and end them."""
+        assert self.recovery is not None, "only a run that can recover is watched"
+        files = {worker.local_rank: stack_file(self.recovery.run_dir, worker.rank) for worker in self.workers}
+        pids = {worker.local_rank: worker.process.pid for worker in self._alive()}
         witnesses = watchdog.question(pids, self.heartbeats, files)
-        guilty = watchdog.culprits(witnesses)
+        self._look()
+        if all(worker.code in (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL) for worker in self.workers):
+            return self._verdict(None)  # they were only slow to leave
         self.kill()
+        first = self.peers.node * self.num_workers
+        return _Ending(
+            EnvironmentFault.exit_code,
+            witnesses=tuple(replace(witness, rank=first + witness.rank) for witness in witnesses),
+        )
+
+    def _name_culprit(self, witnesses: Sequence[watchdog.Witness], recovery: Recovery | None) -> Failure:
+        """Who holds up a job that hangs; node 0, with its `recovery`, writes down what all have shown."""
+        guilty = watchdog.culprits(witnesses)
         step = min(witness.beat.step for witness in witnesses)
         first = guilty[0] if guilty else witnesses[0]
         silent = min(witness.beat.age_s for witness in witnesses)
-        events = EventLog(recovery.run_dir / "events.jsonl")
-        for witness in witnesses:
-            events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=HOST)
-        events.close()
+        if recovery is not None:
+            events = EventLog(recovery.run_dir / "events.jsonl")
+            for witness in witnesses:
+                host = self.hosts[witness.rank // self.num_workers]
+                events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=host)
+            events.close()
         others = "; ".join(str(witness) for witness in witnesses if witness is not first)
         detail = f"no rank has moved for {silent:.1f} s; {first}{f'; {others}' if others else ''}"
         if not guilty:
             detail += "; all wait alike, so the network is the likely culprit"
-        return _Ending(EnvironmentFault.exit_code, Failure("hang", first.rank, step, first.beat.phase, HOST, detail))
+        host = self.hosts[first.rank // self.num_workers]
+        return Failure("hang", first.rank, step, first.beat.phase, host, detail)
 
     def kill(self) -> None:
         """Kill every worker that still runs, and what it started; returns once they are gone."""
@@ -372,11 +479,11 @@ class _Agent:
         """Sorts workers that ended together: killed ones first, those that may only have lost a peer last."""
         return not worker.killed, worker.code == EnvironmentFault.exit_code, worker.rank
 
-    def _end_after(self, first: _Worker) -> _Ending:
-        """One worker failed: let the others end, kill those that do not, and say why."""
+    def _end_after(self, first: _Worker | None) -> _Ending:
+        """One worker failed, another node's where it is None: let the others end, kill those that do not, and say why."""
         started = time.monotonic()
         asked = False
-        rank0_spoke = first.rank == 0
+        rank0_code = None
         cause = first
         while self._alive() and (elapsed := time.monotonic() - started) < KILL_S:
             if not asked and elapsed > OWN_ACCORD_S:
@@ -384,30 +491,34 @@ class _Agent:
                 for worker in self._alive():
                     worker.process.terminate()
             for worker in self._look():
-                rank0_spoke = rank0_spoke or (worker.rank == 0 and not asked and worker.code == first.code)
-                if cause.code == EnvironmentFault.exit_code and worker.code in OWN_MISTAKES:
+                if worker.rank == 0 and not asked:
+                    rank0_code = worker.code
+                if cause is None and worker.killed and not asked:
+                    cause = worker
+                elif (cause is None or cause.code == EnvironmentFault.exit_code) and worker.code in OWN_MISTAKES:
                     cause = worker  # whoever lost this peer noticed before it had ended
             time.sleep(POLL_S)
         self.kill()
-        return self._verdict(cause, cause.rank == 0 or (cause is first and rank0_spoke))
+        return replace(self._verdict(cause), rank0_code=cause.code if cause and cause.rank == 0 else rank0_code)
 
-    def _verdict(self, first: _Worker, rank0_spoke: bool) -> _Ending:
-        """How the job ends after a failure, and the message where rank 0 has not already given it."""
-        code = first.code
+    def _verdict(self, cause: _Worker | None) -> _Ending:
+        """How this node's workers ended: the one whose failure ended the others, if that was one of them."""
+        if cause is None:
+            saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
+            return _Ending(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
+        code = cause.code
         assert code is not None, "a worker that has not ended cannot have failed"
+        blame = self._blame(cause)
         if -code in self.forwarded:
-            say(
-                f"stopped by {signal.Signals(-code).name} before training began or after its end; start again to continue"
-            )
-            return _Ending(EXIT_SAVED_AFTER_SIGNAL)
+            name = signal.Signals(-code).name
+            message = f"stopped by {name} before training began or after its end; start again to continue"
+            return _Ending(EXIT_SAVED_AFTER_SIGNAL, blame, message=message)
         if code < 0 and self.recovery is not None:
-            beat = self.heartbeats.read(first.rank)
-            failure = Failure(signal.Signals(-code).name, first.rank, beat.step, beat.phase, HOST)
-            return _Ending(EXIT_DEFECT, failure)
-        told_by_rank0 = rank0_spoke and code > EXIT_DEFECT
-        if not told_by_rank0 or code < 0:
-            say(describe_end(first.rank, code, first.log))
-        return _Ending(EXIT_DEFECT if code < 0 else code)
+            beat = self.heartbeats.read(cause.local_rank)
+            failure = Failure(signal.Signals(-code).name, cause.rank, beat.step, beat.phase, HOST)
+            return _Ending(EXIT_DEFECT, blame, failure)
+        message = describe_end(cause.rank, code, cause.log)
+        return _Ending(EXIT_DEFECT if code < 0 else code, blame, message=message)
 
 
 def stack_file(run_dir: Path, rank: int) -> Path:

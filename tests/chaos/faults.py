@@ -13,15 +13,19 @@ def fault(rank, step, phase, do, times=1, by=None):
     return {"rank": rank, "step": step, "phase": phase, "do": do, "times": times, "by": by}
 
 
-def run_with(folder, faults, *words):
-    """`megatrain` in `folder`, its ranks failing as the `faults` say, each so many times over all starts."""
-    name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
-    here = filter(None, [os.environ.get("PYTHONPATH")])
+def injected(folder, name, faults):
+    """The environment in which the ranks of run `name` fail as the `faults` say, each so many times over all starts."""
     done = folder / f"faults_{name}"
     done.mkdir(exist_ok=True)
-    environ = {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inject"), *here]),
+    paths = [str(Path(__file__).parent / "inject"), os.environ.get("PYTHONPATH")]
+    return {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "FAULTS": json.dumps(faults),
         "FAULTS_DONE": str(done),
     }
-    return megatrain(folder, *words, environ=environ)
+
+
+def run_with(folder, faults, *words):
+    """`megatrain` in `folder`, its ranks failing as the `faults` say."""
+    name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
+    return megatrain(folder, *words, environ=injected(folder, name, faults))

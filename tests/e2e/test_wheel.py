@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "megatrain", "conf", "kernels")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "megatrain", "conf", "kernels", "slurm")
 
 
 def run(*command: object, cwd: Path, **environ: str) -> str:

@@ -146,8 +146,8 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
     command = [sys.executable, "-m", "megatrain", "train", "--debug", *overrides]
-    ((*started, recovery),) = seen
-    assert started == [command, 2, tmp_path / "a b" / "logs"]
+    ((*started, recovery, peers),) = seen
+    assert started == [command, 2, tmp_path / "a b" / "logs"] and peers.size == 1
     assert (recovery.max_restarts, recovery.limits.training_s, recovery.limits.starting_s) == (100, 600, 600)
     assert recovery.run_dir == tmp_path / "a b" and recovery.owner.number == 1
     assert last_owner(tmp_path / "a b" / "owner")[1]["released"], "the folder is free again at the end"

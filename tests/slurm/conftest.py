@@ -1,0 +1,30 @@
+"""A Slurm of four nodes for the tests of this folder. They skip where there is none, unless MEGATRAIN_REQUIRE_SLURM=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    from cluster import Cluster, missing
+
+    if reason := missing():
+        if os.environ.get("MEGATRAIN_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def expected(workplace):
+    """The metrics of the same job as two local ranks that nothing disturbed; the run is called `expected`."""
+    from commands import megatrain, metrics
+    from jobs_on_slurm import JOB
+
+    done = megatrain(workplace, *JOB, "run.name=expected", "launch.nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    return metrics(workplace, "expected")

@@ -1,0 +1,133 @@
+"""Jobs on a real Slurm: two nodes, a rank on each; the oracle is the same run on this machine that nothing disturbed."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from contextlib import closing
+
+import pytest
+from cluster import wait_until
+from commands import events, final_files, megatrain, same
+from faults import fault, injected
+from jobs_on_slurm import JOB, SCRIPT, Job
+
+
+def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplace, expected):
+    out = workplace / "nodes.out"
+    words = ["launch=slurm", "launch.num_nodes=2", "launch.time=20", f"launch.sbatch_options=['--output={out}']"]
+    asked = [*JOB, "run.name=nodes", *words]
+    environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"]}
+    shown = megatrain(workplace, *asked, "--dry-run", environ=environ)
+    assert shown.returncode == 0 and "sbatch --parsable --nodes=2" in shown.stdout and "#SBATCH" in shown.stdout
+    done = megatrain(workplace, *asked, environ=environ)
+    assert done.returncode == 0 and done.stdout.strip().isdecimal(), done.stderr
+    job = Job(cluster, workplace, "nodes", number=done.stdout.strip())
+    assert job.wait() == "COMPLETED", job.log
+    assert "TimeLimit=00:20:00" in cluster.command("scontrol", "show", "job", job.number)
+    same(job.metrics, expected)
+    assert final_files(workplace, "nodes") == final_files(workplace, "expected")
+
+
+def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplace):
+    job = Job(cluster, workplace, "mistake", "data.name=none_such")
+    assert job.wait() == "FAILED", job.log
+    found = cluster.job(job.number)
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), job.log
+    assert job.log.count("there is no dataset at") == 1 and "error: n1: data.name=none_such" in job.log
+    wrong = Job(cluster, workplace, "nodes3", "launch.num_nodes=3")
+    assert wrong.wait() == "FAILED" and cluster.job(wrong.number)["ExitCode"] == "2:0", wrong.log
+    assert "launch.num_nodes=3, but Slurm gave this job step 2 nodes (n[1-2])" in wrong.log
+
+
+def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, workplace):
+    profile = workplace / "site.sh"
+    profile.write_text(
+        "export SBATCH_TIMELIMIT=7\nMEGATRAIN_RANKS_PER_NODE=2\nmegatrain_setup() { export OMP_NUM_THREADS=1; }\n"
+        "WRAPPER=(env FROM_PROFILE=1)\n"
+    )
+    environ = {"MEGATRAIN_PROFILE": str(profile), "MEGATRAIN_PYTHON": sys.executable}
+    options = ["--parsable", "--array=1-2", "--nodes=1", f"--output={workplace}/array-%a.out"]
+    words = ["run.name=array-%a", "seed=%a", "train.steps=3", "train.eval_every=0"]
+    sbatch = ["sbatch", *options, str(SCRIPT), *JOB[1:], *words]
+    number = cluster.command(*sbatch, cwd=workplace, **environ).strip()
+    for task in (1, 2):
+        job = Job(cluster, workplace, f"array-{task}", number=f"{number}_{task}")
+        assert job.wait() == "COMPLETED", job.log
+        assert len(job.metrics) == 3 and "2 x cpu" in job.log, job.log
+        assert f"\nseed: {task}\n" in (workplace / "runs" / f"array-{task}" / "config.yaml").read_text()
+
+
+def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expected):
+    job = Job(cluster, workplace, "warned", "tracking=mlflow")
+    job.wait_for_step(7)
+    job.send("USR1")
+    assert job.wait() == "COMPLETED", job.log
+    assert cluster.job(job.number)["Restarts"] == "1" and "requeued" in job.log
+    same(job.metrics, expected)
+    stop, _ = events(workplace, "warned", "stop")
+    (resumed,) = events(workplace, "warned", "resume")
+    assert resumed["step"] == stop["step"] >= 7
+    with closing(sqlite3.connect(workplace / "runs" / "mlflow.db")) as store:
+        assert store.execute("select count(*) from runs").fetchall() == [(1,)], "one MLflow run"
+        logged = store.execute("select step from metrics where key = 'loss' order by step").fetchall()
+    assert logged == [(step,) for step in range(1, 41)], "every step once"
+
+
+def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workplace, expected):
+    job = Job(cluster, workplace, "again")
+    job.wait_for_step(7)
+    cluster.command("scontrol", "requeue", job.number)
+    job.wait_for_step(20)
+    same(job.metrics[:20], expected[:20])
+    assert cluster.job(job.number)["Restarts"] == "1"
+    cluster.command("scancel", job.number)
+    assert job.wait() == "CANCELLED", job.log
+    cluster.wait_idle()
+    assert (job.state, cluster.job(job.number)["Restarts"]) == ("CANCELLED", "1"), job.log
+    saved, last = events(workplace, "again", "stop")[-1]["step"], job.metrics[-1]["step"]
+    assert saved == last < 40, "scancel's TERM saves, too"
+    same(job.metrics, expected[:last])
+
+
+def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, workplace, expected):
+    deaths = [fault(1, 8, "backward", "SIGKILL"), fault(0, 23, "forward", "SIGKILL")]
+    job = Job(cluster, workplace, "killed", faults=injected(workplace, "killed", deaths))
+    assert job.wait() == "COMPLETED", job.log
+    assert cluster.job(job.number)["Restarts"] == "0"
+    same(job.metrics, expected)
+    assert final_files(workplace, "killed") == final_files(workplace, "expected")
+    failures = events(workplace, "killed", "failure")
+    assert [(f["rank"], f["step"], f["host"]) for f in failures] == [(1, 8, "n2"), (0, 23, "n1")]
+    assert [event["restarts"] for event in events(workplace, "killed", "restart")] == [1, 2]
+
+
+def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
+    stopped = injected(workplace, "hangs", [fault(1, 8, "backward", "SIGSTOP")])
+    job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=6", faults=stopped)
+    assert job.wait() == "COMPLETED", job.log
+    same(job.metrics, expected)
+    (failure,) = events(workplace, "hangs", "failure")
+    assert (failure["how"], failure["rank"], failure["host"]) == ("hang", 1, "n2")
+    assert {(e["rank"], e["host"], e["guilty"]) for e in events(workplace, "hangs", "hang")} == {
+        (0, "n1", False),
+        (1, "n2", True),
+    }
+
+
+@pytest.mark.parametrize("which", ["n2", "n1"])
+def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, workplace, expected, which):
+    name = f"power-{which}"
+    job = Job(cluster, workplace, name)
+    job.wait_for_step(8)
+    cluster.power_off(which)
+    try:
+        wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", 90, f"a requeue; {job.log}")
+        done = job.metrics[-1]["step"]
+        assert job.wait() == "COMPLETED", job.log
+    finally:
+        cluster.power_on(which)
+        cluster.wait_idle()
+    same(job.metrics, expected)
+    (resumed,) = events(workplace, name, "resume")
+    assert done - resumed["step"] <= 5, "more redone than a save apart"

@@ -1,0 +1,159 @@
+"""Agents of several nodes, as threads here: what they hear of one another, and who is named when one is gone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megatrain.errors import EnvironmentFault
+from megatrain.launch import peers
+from megatrain.launch.peers import DONE, FAILED, WORKS
+
+
+def key():
+    """A job of this test's own."""
+    return f"{os.getpid()}.{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+def team(pool, size, job=None, timeout_s=10.0):
+    job = job or key()
+    started = [pool.submit(peers.join, job, node, size, "127.0.0.1", timeout_s) for node in reversed(range(size))]
+    return [one.result(20) for one in reversed(started)]
+
+
+def heard(agent, state, seconds=5.0):
+    """What an agent knows once it has heard of this state."""
+    deadline = time.monotonic() + seconds
+    while state not in (states := agent.states()):
+        assert time.monotonic() < deadline, states
+        time.sleep(0.01)
+    return states
+
+
+def test_alone_one_hears_oneself():
+    alone = peers.join("job", 0, 1, "nowhere.invalid", 1.0)
+    alone.tell(FAILED)
+    assert alone.states() == [FAILED]
+    assert alone.share({"a": 1}) == [{"a": 1}]
+    assert alone.states() == [WORKS]
+
+
+def test_all_hear_what_one_tells_until_they_share_again(pool):
+    agents = team(pool, 3)
+    agents[1].tell(DONE)
+    agents[0].states()  # node 0 passes it on when it looks
+    assert heard(agents[2], DONE) == [WORKS, DONE, WORKS]
+    agents[0].tell(FAILED)
+    for agent in agents[1:]:
+        assert heard(agent, FAILED) == [FAILED, DONE, WORKS]
+    long = "x" * 200_000  # more than one read
+    shared = [pool.submit(agent.share, [agent.node, long]) for agent in agents]
+    assert [one.result(10) for one in shared] == [[[node, long] for node in range(3)]] * 3
+    assert [agent.states() for agent in agents] == [[WORKS] * 3] * 3
+    for agent in agents:
+        agent.close()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_whoever_is_gone_is_named_to_all(pool, gone):
+    agents = team(pool, 3)
+    agents[gone].close()
+    told = [agent for agent in agents if agent.node != gone]
+    if gone != 0:
+        with pytest.raises(EnvironmentFault, match=f"node {gone}, {socket.gethostname()}, is gone"):
+            heard(agents[0], FAILED)
+        told.remove(agents[0])
+    for agent in told:
+        with pytest.raises(EnvironmentFault, match=rf"node {gone}, .* is gone"):
+            agent.share(1)
+
+
+def test_a_killed_agent_is_noticed_at_once(pool):
+    job = key()
+    program = "import sys, time; from megatrain.launch import peers; peers.join(sys.argv[1], 1, 2, '127.0.0.1', 20).share(0); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", program, job])
+    agent = peers.join(job, 0, 2, "127.0.0.1", 20)
+    assert agent.share("hello") == ["hello", 0]
+    other.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFault, match="node 1"):
+        heard(agent, FAILED)
+    assert time.monotonic() - started < 2
+    other.wait()
+
+
+def test_who_never_comes_is_named_with_the_place_where_one_waits(pool):
+    job = key()
+    waiting = pool.submit(peers.join, job, 0, 3, "127.0.0.1", 1.5)
+    early = peers.join(job, 1, 3, "127.0.0.1", 1.5)
+    with pytest.raises(EnvironmentFault, match=rf"node 2 .*within 1.5 s \(launch.timeout_s\).*:{peers.ports(job)[0]}"):
+        waiting.result(10)
+    with pytest.raises(EnvironmentFault, match="no word from the agents of node 2 "):
+        early.share(1)
+
+
+def test_a_head_node_that_cannot_be_reached_is_named_with_its_ports():
+    job = key()
+    with pytest.raises(EnvironmentFault, match=rf"at 127.0.0.1, ports {peers.ports(job)[0]} to .*within 0.5 s"):
+        peers.join(job, 1, 2, "127.0.0.1", 0.5)
+
+
+def test_ports_taken_by_others_are_passed_over(pool):
+    """One by a program that says nothing, one by another job's agent."""
+    job = key()
+    with socket.socket() as silent, socket.socket() as stranger:
+        for taken, port in ((silent, peers.ports(job)[0]), (stranger, peers.ports(job)[1])):
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+
+        def answer():
+            connection = stranger.accept()[0]
+            connection.recv(1000)
+            connection.sendall(b'{"welcome": "another job"}\n')
+            return connection
+
+        answering = pool.submit(answer)
+        original = peers.WELCOME_S
+        peers.WELCOME_S = 0.3
+        try:
+            agents = team(pool, 2, job)
+        finally:
+            peers.WELCOME_S = original
+        answering.result(5).close()
+        shared = [pool.submit(agent.share, agent.node) for agent in agents]
+        assert [one.result(5) for one in shared] == [[0, 1]] * 2
+
+
+def test_strangers_who_call_in_are_sent_away(pool):
+    job = key()
+    head = pool.submit(peers.join, job, 0, 2, "127.0.0.1", 10)
+    hello = b'{"job": "other", "node": 1}\n'
+    for said in (b"GET / HTTP/1.0\r\n\r\n", hello, b"[1]\n", b'{"job": "%s", "node": 7}\n' % job.encode()):
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                caller = socket.create_connection(("127.0.0.1", peers.ports(job)[0]), timeout=5)
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        caller.sendall(said)
+        assert caller.recv(100) == b"", said
+        caller.close()
+    agent = peers.join(job, 1, 2, "127.0.0.1", 10)
+    sharing = threading.Thread(target=agent.share, args=(1,))
+    sharing.start()
+    assert head.result(5).share(0) == [0, 1]
+    sharing.join()

@@ -1,0 +1,170 @@
+"""What srun's variables say of a node's place, and the command that submits a job; no Slurm needed."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatrain import cli
+from megatrain.config import LaunchConfig
+from megatrain.errors import ConfigError, DataError, EnvironmentFault
+from megatrain.launch import slurm
+from megatrain.launch.peers import Alone
+from megatrain.launch.slurm import Step, find_profile, num_nodes, sbatch_command, together
+
+STEP = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_NNODES": "3",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_JOB_NODELIST": "n[1-3]",
+}
+
+
+def test_a_task_of_srun_is_a_node_of_its_step():
+    assert Step.from_environ(STEP) == Step("17.0.0", 1, 2, "n[1-2]")
+    assert Step.from_environ({**STEP, "SLURM_RESTART_COUNT": "4"}).key == "17.0.4", "starts do not meet former ones"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"},
+        {**STEP, "RANK": "0", "WORLD_SIZE": "2"},
+        {**STEP, "SLURM_PTY_PORT": "40000"},
+    ],
+    ids=["no Slurm", "batch script", "torchrun under srun", "srun --pty"],
+)
+def test_elsewhere_there_is_no_step(environ):
+    assert Step.from_environ(environ) is None
+
+
+def test_a_task_a_rank_is_refused_with_what_to_ask_for():
+    with pytest.raises(EnvironmentFault, match=r"8 tasks on 2 nodes.*--ntasks-per-node=1"):
+        Step.from_environ({**STEP, "SLURM_STEP_NUM_TASKS": "8"})
+
+
+def test_the_number_of_nodes_is_the_steps_and_another_is_refused():
+    step = Step.from_environ(STEP)
+    assert num_nodes(LaunchConfig(), None) == 1
+    assert num_nodes(LaunchConfig(num_nodes=4), None) == 4
+    assert num_nodes(LaunchConfig(), step) == num_nodes(LaunchConfig(num_nodes=2), step) == 2
+    with pytest.raises(ConfigError, match=r"launch.num_nodes=4, but Slurm gave this job step 2 nodes \(n\[1-2\]\)"):
+        num_nodes(LaunchConfig(num_nodes=4), step)
+
+
+def test_the_head_is_the_first_node_or_what_the_site_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames n[1-2]' ] && printf 'n1\\nn2\\n'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Step("k", 0, 2, "n[1-2]").head() == "n1"
+    assert Step("k", 0, 1, "n7").head() == "n7"
+    scontrol.unlink()
+    with pytest.raises(EnvironmentFault, match="MASTER_ADDR="):
+        Step("k", 0, 2, "n[1-2]").head()
+    monkeypatch.setenv("MASTER_ADDR", "n1-ib")
+    assert Step("k", 0, 2, "n[1-2]").head() == "n1-ib"
+
+
+class Team(Alone):
+    """Node 1 of two; what node 0 shares is given."""
+
+    node, size = 1, 2
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def share(self, value):
+        return [self.other, value]
+
+
+def test_what_fails_on_one_node_ends_all_alike():
+    def refuse():
+        raise DataError("no data")
+
+    assert together(Team(None), lambda: 5) == 5
+    with pytest.raises(DataError, match=f"^{os.uname().nodename}: no data"):
+        together(Team(None), refuse)
+    with pytest.raises(DataError, match=r"^no data"):
+        together(Alone(), refuse)
+    for act in (refuse, lambda: 5):  # node 0 says why
+        with pytest.raises(SystemExit) as ended:
+            together(Team([7, "owned"]), act)
+        assert ended.value.code == 7
+
+
+def test_the_command_that_submits():
+    config = LaunchConfig(name="slurm", num_nodes=4, partition="gpu", time="1:00:00", sbatch_options=["--qos=high"])
+    assert sbatch_command(config, "my run", Path("s/train.sbatch"), ["model=tiny", "seed=2"]) == [
+        "sbatch", "--parsable", "--nodes=4", "--job-name=my run", "--partition=gpu", "--time=1:00:00", "--qos=high",
+        "s/train.sbatch", "model=tiny", "seed=2",
+    ]  # fmt: skip
+
+
+def test_a_profile_is_a_path_or_a_name(tmp_path):
+    (tmp_path / "site.sh").touch()
+    assert find_profile(None, tmp_path) is None
+    assert find_profile("site", tmp_path) == find_profile(str(tmp_path / "site.sh"), tmp_path) == tmp_path / "site.sh"
+    with pytest.raises(ConfigError, match=r"launch.profile=sit is neither .*there: site\)"):
+        find_profile("sit", tmp_path)
+
+
+@pytest.fixture
+def fake_sbatch(tmp_path, monkeypatch):
+    """An sbatch that writes down how it was called and answers as Slurm does; what it wrote, when called."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/sh\necho "$SBATCH_PARTITION|$MEGATRAIN_PYTHON|$@" >{tmp_path}/called\necho "42;cluster"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return tmp_path / "called"
+
+
+def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_path, capsys):
+    (tmp_path / "site.sh").write_text("export SBATCH_PARTITION=gpu\n")
+    words = ["model=tiny", "launch=slurm", "launch.num_nodes=2", f"launch.profile={tmp_path}/site.sh"]
+    assert cli.main(["train", *words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert not fake_sbatch.exists() and "--nodes=2" in shown and "#SBATCH --requeue" in shown
+    assert cli.main(["train", *words]) == 0
+    assert capsys.readouterr().out == "42\n"
+    partition, python, called = fake_sbatch.read_text().strip().split("|")
+    assert (partition, python) == ("gpu", sys.executable)
+    assert called.startswith("--parsable --nodes=2 --job-name=tiny-") and called.endswith(" ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["launch=slurm", "launch.num_nodes=2", "train.global_batch_size=1"], "train.global_batch_size=1"),
+        (["launch.num_nodes=2"], "launch=slurm or sbatch slurm/train.sbatch"),
+        (["--dry-run"], "--dry-run"),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(words, says, fake_sbatch, capsys):
+    assert cli.main(["train", "model=tiny", *words]) == 2
+    assert says in capsys.readouterr().err and not fake_sbatch.exists()
+
+
+def test_slurms_own_refusal_is_passed_on(fake_sbatch, tmp_path, capsys):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2; exit 1\n")
+    assert cli.main(["train", "model=tiny", "launch=slurm", "launch.partition=x"]) == 2
+    assert "invalid partition" in capsys.readouterr().err
+
+
+def test_the_script_is_found_wherever_we_are_installed():
+    from importlib import resources
+
+    assert (resources.files("megatrain.slurm") / "train.sbatch").is_file() and slurm

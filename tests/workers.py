@@ -1,0 +1,59 @@
+"""Tiny Python programs in the place of training workers, for the tests of agents."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+PYTHON = [sys.executable, "-E", "-S"]
+SAVE_ON_TERM = """
+    import os, pathlib, signal, sys, time
+    here = pathlib.Path(sys.argv[1])
+    rank = os.environ["RANK"]
+    def save(number, frame):
+        (here / f"got_{rank}").write_text(signal.Signals(number).name)
+        time.sleep(float(sys.argv[2]))
+        (here / f"saved_{rank}").touch()
+        sys.exit(75)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save)
+    (here / f"pid_{rank}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def worker(code: str, *arguments: object) -> list[str]:
+    """The command of a worker that runs `code`."""
+    return [*PYTHON, "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+def exit_with(*codes: str) -> list[str]:
+    """A worker whose rank r ends as `codes[r]` says: an expression, evaluated there."""
+    return worker(
+        """
+        import os, signal, sys, time
+        def die(name): os.kill(os.getpid(), getattr(signal, name))
+        def sleep(seconds): time.sleep(seconds)
+        sys.exit(eval(sys.argv[1 + int(os.environ["RANK"])]))
+        """,
+        *codes,
+    )
+
+
+def wait_for(*paths: Path, seconds: float = 20.0) -> None:
+    """Until the files are there."""
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < deadline, f"none of {[str(path) for path in paths]} came"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
