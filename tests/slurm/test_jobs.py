@@ -104,7 +104,7 @@ def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, wo
 
 def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
     stopped = injected(workplace, "hangs", [fault(1, 8, "backward", "SIGSTOP")])
-    job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=6", faults=stopped)
+    job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=10", faults=stopped)
     assert job.wait() == "COMPLETED", job.log
     same(job.metrics, expected)
     (failure,) = events(workplace, "hangs", "failure")
