@@ -15,14 +15,14 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def megatrain(folder, *words, environ=None):
+def megatrain(folder, *words, environ=None, timeout=240):
     return subprocess.run(
         [sys.executable, "-m", "megatrain", *words],
         cwd=folder,
         env={**os.environ, **(environ or {})},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         check=False,
     )
 

@@ -36,15 +36,16 @@ NEAR = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a sign of life until a job counts as hanging: while it trains, and until a start's first step is
-    done (imports, rendezvous, loading and compiling take long)."""
+    """Seconds without a sign of life until a job counts as hanging: while it trains, and at its ends (imports, rendezvous,
+    loading and compiling until a start's first step is done; what trackers still have to send after the last)."""
 
     training_s: float
     starting_s: float
 
     def of(self, beat: Beat) -> float:
         """The limit for a rank in this state."""
-        return self.training_s if beat.finished else max(self.starting_s, self.training_s)
+        trains = beat.finished and beat.phase != "end"
+        return self.training_s if trains else max(self.starting_s, self.training_s)
 
 
 @dataclass(frozen=True)

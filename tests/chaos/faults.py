@@ -28,4 +28,4 @@ def injected(folder, name, faults):
 def run_with(folder, faults, *words):
     """`megatrain` in `folder`, its ranks failing as the `faults` say."""
     name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
-    return megatrain(folder, *words, environ=injected(folder, name, faults))
+    return megatrain(folder, *words, environ=injected(folder, name, faults), timeout=480)
