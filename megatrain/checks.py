@@ -241,7 +241,7 @@ def check_dataset_folder(config: DataConfig) -> None:
         hint = did_you_mean("data.name=", config.name, prepared)
         raise ConfigError(
             f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: megatrain prepare "
-            f"data={'...' if config.kind == 'huggingface' else config.kind} data.name={config.name} data.dir={config.dir}"
+            f"data={config.name if config.kind == 'huggingface' else config.kind} data.name={config.name} data.dir={config.dir}"
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     check_dataset(folder)

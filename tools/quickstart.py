@@ -91,6 +91,8 @@ def train_with_a_stop(train: list[str]) -> int:
     total = total_steps(train)
     if total is None:
         return 2
+    if steps_done() >= STOP_AT * total:  # a second start of the quickstart
+        return megatrain(*train)
     process = subprocess.Popen(command(*train))
     while process.poll() is None and steps_done() < STOP_AT * total:
         time.sleep(0.2)
@@ -98,7 +100,7 @@ def train_with_a_stop(train: list[str]) -> int:
         print(f"   (quickstart: SIGTERM at step {steps_done()}, as a cluster would before its time limit)", flush=True)
         process.send_signal(signal.SIGTERM)
     code = process.wait()
-    if code != 75:  # it was done already: a second start of the quickstart
+    if code != 75:
         return code
     print("   (quickstart: exit code 75, saved after a signal; the same command continues)", flush=True)
     return megatrain(*train)

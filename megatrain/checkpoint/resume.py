@@ -72,10 +72,12 @@ def may_change(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
-def check_resume(manifest: dict[str, Any], config: dict[str, Any], dataset_fingerprint: str, origin: str) -> list[str]:
+def check_resume(
+    manifest: dict[str, Any], config: dict[str, Any], dataset_fingerprint: str, origin: str
+) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue `origin` under another model, order, optimizer or dataset.
 
-    Returns the keys that did change and may.
+    Returns the keys that did change and may, with both values.
 
     Raises:
         CheckpointError: a key changed that may not, by name, with both values; or weights alone, of no run.
@@ -100,4 +102,4 @@ def check_resume(manifest: dict[str, Any], config: dict[str, Any], dataset_finge
             f"now {dataset_fingerprint}; restore the dataset, or start a new run: run.name=<new name> "
             f"checkpoint.init_from={origin}"
         )
-    return list(changed)
+    return changed

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +27,7 @@ from megatrain.data.normalise import Policy, Record, clean
 from megatrain.data.spool import DROPPED, Frame, pack, unpack
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.errors import EnvironmentFault
+from megatrain.launch.nursery import die_with
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,7 +41,7 @@ class Workers:
         # "spawn" inherits no threads or locks of this process.
         context = multiprocessing.get_context("spawn")
         self._pool = (
-            ProcessPoolExecutor(count, mp_context=context, initializer=_leave_ctrl_c_to_the_parent)
+            ProcessPoolExecutor(count, mp_context=context, initializer=_live_and_die_with, initargs=(os.getpid(),))
             if count > 1
             else None
         )
@@ -71,9 +74,12 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
-    """Ctrl-C reaches every process of the terminal; the parent ends the workers, which then have nothing to say."""
+def _live_and_die_with(parent: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the parent ends the workers, which then have nothing to say. Nor do
+    they outlive a parent that was killed (on Linux)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        die_with(parent)
 
 
 # ---------------------------------------------------------------------------------------------------- cleaning

@@ -153,6 +153,7 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
     may_write = owner.check if owner else lambda: None
     trackers = build_trackers(config, run_dir) if world.is_main else None
     journal = Journal(run_dir if world.is_main else None, trackers, may_write)
+    began = False
     progress = Progress(skip_ranges=merge_ranges((start, stop) for start, stop in config.train.skip_ranges))
     try:
         store = CheckpointStore(
@@ -166,8 +167,9 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
             progress = Progress.from_manifest(origin.manifest)
-            for key in changed:
-                _LOG.info("resume: %s has changed since %s", key, origin.folder)
+            for key, (before, now) in changed.items():
+                level = logging.WARNING if key.startswith("precision.") and world.is_main else logging.INFO
+                _LOG.log(level, "resume: %s was %s in %s and is now %s", key, before, origin.folder, now)
         if resumed and progress.step >= config.train.steps:
             if world.is_main:
                 print(
@@ -184,20 +186,25 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
         if world.is_main:
             write_run_folder(run_dir, config, data)
         info = run_info(config, run_dir, data, world, layout, progress.step if resumed else None)
+        began = True
         journal.start(info, progress.step, **({"restarts": restarts} if restarts else {}))
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
         began_from = origin.began_from if origin else None
         status = train(config, world, layout, engine, store, journal, data, progress, began_from, stop)
     except BaseException as error:
-        fault = error
         if lost_peer(error):
             _LOG.info("lost another rank", exc_info=error)
-            fault = EnvironmentFault(
+            journal.event("lost_rank", progress.step)
+            journal.abandon()
+            raise EnvironmentFault(
                 f"rank {world.rank} lost another rank, which ended or is out of reach; the other ranks' logs tell why"
-            )
-        journal.finish("failed", progress.step, error=f"{type(fault).__name__}: {fault}")
-        raise fault from (error if fault is not error else None)
+            ) from error
+        if began:
+            journal.finish("failed", progress.step, error=f"{type(error).__name__}: {error}")
+        else:
+            journal.abandon()
+        raise
     journal.finish(status, progress.step)
     return status
 

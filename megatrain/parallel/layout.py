@@ -211,9 +211,13 @@ def _world_does_not_factor(config: TrainConfig, world_size: int) -> str | None:
         return None
     below, above = world_size // unit * unit, (world_size // unit + 1) * unit
     return (
-        f"{world_size} ranks do not divide by parallel.tp={p.tp} x parallel.pp={p.pp} x parallel.cp={p.cp} = {unit}; "
-        f"start {f'{below} or {above}' if below else above} ranks (launch.nproc_per_node), or choose degrees whose "
-        f"product is one of {listed(divisors(world_size))}"
+        f"{f'{world_size} ranks do' if world_size > 1 else 'one rank does'} not divide by parallel.tp={p.tp} x parallel.pp={p.pp} x parallel.cp={p.cp} = {unit}; "
+        f"start {f'{below} or {above}' if below else above} ranks (launch.nproc_per_node), or "
+        + (
+            f"choose degrees whose product is one of {listed(divisors(world_size))}"
+            if world_size > 1
+            else "leave them at 1"
+        )
     )
 
 

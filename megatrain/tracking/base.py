@@ -57,6 +57,9 @@ class Tracker(Protocol):
     def finish(self, status: str) -> None:
         """Called once at the end, with one of `STATUSES`."""
 
+    def abandon(self) -> None:
+        """In place of `finish`, where the run is about to go on in another process: let go at once."""
+
 
 class Trackers:
     """Several trackers as one. Tracking is never fatal: one that raises is warned about once and left out from then
@@ -78,6 +81,9 @@ class Trackers:
     def finish(self, status: str) -> None:
         assert status in STATUSES, status
         self._each(lambda tracker: tracker.finish(status), failed_too=True)
+
+    def abandon(self) -> None:
+        self._each(lambda tracker: tracker.abandon(), failed_too=True)
 
     def _each(self, call: Callable[[Tracker], None], failed_too: bool = False) -> None:
         for index, tracker in enumerate(self._trackers):

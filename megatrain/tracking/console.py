@@ -79,10 +79,13 @@ class Console:
             self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))
 
     def finish(self, status: str) -> None:
+        self.abandon()
+        self.note(f"run {status}")
+
+    def abandon(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        self.note(f"run {status}")
 
     def note(self, text: str) -> None:
         """One line, above the bar where there is one."""

@@ -63,6 +63,14 @@ class Journal:
         """The run ends, with one of `tracking.base.STATUSES`."""
         self.event("stop", step, status=status, **detail)
         self._trackers.finish(status)
+        self._close()
+
+    def abandon(self) -> None:
+        """The run ends here without a word: nothing was begun, or it goes on in another process."""
+        self._trackers.abandon()
+        self._close()
+
+    def _close(self) -> None:
         for log in (self._metrics, self._events):
             if log is not None:
                 log.close()

@@ -50,6 +50,7 @@ class MlflowTracker:
         self._listener: threading.Thread | None = None
         self._last_step = 0
         self._sent_step = 0
+        self._abandoned = False
 
     def start(self, info: RunInfo) -> None:
         """Starts the helper and returns; the helper imports mlflow, finds or makes the run and catches up."""
@@ -106,6 +107,13 @@ class MlflowTracker:
                 self._config.finish_timeout_s,
             )
 
+    def abandon(self) -> None:
+        """Ends the helper; what it has not sent yet, the next start's sends."""
+        if self._helper is not None:
+            self._abandoned = True
+            self._helper.kill()
+            self._helper.wait()
+
     def _tell(self, message: dict[str, Any]) -> None:
         assert self._helper is not None and self._helper.stdin is not None
         try:
@@ -125,5 +133,5 @@ class MlflowTracker:
                 self._log.warning("MLflow: %s", message["warning"])
             if "info" in message:
                 self._log.info("MLflow: %s", message["info"])
-        if not finished:
+        if not finished and not self._abandoned:
             self._log.warning("MLflow's helper process is gone; training goes on, metrics.jsonl has it all")

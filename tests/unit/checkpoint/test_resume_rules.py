@@ -78,7 +78,7 @@ def test_a_key_younger_than_the_manifest_had_its_default():
     config = TrainConfig()
     old = manifest(config)
     del old["config"]["model"]["qk_norm"], old["config"]["optim"]["betas"]
-    assert check_resume(old, asdict(config), "abc", "step_1") == []
+    assert check_resume(old, asdict(config), "abc", "step_1") == {}
     config.model.qk_norm = True
     with pytest.raises(CheckpointError, match=r"model\.qk_norm was False and is now True"):
         check_resume(old, asdict(config), "abc", "step_1")
