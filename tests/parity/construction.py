@@ -1,0 +1,47 @@
+"""How much memory four ranks take while ZeRO-3 constructs a model; prints JSON. Run by test_conformance.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from jobs import job, llama
+from ranks import run_ranks
+
+from megatrain.model.count import num_parameters
+from megatrain.parallel.layout import Layout
+
+
+def construct(world, config):
+    """Bytes a rank takes at its peak while ZeRO-3 constructs a model, and bytes of parameters it keeps."""
+    from megatrain.engine.deepspeed import DeepSpeedEngine, deepspeed_config, start_deepspeed
+
+    deepspeed = start_deepspeed(world)
+    maker = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    maker.config, maker.world, maker.stage = config, world, config.parallel.zero
+    maker.layout, maker.tensor_group = Layout.of(config, world.size), None
+    document = deepspeed_config(config, 1)
+    maker._build_model(deepspeed, deepspeed_config(job(model=llama()), 1))  # DeepSpeed's own first-time costs
+    start = _resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    model = maker._build_model(deepspeed, document)
+    peak = _resident("VmHWM") - start
+    return peak, sum(p.ds_tensor.numel() * 4 for p in model.parameters())
+
+
+def _resident(field="VmRSS"):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    # large enough that what a fork copies while it works does not decide
+    model = llama(num_layers=28, hidden_size=512, head_size=None, num_heads=8, ffn_size=1536)
+    config = job(model=model)
+    config.parallel.zero = 3
+    print(json.dumps({"whole": 4 * num_parameters(model), "ranks": run_ranks(construct, 4, config)}))
