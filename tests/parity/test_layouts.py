@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import batches, compare, gpt2, layout_job, ten_steps
+from jobs import batches, compare, gpt2, layout_job, rows, ten_steps
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -72,7 +72,7 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.parametrize(("ranks", "family", "changes"), CELLS, ids=str)
 def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_process, tmp_path):
-    config = layout_job(family=family, **changes)
+    config = layout_job(family=family, micro=rows(changes), **changes)
     check(config, ranks)
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
@@ -97,7 +97,7 @@ def test_the_norm_counts_every_tensor_rank_in_low_precision(engine, zero):
 @pytest.mark.parametrize("engine", ["native", "deepspeed"])
 def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
     """Query and key norms are whole on every tensor rank and act on its heads alone: their gradients are summed."""
-    one, two = layout_job(micro=8), layout_job(engine=engine, tp=2, zero=3)
+    one, two = layout_job(micro=8), layout_job(engine=engine, micro=2, tp=2, zero=3)
     one.model.qk_norm = two.model.qk_norm = True
     expected = run_ranks(ten_steps, 1, one, str(tmp_path / "one"))[0]
     compare(run_ranks(ten_steps, 2, two, str(tmp_path / "two"), timeout_s=300), expected)
@@ -116,7 +116,7 @@ def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
 )
 def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_process, tmp_path):
     """A compiled block behind a tensor-parallel embedding once gave silently wrong gradients."""
-    config = layout_job(compile=True, **changes)
+    config = layout_job(compile=True, micro=rows(changes), **changes)
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=500), one_process("llama"))
 
 
@@ -132,7 +132,7 @@ def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_proc
 )
 def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
     """Two runs of one layout with dropout are the same to the bit, and not those without."""
-    config = layout_job(**changes)
+    config = layout_job(micro=rows(changes), **changes)
     config.model.dropout = 0.2
     first, again = (run_ranks(ten_steps, ranks, config, str(tmp_path / name))[0] for name in ("first", "again"))
     assert first[:2] == again[:2]

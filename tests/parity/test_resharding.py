@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, gather, layout_job
+from jobs import batches, gather, layout_job, rows
 from ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
@@ -92,7 +92,7 @@ def origins(tmp_path_factory):
         if (name, family) not in made:
             folder = str(tmp_path_factory.mktemp("origin"))
             ranks, changes = LAYOUTS[name]
-            config = layout_job(family=family, **changes)
+            config = layout_job(family=family, micro=rows(changes), **changes)
             check(config, ranks)
             made[name, family] = (folder, *run_ranks(begin, ranks, config, folder)[0])
         return made[name, family]
@@ -105,7 +105,7 @@ def test_another_layout_goes_on(saved, resumed, family, origins, tmp_path):
     """Parameters and both moments bit-equal once gathered, the step count and groups kept, four losses within 1e-5."""
     folder, expected, whole = origins(saved, family)
     ranks, changes = LAYOUTS[resumed]
-    config = layout_job(family=family, **changes)
+    config = layout_job(family=family, micro=rows(changes), **changes)
     check(config, ranks)
     losses, again, counters, optimizer = run_ranks(go_on, ranks, config, folder, str(tmp_path))[0]
     assert whole.keys() == again.keys() and len(whole) % 3 == 0
