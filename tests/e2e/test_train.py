@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from commands import TRAIN, megatrain, metrics, same, start
+from commands import TRAIN, events, megatrain, metrics, same, start
 
 
 def wait_for(folder, name, steps, process):
@@ -45,7 +45,9 @@ def test_a_killed_run_continues_bit_for_bit(workplace, undisturbed):
     done = megatrain(workplace, *words)
     assert done.returncode == 0, done.stderr
     same(metrics(workplace, "killed"), undisturbed)
-    assert list((workplace / "runs" / "killed").glob("metrics.cut-*.jsonl"))
+    resumed = events(workplace, "killed", "resume")[0]["step"]
+    cut = list((workplace / "runs" / "killed").glob("metrics.cut-*.jsonl"))
+    assert bool(cut) == (seen > resumed), "what lay beyond the checkpoint is kept aside"
 
 
 def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, undisturbed):
