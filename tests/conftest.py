@@ -18,7 +18,7 @@ sys.path[:0] = [
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with a small prepared dataset."""
+    """A folder with a small prepared dataset, shared by all: a run's name belongs to one test."""
     from commands import megatrain
 
     folder = tmp_path_factory.mktemp("work")

@@ -92,14 +92,14 @@ def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workpla
 
 def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, workplace, expected):
     deaths = [fault(1, 8, "backward", "SIGKILL"), fault(0, 23, "forward", "SIGKILL")]
-    job = Job(cluster, workplace, "killed", faults=injected(workplace, "killed", deaths))
+    job = Job(cluster, workplace, "rank-killed", faults=injected(workplace, "rank-killed", deaths))
     assert job.wait() == "COMPLETED", job.log
     assert cluster.job(job.number)["Restarts"] == "0"
     same(job.metrics, expected)
-    assert final_files(workplace, "killed") == final_files(workplace, "expected")
-    failures = events(workplace, "killed", "failure")
+    assert final_files(workplace, "rank-killed") == final_files(workplace, "expected")
+    failures = events(workplace, "rank-killed", "failure")
     assert [(f["rank"], f["step"], f["host"]) for f in failures] == [(1, 8, "n2"), (0, 23, "n1")]
-    assert [event["restarts"] for event in events(workplace, "killed", "restart")] == [1, 2]
+    assert [event["restarts"] for event in events(workplace, "rank-killed", "restart")] == [1, 2]
 
 
 def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
