@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import pytest
 from commands import TRAIN, events, final_files, metrics, same
 from faults import fault, run_with
 
 EVERY = 5
 """Steps between the job's saves (commands.TRAIN)."""
-
-
-def when(event):
-    return datetime.fromisoformat(event["time"].replace("Z", "+00:00")).timestamp()
 
 
 def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed):
