@@ -237,7 +237,8 @@ def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> in
     try:
         number = peers.share(taken.number if taken else None)[0]
         owner = taken or Ownership(run_dir / FOLDER, number)
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, worker_modules(config))
+        copies = config.checkpoint.copies_every(has_gpu(config.launch.device)) > 0
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, worker_modules(config))
         return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if taken is not None:

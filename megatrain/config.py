@@ -315,6 +315,16 @@ class CheckpointConfig:
     )
     retries: int = key(5, "failed writes in a row after which the run ends; the next one ends it", minimum=0)
     retry_wait_s: float = key(30.0, "seconds until a failed write is tried again", minimum=0, maximum=1e7)
+    memory_every: int | None = key(
+        None,
+        "steps between copies of the state in memory that survives the ranks (24 bytes a parameter that the node holds, "
+        "twice that on several nodes); 0 makes none; null means 10 on GPUs and 0 on CPUs",
+        minimum=0,
+    )
+
+    def copies_every(self, on_gpu: bool) -> int:
+        """`memory_every` with its default."""
+        return self.memory_every if self.memory_every is not None else 10 * on_gpu
 
 
 @dataclass

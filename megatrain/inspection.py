@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatrain.checkpoint.load import checkpoints_folder, kind_of
-from megatrain.checkpoint.storage import MANIFEST, check_coverage, read_manifest, verify_file
-from megatrain.checkpoint.store import list_checkpoints
+from megatrain.checkpoint.manifest import MANIFEST, check_coverage, list_checkpoints, read_manifest, verify_file
 from megatrain.config import InspectConfig
 from megatrain.data.card import Card
 from megatrain.data.dataset import describe_dataset

@@ -79,6 +79,13 @@ class Store(Protocol):
     def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
         """Begin to write a checkpoint; returns the seconds that this held the loop up."""
 
+    def copy(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+        """Begin to keep a copy in memory that survives this process; the seconds that this held the loop up."""
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether a copy can be made now."""
+
     @property
     def has_failed(self) -> bool:
         """Whether saving was given up."""
@@ -105,7 +112,8 @@ class Parts:
     """What the loop works with.
 
     `exchange` gathers a CPU int64 tensor of every rank (`[ranks, n]`); `batch_hash` makes the hash of a step from every
-    rank's sample hashes; `heldout` gives this rank's held-out batches anew; `stopping` says whether this rank was asked
+    rank's sample hashes; `heldout` gives this rank's held-out batches anew; `copies_every` are the steps between copies in
+    memory (0: none); `stopping` says whether this rank was asked
     to stop; `mark` tells the watchdog which phase of which step begins; `roll_back` takes engine and stream back to before
     a spike and returns where the run then stands (None: there is nowhere to go back to); `bytes_per_token` is the held-out
     text's, `peak_flops` the whole job's (None where unknown).
@@ -118,6 +126,7 @@ class Parts:
     journal: Journal
     exchange: Callable[[Tensor], Tensor]
     batch_hash: Callable[[np.ndarray], str]
+    copies_every: int
     stopping: Callable[[], int]
     mark: Callable[[str, int], None]
     roll_back: Callable[[Progress, Spike], Progress | None]
@@ -134,7 +143,8 @@ class Trainer:
         self.config = config
         self.parts = parts
         self.progress = progress
-        self.saved_step = progress.step
+        self.saved_step = self.copied_step = progress.step
+        self.can_copy = False
         self.skipped_in_a_row = 0
         self.guard = LossGuard.from_config(config.resilience)
 
@@ -179,10 +189,12 @@ class Trainer:
     def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int, bool]:
         """All ranks' sample hashes, the signal that any rank has received, and whether any can save no more: one exchange
         a step."""
-        state = [self.parts.stopping(), int(self.parts.store.has_failed)]
+        store = self.parts.store
+        state = [self.parts.stopping(), int(store.has_failed), int(store.can_copy)]
         mine = np.concatenate([state, batch.sample_hashes.view(np.int64)]).astype(np.int64)
         everyone = self.parts.exchange(torch.from_numpy(mine)).numpy()
-        return everyone[:, 2:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
+        self.can_copy = bool(everyone[:, 2].all())
+        return everyone[:, 3:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
 
     def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""
@@ -274,15 +286,23 @@ class Trainer:
             self.parts.journal.event("spike_kept", step, reason="there is no checkpoint before it to go back to")
             return False
         self.progress.become(there)
-        self.saved_step = -1  # what is on disk leaves nothing out yet: a death now would meet the spike again
+        self.saved_step, self.copied_step = (
+            -1,
+            self.progress.step,
+        )  # what is on disk leaves nothing out yet: a death now would meet the spike again
         return True
 
     def _maybe_save(self) -> float:
-        """Save if it is time; returns the seconds it took."""
-        every = self.config.checkpoint.every
-        if not every or self.progress.step % every:
-            return 0.0
-        return self._save()
+        """Save, or copy, if it is time; returns the seconds it held the loop up."""
+        every, step = self.config.checkpoint.every, self.progress.step
+        if every and step % every == 0:
+            return self._save()
+        every = self.parts.copies_every
+        if every and step - max(self.saved_step, self.copied_step) >= every and self.can_copy:
+            self.parts.mark("save", step)
+            self.copied_step = step
+            return self.parts.store.copy(step, self.parts.engine.state(), self._extra())
+        return 0.0
 
     def _save(self) -> float:
         """Begin to save where the run stands, unless that was done already; returns the seconds it held the loop up."""
@@ -291,10 +311,13 @@ class Trainer:
         self.parts.mark("save", self.progress.step)
         if self.progress.step > max((seen["step"] for seen in self.progress.rollbacks), default=0):
             self.progress.rollbacks = []  # past the trouble
-        extra = {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
-        stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), extra)
+        stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), self._extra())
         self.saved_step = self.progress.step
         return stall
+
+    def _extra(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the engine's state."""
+        return {**self.progress.to_manifest(), **self.parts.engine.counters(), **self.parts.identity}
 
     def _save_and_wait(self) -> None:
         """See that where the run stands is on the disk."""

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatrain.checkpoint.manifest import checkpoint_step
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.saver import Saver
-from megatrain.checkpoint.store import CheckpointStore, checkpoint_step, load_into
+from megatrain.checkpoint.store import CheckpointStore, load_into
 from megatrain.config import CheckpointConfig
 from megatrain.errors import CheckpointError
 from megatrain.launch.world import World

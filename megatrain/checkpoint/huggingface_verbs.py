@@ -16,7 +16,7 @@ import torch
 
 from megatrain.checkpoint.huggingface import export_model
 from megatrain.checkpoint.load import Loaded, kind_of, load
-from megatrain.checkpoint.storage import sync_folder
+from megatrain.checkpoint.manifest import sync_folder
 from megatrain.checkpoint.store import write
 from megatrain.config import ExportConfig, ImportConfig
 from megatrain.errors import ConfigError

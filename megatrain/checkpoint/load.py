@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.huggingface import import_model
-from megatrain.checkpoint.storage import MANIFEST
-from megatrain.checkpoint.store import checkpoint_step, first_valid, list_checkpoints, load_weights, verify
+from megatrain.checkpoint.manifest import MANIFEST, checkpoint_step, list_checkpoints
+from megatrain.checkpoint.store import first_valid, load_weights, verify
 from megatrain.config import ModelConfig
 from megatrain.data.card import CARD, Card
 from megatrain.data.tokenizer import META, Tokenizer, load_tokenizer

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.memory import MemoryStore
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import CheckpointConfig
@@ -52,9 +54,10 @@ class Staging:
 class Saver:
     """Saves a run's checkpoints in the background, and retires old ones. All ranks call the same methods in step."""
 
-    def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
-        """`store` must be used by no other thread while a save is pending (see `finish`)."""
+    def __init__(self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None) -> None:
+        """`store` and `memory` must be used by no other thread while a save is pending (see `finish`)."""
         self._store = store
+        self._memory = memory
         self._config = config
         self._staging = Staging()
         self._thread: threading.Thread | None = None
@@ -76,13 +79,22 @@ class Saver:
         waited = time.perf_counter() - started
         staged = self._staging.copy(state)
         stall = time.perf_counter() - started
-        self._thread = threading.Thread(
-            target=self._work, args=(step, staged, extra, waited, stall), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._begin(self._work, step, staged, extra, waited, stall)
         if not self._config.background:
             self.finish()
         return time.perf_counter() - started
+
+    def copy(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+        """Keep a copy in the agent's memory; the seconds that the caller was held up. Nothing may be pending."""
+        started = time.perf_counter()
+        self.finish()
+        self._begin(self._work_in_memory, step, self._staging.copy(state), extra)
+        return time.perf_counter() - started
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether there is a memory for copies, and no save pending that a copy would have to wait for."""
+        return self._memory is not None and (self._thread is None or not self._thread.is_alive())
 
     @property
     def has_failed(self) -> bool:
@@ -105,6 +117,26 @@ class Saver:
             self._thread = None
         if self._error is not None:
             raise self._error
+
+    def _begin(self, work: Callable[..., None], *given: Any) -> None:
+        self._thread = threading.Thread(target=work, args=given, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _work_in_memory(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        """Make one copy; where the memory is too small, on any node, there will be no further one (in a thread)."""
+        assert self._memory is not None, "asked for by can_copy"
+        try:
+            self._memory.save(step, state, extra)
+        except EnvironmentFault as error:
+            self._memory = None
+            _LOG.warning(
+                "copies in memory are given up, a restart will go on from the last checkpoint: %s. Give /dev/shm more room "
+                "(docker: --shm-size), or set checkpoint.memory_every=0",
+                error,
+            )
+            self._reports.append(("copy_failed", step, {"reason": str(error)}))
+        except BaseException as error:  # whatever it is, the training thread is to hear of it
+            self._error = error
 
     def _work(self, step: int, state: dict[str, Tensor], extra: dict[str, Any], waited: float, stall: float) -> None:
         """Write one checkpoint, again where the disk refuses (in a thread)."""

@@ -1,4 +1,4 @@
-"""How torch's distributed checkpoint meets the disk: sharded safetensors, one file a rank, and a JSON manifest.
+"""How torch's distributed checkpoint meets the disk: sharded safetensors, one file a rank, beside the manifest.
 
 torch's own storage writes its metadata as a pickle; here nothing is ever unpickled. What a run keeps beside its tensors,
 where checkpoints live and which one is used is `store.py`'s.
@@ -7,7 +7,6 @@ where checkpoints live and which one is used is `store.py`'s.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections import defaultdict
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
     SavePlanner,
 )
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -38,13 +38,11 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatrain.checkpoint.manifest import FORMAT_VERSION, HASH_BLOCK, MANIFEST, manifest_hash, write_json
 from megatrain.errors import CheckpointError
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_HASH_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -54,111 +52,6 @@ class WrittenFile:
     name: str
     size: int
     xxh3: str
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, as 32 hex digits; reads it in blocks."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename or a new file in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write standard JSON (NaN raises ValueError) under a temporary name, flush it and rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def manifest_hash(document: dict[str, Any]) -> str:
-    """Checksum of a manifest: xxh3-128 of its canonical JSON without the checksum itself."""
-    body = {name: value for name, value in document.items() if name != "checksum"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, its own checksum verified.
-
-    Raises:
-        CheckpointError: missing, cut, altered, or of a format this version does not read.
-    """
-    path = folder / MANIFEST
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); the checkpoint is damaged") from None
-    if not isinstance(document, dict) or "format" not in document:
-        raise CheckpointError(f"{path} is not a megatrain manifest")
-    if document["format"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {document['format']}; this version reads format {FORMAT_VERSION}")
-    if document.get("checksum") != manifest_hash(document):
-        raise CheckpointError(f"{path} does not match its own checksum; it was altered or damaged")
-    return document
-
-
-def check_coverage(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest whose chunks do not fill each tensor exactly once (torch checks this on save only)."""
-    for name, tensor in manifest["tensors"].items():
-        shape, covered = tensor["shape"], 0
-        for chunk in tensor["chunks"]:
-            for offset, size, bound in zip(chunk["offset"], chunk["size"], shape, strict=True):
-                if offset < 0 or size < 0 or offset + size > bound:
-                    raise CheckpointError(f"{folder}: a chunk of {name} lies outside its shape {shape}")
-            covered += math.prod(chunk["size"])
-            if chunk["file"] not in manifest["files"]:
-                raise CheckpointError(f"{folder}: {name} points to {chunk['file']}, which the manifest does not list")
-        if covered != math.prod(shape):
-            raise CheckpointError(f"{folder}: {name} holds {covered} of its {math.prod(shape)} elements")
-        if _overlap(tensor["chunks"]):
-            raise CheckpointError(f"{folder}: chunks of {name} overlap, so some of its elements are missing")
-
-
-def _overlap(chunks: list[dict[str, Any]]) -> bool:
-    """Whether any two rectangles share an element. Sweeps along the first dimension, where few are open at a time."""
-    boxes = sorted(
-        (chunk["offset"], [o + s for o, s in zip(chunk["offset"], chunk["size"], strict=True)]) for chunk in chunks
-    )
-    open_boxes: list[tuple[list[int], list[int]]] = []
-    for start, stop in boxes:
-        open_boxes = [box for box in open_boxes if not start or box[1][0] > start[0]]
-        for other_start, other_stop in open_boxes:
-            if all(max(a, c) < min(b, d) for a, b, c, d in zip(start, stop, other_start, other_stop, strict=True)):
-                return True
-        open_boxes.append((start, stop))
-    return False
-
-
-def verify_file(folder: Path, name: str, recorded: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint, or None if it is as it was written."""
-    path = folder / name
-    if Path(name).name != name:
-        return f"{name}: not a plain file name"
-    try:
-        size = path.stat().st_size
-        if size != recorded["size"]:
-            return f"{path}: {size} bytes, {recorded['size']} were written"
-        if file_hash(path) != recorded["xxh3"]:
-            return f"{path}: its checksum differs from what was written"
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    return None
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
@@ -183,8 +76,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
     with path.open("xb", buffering=0) as file:
         parts = [memoryview(struct.pack("<Q", len(text)) + text), *map(_bytes, tensors.values())]
         for piece in parts:
-            for start in range(0, len(piece), _HASH_BLOCK):
-                block = piece[start : start + _HASH_BLOCK]
+            for start in range(0, len(piece), HASH_BLOCK):
+                block = piece[start : start + HASH_BLOCK]
                 digest.update(block)
                 size += len(block)
                 while block:  # a full disk may take a part of it
@@ -301,6 +194,17 @@ class SafetensorsReader(FileSystemReader):
         return future
 
 
-def save_planner() -> DefaultSavePlanner:
-    """The planner for flat states: a tensor that several ranks hold is written once."""
-    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
+def save_planner(whole: bool = True) -> DefaultSavePlanner:
+    """The planner for flat states: a tensor that several ranks hold is written once.
+
+    The ranks need not hold the whole state between them where it is not `whole`.
+    """
+    planner = DefaultSavePlanner if whole else _PartPlanner
+    return planner(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
+
+
+class _PartPlanner(DefaultSavePlanner):
+    """torch's planner, but for the demand that the ranks' pieces fill every tensor."""
+
+    def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(self._dedup_save_plans(all_plans))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,46 +21,31 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatrain.checkpoint.storage import (
+from megatrain.checkpoint.manifest import (
     MANIFEST,
-    SafetensorsReader,
-    SafetensorsWriter,
+    TEMPORARY,
     check_coverage,
+    checkpoint_name,
+    checkpoint_step,
+    list_checkpoints,
     read_manifest,
-    save_planner,
     sync_folder,
     verify_file,
 )
+from megatrain.checkpoint.rescue import assemble
+from megatrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, save_planner
 from megatrain.errors import CheckpointError, EnvironmentFault, OwnedError
 from megatrain.launch.world import World
 
-_NAME = re.compile(r"step_(\d{8,})$")
-_TEMPORARY = ".writing"
-_OLDER = ".older" + _TEMPORARY
+_OLDER = ".older" + TEMPORARY
 _LOG = logging.getLogger("megatrain")
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step`."""
-    return f"step_{step:08d}"
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None if it is not one."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match.group(1)) if match else None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's `checkpoints/` folder, newest first; unverified."""
-    found = [path for path in folder.glob("step_*") if checkpoint_step(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: checkpoint_step(path) or 0, reverse=True)
-
-
-def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
+def verify(folder: Path, world: World | None = None, whole: bool = True) -> dict[str, Any]:
     """The manifest of a checkpoint once its checksum, its coverage and every file's checksum have been verified.
 
-    With a `world`, the ranks share the files among themselves and all come to the same verdict.
+    With a `world`, the ranks share the files among themselves and all come to the same verdict. One that is not `whole` is
+    a node's part (`memory.py`).
 
     Raises:
         CheckpointError: naming every file that is missing or damaged.
@@ -70,7 +54,7 @@ def verify(folder: Path, world: World | None = None) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(folder)
-        check_coverage(folder, manifest)
+        check_coverage(folder, manifest, whole)
         rank, size = (world.rank, world.size) if world else (0, 1)
         for name, recorded in sorted(manifest["files"].items())[rank::size]:
             if problem := verify_file(folder, name, recorded):
@@ -121,9 +105,18 @@ class CheckpointStore:
             for older in folder.glob(f"*{_OLDER}"):  # a save of the same step was cut short between its two renames
                 if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():
                     os.replace(older, final)
-            for leftover in folder.glob(f"*{_TEMPORARY}"):  # a save that was cut short; never a checkpoint
+            for leftover in folder.glob(f"*{TEMPORARY}"):  # a save that was cut short; never a checkpoint
                 shutil.rmtree(leftover, ignore_errors=True)
+            self._take_in_rescued()
         world.barrier()
+
+    def _take_in_rescued(self) -> None:
+        """Make a checkpoint of the copies in memory that agents brought here before they left."""
+        made, problems = assemble(self.folder)
+        for problem in problems:
+            _LOG.warning("%s; the checkpoint before is used", problem)
+        if made:
+            self.report("rescue", checkpoint=str(made))
 
     def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write a checkpoint of `state` (each rank its pieces) and the manifest's `extra` values.
@@ -133,7 +126,7 @@ class CheckpointStore:
             OwnedError: on every rank, where another job owns the run now.
         """
         final = self.folder / checkpoint_name(step)
-        temporary = final.with_name(final.name + _TEMPORARY)
+        temporary = final.with_name(final.name + TEMPORARY)
         self._on_main(lambda: self._clear(temporary))
         try:
             write(temporary, state, {"step": step, **extra}, self.world)
@@ -233,7 +226,7 @@ class CheckpointStore:
         for folder in reached[reached.index(whole[keep - 1]) + 1 :]:
             if keep_every and (checkpoint_step(folder) or 0) % keep_every == 0:
                 continue
-            doomed = folder.with_name(folder.name + _TEMPORARY)  # from here on it is no checkpoint, even if cut short
+            doomed = folder.with_name(folder.name + TEMPORARY)  # from here on it is no checkpoint, even if cut short
             os.replace(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -246,8 +239,12 @@ def _single_process_is_meant() -> Iterator[None]:
         yield
 
 
-def write(folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None) -> None:
+def write(
+    folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None, whole: bool = True
+) -> None:
     """Write `state` and a manifest with `extra` into an existing empty folder.
+
+    The ranks of `world` hold all of the state between them, where it is `whole`.
 
     Raises:
         EnvironmentFault: on every rank, where the disk of any does not take it.
@@ -258,7 +255,7 @@ def write(folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: 
             dcp.save(
                 dict(state),
                 storage_writer=SafetensorsWriter(folder, extra),
-                planner=save_planner(),
+                planner=save_planner(whole),
                 process_group=None if alone or world is None else world.control,
                 no_dist=alone,
             )

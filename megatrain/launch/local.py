@@ -22,6 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from megatrain.checkpoint.manifest import checkpoint_step
+from megatrain.checkpoint.rescue import ENVIRONMENT as COPIES
+from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.errors import (
     EXIT_DEFECT,
     EXIT_NO_PROGRESS,
@@ -60,6 +63,9 @@ OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, Check
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C: stopped without saving."""
 
+NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
+"""Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LINUX = sys.platform == "linux"
 HOST = socket.gethostname()
@@ -74,6 +80,8 @@ class Recovery:
     owner: Ownership
     max_restarts: int
     limits: watchdog.Limits
+    copies: bool = False
+    """Whether the ranks keep copies of their state in this agent's memory."""
     modules: Sequence[str] = ()
     """What the workers will import; once for all where the system can fork them from a process that has."""
 
@@ -252,6 +260,7 @@ class _Agent:
         self.forwarded: set[int] = set()
         self.interrupts = 0
         self.restarts = 0
+        self.copies = Copies() if recovery is not None and recovery.copies else None
         self.nursery: Nursery | None = None
         self.can_fork = LINUX and recovery is not None and bool(recovery.modules)
 
@@ -270,10 +279,12 @@ class _Agent:
                     code = self._take(ending.failure, ending.asked, self.recovery)
                 code = self.peers.share(code)[0]
                 if code is not None:
+                    self._rescue(code)
                     return code
                 self.restarts += 1
         except EnvironmentFault as lost:
             self._write_down_loss(str(lost))
+            self._rescue(None)
             raise
 
     def close(self) -> None:
@@ -282,6 +293,8 @@ class _Agent:
         if self.nursery is not None:
             self.nursery.close()
         self.heartbeats.close()
+        if self.copies is not None:
+            self.copies.close()
 
     def _start(self) -> None:
         self.heartbeats.clear()
@@ -295,6 +308,8 @@ class _Agent:
             environ |= {HEARTBEATS: str(shared), RESTARTS: str(self.restarts)}
             if self.recovery is not None:
                 environ[OWNER] = str(self.recovery.owner.number)
+            if self.copies is not None:
+                environ[COPIES] = str(self.copies.folder)
             worker = self._fork(environ) if self.can_fork else None
             self.workers.append(worker or _start(self.command, environ, self.log_dir, shared))
 
@@ -340,6 +355,32 @@ class _Agent:
                 events = EventLog(self.recovery.run_dir / "events.jsonl")
                 events.emit("node_lost", step, detail=what)
                 events.close()
+
+    def _rescue(self, code: int | None) -> None:
+        """The job ends with `code` (None: another agent is gone): bring copies in memory that are newer than the last
+        checkpoint to the disk, so that the next start goes on from them."""
+        if self.copies is None or self.recovery is None or code in NOT_RESCUED:
+            return
+        self.kill()
+        checkpoints = self.recovery.run_dir / "checkpoints"
+        try:
+            self.recovery.owner.check()
+            steps = self.copies.rescue(checkpoints, alone=code is None)
+            if code is None:
+                if steps:
+                    say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
+                return
+            self.peers.share(None)  # every node's part is on the disk
+            made, problems = assemble(checkpoints) if self.peers.node == 0 else (None, [])
+            for problem in problems:
+                say(problem)
+            if made is not None:
+                say(f"made {made} of the copies in memory; the next start goes on from there")
+                events = EventLog(self.recovery.run_dir / "events.jsonl")
+                events.emit("rescue", checkpoint_step(made) or 0, checkpoint=str(made))
+                events.close()
+        except (OSError, OwnedError) as error:
+            say(f"copies in memory could not be brought to the disk: {error}; the last checkpoint is what there is")
 
     def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.store import CheckpointStore, checkpoint_step, list_checkpoints, load_into, verify
+from megatrain.checkpoint.manifest import checkpoint_step, list_checkpoints
+from megatrain.checkpoint.memory import MemoryStore, check_covers
+from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.config import TrainConfig
 from megatrain.engine.base import Engine
 from megatrain.errors import CheckpointError, ConfigError
@@ -24,6 +26,8 @@ class Origin:
     manifest: dict[str, Any]
     resumes: bool
     began_from: str | None = None
+    node: World | None = None
+    """The ranks that share it, where it is a node's part of a copy in memory."""
 
 
 def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool = False) -> Origin | None:
@@ -50,6 +54,14 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
     if config.checkpoint.init_from is None:
         return None
     return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)
+
+
+def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:
+    """The copy that the ranks before left in memory, where it is newer than the newest checkpoint."""
+    steps = [checkpoint_step(path) or 0 for path in list_checkpoints(store.folder)[:1]]
+    on_disk = max((step for rank_steps in store.world.share(steps) for step in rank_steps), default=0)
+    found = memory.newest_valid(after=on_disk)
+    return Origin(*found, resumes=True, began_from=found[1].get("origin"), node=memory.node) if found else None
 
 
 def _asked_for(path: Path, store: CheckpointStore) -> Origin:
@@ -91,7 +103,9 @@ def load_origin(origin: Origin, engine: Engine, world: World) -> None:
     """Fill the engine from a checkpoint: everything to continue, the weights alone to start anew."""
     state = engine.state()
     if origin.resumes:
-        load_into(origin.folder, origin.manifest, state, world)
+        if origin.node is not None:
+            check_covers(origin.folder, origin.manifest, state)
+        load_into(origin.folder, origin.manifest, state, origin.node or world)
         engine.restore(origin.manifest)
     else:
         weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.memory import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.loader import TrainStream
 from megatrain.data.order import SampleOrder, merge_ranges, take
@@ -33,6 +34,7 @@ class Rollback:
     world: World
     engine: Engine
     store: CheckpointStore
+    memory: MemoryStore | None
     journal: Journal
     stream: TrainStream
     order: SampleOrder
@@ -57,6 +59,8 @@ class Rollback:
         self.world.heartbeat.enter("load")
         load_origin(Origin(folder, manifest, resumes=True), self.engine, self.world)
         self.store.set_aside(then.step)
+        if self.memory is not None:
+            self.memory.forget()
         cut = self.journal.cut(then.step)
         ranges = merge_ranges([*progress.skip_ranges, skip_range])
         self.stream.restart(then.step + 1, then.cursor, ranges)

@@ -22,6 +22,7 @@ import torch
 import xxhash
 import yaml
 
+from megatrain.checkpoint.memory import MemoryStore
 from megatrain.checkpoint.resume import check_resume, flatten
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
@@ -44,7 +45,7 @@ from megatrain.errors import (
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
 from megatrain.launch.local import stack_file
-from megatrain.launch.origin import choose_origin, load_origin
+from megatrain.launch.origin import choose_origin, copy_in_memory, load_origin
 from megatrain.launch.rollback import Rollback
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
@@ -162,7 +163,12 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
             lambda kind, **detail: journal.event(kind, progress.step, **detail),
             may_write,
         )
-        origin = choose_origin(config, store, restarted=restarts > 0)
+        copies_every = config.checkpoint.copies_every(world.device.type == "cuda")
+        memory = MemoryStore.from_environ(world) if copies_every else None
+        if config.checkpoint.memory_every and memory is None and world.is_main:
+            _LOG.warning("checkpoint.memory_every is for ranks that megatrain itself started; no copies are made")
+        origin = copy_in_memory(store, memory) if memory else None
+        origin = origin or choose_origin(config, store, restarted=restarts > 0)
         resumed = origin.resumes if origin else False
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
@@ -187,11 +193,12 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
             write_run_folder(run_dir, config, data)
         info = run_info(config, run_dir, data, world, layout, progress.step if resumed else None)
         began = True
-        journal.start(info, progress.step, **({"restarts": restarts} if restarts else {}))
+        told = {"restarts": restarts} if restarts else {}
+        journal.start(info, progress.step, **told, **({"copy": "in memory"} if origin and origin.node else {}))
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
         began_from = origin.began_from if origin else None
-        status = train(config, world, layout, engine, store, journal, data, progress, began_from, stop)
+        status = train(config, world, layout, engine, store, memory, journal, data, progress, began_from, stop)
     except BaseException as error:
         if lost_peer(error):
             _LOG.info("lost another rank", exc_info=error)
@@ -215,6 +222,7 @@ def train(
     layout: layouts.Layout,
     engine: Engine,
     store: CheckpointStore,
+    memory: MemoryStore | None,
     journal: Journal,
     data: OpenData,
     progress: Progress,
@@ -246,13 +254,16 @@ def train(
         engine=engine,
         stream=stream,
         heldout=heldout_reader(config, world, layout, data),
-        store=Saver(store, config.checkpoint),
+        store=Saver(store, config.checkpoint, memory),
         journal=journal,
         exchange=world.gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
+        copies_every=config.checkpoint.copies_every(world.device.type == "cuda"),
         stopping=lambda: stop.signal_number,
         mark=world.heartbeat.enter,
-        roll_back=Rollback(world, engine, store, journal, stream, order, samples, config.resilience.spike_skip_steps),
+        roll_back=Rollback(
+            world, engine, store, memory, journal, stream, order, samples, config.resilience.spike_skip_steps
+        ),
         identity={
             "config": asdict(config),
             "dataset_fingerprint": data.fingerprint,

@@ -23,7 +23,7 @@ from megatrain.resilience.heartbeat import Heartbeat
 @dataclass
 class World:
     """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone;
-    `heartbeat` tells the agent where this one is; `timeout` limits every exchange."""
+    `heartbeat` tells the agent where this one is; `timeout` limits every exchange; `local_size` ranks are on each node."""
 
     rank: int
     size: int
@@ -32,6 +32,7 @@ class World:
     control: dist.ProcessGroup | None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +69,17 @@ class World:
         if self.control is None:
             return self
         return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
+
+    def of_my_node(self) -> World:
+        """The ranks of this node among themselves, numbered by local rank. All ranks must call it."""
+        if self.local_size == self.size:
+            return self.apart()
+        control = None
+        if self.local_size > 1:
+            first = self.rank - self.local_rank
+            ranks = list(range(first, first + self.local_size))
+            control = dist.new_group(ranks, backend="gloo", timeout=self.timeout, use_local_synchronization=True)
+        return replace(self, rank=self.local_rank, size=self.local_size, control=control)
 
     def barrier(self) -> None:
         """Wait for all ranks (no longer than launch.timeout_s)."""
@@ -121,7 +133,7 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
             ) from error
     control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
     place = environment.rank, environment.world_size, environment.local_rank
-    return World(*place, device, control, heartbeat or Heartbeat(), timeout)
+    return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -48,6 +48,7 @@ class FakeStore:
 
     def __init__(self, fails_from=None):
         self.saved, self.told, self.has_failed, self.fails_from = [], [], False, fails_from
+        self.copied, self.busy = [], lambda step: False
 
     def save(self, step, state, extra):
         self.saved.append((step, extra))
@@ -55,6 +56,14 @@ class FakeStore:
         self.has_failed = self.fails_from is not None and step >= self.fails_from
         self.told.append(("save_failed" if self.has_failed else "save", step, {}))
         return 0.5
+
+    def copy(self, step, state, extra):
+        self.copied.append(step)
+        return 0.1
+
+    @property
+    def can_copy(self):
+        return not self.busy(self.copied[-1] if self.copied else 0)
 
     def reports(self):
         told, self.told = self.told, []
@@ -77,7 +86,7 @@ class FakeJournal:
         self.events.append((kind, step, detail))
 
 
-def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda progress, spike: None):
+def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda progress, spike: None, copies_every=0):
     progress = progress or Progress()
 
     def stream():
@@ -95,6 +104,7 @@ def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda p
         batch_hash=lambda hashes: str(hashes.shape),
         mark=lambda phase, step: None,
         roll_back=roll_back,
+        copies_every=copies_every,
         stopping=lambda: 15 if stop_at is not None and len(engine.trained) >= stop_at else 0,
         identity={"config": {}},
         flops_per_token=3,
@@ -120,6 +130,20 @@ def test_it_saves_every_so_many_steps_and_at_the_end():
     _, extra = parts.store.saved[-1]
     assert (extra["cursor"], extra["tokens"], extra["optimizer"]) == (80, 100, {"step": 10})
     assert extra["early_stop"]["best_heldout_loss"] == 3.0
+
+
+def test_it_copies_between_saves_and_never_while_a_save_is_under_way():
+    training, parts = trainer(config(steps=20), copies_every=3)
+    training.config.checkpoint.every = 8
+    training.run()
+    assert [step for step, _ in parts.store.saved] == [8, 16, 20]
+    assert parts.store.copied == [3, 6, 11, 14, 19], "every third step since the last save or copy"
+    training, parts = trainer(config(steps=20), copies_every=3)
+    training.config.checkpoint.every = 0
+    tries = iter([False] * 4 + [True] * 2 + [False] * 20)
+    parts.store.busy = lambda last: next(tries)
+    training.run()
+    assert parts.store.copied[:3] == [3, 7, 10], "the save that was pending at steps 5 and 6 puts the copy off"
 
 
 def test_a_record_holds_the_mean_loss_and_the_totals():

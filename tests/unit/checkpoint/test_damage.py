@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatrain.checkpoint.storage import MANIFEST, check_coverage, file_hash, manifest_hash, read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, check_coverage, file_hash, manifest_hash, read_manifest
 from megatrain.checkpoint.store import CheckpointStore, load_into, load_weights, verify
 from megatrain.errors import CheckpointError, EnvironmentFault
 from megatrain.launch.world import World

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.checkpoint.store import CheckpointStore, list_checkpoints
+from megatrain.checkpoint.manifest import list_checkpoints
+from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.order import SampleOrder, take
 from megatrain.launch.rollback import Rollback
 from megatrain.launch.world import World
@@ -61,7 +62,7 @@ class Run:
                 self.store.save(step, self.engine.state(), {"optimizer": {"step": step}, **self.now.to_manifest()})
         self.order = SampleOrder("fingerprint", "train", 8, 10_000, 1)
         self.go_back = Rollback(
-            world, self.engine, self.store, self.journal, self.stream, self.order, samples, skip_steps
+            world, self.engine, self.store, None, self.journal, self.stream, self.order, samples, skip_steps
         )
         self.spike = Spike(last, 9.0, 50.0, 2.0)
 

@@ -11,8 +11,8 @@ import torch
 from ranks import run_ranks
 
 from megatrain.checkpoint.load import load
+from megatrain.checkpoint.manifest import manifest_hash
 from megatrain.checkpoint.piece import Piece
-from megatrain.checkpoint.storage import manifest_hash
 from megatrain.checkpoint.store import CheckpointStore, verify
 
 PAGE = (Path(__file__).parents[3] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
