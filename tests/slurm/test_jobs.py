@@ -92,7 +92,8 @@ def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workpla
 
 def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, workplace, expected):
     deaths = [fault(1, 8, "backward", "SIGKILL"), fault(0, 23, "forward", "SIGKILL")]
-    job = Job(cluster, workplace, "rank-killed", faults=injected(workplace, "rank-killed", deaths))
+    copies = ["checkpoint.every=1000", "checkpoint.memory_every=2"]  # each node's ranks go on from its own memory
+    job = Job(cluster, workplace, "rank-killed", *copies, faults=injected(workplace, "rank-killed", deaths))
     assert job.wait() == "COMPLETED", job.log
     assert cluster.job(job.number)["Restarts"] == "0"
     same(job.metrics, expected)
@@ -100,6 +101,9 @@ def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, wo
     failures = events(workplace, "rank-killed", "failure")
     assert [(f["rank"], f["step"], f["host"]) for f in failures] == [(1, 8, "n2"), (0, 23, "n1")]
     assert [event["restarts"] for event in events(workplace, "rank-killed", "restart")] == [1, 2]
+    resumes = events(workplace, "rank-killed", "resume")
+    assert [event["copy"] for event in resumes] == ["in memory"] * 2
+    assert all(0 < at - event["step"] <= 4 for at, event in zip((8, 23), resumes, strict=True))
 
 
 def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
@@ -115,10 +119,13 @@ def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workp
     }
 
 
-@pytest.mark.parametrize("which", ["n2", "n1"])
-def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, workplace, expected, which):
+@pytest.mark.parametrize(
+    ("which", "saves"), [("n2", []), ("n1", ["checkpoint.every=1000", "checkpoint.memory_every=2"])]
+)
+def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, workplace, expected, which, saves):
+    """With copies in memory, the node that is left brings its own part and the lost node's to the disk."""
     name = f"power-{which}"
-    job = Job(cluster, workplace, name)
+    job = Job(cluster, workplace, name, *saves)
     job.wait_for_step(8)
     cluster.power_off(which)
     try:
@@ -131,3 +138,4 @@ def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, wo
     same(job.metrics, expected)
     (resumed,) = events(workplace, name, "resume")
     assert done - resumed["step"] <= 5, "more redone than a save apart"
+    assert len(events(workplace, name, "rescue")) == bool(saves)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatrain.checkpoint.manifest import list_checkpoints
+from megatrain.checkpoint.memory import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.order import SampleOrder, take
 from megatrain.launch.rollback import Rollback
@@ -60,9 +61,11 @@ class Run:
             self.journal.step({"step": step})
             if step in saved:
                 self.store.save(step, self.engine.state(), {"optimizer": {"step": step}, **self.now.to_manifest()})
+        self.memory = MemoryStore(folder / "copies", world)
+        self.memory.save(last - 1, self.engine.state(), {"optimizer": {"step": last - 1}, **self.now.to_manifest()})
         self.order = SampleOrder("fingerprint", "train", 8, 10_000, 1)
         self.go_back = Rollback(
-            world, self.engine, self.store, None, self.journal, self.stream, self.order, samples, skip_steps
+            world, self.engine, self.store, self.memory, self.journal, self.stream, self.order, samples, skip_steps
         )
         self.spike = Spike(last, 9.0, 50.0, 2.0)
 
@@ -102,6 +105,7 @@ def test_it_goes_to_the_newest_checkpoint_from_before_the_steps_in_doubt(tmp_pat
     assert event["windows"] == run.order.windows(np.array(expected)).tolist()
     kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == list(range(1, to + 1))
+    assert run.memory.newest_valid(after=0) is None, "a copy of the abandoned history must not be gone on from"
 
 
 def test_it_counts_samples_as_the_run_took_them(tmp_path):
@@ -143,3 +147,4 @@ def test_without_a_checkpoint_before_the_spike_nothing_changes(tmp_path, saved):
     assert run.go_back(run.now, run.spike) is None
     assert run.engine.weight.item() == 9 and run.stream.restarts == []
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
+    assert run.memory.newest_valid(after=0) is not None
