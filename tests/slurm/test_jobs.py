@@ -40,6 +40,14 @@ def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplac
     assert "launch.num_nodes=3, but Slurm gave this job step 2 nodes (n[1-2])" in wrong.log
 
 
+def test_machines_that_fail_again_and_again_are_not_requeued_for_ever(cluster, workplace):
+    job = Job(cluster, workplace, "no-gpu", "launch.device=cuda", faults={"MEGATRAIN_MAX_FAULTS": "1"})
+    assert job.wait() == "FAILED", job.log
+    found = cluster.job(job.number)
+    assert (found["ExitCode"], found["Restarts"]) == ("8:0", "1"), job.log
+    assert job.log.count("a fault of the machines; requeued") == 1 and "as in the 1 starts before" in job.log
+
+
 def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, workplace):
     profile = workplace / "site.sh"
     profile.write_text(

@@ -3,13 +3,14 @@ part comes back from the other's."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from megatrain.checkpoint.manifest import MANIFEST, list_checkpoints
+from megatrain.checkpoint.manifest import MANIFEST, list_checkpoints, manifest_hash
 from megatrain.checkpoint.memory import MemoryStore, check_covers
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
@@ -178,3 +179,15 @@ def test_what_a_killed_agent_left_the_next_removes(copies):
     left.mkdir()
     Copies().close()
     assert not left.exists() and copies[0].folder.exists(), "those of living agents stay"
+
+
+def test_parts_that_leave_a_hole_are_no_checkpoint(tmp_path, copies):
+    run_ranks(keep_two, 4, folders(copies))
+    for one in copies:
+        one.rescue(tmp_path, alone=False)
+    path = tmp_path / RESCUED / "step_00000006" / "node_00001" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["tensors"]["model.w"]["chunks"].pop()
+    path.write_text(json.dumps({**manifest, "checksum": manifest_hash(manifest)}))
+    made, problems = assemble(tmp_path)
+    assert made is None and "model.w holds" in problems[0]
