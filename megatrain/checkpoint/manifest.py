@@ -22,6 +22,7 @@ TEMPORARY = ".writing"
 """Behind the name of a checkpoint that is not one yet, or no longer."""
 
 HASH_BLOCK = 2**22
+READ_BLOCK = 2**19
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -45,9 +46,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def file_hash(path: Path) -> str:
     """xxh3-128 of a file, as 32 hex digits; reads it in blocks."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
+    block = memoryview(bytearray(READ_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -261,7 +260,7 @@ def write(
             )
     except CheckpointException as error:  # derives from BaseException
         causes = [cause for cause, _ in error.failures.values()]
-        if not all(isinstance(cause, (OSError, SafetensorError)) for cause in causes):
+        if not all(isinstance(cause, OSError) for cause in causes):
             raise RuntimeError(f"{folder} could not be written") from error
         told = "; ".join(sorted({str(cause) for cause in causes}))
         raise EnvironmentFault(f"{folder} cannot be written: {told}; what was saved before is untouched") from error
