@@ -287,6 +287,9 @@ class LaunchConfig:
         "auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda")
     )
     timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0, maximum=1e7)
+    preflight: bool = key(
+        True, "before training, look at versions, devices, an all-reduce, the disk and the tracking server on all nodes"
+    )
     profile: str | None = key(
         None, "launch=slurm: the cluster's profile, a path or a name in slurm/profiles; null means $MEGATRAIN_PROFILE"
     )

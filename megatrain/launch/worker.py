@@ -46,6 +46,7 @@ from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
 from megatrain.launch.local import stack_file
 from megatrain.launch.origin import choose_origin, copy_in_memory, load_origin
+from megatrain.launch.preflight import preflight
 from megatrain.launch.rollback import Rollback
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters
@@ -93,7 +94,10 @@ def run(config: TrainConfig) -> int:
         world = join(config.launch, environment, heartbeat)
         check_agreement(config, data, world)
         with ownership(run_folder(config), world) as owner:
-            status = work(data, world, stop, owner, environment.restarts)
+            ready = None
+            if config.launch.preflight and not environment.restarts:
+                ready = preflight(data.config, run_folder(config), world)
+            status = work(data, world, stop, owner, environment.restarts, ready)
         leave()  # not after a failure: its message comes first, and taking NCCL down without a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
 
@@ -146,8 +150,16 @@ def ownership(run_dir: Path, world: World) -> Iterator[Ownership | None]:
             owner.release()
 
 
-def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | None, restarts: int) -> str:
-    """Find where the run stands, build the engine and train; returns `done` or `stopped`."""
+def work(
+    data: OpenData,
+    world: World,
+    stop: StopRequest,
+    owner: Ownership | None,
+    restarts: int,
+    ready: dict[str, Any] | None,
+) -> str:
+    """Find where the run stands, build the engine and train; returns `done` or `stopped`. `ready` is what was measured
+    before."""
     config = data.config
     run_dir = run_folder(config)
     layout = layouts.Layout.of(config, world.size)
@@ -195,6 +207,8 @@ def work(data: OpenData, world: World, stop: StopRequest, owner: Ownership | Non
         began = True
         told = {"restarts": restarts} if restarts else {}
         journal.start(info, progress.step, **told, **({"copy": "in memory"} if origin and origin.node else {}))
+        if ready:
+            journal.event("preflight", progress.step, **ready)
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
         began_from = origin.began_from if origin else None

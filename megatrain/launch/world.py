@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import socket
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,7 +99,7 @@ def choose_device(config: LaunchConfig, environment: RankEnvironment) -> torch.d
         return torch.device("cpu")
     if available < environment.local_world_size:
         raise EnvironmentFault(
-            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on this node (one a rank), "
+            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on {socket.gethostname()} (one a rank), "
             f"found {available}; set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
         )
     return torch.device("cuda", environment.local_rank)

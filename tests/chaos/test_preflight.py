@@ -1,0 +1,115 @@
+"""What is wrong on one rank or node before training ends the job on all, with the host, the rank and what it is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from commands import TRAIN, events, megatrain
+from ranks import run_ranks
+
+from megatrain.config import TrainConfig
+from megatrain.errors import EnvironmentFault
+from megatrain.launch import preflight as module
+from megatrain.launch.preflight import preflight
+
+HERE = socket.gethostname()
+ELEMENTS = module.ELEMENTS
+
+
+def small(**checkpoint):
+    config = TrainConfig()
+    config.model = replace(config.model, num_layers=2, hidden_size=32, num_heads=2, vocab_size=400)
+    config.tracking.name = "none"
+    for name, value in checkpoint.items():
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+def look(world, folder, fault=None):
+    """What a rank is told; `fault` breaks something on rank 1."""
+    if fault is not None and world.rank == 1:
+        fault(world)
+    folder.mkdir(exist_ok=True)
+    world.local_size = world.size
+    try:
+        return preflight(small(), folder, world)
+    except EnvironmentFault as error:
+        return str(error)
+
+
+def other_torch(world):
+    torch.__version__ = "2.0.0"
+
+
+def device_cannot_add(world):
+    ones = module._ones
+    module._ones = lambda world: ones(world).index_fill(0, torch.tensor([5]), 3.0)
+
+
+def network_flips_a_value(world):
+    true = type(world).sum
+
+    def wrong(self, values):
+        true(self, values)
+        values[77] += 1
+        return values
+
+    type(world).sum = wrong
+
+
+FAULTS = {
+    other_torch: f"{HERE}, rank 1: torch 2.0.0, but {torch.__version__} on rank 0",
+    device_cannot_add: f"{HERE}, rank 1: cpu adds {ELEMENTS} ones to {ELEMENTS + 2}: a broken device",
+    network_flips_a_value: f"{HERE}, rank 1: 1 of {ELEMENTS} sums of an all-reduce are wrong",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_on_one_rank_is_told_to_all(tmp_path, fault):
+    told = run_ranks(look, 3, tmp_path, fault)
+    assert told == [f"preflight: {FAULTS[fault]} (launch.preflight=false skips this)"] * 3
+
+
+def test_what_is_measured(tmp_path):
+    started = time.perf_counter()
+    found = run_ranks(look, 2, tmp_path)[0]
+    assert 0 < found["all_reduce_s"] < found["seconds"] < time.perf_counter() - started
+    assert found["ranks"] == 2 and found["nodes"] == 1
+    assert found["all_reduce_gb_per_s"] == pytest.approx(4 * ELEMENTS / found["all_reduce_s"] / 1e9, rel=0.05, abs=1e-3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_and_named(workplace):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    folder = workplace / "runs-small"
+    folder.mkdir()
+    mount = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {folder} && exec "$@"', "sh"]
+    words = [*TRAIN, "run.name=none", "run.dir=runs-small", "launch.nproc_per_node=2"]
+    command = [*mount, sys.executable, "-m", "megatrain", *words]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 8, done.stderr
+    assert f"preflight: {HERE}, rank 0: runs-small/none has 0.00 GB left, but 3 more checkpoints" in done.stderr
+    assert "step " not in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_only_warned_of(workplace):
+    with socket.socket() as silent:  # accepts, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = [*TRAIN, "run.name=preflight", "train.steps=2", "train.eval_every=0", "tracking=mlflow"]
+        done = megatrain(
+            workplace, *words, "tracking.finish_timeout_s=1", "engine=native", environ={"MLFLOW_TRACKING_URI": uri}
+        )
+    assert done.returncode == 0, done.stderr
+    assert f"MLflow at {uri} does not answer" in done.stderr
+    (ready,) = events(workplace, "preflight", "preflight")
+    assert ready["ranks"] == 1 and ready["seconds"] >= module.SERVER_S
