@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from megatrain.config import VERBS, walk
+from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.errors import ConfigError
 from megatrain.suggest import did_you_mean, nearest_key
 
@@ -46,8 +46,13 @@ def compose(verb: str, overrides: list[str]) -> Any:
     config = _to_dataclass(schema, _merge(verb, request))
     check_bounds(config)
     if verb == "train" and config.run.name is None:
-        config.run.name = f"{config.model.name}-{config.data.name}"
+        config.run.name = default_run_name(config)
     return config
+
+
+def default_run_name(config: TrainConfig) -> str:
+    """The name of a run that was given none."""
+    return f"{config.model.name}-{config.data.name}"
 
 
 def choices_of(group: str) -> list[str]:
@@ -242,7 +247,7 @@ def _is_sweep(text: str) -> bool:
 
 def _sweep_message(name: str, value: str, quotable: bool = False) -> str:
     advice = f" (text that holds a comma goes in quotes: {name}=\"'...'\")" if quotable else ""
-    return f"{name}={value}: sweeps over several values are not supported yet; give one value a run{advice}"
+    return f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; give one value{advice}"
 
 
 # -------------------------------------------------------------------------------------------------- groups and bounds
