@@ -268,10 +268,10 @@ def report(config: ReportConfig) -> None:
     """`megatrain report`."""
     from megatrain.tracking.report import report as report_run
     from megatrain.tracking.report_sweep import report_sweep
-    from megatrain.tracking.sweep import is_sweep
+    from megatrain.tracking.sweep import is_sweep_folder
 
     path = Path(config.path)
-    write = report_sweep if is_sweep(path) else report_run
+    write = report_sweep if is_sweep_folder(path) else report_run
     print(write(path, Path(config.out) if config.out is not None else None))
 
 

@@ -118,7 +118,7 @@ def _choice(group: str, value: str) -> str:
     """The choice of a group, checked against the files there are."""
     known = choices_of(group)
     value = value.strip().strip("'\"")
-    if _is_sweep(value):
+    if is_sweep(value):
         raise ConfigError(_sweep_message(group, value))
     if value in known or (value == "null" and group == "experiment"):
         return value
@@ -154,7 +154,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
             return None
         raise ConfigError(f"{name}=null: {name} cannot be null; expected {describe(hint)}")
     if kind is str and (name in FREE_TEXT or not _is_quoted(bare)):
-        if name not in FREE_TEXT and _is_sweep(bare):
+        if name not in FREE_TEXT and is_sweep(bare):
             raise ConfigError(_sweep_message(name, text, quotable=True))
         return text.replace("${", "\\${") if name in FREE_TEXT else bare
     if kind == list[str] and bare.startswith("[") and bare.endswith("]") and not set(bare) & set("'\"()\\"):
@@ -241,7 +241,8 @@ def _is_quoted(text: str) -> bool:
     return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
 
 
-def _is_sweep(text: str) -> bool:
+def is_sweep(text: str) -> bool:
+    """Whether a value looks like several."""
     return "," in text or text.startswith(SWEEPS)
 
 

@@ -17,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatrain.compose import GROUPS, choices_of, compose, default_run_name, key_types
+from megatrain.compose import GROUPS, choices_of, compose, default_run_name, is_sweep, key_types
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError, MegatrainError
 from megatrain.launch import slurm
-from megatrain.tracking.sweep import SweepPoint, SweepRecord, is_sweep
+from megatrain.tracking.sweep import SweepPoint, SweepRecord, is_sweep_folder
 
 MAX_POINTS = 1000
 """A typing mistake in a range must not start a million runs."""
@@ -101,12 +101,15 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
     fixed: dict[str, str] = {}
     swept: dict[str, Any] = {}
     for text in overrides:
-        key = text.partition("=")[0].strip().lstrip("+").replace("/", ".")
+        name, _, value = text.partition("=")
+        key = name.strip().lstrip("+").replace("/", ".")
         fixed.pop(key, None)
         swept.pop(key, None)  # later ones win
         try:
             parsed = parser.parse_override(text)
-        except HydraException:  # text of a kind that only our keys know, or a mistake: compose tells them apart
+        except HydraException as error:  # text of a kind that only our keys know, or a mistake: compose tells them apart
+            if is_sweep(value) and not value.startswith("["):
+                raise ConfigError(f"cannot read {text}: a sweep takes {VALUES}; special characters need quotes") from error
             fixed[key] = text
             continue
         if not parsed.is_sweep_override():
@@ -241,7 +244,7 @@ def check(points: Sequence[Point]) -> None:
 def joined(points: Sequence[Point]) -> SweepRecord:
     """The sweep's record with these points in it. Raises ConfigError where a run's name is another point's already."""
     folder = sweep_folder(points)
-    record = SweepRecord.load(folder) if is_sweep(folder) else SweepRecord()
+    record = SweepRecord.load(folder) if is_sweep_folder(folder) else SweepRecord()
     record.add([point.recorded for point in points])
     return record
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.tracking.mlflow import tracking_uri, without_password
-from megatrain.tracking.sweep import SweepRecord, is_sweep
+from megatrain.tracking.sweep import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
 
 MAX_PARAM_LENGTH = 500
@@ -254,7 +254,7 @@ class Sender:
         if sweep is None:
             return None
         folder = self.run_dir.parent / sweep
-        if not is_sweep(folder):
+        if not is_sweep_folder(folder):
             self.parent.tell(warning=f"{folder} is no sweep's folder; the run is shown without the others of its sweep")
             return None
         tags = {SWEEP_ID: SweepRecord.load(folder).id, "mlflow.user": user() or "", "sweep_dir": str(folder)}

@@ -67,6 +67,6 @@ class SweepRecord:
         self.points = list(known.values())
 
 
-def is_sweep(folder: Path) -> bool:
+def is_sweep_folder(folder: Path) -> bool:
     """Whether a folder is a sweep's."""
     return (folder / FILE).is_file()
