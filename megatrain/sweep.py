@@ -107,9 +107,13 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
         swept.pop(key, None)  # later ones win
         try:
             parsed = parser.parse_override(text)
-        except HydraException as error:  # text of a kind that only our keys know, or a mistake: compose tells them apart
+        except (
+            HydraException
+        ) as error:  # text of a kind that only our keys know, or a mistake: compose tells them apart
             if is_sweep(value) and not value.startswith("["):
-                raise ConfigError(f"cannot read {text}: a sweep takes {VALUES}; special characters need quotes") from error
+                raise ConfigError(
+                    f"cannot read {text}: a sweep takes {VALUES}; special characters need quotes"
+                ) from error
             fixed[key] = text
             continue
         if not parsed.is_sweep_override():

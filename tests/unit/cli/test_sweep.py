@@ -79,7 +79,10 @@ def test_a_point_is_the_run_that_its_words_start():
         (["model=tiny,small", "optim.lr=1,2"], "books-model-lr-tiny-lr1"),
         (["model=tiny", "optim.lr=1e-5,2"], "tiny-books-lr-lr1e-05"),
         (["model=tiny", "optim.schedule=wsd,cosine"], "tiny-books-schedule-schedule_wsd"),
-        (["model=tiny", "precision=bf16", "precision.accumulate_dtype=fp32,bf16"], "tiny-books-accumulate_dtype-accumulate_dtype_fp32"),
+        (
+            ["model=tiny", "precision=bf16", "precision.accumulate_dtype=fp32,bf16"],
+            "tiny-books-accumulate_dtype-accumulate_dtype_fp32",
+        ),
         (["model=tiny", "precision=bf16,fp32", "run.name='my, scan'"], "my, scan-bf16"),
         (["model=tiny", "optim.betas=[0.9,0.95],[0.9,0.99]"], "tiny-books-betas-betas0.9_0.95"),
         (["model=tiny", "train.steps=5,6", "train.eval_steps=1,2"], "tiny-books-steps-eval_steps-steps5-eval_steps1"),
@@ -191,5 +194,5 @@ def test_the_record_grows_and_keeps_who_it_is(tmp_path):
     again = SweepRecord.load(tmp_path)
     again.add([SweepPoint("s-c", {"data.dir": "c"}), SweepPoint("s-a_b", {"data.dir": "a/b"})])
     assert again.id == record.id and [point.run for point in again.points] == ["s-a_b", "s-c"]
-    with pytest.raises(ConfigError, match="'data.dir=a/b' and 'data.dir=a_b' would both be the run s-a_b"):
+    with pytest.raises(ConfigError, match=r"'data\.dir=a/b' and 'data\.dir=a_b' would both be the run s-a_b"):
         again.add([SweepPoint("s-a_b", {"data.dir": "a_b"})])
