@@ -201,9 +201,9 @@ def show_script(script: Path) -> None:
 
 
 def jobs_here() -> dict[str, str]:
-    """Names and numbers of the user's jobs that wait or run and were submitted in this folder; none where Slurm does not
-    say."""
-    command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING,SUSPENDED", "--format=%i|%Z|%j"]
+    """Names and numbers of the user's jobs that have not ended and were submitted in this folder; none where Slurm does
+    not say."""
+    command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%j"]
     if shutil.which("squeue") is None:
         return {}
     told = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ from megatrain.sweep import Point, check, of_point, prepare, sweep_folder, write
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 
-POLL_S = 0.2
+POLL_S = 0.05
 """Seconds between looks at whether a signal came for the point that runs."""
 
 

@@ -54,8 +54,8 @@ def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any
     except (KeyError, TypeError, AssertionError):
         pass  # it has not begun, or its config.yaml is damaged
 
-    def compute(tokens: int | None) -> float | None:
-        return None if tokens is None or per_token is None else digits(float(tokens) * per_token)
+    def compute(tokens: int | None) -> int | None:
+        return None if tokens is None or per_token is None else tokens * per_token
 
     tokens = curves.last.get("tokens")
     loss = curves.curves.get("loss", {}).get("mean", [])
