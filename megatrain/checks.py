@@ -29,6 +29,7 @@ from megatrain.launch.environment import RankEnvironment, is_launched
 from megatrain.launch.slurm import Step, num_nodes
 from megatrain.parallel.layout import divisors, listed
 from megatrain.suggest import did_you_mean
+from megatrain.tracking.sweep import is_sweep_folder
 
 LAST_SAMPLE = 2**62
 """No run reaches it, and arithmetic of 64 bits has room beyond."""
@@ -44,6 +45,8 @@ def check_values(config: Any) -> None:
     elif isinstance(config, TrainConfig):
         check_folder_name("data.name", config.data.name)
         check_folder_name("run.name", config.run.name or "")
+        if config.run.sweep is not None:
+            check_folder_name("run.sweep", config.run.sweep)
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
@@ -223,7 +226,10 @@ def _nearest_divisors(given: int, number: int) -> str:
 
 
 def check_start(config: TrainConfig) -> None:
-    """The checkpoints a run is told to start from are there."""
+    """The run's folder is no sweep's, and the checkpoints a run is told to start from are there."""
+    folder = Path(config.run.dir) / str(config.run.name)
+    if is_sweep_folder(folder):
+        raise ConfigError(f"run.name={config.run.name}: {folder} is the folder of a sweep; take another run.name")
     resume, origin = config.checkpoint.resume, config.checkpoint.init_from
     if resume not in ("auto", "never"):
         require("checkpoint.resume", Path(resume), also=("auto", "never"))

@@ -44,7 +44,8 @@ FLAGS = {
     "--help": "explain the verb and its keys",
     "--cfg": "print the resolved config as YAML and end",
     "--debug": "show stack traces of errors",
-    "--dry-run": "train launch=slurm: show what would be submitted",
+    "--multirun": "train: run every combination of several values, each as a run of its own; short: -m",
+    "--dry-run": "train launch=slurm or --multirun: show what would be submitted or started",
     "--version": "print the version",
 }
 
@@ -141,6 +142,12 @@ def run(arguments: Arguments) -> int:
     if "--help" in arguments.flags:
         print(verb_help(verb))
         return EXIT_OK
+    if "--multirun" in arguments.flags:
+        if verb != "train":
+            raise ConfigError(f"--multirun runs a sweep of training runs: megatrain train --multirun; {verb} has none")
+        from megatrain.launch.sweep import multirun
+
+        return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.checks import check_paths, check_values
     from megatrain.compose import compose
 
@@ -150,7 +157,10 @@ def run(arguments: Arguments) -> int:
         print(to_yaml(config), end="")
         return EXIT_OK
     if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
-        raise ConfigError("--dry-run shows what `megatrain train launch=slurm` would submit; nothing else has it")
+        raise ConfigError(
+            "--dry-run shows what `megatrain train` would submit (launch=slurm) or a sweep start (--multirun); nothing else "
+            "has it"
+        )
     if verb == "train" and not is_launched():
         return start(config, arguments)
     check_paths(config)
@@ -162,10 +172,10 @@ def parse(argv: list[str]) -> Arguments:
     """Take a command line apart. Raises ConfigError for a verb or a flag that does not exist."""
     arguments = Arguments()
     for text in argv:
-        if text in ("-m", "--multirun"):
-            raise ConfigError(f"{text}: sweeps are not supported yet; start one run at a time")
         if text in ("-h", "--help", "help"):
             arguments.flags.add("--help")
+        elif text == "-m":
+            arguments.flags.add("--multirun")
         elif text.startswith("-"):
             if text not in FLAGS:
                 raise ConfigError(
@@ -206,11 +216,7 @@ def start(config: TrainConfig, arguments: Arguments) -> int:
         check_paths(config)
         words = [*sorted(arguments.flags - {"--dry-run"}), *arguments.overrides]
         return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in arguments.flags)
-    if step is None and slurm.num_nodes(config.launch, step) > 1:
-        raise ConfigError(
-            f"launch.num_nodes={config.launch.num_nodes}: a plain start runs on this machine alone; submit the job with "
-            f"launch=slurm or sbatch slurm/train.sbatch"
-        )
+    slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else Alone()
     try:
         slurm.together(peers, lambda: check_paths(config))
@@ -261,9 +267,13 @@ def has_gpu(device: str) -> bool:
 
 def report(config: ReportConfig) -> None:
     """`megatrain report`."""
-    from megatrain.tracking.report import report as write_report
+    from megatrain.tracking.report import report as report_run
+    from megatrain.tracking.report_sweep import report_sweep
+    from megatrain.tracking.sweep import is_sweep_folder
 
-    print(write_report(Path(config.path), Path(config.out) if config.out is not None else None))
+    path = Path(config.path)
+    write = report_sweep if is_sweep_folder(path) else report_run
+    print(write(path, Path(config.out) if config.out is not None else None))
 
 
 def to_yaml(config: Any) -> str:

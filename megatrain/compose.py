@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from megatrain.config import VERBS, walk
+from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.errors import ConfigError
 from megatrain.suggest import did_you_mean, nearest_key
 
@@ -46,8 +46,13 @@ def compose(verb: str, overrides: list[str]) -> Any:
     config = _to_dataclass(schema, _merge(verb, request))
     check_bounds(config)
     if verb == "train" and config.run.name is None:
-        config.run.name = f"{config.model.name}-{config.data.name}"
+        config.run.name = default_run_name(config)
     return config
+
+
+def default_run_name(config: TrainConfig) -> str:
+    """The name of a run that was given none."""
+    return f"{config.model.name}-{config.data.name}"
 
 
 def choices_of(group: str) -> list[str]:
@@ -113,7 +118,7 @@ def _choice(group: str, value: str) -> str:
     """The choice of a group, checked against the files there are."""
     known = choices_of(group)
     value = value.strip().strip("'\"")
-    if _is_sweep(value):
+    if is_sweep(value):
         raise ConfigError(_sweep_message(group, value))
     if value in known or (value == "null" and group == "experiment"):
         return value
@@ -149,7 +154,7 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
             return None
         raise ConfigError(f"{name}=null: {name} cannot be null; expected {describe(hint)}")
     if kind is str and (name in FREE_TEXT or not _is_quoted(bare)):
-        if name not in FREE_TEXT and _is_sweep(bare):
+        if name not in FREE_TEXT and is_sweep(bare):
             raise ConfigError(_sweep_message(name, text, quotable=True))
         return text.replace("${", "\\${") if name in FREE_TEXT else bare
     if kind == list[str] and bare.startswith("[") and bare.endswith("]") and not set(bare) & set("'\"()\\"):
@@ -236,13 +241,14 @@ def _is_quoted(text: str) -> bool:
     return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
 
 
-def _is_sweep(text: str) -> bool:
+def is_sweep(text: str) -> bool:
+    """Whether a value looks like several."""
     return "," in text or text.startswith(SWEEPS)
 
 
 def _sweep_message(name: str, value: str, quotable: bool = False) -> str:
     advice = f" (text that holds a comma goes in quotes: {name}=\"'...'\")" if quotable else ""
-    return f"{name}={value}: sweeps over several values are not supported yet; give one value a run{advice}"
+    return f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; give one value{advice}"
 
 
 # -------------------------------------------------------------------------------------------------- groups and bounds

@@ -59,6 +59,9 @@ class RunConfig:
 
     name: str | None = key(None, "run identity; null means <model.name>-<data.name>, so the same command resumes")
     dir: str = key("runs", "folder of all runs; this one lives in <run.dir>/<run.name>")
+    sweep: str | None = key(
+        None, "sweep that the run is a point of, its folder being <run.dir>/<run.sweep>; --multirun sets it"
+    )
 
 
 @dataclass
@@ -560,10 +563,10 @@ class InspectConfig:
 
 @dataclass
 class ReportConfig:
-    """`megatrain report <run>`: one self-contained HTML page."""
+    """`megatrain report <run | sweep>`: one self-contained HTML page."""
 
-    path: str = key(MISSING, "run folder")
-    out: str | None = key(None, "HTML file to write; null means <run>/report.html")
+    path: str = key(MISSING, "run folder, or the folder of a sweep")
+    out: str | None = key(None, "HTML file to write; null means <path>/report.html")
 
 
 VERBS: dict[str, type] = {

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "megatrain train model=small launch.nproc_per_node=2",
         "megatrain train model=gpt2_124m data=files data.name=mine precision=bf16 train.steps=1000 optim.lr=6e-4",
+        "megatrain train --multirun model=tiny,small optim.lr=1e-3,3e-4",
     ),
     "layouts": (
         "megatrain layouts model=llama_8b precision=bf16 launch.world_size=64",
@@ -28,8 +29,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": ("megatrain export runs/small-python_stdlib out=exported",),
     "import": ("megatrain import gpt2-folder out=imported", "megatrain train checkpoint.init_from=imported"),
     "inspect": ("megatrain inspect runs/small-python_stdlib", "megatrain inspect data/python_stdlib"),
-    "report": ("megatrain report runs/small-python_stdlib",),
+    "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
 }
+
+MULTIRUN = """--multirun (-m) runs every combination of keys with several values, each as a run of its own: one after the
+other, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); of groups also glob(gpt2*).
+--dry-run shows what launch=slurm or --multirun would do. docs/sweeps.md tells the rest."""
 
 
 def overview() -> str:
@@ -46,10 +51,12 @@ def overview() -> str:
     lines += [
         "",
         "flags:",
-        "  --help    explain a verb and its keys: megatrain <verb> --help",
-        "  --cfg     print the resolved config as YAML and end",
-        "  --debug   show stack traces of errors",
-        "  --version print the version",
+        "  --help      explain a verb and its keys: megatrain <verb> --help",
+        "  --cfg       print the resolved config as YAML and end",
+        "  --debug     show stack traces of errors",
+        "  --multirun  train: run every combination of several values (megatrain train --help)",
+        "  --dry-run   train: show what launch=slurm or --multirun would do",
+        "  --version   print the version",
         "",
         "start here:",
         "  megatrain prepare data=python_stdlib",
@@ -62,7 +69,10 @@ def verb_help(verb: str) -> str:
     """What `megatrain <verb> --help` prints: groups and keys with type, default, meaning and choices."""
     schema = VERBS[verb]
     positional = " [PATH]" if "path" in walk(schema) else ""
-    lines = [f"usage: megatrain {verb}{positional} [key=value | group=choice] ...", "", summary(schema), ""]
+    flags = " [--multirun] [--dry-run]" if verb == "train" else ""
+    lines = [f"usage: megatrain {verb}{flags}{positional} [key=value | group=choice] ...", "", summary(schema), ""]
+    if verb == "train":
+        lines += [MULTIRUN, ""]
     lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
     groups = [group for group in GROUPS.get(verb, ()) if choices_of(group)]
     if groups:

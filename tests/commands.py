@@ -37,8 +37,8 @@ def start(folder, *words):
     )
 
 
-def metrics(folder, name):
-    path = folder / "runs" / name / "metrics.jsonl"
+def metrics(folder, name, runs="runs"):
+    path = folder / runs / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -102,6 +102,15 @@ def num_nodes(config: LaunchConfig, step: Step | None) -> int:
     return step.num_nodes
 
 
+def check_plain_start(config: LaunchConfig, step: Step | None) -> None:
+    """A start outside Slurm is one of this machine alone. Raises ConfigError."""
+    if step is None and num_nodes(config, step) > 1:
+        raise ConfigError(
+            f"launch.num_nodes={config.num_nodes}: a plain start runs on this machine alone; submit the job with "
+            f"launch=slurm or sbatch slurm/train.sbatch"
+        )
+
+
 def together(team: peers.Peers, act: Callable[[], T]) -> T:
     """Do something on every node. Where it fails on some, all end with the same exit code: the first of them says why.
 
@@ -133,30 +142,73 @@ def _stopped_early(number: int, _frame: FrameType | None) -> None:
 # ---------------------------------------------------------------------------------------------------- submitting
 
 
-def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_run: bool) -> int:
-    """Submit slurm/train.sbatch with these arguments of `megatrain train` and print the job's id; or only show it.
+@dataclass(frozen=True)
+class Submission:
+    """What submits slurm/train.sbatch with some arguments of `megatrain train`: a command and what it needs in its
+    environment."""
 
-    Raises ConfigError where Slurm refuses the job, EnvironmentFault where there is no sbatch here.
-    """
-    script = Path(str(resources.files("megatrain.slurm") / "train.sbatch"))
-    profile = find_profile(config.profile or os.environ.get("MEGATRAIN_PROFILE"), script.parent / "profiles")
-    command = sbatch_command(config, run_name, script, arguments)
-    environ = {"MEGATRAIN_PYTHON": sys.executable}
-    if profile is not None:
-        environ["MEGATRAIN_PROFILE"] = str(profile)
-        # the profile's SBATCH_* variables count here, and what is given as an option counts more
-        command = ["bash", "-c", 'source "$MEGATRAIN_PROFILE" && exec "$@"', "sbatch", *command]
+    script: Path
+    command: list[str]
+    environ: dict[str, str]
+
+    @staticmethod
+    def of(config: LaunchConfig, run_name: str, arguments: Sequence[str]) -> Submission:
+        """Raises ConfigError where `launch.profile` does not exist."""
+        script = Path(str(resources.files("megatrain.slurm") / "train.sbatch"))
+        profile = find_profile(config.profile or os.environ.get("MEGATRAIN_PROFILE"), script.parent / "profiles")
+        command = sbatch_command(config, run_name, script, arguments)
+        environ = {"MEGATRAIN_PYTHON": sys.executable}
+        if profile is not None:
+            environ["MEGATRAIN_PROFILE"] = str(profile)
+            # the profile's SBATCH_* variables count here, and what is given as an option counts more
+            command = ["bash", "-c", 'source "$MEGATRAIN_PROFILE" && exec "$@"', "sbatch", *command]
+        return Submission(script, command, environ)
+
+    def __str__(self) -> str:
+        """The command line that a person would type."""
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.environ.items())
+        return f"{settings} {shlex.join(self.command)}"
+
+    def submit(self) -> str:
+        """The number of the job that this is from now on.
+
+        Raises ConfigError where Slurm refuses the job, EnvironmentFault where there is no sbatch here.
+        """
+        if shutil.which("sbatch") is None:
+            raise EnvironmentFault(
+                "launch=slurm: there is no sbatch on the PATH; submit from a login node of the cluster"
+            )
+        done = subprocess.run(self.command, env={**os.environ, **self.environ}, capture_output=True, text=True)
+        if done.returncode:
+            raise ConfigError(f"launch=slurm: Slurm refused the job: {done.stderr.strip()}")
+        return done.stdout.strip().partition(";")[0]
+
+
+def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_run: bool) -> int:
+    """Submit a job with these arguments of `megatrain train` and print its number; or only show it."""
+    submission = Submission.of(config, run_name, arguments)
     if dry_run:
-        print(" ".join(f"{name}={shlex.quote(value)}" for name, value in environ.items()), shlex.join(command))
-        print(f"\n# {script}\n{script.read_text()}", end="")
-        return EXIT_OK
-    if shutil.which("sbatch") is None:
-        raise EnvironmentFault("launch=slurm: there is no sbatch on the PATH; submit from a login node of the cluster")
-    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"launch=slurm: Slurm refused the job: {done.stderr.strip()}")
-    print(done.stdout.strip().partition(";")[0])
+        print(submission)
+        show_script(submission.script)
+    else:
+        print(submission.submit())
     return EXIT_OK
+
+
+def show_script(script: Path) -> None:
+    """Print what is submitted."""
+    print(f"\n# {script}\n{script.read_text()}", end="")
+
+
+def jobs_here() -> dict[str, str]:
+    """Names and numbers of the user's jobs that have not ended and were submitted in this folder; none where Slurm does
+    not say."""
+    command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%j"]
+    if shutil.which("squeue") is None:
+        return {}
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.split("|", 2) for line in told.stdout.splitlines() if line.count("|") >= 2]
+    return {name: number for number, folder, name in lines if folder == os.getcwd()}
 
 
 def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.sweep import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
 
 MAX_PARAM_LENGTH = 500
@@ -40,6 +41,8 @@ ORPHAN_TIMEOUT_S = 10.0
 """How long what is left may take to send once the trainer is gone without a word."""
 PROGRESS = "progress/step"
 """The metric whose latest value is the last step that the server has."""
+SWEEP_ID = "megatrain.sweep"
+"""The tag that a sweep's own MLflow run is found by."""
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -185,6 +188,8 @@ class Sender:
         run = self.client.get_run(run_id)
         self._start_s = run.info.start_time / 1000
         tags = self._tags() | self._log_params(run_id, run.data.params, run.data.tags)
+        if parent := self._find_or_create_parent(run.info.experiment_id):
+            tags["mlflow.parentRunId"] = parent
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         if not run.inputs.dataset_inputs:
             self._log_dataset(run_id)
@@ -237,6 +242,31 @@ class Sender:
         path.with_suffix(".tmp").write_text(json.dumps(known, indent=1) + "\n")
         os.replace(path.with_suffix(".tmp"), path)
         return run_id
+
+    def _find_or_create_parent(self, experiment_id: str) -> str | None:
+        """The id of the MLflow run that stands for the sweep which this run is a point of; None for any other run.
+
+        It is known by the tag SWEEP_ID. Of points that start at once, one makes it, since all take the same lock; should
+        a file system not know locks, all agree on the oldest. It is a heading and ends at once: nobody could tell when the
+        last point of a sweep has ended.
+        """
+        sweep = self.info["config"].get("run", {}).get("sweep")
+        if sweep is None:
+            return None
+        folder = self.run_dir.parent / sweep
+        if not is_sweep_folder(folder):
+            self.parent.tell(warning=f"{folder} is no sweep's folder; the run is shown without the others of its sweep")
+            return None
+        tags = {SWEEP_ID: SweepRecord.load(folder).id, "mlflow.user": user() or "", "sweep_dir": str(folder)}
+        tags["mlflow.source.name"], tags["mlflow.source.type"] = "megatrain train --multirun", "LOCAL"
+        with exclusive(folder / ".mlflow.lock"):
+            found = list(self.client.search_runs([experiment_id], f"tags.`{SWEEP_ID}` = '{tags[SWEEP_ID]}'"))
+            parent = min(found, key=lambda one: (one.info.start_time, one.info.run_id), default=None)
+            if parent is None:
+                parent = self.client.create_run(experiment_id, run_name=sweep, tags=tags)
+            if parent.info.status != "FINISHED":
+                self.client.set_terminated(parent.info.run_id, "FINISHED")
+        return parent.info.run_id
 
     def _tags(self) -> dict[str, str]:
         info = self.info

@@ -1,4 +1,4 @@
-"""`megatrain report`: a run's folder to one HTML page that needs nothing else, no network either. Imports no torch.
+"""`megatrain report <run>`: a run's folder to one HTML page that needs nothing else, no network either. Imports no torch.
 
 Here the folder is read and cut down to what a page can show; report_page.py holds the page's style and script.
 """
@@ -41,10 +41,13 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         raise ConfigError(f"{run_dir}: no such folder; `megatrain report` takes a run's folder, runs/<run.name>")
     if not any((run_dir / name).exists() for name in names):
         raise ConfigError(f"{run_dir}: not a run's folder, it holds none of {', '.join(names)}")
-    data = collect(run_dir)
+    return write_page(PAGE, collect(run_dir), out or run_dir / "report.html")
+
+
+def write_page(template: str, data: dict[str, Any], out: Path) -> Path:
+    """Put data, whose `name` is the title, into a page of report_page.py and write that to `out`, which is returned."""
     embedded = to_json(data).replace("<", "\\u003c")  # no text of the run can end the script element
-    page = PAGE.replace("{{title}}", html.escape(data["name"])).replace("{{data}}", embedded)
-    out = out or run_dir / "report.html"
+    page = template.replace("{{title}}", html.escape(data["name"])).replace("{{data}}", embedded)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     draft.write_text(page, encoding="utf-8")
@@ -94,10 +97,11 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 class Curves:
-    """metrics.jsonl, cut down to at most `MAX_POINTS` points a curve while it is read: memory does not grow with the
+    """metrics.jsonl, cut down to at most `max_points` points a curve while it is read: memory does not grow with the
     run. A point stands for a stretch of steps and carries the last step's number, time and tokens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_points: int = MAX_POINTS) -> None:
+        self.max_points = max_points
         self.steps: list[int] = []
         self.times: list[float] = []
         self.tokens: list[int | None] = []
@@ -115,7 +119,7 @@ class Curves:
     def _read(self, path: Path) -> None:
         with open(path, "rb") as file:
             lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        stretch = max(1, math.ceil(lines / MAX_POINTS))
+        stretch = max(1, math.ceil(lines / self.max_points))
         bucket: dict[str, list[float]] = {}
         filled = 0
         try:
@@ -132,7 +136,7 @@ class Curves:
             self.damage = f"Only what precedes a damaged line is shown. {error}"
         if filled:
             self._close(bucket, stretch)
-        every = max(1, math.ceil(len(self.heldout) / MAX_POINTS))
+        every = max(1, math.ceil(len(self.heldout) / self.max_points))
         self.heldout = self.heldout[::-every][::-1]  # the last one always stays
 
     def _note(self, record: dict[str, Any]) -> None:

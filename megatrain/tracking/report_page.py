@@ -57,10 +57,9 @@ pre { font:12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ov
 footer { color:var(--soft); font-size:12px; margin-top:16px }
 """
 
-SCRIPT = r"""
+SHARED = r"""
 'use strict';
 const D = JSON.parse(document.getElementById('data').textContent);
-const N = D.x.step.length, charts = [], view = {axis: 'step', from: null, to: null};
 const esc = s => String(s).replace(/[&<>"']/g, c => `&#${c.charCodeAt(0)};`);
 const trim = s => s.includes('.') ? s.replace(/\.?0+$/, '') : s;
 function num(v, sig = 4) {
@@ -76,7 +75,6 @@ function span(s) {
   const h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60, r = Math.round(s) % 60, two = x => String(x).padStart(2, '0');
   return h >= 48 ? `${trim((h / 24).toFixed(1))} d` : h ? `${h}:${two(m)}:${two(r)}` : `${m}:${two(r)}`;
 }
-const axes = { step: ['step', v => num(v, 6)], time: ['time', span], tokens: ['tokens', v => num(v, 4)] };
 function ticks(lo, hi, want) {
   const raw = (hi - lo) / want, unit = 10 ** Math.floor(Math.log10(raw));
   const size = [1, 2, 5, 10].find(k => k * unit >= raw * .999) * unit, out = [];
@@ -98,6 +96,18 @@ function logTicks(lo, hi) {
   const every = Math.ceil(out.length / 7);
   return out.filter((_, i) => i % every === 0);
 }
+function place(chart, px, e, content) {
+  chart.tip.innerHTML = content; chart.tip.style.display = 'block';
+  const box = chart.el.getBoundingClientRect(), own = chart.tip.getBoundingClientRect(), off = chart.plot.offsetLeft;
+  const x = px + off + 14 + own.width > box.width ? px + off - own.width - 14 : px + off + 14;
+  chart.tip.style.left = Math.max(4, x) + 'px'; chart.tip.style.top = Math.max(30, e.clientY - box.top - own.height - 10) + 'px';
+}
+"""
+"""What every page's script begins with: the data as `D`, numbers and axis ticks in words, where a tip stands."""
+
+SCRIPT = r"""
+const N = D.x.step.length, charts = [], view = {axis: 'step', from: null, to: null};
+const axes = { step: ['step', v => num(v, 6)], time: ['time', span], tokens: ['tokens', v => num(v, 4)] };
 const xs = () => D.x[view.axis];
 function xRange() {
   if (view.from !== null) return [view.from, view.to];
@@ -269,12 +279,6 @@ class Chart {
     place(this, px, e, `<div style="color:var(--soft)">step ${num(D.x.step[i], 9)}${tokens} · ${span(D.x.time[i] || 0)}</div>${rows}`);
   }
 }
-function place(chart, px, e, content) {
-  chart.tip.innerHTML = content; chart.tip.style.display = 'block';
-  const box = chart.el.getBoundingClientRect(), own = chart.tip.getBoundingClientRect(), off = chart.plot.offsetLeft;
-  const x = px + off + 14 + own.width > box.width ? px + off - own.width - 14 : px + off + 14;
-  chart.tip.style.left = Math.max(4, x) + 'px'; chart.tip.style.top = Math.max(30, e.clientY - box.top - own.height - 10) + 'px';
-}
 function hover(value, source, e) {
   const i = value === null || !N ? null : nearest(value);
   for (const chart of charts) chart.cross && chart.cross(i, chart === source && e, e);
@@ -376,21 +380,23 @@ function build() {
 build();
 """
 
-PAGE = (
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{title}} · megatrain</title><style>"""
-    + STYLE
-    + """</style></head>
-<body><main>
-<header><h1>{{title}}</h1><span id="status"></span><span class="spacer"></span>
+RUN = """<header><h1>{{title}}</h1><span id="status"></span><span class="spacer"></span>
 <button id="reset" class="small" hidden>reset zoom</button><span id="axis" class="switch"></span></header>
 <div id="notices"></div><div id="tiles" class="tiles"></div><div id="root" class="grid"></div>
-<footer>Drag across a chart to zoom, double-click to reset. Dashed lines mark resumes and skipped steps.</footer>
+<footer>Drag across a chart to zoom, double-click to reset. Dashed lines mark resumes and skipped steps.</footer>"""
+
+
+def page(body: str, script: str, style: str = "") -> str:
+    """A whole page that needs nothing else, with what it adds to the shared style and script; `{{title}}` and `{{data}}` are still to be put in."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{{{title}}}} · megatrain</title><style>{STYLE}{style}</style></head>
+<body><main>
+{body}
 <noscript>The charts need JavaScript; the numbers are in metrics.jsonl.</noscript>
-</main><script type="application/json" id="data">{{data}}</script><script>"""
-    + SCRIPT
-    + """</script></body></html>
+</main><script type="application/json" id="data">{{{{data}}}}</script><script>{SHARED}{script}</script></body></html>
 """
-)
+
+
+PAGE = page(RUN, SCRIPT)

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 from cluster import wait_until
-from commands import events, final_files, megatrain, same
+from commands import events, final_files, megatrain, metrics, same
 from faults import fault, injected
 from jobs_on_slurm import JOB, SCRIPT, Job
 
@@ -64,6 +64,33 @@ def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, wor
         assert job.wait() == "COMPLETED", job.log
         assert len(job.metrics) == 3 and "2 x cpu" in job.log, job.log
         assert f"\nseed: {task}\n" in (workplace / "runs" / f"array-{task}" / "config.yaml").read_text()
+
+
+def test_a_sweep_is_a_job_a_point_under_one_mlflow_run(cluster, workplace):
+    """Submitted again, what is in the queue stays there, and what is done is left alone."""
+    from mlflow.tracking import MlflowClient
+
+    environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"], "MLFLOW_TRACKING_URI": ""}
+    options = f"launch.sbatch_options=['--output={workplace}/%x.out']"
+    words = ["run.name=scan", "run.dir=sweeps", "seed=1,2", "launch=slurm", options, "tracking=mlflow"]
+    command = [*JOB, "--multirun", *words]
+    done = megatrain(workplace, *command, environ=environ)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for _, name in lines] == ["scan-seed1", "scan-seed2"]
+    again = megatrain(workplace, *command, environ=environ)
+    assert again.stdout == "".join(f"{number}  {name} (in the queue already)\n" for number, name in lines), again.stderr
+    for number, name in lines:
+        job = Job(cluster, workplace, name, number=number)
+        assert job.wait() == "COMPLETED", job.log
+        assert [record["step"] for record in metrics(workplace, name, "sweeps")] == list(range(1, 41))
+    again = megatrain(workplace, *command, environ=environ)
+    assert again.stdout == "done  scan-seed1\ndone  scan-seed2\n", again.stderr
+    client = MlflowClient(f"sqlite:///{workplace}/sweeps/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("megatrain").experiment_id])
+    (parent,) = (run.info for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    under = sorted(run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id)
+    assert parent.run_name == "scan" and under == ["scan-seed1", "scan-seed2"] and len(runs) == 3
 
 
 def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expected):

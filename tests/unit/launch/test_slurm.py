@@ -12,6 +12,8 @@ from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.launch import slurm
 from megatrain.launch.peers import Alone
 from megatrain.launch.slurm import Step, find_profile, num_nodes, sbatch_command, together
+from megatrain.tracking.events import EventLog
+from megatrain.tracking.sweep import SweepRecord
 
 STEP = {
     "SLURM_JOB_ID": "17",
@@ -162,6 +164,73 @@ def test_slurms_own_refusal_is_passed_on(fake_sbatch, tmp_path, capsys):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2; exit 1\n")
     assert cli.main(["train", "model=tiny", "launch=slurm", "launch.partition=x"]) == 2
     assert "invalid partition" in capsys.readouterr().err
+
+
+SWEEP = ["train", "-m", "model=tiny", "launch=slurm", "seed=1,2,3", "run.name=scan"]
+
+
+@pytest.fixture
+def fake_cluster(fake_sbatch, tmp_path, monkeypatch):
+    """Beside that sbatch, which numbers its jobs here, a squeue that shows the jobs it is given; and an empty folder."""
+    (tmp_path / "sbatch").write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/called\nexpr 40 + $(wc -l <{tmp_path}/called)\n'
+    )
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\ncat {tmp_path}/queue 2>/dev/null\n")
+    squeue.chmod(0o755)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def test_every_point_of_a_sweep_is_a_job_of_its_own(fake_cluster, capsys):
+    assert cli.main([*SWEEP, "--debug"]) == 0
+    assert capsys.readouterr().out == "41  scan-seed1\n42  scan-seed2\n43  scan-seed3\n"
+    calls = (fake_cluster / "called").read_text().splitlines()
+    assert [call.split()[2] for call in calls] == [f"--job-name=scan-seed{seed}" for seed in (1, 2, 3)]
+    words = "--debug model=tiny launch=slurm seed=2 run.name=scan-seed2 run.sweep=scan"
+    assert calls[1].endswith(f"train.sbatch {words}")
+    record = SweepRecord.load(fake_cluster / "here" / "runs" / "scan")
+    assert [point.run for point in record.points] == ["scan-seed1", "scan-seed2", "scan-seed3"]
+
+
+def test_a_dry_run_of_a_sweep_shows_every_job_and_the_script_once(fake_cluster, capsys):
+    assert cli.main([*SWEEP, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert [shown.count(f"--job-name=scan-seed{seed} ") for seed in (1, 2, 3)] == [1, 1, 1]
+    assert shown.count("#SBATCH --requeue") == 1 and shown.startswith(f"MEGATRAIN_PYTHON={sys.executable} sbatch ")
+    assert not (fake_cluster / "called").exists() and not any((fake_cluster / "here").iterdir())
+
+
+def test_what_is_done_or_queued_is_not_submitted_again(fake_cluster, capsys):
+    here = fake_cluster / "here"
+    (fake_cluster / "queue").write_text(f"17|{here}|scan-seed1\n18|/elsewhere|scan-seed2\n19|{here}|other\n")
+    run_dir = here / "runs" / "scan-seed3"
+    assert cli.main(["train", "model=tiny", "seed=3", "run.name=scan-seed3", "run.sweep=scan", "--cfg"]) == 0
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(capsys.readouterr().out.replace("vocab_size: null", "vocab_size: 400"))
+    log = EventLog(run_dir / "events.jsonl")
+    log.emit("start", 0)
+    log.emit("stop", 100, status="done")
+    assert cli.main(SWEEP) == 0
+    assert capsys.readouterr().out == "17  scan-seed1 (in the queue already)\n41  scan-seed2\ndone  scan-seed3\n"
+    for word in ("train.steps=101", "optim.lr=1"):  # longer; or not the run that it was, which it will say itself
+        assert cli.main([*SWEEP, word]) == 0
+        assert "done" not in capsys.readouterr().out
+    log.emit("resume", 100)  # as of a run that was made longer and then killed
+    assert cli.main(SWEEP) == 0
+    assert "done" not in capsys.readouterr().out
+
+
+def test_slurms_refusal_of_a_point_names_it(fake_cluster, capsys):
+    (fake_cluster / "sbatch").write_text(
+        '#!/bin/sh\ncase "$*" in *seed=2*) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;; *) echo 41; esac\n'
+    )
+    assert cli.main(SWEEP) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "41  scan-seed1\n" and "point 2 of 3 (seed=2): launch=slurm: Slurm refused the job" in shown.err
+    assert cli.main([*SWEEP, "launch.profile=none"]) == 2
+    assert "point 1 of 3 (seed=1): launch.profile=none is neither" in capsys.readouterr().err
 
 
 def test_the_script_is_found_wherever_we_are_installed():

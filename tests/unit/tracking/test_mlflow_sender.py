@@ -2,12 +2,15 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megatrain.tracking import mlflow_sender
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.mlflow_sender import Sender, flatten, text
+from megatrain.tracking.sweep import SweepPoint, SweepRecord
 from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
 
 
@@ -224,3 +227,80 @@ def test_gpus_are_read_from_nvidia_smi():
         "system/gpu_1_memory_usage_megabytes": 20.97152,
         "system/gpu_1_temperature_celsius": 30.0,
     })  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- sweeps
+
+
+def make_sweep(runs, name, *points):
+    (runs / name).mkdir()
+    SweepRecord([SweepPoint(point, {"seed": point[-1]}) for point in points]).save(runs / name)
+
+
+def point_of(runs, sweep, name):
+    return sender(runs / name, {"seed": 1, "run": {"name": name, "sweep": sweep}})
+
+
+def family(one, sweep):
+    """The ids of a sweep's own MLflow runs, and what each run with a parent names as it."""
+    found = one.client.search_runs([one.client.get_run(one.run_id).info.experiment_id], max_results=1000)
+    parents = {run.info.run_id: run.info.status for run in found if run.info.run_name == sweep}
+    tags = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in found}
+    return parents, {name: parent for name, parent in tags.items() if parent is not None and name.startswith(sweep)}
+
+
+def test_points_of_a_sweep_are_under_one_run_also_after_a_restart(runs):
+    make_sweep(runs, "scan", "scan-1", "scan-2")
+    senders = [point_of(runs, "scan", name) for name in ("scan-1", "scan-2")]
+    for one in senders:
+        one.connect()
+        one._lock.close()
+    again = point_of(runs, "scan", "scan-1")
+    again.connect()
+    parents, under = family(again, "scan")
+    ((parent, status),) = parents.items()
+    assert status == "FINISHED" and under == {"scan-1": parent, "scan-2": parent}
+    assert again.run_id == senders[0].run_id and not any("warning" in told for told in again.parent.told)
+
+
+def test_points_that_start_at_once_make_one_parent(runs):
+    """All let go at the same moment. The lock is one between open files, so threads do for processes."""
+    names = [f"race-{number}" for number in range(4)]
+    make_sweep(runs, "race", *names)
+    together = threading.Barrier(len(names))
+
+    def connect(name):
+        one = point_of(runs, "race", name)
+        found = one._find_or_create_parent
+
+        def at_once(experiment_id):
+            together.wait(60)
+            return found(experiment_id)
+
+        one._find_or_create_parent = at_once
+        one.connect()
+        return one
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        senders = list(pool.map(connect, names))
+    parents, under = family(senders[0], "race")
+    assert len(parents) == 1 and under == dict.fromkeys(names, *parents)
+
+
+def test_sweeps_of_the_same_name_are_told_apart(runs):
+    """As where several people track theirs on one server."""
+    make_sweep(runs, "twice", "twice-1")
+    first = point_of(runs, "twice", "twice-1")
+    first.connect()
+    SweepRecord([SweepPoint("twice-2", {"seed": "2"})]).save(runs / "twice")
+    second = point_of(runs, "twice", "twice-2")
+    second.connect()
+    parents, under = family(second, "twice")
+    assert len(parents) == 2 and set(under.values()) == set(parents)
+
+
+def test_a_sweep_whose_folder_is_gone_costs_a_warning_only(runs):
+    one = point_of(runs, "gone", "gone-1")
+    one.connect()
+    assert one.run_id and family(one, "gone") == ({}, {})
+    assert "no sweep's folder" in next(told["warning"] for told in one.parent.told if "warning" in told)

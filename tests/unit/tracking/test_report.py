@@ -1,22 +1,17 @@
 """The report: one page, drawn by a real browser, of any state a run's folder can be in."""
 
-import html.parser
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
+from pages import References, drawn, needs_browser
 
 from megatrain.errors import ConfigError
 from megatrain.tracking import report as report_module
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.report import collect, report
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to draw the page with")
 
 
 def make_run(folder, num_steps, name="demo"):
@@ -48,25 +43,6 @@ def make_run(folder, num_steps, name="demo"):
         log.append(record)
     events.emit("resume", num_steps // 2, world_size=1)
     return run_dir
-
-
-def drawn(page):
-    """The page's document, without its scripts, once a real browser has run them."""
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += ["--window-size=1200,1600", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
-    document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    return re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-
-
-class References(html.parser.HTMLParser):
-    """Everything in a page that a browser would fetch."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def handle_starttag(self, tag, attributes):
-        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
 
 
 @needs_browser
