@@ -298,7 +298,8 @@ class Trainer:
         if every and step % every == 0:
             return self._save()
         every = self.parts.copies_every
-        if every and step - max(self.saved_step, self.copied_step) >= every and self.can_copy:
+        due = every and step - max(self.saved_step, self.copied_step) >= every
+        if due and self.can_copy and step < self.config.train.steps:
             self.parts.mark("save", step)
             self.copied_step = step
             return self.parts.store.copy(step, self.parts.engine.state(), self._extra())
