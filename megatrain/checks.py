@@ -51,6 +51,7 @@ def check_values(config: Any) -> None:
         check_model(config.model)
         check_loop(config)
         check_skip_ranges(config.train.skip_ranges)
+        check_slow_rank_ratio(config.resilience.slow_rank_ratio)
         check_layout(config, ranks)
 
 
@@ -92,6 +93,15 @@ def check_folder_name(key: str, name: str) -> None:
         raise ConfigError(
             f"{key}={name!r} cannot be the name of a folder: give a name without slashes, dots or spaces in front, and "
             f"not empty"
+        )
+
+
+def check_slow_rank_ratio(ratio: float) -> None:
+    """A rank that is as fast as the others is not slow."""
+    if 0 < ratio <= 1:
+        raise ConfigError(
+            f"resilience.slow_rank_ratio={ratio:g} would name ranks that are as fast as the others; give more than 1 (1.2 "
+            f"is the default), or 0 to compare nothing"
         )
 
 

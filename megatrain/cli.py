@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -232,6 +233,7 @@ def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> in
     """
     from megatrain.launch.local import Recovery, launch
     from megatrain.launch.slurm import together
+    from megatrain.resilience.ledger import process_age
     from megatrain.resilience.owner import FOLDER, Ownership
     from megatrain.resilience.watchdog import Limits
 
@@ -244,7 +246,9 @@ def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> in
         number = peers.share(taken.number if taken else None)[0]
         owner = taken or Ownership(run_dir / FOLDER, number)
         copies = config.checkpoint.copies_every(has_gpu(config.launch.device)) > 0
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, worker_modules(config))
+        since = time.monotonic() - process_age()
+        modules = worker_modules(config)
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
         return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if taken is not None:

@@ -365,6 +365,12 @@ class ResilienceConfig:
     max_rollbacks: int = key(
         3, "rollbacks without a checkpoint beyond the spike between them before the run is given up", minimum=0
     )
+    slow_rank_ratio: float = key(
+        1.2,
+        "a rank whose own time of a step, without waiting for others, is so many times that of its like is named as slow; "
+        "0 compares nothing",
+        minimum=0,
+    )
 
 
 @dataclass

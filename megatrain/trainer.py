@@ -116,7 +116,8 @@ class Parts:
     memory (0: none); `stopping` says whether this rank was asked
     to stop; `mark` tells the watchdog which phase of which step begins; `roll_back` takes engine and stream back to before
     a spike and returns where the run then stands (None: there is nowhere to go back to); `bytes_per_token` is the held-out
-    text's, `peak_flops` the whole job's (None where unknown).
+    text's, `peak_flops` the whole job's (None where unknown); `held_up` tells the seconds in which this rank could not do
+    its own work so far, for it waited for others, and `compare` is told every rank's own seconds of a step, without those.
     """
 
     engine: Engine
@@ -134,6 +135,8 @@ class Parts:
     flops_per_token: int
     peak_flops: float | None
     bytes_per_token: float | None
+    held_up: Callable[[], float] = lambda: 0.0
+    compare: Callable[[int, list[float]], None] = lambda step, own_times: None
 
 
 class Trainer:
@@ -147,6 +150,7 @@ class Trainer:
         self.can_copy = False
         self.skipped_in_a_row = 0
         self.guard = LossGuard.from_config(config.resilience)
+        self.own_time = 0.0
 
     def run(self) -> str:
         """Train; returns `done` (all steps, or early stopping) or `stopped` (saved after a signal).
@@ -158,11 +162,11 @@ class Trainer:
         total = self.config.train.steps
         save_time = 0.0
         while self.progress.step < total and not self._has_stalled():
-            started = time.perf_counter()
+            started, free = time.perf_counter(), self._own_clock()
             step = self.progress.step + 1
             self.parts.mark("data", step)
             batch = next(self.parts.stream)
-            data_time = time.perf_counter() - started
+            data_time, own_time = time.perf_counter() - started, self._own_clock() - free
             self.parts.mark("exchange", step)
             hashes, signal_number, saving_failed = self._meet(batch)
             self._report_saves()
@@ -171,11 +175,14 @@ class Trainer:
             if signal_number:
                 self.parts.journal.event("signal", self.progress.step, signal=signal_number)
                 self._save_and_wait()
+                self.parts.mark("end", self.progress.step)
                 return "stopped"
+            free = self._own_clock()
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
             record = self._record(step, lr, result, batch, hashes)
             step_time = time.perf_counter() - started
+            self.own_time = own_time + self._own_clock() - free
             eval_time = self._maybe_evaluate(record)
             self._add_times(record, step_time, data_time, eval_time, save_time)
             self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
@@ -186,15 +193,21 @@ class Trainer:
         self.parts.mark("end", self.progress.step)
         return "done"
 
+    def _own_clock(self) -> float:
+        """Seconds that go by while this rank is not held up by others."""
+        return time.perf_counter() - self.parts.held_up()
+
     def _meet(self, batch: StepBatch) -> tuple[np.ndarray, int, bool]:
         """All ranks' sample hashes, the signal that any rank has received, and whether any can save no more: one exchange
-        a step."""
+        a step. With it go all ranks' own times of the step before."""
         store = self.parts.store
-        state = [self.parts.stopping(), int(store.has_failed), int(store.can_copy)]
+        state = [self.parts.stopping(), int(store.has_failed), int(store.can_copy), int(self.own_time * 1e9)]
         mine = np.concatenate([state, batch.sample_hashes.view(np.int64)]).astype(np.int64)
         everyone = self.parts.exchange(torch.from_numpy(mine)).numpy()
         self.can_copy = bool(everyone[:, 2].all())
-        return everyone[:, 3:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
+        if self.own_time:  # every rank has done a step, or none
+            self.parts.compare(self.progress.step, (everyone[:, 3] / 1e9).tolist())
+        return everyone[:, 4:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
 
     def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""

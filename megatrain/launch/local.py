@@ -44,6 +44,8 @@ from megatrain.resilience import watchdog
 from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
 from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
 from megatrain.resilience.heartbeat import Beat, Heartbeats
+from megatrain.resilience.ledger import FILE as LEDGER
+from megatrain.resilience.ledger import Ledger
 from megatrain.resilience.owner import ENVIRONMENT as OWNER
 from megatrain.resilience.owner import Ownership
 from megatrain.tracking.events import EventLog, read_events
@@ -84,6 +86,8 @@ class Recovery:
     """Whether the ranks keep copies of their state in this agent's memory."""
     modules: Sequence[str] = ()
     """What the workers will import; once for all where the system can fork them from a process that has."""
+    since: float | None = None
+    """When the agent's life began, for the ledger (time.monotonic(); None is now)."""
 
 
 def launch(
@@ -262,6 +266,9 @@ class _Agent:
         self.restarts = 0
         self.copies = Copies() if recovery is not None and recovery.copies else None
         self.nursery: Nursery | None = None
+        self.ledger: Ledger | None = None
+        if recovery is not None and peers.node == 0:
+            self.ledger = Ledger(recovery.run_dir / LEDGER, self.heartbeats, recovery.owner.check, recovery.since)
         self.can_fork = LINUX and recovery is not None and bool(recovery.modules)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -275,6 +282,7 @@ class _Agent:
                 self._start()
                 ending = self._agree(self._wait())
                 code: int | None = ending.code
+                self._book_end(ending)
                 if self.peers.node == 0 and ending.failure is not None and self.recovery is not None:
                     code = self._take(ending.failure, ending.asked, self.recovery)
                 code = self.peers.share(code)[0]
@@ -285,19 +293,32 @@ class _Agent:
         except EnvironmentFault as lost:
             self._write_down_loss(str(lost))
             self._rescue(None)
+            if self.ledger is not None:
+                self.ledger.end("node lost")
             raise
 
     def close(self) -> None:
         """Leave no process behind."""
         self.kill()
+        if self.ledger is not None:
+            self.ledger.close()
         if self.nursery is not None:
             self.nursery.close()
         self.heartbeats.close()
         if self.copies is not None:
             self.copies.close()
 
+    def _book_end(self, ending: _Ending) -> None:
+        """How this start ended, for the ledger."""
+        if self.ledger is not None:
+            names = {EXIT_OK: "done", EXIT_SAVED_AFTER_SIGNAL: "saved", EXIT_INTERRUPTED: "interrupted"}
+            how = names.get(ending.code, f"exit code {ending.code}")
+            self.ledger.end(ending.failure.how if ending.failure else how)
+
     def _start(self) -> None:
         self.heartbeats.clear()
+        if self.ledger is not None:
+            self.ledger.begin()
         shared = self.heartbeats.file
         places = self.peers.share([HOST, _free_port()])
         self.hosts = [host for host, _ in places]
@@ -412,6 +433,8 @@ class _Agent:
         """Until every worker of the job has ended, on whichever node."""
         while True:
             self._hand_on_signals()
+            if self.ledger is not None:
+                self.ledger.watch()
             if self.interrupts > 1:
                 self.peers.tell(FAILED)
                 self.kill()
@@ -453,6 +476,8 @@ class _Agent:
     def _question(self) -> _Ending:
         """The job hangs: have every rank of this node show its stacks, and end them."""
         assert self.recovery is not None, "only a run that can recover is watched"
+        if self.ledger is not None:
+            self.ledger.freeze(hung=True)
         files = {worker.local_rank: stack_file(self.recovery.run_dir, worker.rank) for worker in self.workers}
         pids = {worker.local_rank: worker.process.pid for worker in self._alive()}
         witnesses = watchdog.question(pids, self.heartbeats, files)
@@ -522,6 +547,8 @@ class _Agent:
 
     def _end_after(self, first: _Worker | None) -> _Ending:
         """One worker failed, another node's where it is None: let the others end, kill those that do not, and say why."""
+        if self.ledger is not None:
+            self.ledger.freeze()
         started = time.monotonic()
         asked = False
         rank0_code = None

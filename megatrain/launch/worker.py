@@ -55,6 +55,8 @@ from megatrain.parallel import layout as layouts
 from megatrain.resilience.heartbeat import Heartbeat
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
+from megatrain.resilience.stragglers import Stragglers
+from megatrain.resilience.waits import timed_waits
 from megatrain.resilience.watchdog import answer_with_stacks
 from megatrain.tracking.base import RunInfo, Trackers, git_commit
 from megatrain.tracking.console import Console
@@ -275,6 +277,7 @@ def train(
         copies_every=config.checkpoint.copies_every(world.device.type == "cuda"),
         stopping=lambda: stop.signal_number,
         mark=world.heartbeat.enter,
+        compare=compare_ranks(config, world, layout, journal),
         roll_back=Rollback(
             world, engine, store, memory, journal, stream, order, samples, config.resilience.spike_skip_steps
         ),
@@ -290,9 +293,39 @@ def train(
         bytes_per_token=data.heldout_bytes_per_token,
     )
     try:
-        return Trainer(config, parts, progress).run()
+        if world.device.type != "cpu":  # where a wait blocks nobody, there is nothing to time
+            return Trainer(config, parts, progress).run()
+        with timed_waits(world.heartbeat.waited) as waits:
+            return Trainer(config, replace(parts, held_up=waits.held_up), progress).run()
     finally:
         stream.close()
+
+
+def compare_ranks(
+    config: TrainConfig, world: World, layout: layouts.Layout, journal: Journal
+) -> Callable[[int, list[float]], None]:
+    """What takes every rank's own seconds of a step, and on the main rank says who is slow."""
+    hosts = world.share(socket.gethostname())
+    if not (world.is_main and world.size > 1 and config.resilience.slow_rank_ratio):
+        return lambda step, own_times: None
+    stages = [layout.coordinate(rank).pp for rank in range(world.size)]
+    stragglers = Stragglers(stages, config.resilience.slow_rank_ratio)
+
+    def compare(step: int, own_times: list[float]) -> None:
+        for found in stragglers.judge(own_times):
+            detail = {"rank": found.rank, "host": hosts[found.rank], "ratio": round(found.ratio, 3)}
+            detail |= {"own_s": found.own_s, "others_s": found.others_s}
+            journal.event("slow_rank" if found.is_slow else "slow_rank_over", step, **detail)
+            who = f"rank {found.rank} on {hosts[found.rank]}"
+            if not found.is_slow:
+                _LOG.warning("%s is as fast as the others again (step %d)", who, step)
+                continue
+            _LOG.warning(
+                "%s is slow, and all others wait for it: %.3g s of its own a step, %.2f times the %.3g s of its like (step %d)",
+                who, found.own_s, found.ratio, found.others_s, step,
+            )  # fmt: skip
+
+    return compare
 
 
 def in_sample_order(hashes: Any, micro_batch_size: int) -> Any:

@@ -1,6 +1,7 @@
-"""Where each rank of a node is, in memory that its agent can read whatever state the rank is in. Imports no torch.
+"""Where each rank of a node is and what its time went to, in memory that its agent can read whatever state the rank is in.
+Imports no torch.
 
-A record of 64 bytes a local rank in a file without a name that both map: writing one costs about a microsecond, a rank
+A record of 256 bytes a local rank in a file without a name that both map: writing one costs some microseconds, a rank
 that is stopped, stuck or dead leaves the last place it reached, and the file is gone with the last who maps it. Times are
 of the monotonic clock, which all processes of a machine share and no one can set.
 """
@@ -18,11 +19,20 @@ from dataclasses import dataclass
 PHASES = ("start", "load", "data", "exchange", "forward", "backward", "update", "evaluate", "save", "end")
 """What a rank can be doing. `start` reaches to the first step's batch: imports, rendezvous, building the model."""
 
+WAITED = "waited"
+"""Beside the phases, the part of forward, backward and update that was spent waiting for other ranks."""
+
 ENVIRONMENT = "MEGATRAIN_HEARTBEATS"
 """The number of the open file that a worker inherits from its agent."""
 
-_RECORD = struct.Struct("<qqqq")  # step, steps finished by this process, nanoseconds, phase
-_SIZE = 64
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
+_COMPUTING = frozenset(_NUMBERS[phase] for phase in ("forward", "backward", "update"))
+_AFTER_A_STEP = ("data", "save", "end")
+_ACCOUNTS = len(PHASES) + 1  # each phase, and what was waited
+_PLACE = ("step", "finished", "when", "phase", "first", "done")
+# of native 8-byte numbers, each of which is written at once
+_RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")
+_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,22 @@ class Beat:
     age_s: float
 
 
+@dataclass(frozen=True)
+class Account:
+    """What a rank's time since it was started went to, until now.
+
+    `seconds` by phase, and `waited`, which is part of them; they add up to the time since the start. `unfinished` is the
+    part of them since the last step that was finished. `first` is the first step it began (0: none yet), `done` the last
+    it finished (0: none), `finished` how many, those it did again after a rollback included.
+    """
+
+    first: int
+    done: int
+    finished: int
+    seconds: dict[str, float]
+    unfinished: dict[str, float]
+
+
 class Heartbeat:
     """A rank's own record. Without an agent (somebody's torchrun, a test) it goes nowhere."""
 
@@ -43,6 +69,13 @@ class Heartbeat:
         self._map = mmap.mmap(file, 0) if file is not None else None
         self._offset = local_rank * _SIZE
         self.step, self.finished, self.phase = 0, 0, "start"
+        self._first = self._done = 0
+        self._updates = False
+        self._spent = [0] * _ACCOUNTS
+        self._spent_on_steps = [0] * _ACCOUNTS
+        self._when = time.monotonic_ns()
+        if self._map is not None:
+            self._when = _RECORD.unpack_from(self._map, self._offset)[2]  # when the agent began to start this rank
 
     @classmethod
     def from_environ(cls, local_rank: int, environ: Mapping[str, str] | None = None) -> Heartbeat:
@@ -52,17 +85,41 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Say that this rank lives, and where it is now."""
-        if step is not None and step != self.step:
-            self.finished += self.step > 0
+        self._book()
+        if self._updates and phase in _AFTER_A_STEP:
+            self._updates = False
+            self.finished += 1
+            self._done = self.step
+            self._spent_on_steps = list(self._spent)
+        if phase == "update":
+            self._updates = True
+        if step is not None:
             self.step = step
+            if phase == "data" and not self._first:
+                self._first = step
+                self._spent_on_steps = list(self._spent)  # so that what is unfinished begins with the step
         self.phase = phase
-        self.beat()
+        self._write()
 
     def beat(self) -> None:
         """Say that this rank lives."""
+        self._book()
+        self._write()
+
+    def waited(self, nanoseconds: int) -> None:
+        """Take down that so much of this phase was spent waiting for other ranks."""
+        if _NUMBERS[self.phase] in _COMPUTING:
+            self._spent[-1] += nanoseconds
+
+    def _book(self) -> None:
+        now = time.monotonic_ns()
+        self._spent[_NUMBERS[self.phase]] += now - self._when
+        self._when = now
+
+    def _write(self) -> None:
         if self._map is not None:
-            record = (self.step, self.finished, time.monotonic_ns(), PHASES.index(self.phase))
-            _RECORD.pack_into(self._map, self._offset, *record)
+            place = (self.step, self.finished, self._when, _NUMBERS[self.phase], self._first, self._done)
+            _RECORD.pack_into(self._map, self._offset, *place, *self._spent, *self._spent_on_steps)
 
 
 class Heartbeats:
@@ -83,13 +140,37 @@ class Heartbeats:
 
     def clear(self) -> None:
         """Every rank is starting now."""
+        nothing = (0,) * (_ACCOUNTS * 2)
         for rank in range(self.num_ranks):
-            _RECORD.pack_into(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0)
+            _RECORD.pack_into(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
 
     def read(self, local_rank: int) -> Beat:
         """A rank's last sign of life."""
-        step, finished, when, phase = _RECORD.unpack_from(self._map, local_rank * _SIZE)
+        step, finished, when, phase, *_ = self._record(local_rank)
         return Beat(step, finished, PHASES[phase], (time.monotonic_ns() - when) / 1e9)
+
+    def account(self, local_rank: int, until: float | None = None) -> Account:
+        """What a rank's time went to until now, or until the moment `until` of time.monotonic(), which is not before its
+        last sign of life."""
+        record = self._record(local_rank)
+        _, finished, when, phase, first, done = record[: len(_PLACE)]
+        spent = list(record[len(_PLACE) : -_ACCOUNTS])
+        now = time.monotonic_ns() if until is None else int(until * 1e9)
+        spent[phase] += max(0, now - when)
+        names = (*PHASES, WAITED)
+        seconds = {name: value / 1e9 for name, value in zip(names, spent, strict=True)}
+        on_steps = {name: value / 1e9 for name, value in zip(names, record[-_ACCOUNTS:], strict=True)}
+        return Account(first, done, finished, seconds, {name: seconds[name] - on_steps[name] for name in names})
+
+    def _record(self, local_rank: int) -> tuple[int, ...]:
+        """A rank's record, which it may be writing at this moment."""
+        record: tuple[int, ...] = ()
+        for _ in range(8):
+            again = _RECORD.unpack_from(self._map, local_rank * _SIZE)
+            if again == record:
+                break
+            record = again
+        return record
 
     def close(self) -> None:
         """Let go of the file."""

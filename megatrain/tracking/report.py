@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatrain.errors import ConfigError, DataError
+from megatrain.resilience.ledger import CATEGORIES, FILE, Summary, read_ledger, summarise
 from megatrain.tracking.console import clock, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics, to_json
@@ -80,16 +81,23 @@ def collect(run_dir: Path) -> dict[str, Any]:
         for event in thin(events)
     ]
     config = config if isinstance(config, dict) else {}
+    life = None
+    if (run_dir / FILE).exists():
+        try:
+            life = summarise(read_ledger(run_dir / FILE))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            notices.append(f"{FILE} is damaged: where the run's time went is not known.")
     return {
         "name": run_dir.resolve().name,
         "status": status(events, curves),
-        "tiles": tiles(curves, events),
+        "tiles": tiles(curves, events, life),
         "facts": facts(config, events, curves, checkpoints),
         "pipeline": pipeline(config, events),
         "x": {"step": curves.steps, "time": [time - first for time in curves.times], "tokens": curves.tokens},
         "curves": curves.curves,
         "heldout": [[step, time - first, tokens, value] for step, time, tokens, value in curves.heldout],
         "time_spent": curves.time_spent(),
+        "life": life_shown(life) if life and life.wall_s else None,
         "events": shown_events,
         "config": config_text,
         "notices": notices,
@@ -187,7 +195,7 @@ def reduce_to(kind: str, values: list[float]) -> float:
     ]()
 
 
-def tiles(curves: Curves, events: list[dict[str, Any]]) -> list[dict[str, str]]:
+def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = None) -> list[dict[str, str]]:
     """The few numbers at the top of the page."""
     found = []
     if curves.last:
@@ -210,8 +218,47 @@ def tiles(curves: Curves, events: list[dict[str, Any]]) -> list[dict[str, str]]:
         found.append(("tokens/s", short(total / count), mfu))
     spent = sum(curves.time_spent().values())
     if spent:
-        found.append(("training time", clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days", ""))
+        goodput = f"goodput {life.goodput:.1%}" if life and life.wall_s else ""
+        found.append(("training time", long_time(spent), goodput))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
+
+
+def life_shown(life: Summary) -> dict[str, Any]:
+    """The goodput ledger, for the page."""
+    seconds = life.seconds
+    unbooked = life.wall_s - sum(seconds.values())
+    effective = f"effective training time {life.goodput:.1%} of {long_time(life.wall_s)}"
+    starts = counted(life.num_starts, "start") + f" of the ranks, {counted(life.failures, 'failure')}"
+    mtbf = [f"mean time between failures {long_time(life.mtbf_s)}"] if life.mtbf_s is not None else []
+    lost = [f"{counted(life.lost_steps, 'step')} done again"] if life.lost_steps else []
+    return {
+        "text": " · ".join([effective, starts, *mtbf, *lost]),
+        "wall": digits(life.wall_s),
+        "categories": list(CATEGORIES),
+        "seconds": [digits(seconds[name]) for name in CATEGORIES],
+        "unbooked": digits(unbooked) if abs(unbooked) > 0.01 * life.wall_s else 0.0,
+        "spans": [
+            {
+                "from": digits(span.start_s),
+                "to": digits(span.stop_s),
+                "parts": [[name, digits(span.seconds[name])] for name in CATEGORIES if span.seconds.get(name)],
+                "steps": list(span.steps) if span.steps else None,
+                "ended": span.ended,
+                "failed": span.failed,
+            }
+            for span in life.spans
+        ],
+    }
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def long_time(spent: float) -> str:
+    """Seconds as people write them, however many."""
+    return clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days"
 
 
 def facts(

@@ -121,7 +121,7 @@ function nearest(value) {
   return Math.abs(x[lo] - value) <= Math.abs(x[hi] - value) ? lo : hi;
 }
 const eventTone = kind => ({save: 'c', evaluate: 'b', start: 'a', resume: 'a', stop: 'soft', skip: 'bad', rollback: 'bad',
-  hang: 'bad', signal: 'd', requeue: 'd', set_aside: 'soft'})[kind] || 'soft';
+  hang: 'bad', failure: 'bad', slow_rank: 'bad', signal: 'd', requeue: 'd', set_aside: 'soft'})[kind] || 'soft';
 const marked = D.events.filter(e => ['resume', 'rollback', 'skip', 'hang'].includes(e.kind)).slice(0, 60);
 const where = e => view.axis === 'tokens' ? (N ? D.x.tokens[nearestStep(e.step)] : null) : e[view.axis];
 // On the time axis a pause before a resume is a gap: the moment of the resume that lies before point i, else null.
@@ -286,6 +286,49 @@ function hover(value, source, e) {
 function zoom(from, to) { view.from = from; view.to = to; document.getElementById('reset').hidden = from === null; drawAll(); }
 function drawAll() { for (const chart of charts) chart.draw(); }
 
+// The run's life along wall time: each start of the ranks with what its time went to, and what lies between.
+const lifeTone = {compute: ['a', .9], communication: ['d', .85], data: ['b', .9], evaluation: ['c', .9], save: ['good', .75],
+  'start-up': ['soft', .75], load: ['soft', .5], end: ['soft', .3], 'lost work': ['bad', .85], downtime: ['ink', .14]};
+const tint = name => `background:var(--${lifeTone[name][0]});opacity:${lifeTone[name][1]}`;
+class Life {
+  constructor(parent, life) {
+    this.life = life; this.el = document.createElement('section'); this.el.className = 'card wide chart';
+    const percent = v => trim((100 * v / life.wall).toFixed(1)) + '%', used = life.categories.map((n, i) => [n, life.seconds[i]]).filter(p => p[1] > 0);
+    this.el.innerHTML = `<div class="head"><h2>Where the run's life went</h2><span class="legend">${used.map(([n, v]) =>
+      `<span><i class="box" style="${tint(n)}"></i>${esc(n)} ${percent(v)}</span>`).join('')}</span></div>
+      <div class="under">${esc(life.text)}${life.unbooked ? ' · not booked: ' + esc(span(life.unbooked)) : ''}</div>
+      <div class="share life">${used.map(([n, v]) => `<span title="${esc(n)} ${esc(span(v))}" style="${tint(n)};flex:${v / life.wall} 0 0"></span>`).join('')}</div>
+      <div class="plot" style="cursor:default"></div><div class="tip"></div>`;
+    parent.append(this.el); this.plot = this.el.querySelector('.plot'); this.tip = this.el.querySelector('.tip');
+    this.plot.onpointermove = e => this.move(e); this.plot.onpointerleave = () => { this.tip.style.display = 'none'; };
+    charts.push(this);
+  }
+  draw() {
+    const w = this.plot.clientWidth, left = 4, right = 10, h = 76, X = this.X = v => left + v / this.life.wall * (w - left - right);
+    let s = '';
+    for (const p of this.life.spans) {
+      const high = p.steps ? 30 : 10, y = 44 - high; let at = p.from;
+      for (const [name, v] of p.parts) {
+        const wide = X(at + v) - X(at); at += v;
+        if (wide > .05) s += `<rect class="${p.steps ? 'start' : 'between'}" x="${X(at - v).toFixed(2)}" y="${y}" width="${wide.toFixed(2)}" height="${high}"
+          fill="var(--${lifeTone[name][0]})" opacity="${lifeTone[name][1]}"/>`;
+      }
+      if (p.failed) s += `<path class="failure" d="M${X(p.to).toFixed(1)} 12l-5 -8h10z" fill="var(--bad)"/><line x1="${X(p.to).toFixed(1)}" x2="${X(p.to).toFixed(1)}" y1="12" y2="44" stroke="var(--bad)"/>`;
+    }
+    for (const v of timeTicks(0, this.life.wall, Math.max(3, Math.floor(w / 95)))) s += `<text x="${X(v)}" y="${h - 8}" text-anchor="${v ? 'middle' : 'start'}">${span(v)}</text>`;
+    this.plot.innerHTML = `<svg height="${h}" viewBox="0 0 ${w} ${h}" role="img" aria-label="Where the run's life went, along wall time">
+      <rect width="${w}" height="${h}" fill="transparent"/><line x1="${left}" x2="${w - right}" y1="44.5" y2="44.5" stroke="var(--line)"/>${s}</svg>`;
+  }
+  move(e) {
+    const x = e.clientX - this.plot.getBoundingClientRect().left, p = this.life.spans.find(q => this.X(q.from) <= x && x <= this.X(q.to));
+    if (!p) { this.tip.style.display = 'none'; return; }
+    const nth = this.life.spans.filter(q => q.steps).indexOf(p) + 1;
+    const title = p.steps ? `start ${nth}${p.steps[0] ? `, steps ${p.steps[0]} to ${p.steps[1]}` : ''}${p.ended ? ': ' + p.ended : ''}` : 'between starts';
+    const rows = p.parts.map(([n, v]) => `<div class="row"><span><i style="${tint(n)}"></i>${esc(n)}</span><b>${esc(span(v))}</b></div>`).join('');
+    place(this, x, e, `<div><b>${esc(title)}</b> · ${esc(span(p.to - p.from))} from ${esc(span(p.from))} on</div>${rows}`);
+  }
+}
+
 class Lanes {
   constructor(parent) {
     this.kinds = [...new Set(D.events.map(e => e.kind))];
@@ -352,6 +395,7 @@ function build() {
         series: labels.map(([k, label, tone]) => ({name: `${label} ${trim((100 * D.time_spent[k] / sum).toFixed(1))}%`, tone, mean: k === 'compute' ? compute : parts[k]}))});
     }
   } else root.innerHTML = '<section class="card wide empty">No step has been written yet.</section>';
+  if (D.life) new Life(root, D.life);
   if (D.events.length) new Lanes(root);
   if (D.pipeline) root.insertAdjacentHTML('beforeend', `<section class="card wide"><div class="head"><h2>Pipeline schedule</h2></div>
     <div class="under">${esc(D.pipeline.text)}</div>${D.pipeline.svg}</section>`);

@@ -1,14 +1,15 @@
 """Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path reads it.
 
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), what to
-`do` (a signal's name, `sleep`, or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as the model computes
-it) and how many `times` (1 unless given), counted over all starts by files in `FAULTS_DONE`.
+`do` (a signal's name; `sleep`; `slow`, from then on, with `by` 0.3 for 30 %; or `add` or `multiply` with a number `by`: to the
+loss of a micro-batch, as the model computes it) and how many `times` (1 unless given), counted over all starts by files in `FAULTS_DONE`.
 """
 
 import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -16,6 +17,25 @@ FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 
 
 TO_THE_LOSS = ("add", "multiply")
+SLOW_DOWN = """
+import os, signal, sys, time
+pid, share = int(sys.argv[1]), float(sys.argv[2])
+ran = stopped = 0.0
+while True:
+    began = time.monotonic()
+    time.sleep(0.005)
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        ran += time.monotonic() - began
+        began = time.monotonic()
+        time.sleep(max(0.0, share * ran - stopped))
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        break
+    stopped += time.monotonic() - began
+"""
+"""A process that stops and continues another one, so that this needs `share` more time for whatever it does."""
+
 place = (None, None, None)
 """The rank, step and phase that this process is in."""
 
@@ -43,6 +63,10 @@ def due(to_the_loss):
 
 
 def strike(fault):
+    if fault["do"] == "slow":  # it dies with the rank's session
+        command = [sys.executable, "-E", "-S", "-c", SLOW_DOWN, str(os.getpid()), str(fault["by"])]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        return
     if fault["do"] == "sleep":
         time.sleep(3600)
     os.kill(os.getpid(), getattr(signal, fault["do"]))

@@ -57,7 +57,7 @@ def test_a_job_hangs_when_no_rank_moves():
     time.sleep(0.3)
     assert not hangs(heartbeats, [0, 1], limits), "starting takes longer"
     for beat in (first, second):
-        beat.enter("forward", 4)
+        beat.enter("update", 4)
         beat.enter("data", 5)
     time.sleep(0.3)
     first.beat()

@@ -110,6 +110,70 @@ def test_a_long_run_gives_a_small_page_that_keeps_extremes_and_means(tmp_path):
     assert report(run_dir).stat().st_size < 1_000_000
 
 
+def add_life(run_dir):
+    """Two agents: one whose second start of the ranks was cut off with the machine, and one an hour later."""
+
+    def start(from_s, to_s, first, done, ended, **seconds):
+        steps = {"first": first, "done": done, "finished": done - first + 1}
+        unfinished = {"forward": 2.0} if ended not in ("done", "saved") else {}
+        return {"from_s": from_s, "to_s": to_s, "ended": ended, **steps, "seconds": seconds, "unfinished": unfinished}
+
+    trained = {"data": 10.0, "exchange": 5.0, "forward": 60.0, "backward": 50.0, "update": 25.0, "waited": 15.0}
+    first = [
+        start(10, 200, 1, 20, "SIGKILL", start=30.0, save=10.0, **trained),
+        start(210, 400, 16, 35, None, start=25.0, load=5.0, save=10.0, **trained),
+    ]
+    second = [start(10, 180, 31, 50, "done", start=5.0, load=5.0, evaluate=4.0, end=6.0, **trained)]
+    agents = [
+        {"began": 1e9, "seconds": 400.0, "starts": first},
+        {"began": 1e9 + 4000, "seconds": 190.0, "starts": second},
+    ]
+    (run_dir / "ledger.json").write_text(json.dumps({"format": 1, "agents": agents}))
+
+
+def test_the_ledger_is_added_up(tmp_path):
+    run_dir = make_run(tmp_path, 20)
+    assert collect(run_dir)["life"] is None, "a run without an agent has none"
+    add_life(run_dir)
+    data = collect(run_dir)
+    life = data["life"]
+    spent = dict(zip(life["categories"], life["seconds"], strict=True))
+    kept = 15 * 148 / 20 + 15 * 148 / 20 + 150  # of 20 steps 15 each time, and all of the last ones
+    assert spent["data"] + spent["compute"] + spent["communication"] == pytest.approx(kept, rel=1e-4)
+    assert spent["lost work"] == pytest.approx(2 * (5 * 148 / 20 + 2), rel=1e-4)
+    assert spent["downtime"] == 10 + 3600 and spent["start-up"] == 10 + 30 + 25 + 10 + 5 and spent["end"] == 16
+    assert sum(spent.values()) == life["wall"] == 4190 and life["unbooked"] == 0
+    assert life["text"] == (
+        "effective training time 8.9% of 1:09:50 · 3 starts of the ranks, 2 failures · mean time between failures 0:04:35 "
+        "· 10 steps done again"
+    )
+    assert ("training time", "goodput 8.9%") in [(tile["name"], tile["note"]) for tile in data["tiles"]]
+    assert [span["failed"] for span in life["spans"] if span["steps"]] == [True, True, False]
+
+
+@needs_browser
+def test_a_browser_draws_the_runs_life(tmp_path):
+    run_dir = make_run(tmp_path, 20)
+    add_life(run_dir)
+    document = drawn(report(run_dir))
+    assert "Where the run's life went</h2>" in document and "lost work 1.9%" in document and "NaN" not in document
+    assert document.count('<path class="failure"') == 2
+    starts = re.findall(r'<rect class="start" x="([\d.]+)"[^>]* width="([\d.]+)"', document)
+    assert len(starts) == 6 + 7 + 7
+    assert all(float(x) + float(width) <= 1200 for x, width in starts)
+    assert len(re.findall(r'<rect class="between"', document)) == 5
+    shares = re.search(r'<div class="share life">(.*?)</div>', document, flags=re.DOTALL)[1]
+    assert sum(float(share) for share in re.findall(r"flex:([\d.e-]+) ", shares)) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_damaged_ledger_is_said(tmp_path):
+    run_dir = make_run(tmp_path, 5)
+    for text in ("{", '{"format": 1, "agents": [{"began": 3}]}'):
+        (run_dir / "ledger.json").write_text(text)
+        data = collect(run_dir)
+        assert data["life"] is None and "ledger.json is damaged" in data["notices"][0]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere: no such folder"):
         report(tmp_path / "nowhere")

@@ -1,0 +1,53 @@
+"""The goodput ledger of real jobs, beside a clock that was outside and what their events tell."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from commands import TRAIN, events
+from faults import fault, run_with
+
+from megatrain.resilience.ledger import summarise
+
+OUTSIDE_S = 0.6
+"""What the ledger cannot see of a command: the interpreter's exit, and starting a process of it."""
+
+
+def timed(*arguments):
+    started = time.monotonic()
+    done = run_with(*arguments)
+    return done, time.monotonic() - started
+
+
+def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_booked(workplace):
+    """Two ranks killed, the job stopped by its signal as before a time limit, and started again a little later."""
+    deaths = [fault(1, 8, "forward", "SIGKILL"), fault(0, 17, "backward", "SIGKILL"), fault(0, 24, "data", "SIGUSR1")]
+    words = [*TRAIN, "run.name=booked", "launch.nproc_per_node=2", "checkpoint.every=5"]
+    began = time.monotonic()
+    stopped, first_s = timed(workplace, deaths, *words)
+    assert stopped.returncode == 75, stopped.stderr
+    time.sleep(2.0)
+    done, second_s = timed(workplace, deaths, *words)
+    wall = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+
+    document = json.loads((workplace / "runs/booked/ledger.json").read_text())
+    first, second = document["agents"]
+    assert first["seconds"] == pytest.approx(first_s, rel=0.01, abs=OUTSIDE_S)
+    assert second["seconds"] == pytest.approx(second_s, rel=0.01, abs=OUTSIDE_S)
+    assert [start["ended"] for start in first["starts"]] == ["SIGKILL", "SIGKILL", "saved"]
+    assert [start["ended"] for start in second["starts"]] == ["done"]
+
+    life = summarise(document)
+    assert life.wall_s == pytest.approx(wall, rel=0.01, abs=OUTSIDE_S)
+    seconds = life.seconds
+    assert sum(seconds.values()) == pytest.approx(life.wall_s, rel=0.01)
+    assert min(seconds.values()) >= 0 and seconds["compute"] > 0 and seconds["communication"] > 0
+    assert seconds["downtime"] > 2.0 and seconds["lost work"] > 0 and seconds["start-up"] > 0 and seconds["load"] > 0
+    assert (life.num_starts, life.failures) == (4, 2)
+    resumed = [event["step"] for event in events(workplace, "booked", "resume")]
+    failed = [event["step"] for event in events(workplace, "booked", "failure")]
+    assert life.lost_steps == sum(at - 1 - to for at, to in zip(failed, resumed[:2], strict=True))
+    assert 0 < life.goodput < 1

@@ -1,0 +1,242 @@
+"""The goodput ledger: that all time is booked, and what is reckoned as lost."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from megatrain.errors import OwnedError
+from megatrain.resilience import ledger as module
+from megatrain.resilience.heartbeat import WAITED, Heartbeat, Heartbeats
+from megatrain.resilience.ledger import CATEGORIES, EFFECTIVE, Ledger, process_age, read_ledger, summarise
+
+
+@pytest.fixture
+def heartbeats():
+    beats = Heartbeats(1)
+    yield beats
+    beats.close()
+
+
+def make(tmp_path, heartbeats, since=None, may_write=lambda: None):
+    return Ledger(tmp_path / "ledger.json", heartbeats, may_write, since)
+
+
+def train(heartbeat, *steps, nap=0.004):
+    """What a trainer and its engine mark, each phase for a little while."""
+    for step in steps:
+        for phase in ("data", "exchange", "forward", "backward", "update"):
+            heartbeat.enter(phase, step)
+            time.sleep(nap)
+
+
+def check(document):
+    """No time is missing, none is there twice."""
+    life = summarise(document)
+    assert sum(life.seconds.values()) == pytest.approx(life.wall_s, rel=0.01, abs=0.002)
+    assert min(life.seconds.values()) >= 0
+    for before, after in zip(life.spans, life.spans[1:], strict=False):
+        assert after.start_s == pytest.approx(before.stop_s)
+    assert all(sum(span.seconds.values()) == pytest.approx(span.stop_s - span.start_s, abs=0.01) for span in life.spans)
+    return life
+
+
+def test_a_job_with_a_death_adds_up_to_its_wall_time(tmp_path, heartbeats):
+    """Killed in the middle of a phase; the agent notices later; what is done again is lost, what comes between is downtime."""
+    began = time.monotonic()
+    ledger = make(tmp_path, heartbeats)
+    time.sleep(0.05)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    time.sleep(0.05)
+    rank.enter("load")
+    time.sleep(0.03)
+    train(rank, 1, 2, 3, 4)
+    rank.enter("save", 4)
+    time.sleep(0.02)
+    train(rank, 5, 6, 7)
+    rank.enter("data", 8)
+    rank.enter("forward")
+    time.sleep(0.1)  # and is killed here
+    ledger.freeze()
+    time.sleep(0.08)
+    ledger.end("SIGKILL")
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    train(rank, 5, 6, 7, 8)
+    rank.enter("end", 8)
+    time.sleep(0.02)
+    ledger.end("done")
+    time.sleep(0.02)
+    ledger.close()
+    wall = time.monotonic() - began
+
+    document = read_ledger(tmp_path / "ledger.json")
+    life = check(document)
+    assert life.wall_s == pytest.approx(wall, rel=0.01, abs=0.05)
+    first, second = document["agents"][0]["starts"]
+    assert (first["first"], first["done"], first["finished"], first["ended"]) == (1, 7, 7, "SIGKILL")
+    assert (second["first"], second["done"], second["finished"], second["ended"]) == (5, 8, 4, "done")
+    assert (life.lost_steps, life.num_starts, life.failures) == (3, 2, 1)
+    seconds = life.seconds
+    assert seconds["lost work"] >= 0.1 + 3 * 5 * 0.004, "three finished steps and the one that was not"
+    assert sum(seconds[name] for name in EFFECTIVE) >= 8 * 5 * 0.004, "eight steps are there in the end"
+    assert seconds["downtime"] >= 0.08 and seconds["load"] >= 0.03 and seconds["save"] >= 0.02
+    assert seconds["start-up"] >= 0.1 and seconds["end"] >= 0.04
+    assert life.mtbf_s == pytest.approx(first["to_s"] - first["from_s"] + second["to_s"] - second["from_s"])
+    assert life.goodput == pytest.approx(sum(seconds[name] for name in EFFECTIVE) / life.wall_s)
+
+
+def test_waits_are_booked_as_communication(tmp_path, heartbeats):
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    rank.enter("data", 1)
+    rank.enter("forward")
+    time.sleep(0.05)
+    rank.waited(30_000_000)
+    rank.enter("exchange")
+    rank.waited(10_000_000)  # already communication as a whole
+    time.sleep(0.02)
+    rank.beat()
+    ledger.end("saved")
+    account = heartbeats.account(0)
+    assert account.seconds[WAITED] == pytest.approx(0.03)
+    seconds = check(read_ledger(tmp_path / "ledger.json")).seconds
+    assert seconds["communication"] == pytest.approx(0.05, abs=0.02)
+    assert seconds["compute"] == pytest.approx(0.02, abs=0.01)
+
+
+def test_since_a_hang_nothing_is_done(tmp_path, heartbeats):
+    """From the last sign of life on it is downtime, not work."""
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    train(rank, 1, 2)
+    time.sleep(0.2)
+    ledger.freeze(hung=True)
+    ledger.end("hang")
+    ledger.close()
+    life = check(read_ledger(tmp_path / "ledger.json"))
+    assert life.seconds["downtime"] >= 0.2 and life.seconds["compute"] < 0.1 and life.failures == 1
+
+
+def test_steps_that_a_rollback_does_again_are_lost(tmp_path, heartbeats):
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    train(rank, 1, 2, 3, 4, 5)
+    rank.enter("load")
+    rank.enter("save", 2)
+    train(rank, 3, 4, 5, 6)
+    rank.enter("save", 6)
+    rank.enter("end", 6)
+    ledger.end("done")
+    document = read_ledger(tmp_path / "ledger.json")
+    (start,) = document["agents"][0]["starts"]
+    assert (start["finished"], start["done"]) == (9, 6)
+    life = check(document)
+    effective = sum(life.seconds[name] for name in EFFECTIVE)
+    assert life.lost_steps == 3 and life.seconds["lost work"] == pytest.approx(effective * 3 / 6, rel=0.01)
+
+
+def test_a_stop_by_a_signal_loses_nothing(tmp_path, heartbeats):
+    """The batch that was fetched for the next step is not trained on, and the last step counts once."""
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    train(rank, 1, 2, 3)
+    rank.enter("data", 4)
+    rank.enter("exchange", 4)
+    rank.enter("save", 3)
+    rank.enter("end", 3)
+    ledger.end("saved")
+    life = check(read_ledger(tmp_path / "ledger.json"))
+    assert (
+        [span.steps for span in life.spans if span.steps] == [(1, 3)]
+        and life.lost_steps == 0
+        and life.seconds["lost work"] == 0
+    )
+
+
+def test_an_agent_that_lost_its_power_costs_what_was_not_yet_written(tmp_path, heartbeats, monkeypatch):
+    """The gap to the next agent is downtime, of the wall clock; a clock that went back makes it 0, never less."""
+    monkeypatch.setattr(module, "EVERY_S", 0.1)
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    rank = Heartbeat(heartbeats.file, 0)
+    train(rank, 1, 2, 3, 4, nap=0.01)
+    rank.enter("data", 5)
+    time.sleep(0.05)
+    ledger.watch()
+    written = (tmp_path / "ledger.json").read_text()
+    ledger.watch()
+    assert (tmp_path / "ledger.json").read_text() == written, "not at every look"
+    time.sleep(0.3)  # the power goes, and comes back
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    train(Heartbeat(heartbeats.file, 0), 4, 5)
+    ledger.end("exit code 1")
+    ledger.close()
+    document = read_ledger(tmp_path / "ledger.json")
+    life = check(document)
+    assert life.seconds["downtime"] >= 0.3 and (life.failures, life.lost_steps) == (2, 1)
+    document["agents"][1]["began"] -= 3600
+    assert check(document).wall_s == pytest.approx(sum(agent["seconds"] for agent in document["agents"]))
+
+
+def test_a_run_that_goes_on_has_lost_nothing_yet(tmp_path, heartbeats):
+    ledger = make(tmp_path, heartbeats)
+    heartbeats.clear()
+    ledger.begin()
+    train(Heartbeat(heartbeats.file, 0), 1, 2)
+    ledger._book(ledger._now())
+    ledger._write()
+    life = check(read_ledger(tmp_path / "ledger.json"))
+    assert life.failures == 0 and life.seconds["lost work"] == 0 and life.mtbf_s is None
+
+
+def test_an_agent_that_owns_the_run_no_more_writes_nothing(tmp_path, heartbeats):
+    def refuse():
+        raise OwnedError("another job")
+
+    make(tmp_path, heartbeats, may_write=refuse).close()
+    assert not (tmp_path / "ledger.json").exists()
+
+
+def test_a_damaged_ledger_is_set_aside(tmp_path, heartbeats):
+    (tmp_path / "ledger.json").write_text('{"format": 1, "agents": [{')
+    make(tmp_path, heartbeats).close()
+    assert len(read_ledger(tmp_path / "ledger.json")["agents"]) == 1
+    assert (tmp_path / "ledger.json.damaged").exists()
+    (tmp_path / "ledger.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="format 1"):
+        read_ledger(tmp_path / "ledger.json")
+
+
+def test_an_agent_that_started_nothing_is_start_up(tmp_path, heartbeats):
+    make(tmp_path, heartbeats, since=time.monotonic() - 5).close()
+    life = check(read_ledger(tmp_path / "ledger.json"))
+    assert life.seconds["start-up"] == pytest.approx(5, abs=0.2) and set(life.seconds) == set(CATEGORIES)
+    assert summarise({"format": 1, "agents": []}).wall_s == 0
+
+
+def test_the_age_of_a_process():
+    import subprocess
+    import sys
+
+    code = "import time; time.sleep(1); from megatrain.resilience.ledger import process_age as age; print(age())"
+    started = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 1.0 < age < time.monotonic() - started + 0.1
+    assert process_age() > 0
