@@ -263,6 +263,7 @@ def write_record(points: Sequence[Point]) -> None:
     folder = sweep_folder(points)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        joined(points).save(folder)
+        with SweepRecord.alone(folder):
+            joined(points).save(folder)
     except OSError as error:
         raise ConfigError(f"run.dir: {folder} cannot be written ({error.strerror})") from error

@@ -5,9 +5,12 @@ The points are ordinary runs beside that folder. Imports no torch.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,6 +48,14 @@ class SweepRecord:
             return SweepRecord([SweepPoint(**point) for point in raw["points"]], raw["id"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not the record of a sweep ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    @contextmanager
+    def alone(folder: Path) -> Iterator[None]:
+        """Hold the folder's lock against other commands on the same sweep, from reading the record to writing it."""
+        with open(folder / ".lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def save(self, folder: Path) -> None:
         """Write the record; whoever reads it sees all of it."""

@@ -185,6 +185,8 @@ def test_under_a_foreign_launcher_each_rank_says_what_is_wrong(rank, speaker, mo
         ["train", "model.num_heads=7"],
         ["train", "train.global_batch_size=7"],
         ["train", "data.name=none_such"],
+        ["train", "--multirun", "seed=1,2", "--cfg"],
+        ["train", "--multirun", "seed=1,2", "data.name=none_such"],
         ["train", "checkpoint.resume=none/such"],
         ["prepare", "tokenizer.path=none.model"],
         ["evaluate", "none/such"],

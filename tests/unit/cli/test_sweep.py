@@ -1,6 +1,8 @@
 """`megatrain train --multirun`, up to the moment when points would start: values, names, and what is refused."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ import yaml
 from megatrain import cli
 from megatrain.compose import compose
 from megatrain.errors import ConfigError
-from megatrain.sweep import MAX_POINTS, MAX_SUFFIX, expand, override, prepare, suffix
+from megatrain.sweep import MAX_POINTS, MAX_SUFFIX, expand, override, prepare, suffix, write_record
 from megatrain.tracking.sweep import SweepPoint, SweepRecord
 
 TINY = ["model=tiny", "data=files", "data.name=books"]
@@ -196,3 +198,21 @@ def test_the_record_grows_and_keeps_who_it_is(tmp_path):
     assert again.id == record.id and [point.run for point in again.points] == ["s-a_b", "s-c"]
     with pytest.raises(ConfigError, match=r"'data\.dir=a/b' and 'data\.dir=a_b' would both be the run s-a_b"):
         again.add([SweepPoint("s-a_b", {"data.dir": "a_b"})])
+
+
+def test_commands_at_once_lose_none_of_their_points(tmp_path, monkeypatch):
+    """Two shells make the same sweep larger; whoever reads the record first has to be done before the other reads."""
+    monkeypatch.chdir(tmp_path)
+    sweeps = [prepare([*TINY, "run.name=scan", f"seed={2 * n},{2 * n + 1}"]) for n in range(4)]
+    load = SweepRecord.load
+
+    def slowly(folder):
+        record = load(folder)
+        time.sleep(0.05)
+        return record
+
+    monkeypatch.setattr(SweepRecord, "load", staticmethod(slowly))
+    with ThreadPoolExecutor(len(sweeps)) as pool:
+        list(pool.map(write_record, sweeps))
+    points = load(tmp_path / "runs" / "scan").points
+    assert sorted(point.run for point in points) == [f"scan-seed{seed}" for seed in range(8)]

@@ -104,6 +104,26 @@ def test_both_axes_are_logarithmic(tmp_path):
 
 
 @needs_browser
+def test_pointing_brings_out_one_point_and_a_click_sorts(sweep):
+    """The page with a pointer and a click added to the end of its script."""
+    page = report_sweep(sweep)
+    script = """build();
+      const c = document.querySelectorAll('path.curve')[2].getPointAtLength(1e9), b = charts[0].plot.getBoundingClientRect();
+      document.querySelectorAll('th')[1].click(); document.querySelectorAll('th')[1].click();
+      charts[0].plot.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + c.x, clientY: b.top + c.y}));
+    </script>"""
+    page.write_text(re.sub(r"build\(\);\s*</script>", lambda _: script, page.read_text()))
+    document = drawn(page)
+    tip = re.search(r'<div class="tip" style="display: block[^>]*>(.*?)</section>', document, re.DOTALL).group(1)
+    assert "model b, optim.lr 0.001" in tip and "<span>step</span><b>20</b>" in tip and "<b>2.201</b>" in tip
+    classes = re.findall(r'<path class="(curve[^"]*)" data-point="(\d)"', document)
+    assert [(one, "faded" in name) for name, one in classes] == [(i, i != "2") for i in "012012"]
+    rows = re.findall(r'<tr data-point="(\d)"(?: class="(.*?)")?>', document)
+    assert [one for one, _ in rows] == ["1", "3", "0", "2"], "the larger learning rate first, else as they were"
+    assert [one for one, name in rows if name == "on"] == ["2"]
+
+
+@needs_browser
 def test_a_browser_draws_a_sweep_that_has_not_begun(tmp_path):
     (tmp_path / "scan").mkdir()
     SweepRecord([SweepPoint("scan-1", {"seed": "1"})]).save(tmp_path / "scan")
