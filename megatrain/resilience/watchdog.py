@@ -27,6 +27,9 @@ ANSWER_S = 2.0
 
 COLLECTIVES = re.compile(r'File "[^"]*(?:torch/distributed/|deepspeed/comm/)([^"]*)", line \d+ in (\w+)')
 OURS = re.compile(r'File "[^"]*/(megatrain/[^"]*)", line (\d+) in (\w+)')
+TIMING = "megatrain/resilience/waits.py"
+"""What times a wait stands between the collective and the rank that waits in it, and tells nothing."""
+
 _PASSED_ON = ("wrapper", "wait", "wait_tensor", "trigger_wait", "log_wrapper", "decorator")
 """Functions on the way to a collective whose names tell nothing."""
 
@@ -145,7 +148,8 @@ def read_stacks(stacks: str) -> tuple[str | None, str | None]:
     """The collective that a dump of faulthandler's shows some thread waiting in, and where our code called from."""
     waits_in = at = None
     for thread in re.split(r"\n\n|(?=^(?:Current thread|Thread) 0x)", stacks, flags=re.MULTILINE):
-        frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")]
+        lines = (line for line in thread.splitlines() if line.lstrip().startswith("File "))
+        frames = [line for line in lines if TIMING not in line]
         near = [match for line in frames[:NEAR] if (match := COLLECTIVES.search(line))]
         ours = next((match for line in frames if (match := OURS.search(line))), None)
         if (near and ours is not None) or (near and waits_in is None):

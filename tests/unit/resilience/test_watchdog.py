@@ -10,6 +10,7 @@ from megatrain.resilience.heartbeat import Beat, Heartbeat, Heartbeats
 from megatrain.resilience.watchdog import Limits, Witness, culprits, hangs, read_stacks
 
 WAITING = """Current thread 0x00007f0000000000 (most recent call first):
+  File "/x/megatrain/resilience/waits.py", line 70 in wait
   File "/x/torch/distributed/distributed_c10d.py", line 3333 in all_gather
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
   File "/x/megatrain/launch/world.py", line 47 in gather
