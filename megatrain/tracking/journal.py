@@ -31,15 +31,17 @@ class Journal:
 
     def start(self, info: RunInfo, step: int, **further: Any) -> None:
         """Cut the metrics back to `step`, say that the run starts or resumes, and start the trackers."""
-        if self._metrics is None:
+        if self._metrics is None or self._events is None:
             return
         self._may_write()
         cut = self._metrics.resume(step)
-        self._trackers.start(info)
         detail = {name: getattr(info, name) for name in START_DETAIL} | further
         if cut:
             detail["cut_metrics"] = str(cut)
-        self.event("start" if info.resumed_from_step is None else "resume", step, **detail)
+        kind = "start" if info.resumed_from_step is None else "resume"
+        event = self._events.emit(kind, step, **detail)  # first: a tracker's helper reads the file
+        self._trackers.start(info)
+        self._trackers.event(event)
 
     def cut(self, step: int) -> Path | None:
         """Cut the metrics back to `step`, where a rollback goes on; where the cut tail is kept, if there was one."""

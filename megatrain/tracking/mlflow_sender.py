@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.restarts import Restart, Restarts
 from megatrain.tracking.sweep import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
 
@@ -41,6 +42,10 @@ ORPHAN_TIMEOUT_S = 10.0
 """How long what is left may take to send once the trainer is gone without a word."""
 PROGRESS = "progress/step"
 """The metric whose latest value is the last step that the server has."""
+RESTARTS = "restarts"
+"""The metric that counts the run's restarts, at the steps that it went on from."""
+RESTART_TAG = "restart_{}"
+"""The tag that tells why a restart was needed."""
 SWEEP_ID = "megatrain.sweep"
 """The tag that a sweep's own MLflow run is found by."""
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -106,6 +111,9 @@ class Sender:
         self._lock: IO[bytes] | None = None
         self._samples: deque[tuple[float, dict[str, float]]] = deque(maxlen=MAX_SYSTEM_SAMPLES)
         self._dropped = 0
+        self._restarts = Restarts(self.run_dir / "events.jsonl")
+        self._unsent_restarts: list[Restart] = []
+        self._known_tags: dict[str, str] = {}
         self._system = SystemMetrics(setup["parent"], self.run_dir)
         self._next_sample = time.time()
         self._next_try, self._backoff, self._failing = 0.0, FIRST_BACKOFF_S, False
@@ -196,6 +204,7 @@ class Sender:
         if (self.run_dir / "config.yaml").exists():
             self.client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
         self.sent_step = int(run.data.metrics.get(PROGRESS, 0))
+        self._known_tags = run.data.tags
         self.run_id = run_id
         self.parent.tell(sent=self.sent_step)
 
@@ -334,9 +343,24 @@ class Sender:
                 self.sent_step = step
                 self.parent.tell(sent=step)
             self._offset = offset
+        self._send_restarts()
         while self._samples:
             self.client.log_batch(self.run_id, metrics=self._system_points(*self._samples[0]))
             self._samples.popleft()
+
+    def _send_restarts(self) -> None:
+        """Each restart, once: a point of the metric RESTARTS and a tag, in one request."""
+        from mlflow.entities import Metric, RunTag
+
+        self._unsent_restarts += self._restarts.read()
+        while self._unsent_restarts:
+            one = self._unsent_restarts[0]
+            name, moment = RESTART_TAG.format(one.number), milliseconds(one.time)
+            told = f"{one.why} ({one.time})"[:MAX_PARAM_LENGTH]
+            if self._known_tags.get(name) != told:
+                point = Metric(RESTARTS, one.number, moment, one.step)
+                self.client.log_batch(self.run_id, metrics=[point], tags=[RunTag(name, told)])
+            self._unsent_restarts.pop(0)
 
     def _unsent_steps(self) -> Iterator[tuple[list[Any], int, int]]:
         """Batches of metrics, the last step of each, and where it ends in the file."""

@@ -1,8 +1,9 @@
 """Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path reads it.
 
-`FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), what to
-`do` (a signal's name; `sleep`; `slow`, from then on, with `by` 0.3 for 30 %; or `add` or `multiply` with a number `by`: to the
-loss of a micro-batch, as the model computes it) and how many `times` (1 unless given), counted over all starts by files in `FAULTS_DONE`.
+`FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), how many
+`times` it strikes (1 unless given; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a signal's name; `sleep`;
+`wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3 for 30 %; or `add` or `multiply`
+with a number `by`: to the loss of a micro-batch, as the model computes it.
 """
 
 import importlib.util
@@ -66,6 +67,14 @@ def strike(fault):
     if fault["do"] == "slow":  # it dies with the rank's session
         command = [sys.executable, "-E", "-S", "-c", SLOW_DOWN, str(os.getpid()), str(fault["by"])]
         subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        return
+    if fault["do"] == "wait":
+        open(f"{os.environ['FAULTS_DONE']}/{fault['by']}.waits", "w").close()
+        deadline = time.monotonic() + 300
+        while not os.path.exists(f"{os.environ['FAULTS_DONE']}/{fault['by']}"):
+            if time.monotonic() > deadline:
+                sys.exit(f"nobody made {fault['by']}")
+            time.sleep(0.02)
         return
     if fault["do"] == "sleep":
         time.sleep(3600)

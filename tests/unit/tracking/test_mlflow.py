@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
+from tracking_servers import MlflowServer, free_port
 
 from megatrain.config import TrackingConfig
 from megatrain.tracking.base import RunInfo
@@ -97,32 +97,12 @@ def points(mlflow, run_id, name):
     return [(point.step, point.value, point.timestamp) for point in mlflow.get_metric_history(run_id, name)]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
 @pytest.fixture(autouse=True, scope="module")
 def server(tmp_path_factory):
     """A real `mlflow server`, starting while other tests run; returns its address once it answers."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-
-    def address():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return f"http://127.0.0.1:{port}"
-            time.sleep(0.2)
-        raise TimeoutError((folder / "server.log").read_text())
-
-    yield address
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running = MlflowServer(tmp_path_factory.mktemp("server"), free_port())
+    yield running.address
+    running.kill()
 
 
 @pytest.fixture(scope="module")

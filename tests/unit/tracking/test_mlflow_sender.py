@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatrain.tracking import mlflow_sender
+from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.mlflow_sender import Sender, flatten, text
 from megatrain.tracking.sweep import SweepPoint, SweepRecord
@@ -304,3 +305,58 @@ def test_a_sweep_whose_folder_is_gone_costs_a_warning_only(runs):
     one.connect()
     assert one.run_id and family(one, "gone") == ({}, {})
     assert "no sweep's folder" in next(told["warning"] for told in one.parent.told if "warning" in told)
+
+
+# ---------------------------------------------------------------------------------------------------- restarts
+
+
+def restarts_of(one):
+    """What the server has: the tags, and the metric's points."""
+    tags = one.client.get_run(one.run_id).data.tags
+    told = {name: value.partition(" (")[0] for name, value in tags.items() if name.startswith("restart_")}
+    return told, [(int(point.value), point.step) for point in one.client.get_metric_history(one.run_id, "restarts")]
+
+
+def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
+    """Within a job, after a signal and after a kill that left no word; a helper that begins again sends none twice."""
+    one = sender(runs / "restarts")
+    log = EventLog(runs / "restarts" / "events.jsonl")
+    log.emit("start", 0)
+    log.emit("failure", 14, how="SIGKILL", rank=1, host="n7", phase="forward")
+    log.emit("restart", 14, restarts=1)
+    one.catch_up()
+    assert restarts_of(one) == ({}, [])
+    log.emit("resume", 10)
+    one.catch_up()
+    first = {"restart_1": "SIGKILL of rank 1 on n7 at step 14; from step 10"}
+    assert restarts_of(one) == (first, [(1, 10)])
+    one._lock.close()
+    sent = []
+    again = sender(runs / "restarts", resumed_from_step=20)
+    again.connect()
+    log_batch = again.client.log_batch
+    again.client.log_batch = lambda *given, **what: (sent.append(what), log_batch(*given, **what))
+    log.emit("signal", 20, signal=10)
+    log.emit("stop", 20, status="stopped")
+    log.emit("resume", 20)
+    log.emit("resume", 25)
+    again.catch_up()
+    assert again.run_id == one.run_id
+    more = {
+        "restart_2": "stopped by SIGUSR1 at step 20; from step 20",
+        "restart_3": "ended without a word; from step 25",
+    }
+    assert restarts_of(again) == (first | more, [(1, 10), (2, 20), (3, 25)])
+    assert [what["tags"][0].key for what in sent] == ["restart_2", "restart_3"]
+
+
+def test_restarts_before_a_new_beginning_are_not_the_new_runs(runs):
+    """Another config from step 1 is another MLflow run; a rank that died before the first save is a restart of this one."""
+    run_dir = runs / "beginning"
+    run_dir.mkdir()
+    log = EventLog(run_dir / "events.jsonl")
+    for kind, step in (("start", 0), ("resume", 5), ("stop", 9), ("start", 0), ("failure", 2), ("start", 0)):
+        log.emit(kind, step, **({"how": "SIGSEGV", "rank": 0, "host": "n1"} if kind == "failure" else {}))
+    one = sender(run_dir)
+    one.catch_up()
+    assert restarts_of(one) == ({"restart_1": "SIGSEGV of rank 0 on n1 at step 2; from step 0"}, [(1, 0)])

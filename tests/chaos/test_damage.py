@@ -1,0 +1,104 @@
+"""Checkpoints damaged on the disk, and real jobs that start on them; the oracle is the run that nothing disturbed.
+
+Every kind of damage that `verify` knows is in tests/unit/checkpoint/test_damage.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from commands import TRAIN, events, final_files, megatrain, metrics, same, start
+from faults import fault, run_with
+
+JOB = [*TRAIN, "engine=native", "launch.preflight=false"]
+NEWEST, BEFORE = "step_00000020", "step_00000015"
+SHARD, MANIFEST = "0.safetensors", "manifest.json"
+
+
+def cut(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "shard-cut": (SHARD, lambda path: cut(path, 0.7)),
+    "bit-flipped": (SHARD, flip),
+    "shard-missing": (SHARD, lambda path: path.unlink()),
+    "manifest-empty": (MANIFEST, lambda path: cut(path, 0)),
+    "manifest-cut": (MANIFEST, lambda path: cut(path, 0.7)),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(workplace):
+    """The folder of a run killed at step 22, whole, with checkpoints of steps 15 and 20. `damage-whole` was not killed."""
+    whole = start(workplace, *JOB, "run.name=damage-whole")
+    died = run_with(
+        workplace,
+        [fault(0, 22, "backward", "SIGKILL")],
+        *JOB, "run.name=damage", "resilience.max_restarts=0",
+    )  # fmt: skip
+    assert died.returncode == 1, died.stderr
+    _, stderr = whole.communicate(timeout=240)
+    assert whole.returncode == 0, stderr
+    folder = workplace / "runs" / "damage"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [BEFORE, NEWEST]
+    return folder
+
+
+def copy_of(killed, name):
+    """Another run, in the state of the killed one."""
+    return shutil.copytree(killed, killed.with_name(name))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_used_or_refused(workplace, killed, kind):
+    """Left to itself the job goes on from the checkpoint before and ends bit for bit as ever; told to take the damaged one,
+    it refuses and changes nothing."""
+    file, damage = DAMAGES[kind]
+    name, told = f"damage-{kind}", f"damage-{kind}-told"
+    for folder in (copy_of(killed, name), copy_of(killed, told)):
+        damage(folder / "checkpoints" / NEWEST / file)
+    before = contents(killed.with_name(told) / "checkpoints")
+    resume = f"checkpoint.resume=runs/{told}/checkpoints/{NEWEST}"
+    refused = start(workplace, *JOB, f"run.name={told}", resume)
+    done = megatrain(workplace, *JOB, f"run.name={name}")
+    _, says = refused.communicate(timeout=240)
+
+    assert done.returncode == 0, done.stderr
+    damaged = f"{name}/checkpoints/{NEWEST}"
+    assert f"{damaged} is damaged and passed over" in done.stderr and f"{damaged}/{file}" in done.stderr
+    (skip,) = events(workplace, name, "skip")
+    assert f"{damaged}/{file}" in skip["reason"]
+    assert [event["step"] for event in events(workplace, name, "resume")] == [15]
+    same(metrics(workplace, name), metrics(workplace, "damage-whole"))
+    assert final_files(workplace, name) == final_files(workplace, "damage-whole")
+
+    assert refused.returncode == 4, says
+    assert f"{told}/checkpoints/{NEWEST}/{file}" in says
+    assert contents(killed.with_name(told) / "checkpoints") == before
+    assert metrics(workplace, told) == metrics(workplace, "damage"), "no step was done"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_from_nothing(workplace, killed):
+    folder = copy_of(killed, "damage-all")
+    flip(folder / "checkpoints" / NEWEST / SHARD)
+    cut(folder / "checkpoints" / BEFORE / MANIFEST, 0.7)
+    before = contents(folder / "checkpoints")
+    done = megatrain(workplace, *JOB, "run.name=damage-all")
+    assert done.returncode == 4, done.stderr
+    assert f"{NEWEST}/{SHARD}" in done.stderr and f"{BEFORE}/{MANIFEST}" in done.stderr
+    assert contents(folder / "checkpoints") == before
+    assert metrics(workplace, "damage-all") == metrics(workplace, "damage"), "no step was done"
+    assert not events(workplace, "damage-all", "resume") and len(events(workplace, "damage-all", "start")) == 1
