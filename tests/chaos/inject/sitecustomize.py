@@ -1,7 +1,7 @@
 """Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path reads it.
 
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), what to
-`do` (a signal's name, `sleep`, or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as the model computes
+`do` (a signal's name, `sleep`, `run` with a shell command `by`, or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as the model computes
 it) and how many `times` (1 unless given), counted over all starts by files in `FAULTS_DONE`.
 """
 
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -45,6 +46,9 @@ def due(to_the_loss):
 def strike(fault):
     if fault["do"] == "sleep":
         time.sleep(3600)
+    if fault["do"] == "run":
+        subprocess.run(fault["by"], shell=True, check=True)
+        return
     os.kill(os.getpid(), getattr(signal, fault["do"]))
 
 
