@@ -107,7 +107,7 @@ class Sender:
         self._samples: deque[tuple[float, dict[str, float]]] = deque(maxlen=MAX_SYSTEM_SAMPLES)
         self._dropped = 0
         self._system = SystemMetrics(setup["parent"], self.run_dir)
-        self._next_sample = time.time()
+        self._next_sample = time.monotonic()
         self._next_try, self._backoff, self._failing = 0.0, FIRST_BACKOFF_S, False
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -129,7 +129,7 @@ class Sender:
     def _pause(self) -> float:
         due = [self.settings["flush_every_s"]]
         if self.settings["system_metrics_every_s"]:
-            due.append(self._next_sample - time.time())
+            due.append(self._next_sample - time.monotonic())
         return max(0.01, min(due))
 
     def _try(self, action: Callable[[], None]) -> bool:
@@ -158,8 +158,8 @@ class Sender:
 
     def _sample(self) -> None:
         every = self.settings["system_metrics_every_s"]
-        if every and time.time() >= self._next_sample:
-            self._next_sample = time.time() + every
+        if every and time.monotonic() >= self._next_sample:
+            self._next_sample = time.monotonic() + every
             self._dropped += len(self._samples) == MAX_SYSTEM_SAMPLES
             self._samples.append((time.time(), self._system.sample()))
 
