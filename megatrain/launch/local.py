@@ -289,10 +289,10 @@ class _Agent:
     def close(self) -> None:
         """Leave no process behind."""
         self.kill()
-        if self.ledger is not None:
-            self.ledger.close()
         if self.nursery is not None:
             self.nursery.close()
+        if self.ledger is not None:
+            self.ledger.close()  # last of all, for it books this, too
         self.heartbeats.close()
 
     def _book_end(self, ending: _Ending) -> None:
