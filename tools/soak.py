@@ -7,7 +7,8 @@ disk that refuses for some seconds (as root, which it takes to mount one); an ML
 beforehand, from a short job's step time. Exit code 0 if then
 
 - metrics and the last checkpoint's files are those of the undisturbed run, bit for bit, and MLflow has every step once;
-- the goodput ledger adds up to the wall time measured here within 1%;
+- the goodput ledger adds up to the wall time measured here within 1%, or 2.5 s in a short run: no ledger sees the end of an
+  interpreter;
 - its goodput is within 5 points of what is predicted from this program's own stopwatch. Of N starts with a mean time M from
   their first step to their fault, a mean time R from a fault to the next first step, and S seconds before the first and after
   the last step,
@@ -371,7 +372,7 @@ def judge(soak: Soak, folder: Path, port: int | None) -> list[tuple[str, str, bo
         rows.append(("every step once in MLflow", f"{len(steps)} steps", steps == list(range(1, len(true) + 1))))
     life = summarise(read_ledger(soak.run_dir / FILE))
     booked = sum(life.seconds.values())
-    close = abs(booked - soak.wall_s) <= 0.01 * soak.wall_s
+    close = abs(booked - soak.wall_s) <= max(0.01 * soak.wall_s, 2.5)
     rows.append(("ledger adds up to wall time within 1%", f"{booked:.1f} of {soak.wall_s:.1f} s", close))
     saves = [event for event in read_events(soak.run_dir / "events.jsonl") if event["kind"] == "save"]
     stall_s = statistics.mean(save["stall_s"] for save in saves)

@@ -215,10 +215,10 @@ class _Agent:
     def close(self) -> None:
         """Leave no process behind."""
         self.kill()
-        if self.ledger is not None:
-            self.ledger.close()
         if self.nursery is not None:
             self.nursery.close()
+        if self.ledger is not None:
+            self.ledger.close()  # last of all, for it books this, too
         self.heartbeats.close()
         if self.copies is not None:
             self.copies.close()
