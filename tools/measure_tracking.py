@@ -1,22 +1,31 @@
-"""What tracking costs a training step. `python tools/measure_tracking.py [seconds]` prints the figures of docs/tracking.md.
+"""What tracking costs a training step: the figures of docs/tracking.md.
 
-Steps of about 50 ms of NumPy work on one core are taken in turns with and without MLflow, each turn in a process of
-its own so that nothing is warm, and the processor time of the helper process is counted apart.
+`python tools/measure_tracking.py [seconds]`: steps of about 50 ms of NumPy work on one core are taken in turns with and
+without MLflow, each turn in a process of its own so that nothing is warm, and the processor time of the helper process is
+counted apart.
+
+`python tools/measure_tracking.py servers [pairs]`: the same steps beside a helper whose server is dead, hangs or answers 500,
+in pairs of blocks that follow each other at once: in one of them, first or second in turn, the helper is stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatrain.config import TrackingConfig
 from megatrain.tracking.base import RunInfo, Tracker, Trackers
@@ -83,10 +92,117 @@ def turn(kind: str, folder: Path, seconds: float) -> dict[str, float]:
     }
 
 
+ANSWERS_500 = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_error(500)
+    do_POST = do_GET
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+SETTLE_S = 40.0
+"""What the helper has for its imports and its first, quick attempts, before anything is measured."""
+BLOCK_S = 1.5
+
+
+@contextlib.contextmanager
+def server(kind: str) -> Iterator[int]:
+    """The port of a server that is `dead`, `hung` (connects, never answers) or answers `errors`."""
+    if kind == "errors":
+        command = [sys.executable, "-c", ANSWERS_500]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+            process.kill()
+        return
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:
+        port = int(listening.getsockname()[1])
+        if kind == "hung":
+            yield port
+            return
+    yield port
+
+
+def beside(folder: Path, pairs: int) -> dict[str, float]:
+    """Step times with the helper at work over those with the helper stopped; its processor time, as a share of a core."""
+    run_dir = folder / "run"
+    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir)
+    journal = Journal(run_dir, Trackers([tracker]))
+    a = np.random.default_rng(1).standard_normal((700, 700)).astype(np.float32)
+    journal.start(RunInfo("run", run_dir, {"data": {"name": "none"}}), 0)
+    (helper,) = psutil.Process().children()
+    num_steps = 0
+
+    def block(seconds: float) -> float:
+        nonlocal num_steps
+        begin, steps = time.perf_counter(), 0
+        while (taken := time.perf_counter() - begin) < seconds or not steps:
+            for _ in range(5):
+                a @ a
+            steps, num_steps = steps + 1, num_steps + 1
+            journal.step({"step": num_steps, **RECORD, "tokens": 512 * num_steps})
+        return taken / steps
+
+    def stopped(seconds: float) -> float:
+        helper.send_signal(signal.SIGSTOP)
+        try:
+            return block(seconds)
+        finally:
+            helper.send_signal(signal.SIGCONT)
+
+    block(SETTLE_S)
+    begin, before = time.perf_counter(), helper.cpu_times()
+    ratios, base = [], []
+    for number in range(pairs):
+        if number % 2:
+            alone, with_it = stopped(BLOCK_S), block(BLOCK_S)
+        else:
+            with_it, alone = block(BLOCK_S), stopped(BLOCK_S)
+        ratios.append(with_it / alone)
+        base.append(alone)
+    after, at_work = helper.cpu_times(), (time.perf_counter() - begin) / 2
+    used = after.user + after.system - before.user - before.system
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    journal.finish("done", num_steps)
+    return {
+        "pairs": pairs,
+        "step_mean": statistics.median(base),
+        "ratio_median": middle,
+        "ratio_quartile_1": low,
+        "ratio_quartile_3": high,
+        "helper_share_of_a_core": used / at_work,
+    }
+
+
+def measure_servers(pairs: str) -> None:
+    for kind in ("dead", "hung", "errors"):
+        with server(kind) as port, tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
+            command = [sys.executable, __file__, "beside", folder, pairs]
+            answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        show(kind, json.loads(answer))
+
+
+def show(kind: str, figures: dict[str, float]) -> None:
+    print(kind, "  ".join(f"{name} {value:.6g}" for name, value in figures.items()), flush=True)
+
+
 def main() -> None:
     if len(sys.argv) == 4:
         kind, place, amount = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-        print(json.dumps(backlog(place, int(amount)) if kind == "backlog" else turn(kind, place, float(amount))))
+        if kind == "beside":
+            figures = beside(place, int(amount))
+        else:
+            figures = backlog(place, int(amount)) if kind == "backlog" else turn(kind, place, float(amount))
+        print(json.dumps(figures))
+        return
+    if sys.argv[1:2] == ["servers"]:
+        measure_servers(sys.argv[2] if len(sys.argv) == 3 else "40")
         return
     seconds = sys.argv[1] if len(sys.argv) == 2 else "30"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -94,8 +210,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, kind, folder, amount]
             answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        figures = json.loads(answer)
-        print(kind, "  ".join(f"{name} {value:.6g}" for name, value in figures.items()), flush=True)
+        show(kind, json.loads(answer))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import IO, Any
 from megatrain.config import TrackingConfig
 from megatrain.tracking.base import RunInfo
 
+PATIENCE_S = 1.0
+"""How long the end waits for MLflow without saying so."""
 HELPER = "from megatrain.tracking.mlflow_sender import main; main()"
 
 
@@ -86,11 +88,12 @@ class MlflowTracker:
         self._tell({"finish": status})
         if self._helper.stdin is not None and not self._helper.stdin.closed:
             self._helper.stdin.close()
-        try:
-            self._helper.wait(self._config.finish_timeout_s)
-        except subprocess.TimeoutExpired:
-            self._helper.kill()
-            self._helper.wait()
+        limit = self._config.finish_timeout_s
+        if not self._ends_within(min(limit, PATIENCE_S)):
+            print(f"waiting for MLflow to take the last records (at most {limit:g} s)", file=sys.stderr, flush=True)
+            if not self._ends_within(limit - PATIENCE_S):
+                self._helper.kill()
+                self._helper.wait()
         if self._listener is not None:
             self._listener.join(1.0)
         if self._sent_step < self._last_step:
@@ -113,6 +116,14 @@ class MlflowTracker:
             self._abandoned = True
             self._helper.kill()
             self._helper.wait()
+
+    def _ends_within(self, seconds: float) -> bool:
+        assert self._helper is not None
+        try:
+            self._helper.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _tell(self, message: dict[str, Any]) -> None:
         assert self._helper is not None and self._helper.stdin is not None
