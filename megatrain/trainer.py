@@ -343,6 +343,7 @@ class Trainer:
         self._wait_for_saves()
 
     def _wait_for_saves(self) -> None:
+        self.parts.mark("save", self.progress.step)
         try:
             self.parts.store.finish()
         finally:

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -70,6 +70,9 @@ KILL_S = 8.0
 
 OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError, OwnedError))
 """Exit codes that say why a worker ended, where 8 may only say that it lost one of the others."""
+
+ABORTED = (-signal.SIGABRT, -signal.SIGTERM)
+"""How a rank may die of no more than having lost another, or of being asked to end."""
 
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C: stopped without saving."""
@@ -252,15 +255,24 @@ class _Agent:
     def _fork(self, environ: dict[str, str]) -> RankProcess | None:
         """A rank from the nursery; None where that does not work, which is said once."""
         assert self.recovery is not None
+        owner = self.recovery.owner
+
+        def hurry() -> bool:
+            owner.beat()  # the first imports may take minutes
+            return len(self.pending) > 1
+
         try:
             if self.nursery is None:
                 self.nursery = Nursery(self.recovery.modules, nursery_environ(environ), [self.heartbeats.file])
             rank = int(environ["RANK"])
             log = log_of(self.log_dir, rank)
             arguments = self.command[3:]  # behind python -m megatrain
-            process = self.nursery.fork(arguments, environ, log, lambda: len(self.pending) > 1)
+            process = self.nursery.fork(arguments, environ, log, hurry)
             return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
         except NurseryError as error:
+            if self.nursery is not None:  # it must not make this rank later, beside the one that is started now
+                self.nursery.close()
+                self.nursery = None
             self.can_fork = False
             say(f"ranks cannot be forked ({error}); starting them one by one")
             return None
@@ -299,15 +311,19 @@ class _Agent:
             return
         self.kill()
         checkpoints = self.recovery.run_dir / "checkpoints"
-        try:
+        with _said("copies in memory could not be brought to the disk"):
             self.recovery.owner.check()
             steps = self.copies.rescue(checkpoints, alone=code is None)
-            if code is None:
-                if steps:
-                    say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
-                return
-            self.peers.share(None)  # every node's part is on the disk
-            made, problems = assemble(checkpoints) if self.peers.node == 0 else (None, [])
+            if code is None and steps:
+                say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
+        if code is None:
+            return
+        self.peers.share(None)  # every node's part is on the disk, or cannot get there
+        if self.peers.node != 0:
+            return
+        with _said("copies in memory could not be made a checkpoint"):
+            self.recovery.owner.check()  # it may have taken long
+            made, problems = assemble(checkpoints)
             for problem in problems:
                 say(problem)
             if made is not None:
@@ -315,8 +331,6 @@ class _Agent:
                 events = EventLog(self.recovery.run_dir / "events.jsonl")
                 events.emit("rescue", checkpoint_step(made) or 0, checkpoint=str(made))
                 events.close()
-        except (OSError, OwnedError) as error:
-            say(f"copies in memory could not be brought to the disk: {error}; the last checkpoint is what there is")
 
     def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
@@ -478,7 +492,9 @@ class _Agent:
                     rank0_code = worker.code
                 if cause is None and worker.killed and not asked:
                     cause = worker
-                elif (cause is None or cause.code == EnvironmentFault.exit_code) and worker.code in OWN_MISTAKES:
+                elif (cause is None or cause.code == EnvironmentFault.exit_code) and (
+                    worker.code in OWN_MISTAKES or (worker.killed and worker.code not in ABORTED)
+                ):
                     cause = worker  # whoever lost this peer noticed before it had ended
             time.sleep(POLL_S)
         self.kill()
@@ -502,6 +518,15 @@ class _Agent:
             return _Ending(EXIT_DEFECT, blame, failure)
         message = describe_end(cause.rank, code, cause.log)
         return _Ending(EXIT_DEFECT if code < 0 else code, blame, message=message)
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """A disk that refuses a rescue, or another owner, is told and changes nothing else."""
+    try:
+        yield
+    except (OSError, OwnedError) as error:
+        say(f"{what}: {error}; the last checkpoint is what there is")
 
 
 def say(message: str) -> None:
