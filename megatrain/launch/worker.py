@@ -43,7 +43,7 @@ from megatrain.errors import (
     OwnedError,
 )
 from megatrain.launch.devices import peak_flops
-from megatrain.launch.environment import RankEnvironment
+from megatrain.launch.environment import RankEnvironment, was_requeued
 from megatrain.launch.origin import Origin, choose_origin, copy_in_memory, load_origin
 from megatrain.launch.preflight import preflight
 from megatrain.launch.ranks import stack_file
@@ -182,7 +182,7 @@ def work(
         if config.checkpoint.memory_every and memory is None and world.is_main:
             _LOG.warning("checkpoint.memory_every is for ranks that megatrain itself started; no copies are made")
         origin = copy_in_memory(store, memory) if memory else None
-        origin = origin or choose_origin(config, store, restarted=restarts > 0)
+        origin = origin or choose_origin(config, store, restarted=restarts > 0 or was_requeued())
         resumed = origin.resumes if origin else False
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
