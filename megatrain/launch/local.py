@@ -278,18 +278,20 @@ class _Agent:
             return None
 
     def _agree(self, mine: _Ending) -> _Ending:
-        """How this start ended for the whole job: the same on all nodes; node 0 says it."""
+        """How this start ended for the whole job, as node 0 sees it and says; on the others how it ended there."""
         mine = replace(mine, asked=bool(self.forwarded or self.pending))
-        endings = [_Ending.from_json(found) for found in self.peers.share(asdict(mine))]
+        endings = [_Ending.from_json(found) for found in self.peers.gather(asdict(mine))]
+        if self.peers.node != 0:
+            return mine
         blamed = [ending for ending in endings if ending.blame is not None]
         witnesses = tuple(witness for ending in endings for witness in ending.witnesses)
         if blamed:
             chosen = min(blamed, key=lambda ending: ending.blame or ())
             told = chosen.code > EXIT_DEFECT and chosen.code == endings[0].rank0_code
-            if self.peers.node == 0 and chosen.message and not told:
+            if chosen.message and not told:
                 say(chosen.message)
         elif witnesses and self.recovery is not None:
-            failure = self._name_culprit(witnesses, self.recovery if self.peers.node == 0 else None)
+            failure = self._name_culprit(witnesses, self.recovery)
             chosen = _Ending(EnvironmentFault.exit_code, failure=failure)
         else:
             chosen = max(endings, key=lambda ending: ending.code)
@@ -420,18 +422,17 @@ class _Agent:
             witnesses=tuple(replace(witness, rank=first + witness.rank) for witness in witnesses),
         )
 
-    def _name_culprit(self, witnesses: Sequence[watchdog.Witness], recovery: Recovery | None) -> Failure:
-        """Who holds up a job that hangs; node 0, with its `recovery`, writes down what all have shown."""
+    def _name_culprit(self, witnesses: Sequence[watchdog.Witness], recovery: Recovery) -> Failure:
+        """Who holds up a job that hangs; writes down what all have shown."""
         guilty = watchdog.culprits(witnesses)
         step = min(witness.beat.step for witness in witnesses)
         first = guilty[0] if guilty else witnesses[0]
         silent = min(witness.beat.age_s for witness in witnesses)
-        if recovery is not None:
-            events = EventLog(recovery.run_dir / "events.jsonl")
-            for witness in witnesses:
-                host = self.hosts[witness.rank // self.num_workers]
-                events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=host)
-            events.close()
+        events = EventLog(recovery.run_dir / "events.jsonl")
+        for witness in witnesses:
+            host = self.hosts[witness.rank // self.num_workers]
+            events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=host)
+        events.close()
         others = "; ".join(str(witness) for witness in witnesses if witness is not first)
         detail = f"no rank has moved for {silent:.1f} s; {first}{f'; {others}' if others else ''}"
         if not guilty:
