@@ -7,7 +7,7 @@ import torch
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, OwnedError
 from megatrain.launch.origin import choose_origin
 from megatrain.launch.world import World
 
@@ -56,6 +56,21 @@ def test_what_lies_beyond_a_checkpoint_gone_back_to_is_set_aside_and_never_taken
     store.set_aside(5)
     store.set_aside(5)
     assert names(store.folder) == ["abandoned-1", "abandoned-2", "step_00000005"]
+
+
+def test_a_run_taken_over_meanwhile_sets_nothing_aside_and_retires_nothing(tmp_path):
+    """It slept, and what lies there is the new owner's."""
+    store = store_of(tmp_path)
+    save(store, 5, 10, 20)
+
+    def refuse():
+        raise OwnedError("another job's")
+
+    store.may_write = refuse
+    for write in (lambda: store.set_aside(5), lambda: store.retire(1, 0)):
+        with pytest.raises(OwnedError):
+            write()
+    assert names(store.folder) == ["step_00000005", "step_00000010", "step_00000020"]
 
 
 def test_a_job_that_goes_back_does_so_once_however_often_it_is_started_again(tmp_path):
