@@ -441,9 +441,18 @@ class _Agent:
         return Failure("hang", first.rank, step, first.beat.phase, host, detail)
 
     def kill(self) -> None:
-        """Kill every worker that still runs, and what it started; returns once they are gone."""
+        """Kill every worker that still runs, and what it started; returns once they are gone.
+
+        Raises EnvironmentFault, once all were killed, where the kernel does not let one go.
+        """
+        held: EnvironmentFault | None = None
         for worker in self._alive():
-            worker.kill()
+            try:
+                worker.kill()
+            except EnvironmentFault as error:
+                held = held or error
+        if held is not None:
+            raise held
 
     def _alive(self) -> list[RankProcess]:
         return [worker for worker in self.workers if worker.code is None]
