@@ -80,6 +80,7 @@ EXIT_INTERRUPTED = 130
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""
 
+EVENTS = "events.jsonl"
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HOST = socket.gethostname()
 
@@ -301,10 +302,7 @@ class _Agent:
         """Another node's agent is gone: so says events.jsonl, if this node can."""
         if self.recovery is not None and self.peers.node == 0:
             step = max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))
-            with contextlib.suppress(OSError):
-                events = EventLog(self.recovery.run_dir / "events.jsonl")
-                events.emit("node_lost", step, detail=what)
-                events.close()
+            _note(self.recovery.run_dir, "node_lost", step, detail=what)
 
     def _rescue(self, code: int | None) -> None:
         """The job ends with `code` (None: another agent is gone): bring copies in memory that are newer than the last
@@ -330,16 +328,15 @@ class _Agent:
                 say(problem)
             if made is not None:
                 say(f"made {made} of the copies in memory; the next start goes on from there")
-                events = EventLog(self.recovery.run_dir / "events.jsonl")
-                events.emit("rescue", checkpoint_step(made) or 0, checkpoint=str(made))
-                events.close()
+                _note(self.recovery.run_dir, "rescue", checkpoint_step(made) or 0, checkpoint=str(made))
 
     def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
-        path = recovery.run_dir / "events.jsonl"
-        events = EventLog(path)
-        seen = times_seen(failure, read_events(path))
-        events.emit("failure", failure.step, **failure.event(), times=seen)
+        try:
+            seen = times_seen(failure, read_events(recovery.run_dir / EVENTS))
+        except OSError:  # none yet, or the disk is away
+            seen = 1
+        _note(recovery.run_dir, "failure", failure.step, **failure.event(), times=seen)
         code, what_now = None, f"starting all ranks again (restart {self.restarts + 1} of {recovery.max_restarts})"
         if asked:
             code, what_now = EnvironmentFault.exit_code, "not started again, for the job was asked to stop"
@@ -352,8 +349,7 @@ class _Agent:
             what_now += f". {self._where_to_look(failure.rank)}"
         say(f"{failure}; {what_now}")
         if code is None:
-            events.emit("restart", failure.step, restarts=self.restarts + 1)
-        events.close()
+            _note(recovery.run_dir, "restart", failure.step, restarts=self.restarts + 1)
         return code
 
     def _where_to_look(self, rank: int) -> str:
@@ -428,11 +424,9 @@ class _Agent:
         step = min(witness.beat.step for witness in witnesses)
         first = guilty[0] if guilty else witnesses[0]
         silent = min(witness.beat.age_s for witness in witnesses)
-        events = EventLog(recovery.run_dir / "events.jsonl")
         for witness in witnesses:
-            host = self.hosts[witness.rank // self.num_workers]
-            events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=host)
-        events.close()
+            where = {"guilty": witness in guilty, "host": self.hosts[witness.rank // self.num_workers]}
+            _note(recovery.run_dir, "hang", witness.beat.step, **witness.event(), **where)
         others = "; ".join(str(witness) for witness in witnesses if witness is not first)
         detail = f"no rank has moved for {silent:.1f} s; {first}{f'; {others}' if others else ''}"
         if not guilty:
@@ -528,6 +522,18 @@ class _Agent:
             return _Ending(EXIT_DEFECT, blame, failure)
         message = describe_end(cause.rank, code, cause.log)
         return _Ending(EXIT_DEFECT if code < 0 else code, blame, message=message)
+
+
+def _note(run_dir: Path, kind: str, step: int, **detail: Any) -> None:
+    """Write an event down. A disk that refuses must not end the agent, which holds the copies in memory."""
+    try:
+        events = EventLog(run_dir / EVENTS)
+        try:
+            events.emit(kind, step, **detail)
+        finally:
+            events.close()
+    except OSError as error:
+        say(f"{run_dir / EVENTS} cannot be written ({error.strerror}); it lacks: {kind} at step {step}")
 
 
 @contextlib.contextmanager

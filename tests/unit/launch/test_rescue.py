@@ -10,6 +10,7 @@ from megatrain.checkpoint import rescue
 from megatrain.errors import EXIT_NO_PROGRESS
 from megatrain.launch import local
 from megatrain.launch.peers import Alone
+from megatrain.resilience.failure import Failure
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
 
@@ -64,3 +65,15 @@ def test_two_agents_that_start_at_once_on_a_machine_do_not_stop_each_other(clear
     copies = rescue.Copies()
     assert copies.folder != met[0] and (copies.folder / rescue.OWN).is_dir()
     copies.close()
+
+
+def test_a_disk_that_takes_no_events_does_not_end_the_agent(tmp_path, capfd):
+    """It holds the copies, and starts the ranks again."""
+    recovery = local.Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), copies=True)
+    agent = local._Agent([], 1, tmp_path / "logs", recovery, Alone())
+    try:
+        (tmp_path / "events.jsonl").mkdir()
+        assert agent._take(Failure("SIGKILL", 0, 7, "forward", "here"), asked=False, recovery=recovery) is None
+        assert "it lacks: failure at step 7" in capfd.readouterr().err
+    finally:
+        agent.close()
