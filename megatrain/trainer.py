@@ -142,11 +142,12 @@ class Parts:
 class Trainer:
     """Runs a training job from `progress` to its last step."""
 
-    def __init__(self, config: TrainConfig, parts: Parts, progress: Progress) -> None:
+    def __init__(self, config: TrainConfig, parts: Parts, progress: Progress, on_disk: bool = True) -> None:
+        """`on_disk`: a start from `progress` needs no further checkpoint, as it does where it was a copy in memory."""
         self.config = config
         self.parts = parts
         self.progress = progress
-        self.saved_step = self.copied_step = progress.step
+        self.saved_step, self.copied_step = progress.step if on_disk else -1, progress.step
         self.can_copy = False
         self.skipped_in_a_row = 0
         self.guard = LossGuard.from_config(config.resilience)

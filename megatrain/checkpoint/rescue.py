@@ -53,10 +53,16 @@ class Copies:
                 lock = _lock(left)
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
-        self.folder = Path(tempfile.mkdtemp(prefix=mine, dir=memory))
-        self._lock = _lock(self.folder)  # held until this process ends, however it does
-        for kind in (OWN, PEER):
-            (self.folder / kind).mkdir()
+        for tries_left in (3, 2, 1, 0):
+            self.folder = Path(tempfile.mkdtemp(prefix=mine, dir=memory))
+            try:
+                self._lock = _lock(self.folder)  # held until this process ends, however it does
+                for kind in (OWN, PEER):
+                    (self.folder / kind).mkdir()
+                break
+            except OSError:  # another agent that starts now took it for one that was left
+                if not tries_left:
+                    raise
 
     def rescue(self, checkpoints: Path, alone: bool) -> list[int]:
         """Bring what is newer than the disk's newest checkpoint to the disk; the steps. `alone`: other agents are gone.

@@ -193,19 +193,26 @@ class CheckpointStore:
 
     def set_aside(self, step: int) -> None:
         """Move checkpoints of later steps than `step`, from which the run goes on, to `abandoned-<n>/`: they are another
-        history, which a later start must not take up. Newest first, so that a kill half-way leaves one history."""
+        history, which a later start must not take up. Newest first, so that a kill half-way leaves one history.
+
+        Raises EnvironmentFault or OwnedError on every rank, as `save` does.
+        """
+        self._on_main(lambda: self._move_aside(step))
+
+    def _move_aside(self, step: int) -> None:
+        self.may_write()  # what lies there may be another owner's by now
         later = [path for path in list_checkpoints(self.folder) if (checkpoint_step(path) or 0) > step]
-        if self.world.is_main and later:
-            number = 1
-            while (aside := self.folder / f"abandoned-{number}").exists():
-                number += 1
-            aside.mkdir()
-            for path in later:
-                os.replace(path, aside / path.name)
-            sync_folder(aside)
-            sync_folder(self.folder)
-            self.report("set_aside", checkpoints=[path.name for path in later], folder=str(aside))
-        self.world.barrier()
+        if not later:
+            return
+        number = 1
+        while (aside := self.folder / f"abandoned-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in later:
+            os.replace(path, aside / path.name)
+        sync_folder(aside)
+        sync_folder(self.folder)
+        self.report("set_aside", checkpoints=[path.name for path in later], folder=str(aside))
 
     def retire(self, keep: int, keep_every: int) -> None:
         """Remove what is older than the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.
@@ -215,6 +222,7 @@ class CheckpointStore:
         """
         if not self.world.is_main or keep == 0:
             return
+        self.may_write()
         last = self.saved_step
         reached = [
             path for path in list_checkpoints(self.folder) if last is None or (checkpoint_step(path) or 0) <= last

@@ -57,6 +57,11 @@ def is_launched(environ: Mapping[str, str] | None = None) -> bool:
     return "WORLD_SIZE" in environ and "RANK" in environ
 
 
+def was_requeued(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this is a later start of a Slurm job."""
+    return (os.environ if environ is None else environ).get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def usable_cores() -> int:
     """The cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

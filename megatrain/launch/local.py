@@ -80,6 +80,7 @@ EXIT_INTERRUPTED = 130
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""
 
+EVENTS = "events.jsonl"
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HOST = socket.gethostname()
 
@@ -278,18 +279,20 @@ class _Agent:
             return None
 
     def _agree(self, mine: _Ending) -> _Ending:
-        """How this start ended for the whole job: the same on all nodes; node 0 says it."""
+        """How this start ended for the whole job, as node 0 sees it and says; on the others how it ended there."""
         mine = replace(mine, asked=bool(self.forwarded or self.pending))
-        endings = [_Ending.from_json(found) for found in self.peers.share(asdict(mine))]
+        endings = [_Ending.from_json(found) for found in self.peers.gather(asdict(mine))]
+        if self.peers.node != 0:
+            return mine
         blamed = [ending for ending in endings if ending.blame is not None]
         witnesses = tuple(witness for ending in endings for witness in ending.witnesses)
         if blamed:
             chosen = min(blamed, key=lambda ending: ending.blame or ())
             told = chosen.code > EXIT_DEFECT and chosen.code == endings[0].rank0_code
-            if self.peers.node == 0 and chosen.message and not told:
+            if chosen.message and not told:
                 say(chosen.message)
         elif witnesses and self.recovery is not None:
-            failure = self._name_culprit(witnesses, self.recovery if self.peers.node == 0 else None)
+            failure = self._name_culprit(witnesses, self.recovery)
             chosen = _Ending(EnvironmentFault.exit_code, failure=failure)
         else:
             chosen = max(endings, key=lambda ending: ending.code)
@@ -299,10 +302,7 @@ class _Agent:
         """Another node's agent is gone: so says events.jsonl, if this node can."""
         if self.recovery is not None and self.peers.node == 0:
             step = max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))
-            with contextlib.suppress(OSError):
-                events = EventLog(self.recovery.run_dir / "events.jsonl")
-                events.emit("node_lost", step, detail=what)
-                events.close()
+            _note(self.recovery.run_dir, "node_lost", step, detail=what)
 
     def _rescue(self, code: int | None) -> None:
         """The job ends with `code` (None: another agent is gone): bring copies in memory that are newer than the last
@@ -328,16 +328,15 @@ class _Agent:
                 say(problem)
             if made is not None:
                 say(f"made {made} of the copies in memory; the next start goes on from there")
-                events = EventLog(self.recovery.run_dir / "events.jsonl")
-                events.emit("rescue", checkpoint_step(made) or 0, checkpoint=str(made))
-                events.close()
+                _note(self.recovery.run_dir, "rescue", checkpoint_step(made) or 0, checkpoint=str(made))
 
     def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
-        path = recovery.run_dir / "events.jsonl"
-        events = EventLog(path)
-        seen = times_seen(failure, read_events(path))
-        events.emit("failure", failure.step, **failure.event(), times=seen)
+        try:
+            seen = times_seen(failure, read_events(recovery.run_dir / EVENTS))
+        except OSError:  # none yet, or the disk is away
+            seen = 1
+        _note(recovery.run_dir, "failure", failure.step, **failure.event(), times=seen)
         code, what_now = None, f"starting all ranks again (restart {self.restarts + 1} of {recovery.max_restarts})"
         if asked:
             code, what_now = EnvironmentFault.exit_code, "not started again, for the job was asked to stop"
@@ -350,8 +349,7 @@ class _Agent:
             what_now += f". {self._where_to_look(failure.rank)}"
         say(f"{failure}; {what_now}")
         if code is None:
-            events.emit("restart", failure.step, restarts=self.restarts + 1)
-        events.close()
+            _note(recovery.run_dir, "restart", failure.step, restarts=self.restarts + 1)
         return code
 
     def _where_to_look(self, rank: int) -> str:
@@ -420,18 +418,15 @@ class _Agent:
             witnesses=tuple(replace(witness, rank=first + witness.rank) for witness in witnesses),
         )
 
-    def _name_culprit(self, witnesses: Sequence[watchdog.Witness], recovery: Recovery | None) -> Failure:
-        """Who holds up a job that hangs; node 0, with its `recovery`, writes down what all have shown."""
+    def _name_culprit(self, witnesses: Sequence[watchdog.Witness], recovery: Recovery) -> Failure:
+        """Who holds up a job that hangs; writes down what all have shown."""
         guilty = watchdog.culprits(witnesses)
         step = min(witness.beat.step for witness in witnesses)
         first = guilty[0] if guilty else witnesses[0]
         silent = min(witness.beat.age_s for witness in witnesses)
-        if recovery is not None:
-            events = EventLog(recovery.run_dir / "events.jsonl")
-            for witness in witnesses:
-                host = self.hosts[witness.rank // self.num_workers]
-                events.emit("hang", witness.beat.step, **witness.event(), guilty=witness in guilty, host=host)
-            events.close()
+        for witness in witnesses:
+            where = {"guilty": witness in guilty, "host": self.hosts[witness.rank // self.num_workers]}
+            _note(recovery.run_dir, "hang", witness.beat.step, **witness.event(), **where)
         others = "; ".join(str(witness) for witness in witnesses if witness is not first)
         detail = f"no rank has moved for {silent:.1f} s; {first}{f'; {others}' if others else ''}"
         if not guilty:
@@ -440,9 +435,18 @@ class _Agent:
         return Failure("hang", first.rank, step, first.beat.phase, host, detail)
 
     def kill(self) -> None:
-        """Kill every worker that still runs, and what it started; returns once they are gone."""
+        """Kill every worker that still runs, and what it started; returns once they are gone.
+
+        Raises EnvironmentFault, once all were killed, where the kernel does not let one go.
+        """
+        held: EnvironmentFault | None = None
         for worker in self._alive():
-            worker.kill()
+            try:
+                worker.kill()
+            except EnvironmentFault as error:
+                held = held or error
+        if held is not None:
+            raise held
 
     def _alive(self) -> list[RankProcess]:
         return [worker for worker in self.workers if worker.code is None]
@@ -518,6 +522,18 @@ class _Agent:
             return _Ending(EXIT_DEFECT, blame, failure)
         message = describe_end(cause.rank, code, cause.log)
         return _Ending(EXIT_DEFECT if code < 0 else code, blame, message=message)
+
+
+def _note(run_dir: Path, kind: str, step: int, **detail: Any) -> None:
+    """Write an event down. A disk that refuses must not end the agent, which holds the copies in memory."""
+    try:
+        events = EventLog(run_dir / EVENTS)
+        try:
+            events.emit(kind, step, **detail)
+        finally:
+            events.close()
+    except OSError as error:
+        say(f"{run_dir / EVENTS} cannot be written ({error.strerror}); it lacks: {kind} at step {step}")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ class Origin:
 def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool = False) -> Origin | None:
     """The checkpoint that the config asks for, verified; None to start anew.
 
-    When the agent has `restarted` the ranks of a run that was to start anew, what it saved meanwhile is its own.
+    Where a job was `restarted`, by its agent or by Slurm, what it saved meanwhile is its own, though it was to start anew
+    or from an earlier checkpoint of the run.
 
     Raises:
         CheckpointError: the one asked for is damaged, or all of the run's own are.
@@ -50,7 +51,7 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
                 f"choose another run.name, remove the folder, or use checkpoint.resume=auto"
             )
     else:
-        return _asked_for(Path(choice), store)
+        return _asked_for(Path(choice), store, restarted)
     if config.checkpoint.init_from is None:
         return None
     return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)
@@ -64,10 +65,18 @@ def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None
     return Origin(*found, resumes=True, began_from=found[1].get("origin"), node=memory.node) if found else None
 
 
-def _asked_for(path: Path, store: CheckpointStore) -> Origin:
-    """The checkpoint that a path names. One of another run only begins this one: repeated, the command goes on here."""
+def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
+    """The checkpoint that a path names. One of another run only begins this one: repeated, the command goes on here.
+
+    To one of this run's own a command goes back each time it is given, but once a job: started again, the job goes on.
+    """
     place, own_folder = path.resolve(), store.folder.resolve()
-    if own_folder in (place, place.parent, place / "checkpoints"):
+    if place.parent == own_folder:
+        own = store.newest_valid() if restarted else None
+        if own and own[1].get("origin") == str(place):
+            return _continued(*own)
+        return Origin(*_find(path, store), resumes=True, began_from=str(place))
+    if own_folder in (place, place / "checkpoints"):
         return _continued(*_find(path, store))
     own = store.newest_valid()
     if own is None:

@@ -9,6 +9,7 @@ Imports no torch.
 from __future__ import annotations
 
 import json
+import resource
 import select
 import socket
 import time
@@ -54,6 +55,9 @@ class Peers(Protocol):
         Raises EnvironmentFault where an agent is gone, or keeps the others waiting for too long.
         """
 
+    def gather(self, value: Any) -> list[Any]:
+        """As `share`, but node 0 alone gets the values, the others none: what each says at length is not sent to all."""
+
     def close(self) -> None:
         """Leave."""
 
@@ -78,6 +82,10 @@ class Alone:
         """No one else to hear from."""
         self._state = WORKS
         return [value]
+
+    def gather(self, value: Any) -> list[Any]:
+        """No one else to hear from."""
+        return self.share(value)
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -179,6 +187,7 @@ def _listen(candidates: Iterable[int]) -> socket.socket:
 def _gather(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
     """On node 0: wait for all others."""
     deadline = time.monotonic() + timeout_s
+    _allow_files(2 * size + 256)
     members: dict[int, _Link] = {}
     strangers: list[_Link] = []
     with _listen(ports(key)) as listener:
@@ -201,6 +210,14 @@ def _gather(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
     for link in strangers:
         link.close()
     return members
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many files open, as far as the system does: 1024, as usual, are too few for a thousand nodes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _admit(link: _Link, key: str, size: int, members: dict[int, _Link]) -> None:
@@ -284,13 +301,20 @@ class _Team:
 
     def share(self, value: Any) -> list[Any]:
         """Every agent's value: node 0 collects them and hands them out."""
+        return self._exchange(value, lambda values: values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every agent's value on node 0, which tells the others no more than that it has them all."""
+        return self._exchange(value, lambda values: [])
+
+    def _exchange(self, value: Any, answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
         if self.node == 0:
             self._values[0] = value
             self._wait(lambda: len(self._values) == self.size)
             shared = [self._values[node] for node in range(self.size)]
             self._values = {}
             self._states = [WORKS] * self.size
-            self._send_all({"shared": shared})
+            self._send_all({"shared": answer(shared)})
         else:
             self._send_all({"value": value, "node": self.node})
             self._wait(lambda: self._shared is not None)

@@ -12,16 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from megatrain.errors import EnvironmentFault
 from megatrain.launch.environment import WORKER_MARK, usable_cores
 from megatrain.launch.nursery import Forked, die_with
 from megatrain.launch.peers import Peers
 
 LINUX = sys.platform == "linux"
+
+GONE_S = 120.0
+"""Longest wait for a killed rank to be gone: giving back hundreds of gigabytes takes a while."""
 
 
 @dataclass
@@ -40,10 +45,23 @@ class RankProcess:
         return self.code is not None and self.code < 0
 
     def kill(self) -> None:
-        """Kill this worker and whatever it started, and wait for it."""
+        """Kill this worker and whatever it started, and wait for it.
+
+        Raises EnvironmentFault where the kernel does not let it go (a driver or a file system that does not answer); it
+        counts as killed then.
+        """
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.code = self.process.wait()
+        deadline = time.monotonic() + GONE_S
+        while (code := self.process.poll()) is None:
+            if time.monotonic() > deadline:
+                self.code = -signal.SIGKILL
+                raise EnvironmentFault(
+                    f"rank {self.rank}, process {self.process.pid} on {socket.gethostname()}, was killed {GONE_S:g} s ago "
+                    f"and is still there: a device or a file system does not let it go"
+                )
+            time.sleep(0.005)
+        self.code = code
 
 
 def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:

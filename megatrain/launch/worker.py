@@ -43,8 +43,8 @@ from megatrain.errors import (
     OwnedError,
 )
 from megatrain.launch.devices import peak_flops
-from megatrain.launch.environment import RankEnvironment
-from megatrain.launch.origin import choose_origin, copy_in_memory, load_origin
+from megatrain.launch.environment import RankEnvironment, was_requeued
+from megatrain.launch.origin import Origin, choose_origin, copy_in_memory, load_origin
 from megatrain.launch.preflight import preflight
 from megatrain.launch.ranks import stack_file
 from megatrain.launch.rollback import Rollback
@@ -182,7 +182,7 @@ def work(
         if config.checkpoint.memory_every and memory is None and world.is_main:
             _LOG.warning("checkpoint.memory_every is for ranks that megatrain itself started; no copies are made")
         origin = copy_in_memory(store, memory) if memory else None
-        origin = origin or choose_origin(config, store, restarted=restarts > 0)
+        origin = origin or choose_origin(config, store, restarted=restarts > 0 or was_requeued())
         resumed = origin.resumes if origin else False
         if origin and resumed:
             changed = check_resume(origin.manifest, asdict(config), data.fingerprint, str(origin.folder))
@@ -213,8 +213,7 @@ def work(
             journal.event("preflight", progress.step, **ready)
         if origin and not resumed:
             journal.event("init_from", 0, checkpoint=str(origin.folder))
-        began_from = origin.began_from if origin else None
-        status = train(config, world, layout, engine, store, memory, journal, data, progress, began_from, stop)
+        status = train(config, world, layout, engine, store, memory, journal, data, progress, origin, stop)
     except BaseException as error:
         if lost_peer(error):
             _LOG.info("lost another rank", exc_info=error)
@@ -242,7 +241,7 @@ def train(
     journal: Journal,
     data: OpenData,
     progress: Progress,
-    began_from: str | None,
+    origin: Origin | None,
     stop: StopRequest,
 ) -> str:
     """Make the stream of batches and run the trainer over it; returns the trainer's verdict."""
@@ -286,17 +285,18 @@ def train(
             "dataset_fingerprint": data.fingerprint,
             "layout": layout.to_dict(),
             "engine": config.engine.name,
-            "origin": began_from,
+            "origin": origin.began_from if origin else None,
         },
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         peak_flops=peak * world.size if peak else None,
         bytes_per_token=data.heldout_bytes_per_token,
     )
+    on_disk = origin is None or origin.node is None
     try:
         if world.device.type != "cpu":  # where a wait blocks nobody, there is nothing to time
-            return Trainer(config, parts, progress).run()
+            return Trainer(config, parts, progress, on_disk).run()
         with timed_waits(world.heartbeat.waited) as waits:
-            return Trainer(config, replace(parts, held_up=waits.held_up), progress).run()
+            return Trainer(config, replace(parts, held_up=waits.held_up), progress, on_disk).run()
     finally:
         stream.close()
 

@@ -36,9 +36,12 @@ class Failure:
 
 
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
-    """How often a run met this failure at this step on end, this time included; `events` are those before it."""
+    """How often a run met this failure at this step on end, this time included; `events` are those before it. A checkpoint
+    of that step or a later one is progress: at a start (step 0) the same may happen now and then in a run's life."""
     count = 1
     for event in reversed(list(events)):
+        if event["kind"] == "save" and event["step"] >= failure.step:
+            break
         if event["kind"] == "failure":
             if (event.get("how"), event["step"]) != (failure.how, failure.step):
                 break

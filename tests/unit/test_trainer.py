@@ -88,7 +88,15 @@ class FakeJournal:
         self.events.append((kind, step, detail))
 
 
-def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda progress, spike: None, copies_every=0):
+def trainer(
+    config,
+    engine=None,
+    progress=None,
+    stop_at=None,
+    roll_back=lambda progress, spike: None,
+    copies_every=0,
+    on_disk=True,
+):
     progress = progress or Progress()
 
     def stream():
@@ -113,7 +121,7 @@ def trainer(config, engine=None, progress=None, stop_at=None, roll_back=lambda p
         peak_flops=None,
         bytes_per_token=4.0,
     )
-    return Trainer(config, parts, progress), parts
+    return Trainer(config, parts, progress, on_disk), parts
 
 
 def config(**train):
@@ -155,6 +163,15 @@ def test_a_record_holds_the_mean_loss_and_the_totals():
     assert [record["step"] for record in parts.journal.records] == [7, 8, 9, 10]
     assert parts.journal.records[0]["loss"] == 2.0 and parts.journal.records[-1]["tokens"] == 100
     assert parts.journal.records[-1]["mfu"] is None and parts.journal.records[-1]["batch_hash"] == "(1, 8)"
+
+
+def test_a_start_from_a_copy_in_memory_has_its_state_on_the_disk_before_it_ends():
+    """Stopped at once, or done already: copies in memory are gone with the agent."""
+    loop, parts = trainer(config(), progress=Progress(step=6, cursor=48, tokens=60), stop_at=0, on_disk=False)
+    assert loop.run() == "stopped" and [step for step, _ in parts.store.saved] == [6]
+    stalled = Progress(step=6, cursor=48, tokens=60, evaluations_without_gain=2)
+    loop, parts = trainer(config(early_stop_patience=2), progress=stalled, on_disk=False)
+    assert loop.run() == "done" and [step for step, _ in parts.store.saved] == [6]
 
 
 def test_a_signal_saves_the_finished_steps_and_stops():

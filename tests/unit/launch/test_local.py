@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 
-from megatrain.launch import local
+from megatrain.errors import EnvironmentFault
+from megatrain.launch import local, ranks
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
@@ -179,6 +180,20 @@ def test_workers_die_with_an_agent_that_is_killed_outright(tmp_path):
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its agent"
         time.sleep(0.02)
+
+
+def test_a_rank_that_the_kernel_does_not_let_go_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "GONE_S", 0.2)
+    held = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        monkeypatch.setattr(ranks.os, "killpg", lambda pid, number: None)
+        rank = ranks.RankProcess(3, 0, held, None)
+        with pytest.raises(EnvironmentFault, match=f"rank 3, process {held.pid}"):
+            rank.kill()
+        assert rank.killed, "nobody waits for it again"
+    finally:
+        held.kill()
+        held.wait()
 
 
 def test_what_a_worker_started_dies_with_it_when_the_job_fails(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, OwnedError
 from megatrain.launch.origin import choose_origin
 from megatrain.launch.world import World
 
@@ -45,7 +45,7 @@ def test_what_lies_beyond_a_checkpoint_gone_back_to_is_set_aside_and_never_taken
     store = store_of(tmp_path)
     save(store, 5, 10, 20)
     origin = choose_origin(asking(resume=store.folder / "step_00000005"), store)
-    assert origin.resumes and origin.manifest["step"] == 5 and origin.began_from is None
+    assert origin.resumes and origin.manifest["step"] == 5
     assert names(store.folder) == ["step_00000005", "step_00000010", "step_00000020"], "choosing alone moves nothing"
     store.set_aside(5)
     assert choose_origin(asking(), store_of(tmp_path)).manifest["step"] == 5
@@ -56,6 +56,35 @@ def test_what_lies_beyond_a_checkpoint_gone_back_to_is_set_aside_and_never_taken
     store.set_aside(5)
     store.set_aside(5)
     assert names(store.folder) == ["abandoned-1", "abandoned-2", "step_00000005"]
+
+
+def test_a_run_taken_over_meanwhile_sets_nothing_aside_and_retires_nothing(tmp_path):
+    """It slept, and what lies there is the new owner's."""
+    store = store_of(tmp_path)
+    save(store, 5, 10, 20)
+
+    def refuse():
+        raise OwnedError("another job's")
+
+    store.may_write = refuse
+    for write in (lambda: store.set_aside(5), lambda: store.retire(1, 0)):
+        with pytest.raises(OwnedError):
+            write()
+    assert names(store.folder) == ["step_00000005", "step_00000010", "step_00000020"]
+
+
+def test_a_job_that_goes_back_does_so_once_however_often_it_is_started_again(tmp_path):
+    """Back to 5 of 10, on to 20 and killed: it continues from 20. The command given anew goes back anew."""
+    store = store_of(tmp_path)
+    save(store, 5, 10, origin=None)
+    config = asking(resume=store.folder / "step_00000005")
+    first = choose_origin(config, store)
+    killed_before_it_began = choose_origin(config, store, restarted=True)
+    assert killed_before_it_began.manifest["step"] == 5
+    store.set_aside(5)
+    save(store, 20, origin=first.began_from)
+    assert choose_origin(config, store, restarted=True).manifest["step"] == 20
+    assert choose_origin(config, store).manifest["step"] == 5
 
 
 def test_a_run_begun_from_another_runs_checkpoint_goes_on_with_its_own(tmp_path):

@@ -83,6 +83,25 @@ def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool)
         agent.close()
 
 
+def test_what_is_gathered_reaches_node_0_alone(pool):
+    """The stacks of all ranks of a thousand nodes are not sent to each of them."""
+    agents = team(pool, 3)
+    told = [pool.submit(agent.gather, agent.node) for agent in agents]
+    assert [one.result(10) for one in told] == [[0, 1, 2], [], []]
+    for agent in agents:
+        agent.close()
+
+
+def test_node_0_may_hold_a_connection_to_each_of_a_thousand_nodes():
+    program = (
+        "import resource as r; from megatrain.launch.peers import _allow_files; "
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); "
+        "_allow_files(200); print(r.getrlimit(r.RLIMIT_NOFILE)[0]); _allow_files(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["200", "200"], done.stderr
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_whoever_is_gone_is_named_to_all(pool, gone):
     agents = team(pool, 3)

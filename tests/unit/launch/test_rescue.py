@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
+from megatrain.checkpoint import rescue
 from megatrain.errors import EXIT_NO_PROGRESS
 from megatrain.launch import local
 from megatrain.launch.peers import Alone
+from megatrain.resilience.failure import Failure
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
 
@@ -40,5 +44,36 @@ def test_a_node_that_cannot_rescue_its_part_still_answers_the_others(fails, tmp_
         agent._rescue(EXIT_NO_PROGRESS)
         assert peers.shares == 1
         assert "could not be brought to the disk" in capfd.readouterr().err
+    finally:
+        agent.close()
+
+
+@pytest.mark.parametrize("cleared", ["before", "while locked"])
+def test_two_agents_that_start_at_once_on_a_machine_do_not_stop_each_other(cleared, tmp_path, monkeypatch):
+    """One takes the other's new folder, which is not marked yet, for a killed one's."""
+    lock, met = rescue._lock, []
+
+    def raced(folder):
+        number = lock(folder) if cleared == "while locked" else None
+        if not met:
+            met.append(folder)
+            shutil.rmtree(folder)
+        return lock(folder) if number is None else number
+
+    monkeypatch.setattr(rescue, "_MEMORY", tmp_path)
+    monkeypatch.setattr(rescue, "_lock", raced)
+    copies = rescue.Copies()
+    assert copies.folder != met[0] and (copies.folder / rescue.OWN).is_dir()
+    copies.close()
+
+
+def test_a_disk_that_takes_no_events_does_not_end_the_agent(tmp_path, capfd):
+    """It holds the copies, and starts the ranks again."""
+    recovery = local.Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), copies=True)
+    agent = local._Agent([], 1, tmp_path / "logs", recovery, Alone())
+    try:
+        (tmp_path / "events.jsonl").mkdir()
+        assert agent._take(Failure("SIGKILL", 0, 7, "forward", "here"), asked=False, recovery=recovery) is None
+        assert "it lacks: failure at step 7" in capfd.readouterr().err
     finally:
         agent.close()

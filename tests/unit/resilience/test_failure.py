@@ -24,6 +24,14 @@ def test_the_same_failure_is_counted_over_starts_and_jobs():
     assert times_seen(failure(), [*met, event("failure", 9, how="SIGKILL", rank=1)]) == 1
 
 
+def test_a_checkpoint_beyond_a_failure_is_progress():
+    """Killed at a start, days apart, the run going on each time: not a crash loop."""
+    met = [event("failure", 0, how="SIGKILL"), event("resume", 100), event("save", 200)]
+    assert times_seen(failure(step=0), [*met, *met]) == 1
+    met = [event("resume", 5), event("save", 6), event("failure", 7, how="SIGKILL")]
+    assert times_seen(failure(), [*met, *met]) == 3, "a checkpoint before it, saved anew each time, is none"
+
+
 def test_a_failure_says_what_and_where():
     assert str(failure()) == "rank 0 on here was killed by SIGKILL (out of memory, perhaps) at step 7 in forward"
     assert str(Failure("hang", 1, 0, "start", "h", "x")) == "rank 1 on h hung in start, before its first step: x"

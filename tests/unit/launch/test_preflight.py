@@ -1,0 +1,26 @@
+"""What preflight reckons with, where no job is large enough to show it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatrain.launch import preflight
+
+
+@pytest.mark.parametrize("size", [2, 6000, 16384])
+def test_the_all_reduce_of_thousands_of_ranks_has_an_exact_sum(size, monkeypatch):
+    """In fp32 as the devices add it, whatever the order: no healthy cluster is refused."""
+    monkeypatch.setattr(preflight, "ELEMENTS", 1)
+    monkeypatch.setattr(preflight, "REPEATS", 1)
+
+    def add_all(values):
+        for rank in range(1, size):  # one after the other, as a ring does
+            values += torch.ones(1) * preflight._addend(rank)
+
+    world = SimpleNamespace(
+        rank=0, size=size, device=torch.device("cpu"), barrier=lambda: None, sum=add_all, share=lambda value: [value]
+    )
+    assert preflight.check_all_reduce(world) > 0
