@@ -132,7 +132,9 @@ class DataConfig:
         None, "processes that read and tokenize; null means the cores this process may use", minimum=1
     )
     overwrite: bool = key(False, "prepare again over a finished dataset of the same name")
-    verify: bool = key(True, "check each 64 MiB block against the card's hash when it is first read")
+    verify: bool = key(
+        True, "check each 64 MiB block against the card's hash when it is first read, and when the file changed since"
+    )
 
 
 @dataclass

@@ -171,7 +171,7 @@ class Trainer:
             hashes, signal_number, saving_failed = self._meet(batch)
             self._report_saves()
             if saving_failed:
-                self.parts.store.finish()
+                self._wait_for_saves()
             if signal_number:
                 self.parts.journal.event("signal", self.progress.step, signal=signal_number)
                 self._save_and_wait()
@@ -325,7 +325,11 @@ class Trainer:
         self.parts.mark("save", self.progress.step)
         if self.progress.step > max((seen["step"] for seen in self.progress.rollbacks), default=0):
             self.progress.rollbacks = []  # past the trouble
-        stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), self._extra())
+        try:
+            stall = self.parts.store.save(self.progress.step, self.parts.engine.state(), self._extra())
+        except BaseException:  # given up while this one waited for the save before
+            self._report_saves()
+            raise
         self.saved_step = self.progress.step
         return stall
 
@@ -339,6 +343,7 @@ class Trainer:
         self._wait_for_saves()
 
     def _wait_for_saves(self) -> None:
+        self.parts.mark("save", self.progress.step)
         try:
             self.parts.store.finish()
         finally:

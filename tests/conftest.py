@@ -16,6 +16,15 @@ sys.path[:0] = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist (--dist loadgroup): whole jobs are one group, for they share a dataset, a run to compare with and a
+    cluster; each file of the others is one, for what its fixtures make."""
+    for item in items:
+        parts = item.path.parts
+        jobs = {"chaos", "slurm", "e2e"} & set(parts)
+        item.add_marker(pytest.mark.xdist_group("jobs" if jobs else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A folder with a small prepared dataset, shared by all: a run's name belongs to one test."""

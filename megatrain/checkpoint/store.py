@@ -226,7 +226,11 @@ class CheckpointStore:
             if keep_every and (checkpoint_step(folder) or 0) % keep_every == 0:
                 continue
             doomed = folder.with_name(folder.name + TEMPORARY)  # from here on it is no checkpoint, even if cut short
-            os.replace(folder, doomed)
+            try:
+                os.replace(folder, doomed)
+            except OSError as error:  # no reason to end a job: it is retired after the next save
+                _LOG.warning("%s cannot be removed: %s", folder, error.strerror)
+                return
             shutil.rmtree(doomed, ignore_errors=True)
 
 

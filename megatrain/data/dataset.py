@@ -1,11 +1,16 @@
-"""A prepared dataset as the loader sees it: one long run of token ids per split, each block verified when first read.
+"""A prepared dataset as the loader sees it: one long run of token ids per split, each block verified when first
+read, and again when its file has changed.
 
 What is not here: the order of samples (order.py), batches (loader.py), writing (prepare.py). Imports no torch.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +19,28 @@ import xxhash
 
 from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
 from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, pair, read_header
-from megatrain.errors import DataError
+from megatrain.errors import DataError, EnvironmentFault
 
 __all__ = ["Card", "Dataset", "check_dataset", "describe_dataset"]
 
+_PATIENCE = 10
+"""Times that a read is begun anew because the file changed meanwhile."""
+
+_SETTLE_S = 1.0
+"""Seconds from noticing a change to hashing: the time of a write is noted when it begins, and may be as coarse as this."""
+
+_PIECE_BYTES = 4 * 2**20
+_STRIDE = 2**18  # lengths of documents read at once
+
 
 class Dataset:
-    """One split of a prepared dataset. Open it with `Dataset.open`."""
+    """One split of a prepared dataset. Open it with `Dataset.open`.
+
+    Files are read at given places and not mapped into memory: a map of a file that gets shorter kills whoever touches it
+    (SIGBUS), and nobody learns why. A file that was written to or replaced since it was last looked at is opened and its
+    blocks are hashed again before anything from it is used. What tells is what the file system says of it (inode, size,
+    times); a network file system may take its attribute cache's time (on NFS `acregmax`, 60 s) to say so.
+    """
 
     def __init__(self, folder: Path, split: str, card: Card, verify: bool) -> None:
         self.folder = folder
@@ -30,12 +50,14 @@ class Dataset:
         self.fingerprint: str = card.fingerprint
         self.num_tokens: int = self.split_card.tokens
         self.bin_path, self.idx_path = pair(folder / split)
-        self._tokens = np.memmap(self.bin_path, dtype=self.split_card.dtype, mode="r", shape=(self.num_tokens,))
-        self._unverified: set[int] = set(range(len(self.split_card.block_hashes))) if verify else set()
+        self._dtype = np.dtype(self.split_card.dtype)
+        self._verifies = verify
+        self._file = self._open()
 
     @staticmethod
     def open(folder: Path, split: str, verify: bool = True) -> Dataset:
-        """Open a split of the dataset in `folder`; with `verify`, each 64 MiB block is hashed when it is first read.
+        """Open a split of the dataset in `folder`; with `verify`, each 64 MiB block is hashed when it is first read, and
+        again when the file has changed.
 
         Raises `ConfigError` when there is no dataset, `DataError` when it is damaged or has no such split.
         """
@@ -48,38 +70,114 @@ class Dataset:
         return Dataset(folder, split, card, verify)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Token ids `[start, start + count)` as a new int64 array. Raises `DataError` if a block is not what it was."""
+        """Token ids `[start, start + count)` as a new int64 array.
+
+        Raises `DataError` if the file is not what was prepared, `EnvironmentFault` if the system cannot read it.
+        """
         assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
-        if self._unverified and count:
-            itemsize = self._tokens.itemsize
-            first, last = start * itemsize // BLOCK_BYTES, ((start + count) * itemsize - 1) // BLOCK_BYTES
-            for block in range(first, last + 1):
-                if block in self._unverified:
-                    self._verify(block)
-        return self._tokens[start : start + count].astype(np.int64)
+        itemsize = self._dtype.itemsize
+        first, stop = start * itemsize, (start + count) * itemsize
+        for _ in range(_PATIENCE):
+            file = self._file  # another thread may open the file again meanwhile
+            for block in range(first // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if file.unverified else ():
+                if block in file.unverified:
+                    self._verify(file, block)
+            data = self._bytes(file, first, stop)
+            # only now, for what was read before a change was seen may be from after it
+            if not self._verifies or self._stamp() == file.stamp:
+                return np.frombuffer(data, self._dtype).astype(np.int64)
+            time.sleep(_SETTLE_S)
+            self._file = self._open()
+        raise DataError(
+            f"{self.bin_path}: is being written to (bytes {first} to {stop} were to be read); leave it as it is"
+        )
 
     def documents(self) -> Iterator[np.ndarray]:
         """The token ids (int64) of each document in turn, its end-of-document token included."""
         header = read_header(self.folder / self.split)
-        lengths = np.memmap(self.idx_path, dtype="<i4", mode="r", offset=HEADER.size, shape=(header.num_sequences,))
         start = 0
-        for length in lengths:
-            yield self.read(start, int(length))
-            start += int(length)
+        with open(self.idx_path, "rb") as index:
+            index.seek(HEADER.size)
+            for first in range(0, header.num_sequences, _STRIDE):
+                count = min(_STRIDE, header.num_sequences - first)
+                lengths = np.fromfile(index, dtype="<i4", count=count)
+                if len(lengths) < count:
+                    raise DataError(f"{self.idx_path}: cut short at byte {HEADER.size + 4 * (first + len(lengths))}")
+                for length in lengths:
+                    if length < 0 or start + int(length) > self.num_tokens:
+                        raise DataError(
+                            f"{self.idx_path}: a document of {length} tokens that begins at token {start} of {self.num_tokens}"
+                        )
+                    yield self.read(start, int(length))
+                    start += int(length)
 
     def offset(self, token: int) -> int:
         """Byte offset of a token in the `.bin`."""
-        return token * self._tokens.itemsize
+        return token * self._dtype.itemsize
 
-    def _verify(self, block: int) -> None:
+    def _open(self) -> _OpenFile:
+        """The `.bin` as it is now, nothing of it verified yet. A file opened before ends with its last reader."""
+        stamp = self._stamp()  # before it is opened: a change between the two is seen at the next look
+        try:
+            file = open(self.bin_path, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._fault(error, 0) from error
+        return _OpenFile(file, stamp, set(range(len(self.split_card.block_hashes))) if self._verifies else set())
+
+    def _stamp(self) -> tuple[int, ...]:
+        """What changes when somebody writes to the file or puts another in its place."""
+        try:
+            status = os.stat(self.bin_path)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.bin_path}: is gone; put it back, or prepare the dataset again") from error
+        except OSError as error:
+            raise self._fault(error, 0) from error
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _verify(self, file: _OpenFile, block: int) -> None:
         start = block * BLOCK_BYTES
-        data = np.memmap(self.bin_path, dtype=np.uint8, mode="r")[start : start + BLOCK_BYTES]
-        if xxhash.xxh3_64_hexdigest(data.data) != self.split_card.block_hashes[block]:
+        stop = min(start + BLOCK_BYTES, self.split_card.bin_size)
+        state = xxhash.xxh3_64()
+        for place in range(start, stop, _PIECE_BYTES):
+            state.update(self._bytes(file, place, min(place + _PIECE_BYTES, stop)))
+        if state.hexdigest() != self.split_card.block_hashes[block]:
             raise DataError(
-                f"{self.bin_path}: bytes {start} to {start + len(data)} are not what was prepared (hash differs from the card's); "
+                f"{self.bin_path}: bytes {start} to {stop} are not what was prepared (hash differs from the card's); "
                 "copy or prepare the dataset again"
             )
-        self._unverified.discard(block)
+        file.unverified.discard(block)
+
+    def _bytes(self, file: _OpenFile, start: int, stop: int) -> bytes:
+        """Bytes `[start, stop)` of the `.bin`."""
+        try:
+            data = os.pread(file.raw.fileno(), stop - start, start)
+            while len(data) < stop - start:
+                more = os.pread(file.raw.fileno(), stop - start - len(data), start + len(data))
+                if not more:
+                    raise DataError(
+                        f"{self.bin_path}: bytes {start} to {stop} cannot be read, for it ends at byte "
+                        f"{os.fstat(file.raw.fileno()).st_size} and the card says {self.split_card.bin_size}: the file was cut; "
+                        "copy or prepare the dataset again"
+                    )
+                data += more
+        except OSError as error:
+            raise self._fault(error, start) from error
+        return data
+
+    def _fault(self, error: OSError, start: int) -> EnvironmentFault:
+        return EnvironmentFault(f"{self.bin_path}: cannot be read at byte {start} ({error.strerror})")
+
+
+@dataclass
+class _OpenFile:
+    """A `.bin` that is open, what the file system said of it then, and the blocks of it that are still to be hashed."""
+
+    raw: FileIO
+    stamp: tuple[int, ...]
+    unverified: set[int]
+
+    def __del__(self) -> None:
+        self.raw.close()
 
 
 def describe_dataset(folder: Path) -> dict[str, Any]:

@@ -110,4 +110,4 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
         place /= "tokenizer.model"
     if not place.is_file():
         raise ConfigError(f"tokenizer.path: {path} is not there; give a SentencePiece .model file")
-    return SentencePieceTokenizer(place.read_bytes(), path)
+    return SentencePieceTokenizer(place.read_bytes(), str(place))

@@ -112,12 +112,14 @@ def _wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
         lock = Path(_get_build_directory(extension, False)) / "lock"
         if lock.exists():
             _LOG.warning("waiting for another process to build %s (%s), %g s at most", extension, lock, timeout_s)
+        started, age = time.monotonic(), 0.0
+        with suppress(FileNotFoundError):
+            age = time.time() - lock.stat().st_mtime  # once: while waiting, somebody may set the clock
         while lock.exists():
-            with suppress(FileNotFoundError):
-                if time.time() - lock.stat().st_mtime > timeout_s:
-                    raise EnvironmentFault(
-                        f"{lock} is older than launch.timeout_s={timeout_s:g} s: a build that was killed left it. Remove it"
-                    )
+            if age + time.monotonic() - started > timeout_s:
+                raise EnvironmentFault(
+                    f"{lock} is older than launch.timeout_s={timeout_s:g} s: a build that was killed left it. Remove it"
+                )
             time.sleep(0.2)
 
 

@@ -2,25 +2,23 @@
 
 Where a rank was killed or hangs, it ends the others and starts all of them again; whether that can help is
 `resilience/`'s knowledge. The agents of several nodes act together (`peers.py`): a start is one of all nodes' ranks, and
-ends with one verdict. What a worker does is in `worker.py`. Workers live in sessions of their own, so that a Ctrl-C
-reaches the agent alone; on Linux they die with it, whatever kills it.
+ends with one verdict. What a worker does is in `worker.py`, its process in `ranks.py`: in a session of its own, so that Ctrl-C
+reaches the agent alone; on Linux it dies with the agent, whatever kills that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from megatrain.checkpoint.manifest import checkpoint_step
 from megatrain.checkpoint.rescue import ENVIRONMENT as COPIES
@@ -37,9 +35,20 @@ from megatrain.errors import (
     EnvironmentFault,
     OwnedError,
 )
-from megatrain.launch.environment import RESTARTS, WORKER_MARK, usable_cores
-from megatrain.launch.nursery import Forked, Nursery, NurseryError, die_with
+from megatrain.launch.environment import RESTARTS
+from megatrain.launch.nursery import Nursery, NurseryError
 from megatrain.launch.peers import DONE, FAILED, HANGS, STILL, WORKS, Alone, Peers
+from megatrain.launch.ranks import (
+    LINUX,
+    RankProcess,
+    describe_end,
+    free_port,
+    log_of,
+    nursery_environ,
+    rank_environ,
+    stack_file,
+    start_rank,
+)
 from megatrain.resilience import watchdog
 from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
 from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
@@ -62,6 +71,9 @@ KILL_S = 8.0
 OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError, OwnedError))
 """Exit codes that say why a worker ended, where 8 may only say that it lost one of the others."""
 
+ABORTED = (-signal.SIGABRT, -signal.SIGTERM)
+"""How a rank may die of no more than having lost another, or of being asked to end."""
+
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C: stopped without saving."""
 
@@ -69,7 +81,6 @@ NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTE
 """Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-LINUX = sys.platform == "linux"
 HOST = socket.gethostname()
 
 
@@ -124,99 +135,6 @@ def launch(
             signal.signal(number, handler if peers.size == 1 else signal.SIG_IGN)
 
 
-# ---------------------------------------------------------------------------------------------------- starting
-
-
-@dataclass
-class _Worker:
-    """One rank's process. `code` is None while it runs; negative means the signal that killed it."""
-
-    rank: int
-    local_rank: int
-    process: subprocess.Popen[bytes] | Forked
-    log: Path | None
-    code: int | None = None
-
-    @property
-    def killed(self) -> bool:
-        """Whether a signal ended it."""
-        return self.code is not None and self.code < 0
-
-    def kill(self) -> None:
-        """Kill this worker and whatever it started, and wait for it."""
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.code = self.process.wait()
-
-
-def _worker_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
-    """What a rank finds in its environment."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers))}
-    if LINUX and peers.size == 1:
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return {
-        **defaults,
-        **os.environ,
-        WORKER_MARK: "1",
-        "RANK": str(peers.node * num_workers + local_rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": str(peers.size * num_workers),
-        "LOCAL_WORLD_SIZE": str(num_workers),
-        "MASTER_ADDR": peers.address,
-        "MASTER_PORT": str(port),
-    }
-
-
-def _nursery_environ(environ: dict[str, str]) -> dict[str, str]:
-    """A worker's environment without what makes it one of the ranks."""
-    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in environ.items() if name not in places}
-    return {"DS_ACCELERATOR": "cpu", **kept}  # DeepSpeed chooses when it is imported, and is only here where no GPU is
-
-
-def _log(log_dir: Path, rank: int) -> Path | None:
-    """Where a rank's output goes; rank 0 shares the terminal."""
-    if rank == 0:
-        return None
-    log_dir.mkdir(parents=True, exist_ok=True)
-    return log_dir / f"rank_{rank:05d}.log"
-
-
-def _start(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> _Worker:
-    """Start one rank in a session of its own."""
-    rank = int(environ["RANK"])
-    log = _log(log_dir, rank)
-    sink: IO[bytes] | None = log.open("ab") if log is not None else None
-    try:
-        process = subprocess.Popen(
-            list(command),
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-            pass_fds=(heartbeats,),
-            preexec_fn=_die_with_agent() if LINUX else None,
-        )
-    finally:
-        if sink is not None:
-            sink.close()
-    return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
-
-
-def _die_with_agent() -> Callable[[], None]:
-    """What a worker runs before its program."""
-    agent = os.getpid()
-    return lambda: die_with(agent)
-
-
-def _free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---------------------------------------------------------------------------------------------------- waiting
 
 
@@ -258,7 +176,7 @@ class _Agent:
         self.log_dir = log_dir
         self.recovery = recovery
         self.heartbeats = Heartbeats(num_workers)
-        self.workers: list[_Worker] = []
+        self.workers: list[RankProcess] = []
         self.hosts = [HOST]
         self.pending: deque[int] = deque()
         self.forwarded: set[int] = set()
@@ -300,10 +218,10 @@ class _Agent:
     def close(self) -> None:
         """Leave no process behind."""
         self.kill()
-        if self.ledger is not None:
-            self.ledger.close()
         if self.nursery is not None:
             self.nursery.close()
+        if self.ledger is not None:
+            self.ledger.close()  # last of all, for it books this, too
         self.heartbeats.close()
         if self.copies is not None:
             self.copies.close()
@@ -320,32 +238,41 @@ class _Agent:
         if self.ledger is not None:
             self.ledger.begin()
         shared = self.heartbeats.file
-        places = self.peers.share([HOST, _free_port()])
+        places = self.peers.share([HOST, free_port()])
         self.hosts = [host for host, _ in places]
         port = places[0][1]
         self.workers = []
         for local_rank in range(self.num_workers):
-            environ = _worker_environ(local_rank, self.num_workers, self.peers, port)
+            environ = rank_environ(local_rank, self.num_workers, self.peers, port)
             environ |= {HEARTBEATS: str(shared), RESTARTS: str(self.restarts)}
             if self.recovery is not None:
                 environ[OWNER] = str(self.recovery.owner.number)
             if self.copies is not None:
                 environ[COPIES] = str(self.copies.folder)
             worker = self._fork(environ) if self.can_fork else None
-            self.workers.append(worker or _start(self.command, environ, self.log_dir, shared))
+            self.workers.append(worker or start_rank(self.command, environ, self.log_dir, shared))
 
-    def _fork(self, environ: dict[str, str]) -> _Worker | None:
+    def _fork(self, environ: dict[str, str]) -> RankProcess | None:
         """A rank from the nursery; None where that does not work, which is said once."""
         assert self.recovery is not None
+        owner = self.recovery.owner
+
+        def hurry() -> bool:
+            owner.beat()  # the first imports may take minutes
+            return len(self.pending) > 1
+
         try:
             if self.nursery is None:
-                self.nursery = Nursery(self.recovery.modules, _nursery_environ(environ), [self.heartbeats.file])
+                self.nursery = Nursery(self.recovery.modules, nursery_environ(environ), [self.heartbeats.file])
             rank = int(environ["RANK"])
-            log = _log(self.log_dir, rank)
+            log = log_of(self.log_dir, rank)
             arguments = self.command[3:]  # behind python -m megatrain
-            process = self.nursery.fork(arguments, environ, log, lambda: len(self.pending) > 1)
-            return _Worker(rank, int(environ["LOCAL_RANK"]), process, log)
+            process = self.nursery.fork(arguments, environ, log, hurry)
+            return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
         except NurseryError as error:
+            if self.nursery is not None:  # it must not make this rank later, beside the one that is started now
+                self.nursery.close()
+                self.nursery = None
             self.can_fork = False
             say(f"ranks cannot be forked ({error}); starting them one by one")
             return None
@@ -384,15 +311,19 @@ class _Agent:
             return
         self.kill()
         checkpoints = self.recovery.run_dir / "checkpoints"
-        try:
+        with _said("copies in memory could not be brought to the disk"):
             self.recovery.owner.check()
             steps = self.copies.rescue(checkpoints, alone=code is None)
-            if code is None:
-                if steps:
-                    say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
-                return
-            self.peers.share(None)  # every node's part is on the disk
-            made, problems = assemble(checkpoints) if self.peers.node == 0 else (None, [])
+            if code is None and steps:
+                say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
+        if code is None:
+            return
+        self.peers.share(None)  # every node's part is on the disk, or cannot get there
+        if self.peers.node != 0:
+            return
+        with _said("copies in memory could not be made a checkpoint"):
+            self.recovery.owner.check()  # it may have taken long
+            made, problems = assemble(checkpoints)
             for problem in problems:
                 say(problem)
             if made is not None:
@@ -400,8 +331,6 @@ class _Agent:
                 events = EventLog(self.recovery.run_dir / "events.jsonl")
                 events.emit("rescue", checkpoint_step(made) or 0, checkpoint=str(made))
                 events.close()
-        except (OSError, OwnedError) as error:
-            say(f"copies in memory could not be brought to the disk: {error}; the last checkpoint is what there is")
 
     def _take(self, failure: Failure, asked: bool, recovery: Recovery) -> int | None:
         """Write a failure down; the exit code it ends the job with, None to start all ranks again."""
@@ -426,7 +355,7 @@ class _Agent:
         return code
 
     def _where_to_look(self, rank: int) -> str:
-        log = _log(self.log_dir, rank)
+        log = log_of(self.log_dir, rank)
         return f"Its log is {log}" if log else "Its output is above"
 
     def _wait(self) -> _Ending:
@@ -515,10 +444,10 @@ class _Agent:
         for worker in self._alive():
             worker.kill()
 
-    def _alive(self) -> list[_Worker]:
+    def _alive(self) -> list[RankProcess]:
         return [worker for worker in self.workers if worker.code is None]
 
-    def _look(self) -> list[_Worker]:
+    def _look(self) -> list[RankProcess]:
         """The workers that ended since the last look."""
         ended = []
         for worker in self._alive():
@@ -541,11 +470,11 @@ class _Agent:
                 worker.process.send_signal(number)
 
     @staticmethod
-    def _blame(worker: _Worker) -> tuple[bool, bool, int]:
+    def _blame(worker: RankProcess) -> tuple[bool, bool, int]:
         """Sorts workers that ended together: killed ones first, those that may only have lost a peer last."""
         return not worker.killed, worker.code == EnvironmentFault.exit_code, worker.rank
 
-    def _end_after(self, first: _Worker | None) -> _Ending:
+    def _end_after(self, first: RankProcess | None) -> _Ending:
         """One worker failed, another node's where it is None: let the others end, kill those that do not, and say why."""
         if self.ledger is not None:
             self.ledger.freeze()
@@ -563,13 +492,15 @@ class _Agent:
                     rank0_code = worker.code
                 if cause is None and worker.killed and not asked:
                     cause = worker
-                elif (cause is None or cause.code == EnvironmentFault.exit_code) and worker.code in OWN_MISTAKES:
+                elif (cause is None or cause.code == EnvironmentFault.exit_code) and (
+                    worker.code in OWN_MISTAKES or (worker.killed and worker.code not in ABORTED)
+                ):
                     cause = worker  # whoever lost this peer noticed before it had ended
             time.sleep(POLL_S)
         self.kill()
         return replace(self._verdict(cause), rank0_code=cause.code if cause and cause.rank == 0 else rank0_code)
 
-    def _verdict(self, cause: _Worker | None) -> _Ending:
+    def _verdict(self, cause: RankProcess | None) -> _Ending:
         """How this node's workers ended: the one whose failure ended the others, if that was one of them."""
         if cause is None:
             saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
@@ -589,30 +520,13 @@ class _Agent:
         return _Ending(EXIT_DEFECT if code < 0 else code, blame, message=message)
 
 
-def stack_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank writes its stacks when it is asked to."""
-    return run_dir / "logs" / f"stacks_{rank:05d}.txt"
-
-
-def describe_end(rank: int, code: int, log: Path | None) -> str:
-    """How a worker ended, with the end of its log where it has one."""
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += " (out of memory, perhaps)"
-    else:
-        how = f"ended with exit code {code}"
-    if log is None:
-        return f"rank {rank} {how}; its output is above"
-    lines = tail(log)
-    return f"rank {rank} {how}; the end of its log {log}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
-    """The last lines of a text file, without reading more than its last `window` bytes."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - window))
-        return file.read().decode("utf-8", "replace").splitlines()[-count:]
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """A disk that refuses a rescue, or another owner, is told and changes nothing else."""
+    try:
+        yield
+    except (OSError, OwnedError) as error:
+        say(f"{what}: {error}; the last checkpoint is what there is")
 
 
 def say(message: str) -> None:

@@ -289,13 +289,13 @@ class _Team:
             self._wait(lambda: len(self._values) == self.size)
             shared = [self._values[node] for node in range(self.size)]
             self._values = {}
+            self._states = [WORKS] * self.size
             self._send_all({"shared": shared})
         else:
             self._send_all({"value": value, "node": self.node})
             self._wait(lambda: self._shared is not None)
             assert self._shared is not None, "waited for"
             shared, self._shared = self._shared, None
-        self._states = [WORKS] * self.size
         return shared
 
     def close(self) -> None:
@@ -329,6 +329,7 @@ class _Team:
             raise EnvironmentFault(message["gone"])
         if "shared" in message:
             self._shared = message["shared"]
+            self._states = [WORKS] * self.size  # here: what comes in the same breath is news already
         elif "value" in message:
             self._values[sender] = message["value"]
         elif "state" in message:

@@ -24,8 +24,9 @@ from megatrain.checkpoint.resume import changed_keys, may_change
 from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
 from megatrain.launch import slurm
 from megatrain.launch.environment import is_launched
-from megatrain.launch.local import EXIT_INTERRUPTED, FORWARDED, LINUX
+from megatrain.launch.local import EXIT_INTERRUPTED, FORWARDED
 from megatrain.launch.nursery import die_with
+from megatrain.launch.ranks import LINUX
 from megatrain.sweep import Point, check, of_point, prepare, sweep_folder, write_record
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics

@@ -44,9 +44,9 @@ from megatrain.errors import (
 )
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment
-from megatrain.launch.local import stack_file
 from megatrain.launch.origin import choose_origin, copy_in_memory, load_origin
 from megatrain.launch.preflight import preflight
+from megatrain.launch.ranks import stack_file
 from megatrain.launch.rollback import Rollback
 from megatrain.launch.world import World, join, leave, lost_peer
 from megatrain.model.count import flops_per_token, num_parameters

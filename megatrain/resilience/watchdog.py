@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.resilience.heartbeat import Beat, Heartbeats
+from megatrain.resilience.heartbeat import PHASES, Beat, Heartbeats
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Asks a worker for the Python stacks of all its threads, whatever it is doing."""
@@ -27,6 +27,9 @@ ANSWER_S = 2.0
 
 COLLECTIVES = re.compile(r'File "[^"]*(?:torch/distributed/|deepspeed/comm/)([^"]*)", line \d+ in (\w+)')
 OURS = re.compile(r'File "[^"]*/(megatrain/[^"]*)", line (\d+) in (\w+)')
+TIMING = "megatrain/resilience/waits.py"
+"""What times a wait stands between the collective and the rank that waits in it, and tells nothing."""
+
 _PASSED_ON = ("wrapper", "wait", "wait_tensor", "trigger_wait", "log_wrapper", "decorator")
 """Functions on the way to a collective whose names tell nothing."""
 
@@ -36,15 +39,16 @@ NEAR = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a sign of life until a job counts as hanging: while it trains, and at its ends (imports, rendezvous,
-    loading and compiling until a start's first step is done; what trackers still have to send after the last)."""
+    """Seconds without a sign of life until a job counts as hanging: while it trains, and where it may take long (imports,
+    rendezvous, loading and compiling until a start's first step is done; the loop waiting for a save; what trackers still
+    have to send after the last step)."""
 
     training_s: float
     starting_s: float
 
     def of(self, beat: Beat) -> float:
         """The limit for a rank in this state."""
-        trains = beat.finished and beat.phase != "end"
+        trains = beat.finished and beat.phase not in ("save", "end")
         return self.training_s if trains else max(self.starting_s, self.training_s)
 
 
@@ -134,10 +138,13 @@ def culprits(witnesses: Sequence[Witness]) -> list[Witness]:
     """Those that hold the others up: who does not answer, or else who waits for no one, or else who is furthest behind.
     Empty where all wait alike: then the network, or a rank of another node, is to blame."""
     for is_guilty in (lambda w: not w.answered, lambda w: w.waits_in is None):
-        if guilty := [witness for witness in witnesses if is_guilty(witness)]:
-            return guilty if len(guilty) < len(witnesses) or len(witnesses) == 1 else []
-    behind = min(witness.beat.step for witness in witnesses)
-    guilty = [witness for witness in witnesses if witness.beat.step == behind]
+        guilty = [witness for witness in witnesses if is_guilty(witness)]
+        if guilty and (len(guilty) < len(witnesses) or len(witnesses) == 1):
+            return guilty
+    # on GPUs nobody is seen waiting: those who wait for others have gone on to where they need what the GPU computes
+    unseen = all(witness.waits_in is None for witness in witnesses)
+    places = [(witness.beat.step, PHASES.index(witness.beat.phase) if unseen else 0) for witness in witnesses]
+    guilty = [witness for witness, place in zip(witnesses, places, strict=True) if place == min(places)]
     return guilty if len(guilty) < len(witnesses) else []
 
 
@@ -145,7 +152,8 @@ def read_stacks(stacks: str) -> tuple[str | None, str | None]:
     """The collective that a dump of faulthandler's shows some thread waiting in, and where our code called from."""
     waits_in = at = None
     for thread in re.split(r"\n\n|(?=^(?:Current thread|Thread) 0x)", stacks, flags=re.MULTILINE):
-        frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")]
+        lines = (line for line in thread.splitlines() if line.lstrip().startswith("File "))
+        frames = [line for line in lines if TIMING not in line]
         near = [match for line in frames[:NEAR] if (match := COLLECTIVES.search(line))]
         ours = next((match for line in frames if (match := OURS.search(line))), None)
         if (near and ours is not None) or (near and waits_in is None):

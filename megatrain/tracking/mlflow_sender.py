@@ -115,7 +115,7 @@ class Sender:
         self._unsent_restarts: list[Restart] = []
         self._known_tags: dict[str, str] = {}
         self._system = SystemMetrics(setup["parent"], self.run_dir)
-        self._next_sample = time.time()
+        self._next_sample = time.monotonic()
         self._next_try, self._backoff, self._failing = 0.0, FIRST_BACKOFF_S, False
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -137,7 +137,7 @@ class Sender:
     def _pause(self) -> float:
         due = [self.settings["flush_every_s"]]
         if self.settings["system_metrics_every_s"]:
-            due.append(self._next_sample - time.time())
+            due.append(self._next_sample - time.monotonic())
         return max(0.01, min(due))
 
     def _try(self, action: Callable[[], None]) -> bool:
@@ -166,8 +166,8 @@ class Sender:
 
     def _sample(self) -> None:
         every = self.settings["system_metrics_every_s"]
-        if every and time.time() >= self._next_sample:
-            self._next_sample = time.time() + every
+        if every and time.monotonic() >= self._next_sample:
+            self._next_sample = time.monotonic() + every
             self._dropped += len(self._samples) == MAX_SYSTEM_SAMPLES
             self._samples.append((time.time(), self._system.sample()))
 

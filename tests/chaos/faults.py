@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 from commands import megatrain
@@ -25,7 +26,15 @@ def injected(folder, name, faults):
     }
 
 
-def run_with(folder, faults, *words):
+def run_with(folder, faults, *words, environ=None):
     """`megatrain` in `folder`, its ranks failing as the `faults` say."""
     name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
-    return megatrain(folder, *words, environ=injected(folder, name, faults), timeout=480)
+    return megatrain(folder, *words, environ={**injected(folder, name, faults), **(environ or {})}, timeout=480)
+
+
+def preloaded(source, folder):
+    """The environment that has every process of a job use the C functions of `inject/<source>` before the system's."""
+    library = folder / Path(source).with_suffix(".so").name
+    source = Path(__file__).parent / "inject" / source
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}

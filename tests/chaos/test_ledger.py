@@ -10,6 +10,7 @@ from commands import TRAIN, events
 from faults import fault, run_with
 
 from megatrain.resilience.ledger import summarise
+from megatrain.tracking.report import report
 
 OUTSIDE_S = 0.6
 """What the ledger cannot see of a command: the interpreter's exit, and starting a process of it."""
@@ -51,3 +52,6 @@ def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_booked(workplace
     failed = [event["step"] for event in events(workplace, "booked", "failure")]
     assert life.lost_steps == sum(at - 1 - to for at, to in zip(failed, resumed[:2], strict=True))
     assert 0 < life.goodput < 1
+
+    page = report(workplace / "runs/booked").read_text()
+    assert '"lost work"' in page and "4 starts of the ranks, 2 failures" in page

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,3 +344,38 @@ def test_what_became_of_saves_is_told_at_the_next_step_and_giving_up_ends_the_ru
     assert told == [("save", 4), ("save_failed", 8)]
     assert [record["step"] for record in parts.journal.records] == list(range(1, 9)), "not one step further"
     assert [record["save_time_s"] for record in parts.journal.records][4] == 0.5
+
+
+def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatch):
+    """Waiting for data and the step itself, without what the rank was held up by others and without the exchange."""
+    clock = {"now": 0.0, "held_up": 0.0}
+    monkeypatch.setattr("megatrain.trainer.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+
+    class SlowEngine(FakeEngine):
+        def train_step(self, micro_batches, lr, step):
+            clock["now"] += step
+            clock["held_up"] += 0.4
+            return super().train_step(micro_batches, lr, step)
+
+    def slow_stream():
+        while True:
+            clock["now"] += 0.25
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, 8)
+
+    def exchange(values):
+        clock["now"] += 5
+        clock["held_up"] += 3
+        return torch.stack([values, values])
+
+    told = []
+    loop, parts = trainer(config(steps=3), SlowEngine())
+    loop.parts = replace(
+        parts,
+        stream=slow_stream(),
+        exchange=exchange,
+        held_up=lambda: clock["held_up"],
+        compare=lambda step, own_times: told.append((step, own_times)),
+    )
+    loop.run()
+    assert [step for step, _ in told] == [1, 2], "before the first step there is nothing to tell"
+    assert [own for _, own in told] == [pytest.approx([step - 0.4 + 0.25] * 2) for step in (1, 2)]

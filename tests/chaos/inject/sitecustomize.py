@@ -2,8 +2,8 @@
 
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), how many
 `times` it strikes (1 unless given; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a signal's name; `sleep`;
-`wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3 for 30 %; or `add` or `multiply`
-with a number `by`: to the loss of a micro-batch, as the model computes it.
+`wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3 for 30 %; `run` with a shell
+command `by`; or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as the model computes it.
 """
 
 import importlib.util
@@ -78,6 +78,9 @@ def strike(fault):
         return
     if fault["do"] == "sleep":
         time.sleep(3600)
+    if fault["do"] == "run":
+        subprocess.run(fault["by"], shell=True, check=True)
+        return
     os.kill(os.getpid(), getattr(signal, fault["do"]))
 
 

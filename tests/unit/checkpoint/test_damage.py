@@ -343,3 +343,17 @@ def test_a_full_disk_ends_a_save_with_one_message_and_spares_what_was_saved(stor
         store.save(40, state(40), {})
     monkeypatch.undo()
     assert reopen(store.folder).newest_valid()[0].name == "step_00000030"
+
+
+def test_a_disk_that_refuses_to_retire_ends_nothing(store, monkeypatch):
+    """What could not be removed stays whole, and goes after the next save."""
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatrain.checkpoint.store.os.replace", refuse)
+        store.retire(1, 0)
+    assert len(names(store)) == 3 and all(verify(store.folder / name) for name in names(store))
+    store.retire(1, 0)
+    assert names(store) == ["step_00000030"]

@@ -1,6 +1,7 @@
 """A prepared dataset is checked by sizes at once, by hashes when first read, and wholly by `describe_dataset`."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -61,6 +62,65 @@ def test_each_document_comes_back_with_its_own_ids(tmp_path):
     writer.finish()
     make_card(tmp_path, "x", None).save(tmp_path)
     assert [ids.tolist() for ids in Dataset.open(tmp_path, "train").documents()] == [[1, 2, 3, 9], [4, 9]]
+
+
+def write_anew(path, data):
+    path.write_bytes(data)
+
+
+def put_another_in_place(path, data):
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").replace(path)
+
+
+def restore_the_times(path, data):
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [write_anew, put_another_in_place, restore_the_times])
+def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, small_blocks, monkeypatch, change):
+    """In place or by another file, its times set back or not: blocks that still are what they were are read, no other."""
+    monkeypatch.setattr(dataset_module, "_SETTLE_S", 0.01)
+    folder = make_dataset(train=np.arange(1000))
+    dataset = Dataset.open(folder, "train")
+    assert np.array_equal(dataset.read(0, 1000), np.arange(1000))
+    data = bytearray((folder / "train.bin").read_bytes())
+    data[600] ^= 1
+    change(folder / "train.bin", bytes(data))
+    assert np.array_equal(dataset.read(0, 256), np.arange(256))
+    with pytest.raises(DataError, match=r"train\.bin: bytes 512 to 768"):
+        dataset.read(300, 1)
+
+
+def test_a_file_that_is_cut_while_it_is_open_says_where_it_ends(make_dataset, small_blocks, monkeypatch):
+    """With hashes and without; and nothing kills the process, as touching a map of the file would."""
+    monkeypatch.setattr(dataset_module, "_SETTLE_S", 0.01)
+    folder = make_dataset(train=np.arange(1000))
+    for verify in (True, False):
+        dataset = Dataset.open(folder, "train", verify)
+        assert dataset.read(500, 1)[0] == 500
+        os.truncate(folder / "train.bin", 700)
+        with pytest.raises(
+            DataError, match=r"train\.bin: bytes 1000 to 1002 cannot be read, for it ends at byte 700 and the"
+        ):
+            dataset.read(500, 1)
+        (folder / "train.bin").write_bytes(np.arange(1000, dtype=np.uint16).tobytes())
+    assert Dataset.open(folder, "train").read(500, 1)[0] == 500
+    dataset = Dataset.open(folder, "train")
+    (folder / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train\.bin: is gone"):
+        dataset.read(500, 1)
+
+
+def test_a_file_that_is_written_to_all_the_time_is_not_waited_for(make_dataset, monkeypatch):
+    folder = make_dataset(train=np.arange(1000))
+    dataset = Dataset.open(folder, "train")
+    monkeypatch.setattr(dataset_module.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))
+    monkeypatch.setattr(dataset, "_stamp", iter([(number,) for number in range(99)]).__next__)
+    with pytest.raises(DataError, match="is being written to"):
+        dataset.read(0, 1)
 
 
 def cut(name, by):

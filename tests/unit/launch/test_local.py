@@ -64,6 +64,8 @@ def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
         (("sleep(0.6) or 1", "8"), 8),
         (("8", "sleep(0.3) or 3"), 3),
         (("8", "3"), 3),
+        (("8", "sleep(0.3) or die('SIGKILL')"), 1),
+        (("8", "sleep(0.3) or die('SIGABRT')"), 8),
         (("die('SIGKILL')", "sleep(30)"), 1),
         (("0", "sleep(0.3) or die('SIGSEGV')"), 1),
     ],

@@ -125,7 +125,7 @@ def test_a_hang_is_one_only_when_no_rank_of_any_node_moves(tmp_path):
         from megatrain.resilience.heartbeat import Heartbeat
         import faulthandler, pathlib, sys
         from megatrain.resilience.watchdog import answer_with_stacks
-        from megatrain.launch.local import stack_file
+        from megatrain.launch.ranks import stack_file
         if os.environ["MEGATRAIN_RESTARTS"] == "1":
             sys.exit(0)
         rank = int(os.environ["RANK"])

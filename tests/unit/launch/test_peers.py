@@ -66,6 +66,23 @@ def test_all_hear_what_one_tells_until_they_share_again(pool):
         agent.close()
 
 
+def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool):
+    """A node whose ranks end at once says so once; who overheard it would wait for that node for ever."""
+    agents = team(pool, 3)
+    agents[2]._send_all({"value": 2, "node": 2})  # it has said its value, and looks at its connection only later
+    for shared in [pool.submit(agent.share, agent.node) for agent in agents[:2]]:
+        assert shared.result(10) == [0, 1, 2]
+    agents[1].tell(DONE)
+    heard(agents[0], DONE)
+    time.sleep(0.1)
+    agents[2]._wait(lambda: agents[2]._shared is not None)
+    agents[2]._send_all = lambda message: None  # it has been sent
+    assert agents[2].share(2) == [0, 1, 2]
+    assert agents[2].states() == [WORKS, DONE, WORKS]
+    for agent in agents:
+        agent.close()
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_whoever_is_gone_is_named_to_all(pool, gone):
     agents = team(pool, 3)

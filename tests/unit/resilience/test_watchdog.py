@@ -10,6 +10,7 @@ from megatrain.resilience.heartbeat import Beat, Heartbeat, Heartbeats
 from megatrain.resilience.watchdog import Limits, Witness, culprits, hangs, read_stacks
 
 WAITING = """Current thread 0x00007f0000000000 (most recent call first):
+  File "/x/megatrain/resilience/waits.py", line 70 in wait
   File "/x/torch/distributed/distributed_c10d.py", line 3333 in all_gather
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
   File "/x/megatrain/launch/world.py", line 47 in gather
@@ -25,8 +26,8 @@ Current thread 0x00007f0000000000 (most recent call first):
 """
 
 
-def witness(rank, step=7, state="S", stacks=WAITING):
-    return Witness(rank, Beat(step, 1, "forward", 9.0), state, *read_stacks(stacks), stacks)
+def witness(rank, step=7, state="S", stacks=WAITING, phase="forward"):
+    return Witness(rank, Beat(step, 1, phase, 9.0), state, *read_stacks(stacks), stacks)
 
 
 def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
@@ -44,6 +45,10 @@ def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
         ([witness(0, step=8), witness(1, step=7)], [1]),
         ([witness(0), witness(1)], []),
         ([witness(0, stacks=IDLE)], [0]),
+        ([witness(0, stacks=IDLE), witness(1, step=6, stacks=IDLE)], [1]),
+        ([witness(0, stacks=IDLE, phase="update"), witness(1, stacks=IDLE)], [1]),
+        ([witness(0, phase="update"), witness(1)], []),
+        ([witness(0, state="T", stacks=""), witness(1, state="T", stacks="")], []),
     ],
 )
 def test_the_culprit_is_who_does_not_answer_or_waits_for_no_one(witnesses, guilty):
@@ -64,6 +69,10 @@ def test_a_job_hangs_when_no_rank_moves():
     assert not hangs(heartbeats, [0, 1], limits), "one rank moves: the others wait for it"
     time.sleep(0.3)
     assert hangs(heartbeats, [0, 1], limits)
+    second.enter("save")
+    time.sleep(0.3)
+    assert not hangs(heartbeats, [0, 1], limits), "a slow disk is no hang, and a save is not cut short"
+    second.enter("data")
     first.enter("end")
     time.sleep(0.3)
     assert not hangs(heartbeats, [0, 1], limits), "trackers may take longer to send what is left"

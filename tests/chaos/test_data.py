@@ -1,0 +1,78 @@
+"""A dataset that changes under a running job. The oracle is the run whose data nobody touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+from commands import TRAIN, events, final_files, metrics, same
+from faults import fault, run_with
+
+from megatrain.data.adopt import make_card
+from megatrain.data.card import Card
+from megatrain.data.dataset import Dataset
+from megatrain.data.order import SampleOrder
+
+SEED = 1234
+
+
+def copy_of_the_data(workplace, name):
+    folder = workplace / name / "tiny"
+    shutil.copytree(workplace / "data" / "tiny", folder)
+    return folder
+
+
+def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, undisturbed):
+    """Replaced by its copy, which stops nothing; then cut, written to, its held-out part cut: each time exit code 3, the file and the bytes, and no step with what
+    was not prepared. With the data put back the run ends as the one that nothing disturbed."""
+    folder = copy_of_the_data(workplace, "changing")
+    good = workplace / "data" / "tiny"
+    size = (folder / "train.bin").stat().st_size
+    train, heldout = folder / "train.bin", folder / "heldout.bin"
+    words = [*TRAIN, "run.name=changing", "data.dir=changing", "launch.nproc_per_node=2"]
+    whole = f"changing/tiny/train.bin: bytes 0 to {size} are not what was prepared"
+    as_it_was = f"cp {train} {train}.new && mv {train}.new {train}"
+    for rank, step, command, says in [
+        (0, 7, f"truncate -s 1000 {train}", "cannot be read, for it ends at byte 1000 and the card"),
+        (1, 13, f"head -c {size} /dev/zero | dd of={train} conv=notrunc status=none", whole),
+        (1, 38, f"truncate -s 500 {heldout}", "changing/tiny/heldout.bin: bytes 0 to"),
+    ]:
+        faults = [fault(0, step - 4, "data", "run", by=as_it_was), fault(rank, step, "data", "run", by=command)]
+        done = run_with(workplace, faults, *words)
+        shutil.rmtree(workplace / "faults_changing")  # the next start counts its own
+        assert done.returncode == 3, done.stderr
+        assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        seen = metrics(workplace, "changing")
+        same(seen, undisturbed[: len(seen)])
+        assert len(seen) >= step - 1, "what is the same to the byte stops nothing"
+        for name in ("train.bin", "heldout.bin"):
+            shutil.copy(good / name, folder / name)
+    done = run_with(workplace, [], *words)
+    assert done.returncode == 0, done.stderr
+    same(metrics(workplace, "changing"), undisturbed)
+    assert final_files(workplace, "changing") == final_files(workplace, "undisturbed")
+    assert not events(workplace, "changing", "failure"), "nothing was answered by a restart"
+
+
+def test_an_id_that_the_model_has_no_place_for_is_named_though_every_hash_is_right(workplace):
+    """In the second step's data of the job, with a card made for the file as it is."""
+    folder = copy_of_the_data(workplace, "foreign")
+    old = Card.load(folder)
+    tokens = old.splits["train"].tokens
+    with (folder / "train.bin").open("r+b") as file:  # one in every window: the order is the new fingerprint's
+        ids = np.fromfile(file, np.uint16)
+        ids[np.arange(7, tokens, 32)] = 65535
+        file.seek(0)
+        file.write(ids.tobytes())
+    card = make_card(folder, "tiny", None)
+    card.tokenizer = old.tokenizer
+    card.save(folder)
+    assert json.loads((folder / "card.json").read_text())["fingerprint"] != old.fingerprint
+    dataset = Dataset.open(folder, "train")
+    first = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, SEED).windows(np.array([0]))
+    done = run_with(workplace, [], *TRAIN, "run.name=foreign", "data.dir=foreign", "engine=native")
+    assert done.returncode == 3, done.stderr
+    at = dataset.offset(int(first[0]) * 32 + 7)
+    assert f"foreign/tiny/train.bin: token id 65535 at byte {at} is outside the vocabulary (0 to 399)" in done.stderr
+    assert metrics(workplace, "foreign") == []
