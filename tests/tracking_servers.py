@@ -44,10 +44,13 @@ class MlflowServer:
             time.sleep(0.2)
         raise TimeoutError((self.folder / "server.log").read_text())
 
-    def kill(self):
-        """SIGKILL it and its workers."""
+    def signal(self, number):
+        """To it and its workers."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, number)
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
         self.process.wait()
 
 

@@ -36,19 +36,19 @@ class Restarts:
     def read(self) -> list[Restart]:
         """The restarts since the last call.
 
-        A `start` that follows no failure begins the run anew, with no restarts yet: what came before was another run in
-        this folder.
+        A `start` that neither the agent nor a lost node led to begins the run anew, with no restarts yet: what came before
+        was another run in this folder.
         """
         found: list[Restart] = []
         for event in self._new_events():
             kind, step = event["kind"], event.get("step", 0)
-            if kind in ("failure", "node_lost", "signal", "stop"):
+            if kind in ("failure", "restart", "node_lost", "signal", "stop"):
                 self._before.append(event)
             elif kind in ("start", "resume"):
-                if kind == "start" and not any(one["kind"] in ("failure", "node_lost") for one in self._before):
+                if kind == "start" and not any(one["kind"] in ("restart", "node_lost") for one in self._before):
                     self._number = 0
                     found.clear()
-                elif self._begun or kind == "resume":
+                elif self._begun:
                     self._number += 1
                     found.append(Restart(self._number, step, event["time"], f"{self._reason()}; from step {step}"))
                 self._begun = True

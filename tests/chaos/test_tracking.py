@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,12 +75,12 @@ class Job:
 
 
 def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record_once(workplace, undisturbed, server):
-    """Up, killed, hung, answering 500 and back: each at its step, each met by the job. A rank is killed while the server
-    fails, and again when it is back, so that steps are done anew that it knows."""
+    """Up, killed, hung, answering 500, back, stopped for a while: each at its step, each met by the job. A rank is killed
+    while the server fails, and again when it is back, so that steps are done anew that it knows."""
     from mlflow.tracking import MlflowClient
 
-    deaths = [fault(0, 24, "backward", "SIGKILL"), fault(1, 34, "backward", "SIGKILL")]
-    job = Job(workplace, "tracked", server.uri, [7, 13, 19, 29, 33], deaths)
+    deaths = [fault(0, 28, "backward", "SIGKILL"), fault(1, 35, "backward", "SIGKILL")]
+    job = Job(workplace, "tracked", server.uri, [7, 13, 19, 25, 31, 34], deaths)
     try:
         mlflow = MlflowClient(server.address())
         job.wait_at(7)
@@ -95,16 +96,22 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
         hung.close()
         broken = Answers500(server.port)
         job.go(19)
-        job.wait_at(29)  # on the way rank 0 is killed, and all are started again
-        so_far = broken.requests
-        job.wait_until(lambda: broken.requests > so_far and "500 error responses" in job.log())
+        job.wait_at(25)
+        job.wait_until(lambda: broken.requests and "500 error responses" in job.log())
         broken.close()
         server.start()
         server.address()
-        job.go(29)
-        job.wait_at(33)
-        job.wait_until(lambda: job.sent(mlflow) == 32)  # while it still trains
-        job.go(33)
+        job.wait_until(lambda: job.sent(mlflow) == 24)  # by the helper that met all these faults
+        server.signal(signal.SIGSTOP)
+        so_far = job.log().count("Read timed out")
+        job.go(25)
+        job.wait_at(31)  # on the way rank 0 is killed, and all are started again
+        job.wait_until(lambda: job.log().count("Read timed out") > so_far)
+        server.signal(signal.SIGCONT)
+        job.go(31)
+        job.wait_at(34)
+        job.wait_until(lambda: job.sent(mlflow) == 33)
+        job.go(34)  # and then rank 1, with steps done anew that the server has
         assert job.process.wait(LIMIT_S) == 0, job.said()
     finally:
         job.process.kill()
@@ -136,4 +143,4 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
     for tag, death, step in zip(sorted(tags), deaths, resumes, strict=True):
         assert tags[tag].startswith(f"SIGKILL of rank {death['rank']} on ")
         assert f" at step {death['step']}; from step {step} (" in tags[tag]
-    assert resumes[1] < 32, "steps were done anew that the server had"
+    assert resumes[1] < 33, "steps were done anew that the server had"

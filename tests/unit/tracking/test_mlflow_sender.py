@@ -355,8 +355,14 @@ def test_restarts_before_a_new_beginning_are_not_the_new_runs(runs):
     run_dir = runs / "beginning"
     run_dir.mkdir()
     log = EventLog(run_dir / "events.jsonl")
-    for kind, step in (("start", 0), ("resume", 5), ("stop", 9), ("start", 0), ("failure", 2), ("start", 0)):
-        log.emit(kind, step, **({"how": "SIGSEGV", "rank": 0, "host": "n1"} if kind == "failure" else {}))
+    died = {"how": "SIGSEGV", "rank": 0, "host": "n1", "phase": "forward"}
+    log.emit("start", 0)
+    log.emit("resume", 5)
+    log.emit("failure", 7, **died)  # for the last time: not started again
+    log.emit("start", 0)
+    log.emit("failure", 2, **died)
+    log.emit("restart", 2, restarts=1)
+    log.emit("start", 0)
     one = sender(run_dir)
     one.catch_up()
     assert restarts_of(one) == ({"restart_1": "SIGSEGV of rank 0 on n1 at step 2; from step 0"}, [(1, 0)])
