@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -51,7 +50,7 @@ def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any
         EnvironmentFault: on every rank, naming each host and rank with what is wrong there.
     """
     started = time.perf_counter()
-    _all_well(world, lambda: check_versions(world))
+    _all_well(world, lambda: check_versions(world, config.engine.name))
     _all_well(world, lambda: check_device(world))
     seconds = check_all_reduce(world)
     _all_well(world, lambda: check_disk(config, run_dir, world) if world.local_rank == 0 else None)
@@ -78,24 +77,24 @@ def _all_well(world: World, check: Callable[[], str | None]) -> None:
         raise EnvironmentFault(f"preflight: {'; '.join(wrong[:8])}{more} (launch.preflight=false skips this)")
 
 
-def versions() -> dict[str, str]:
-    """What has to be the same on all nodes."""
+def versions(engine: str) -> dict[str, str]:
+    """What has to be the same on all nodes; imports nothing."""
     found = {
         "python": platform.python_version().rpartition(".")[0],
         "megatrain": megatrain.__version__,
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
     }
-    if "deepspeed" in sys.modules:
+    if engine == "deepspeed":
         found["deepspeed"] = metadata.version("deepspeed")
     if torch.version.cuda and dist.is_nccl_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
-def check_versions(world: World) -> str | None:
+def check_versions(world: World, engine: str) -> str | None:
     """What this rank has in other versions than rank 0."""
-    mine = versions()
+    mine = versions(engine)
     first = world.share(mine)[0]
     names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
     return "; ".join(f"{name} {mine.get(name)}, but {first.get(name)} on rank 0" for name in names) or None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import socket
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from megatrain.config import LaunchConfig
 from megatrain.errors import EnvironmentFault
 from megatrain.launch.environment import RankEnvironment
 from megatrain.resilience.heartbeat import Heartbeat
+
+RENDEZVOUS_GRACE_S = 5.0
+"""Seconds beyond launch.timeout_s that torch has to say by itself why ranks could not meet."""
 
 
 @dataclass
@@ -121,12 +125,12 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
         try:
             dist.init_process_group(
                 _backend(device),
-                init_method="env://",
+                store=_find_store(environment, timeout),
                 rank=environment.rank,
                 world_size=environment.world_size,
                 timeout=timeout,
             )
-        except (dist.DistError, RuntimeError, ValueError) as error:
+        except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
             raise EnvironmentFault(
                 f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
                 f"{environment.master_addr}:{environment.master_port} within {config.timeout_s:g} s "
@@ -135,6 +139,31 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
     control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
     place = environment.rank, environment.world_size, environment.local_rank
     return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
+
+
+def _find_store(environment: RankEnvironment, timeout: datetime.timedelta) -> dist.Store:
+    """The ranks' store at the place that the launcher named.
+
+    Found in a thread, since torch waits for ever for a server that accepts and never answers: somebody else's on this port.
+    """
+    found: list[dist.Store | Exception] = []
+
+    def find() -> None:
+        place = environment.rank, environment.world_size
+        try:
+            store = next(dist.rendezvous("env://", *place, timeout=timeout))[0]
+            store.set_timeout(timeout)
+            found.append(store)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=find, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + RENDEZVOUS_GRACE_S)
+    result = found[0] if found else TimeoutError("no answer; another program may have this port")
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def lost_peer(error: BaseException) -> bool:
