@@ -32,7 +32,7 @@ def start_rank(folder, rank, port, address="127.0.0.1", name="rendezvous", envir
 def end(process):
     """Exit code and messages; a rank that hangs is killed."""
     try:
-        return process.communicate(timeout=120)[1], process.returncode
+        return process.communicate(timeout=240)[1], process.returncode
     finally:
         process.kill()
 
@@ -65,7 +65,7 @@ def test_ranks_that_cannot_meet_say_so_in_time(workplace, rank, what):
     expected = f"rank {rank} could not meet the other 1 ranks at {address}:{port} within {LIMIT} s (launch.timeout_s): "
     assert expected in error and "Traceback" not in error, error
     assert what != "taken" or "address already in use" in error.lower(), error
-    assert time.monotonic() - started < 100
+    assert time.monotonic() - started < 200
 
 
 def test_ranks_with_other_versions_name_them(workplace, tmp_path):
