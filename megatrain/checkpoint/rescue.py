@@ -53,10 +53,16 @@ class Copies:
                 lock = _lock(left)
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
-        self.folder = Path(tempfile.mkdtemp(prefix=mine, dir=memory))
-        self._lock = _lock(self.folder)  # held until this process ends, however it does
-        for kind in (OWN, PEER):
-            (self.folder / kind).mkdir()
+        for last in (False, False, True):
+            self.folder = Path(tempfile.mkdtemp(prefix=mine, dir=memory))
+            try:
+                self._lock = _lock(self.folder)  # held until this process ends, however it does
+                for kind in (OWN, PEER):
+                    (self.folder / kind).mkdir()
+                return
+            except (FileNotFoundError, BlockingIOError):  # another agent that starts now took it for one left behind
+                if last:
+                    raise
 
     def rescue(self, checkpoints: Path, alone: bool) -> list[int]:
         """Bring what is newer than the disk's newest checkpoint to the disk; the steps. `alone`: other agents are gone.
@@ -150,6 +156,9 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def _merge(folder: Path) -> dict[str, Any]:
     """The manifest of the whole of which `folder` holds the parts. Raises CheckpointError where some are missing."""
     documents = {path: read_manifest(path) for path in _parts(folder)}
+    for path, document in documents.items():
+        if not {NODE, NODES} <= document.keys():
+            raise CheckpointError(f"{path} is a checkpoint, and no node's part of one")
     there = {document[NODE] for document in documents.values()}
     first = next(iter(documents.values()), None)
     if first is None or there != set(range(first[NODES])):
