@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megatrain.errors import ConfigError, OwnedError
+from megatrain.errors import OwnedError, cannot_write
 
 FOLDER = "owner"
 
@@ -56,7 +56,7 @@ class Ownership:
 
         Raises:
             OwnedError: another job owns the folder.
-            ConfigError: the folder cannot be written.
+            ConfigError, EnvironmentFault: the folder cannot be written.
         """
         folder = run_dir / FOLDER
         try:
@@ -78,7 +78,7 @@ class Ownership:
                         older.unlink(missing_ok=True)
                 return cls(folder, number)
         except OSError as error:
-            raise ConfigError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from error
+            raise cannot_write(run_dir, error) from error
 
     @classmethod
     def from_environ(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> Ownership | None:

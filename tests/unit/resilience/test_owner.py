@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatrain.errors import OwnedError
+from megatrain.errors import ConfigError, EnvironmentFault, OwnedError
 from megatrain.resilience import owner
 from megatrain.resilience.owner import Ownership, last_owner
 
@@ -98,6 +99,18 @@ def test_one_whose_marks_were_removed_may_write_no_more(tmp_path, monkeypatch):
     shutil.rmtree(run_dir)
     with pytest.raises(OwnedError, match="is gone, moved or removed"):
         second.check()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, EnvironmentFault), (errno.EACCES, ConfigError)])
+def test_a_disk_that_refuses_is_the_machines_fault_and_a_forbidden_folder_the_users(
+    tmp_path, monkeypatch, number, kind
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(owner, "_create", refuse)
+    with pytest.raises(kind, match="cannot be written"):
+        Ownership.take(tmp_path)
 
 
 def test_one_that_ended_in_order_is_followed_at_once(tmp_path):
