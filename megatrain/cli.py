@@ -52,7 +52,17 @@ FLAGS = {
 
 EXIT_INTERRUPTED = 130
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+DISK_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ESTALE,
+)
 """Answers of the system to a read or write that name a fault of the machine or its set-up, none of ours."""
 
 

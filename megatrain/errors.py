@@ -6,6 +6,9 @@ work. Anything else that escapes is a defect of ours: exit code 1 and a stack tr
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 EXIT_OK = 0
 EXIT_DEFECT = 1
 EXIT_NO_PROGRESS = 6
@@ -52,3 +55,10 @@ class EnvironmentFault(MegatrainError):
     """The machine: a peer unreachable, versions differ, a device or a disk missing. Worth a retry elsewhere."""
 
     exit_code = 8
+
+
+def cannot_write(folder: Path, error: OSError) -> MegatrainError:
+    """A run's folder refuses: a disk that is full, broken or read-only is the machine's fault, the rest a wrong `run.dir`."""
+    broken = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+    kind = EnvironmentFault if broken else ConfigError
+    return kind(f"run.dir: {folder} cannot be written ({error.strerror})")

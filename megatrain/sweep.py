@@ -19,7 +19,7 @@ from typing import Any
 
 from megatrain.compose import GROUPS, choices_of, compose, default_run_name, is_sweep, key_types
 from megatrain.config import TrainConfig
-from megatrain.errors import ConfigError, MegatrainError
+from megatrain.errors import ConfigError, MegatrainError, cannot_write
 from megatrain.launch import slurm
 from megatrain.tracking.sweep import SweepPoint, SweepRecord, is_sweep_folder
 
@@ -259,11 +259,11 @@ def sweep_folder(points: Sequence[Point]) -> Path:
 
 
 def write_record(points: Sequence[Point]) -> None:
-    """Note the points before any is started. Raises ConfigError where the folder cannot be written."""
+    """Note the points before any is started. Raises ConfigError or EnvironmentFault where the folder cannot be written."""
     folder = sweep_folder(points)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with SweepRecord.alone(folder):
             joined(points).save(folder)
     except OSError as error:
-        raise ConfigError(f"run.dir: {folder} cannot be written ({error.strerror})") from error
+        raise cannot_write(folder, error) from error

@@ -90,7 +90,10 @@ class MemoryStore:
                 manifest, problem = {}, str(error)
             if not any(problems := self.world.share(problem)):
                 return folder, manifest
-            _LOG.info("the copy of step %d is not whole: %s", step, next(filter(None, problems)))
+            made = all(self.world.share(not self.node.is_main or (folder / MANIFEST).exists()))
+            damaged = made and self.world.is_main  # without a manifest the ranks were killed while they made it
+            level = logging.WARNING if damaged else logging.INFO
+            _LOG.log(level, "the copy of step %d is not whole: %s", step, next(filter(None, problems)))
         return None
 
     def forget(self) -> None:

@@ -156,6 +156,9 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def _merge(folder: Path) -> dict[str, Any]:
     """The manifest of the whole of which `folder` holds the parts. Raises CheckpointError where some are missing."""
     documents = {path: read_manifest(path) for path in _parts(folder)}
+    for path, document in documents.items():
+        if not {NODE, NODES} <= document.keys():
+            raise CheckpointError(f"{path} is a checkpoint, and no node's part of one")
     there = {document[NODE] for document in documents.values()}
     first = next(iter(documents.values()), None)
     if first is None or there != set(range(first[NODES])):

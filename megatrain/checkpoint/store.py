@@ -33,7 +33,7 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.rescue import assemble
 from megatrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, save_planner
-from megatrain.errors import CheckpointError, EnvironmentFault, OwnedError
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, OwnedError
 from megatrain.launch.world import World
 
 _OLDER = ".older" + TEMPORARY
@@ -100,7 +100,10 @@ class CheckpointStore:
         self.damaged: set[Path] = set()
         self.saved_step: int | None = None
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise ConfigError(f"run.dir: {folder} is a file, where the run's checkpoints are to be") from error
             for older in folder.glob(f"*{_OLDER}"):  # a save of the same step was cut short between its two renames
                 if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():
                     os.replace(older, final)

@@ -5,13 +5,17 @@ What is found wrong names the node and the rank. It runs once a job's start, not
 
 from __future__ import annotations
 
+import base64
+import http.client
 import logging
 import os
 import platform
 import shutil
 import socket
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -166,15 +170,35 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
 
 
 def check_server(uri: str) -> None:
-    """Warn where the tracking server does not answer: training needs none."""
+    """Warn where the tracking server does not answer within `SERVER_S`: training needs none."""
     if not uri.startswith(("http://", "https://")):
         return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_S).close()
-    except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    problem = ["no answer"]
+
+    def ask() -> None:
+        problem[:] = [told] if (told := _asked(uri)) else []
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit, nor has a slow answer
+    asking.start()
+    asking.join(SERVER_S)
+    for reason in list(problem):
         _LOG.warning(
             "MLflow at %s does not answer (%s); training goes on, records are sent when it does",
             without_password(uri),
             reason,
         )
+
+
+def _asked(uri: str) -> str | None:
+    """What is wrong with a server's answer; no password is in it."""
+    try:
+        bare = without_password(uri)
+        request = urllib.request.Request(f"{bare.rstrip('/')}/health")
+        if userinfo := urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]:
+            told = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+            request.add_header("Authorization", f"Basic {told}")
+        urllib.request.urlopen(request, timeout=SERVER_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return without_password(str(reason)).strip() or type(reason).__name__
+    return None

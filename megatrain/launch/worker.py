@@ -41,6 +41,7 @@ from megatrain.errors import (
     DataError,
     EnvironmentFault,
     OwnedError,
+    cannot_write,
 )
 from megatrain.launch.devices import peak_flops
 from megatrain.launch.environment import RankEnvironment, was_requeued
@@ -440,13 +441,13 @@ def log_to(run_dir: Path, rank: int) -> Iterator[None]:
     """Send this rank's log records to logs/rank_00000.log, and rank 0's warnings to the terminal too.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError, EnvironmentFault: the folder cannot be written.
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
     except OSError as error:
-        raise ConfigError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from error
+        raise cannot_write(run_dir, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers = [file, Warnings()] if rank == 0 else [file]
     level, propagate = _LOG.level, _LOG.propagate

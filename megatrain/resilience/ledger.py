@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ _REPEATED = (*EFFECTIVE, "evaluation")
 """What is done again together with a step."""
 
 _GOOD_ENDS = ("done", "saved")
+
+
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What reading and adding up a damaged ledger raises."""
 
 
 class Ledger:
@@ -130,12 +135,20 @@ class Ledger:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return read_ledger(self._path)
+            document = read_ledger(self._path)
+            summarise(document)
+            return document
         except FileNotFoundError:
             pass
-        except (OSError, ValueError):
+        except (OSError, *DAMAGE):
+            aside = self._path.with_name(f"{self._path.name}.damaged")
             with contextlib.suppress(OSError):  # nobody can add to it any more
-                os.replace(self._path, self._path.with_name(f"{self._path.name}.damaged"))
+                os.replace(self._path, aside)
+                print(
+                    f"megatrain: {self._path} is damaged and now {aside.name}; a new one begins",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return {"format": 1, "agents": []}
 
     def _write(self) -> None:
@@ -172,7 +185,12 @@ def process_age() -> float:
 
 def read_ledger(path: Path) -> dict[str, Any]:
     """A ledger as it was written. Raises OSError where it cannot be read, ValueError where it is damaged."""
-    document = json.loads(path.read_text())
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file")
+    try:
+        document = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     if not isinstance(document, dict) or document.get("format") != 1 or not isinstance(document.get("agents"), list):
         raise ValueError(f"{path} is not a ledger of format 1")
     return document

@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megatrain.errors import ConfigError, OwnedError
+from megatrain.errors import OwnedError, cannot_write
 
 FOLDER = "owner"
 
@@ -45,6 +45,7 @@ class Ownership:
         self._file = _path(folder, number)
         self._next = _path(folder, number + 1)
         self._beaten = time.monotonic()
+        self._mine = _who(_read(self._file))
 
     @classmethod
     def take(cls, run_dir: Path, watch_s: float = WATCH_S) -> Ownership:
@@ -55,7 +56,7 @@ class Ownership:
 
         Raises:
             OwnedError: another job owns the folder.
-            ConfigError: the folder cannot be written.
+            ConfigError, EnvironmentFault: the folder cannot be written.
         """
         folder = run_dir / FOLDER
         try:
@@ -77,7 +78,7 @@ class Ownership:
                         older.unlink(missing_ok=True)
                 return cls(folder, number)
         except OSError as error:
-            raise ConfigError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from error
+            raise cannot_write(run_dir, error) from error
 
     @classmethod
     def from_environ(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> Ownership | None:
@@ -91,11 +92,20 @@ class Ownership:
         Raises:
             OwnedError: another job has taken the folder over meanwhile.
         """
-        if self._next.exists() or not self._file.exists():
-            last = last_owner(self.folder)
+        if self._next.exists() or not self._file.exists() or self._is_anothers():
+            if not self.folder.parent.exists():
+                raise OwnedError(f"{self.folder.parent} is gone, moved or removed; this job writes no more")
+            last = last_owner(self.folder) if self.folder.exists() else None
             told = describe(last[1]) if last else "someone who removed this job's mark"
             raise OwnedError(f"{self.folder.parent} was taken over by {told}; this job writes no more")
         self.beat()
+
+    def _is_anothers(self) -> bool:
+        """Whether somebody removed the marks and another job has this number now; looked at as often as a sign of life is
+        given."""
+        if self._mine is None or time.monotonic() - self._beaten < BEAT_S:
+            return False
+        return _who(_read(self._file)) not in (None, self._mine)
 
     def beat(self) -> None:
         """Give a sign of life, if it is time."""
@@ -142,6 +152,11 @@ def describe(owner: dict[str, Any]) -> str:
         return "an owner whose mark cannot be read"
     job = f", Slurm job {owner['job']}" if owner.get("job") else ""
     return f"host {owner.get('host')}{job}, process {owner.get('pid')}, since {owner.get('since')}"
+
+
+def _who(owner: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What tells an owner from all others; None where its mark cannot be read."""
+    return tuple(owner.get(name) for name in ("host", "job", "pid", "since", "process_started")) if owner else None
 
 
 def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from megatrain.errors import ConfigError, DataError
-from megatrain.resilience.ledger import CATEGORIES, FILE, Summary, read_ledger, summarise
+from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.tracking.console import clock, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics, to_json
@@ -85,7 +85,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     if (run_dir / FILE).exists():
         try:
             life = summarise(read_ledger(run_dir / FILE))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, *DAMAGE):
             notices.append(f"{FILE} is damaged: where the run's time went is not known.")
     return {
         "name": run_dir.resolve().name,
@@ -279,7 +279,7 @@ def facts(
     )
     starts = [event for event in events if event["kind"] in ("start", "resume")]
     rows: list[tuple[str, Any]] = [
-        ("model", " · ".join(part for part in (of("model", "name"), model) if part)),
+        ("model", " · ".join(str(part) for part in (of("model", "name"), model) if part)),
         ("data", of("data", "name")),
         ("engine", of("engine", "name")),
         ("precision", of("precision", "name")),

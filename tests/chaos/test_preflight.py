@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -113,3 +114,40 @@ def test_a_server_that_does_not_answer_is_only_warned_of(workplace):
     assert f"MLflow at {uri} does not answer" in done.stderr
     (ready,) = events(workplace, "preflight", "preflight")
     assert ready["ranks"] == 1 and ready["seconds"] >= module.SERVER_S
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://somebody:s3cret@localhost", "http://localhost:abc", "http://a b", "http://[::1"]
+)
+def test_an_address_that_is_none_is_only_warned_of_without_its_password(uri, caplog):
+    module.check_server(uri)
+    assert "does not answer" in caplog.text and "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
+def test_a_server_gets_user_and_password_and_may_talk_nonsense(answer, caplog):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        asked = []
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(4096))
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        module.check_server(f"http://me:pass@127.0.0.1:{server.getsockname()[1]}")
+        thread.join(5)
+    assert b"Authorization: Basic bWU6cGFzcw==" in asked[0]
+    assert ("does not answer" in caplog.text) == answer.startswith(b"SSH")
+
+
+def test_a_server_that_drips_does_not_hold_up_the_start(monkeypatch, caplog):
+    monkeypatch.setattr(module, "SERVER_S", 0.1)
+    monkeypatch.setattr(module, "_asked", lambda uri: time.sleep(5))
+    started = time.monotonic()
+    module.check_server("http://localhost")
+    assert time.monotonic() - started < 2 and "no answer" in caplog.text

@@ -235,6 +235,10 @@ def test_a_full_disk_is_the_machines_fault_and_a_missing_file_of_ours_a_defect(a
     assert cli.main(["report", str(tmp_path)]) == 8
     assert capsys.readouterr().err == "megatrain: error: somewhere: No space left on device\n"
 
+    action("report", lambda _config: tmp_path.read_text())
+    assert cli.main(["report", str(tmp_path)]) == 8
+    assert capsys.readouterr().err == f"megatrain: error: {tmp_path}: Is a directory\n"
+
     def missing(_config):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
 

@@ -224,6 +224,26 @@ def test_a_damaged_ledger_is_set_aside(tmp_path, heartbeats):
         read_ledger(tmp_path / "ledger.json")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": 1, "agents": [1]}',
+        '{"format": 1, "agents": [{"began": 1, "seconds": 2, "starts": null}]}',
+        '{"format": 1, "agents": [{"began": 1, "seconds": %s, "starts": []}]}' % ("9" * 400),
+        "[" * 100_000,
+        None,
+    ],
+)
+def test_a_ledger_that_cannot_be_added_up_is_set_aside_and_said(tmp_path, heartbeats, capsys, text):
+    if text is None:
+        (tmp_path / "ledger.json").mkdir()
+    else:
+        (tmp_path / "ledger.json").write_text(text)
+    make(tmp_path, heartbeats).close()
+    assert len(check(read_ledger(tmp_path / "ledger.json")).spans) == 1
+    assert "ledger.json is damaged and now ledger.json.damaged" in capsys.readouterr().err
+
+
 def test_an_agent_that_started_nothing_is_start_up(tmp_path, heartbeats):
     make(tmp_path, heartbeats, since=time.monotonic() - 5).close()
     life = check(read_ledger(tmp_path / "ledger.json"))

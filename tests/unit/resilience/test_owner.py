@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatrain.errors import OwnedError
+from megatrain.errors import ConfigError, EnvironmentFault, OwnedError
 from megatrain.resilience import owner
 from megatrain.resilience.owner import Ownership, last_owner
 
@@ -79,6 +81,36 @@ def test_an_owner_that_was_replaced_may_write_no_more(tmp_path):
         sleeper.check()
     sleeper.release()
     assert last_owner(tmp_path / "owner")[0] == 2 and "released" not in last_owner(tmp_path / "owner")[1]
+
+
+def test_one_whose_marks_were_removed_may_write_no_more(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    first = Ownership.take(run_dir)
+    shutil.rmtree(run_dir / "owner")
+    with pytest.raises(OwnedError, match="someone who removed this job's mark"):
+        first.check()
+    monkeypatch.setattr(owner, "identity", lambda: {"host": "n7", "pid": 1, "since": "today"})
+    second = Ownership.take(run_dir)
+    assert second.number == first.number
+    monkeypatch.setattr(owner, "BEAT_S", 0)
+    second.check()
+    with pytest.raises(OwnedError, match="taken over by host n7"):
+        first.check()
+    shutil.rmtree(run_dir)
+    with pytest.raises(OwnedError, match="is gone, moved or removed"):
+        second.check()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, EnvironmentFault), (errno.EACCES, ConfigError)])
+def test_a_disk_that_refuses_is_the_machines_fault_and_a_forbidden_folder_the_users(
+    tmp_path, monkeypatch, number, kind
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(owner, "_create", refuse)
+    with pytest.raises(kind, match="cannot be written"):
+        Ownership.take(tmp_path)
 
 
 def test_one_that_ended_in_order_is_followed_at_once(tmp_path):
