@@ -104,12 +104,13 @@ def main(argv: list[str] | None = None) -> int:
 def command() -> NoReturn:
     """The process of one command: `main`, and out with its exit code.
 
-    A rank that failed holds a process group whose peers may be gone. Interpreter shutdown takes it down, which was seen
-    to abort (`terminate called without an active exception`) and to lose the code that tells the agent what to do.
+    A rank that failed holds a process group whose peers may be gone, or a thread of torch's that still looks for them.
+    Interpreter shutdown meets both, which was seen to abort (`terminate called without an active exception`) and to lose
+    the code that tells the agent what to do.
     """
     code = main()
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    if distributed is not None and (is_launched() or distributed.is_initialized()):
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # nobody may be reading
