@@ -239,7 +239,7 @@ def test_a_ledger_that_cannot_be_added_up_is_set_aside_and_said(tmp_path, heartb
         (tmp_path / "ledger.json").mkdir()
     else:
         (tmp_path / "ledger.json").write_text(text)
-    make(tmp_path, heartbeats).close()
+    make(tmp_path, heartbeats, since=time.monotonic() - 5).close()  # a life of no time has no span
     assert len(check(read_ledger(tmp_path / "ledger.json")).spans) == 1
     assert "ledger.json is damaged and now ledger.json.damaged" in capsys.readouterr().err
 
