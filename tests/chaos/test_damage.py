@@ -43,7 +43,7 @@ def killed(workplace):
     died = run_with(
         workplace,
         [fault(0, 22, "backward", "SIGKILL")],
-        *JOB, "run.name=damage", "resilience.max_restarts=0",
+        *JOB, "run.name=damage", "resilience.max_restarts=0", "checkpoint.background=false",  # on the disk when it dies
     )  # fmt: skip
     assert died.returncode == 1, died.stderr
     _, stderr = whole.communicate(timeout=240)
