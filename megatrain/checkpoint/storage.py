@@ -12,6 +12,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint import (
     LoadPlan,
     LoadPlanner,
     Metadata,
+    ReadItem,
     SavePlan,
     SavePlanner,
 )
@@ -46,6 +48,7 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24
+_READERS = 4  # one alone is bound by its copies out of the page cache, and by the latency of a shared file system
 
 
 @dataclass(frozen=True)
@@ -230,20 +233,27 @@ class SafetensorsReader(FileSystemReader):
             by_file[self.storage_data[item.storage_index]].append(item)
         for name, items in by_file.items():
             path = self.folder / name
-            stored = read_header(path)
             try:
-                with path.open("rb", buffering=0) as file:
-                    for item in items:
-                        if (entry := _entry(item.storage_index)) not in stored:
-                            raise CheckpointError(f"{path} lacks {entry}, which the manifest places there")
-                        target = planner.resolve_tensor(item).detach()
-                        read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
-                        planner.commit_tensor(item, target)
+                self._read_file(path, items, planner)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
+        stored = read_header(path)
+
+        def read(item: ReadItem) -> torch.Tensor:
+            if (entry := _entry(item.storage_index)) not in stored:
+                raise CheckpointError(f"{path} lacks {entry}, which the manifest places there")
+            target = planner.resolve_tensor(item).detach()
+            read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
+            return target
+
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_READERS) as pool:
+            for item, target in zip(items, pool.map(read, items), strict=True):
+                planner.commit_tensor(item, target)
 
 
 def save_planner(whole: bool = True) -> DefaultSavePlanner:
