@@ -1,0 +1,102 @@
+"""Writes what all contenders of a comparison share into a folder: random tokens as a dataset, and `job.json`.
+
+A process of its own, so that the one that starts the contenders imports neither torch nor the config. `job.json` holds the
+checked config (model, optimizer, sizes), where the tokens are, and the words of the train command that mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.compose import compose
+from megatrain.data.card import Card, card_of_written, fingerprint
+from megatrain.data.indexed import IndexedWriter, token_dtype
+from megatrain.model.count import flops_per_token, num_parameters
+
+VOCABULARY = 8192
+"""Where the model leaves its vocabulary to a tokenizer."""
+
+DOCUMENT = 1000
+"""Tokens a document."""
+
+MOST_TOKENS = 2**25
+"""A longer job reads the same tokens again."""
+
+
+def main() -> None:
+    """Write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--chain", action="store_true", help="tokens that a model can learn to predict")
+    parser.add_argument("overrides", nargs="*", default=[])
+    arguments = parser.parse_args()
+    print(json.dumps(prepare(arguments.folder, arguments.overrides, arguments.chain)))
+
+
+def prepare(folder: Path, overrides: list[str], chain: bool = False) -> dict[str, object]:
+    """Write the dataset `<folder>/data/random` and return the job."""
+    words = ["data=files", "data.name=random", f"data.dir={folder / 'data'}", *overrides]
+    config = compose("train", words)
+    if config.model.vocab_size is None:
+        words.append(f"model.vocab_size={VOCABULARY}")
+        config = compose("train", words)
+    loop = config.train
+    needed = loop.steps * loop.global_batch_size * loop.seq_len + 1
+    num_tokens = max(min(needed, MOST_TOKENS), loop.global_batch_size * loop.seq_len + 1)
+    ids = (chained if chain else uniform)(num_tokens, config.model.vocab, config.seed)
+    path = write(folder / "data" / "random", ids)
+    return {
+        "words": words,
+        "model": {**asdict(config.model), "kv_heads": config.model.kv_heads, "head_dim": config.model.head_dim}
+        | {"ffn_dim": config.model.ffn_dim},
+        "optim": asdict(config.optim),
+        "precision": config.precision.name,
+        "compile": config.compile,
+        "seed": config.seed,
+        "steps": loop.steps,
+        "global_batch": loop.global_batch_size,
+        "micro_batch": loop.micro_batch_size,
+        "seq_len": loop.seq_len,
+        "tokens": str(path),
+        "dtype": ids.dtype.name,
+        "num_parameters": num_parameters(config.model),
+        "flops_per_token": flops_per_token(config.model, loop.seq_len),
+    }
+
+
+def uniform(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
+    """Independent tokens: nothing in them can be learned."""
+    return np.random.default_rng(seed).integers(0, vocab, num_tokens).astype(token_dtype(vocab))
+
+
+def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
+    """Of every eight tokens the first is drawn, and each other one follows from the one before by a fixed permutation."""
+    generator = np.random.default_rng(seed)
+    follows = generator.permutation(vocab)
+    rows = [generator.integers(0, vocab, -(-num_tokens // 8))]
+    for _ in range(7):
+        rows.append(follows[rows[-1]])
+    return np.stack(rows, axis=1).reshape(-1)[:num_tokens].astype(token_dtype(vocab))
+
+
+def write(folder: Path, ids: np.ndarray) -> Path:
+    """A prepared dataset of these tokens (docs/data_format.md), without a tokenizer; returns its `.bin`."""
+    folder.mkdir(parents=True)
+    with IndexedWriter(folder / "train", ids.dtype) as writer:
+        for start in range(0, len(ids), DOCUMENT * 1000):
+            part = ids[start : start + DOCUMENT * 1000]
+            ends = np.append(np.arange(DOCUMENT, len(part), DOCUMENT), len(part))
+            writer.add(part, np.diff(ends, prepend=0))
+        writer.finish()
+    splits = {"train": card_of_written(writer, 2 * len(ids))}
+    Card("random", fingerprint(splits), splits, None, {"kind": "random tokens"}).save(folder)
+    return folder / "train.bin"
+
+
+if __name__ == "__main__":
+    main()
