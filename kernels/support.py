@@ -1,0 +1,142 @@
+"""What the fused kernels share: Triton where it can be imported, what it cannot take, and a few sizes. No mathematics.
+
+The one place that knows whether Triton is there: the other files take `triton` and `tl` from here, so that all of them
+import without it, and a fused operation that is called then says so. Triton decides when a kernel is defined, that is
+when these files are imported, whether its interpreter runs it (TRITON_INTERPRET=1) or a GPU does.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_ROW = 32768
+"""Widest row that a norm keeps in registers: 512 threads with 64 numbers each. Wider ones would spill to memory."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class KernelError(RuntimeError):
+    """A fused operation was called where it cannot run; the message says why."""
+
+
+class _Absent:
+    """Stands for `triton` where it cannot be imported: kernels are defined as ever, and launching one is an error."""
+
+    def jit(self, function: Any) -> Any:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        raise KernelError(f"{_MISSING} (triton.{name})")
+
+
+_MISSING = "Triton is not installed: `pip install triton` (Linux), or use the plain references"
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+    _IN_INTERPRETER: Any = tl.constexpr(INTERPRETED)
+except ImportError:
+    triton = tl = _Absent()
+    HAVE_TRITON = INTERPRETED = _IN_INTERPRETER = False
+
+
+@triton.jit
+def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """`x` in `dtype`, to nearest even. Inside kernels, in place of `x.to(DTYPE)`: Triton's interpreter cuts bf16 off."""
+    if _IN_INTERPRETER and dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
+    """Why Triton cannot take these tensors, in words; None where it can.
+
+    `row` is the width of a row that must fit into one block (the norms'), if there is one. Looks at no values, so it is
+    cheap, and may be asked on each call.
+    """
+    if not HAVE_TRITON:
+        return _MISSING
+    given = [t for t in tensors if t is not None]
+    for t in given:
+        if t.device != given[0].device:
+            return f"tensors are on {given[0].device} and on {t.device}"
+        if t.device.type != "cuda" and not (INTERPRETED and t.device.type == "cpu"):
+            return f"a tensor is on {t.device}: Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1) on a CPU"
+        if t.is_floating_point() and t.dtype not in _DTYPES:
+            return f"a tensor is {t.dtype}; kernels take float32, bfloat16, float16 and float64"
+        if (
+            t.dtype == torch.bfloat16
+            and t.device.type == "cuda"
+            and torch.cuda.get_device_capability(t.device) < (8, 0)
+        ):
+            return f"{torch.cuda.get_device_name(t.device)} has no bfloat16 (it needs compute capability 8.0)"
+    if row is not None and not 0 < row <= MAX_ROW:
+        return f"a row of {row} does not fit into one block (1 to {MAX_ROW})"
+    return None
+
+
+def require(*tensors: Tensor | None, row: int | None = None) -> None:
+    """Raises `KernelError` with `unsupported`'s reason, if there is one."""
+    reason = unsupported(*tensors, row=row)
+    if reason is not None:
+        raise KernelError(reason)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Runs `kernel` over `grid` on the first tensor's device; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants)
+
+
+def compute_type(*tensors: Tensor) -> Any:
+    """The type in which a kernel computes: Triton's float64 if one of these is float64, else its float32."""
+    return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """`compute_type` in torch's words: the dtype of what a kernel accumulates."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least `n`: Triton's blocks have such sizes."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(n: int, size: int) -> int:
+    """How many blocks of `size` hold `n`."""
+    return -(-n // size)
+
+
+def num_warps(block: int) -> int:
+    """Warps for a block of so many elements: at least 16 numbers a thread until 16 warps are busy, and never under 4."""
+    return min(max(next_power_of_2(ceil_div(block, 512)), 4), 16)
+
+
+def num_programs(tensor: Tensor) -> int:
+    """How many programs share the rows where each keeps a partial sum: a few for every multiprocessor.
+
+    A constant of the device, so that the order of summation, and with it the result's bits, is one too.
+    """
+    if tensor.device.type == "cuda":
+        return 4 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 4
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` `[..., D]` as `[N, D]` with neighbours in a row adjacent in memory; copies only where strides leave no choice."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
