@@ -404,6 +404,9 @@ class TrainConfig:
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
     deterministic: bool = key(False, "bit-identical repeats on CUDA too (on CPU they always are)")
     compile: bool = key(False, "torch.compile each block")
+    profile: bool = key(
+        False, "trace the 6th to 8th step of a start on every rank: <run folder>/profile has the traces and a table"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "precision.*",  # master weights and moments are fp32 in every choice
     "compile",
     "deterministic",
+    "profile",
     "train.steps",  # a run may be made longer or shorter; the schedule is a function of step and steps
     "train.micro_batch_size",
     "train.recompute",

@@ -13,7 +13,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from megatrain.tracking.base import RunInfo, Trackers, git_commit
 from megatrain.tracking.console import Console
 from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
+from megatrain.tracking.profile import profiled_steps
 from megatrain.trainer import Parts, Progress, Trainer
 
 BY_HOST = ("launch.", "data.dir", "data.workers", "run.dir", "engine.nvme_path")
@@ -228,8 +229,15 @@ def work(
         else:
             journal.abandon()
         raise
-    journal.finish(status, progress.step)
+    journal.finish(status, progress.step, **peak_memory(world))
     return status
+
+
+def peak_memory(world: World) -> dict[str, int]:
+    """The most bytes that this rank's tensors took of its GPU at once; nothing where there is none."""
+    if world.device.type != "cuda":
+        return {}
+    return {"peak_device_bytes": torch.cuda.max_memory_allocated(world.device)}
 
 
 def train(
@@ -293,11 +301,13 @@ def train(
         bytes_per_token=data.heldout_bytes_per_token,
     )
     on_disk = origin is None or origin.node is None
+    traced = profiled_steps(run_folder(config) / "profile", world, print) if config.profile else nullcontext()
     try:
-        if world.device.type != "cpu":  # where a wait blocks nobody, there is nothing to time
-            return Trainer(config, parts, progress, on_disk).run()
-        with timed_waits(world.heartbeat.waited) as waits:
-            return Trainer(config, replace(parts, held_up=waits.held_up), progress, on_disk).run()
+        with traced:
+            if world.device.type != "cpu":  # where a wait blocks nobody, there is nothing to time
+                return Trainer(config, parts, progress, on_disk).run()
+            with timed_waits(world.heartbeat.waited) as waits:
+                return Trainer(config, replace(parts, held_up=waits.held_up), progress, on_disk).run()
     finally:
         stream.close()
 

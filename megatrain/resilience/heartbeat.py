@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 PHASES = ("start", "load", "data", "exchange", "forward", "backward", "update", "evaluate", "save", "end")
 """What a rank can be doing. `start` reaches to the first step's batch: imports, rendezvous, building the model."""
@@ -62,12 +63,23 @@ class Account:
     unfinished: dict[str, float]
 
 
+class Listener(Protocol):
+    """Who wants to hear in this process, at once, what the heartbeat is told (a profile)."""
+
+    def enter(self, phase: str, step: int) -> None:
+        """A phase of a step begins."""
+
+    def waited(self, nanoseconds: int) -> None:
+        """So much of the phase was spent waiting for other ranks."""
+
+
 class Heartbeat:
     """A rank's own record. Without an agent (somebody's torchrun, a test) it goes nowhere."""
 
     def __init__(self, file: int | None = None, local_rank: int = 0) -> None:
         self._map = mmap.mmap(file, 0) if file is not None else None
         self._offset = local_rank * _SIZE
+        self.listener: Listener | None = None
         self.step, self.finished, self.phase = 0, 0, "start"
         self._first = self._done = 0
         self._updates = False
@@ -100,6 +112,8 @@ class Heartbeat:
                 self._spent_on_steps = list(self._spent)  # so that what is unfinished begins with the step
         self.phase = phase
         self._write()
+        if self.listener is not None:
+            self.listener.enter(phase, self.step)
 
     def beat(self) -> None:
         """Say that this rank lives."""
@@ -110,6 +124,8 @@ class Heartbeat:
         """Take down that so much of this phase was spent waiting for other ranks."""
         if _NUMBERS[self.phase] in _COMPUTING:
             self._spent[-1] += nanoseconds
+        if self.listener is not None:
+            self.listener.waited(nanoseconds)
 
     def _book(self) -> None:
         now = time.monotonic_ns()
