@@ -111,6 +111,16 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a floating dtype."""
+    return {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float64: tl.float64,
+    }[dtype]
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least `n`: Triton's blocks have such sizes."""
     return 1 << max(n - 1, 0).bit_length()
