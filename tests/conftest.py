@@ -15,6 +15,10 @@ sys.path[:0] = [
     *(str(Path(__file__).parent / room) for room in ("parity", "chaos", "slurm")),
 ]
 
+from torch import cuda  # noqa: E402  not before it is told its number of threads
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  # read when Triton is imported
+
 
 def pytest_collection_modifyitems(items):
     """For pytest-xdist (--dist loadgroup): whole jobs are one group, for they share a dataset, a run to compare with and a

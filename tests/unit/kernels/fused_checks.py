@@ -1,0 +1,110 @@
+"""How every fused operation is tested: against float64, against PyTorch's own error, as an operator, and twice.
+
+Without a GPU Triton's interpreter runs the kernels, a NumPy call for each of their operations: few rows, then. With one,
+the same tests run them compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """float64 on the CPU, a function of shape and seed."""
+    generator = torch.Generator().manual_seed(seed * 1000 + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest exact value: norm-wise, for elements near 0 have no relative precision."""
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    if exact.numel() == 0:
+        return 0.0
+    assert actual.isfinite().all(), "not finite"
+    largest = float(exact.detach().abs().max()) or 1.0
+    return float((actual.detach().double().cpu() - exact.detach()).abs().max()) / largest
+
+
+def values_and_gradients(function: Callable[..., Any], inputs: Sequence[Any], gs: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs, then the gradient of every input that wants one, for gradients `gs` of the outputs."""
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    gs = [g.to(y.dtype).to(y.device).view(y.shape) for g, y in zip(gs, outputs, strict=True)]
+    return outputs + list(torch.autograd.grad(outputs, wanted, gs))
+
+
+def leaf(x: Any, dtype: torch.dtype, device: str) -> Any:
+    """A floating tensor as a leaf that wants a gradient, with its strides; anything else on the device."""
+    if not isinstance(x, Tensor):
+        return x
+    if not x.is_floating_point():
+        return x.to(device)
+    base = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+    return base.requires_grad_(x.requires_grad)
+
+
+def wants(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as inputs whose gradient is checked."""
+    return [t.requires_grad_() for t in tensors]
+
+
+def check_accuracy(
+    fused: Callable[..., Any],
+    reference: Callable[..., Any],
+    formula: Callable[..., Any],
+    inputs: Sequence[Any],
+    dtype: torch.dtype,
+    constants: Sequence[Any] = (),
+    fp32_error: float = 1e-5,
+) -> None:
+    """Values and gradients in `dtype` against `formula` in float64 on the same rounded inputs.
+
+    fp32: a relative error under `fp32_error`. 16 bits: no larger than PyTorch's own, plus a hundredth of a rounding for
+    sums in another order. `constants` are further arguments, not rounded.
+    """
+    given = [leaf(x, dtype, DEVICE) for x in inputs] + [leaf(c, torch.float32, DEVICE) for c in constants]
+    exact_in = [
+        x.detach().cpu().double().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else (x.cpu() if isinstance(x, Tensor) else x)
+        for x in given
+    ]
+    shapes = formula(*exact_in)
+    shapes = [shapes] if isinstance(shapes, Tensor) else list(shapes)
+    gs = [randn(*y.shape, seed=9).to(dtype).double() for y in shapes]
+    exact = values_and_gradients(formula, exact_in, gs)
+    ours = values_and_gradients(fused, given, gs)
+    theirs = values_and_gradients(reference, given, gs)
+    for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.dtype == b.dtype, (i, a.dtype, b.dtype)
+        limit = fp32_error if dtype == torch.float32 else error(b, c) + torch.finfo(dtype).eps / 100
+        assert error(a, c) <= limit, f"result {i}: error {error(a, c):.2e}, allowed {limit:.2e}"
+
+
+def check_operator(function: Callable[..., Any], operator: Any, inputs: Sequence[Any]) -> None:
+    """Two runs are equal bit for bit; torch.library accepts the operator; torch.compile traces it in one graph."""
+    given = [leaf(x, torch.float32, DEVICE) for x in inputs]
+
+    def loss(*arguments: Any) -> Tensor:
+        outputs = function(*arguments)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        return sum(((y * 1.5).sin().sum() for y in outputs), torch.zeros((), device=DEVICE))
+
+    wanted = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    runs = [loss(*given), loss(*given)]
+    gradients = [torch.autograd.grad(run, wanted) for run in runs]
+    assert torch.equal(*runs)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), "two runs differ"
+    torch._dynamo.reset()
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(traced, runs[0])
+    torch.testing.assert_close(torch.autograd.grad(traced, wanted), gradients[0])
+    torch.library.opcheck(operator, tuple(given))
