@@ -53,3 +53,13 @@ def undisturbed(workplace):
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
     assert done.returncode == 0, done.stderr
     return metrics(workplace, "undisturbed")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_native(workplace):
+    """The same on the native engine, whose processes start in half the time; it is called `undisturbed-native`."""
+    from commands import TWO_NATIVE, megatrain, metrics
+
+    done = megatrain(workplace, *TWO_NATIVE, "run.name=undisturbed-native")
+    assert done.returncode == 0, done.stderr
+    return metrics(workplace, "undisturbed-native")

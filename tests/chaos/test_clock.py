@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from commands import TRAIN, events, final_files, metrics, same
+from commands import TWO_NATIVE, events, final_files, metrics, same
 from faults import fault, preloaded, run_with
 
 
@@ -12,7 +12,7 @@ def when(record):
     return datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp()
 
 
-def test_a_wall_clock_that_jumps_by_an_hour_changes_nothing(workplace, undisturbed, tmp_path):
+def test_a_wall_clock_that_jumps_by_an_hour_changes_nothing(workplace, undisturbed_native, tmp_path):
     """An hour ahead, then two back, of all processes of the job, files' times included; then a rank dies.
 
     Nobody hangs or loses the folder, records stay in order, and the restart takes the checkpoint of the latest step, which
@@ -29,13 +29,13 @@ def test_a_wall_clock_that_jumps_by_an_hour_changes_nothing(workplace, undisturb
         fault(0, 22, "backward", "run", by=f"{age}; {set_to.format('-3600')}"),
         fault(1, 28, "backward", "SIGKILL"),
     ]
-    words = [*TRAIN, "run.name=clock", "launch.nproc_per_node=2", "resilience.hang_timeout_s=30"]
+    words = [*TWO_NATIVE, "run.name=clock", "resilience.hang_timeout_s=30"]
     done = run_with(workplace, faults, *words, environ=environ)
     assert done.returncode == 0, done.stderr
     records = metrics(workplace, "clock")
-    same(records, undisturbed)
+    same(records, undisturbed_native)
     assert 3500 < when(records[9]) - when(records[5]) < 3700 and -7300 < when(records[24]) - when(records[20]) < -7100
-    assert final_files(workplace, "clock") == final_files(workplace, "undisturbed")
+    assert final_files(workplace, "clock") == final_files(workplace, "undisturbed-native")
     (failure,) = events(workplace, "clock", "failure")
     assert failure["how"] == "SIGKILL" and not events(workplace, "clock", "hang")
     assert [event["step"] for event in events(workplace, "clock", "resume")] == [25]

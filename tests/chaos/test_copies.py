@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import TRAIN, events, final_files, megatrain, metrics, same
+from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
 from faults import fault, run_with
 
 FAR = ["checkpoint.every=1000", "checkpoint.memory_every=3"]
@@ -16,17 +16,7 @@ FAR = ["checkpoint.every=1000", "checkpoint.memory_every=3"]
 @pytest.mark.parametrize("engine", ["deepspeed", "native"])
 def test_a_restart_goes_on_from_the_copy_in_memory(workplace, engine, request):
     """No checkpoint on the disk but the last: each of two deaths costs the steps since the last copy."""
-    undisturbed = f"undisturbed-{engine}"
-    if engine == "deepspeed":
-        undisturbed = "undisturbed"
-        request.getfixturevalue("undisturbed")
-    else:
-        assert (
-            megatrain(
-                workplace, *TRAIN, "engine=native", f"run.name={undisturbed}", "launch.nproc_per_node=2"
-            ).returncode
-            == 0
-        )
+    expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
     name = f"copies-{engine}"
     done = run_with(
         workplace,
@@ -37,8 +27,9 @@ def test_a_restart_goes_on_from_the_copy_in_memory(workplace, engine, request):
     resumes = events(workplace, name, "resume")
     assert [event["copy"] for event in resumes] == ["in memory"] * 2
     assert 14 - 2 * 3 <= resumes[0]["step"] < 14 and 23 - 2 * 3 <= resumes[1]["step"] < 23
-    same(metrics(workplace, name), metrics(workplace, undisturbed))
-    assert final_files(workplace, name) == final_files(workplace, undisturbed)
+    same(metrics(workplace, name), expected)
+    whole = "undisturbed" if engine == "deepspeed" else "undisturbed-native"
+    assert final_files(workplace, name) == final_files(workplace, whole)
 
 
 def test_a_job_that_ends_leaves_its_copy_on_the_disk_for_any_layout(workplace, undisturbed):
@@ -59,13 +50,13 @@ def test_a_job_that_ends_leaves_its_copy_on_the_disk_for_any_layout(workplace, u
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(records, undisturbed, strict=True)) < 1e-5
 
 
-def test_a_memory_too_small_is_said_once_and_stops_nothing(workplace, undisturbed):
+def test_a_memory_too_small_is_said_once_and_stops_nothing(workplace, undisturbed_native):
     if os.geteuid() != 0:
         pytest.skip("mounting a small memory takes root")
     small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]
-    command = [sys.executable, "-m", "megatrain", *TRAIN, *FAR, "run.name=small", "launch.nproc_per_node=2"]
+    command = [sys.executable, "-m", "megatrain", *TWO_NATIVE, *FAR, "run.name=small"]
     done = subprocess.run([*small, *command], cwd=workplace, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("copies in memory are given up") == 1 and "No space left on device" in done.stderr
     assert len(events(workplace, "small", "copy_failed")) == 1
-    same(metrics(workplace, "small"), undisturbed)
+    same(metrics(workplace, "small"), undisturbed_native)

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import numpy as np
-from commands import TRAIN, events, final_files, metrics, same
+from commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
 from faults import fault, run_with
 
 from megatrain.data.adopt import make_card
@@ -23,14 +23,14 @@ def copy_of_the_data(workplace, name):
     return folder
 
 
-def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, undisturbed):
+def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, undisturbed_native):
     """Replaced by its copy, which stops nothing; then cut, written to, its held-out part cut: each time exit code 3, the file and the bytes, and no step with what
     was not prepared. With the data put back the run ends as the one that nothing disturbed."""
     folder = copy_of_the_data(workplace, "changing")
     good = workplace / "data" / "tiny"
     size = (folder / "train.bin").stat().st_size
     train, heldout = folder / "train.bin", folder / "heldout.bin"
-    words = [*TRAIN, "run.name=changing", "data.dir=changing", "launch.nproc_per_node=2"]
+    words = [*TWO_NATIVE, "run.name=changing", "data.dir=changing"]
     whole = f"changing/tiny/train.bin: bytes 0 to {size} are not what was prepared"
     as_it_was = f"cp {train} {train}.new && mv {train}.new {train}"
     for rank, step, command, says in [
@@ -44,14 +44,14 @@ def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, 
         assert done.returncode == 3, done.stderr
         assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
         seen = metrics(workplace, "changing")
-        same(seen, undisturbed[: len(seen)])
+        same(seen, undisturbed_native[: len(seen)])
         assert len(seen) >= step - 1, "what is the same to the byte stops nothing"
         for name in ("train.bin", "heldout.bin"):
             shutil.copy(good / name, folder / name)
     done = run_with(workplace, [], *words)
     assert done.returncode == 0, done.stderr
-    same(metrics(workplace, "changing"), undisturbed)
-    assert final_files(workplace, "changing") == final_files(workplace, "undisturbed")
+    same(metrics(workplace, "changing"), undisturbed_native)
+    assert final_files(workplace, "changing") == final_files(workplace, "undisturbed-native")
     assert not events(workplace, "changing", "failure"), "nothing was answered by a restart"
 
 

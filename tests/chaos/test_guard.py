@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import TRAIN, events, final_files, megatrain, metrics, same
+from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
 from faults import fault, run_with
 
 from megatrain.config import ResilienceConfig
@@ -54,31 +54,31 @@ def test_a_loss_that_overflows_on_one_rank_updates_nothing_on_any(workplace, und
             assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4), mine["step"]
 
 
-def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(workplace, undisturbed):
+def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(workplace, undisturbed_native):
     """Bit for bit from the checkpoint on; the data of the three steps up to the spike is left out, and all of it told.
 
     A rank is killed on its way back the first time: the job resumes from a later checkpoint, which holds the losses to
     judge by, meets the spike again and decides the same.
     """
-    guarded = ["resilience.spike_window=16", "resilience.spike_skip_steps=3", "launch.nproc_per_node=2"]
+    guarded = ["resilience.spike_window=16", "resilience.spike_skip_steps=3"]
     faults = [*leap(37, times=2), fault(1, 37, "load", "SIGKILL")]
-    done = run_with(workplace, faults, *TRAIN, "run.name=spike", *guarded)
+    done = run_with(workplace, faults, *TWO_NATIVE, "run.name=spike", *guarded)
     assert done.returncode == 0, done.stderr
     skipped = [34 * SAMPLES, 37 * SAMPLES]
     by_hand = [f"train.skip_ranges=[{json.dumps(skipped)}]", "run.name=by-hand"]
-    expected = megatrain(workplace, *TRAIN, *by_hand, *guarded)
+    expected = megatrain(workplace, *TWO_NATIVE, *by_hand, *guarded)
     assert expected.returncode == 0, expected.stderr
     same(metrics(workplace, "spike"), metrics(workplace, "by-hand"))
-    same(metrics(workplace, "spike")[:34], undisturbed[:34])
+    same(metrics(workplace, "spike")[:34], undisturbed_native[:34])
     assert metrics(workplace, "spike")[34]["batch_hash"] == metrics(workplace, "by-hand")[34]["batch_hash"]
-    assert metrics(workplace, "spike")[34]["batch_hash"] != undisturbed[34]["batch_hash"]
+    assert metrics(workplace, "spike")[34]["batch_hash"] != undisturbed_native[34]["batch_hash"]
     assert final_files(workplace, "spike") == final_files(workplace, "by-hand")
     assert [event["step"] for event in events(workplace, "spike", "resume")] == [35]
     spike, same_spike = events(workplace, "spike", "spike")
     assert {**spike, "time": ""} == {**same_spike, "time": ""}
     (rollback,) = events(workplace, "spike", "rollback")
-    assert spike["step"] == 37 and spike["loss"] == pytest.approx(10 * undisturbed[36]["loss"], rel=1e-5)
-    assert spike["zscore"] > 12 and spike["median"] == np.median([r["loss"] for r in undisturbed[20:36]])
+    assert spike["step"] == 37 and spike["loss"] == pytest.approx(10 * undisturbed_native[36]["loss"], rel=1e-5)
+    assert spike["zscore"] > 12 and spike["median"] == np.median([r["loss"] for r in undisturbed_native[20:36]])
     assert (rollback["from_step"], rollback["to_step"], rollback["skip_range"]) == (37, 30, skipped)
     assert rollback["checkpoint"].endswith("step_00000030") and len(set(rollback["windows"])) == 3 * SAMPLES
     checkpoints = workplace / "runs" / "spike" / "checkpoints"
@@ -86,13 +86,13 @@ def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(work
     assert [path.name for path in (checkpoints / "abandoned-1").iterdir()] == ["step_00000035"]
     cut = (workplace / rollback["cut_metrics"]).read_text().splitlines()
     assert [json.loads(line)["step"] for line in cut] == list(range(31, 38))
-    again = megatrain(workplace, *TRAIN, "run.name=spike", *guarded, "train.skip_ranges=[[0,8]]", "train.steps=45")
+    again = megatrain(workplace, *TWO_NATIVE, "run.name=spike", *guarded, "train.skip_ranges=[[0,8]]", "train.steps=45")
     assert again.returncode == 4 and "train.skip_ranges was [] and is now [[0, 8]]" in again.stderr
 
 
 def test_a_run_that_spikes_every_time_is_given_up(workplace):
     """Exit code 5 after so many rollbacks, started again too; the report names each spike and what was tried."""
-    words = [*TRAIN, "run.name=diverged", "launch.nproc_per_node=2", "resilience.spike_window=8"]
+    words = [*TWO_NATIVE, "run.name=diverged", "resilience.spike_window=8"]
     words += ["resilience.spike_skip_steps=2", "resilience.max_rollbacks=2"]
     done = run_with(workplace, leap(12, times=99), *words)
     assert done.returncode == 5, done.stderr

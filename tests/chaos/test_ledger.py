@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from commands import TRAIN, events
+from commands import TWO_NATIVE, events
 from faults import fault, run_with
 
 from megatrain.resilience.ledger import summarise
@@ -25,7 +25,7 @@ def timed(*arguments):
 def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_booked(workplace):
     """Two ranks killed, the job stopped by its signal as before a time limit, and started again a little later."""
     deaths = [fault(1, 8, "forward", "SIGKILL"), fault(0, 17, "backward", "SIGKILL"), fault(0, 24, "data", "SIGUSR1")]
-    words = [*TRAIN, "run.name=booked", "launch.nproc_per_node=2", "checkpoint.every=5"]
+    words = [*TWO_NATIVE, "run.name=booked", "checkpoint.every=5"]
     began = time.monotonic()
     stopped, first_s = timed(workplace, deaths, *words)
     assert stopped.returncode == 75, stopped.stderr

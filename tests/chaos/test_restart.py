@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from commands import TRAIN, events, final_files, metrics, same
+from commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
 from faults import fault, run_with
 
 EVERY = 5
@@ -40,32 +40,37 @@ def test_the_same_failure_at_the_same_step_ends_the_job_the_third_time(workplace
     done = run_with(
         workplace,
         [fault(1, 8, "forward", "SIGSEGV", times=9)],
-        *TRAIN, "run.name=loop", "launch.nproc_per_node=2",
+        *TWO_NATIVE, "run.name=loop",
     )  # fmt: skip
     assert done.returncode == 6, done.stderr
     assert [(f["step"], f["times"]) for f in events(workplace, "loop", "failure")] == [(8, 1), (8, 2), (8, 3)]
     assert "rank_00001.log" in done.stderr
-    again = run_with(workplace, [], *TRAIN, "run.name=loop", "launch.nproc_per_node=2")
+    again = run_with(workplace, [], *TWO_NATIVE, "run.name=loop")
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize(("do", "says"), [("SIGSTOP", "is stopped (SIGSTOP)"), ("sleep", "waits for no one")])
-def test_a_rank_that_hangs_is_named_and_the_job_restarted(workplace, undisturbed, do, says):
+@pytest.mark.parametrize(
+    ("do", "says", "engine"),
+    [("SIGSTOP", "is stopped (SIGSTOP)", "deepspeed"), ("sleep", "waits for no one", "native")],
+)
+def test_a_rank_that_hangs_is_named_and_the_job_restarted(workplace, do, says, engine, request):
     """Detected within twice the limit, stacks and the collective of every rank written down, bit-identical end."""
+    expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
     limit = 8.0  # a busy machine was seen to stand still for 4 seconds
     name = f"hang-{do}"
     done = run_with(
         workplace,
         [fault(1, 8, "backward", do)],
-        *TRAIN, f"run.name={name}", "launch.nproc_per_node=2", f"resilience.hang_timeout_s={limit}",
+        *TRAIN, f"engine={engine}", f"run.name={name}", "launch.nproc_per_node=2", f"resilience.hang_timeout_s={limit}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    same(metrics(workplace, name), undisturbed)
-    assert final_files(workplace, name) == final_files(workplace, "undisturbed")
+    same(metrics(workplace, name), expected)
+    whole = "undisturbed" if engine == "deepspeed" else "undisturbed-native"
+    assert final_files(workplace, name) == final_files(workplace, whole)
     innocent, culprit = sorted(events(workplace, name, "hang"), key=lambda event: event["rank"])
     assert culprit["guilty"] and not innocent["guilty"], (innocent, culprit)
     assert max(culprit["silent_s"], innocent["silent_s"]) < 2 * limit
-    assert innocent["waits_in"] and "deepspeed.py" in innocent["at"] and "Thread" in innocent["stacks"]
+    assert innocent["waits_in"] and f"{engine}.py" in innocent["at"] and "Thread" in innocent["stacks"]
     assert culprit["waits_in"] is None and (do == "SIGSTOP") == (culprit["stacks"] == "")
     (failure,) = events(workplace, name, "failure")
     assert failure["how"] == "hang" and failure["rank"] == 1 and says in failure["detail"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TRAIN, events, final_files, megatrain, metrics, same, start
+from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same, start
 from faults import fault, preloaded, run_with
 
 from megatrain.checkpoint.store import verify
@@ -86,10 +86,10 @@ def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk
     assert final_files(workplace, "disk") == final_files(workplace, "whole")
 
 
-def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undisturbed, tmp_path):
+def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undisturbed_native, tmp_path):
     """A write, a flush and a rename of one rank fail once each; then every write of the other's, for good."""
     flag = tmp_path / "eio"
-    words = [*TRAIN, "run.name=eio", "launch.nproc_per_node=2", "checkpoint.retry_wait_s=0.1", "checkpoint.retries=4"]
+    words = [*TWO_NATIVE, "run.name=eio", "checkpoint.retry_wait_s=0.1", "checkpoint.retries=4"]
     environ = {**preloaded("eio.c", tmp_path), "EIO_PATH": ".writing", "EIO_FLAG": str(flag)}
     broken = {4: (1, "write once"), 14: (1, "fsync once"), 24: (0, "rename once"), 34: (1, "write")}
     faults = [
@@ -104,7 +104,7 @@ def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undi
     assert all("Input/output error" in event["reason"] for event in failed)
     assert [event["failures"] for event in failed][-5:] == [1, 2, 3, 4, 5]
     seen = metrics(workplace, "eio")
-    same(seen, undisturbed[: len(seen)])
+    same(seen, undisturbed_native[: len(seen)])
     assert len(seen) > 35, "training went on meanwhile"
     left = list((workplace / "runs" / "eio" / "checkpoints").iterdir())
     assert max(left).name == "step_00000030" and all(verify(path) for path in left), left
@@ -112,5 +112,5 @@ def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undi
     done = run_with(workplace, [], *words, environ=environ)
     assert done.returncode == 0, done.stderr
     assert [event["step"] for event in events(workplace, "eio", "resume")] == [30]
-    same(metrics(workplace, "eio"), undisturbed)
-    assert final_files(workplace, "eio") == final_files(workplace, "undisturbed")
+    same(metrics(workplace, "eio"), undisturbed_native)
+    assert final_files(workplace, "eio") == final_files(workplace, "undisturbed-native")

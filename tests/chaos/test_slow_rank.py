@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from commands import TRAIN, events, final_files, metrics, same
+from commands import TWO_NATIVE, events, final_files, metrics, same
 from faults import fault, run_with
 
-LONG = [*TRAIN, "launch.nproc_per_node=2", "train.steps=130", "checkpoint.every=0", "train.eval_every=0"]
+LONG = [*TWO_NATIVE, "train.steps=130", "checkpoint.every=0", "train.eval_every=0"]
 SLOW_FROM = 60
 
 

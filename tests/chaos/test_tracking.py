@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from commands import TRAIN, events, final_files, metrics, same
+from commands import TWO_NATIVE, events, final_files, metrics, same
 from faults import fault, injected
 from tracking_servers import Answers500, Hung, MlflowServer, free_port
 
@@ -33,8 +33,8 @@ class Job:
         gates = [fault(0, step, "forward", "wait", by=f"go_{step}") for step in stops]
         quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         environ = {**os.environ, **injected(folder, name, gates + faults), "MLFLOW_TRACKING_URI": uri, **quick}
-        words = [word for word in TRAIN if word != "tracking=none"]
-        words += ["tracking.flush_every_s=0.2", "tracking.finish_timeout_s=120", "launch.nproc_per_node=2"]
+        words = [word for word in TWO_NATIVE if word != "tracking=none"]
+        words += ["tracking.flush_every_s=0.2", "tracking.finish_timeout_s=120"]
         self.output = open(folder / f"{name}.txt", "w+")  # noqa: SIM115 (a pipe would fill up)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatrain", *words, f"run.name={name}"],
@@ -74,7 +74,9 @@ class Job:
         return run.data.metrics.get("progress/step", 0) if run else 0
 
 
-def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record_once(workplace, undisturbed, server):
+def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record_once(
+    workplace, undisturbed_native, server
+):
     """Up, killed, hung, answering 500, back, stopped for a while: each at its step, each met by the job. A rank is killed
     while the server fails, and again when it is back, so that steps are done anew that it knows."""
     from mlflow.tracking import MlflowClient
@@ -117,8 +119,8 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
         job.process.kill()
         job.process.wait()
     records = metrics(workplace, "tracked")
-    same(records, undisturbed)
-    assert final_files(workplace, "tracked") == final_files(workplace, "undisturbed")
+    same(records, undisturbed_native)
+    assert final_files(workplace, "tracked") == final_files(workplace, "undisturbed-native")
     assert job.said().count("cannot be used now, training goes on") >= 1
 
     run = job.mlflow_run(mlflow)
@@ -129,9 +131,9 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
         assert [point.step for point in points] == list(range(1, 41)), name
         assert [point.timestamp for point in points] == sorted(point.timestamp for point in points), name
     loss = mlflow.get_metric_history(run.info.run_id, "loss")
-    assert [point.value for point in loss] == [record["loss"] for record in undisturbed]
+    assert [point.value for point in loss] == [record["loss"] for record in undisturbed_native]
     held_out = {point.step: point.value for point in mlflow.get_metric_history(run.info.run_id, "heldout_loss")}
-    assert held_out == {r["step"]: r["heldout_loss"] for r in undisturbed if "heldout_loss" in r} and held_out
+    assert held_out == {r["step"]: r["heldout_loss"] for r in undisturbed_native if "heldout_loss" in r} and held_out
     progress = [point.step for point in mlflow.get_metric_history(run.info.run_id, "progress/step")]
     assert progress == sorted(set(progress)) and progress[-1] == 40
 
