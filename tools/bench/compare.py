@@ -87,6 +87,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--compile", action="store_true", help="torch.compile for megatrain, huggingface and litgpt")
+    parser.add_argument(
+        "--no-save", action="store_true", help="kill megatrain after its steps: no last save (large models)"
+    )
     parser.add_argument("--setup", action="store_true", help="make the peers' environments under .venv-bench, and end")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--markdown", metavar="FILE|-", help="write the table as for the docs")
@@ -139,7 +142,7 @@ def compare(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
     device = arguments.device or ("cuda" if own["gpu"] else "cpu")
     if device == "cuda" and not own["gpu"]:
         raise TurnFailed("--device cuda: torch finds no GPU here")
-    job = prepare(folder, train_words(arguments, device), device)
+    job = {**prepare(folder, train_words(arguments, device), device), "cut": arguments.no_save}
     versions, not_measured = {"megatrain": own["versions"]}, {}
     for peer in arguments.peers:
         try:
@@ -161,7 +164,7 @@ def compare(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
                 say(f"round {number}: {contender} failed and takes no further turn: {error}")
                 continue
             turns.append(turn)
-            memory = turn.peak_device_bytes or turn.peak_rss_bytes
+            memory = turn.peak_device_bytes or turn.peak_rss_bytes or 0
             say(
                 f"round {number}/{arguments.pairs}: {contender:<14} {turn.step_s * 1e3:9.1f} ms a step "
                 f"{turn.tokens_per_s:12,.0f} tokens/s {turn.first_step_s:7.1f} s to the first step {memory / 2**20:8,.0f} MiB"

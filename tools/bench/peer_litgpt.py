@@ -7,6 +7,7 @@ It compiles its model always; where the job does not compile, TORCHDYNAMO_DISABL
 
 from __future__ import annotations
 
+import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,12 @@ def litgpt(job: Job) -> dict[str, Any]:
         logger_name="csv",
         seed=job.seed,
     )
-    return {"ends": data.samples.begins[1:], "model": "litgpt GPT"}
+    losses = {}
+    for file in Path(job.scratch).rglob("metrics.csv"):
+        with open(file, newline="") as lines:
+            losses.update({int(row["iter"]): float(row["loss"]) for row in csv.DictReader(lines) if row.get("loss")})
+    per_step = [losses[number] for number in sorted(losses) if number % job.num_micro_batches == 0]
+    return {"ends": data.samples.begins[1:], "losses": per_step, "model": "litgpt GPT"}
 
 
 if __name__ == "__main__":

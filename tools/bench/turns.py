@@ -57,7 +57,7 @@ class Turn:
 
     `step_s` is the median over the timed steps; `whole_step_s` is their mean with everything between them (metrics
     written, copies, saves). `first_step_s` reaches from the start of the process to the end of the first step.
-    `peak_rss_bytes` is of its largest process. `step_times` leaves nothing out.
+    `peak_rss_bytes` is of its largest process; None where it was cut short. `step_times` leaves nothing out.
     """
 
     contender: str
@@ -66,7 +66,7 @@ class Turn:
     whole_step_s: float
     tokens_per_s: float
     first_step_s: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
     peak_device_bytes: int | None
     step_times: list[float] = field(repr=False)
     losses: list[float] = field(default_factory=list, repr=False)
@@ -130,7 +130,7 @@ def prepare(folder: Path, words: list[str], device: str, chain: bool = False) ->
     Raises:
         TurnFailed: the train command would refuse the words.
     """
-    command = [sys.executable, str(HERE / "prepare_job.py"), str(folder), *(["--chain"] if chain else []), *words]
+    command = [sys.executable, str(HERE / "prepare_job.py"), *(["--chain"] if chain else []), str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environ(1, device))
     if done.returncode:
         raise TurnFailed(last_line(done.stderr))
@@ -156,7 +156,7 @@ def environ(threads: int, device: str, **more: str) -> dict[str, str]:
 
 
 def take_turn(contender: str, number: int, job: dict[str, Any], folder: Path, threads: int, warmup: int) -> Turn:
-    """Run one contender once.
+    """Run one contender once. With `cut` in the job megatrain is killed once the steps are done: it does not save then.
 
     Raises:
         TurnFailed: its process failed, or gave too few steps.
@@ -180,23 +180,38 @@ class MegatrainProcess:
     extra: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        words = [*self.job["words"], f"run.dir={self.scratch}", "run.name=run", *self.extra]
+        longer = [f"train.steps={100 * self.job['steps']}"] if self.job.get("cut") else []
+        words = [*self.job["words"], f"run.dir={self.scratch}", "run.name=run", *self.extra, *longer]
         command = [sys.executable, "-m", "megatrain", "train", *words]
         self.began = time.time()
         self.process = Started(command, self.scratch, environ(self.threads, self.job["device"]))
 
     def turn(self, number: int, warmup: int) -> Turn:
         """Its figures: what metrics.jsonl says of each step. `tokens_per_s` is of this process's own job."""
-        peak = self.process.wait("megatrain")
         run = self.scratch / "run"
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        cut = self.job.get("cut") and self._cut(run / "metrics.jsonl")
+        peak = self.process.wait("megatrain", killed=bool(cut))
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][: self.job["steps"]]
         times = [record["step_time_s"] for record in records]
         wall = [datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp() for record in records]
-        stop = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+        last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
         return figures(
-            "megatrain", number, self.job, warmup, times, wall, self.began, peak,
-            stop.get("peak_device_bytes"), [record["loss"] for record in records],
+            "megatrain", number, self.job, warmup, times, wall, self.began, None if cut else peak,
+            last.get("peak_device_bytes"), [record["loss"] for record in records],
         )  # fmt: skip
+
+    def _cut(self, metrics: Path) -> bool:
+        """Kill the run once its steps are written; whether that was needed. Its ranks die with it."""
+        try:
+            while self.process.is_running():
+                if metrics.exists() and len(metrics.read_bytes().splitlines()) > self.job["steps"]:
+                    self.process.process.kill()
+                    return True
+                time.sleep(0.2)
+        except BaseException:
+            self.process.process.kill()
+            raise
+        return False
 
 
 def megatrain_turn(number: int, job: dict[str, Any], scratch: Path, threads: int, warmup: int) -> Turn:
@@ -225,7 +240,7 @@ def peer_turn(contender: str, number: int, job: dict[str, Any], scratch: Path, t
 
 def figures(
     contender: str, number: int, job: dict[str, Any], warmup: int, times: list[float], ends: list[float], began: float,
-    peak_rss: int, peak_device: int | None, losses: list[float],
+    peak_rss: int | None, peak_device: int | None, losses: list[float],
 ) -> Turn:  # fmt: skip
     """A turn from its steps' durations and the moments they ended at (of one clock with `began`)."""
     if len(times) != job["steps"] or len(ends) != job["steps"]:
@@ -244,8 +259,16 @@ class Started:
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
 
-    def wait(self, name: str) -> int:
-        """Peak resident memory in bytes, of the largest of the process and those it started and waited for."""
+    def is_running(self) -> bool:
+        """Whether it has not ended; it stays to be waited for."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def wait(self, name: str, killed: bool = False) -> int:
+        """Peak resident memory in bytes, of the largest of the process and those it started and waited for.
+
+        Raises:
+            TurnFailed: it failed, other than by having been `killed` by us.
+        """
         try:
             _, status, usage = os.wait4(self.process.pid, 0)
         except BaseException:  # Ctrl-C: leave nothing running
@@ -254,7 +277,7 @@ class Started:
                 self.process.wait(30)
             raise
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
-        if code:
+        if code and not killed:
             raise TurnFailed(
                 f"{name} ended with {code}: {last_line((self.folder / 'stderr').read_text(errors='replace'))}"
             )

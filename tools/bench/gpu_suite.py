@@ -1,0 +1,260 @@
+"""Everything that one GPU can tell, in under ten minutes, and a table against the goals: see gpu_suite.sh.
+
+Each row is measured by itself: what fails, does not fit, is not built yet or has no time left is a line "not measured: why".
+What a row runs stands in `rows`; `--small` runs the rows at toy sizes on the CPU, where the GPU's goals mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from turns import (
+    HERE,
+    ROOT,
+    Turn,
+    TurnFailed,
+    commit,
+    last_line,
+    machine,
+    prepare,
+    probe,
+    take_turn,
+    usable_cores,
+)
+
+PEAK = 989e12
+"""FLOP/s that the goals' MFU is of: an H100 SXM's dense bf16."""
+
+KEYS = """
+import json, megatrain.config as config
+keys = config.walk(config.TrainConfig)
+print(json.dumps({name: list(field.metadata.get("choices", ())) for name, field in keys.items()}))
+"""
+
+
+@dataclass
+class Line:
+    """A line of the table; `value` is None where nothing was measured, and `note` says why."""
+
+    what: str
+    value: float | None
+    shown: str
+    goal: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the goal is reached; empty where there is none or nothing was measured."""
+        if self.value is None or self.goal is None:
+            return ""
+        return "reached" if self.value >= self.goal else "missed"
+
+
+class Suite:
+    """The rows, one after another, within a budget of time."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.small, self.folder = arguments.small, folder
+        self.deadline = time.monotonic() + arguments.minutes * 60
+        self.own = probe("megatrain")
+        self.device = "cuda" if self.own["gpu"] and not arguments.small else "cpu"
+        done = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True, check=True, cwd=ROOT)
+        self.keys: dict[str, list[Any]] = json.loads(done.stdout)
+        self.turns: list[Turn] = []
+
+    def run(self, name: str, measure: Callable[[], list[Line]]) -> list[Line]:
+        """A row's lines, or one that says why there are none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return [Line(name, None, "", note="the time was up")]
+        print(f"== {name} ({left:.0f} s left)", flush=True)
+        try:
+            return measure()
+        except TurnFailed as error:
+            return [Line(name, None, "", note=str(error))]
+
+    def job(self, name: str, words: list[str], chain: bool = False) -> dict[str, Any]:
+        """Prepare a job in a folder of its own."""
+        place = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
+        defaults = ["engine=native", f"launch.device={self.device}", "optim.schedule=constant", "checkpoint.every=0"]
+        return prepare(place, [*defaults, *words], self.device, chain)
+
+    def turn(self, contender: str, job: dict[str, Any], warmup: int) -> Turn:
+        """One turn, said and kept."""
+        turn = take_turn(contender, 1 + len(self.turns), job, self.folder, usable_cores(), warmup)
+        self.turns.append(turn)
+        print(
+            f"   {contender}: {turn.step_s * 1e3:,.1f} ms a step, {turn.tokens_per_s:,.0f} tokens/s, "
+            f"{turn.first_step_s:.0f} s to the first step",
+            flush=True,
+        )
+        return turn
+
+    def need_gpu(self) -> None:
+        """Raises `TurnFailed` on a CPU, unless toy sizes are asked for."""
+        if self.device == "cpu" and not self.small:
+            raise TurnFailed("torch finds no GPU here")
+
+    # ------------------------------------------------------------------------------------------- rows
+
+    def against_bare(self) -> list[Line]:
+        """gpt2_124m: tokens/s, and megatrain beside a bare loop that is compiled as a whole."""
+        self.need_gpu()
+        sizes = ["model=gpt2_124m", "precision=bf16", "compile=true", *loop(30, 64, 64 if not self.small else 1, 1024)]
+        if self.small:
+            sizes = ["model=tiny", *loop(8, 2, 2, 32)]
+        job = self.job("gpt2_124m", sizes)
+        bare = "bare-eager" if self.small else "bare-compiled"
+        pairs = [(self.turn("megatrain", job, 5), self.turn(bare, job, 5)) for _ in range(1 if self.small else 2)]
+        rate = statistics.median(ours.tokens_per_s for ours, _ in pairs)
+        ratio = statistics.median(ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs)
+        where = f"{job['model']['name']}, T={job['seq_len']}, {job['precision']}"
+        goals = (None, None) if self.small else (470_000.0, 1.05)
+        return [
+            Line(f"{where}: tokens/s", rate, f"{rate:,.0f}", goals[0]),
+            Line(f"{where}: times {bare}", ratio, f"{ratio:.3f}", goals[1]),
+        ]
+
+    def utilisation(
+        self, name: str, words: list[str], goal: float | None, rate_goal: float | None = None
+    ) -> list[Line]:
+        """MFU (of PEAK) or tokens/s of one model."""
+        self.need_gpu()
+        if self.small:
+            raise TurnFailed("only on a GPU")
+        # to save a model of this size would take longer than its steps
+        job = {**self.job(name.split(",")[0], words), "cut": True}
+        turn = self.turn("megatrain", job, 4)
+        if rate_goal is not None:
+            return [Line(f"{name}: tokens/s", turn.tokens_per_s, f"{turn.tokens_per_s:,.0f}", rate_goal)]
+        mfu = turn.tokens_per_s * job["flops_per_token"] / PEAK
+        return [Line(f"{name}: MFU", mfu, f"{mfu:.1%} ({turn.tokens_per_s:,.0f} tokens/s)", goal)]
+
+    def low_moments(self) -> list[str]:
+        """The words that ask for moments in bf16. Raises `TurnFailed` where no key does."""
+        found = [name for name, choices in self.keys.items() if name.startswith("optim.") and "bf16" in choices]
+        if not found:
+            raise TurnFailed("no key under optim allows bf16 moments yet")
+        return [f"{name}=bf16" for name in found]
+
+    def eight_billion(self, fp8: bool) -> list[Line]:
+        """llama_8b with bf16 moments, and in fp8."""
+        name = "llama_8b, T=2048, bf16 moments" + (", fp8" if fp8 else "")
+        if fp8 and "fp8" not in self.keys["precision.name"]:
+            raise TurnFailed("precision=fp8 does not exist yet")
+        words = ["model=llama_8b", f"precision={'fp8' if fp8 else 'bf16'}", "compile=true", "train.recompute=full"]
+        words += [*self.low_moments(), *loop(9, 4, 2, 2048), "checkpoint.memory_every=0", "checkpoint.background=false"]
+        return self.utilisation(name, words, 0.46, 10_900.0 if fp8 else None)
+
+    def kernels(self) -> list[Line]:
+        """The kernels' own benchmark, if it is there: its output is shown above the table."""
+        script = HERE / "kernels.py"
+        if not script.exists():
+            raise TurnFailed("tools/bench/kernels.py does not exist yet")
+        self.need_gpu()
+        if self.small:
+            raise TurnFailed("only on a GPU")
+        done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
+        print(done.stdout, flush=True)
+        if done.returncode:
+            raise TurnFailed(f"tools/bench/kernels.py ended with {done.returncode}: {last_line(done.stderr)}")
+        return [Line("kernels: see above", 1.0, last_line(done.stdout)[:60])]
+
+    def losses(self) -> list[Line]:
+        """The losses of a small Llama in bf16 with all that is fast, against fp32 and the reference operations."""
+        self.need_gpu()
+        steps = 12 if self.small else 200
+        sizes = [
+            "model=tiny" if self.small else "model=small",
+            *loop(steps, *((2, 2, 32) if self.small else (16, 16, 256))),
+        ]
+        plain = ["kernels=reference"] if "kernels" in self.keys else []
+        fast = ["precision=bf16", f"compile={str(not self.small).lower()}"]
+        found = []
+        for name, words in (("reference", ["precision=fp32", *plain]), ("bf16", fast)):
+            found.append(
+                self.turn("megatrain", self.job(f"losses-{name}", [*sizes, *words, "optim.lr=1e-3"], True), 5).losses
+            )
+        apart = [abs(low / high - 1) for high, low in zip(*found, strict=True)]
+        shown = f"mean {statistics.mean(apart):.2e}, largest {max(apart):.2e} (loss {found[0][0]:.2f} to {found[0][-1]:.2f})"
+        return [Line(f"bf16 losses off the fp32 reference's, {steps} steps, relative", max(apart), shown)]
+
+    def rows(self) -> list[tuple[str, Callable[[], list[Line]]]]:
+        """Name and measurement of each row, the most wanted first."""
+        large = [
+            "model=gpt2_1558m",
+            "precision=bf16",
+            "compile=true",
+            *loop(12, 16, 8, 1024),
+            "checkpoint.memory_every=0",
+        ]
+        return [
+            ("gpt2_124m, T=1024, bf16", self.against_bare),
+            ("gpt2_1558m, T=1024, bf16", lambda: self.utilisation("gpt2_1558m, T=1024, bf16", large, 0.52)),
+            ("llama_8b, T=2048, bf16 moments", lambda: self.eight_billion(fp8=False)),
+            ("llama_8b, T=2048, bf16 moments, fp8", lambda: self.eight_billion(fp8=True)),
+            ("kernels", self.kernels),
+            ("bf16 losses against the fp32 reference", self.losses),
+        ]
+
+
+def loop(steps: int, batch: int, micro_batch: int, seq_len: int) -> list[str]:
+    """The loop's sizes as overrides."""
+    return [
+        f"train.steps={steps}", f"train.global_batch_size={batch}", f"train.micro_batch_size={micro_batch}",
+        f"train.seq_len={seq_len}",
+    ]  # fmt: skip
+
+
+def table(lines: list[Line]) -> str:
+    """The short table."""
+    rows = ["| what | measured | goal | |", "| --- | ---: | ---: | --- |"]
+    for line in lines:
+        goal = "" if line.goal is None else f"{line.goal:,.0f}" if line.goal > 100 else f"{line.goal:g}"
+        shown = line.shown if line.value is not None else f"not measured: {line.note}"
+        rows.append(f"| {line.what} | {shown} | {goal} | {line.verdict} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run the rows and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="toy sizes on the CPU, to see that it works")
+    parser.add_argument("--minutes", type=float, default=9.5, help="no row begins after so many minutes (default 9.5)")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        suite = Suite(arguments, folder)
+        lines = [line for name, measure in suite.rows() if arguments.only in name for line in suite.run(name, measure)]
+    except TurnFailed as error:
+        print(f"gpu_suite: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    where = machine(suite.own)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if arguments.json:
+        result = {"date": date, "commit": commit(), "machine": where, "versions": suite.own["versions"]}
+        result |= {"lines": [asdict(line) for line in lines], "turns": [asdict(turn) for turn in suite.turns]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{where['gpu'] or where['cpu']}, torch {suite.own['versions']['torch']}, commit {commit()}, {date}\n")
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
