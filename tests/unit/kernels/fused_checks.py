@@ -89,8 +89,13 @@ def check_accuracy(
         assert error(a, c) <= limit, f"result {i}: error {error(a, c):.2e}, allowed {limit:.2e}"
 
 
-def check_operator(function: Callable[..., Any], operator: Any, inputs: Sequence[Any]) -> None:
-    """Two runs are equal bit for bit; torch.library accepts the operator; torch.compile traces it in one graph."""
+def check_operator(
+    function: Callable[..., Any], operator: Any, inputs: Sequence[Any], operator_inputs: Sequence[Any] | None = None
+) -> None:
+    """Two runs are equal bit for bit; torch.library accepts the operator; torch.compile traces it in one graph.
+
+    `operator_inputs` are the operator's own, where they are not the function's.
+    """
     given = [leaf(x, torch.float32, DEVICE) for x in inputs]
 
     def loss(*arguments: Any) -> Tensor:
@@ -107,4 +112,4 @@ def check_operator(function: Callable[..., Any], operator: Any, inputs: Sequence
     traced = torch.compile(loss, fullgraph=True, backend="aot_eager")(*given)
     torch.testing.assert_close(traced, runs[0])
     torch.testing.assert_close(torch.autograd.grad(traced, wanted), gradients[0])
-    torch.library.opcheck(operator, tuple(given))
+    torch.library.opcheck(operator, tuple(given if operator_inputs is None else operator_inputs))
