@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """float64 on the CPU, a function of shape and seed."""
     generator = torch.Generator().manual_seed(seed * 1000 + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
