@@ -1,0 +1,106 @@
+"""The arithmetic of tools/bench: the interval of a median, ratios from turns, and what is said where a peer is missing."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[3] / "tools" / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """tools/bench as its scripts see it."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import compare
+    import intervals
+    import turns
+
+    yield compare, intervals, turns
+    for name in ("compare", "intervals", "turns"):
+        sys.modules.pop(name, None)
+
+
+def test_the_interval_of_ten_values_is_the_textbooks(bench):
+    """Ten values: second smallest to second largest, 97.9% (1 - 22/1024); six: smallest to largest, 96.9%."""
+    _, intervals, _ = bench
+    found = intervals.median_interval([10.0, 3, 9, 1, 5, 4, 2, 8, 7, 6])
+    assert (found.value, found.low, found.high, found.num_values) == (5.5, 2, 9, 10)
+    assert found.coverage == 1 - 22 / 1024 and str(found) == "5.500 [2.000, 9.000]"
+    found = intervals.median_interval(range(1, 7))
+    assert (found.low, found.high, found.coverage) == (1, 6, 1 - 2 / 64)
+
+
+def test_too_few_values_say_so(bench):
+    """Five values reach no 95%: their ends, with the 93.75% those have; one value has no interval; none has no median."""
+    _, intervals, _ = bench
+    found = intervals.median_interval([1.0, 2, 3, 4, 5])
+    assert (found.low, found.high, found.coverage) == (1, 5, 0.9375)
+    found = intervals.median_interval([7.0])
+    assert (found.value, found.low, found.high, found.coverage) == (7, 7, 7, 0)
+    with pytest.raises(ValueError, match="no values"):
+        intervals.median_interval([])
+
+
+@pytest.mark.parametrize("num_values", [6, 10, 25])
+def test_the_interval_holds_the_median_as_often_as_it_says(bench, num_values):
+    """Drawn from a skewed distribution with a known median, over and over: coverage within three standard errors."""
+    _, intervals, _ = bench
+    generator, times, hits = random.Random(5), 2000, 0
+    for _ in range(times):
+        found = intervals.median_interval([generator.lognormvariate(0, 1) for _ in range(num_values)])
+        hits += found.low <= 1 <= found.high
+    error = (found.coverage * (1 - found.coverage) / times) ** 0.5
+    assert found.coverage >= 0.95 and abs(hits / times - found.coverage) < 3 * error
+
+
+def test_ratios_are_of_turns_in_one_round(bench):
+    """A peer that missed a round is compared in the others; above 1 means that megatrain is faster."""
+    compare, _, turns = bench
+
+    def turn(contender, number, step_s):
+        return turns.Turn(contender, number, step_s, 2 * step_s, 1 / step_s, 1.0, 1, None, [])
+
+    taken = [
+        turn("megatrain", 1, 1.0),
+        turn("a", 1, 2.0),
+        turn("megatrain", 2, 4.0),
+        turn("b", 2, 1.0),
+        turn("a", 2, 6.0),
+    ]
+    found = compare.ratios(taken, "a")
+    assert found["step_s"]["each"] == found["whole_step_s"]["each"] == [2.0, 1.5] and found["step_s"]["value"] == 1.75
+    assert compare.ratios(taken, "b")["step_s"]["each"] == [0.25]
+
+
+def test_a_turn_leaves_its_warm_up_out(bench):
+    """The median is over the steps after the warm-up, the whole time from the last warm-up step's end; a turn with steps
+    missing is none."""
+    _, _, turns = bench
+    job = {"steps": 5, "global_batch": 2, "seq_len": 10}
+    times, ends = [50.0, 1, 2, 3, 4], [160.0, 162, 165, 169, 175]
+    found = turns.figures("a", 1, job, 2, times, ends, 100.0, 7, None, [])
+    assert found.step_s == statistics.median([2, 3, 4]) and found.whole_step_s == pytest.approx(13 / 3)
+    assert found.tokens_per_s == pytest.approx(20 / 3) and found.first_step_s == 60
+    with pytest.raises(turns.TurnFailed, match="4 of 5"):
+        turns.figures("a", 1, job, 2, times[1:], ends[1:], 100.0, 7, None, [])
+
+
+def test_a_missing_peer_says_how_to_make_it(bench, tmp_path, monkeypatch):
+    """Before its environment exists, and where a package is not in it."""
+    _, _, turns = bench
+    monkeypatch.setattr(turns, "ROOT", tmp_path)
+    monkeypatch.setattr(turns, "HERE", tmp_path / "tools" / "bench")
+    monkeypatch.setattr(turns, "ENVIRONMENTS", tmp_path / "none")
+    with pytest.raises(turns.TurnFailed, match=r"none/litgpt does not exist; .*compare.py --setup --peers litgpt"):
+        turns.probe("litgpt")
+    python = turns.python_of("litgpt")
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho \'{"versions": {}, "missing": ["litgpt", "lightning"]}\'\n')
+    python.chmod(0o755)
+    with pytest.raises(turns.TurnFailed, match=r"litgpt, lightning is not installed in .*--setup"):
+        turns.probe("litgpt")
