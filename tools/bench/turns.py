@@ -111,8 +111,8 @@ def make_environment(peer: str) -> None:
     print(f"making {folder.relative_to(ROOT)} with torch {torch} and {HERE.name}/peers_{peer}.txt", flush=True)
     if not python_of(peer).exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [python_of(peer), "-m", "pip", "install", "--quiet", "--progress-bar", "off", f"torch=={torch}"]
-    done = subprocess.run([*pip, "-r", HERE / f"peers_{peer}.txt"], capture_output=True, text=True, check=False)
+    pip = [str(python_of(peer)), "-m", "pip", "install", "--quiet", "--progress-bar", "off", f"torch=={torch}"]
+    done = subprocess.run([*pip, "-r", str(HERE / f"peers_{peer}.txt")], capture_output=True, text=True, check=False)
     if done.returncode:
         hint = ""
         if "+" in torch:
