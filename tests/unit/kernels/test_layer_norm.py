@@ -47,6 +47,22 @@ def test_after_an_addition(dtype, with_bias):
     check_accuracy(fused_add_layer_norm, add_layer_norm, add_formula, inputs, dtype)
 
 
+def test_a_program_sums_the_gradients_of_weight_and_bias_of_many_rows(monkeypatch):
+    monkeypatch.setattr(module, "num_programs", lambda _: 2)
+    for shape in ((9, 1025), (75, 100)):
+        inputs = [*wants(randn(*shape), randn(shape[-1]), randn(shape[-1], seed=1)), 1e-3]
+        check_accuracy(fused_layer_norm, layer_norm, formula, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_after_an_addition_the_norm_reads_the_rounded_total(dtype):
+    """As many elements as nothing but another order of summation explains may differ from the reference's."""
+    x, residual, weight = (randn(*s, seed=i).to(dtype).to(DEVICE) for i, s in enumerate([(9, 96), (9, 96), (96,)]))
+    ours, theirs = (f(x, residual, weight, None, 1e-5) for f in (fused_add_layer_norm, add_layer_norm))
+    assert torch.equal(ours[1], theirs[1])
+    assert (ours[0] != theirs[0]).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("view", ["columns", "transposed", "every second"])
 def test_views_of_larger_tensors(view):
     whole = randn(12, 10, 40)

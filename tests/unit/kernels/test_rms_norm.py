@@ -42,7 +42,7 @@ def test_after_an_addition(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_values_in_16_bits_are_the_references_bit_for_bit(dtype):
-    x, residual, weight = (randn(*s, seed=3).to(dtype).to(DEVICE) for s in [(9, 96), (9, 96), (96,)])
+    x, residual, weight = (randn(*s, seed=i).to(dtype).to(DEVICE) for i, s in enumerate([(9, 96), (9, 96), (96,)]))
     ours, theirs = fused_add_rms_norm(x, residual, weight, 1e-5), add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(ours[1], theirs[1])
     # Each sums in its own order: now and then one falls on the other side of a rounding.
@@ -54,6 +54,13 @@ def test_an_fp32_weight_makes_the_result_fp32_as_in_the_reference():
     ours, theirs = fused_rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5)
     assert ours.dtype == theirs.dtype == torch.float32
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_program_sums_the_weight_gradient_of_many_rows(monkeypatch):
+    monkeypatch.setattr(module, "num_programs", lambda _: 2)
+    for shape in ((9, 1025), (75, 100)):
+        inputs = [*wants(randn(*shape), randn(shape[-1])), 1e-3]
+        check_accuracy(fused_rms_norm, rms_norm, formula, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("view", ["columns", "transposed", "every second"])
