@@ -404,6 +404,11 @@ class TrainConfig:
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
     deterministic: bool = key(False, "bit-identical repeats on CUDA too (on CPU they always are)")
     compile: bool = key(False, "torch.compile each block")
+    kernels: str = key(
+        "auto",
+        "operations of the model: auto takes fused ones where device and shape allow; triton asks for them",
+        choices=("auto", "reference", "triton"),
+    )
     profile: bool = key(
         False, "trace the 6th to 8th step of a start on every rank: <run folder>/profile has the traces and a table"
     )

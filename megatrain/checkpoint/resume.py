@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "engine.*",
     "precision.*",  # master weights and moments are fp32 in every choice
     "compile",
+    "kernels",
     "deterministic",
     "profile",
     "train.steps",  # a run may be made longer or shorter; the schedule is a function of step and steps

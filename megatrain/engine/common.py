@@ -9,7 +9,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from megatrain.config import TrainConfig
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.errors import EnvironmentFault
+from megatrain.kernels.choice import Kernels, choose
+from megatrain.kernels.support import KernelError
 from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import decays
@@ -72,6 +76,19 @@ def compile_blocks(model: GPT) -> None:
     """torch.compile each block by itself: one graph for all of them, and short compile times."""
     for block in model.blocks.children():
         block.compile()
+
+
+def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
+    """The operations that a run's model computes with.
+
+    Raises:
+        EnvironmentFault: `kernels=triton` where Triton cannot run.
+    """
+    dtype, width = DTYPES[config.precision.name], config.model.hidden_size
+    try:
+        return choose(config.kernels, device, dtype, width, config.compile)
+    except KernelError as error:
+        raise EnvironmentFault(f"kernels=triton: {error}; use kernels=auto or kernels=reference") from error
 
 
 def optimizer_counters(

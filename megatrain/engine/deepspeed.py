@@ -26,6 +26,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.engine.base import StepResult
 from megatrain.engine.common import (
     DTYPES,
+    choose_kernels,
     compile_blocks,
     count_tokens,
     dropout_seed,
@@ -200,14 +201,15 @@ class DeepSpeedEngine:
         A tensor rank makes its block of each layer in turn; under stage 3 without tensor ranks each parameter is cut as
         soon as it exists.
         """
+        kernels = choose_kernels(self.config, self.world.device)
         if self.stage == 3 and self.tensor_group is None:
             # without a dtype it takes the config's; given float32 on a CPU it would choose bfloat16
             with deepspeed.zero.Init(config_dict_or_path=document):
-                model = GPT(self.config.model)
+                model = GPT(self.config.model, kernels)
             self._cut_sequences(model)
             return model
         with torch.device("meta"):
-            model = GPT(self.config.model).to(DTYPES[self.config.precision.name])
+            model = GPT(self.config.model, kernels).to(DTYPES[self.config.precision.name])
         self._cut_sequences(model)
         if self.tensor_group is None:
             model.to_empty(device=self.world.device)

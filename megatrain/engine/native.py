@@ -20,7 +20,15 @@ from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.base import StepResult
-from megatrain.engine.common import DTYPES, compile_blocks, count_tokens, dropout_seed, optimizer_counters, scaled_loss
+from megatrain.engine.common import (
+    DTYPES,
+    choose_kernels,
+    compile_blocks,
+    count_tokens,
+    dropout_seed,
+    optimizer_counters,
+    scaled_loss,
+)
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
@@ -30,7 +38,7 @@ from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
-from megatrain.parallel.layout import Layout, stage_layers
+from megatrain.parallel.layout import Layout, head_in_chunks, stage_layers
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import Stage
 from megatrain.parallel.schedules import Pipeline
@@ -103,10 +111,12 @@ class NativeEngine:
     def _build_stages(self) -> dict[int, Stage]:
         """This rank's pipeline stages by number: cut, with memory for what this rank holds, without values."""
         layers = stage_layers(self.config, self.layout.num_stages)
+        kernels = choose_kernels(self.config, self.world.device)
         stages: dict[int, Stage] = {}
         for index in self.layout.stages_of(self.place.pp):
             with torch.device("meta"):
-                stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, self._loss())
+                stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, kernels)
+            stage.loss = self._loss()
             stage.recompute = self.config.train.recompute
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
@@ -121,12 +131,12 @@ class NativeEngine:
             stages[index] = stage.to_empty(device=self.world.device).train()
         return stages
 
-    def _loss(self) -> LossFunction:
-        """What the last stage computes its loss with."""
+    def _loss(self) -> LossFunction | None:
+        """What the last stage computes from logits; None where the head computes the loss itself."""
         if self.groups is None or self.groups.tp is None:
-            return cross_entropy_sum
-        group = self.groups.tp
+            return None if head_in_chunks(self.config, self.layout) else cross_entropy_sum
         first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
+        group = self.groups.tp
         return lambda logits, labels, weights: vocabulary_parallel_cross_entropy(logits, labels, weights, first, group)
 
     def _hold(self, stage: Stage) -> Iterator[Held]:

@@ -20,12 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import attention, document_mask
-from megatrain.kernels.cross_entropy import cross_entropy_sum
-from megatrain.kernels.gelu import gelu
-from megatrain.kernels.layer_norm import layer_norm
-from megatrain.kernels.rms_norm import rms_norm
-from megatrain.kernels.rope import apply_rope, rope_angles
-from megatrain.kernels.swiglu import swiglu
+from megatrain.kernels.choice import REFERENCE, Kernels
+from megatrain.kernels.rope import rope_angles
 from megatrain.model.cache import KVCache, LayerCache
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -67,45 +63,66 @@ class Embedding(nn.Embedding):
         """Nothing: init.py knows the values."""
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension."""
+class Head(Linear):
+    """The projection onto the vocabulary, with the loss behind it where there are labels: fused, it needs both."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, width: int, vocab: int, kernels: Kernels, shared: Embedding | None) -> None:
+        super().__init__(width, vocab, bias=False, shared=shared)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """`x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar."""
+        if labels is None:
+            return super().forward(x)
+        return self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; with a `residual`, of their sum, which it returns too."""
+
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension."""
+    """LayerNorm over the last dimension; with a `residual`, of their sum, which it returns too."""
 
-    def __init__(self, size: int, eps: float, bias: bool) -> None:
+    def __init__(self, size: int, eps: float, bias: bool, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(size)) if bias else None)
         self.eps = eps
+        self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return self.kernels.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig, kernels: Kernels) -> nn.Module:
     """The norm of a block, over the width of the residual stream."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, config.norm_eps)
-    return LayerNorm(config.hidden_size, config.norm_eps, config.bias)
+        return RMSNorm(config.hidden_size, config.norm_eps, kernels)
+    return LayerNorm(config.hidden_size, config.norm_eps, config.bias, kernels)
 
 
 class Attention(nn.Module):
     """Causal self-attention. Counts its heads on its own projections, so a tensor-parallel shard is the same code."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
+        self.kernels = kernels
         self.head_dim = head_dim
         self.attend = attention  # what mixes tokens; context parallelism puts its own in its place
         self.rope_theta = config.rope_theta if config.position == "rope" else None
@@ -114,8 +131,8 @@ class Attention(nn.Module):
         self.k = Linear(width, config.kv_heads * head_dim, config.bias)
         self.v = Linear(width, config.kv_heads * head_dim, config.bias)
         self.o = Linear(config.num_heads * head_dim, width, config.bias)
-        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """`x` `[B, T, D]`, `positions` `[T]` or `[B, T]`, `mask` as in `kernels.attention`; returns `[B, T, D]`."""
@@ -129,7 +146,7 @@ class Attention(nn.Module):
             cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
             if positions.dim() == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k = self.kernels.rope_qk(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -139,8 +156,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward layer: GELU between two projections, or SwiGLU with three."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         gated = config.activation == "swiglu"
         self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias) if gated else None
         self.up = Linear(config.hidden_size, config.ffn_dim, config.bias)
@@ -148,48 +166,50 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(swiglu(self.gate(x), self.up(x)))
-        return self.down(gelu(self.up(x)))
+            return self.down(self.kernels.swiglu(self.gate(x), self.up(x)))
+        return self.down(self.kernels.gelu(self.up(x)))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block (Radford et al., 2019; Touvron et al., 2023, arXiv:2302.13971)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.attn_norm = make_norm(config)
-        self.attn = Attention(config)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.attn_norm = make_norm(config, kernels)
+        self.attn = Attention(config, kernels)
+        self.mlp_norm = make_norm(config, kernels)
+        self.mlp = MLP(config, kernels)
         self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """`x` `[B, T, D]` to `[B, T, D]`; `positions`, integers `[T]` or `[B, T]`; `mask` as in `kernels.attention`."""
-        x = x + F.dropout(self.attn(self.attn_norm(x), positions, mask, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        attended = F.dropout(self.attn(self.attn_norm(x), positions, mask, cache), self.dropout, self.training)
+        normed, x = self.mlp_norm(attended, x)
+        return x + F.dropout(self.mlp(normed), self.dropout, self.training)
 
 
 class GPT(nn.Module):
     """The whole model. Set `recompute` to `full` to keep only each block's input for the backward pass, or to `selective`
     to keep also what is costly to compute again.
 
-    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py).
+    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py). `kernels` are the
+    operations it computes with. Set `loss` where the vocabulary is cut over ranks: it then takes what the head returns.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
         self.recompute = "none"
-        self.loss: LossFunction = cross_entropy_sum  # a vocabulary that is cut over ranks has its own
+        self.loss: LossFunction | None = None
         self.embed = Embedding(config.vocab, config.hidden_size)
         learned = config.position == "learned"
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config, kernels)
         shared = self.embed if config.tie_embeddings else None
-        self.head = Linear(config.hidden_size, config.vocab, bias=False, shared=shared)
+        self.head = Head(config.hidden_size, config.vocab, kernels, shared)
 
     def forward(
         self,
@@ -210,8 +230,14 @@ class GPT(nn.Module):
         with dropout: each layer's masks are a pure function of it, and torch's random state is reseeded.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
-        logits = self.head(x)
-        return logits if labels is None else self.loss(logits, labels, loss_weights)
+        return self.head(x) if labels is None else self.loss_of(x, labels, loss_weights)
+
+    def loss_of(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """The summed loss of what `hidden` returned, an fp32 scalar."""
+        if self.loss is None:
+            loss: Tensor = self.head(x, labels, weights)
+            return loss
+        return self.loss(self.head(x), labels, weights)
 
     def hidden(
         self,

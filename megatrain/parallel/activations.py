@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig
+from megatrain.kernels import CHUNK_BYTES
 from megatrain.parallel import plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -43,6 +44,7 @@ class Split(NamedTuple):
     tp: int
     cp: int
     cp_kind: str
+    head_in_chunks: bool
 
 
 def count(
@@ -64,13 +66,18 @@ def count(
     entry = w * between * width
     whole = 2 * (norm + read + dropped) + attention + mlp
     kept = {"none": whole, "selective": entry + attention_products + mlp_products + 2 * read, "full": entry}
+    if split.head_in_chunks:  # forward leaves the gradients of what the head reads and of its weight
+        last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, CHUNK_BYTES) + 8 * tokens
+    else:
+        last = norm + read + tokens * (4 * vocabulary + 8 + (13 if split.tp > 1 else 0))
+        loss = tokens * vocabulary * (4 + (w if w < 4 else 0))
     return Activations(
         block=kept[recompute],
         first=8 * tokens + dropped,
-        last=norm + read + tokens * (4 * vocabulary + 8 + (13 if split.tp > 1 else 0)),
+        last=last,
         recomputed=0 if recompute == "none" else whole,
         message=entry,
-        loss=tokens * vocabulary * (4 + (w if w < 4 else 0)),
+        loss=loss,
     )
 
 

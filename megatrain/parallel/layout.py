@@ -133,6 +133,15 @@ def end_weights(model: ModelConfig) -> tuple[float, float]:
     return 0.1 * head, head
 
 
+def head_in_chunks(config: TrainConfig, layout: Layout) -> bool:
+    """Whether head and loss are computed together, some tokens at a time, with their gradients.
+
+    Not where the vocabulary is cut over ranks, nor under a schedule that splits the backward pass, which they do not have.
+    """
+    split = layout.pp > 1 and layout.schedule in ZERO_BUBBLE
+    return config.kernels != "reference" and layout.tp == 1 and not split
+
+
 def stage_layers(config: TrainConfig, num_stages: int) -> list[range]:
     """Which blocks each pipeline stage holds, first to last: `parallel.layers_per_stage`, or balanced.
 

@@ -16,7 +16,7 @@ from megatrain.config import ModelConfig, TrainConfig
 from megatrain.model.count import parameter_shapes
 from megatrain.parallel import activations, plan, timeline
 from megatrain.parallel.activations import BYTES
-from megatrain.parallel.layout import LOOPED, V_SHAPED, Coordinate, Layout, micro_batches, stage_layers
+from megatrain.parallel.layout import LOOPED, V_SHAPED, Coordinate, Layout, head_in_chunks, micro_batches, stage_layers
 
 
 class Memory(NamedTuple):
@@ -157,7 +157,7 @@ class MemoryModel:
             cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
-        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind)
+        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, head_in_chunks(config, layout))
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
         sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megatrain.config import ModelConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.model.gpt import GPT, LossFunction
+from megatrain.kernels.choice import Kernels
+from megatrain.model.gpt import GPT
 
 
 class Stage(GPT):
@@ -23,14 +24,13 @@ class Stage(GPT):
     what `take` was given, by the micro-batch's number, on every stage.
     """
 
-    def __init__(self, config: ModelConfig, layers: range, num_stages: int, index: int, loss: LossFunction) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, layers: range, num_stages: int, index: int, kernels: Kernels) -> None:
+        super().__init__(config, kernels)
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self.blocks = nn.ModuleDict({str(layer): self.blocks[layer] for layer in layers})  # type: ignore[assignment]
         absent = ([] if self.is_first else ["embed", "positions"]) + ([] if self.is_last else ["final_norm", "head"])
         for name in absent:
             setattr(self, name, None)
-        self.loss = loss
         self.detach_embedding = False
         self.micro_batches: Sequence[MicroBatch] = ()
         self.seeds: Sequence[int | None] = ()
@@ -55,7 +55,7 @@ class Stage(GPT):
         x = self.through_blocks(x, positions, mask, seed)
         if not self.is_last:
             return x
-        return self.loss(self.head(self.final_norm(x)), micro_batch.labels, micro_batch.loss_weights)
+        return self.loss_of(self.final_norm(x), micro_batch.labels, micro_batch.loss_weights)
 
     def tie(self) -> None:
         """Only a stage that holds both ends shares a weight between them by itself."""

@@ -94,7 +94,7 @@ def lose(engine, layout, world, amount):
         deepspeed.sum_loss = lambda *given: true(*given) + amount
     else:
         stage = engine.stages[last_stage]
-        stage.loss = lambda *given, true=stage.loss: true(*given) + amount
+        stage.loss_of = lambda *given, true=stage.loss_of: true(*given) + amount
 
 
 def overflow(world, config, folder):

@@ -1,0 +1,78 @@
+"""Which form of each operation a model computes with: the plain references, or fused ones by device, dtype and shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatrain.kernels.gelu import fused_gelu, gelu
+from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
+from megatrain.kernels.linear_cross_entropy import chunked_linear_cross_entropy_sum, linear_cross_entropy_sum
+from megatrain.kernels.rms_norm import add_rms_norm, fused_add_rms_norm, fused_rms_norm, rms_norm
+from megatrain.kernels.rope import fused_rope_qk, rope_qk
+from megatrain.kernels.support import KernelError, unsupported
+from megatrain.kernels.swiglu import fused_swiglu, swiglu
+
+_LOG = logging.getLogger("megatrain")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations of a model; each field's signature and meaning are those of the plain function it is set to here."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = layer_norm
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]] = add_layer_norm
+    rope_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope_qk
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    gelu: Callable[[Tensor], Tensor] = gelu
+    linear_cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = linear_cross_entropy_sum
+
+
+REFERENCE = Kernels()
+CHUNKED = replace(REFERENCE, linear_cross_entropy_sum=chunked_linear_cross_entropy_sum)
+FUSED = Kernels(
+    rms_norm=fused_rms_norm,
+    add_rms_norm=fused_add_rms_norm,
+    layer_norm=fused_layer_norm,
+    add_layer_norm=fused_add_layer_norm,
+    rope_qk=fused_rope_qk,
+    swiglu=fused_swiglu,
+    gelu=fused_gelu,
+    linear_cross_entropy_sum=chunked_linear_cross_entropy_sum,
+)
+
+
+def choose(mode: str, device: torch.device, dtype: torch.dtype, width: int, compiled: bool) -> Kernels:
+    """The operations for a model of hidden size `width` that computes in `dtype` on `device`, logged in a line.
+
+    `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain ones
+    where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses pointwise
+    operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton.
+
+    Raises:
+        KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not taken.
+    """
+    if mode == "reference":
+        _LOG.info("kernels=reference: the plain operations")
+        return REFERENCE
+    reason = unsupported(torch.empty(0, dtype=dtype, device=device), row=width)
+    if mode == "triton":
+        if reason is not None:
+            raise KernelError(reason)
+        _LOG.info("kernels=triton: the fused operations")
+        return FUSED
+    if reason is None and compiled:
+        reason = "torch.compile fuses the blocks"
+    if reason is None and device.type != "cuda":
+        reason = "Triton's interpreter is for tests"
+    if reason is not None:
+        _LOG.info("kernels=auto: the plain operations (%s), head and loss in chunks", reason)
+        return CHUNKED
+    _LOG.info("kernels=auto: the fused operations")
+    return FUSED

@@ -1,0 +1,142 @@
+"""The head's projection and the cross-entropy behind it: the plain reference, and in chunks that never hold all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatrain.kernels import CHUNK_BYTES
+from megatrain.kernels.cross_entropy import (
+    cross_entropy_sum,
+    cross_entropy_with_gradient_,
+    fused_cross_entropy_with_gradient_,
+)
+from megatrain.kernels.support import unsupported
+
+
+def linear_cross_entropy_sum(
+    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
+) -> Tensor:
+    """`cross_entropy_sum(x weight^T, labels, weights, z_loss)`: an fp32 scalar, in nats.
+
+    `x` is `[..., D]`, `weight` `[V, D]` of the same dtype, `labels` integers `[...]`, `weights` float `[...]` or None.
+
+    Gradients, with `d` `[N, V]` what `cross_entropy_sum` gives for its logits: `d_x = d weight`, `d_weight = d^T x`.
+    """
+    return cross_entropy_sum(F.linear(x, weight), labels, weights, z_loss)
+
+
+def chunked_linear_cross_entropy_sum(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """`linear_cross_entropy_sum` over chunks of rows, loss and gradients together; any device, any dtype.
+
+    A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward only
+    scales these two. Memory: `chunk_bytes` of logits (one row at least) and the two gradients, where the reference keeps
+    `[N, V]` several times. The same three matrix products. `d_weight` is summed over chunks in fp32. On a GPU the loss of a
+    chunk is one Triton kernel, elsewhere a few passes over rows that stay in the cache.
+
+    No second derivative, and one backward: it scales the gradient of `weight` where forward left it.
+    """
+    needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _chunked(
+        x.flatten(0, -2),
+        weight,
+        labels.flatten(),
+        None if weights is None else weights.flatten(),
+        z_loss,
+        chunk_bytes,
+        needs,
+    )[0]
+    return loss
+
+
+@torch.library.custom_op("megatrain::linear_cross_entropy", mutates_args=())
+def _chunked(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    chunk_bytes: int,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and the gradients of `x` and `weight` (empty, where nobody needs them)."""
+    num_rows, vocab = len(x), len(weight)
+    rows = max(1, min(num_rows, chunk_bytes // (max(1, vocab) * x.element_size())))
+    in_place = fused_cross_entropy_with_gradient_ if unsupported(x, weight) is None else cross_entropy_with_gradient_
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    d_x = torch.empty_like(x) if with_gradients else x.new_empty(0)
+    d_weight = weight.new_empty(0)
+    if with_gradients and num_rows == 0:
+        d_weight = torch.zeros_like(weight, dtype=_accumulated(weight))
+    logits = x.new_empty(min(rows, num_rows), vocab)
+    for start in range(0, num_rows, rows):
+        part = slice(start, min(start + rows, num_rows))
+        chunk, targets, factors = logits[: part.stop - start], labels[part], None if weights is None else weights[part]
+        torch.mm(x[part], weight.t(), out=chunk)
+        loss += in_place(chunk, targets, factors, z_loss).sum()
+        if not with_gradients:
+            continue
+        torch.mm(chunk, weight, out=d_x[part])
+        if start == 0:
+            d_weight = _product(chunk.t(), x[part])
+        elif d_weight.dtype == x.dtype:
+            d_weight.addmm_(chunk.t(), x[part])
+        else:
+            d_weight += _product(chunk.t(), x[part])
+    return loss, d_x, d_weight
+
+
+def _accumulated(tensor: Tensor) -> torch.dtype:
+    """In which the weight's gradient is summed over chunks."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` in what gradients are summed in: rounded to 16 bits for each chunk, their sum would lose half a bit."""
+    if a.dtype == _accumulated(a):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+@_chunked.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    chunk_bytes: int,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float32)
+    if with_gradients:
+        return loss, torch.empty_like(x), torch.empty_like(weight, dtype=_accumulated(weight))
+    return loss, x.new_empty(0), weight.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.dtype = inputs[1].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_x, d_weight = ctx.saved_tensors
+    d_x = d_x * g if ctx.needs_input_grad[0] else None
+    d_weight = d_weight.mul_(g).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+    return d_x, d_weight, None, None, None, None, None
+
+
+_chunked.register_autograd(_backward, setup_context=_setup_context)
