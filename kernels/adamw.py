@@ -180,7 +180,10 @@ def _mixed_kernel(x: tl.tensor, MIX1: tl.constexpr, MIX2: tl.constexpr) -> tl.te
 
 @triton.jit
 def _stochastic_round_kernel(x: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """`stochastic_round`; the bits cut off, so that the conversion to bf16 that follows is exact."""
+    """`stochastic_round`; the bits cut off, so that the conversion to bf16 that follows is exact.
+
+    A GPU's own NaN has all its bits set: with anything added it would come out as -0.
+    """
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
 

@@ -12,6 +12,9 @@ from torch import Tensor, library
 
 from megatrain.kernels.support import compute_type, launch, next_power_of_2, num_warps, require, rounded, tl, triton
 
+_BLOCK = 4096
+"""Pairs that a program turns at once."""
+
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotation angles, fp32.
@@ -176,7 +179,7 @@ def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> t
     cos, sin = cos.contiguous(), sin.contiguous()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     block = next_power_of_2(half)
-    most = max(1, 4096 // block)
+    most = max(1, _BLOCK // block)
     q_heads, k_heads = (min(next_power_of_2(heads), most) for heads in (num_q_heads, num_k_heads))
     launch(
         _rope_qk_kernel,

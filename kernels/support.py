@@ -54,7 +54,7 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+        x = tl.where(x == x, up.to(tl.float32, bitcast=True), float("nan"))
     return x.to(dtype)
 
 

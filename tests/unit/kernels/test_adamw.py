@@ -105,6 +105,7 @@ def test_found_inf_stops_the_update_and_zero_does_not(function, moment_dtype):
 @pytest.mark.parametrize("function", BOTH)
 def test_bf16_moments_keep_bad_numbers(function):
     grads = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=DEVICE)
+    grads.view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that a GPU makes; a few more and it is -0
     params, moments = torch.ones(4, device=DEVICE), [torch.zeros(4, device=DEVICE).bfloat16() for _ in range(2)]
     for seed in range(5):
         function([params], [grads], [moments[0]], [moments[1]], 1, **SETTINGS, stochastic_rounding_seed=seed)

@@ -33,11 +33,11 @@ def _round_kernel(x: tl.tensor, y: tl.tensor, count: tl.tensor, BLOCK: tl.conste
 def test_rounding_is_to_nearest_even_as_torchs(dtype):
     """Ties, carries into the exponent, subnormals, overflow, and what is not finite."""
     bits = torch.arange(-(2**31), 2**31 - 1, 2**31 // 1000 + 1, dtype=torch.int64).int()
-    ties = torch.tensor(
-        [0x3F808000, 0x3F818000, 0x3FFF8000, 0x3F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000], dtype=torch.int32
-    )
-    x = torch.cat([bits, ties, ties - 1, ties[:-2] + 1]).view(torch.float32)
-    x = x[(x.abs() > 1e-37) | (x == 0)]  # subnormal numbers of bf16 are flushed on some devices
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x3FFF8000, 0x3F7F8000, 0x7F7FFFFF], dtype=torch.int32)
+    odd = torch.tensor([0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
+    x = torch.cat([bits, ties, ties - 1, ties + 1, odd]).view(torch.float32)
+    x = x[~(x.abs() <= 1e-37) | (x == 0)]  # subnormal numbers of bf16 are flushed on some devices
+    assert x.isnan().sum() > 4
     y = torch.empty_like(x, dtype=dtype, device=DEVICE)
     launch(_round_kernel, (1,), x.to(DEVICE), y, len(x), BLOCK=next_power_of_2(len(x)))
     assert torch.equal(y.cpu().nan_to_num(nan=1.5), x.to(dtype).nan_to_num(nan=1.5))
