@@ -141,9 +141,10 @@ def fused_adamw_step_(
     require(*params, *grads, *exp_avgs, *exp_avg_sqs, found_inf)
     for (grad_dtype, moment_dtype), members in groups.items():
         stochastic = stochastic_rounding_seed is not None and moment_dtype == torch.bfloat16
-        rows, num_blocks = [], 0
+        rows, num_blocks, aligned = [], 0, True
         for i in members:
-            pointers = (t[i].data_ptr() for t in (params, grads, exp_avgs, exp_avg_sqs))
+            pointers = [t[i].data_ptr() for t in (params, grads, exp_avgs, exp_avg_sqs)]
+            aligned = aligned and all(pointer % 16 == 0 for pointer in pointers)
             numel, key = params[i].numel(), _key(stochastic_rounding_seed or 0, step, i) if stochastic else (0, 0)
             rows.append((*pointers, numel, num_blocks, *key))
             num_blocks += ceil_div(numel, _BLOCK)
@@ -160,6 +161,7 @@ def fused_adamw_step_(
             BISECTIONS=(len(members) - 1).bit_length(),
             HAS_FOUND_INF=found_inf is not None,
             STOCHASTIC=stochastic,
+            ALIGNED=aligned,
             GRAD=triton_type(grad_dtype),
             MOMENT=triton_type(moment_dtype),
             MIX1=_MIX1,
@@ -189,6 +191,47 @@ def _stochastic_round_kernel(x: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _update(
+    p_at: tl.tensor,
+    g_at: tl.tensor,
+    m_at: tl.tensor,
+    v_at: tl.tensor,
+    index: tl.tensor,
+    inside: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    decay: tl.tensor,
+    one_minus_beta1: tl.tensor,
+    beta2: tl.tensor,
+    one_minus_beta2: tl.tensor,
+    step_size: tl.tensor,
+    correction: tl.tensor,
+    eps: tl.tensor,
+    STOCHASTIC: tl.constexpr,
+    MOMENT: tl.constexpr,
+    MIX1: tl.constexpr,
+    MIX2: tl.constexpr,
+    GOLDEN: tl.constexpr,
+) -> None:
+    """The elements `index` of a tensor where `inside`, or without it all of them."""
+    p = tl.load(p_at, mask=inside)
+    g = tl.load(g_at, mask=inside).to(tl.float32)
+    m = tl.load(m_at, mask=inside).to(tl.float32)
+    v = tl.load(v_at, mask=inside).to(tl.float32)
+    m += one_minus_beta1 * (g - m)
+    v = v * beta2 + one_minus_beta2 * g * g
+    p = p * decay - step_size * (m / (tl.sqrt(v) / correction + eps))
+    tl.store(p_at, p, mask=inside)
+    if STOCHASTIC:
+        above = (index >> 32).to(tl.uint32) * tl.full(index.shape, GOLDEN, tl.uint32)
+        random = _mixed_kernel(_mixed_kernel(index.to(tl.uint32) ^ low, MIX1, MIX2) + high + above, MIX1, MIX2)
+        m = _stochastic_round_kernel(m, random & 0xFFFF)
+        v = _stochastic_round_kernel(v, random >> 16)
+    tl.store(m_at, rounded(m, MOMENT), mask=inside)
+    tl.store(v_at, rounded(v, MOMENT), mask=inside)
+
+
+@triton.jit
 def _adamw_kernel(
     table: tl.tensor,
     found_inf: tl.tensor,
@@ -203,6 +246,7 @@ def _adamw_kernel(
     BISECTIONS: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
     MIX1: tl.constexpr,
@@ -218,28 +262,21 @@ def _adamw_kernel(
         begun = tl.load(table + middle * 8 + 5) <= block
         tensor, end = tl.where(begun, middle, tensor), tl.where(begun, end, middle)
     row = table + tensor * 8
-    p_start = tl.load(row).to(tl.pointer_type(tl.float32))
-    g_start = tl.load(row + 1).to(tl.pointer_type(GRAD))
-    m_start = tl.load(row + 2).to(tl.pointer_type(MOMENT))
-    v_start = tl.load(row + 3).to(tl.pointer_type(MOMENT))
-    index = (block - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.load(row).to(tl.pointer_type(tl.float32))
+    g = tl.load(row + 1).to(tl.pointer_type(GRAD))
+    m = tl.load(row + 2).to(tl.pointer_type(MOMENT))
+    v = tl.load(row + 3).to(tl.pointer_type(MOMENT))
+    if ALIGNED:  # lets whole blocks move in 16-byte pieces
+        p, g, m, v = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16), tl.multiple_of(v, 16)
+    start = (block - tl.load(row + 5)) * BLOCK
     size = tl.load(row + 4)
     if HAS_FOUND_INF:
         size = tl.where(tl.load(found_inf) == 0, size, 0)  # otherwise nothing is inside
-    inside = index < size
-    p = tl.load(p_start + index, mask=inside)
-    g = tl.load(g_start + index, mask=inside).to(tl.float32)
-    m = tl.load(m_start + index, mask=inside).to(tl.float32)
-    v = tl.load(v_start + index, mask=inside).to(tl.float32)
-    m += one_minus_beta1 * (g - m)
-    v = v * beta2 + one_minus_beta2 * g * g
-    p = p * decay - step_size * (m / (tl.sqrt(v) / correction + eps))
-    tl.store(p_start + index, p, mask=inside)
-    if STOCHASTIC:
-        low, high = tl.load(row + 6).to(tl.uint32), tl.load(row + 7).to(tl.uint32)
-        above = (index >> 32).to(tl.uint32) * tl.full(index.shape, GOLDEN, tl.uint32)
-        random = _mixed_kernel(_mixed_kernel(index.to(tl.uint32) ^ low, MIX1, MIX2) + high + above, MIX1, MIX2)
-        m = _stochastic_round_kernel(m, random & 0xFFFF)
-        v = _stochastic_round_kernel(v, random >> 16)
-    tl.store(m_start + index, rounded(m, MOMENT), mask=inside)
-    tl.store(v_start + index, rounded(v, MOMENT), mask=inside)
+    low, high = tl.load(row + 6).to(tl.uint32), tl.load(row + 7).to(tl.uint32)
+    index = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:
+        _update(p + index, g + index, m + index, v + index, index, None, low, high, decay, one_minus_beta1, beta2,
+                one_minus_beta2, step_size, correction, eps, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
+    else:
+        _update(p + index, g + index, m + index, v + index, index, index < size, low, high, decay, one_minus_beta1, beta2,
+                one_minus_beta2, step_size, correction, eps, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
