@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ FUSED = Kernels(
     rope_qk=fused_rope_qk,
     swiglu=fused_swiglu,
     gelu=fused_gelu,
-    linear_cross_entropy_sum=chunked_linear_cross_entropy_sum,
+    linear_cross_entropy_sum=partial(chunked_linear_cross_entropy_sum, fused=True),
 )
 
 

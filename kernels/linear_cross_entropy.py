@@ -14,7 +14,6 @@ from megatrain.kernels.cross_entropy import (
     cross_entropy_with_gradient_,
     fused_cross_entropy_with_gradient_,
 )
-from megatrain.kernels.support import unsupported
 
 
 def linear_cross_entropy_sum(
@@ -36,13 +35,14 @@ def chunked_linear_cross_entropy_sum(
     weights: Tensor | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
+    fused: bool = False,
 ) -> Tensor:
     """`linear_cross_entropy_sum` over chunks of rows, loss and gradients together; any device, any dtype.
 
     A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward only
     scales these two. Memory: `chunk_bytes` of logits (one row at least) and the two gradients, where the reference keeps
-    `[N, V]` several times. The same three matrix products. `d_weight` is summed over chunks in fp32. On a GPU the loss of a
-    chunk is one Triton kernel, elsewhere a few passes over rows that stay in the cache.
+    `[N, V]` several times. The same three matrix products. `d_weight` is summed over chunks in fp32. The loss of a
+    chunk is a few passes over rows that stay in the cache, or where `fused` one Triton kernel.
 
     No second derivative, and one backward: it scales the gradient of `weight` where forward left it.
     """
@@ -54,6 +54,7 @@ def chunked_linear_cross_entropy_sum(
         None if weights is None else weights.flatten(),
         z_loss,
         chunk_bytes,
+        fused,
         needs,
     )[0]
     return loss
@@ -67,12 +68,13 @@ def _chunked(
     weights: Tensor | None,
     z_loss: float,
     chunk_bytes: int,
+    fused: bool,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients of `x` and `weight` (empty, where nobody needs them)."""
     num_rows, vocab = len(x), len(weight)
     rows = max(1, min(num_rows, chunk_bytes // (max(1, vocab) * x.element_size())))
-    in_place = fused_cross_entropy_with_gradient_ if unsupported(x, weight) is None else cross_entropy_with_gradient_
+    in_place = fused_cross_entropy_with_gradient_ if fused else cross_entropy_with_gradient_
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     d_x = torch.empty_like(x) if with_gradients else x.new_empty(0)
     d_weight = weight.new_empty(0)
@@ -118,6 +120,7 @@ def _(
     weights: Tensor | None,
     z_loss: float,
     chunk_bytes: int,
+    fused: bool,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=torch.float32)
@@ -136,7 +139,7 @@ def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | Non
     d_x, d_weight = ctx.saved_tensors
     d_x = d_x * g if ctx.needs_input_grad[0] else None
     d_weight = d_weight.mul_(g).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-    return d_x, d_weight, None, None, None, None, None
+    return d_x, d_weight, None, None, None, None, None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_setup_context)

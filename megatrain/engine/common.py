@@ -48,14 +48,18 @@ def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Ten
     return loss
 
 
-def scaled_loss(loss: Tensor, factor: float) -> Tensor:
+def loss_factor(scale: float, tokens: Tensor) -> Tensor:
+    """`scale / max(1, tokens)`, fp32 scalar: what a micro-batch's summed loss is multiplied by. The host does not wait."""
+    return (scale / tokens.clamp(min=1).double()).float()
+
+
+def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
     """What a micro-batch runs backward: `factor` times its loss, and where that loss is not finite, NaN times it.
 
     Every gradient then is NaN, also where those of a loss that overflowed would have been finite, so that the one veto
     on the gradient norm covers the loss too, on all ranks and without the host looking at it.
     """
-    nowhere = torch.full_like(loss, float("nan"))
-    return loss * torch.full_like(loss, factor).where(torch.isfinite(loss), nowhere)
+    return loss * factor.where(torch.isfinite(loss), torch.full_like(factor, float("nan")))
 
 
 @torch.no_grad()

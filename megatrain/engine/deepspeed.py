@@ -31,6 +31,7 @@ from megatrain.engine.common import (
     count_tokens,
     dropout_seed,
     evaluate,
+    loss_factor,
     optimizer_counters,
     scaled_loss,
     sum_loss,
@@ -386,7 +387,7 @@ class DeepSpeedEngine:
         micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
         tokens = self._sum_over_data(torch.tensor(count_tokens(micro_batches), device=self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters
-        factor = self.layout.dp * self.layout.cp / max(1, int(tokens))
+        factor = loss_factor(self.layout.dp * self.layout.cp, tokens)
         data_rank = self.place.dp * self.layout.cp + self.place.cp
         for group in self.inner.param_groups:
             group["lr"] = lr

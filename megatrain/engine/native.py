@@ -26,6 +26,7 @@ from megatrain.engine.common import (
     compile_blocks,
     count_tokens,
     dropout_seed,
+    loss_factor,
     optimizer_counters,
     scaled_loss,
 )
@@ -190,9 +191,9 @@ class NativeEngine:
     @torch.no_grad()
     def _refresh(self) -> None:
         """Bring the compute copies up to the masters."""
-        for held in self.held:
-            if held.is_copied:
-                local(held.parameter).copy_(held.master)
+        copied = [held for held in self.held if held.is_copied]
+        if copied:
+            torch._foreach_copy_([local(held.parameter) for held in copied], [held.master for held in copied])
 
     def _examples(self) -> tuple[Tensor, Tensor]:
         """Meta tensors shaped as a first stage's input and as what passes between stages."""
@@ -208,11 +209,12 @@ class NativeEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
-        batches = self._mine(micro_batches)
-        tokens = self._sum_over_data(torch.tensor(count_tokens(batches), device=self.world.device))
+        mine = self._mine(micro_batches)
+        batches = [micro_batch.to(self.world.device) for micro_batch in mine]
+        tokens = self._sum_over_data(torch.tensor(count_tokens(mine), device=self.world.device))
         data_rank = self.place.dp * self.layout.cp + self.place.cp
         seeds = [dropout_seed(self.config.seed, step, index, data_rank, self.place.tp) for index in range(len(batches))]
-        factor = self.scaler.scale / max(1, int(tokens))
+        factor = loss_factor(self.scaler.scale, tokens)
         for stage in self.stages.values():
             stage.take(batches, seeds)
         if self.pipeline:
@@ -233,12 +235,11 @@ class NativeEngine:
         )
 
     def _mine(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-        """Micro-batches on this device, this rank's slice of their sequences."""
+        """This rank's slice of the sequences of micro-batches, where they are."""
         layout, place = self.layout, self.place
-        moved = [micro_batch.to(self.world.device) for micro_batch in micro_batches]
         if layout.cp == 1:
-            return moved
-        return [local_slice(micro_batch, layout.cp_kind, place.cp, layout.cp) for micro_batch in moved]
+            return list(micro_batches)
+        return [local_slice(micro_batch, layout.cp_kind, place.cp, layout.cp) for micro_batch in micro_batches]
 
     @property
     def _speaks_for_its_data(self) -> bool:
@@ -249,7 +250,7 @@ class NativeEngine:
         """Sum over the whole job of what every rank has counted on its share of the data."""
         return self.world.sum(values if self._speaks_for_its_data else torch.zeros_like(values))
 
-    def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: float) -> Tensor:
+    def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; the summed loss of this rank's tokens."""
         (stage,) = self.stages.values()
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
@@ -276,14 +277,14 @@ class NativeEngine:
     def _update(self, loss_sum: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """Clip, veto and apply the gradients; the job's summed loss, the norm before clipping and whether it was finite.
 
-        The veto goes through the fused optimizer's own `found_inf`, so no host has to look at the norm.
+        Clipping and the veto go through the fused optimizer's own `grad_scale` and `found_inf`: gradients are read once
+        more for the norm and not for clipping, and no host has to look at it.
         """
         for held in self.held:
             if not self.accumulate_in_master:
                 held.master.grad, held.parameter.grad = self._local_gradient(held).float(), None
         self._sum_gradients_of_slices()
         self._sum_tied_gradients()
-        gradients = [held.master.grad for held in self.held if held.master.grad is not None]
         counted = [held.master.grad for held in self.held if held.counted and held.master.grad is not None]
         norm = torch.nn.utils.get_total_norm(counted).to(self.world.device) / self.scaler.scale
         if self.world.size > 1:
@@ -294,8 +295,7 @@ class NativeEngine:
         finite = torch.isfinite(norm)
         limit = self.config.optim.grad_clip
         shrink = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
-        if limit or self.scaler.scale != 1.0:
-            torch._foreach_mul_(gradients, shrink / self.scaler.scale)
+        self.optimizer.grad_scale = self.scaler.scale / shrink  # type: ignore[attr-defined]  # what they are divided by
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
@@ -351,7 +351,8 @@ class NativeEngine:
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Summed loss and tokens that this rank counts, float64 `[2]`."""
-        batches = self._mine(micro_batches)
+        mine = self._mine(micro_batches)
+        batches = [micro_batch.to(self.world.device) for micro_batch in mine]
         for stage in self.stages.values():
             stage.take(batches, [None] * len(batches))
         if self.pipeline:
@@ -361,7 +362,7 @@ class NativeEngine:
             losses = [stage(batch.tokens, torch.tensor([index])) for index, batch in enumerate(batches)]
             loss_sum = torch.stack(losses).double().sum()
         loss_counts = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
-        tokens = count_tokens(batches) if self._speaks_for_its_data else 0
+        tokens = count_tokens(mine) if self._speaks_for_its_data else 0
         return torch.stack(
             [loss_sum.double() * loss_counts, torch.tensor(float(tokens), device=loss_sum.device).double()]
         )
