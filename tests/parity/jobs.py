@@ -148,8 +148,8 @@ LIMITS = {
 """Largest deviation from one process that a layout may have; see `deviations`."""
 
 
-def ten_steps(world: Any, config: TrainConfig, folder: str) -> Any:
-    """Ten steps with unevenly many ignored labels; what each rank was told, and the gathered state on the way."""
+def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) -> Any:
+    """Ten steps, or so many, with unevenly many ignored labels; what each rank was told, and the gathered state on the way."""
     engine = build_engine(config, world)
     layout = Layout.of(config, world.size)
 
@@ -157,10 +157,10 @@ def ten_steps(world: Any, config: TrainConfig, folder: str) -> Any:
         return batches(config, step, layout.data_rank(world.rank), layout.dp, ignored=True)
 
     told, states = [], [gather(engine, Path(folder) / "start", world)]
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         result = engine.train_step(data(step), config.optim.lr, step)
         told.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm), int(result.tokens)))
-        if step in (1, STEPS):
+        if step in (1, steps):
             states.append(gather(engine, Path(folder) / str(step), world))
     loss_sum, tokens = engine.evaluate(data(99))
     return told, (float(loss_sum) / int(tokens), int(tokens)), states if world.rank == 0 else None

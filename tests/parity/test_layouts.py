@@ -77,6 +77,26 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "family", "changes"),
+    [
+        (1, "gpt2", {"recompute": "selective"}),
+        (2, "llama", {"tp": 2}),
+        (2, "gpt2", {"zero": 3}),
+        (2, "llama", {"engine": "deepspeed", "zero": 3}),
+    ],
+    ids=str,
+)
+def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes, tmp_path):
+    """Triton's, interpreted on a CPU, between layers that DTensor, FSDP2 or ZeRO-3 hold; one block and few steps, for the
+    interpreter takes a second for each block of each micro-batch."""
+    fused, plain = layout_job(family=family, micro=8, **changes), layout_job(family=family, micro=16)
+    fused.kernels, plain.kernels = "triton", "reference"
+    fused.model.num_layers = plain.model.num_layers = 1
+    expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
+    compare(run_ranks(ten_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
+
+
 def first_norm(world, config):
     """The gradient norm of one step."""
     engine = build_engine(config, world)

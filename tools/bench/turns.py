@@ -117,7 +117,7 @@ def make_environment(peer: str) -> None:
         hint = ""
         if "+" in torch:
             build = torch.split("+")[1]
-            hint = f"\nthat build may need: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/{build}"
+            hint = f"\nset PIP_EXTRA_INDEX_URL to the index that has torch's {build} builds"
         raise TurnFailed("pip failed:\n" + "\n".join(done.stderr.strip().splitlines()[-12:]) + hint)
 
 

@@ -45,9 +45,11 @@ def error(found, true):
     [(7, 5, 11, 3), (1, 4, 9, 1), (6, 1, 5, 100), (13, 16, 257, 4), (9, 8, 50257, 4), (3, 4, 128256, 2), (8, 8, 1, 4)],
 )
 @pytest.mark.parametrize(("weighted", "z_loss"), [(False, 0.0), (True, 1e-2)])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(rows, width, vocab, chunk_rows, weighted, z_loss):
+@pytest.mark.parametrize("fused", [False, True])
+def test_chunks_give_the_loss_and_gradients_of_the_whole(rows, width, vocab, chunk_rows, weighted, z_loss, fused):
     x, weight, labels, weights = problem(rows, width, vocab, weighted=weighted)
-    loss = chunked_linear_cross_entropy_sum(x, weight, labels, weights, z_loss, chunk_bytes=chunk_rows * vocab * 4)
+    size = chunk_rows * vocab * 4
+    loss = chunked_linear_cross_entropy_sum(x, weight, labels, weights, z_loss, chunk_bytes=size, fused=fused)
     found = torch.autograd.grad(loss * 0.25, [x, weight])
     true = truth(x, weight, labels, weights, z_loss, 0.25)
     assert loss.dtype == torch.float32

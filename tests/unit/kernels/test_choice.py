@@ -1,0 +1,68 @@
+"""Which operations a model gets: by mode, device, shape and whether its blocks are compiled."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from megatrain.config import TrainConfig
+from megatrain.engine.common import choose_kernels
+from megatrain.errors import EnvironmentFault
+from megatrain.kernels import choice
+from megatrain.kernels.choice import CHUNKED, FUSED, REFERENCE, choose
+from megatrain.kernels.support import MAX_ROW, KernelError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "expected", "says"),
+    [
+        ("reference", False, REFERENCE, "kernels=reference: the plain operations"),
+        ("triton", False, FUSED, "kernels=triton: the fused operations"),
+        ("auto", False, CHUNKED, "interpreter is for tests"),
+        ("auto", True, CHUNKED, "torch.compile fuses the blocks"),
+    ],
+)
+def test_a_mode_picks_and_says_so_once(mode, compiled, expected, says, caplog):
+    with caplog.at_level(logging.INFO, "megatrain"):
+        assert choose(mode, CPU, torch.float32, 64, compiled) is expected
+    assert len(caplog.messages) == 1 and says in caplog.messages[0]
+
+
+def test_auto_without_triton_takes_the_plain_operations_and_says_why(monkeypatch, caplog):
+    monkeypatch.setattr("megatrain.kernels.support.HAVE_TRITON", False)
+    with caplog.at_level(logging.INFO, "megatrain"):
+        assert choose("auto", CPU, torch.float32, 64, False) is CHUNKED
+    assert "Triton is not installed" in caplog.text
+
+
+def test_auto_on_a_gpu_takes_the_fused_operations_unless_a_row_is_too_wide(monkeypatch, caplog):
+    """The device is pretended: what counts here is the decision."""
+    widths = []
+
+    def takes(*tensors, row):
+        widths.append(row)
+        return None if row <= MAX_ROW else f"a row of {row} does not fit"
+
+    monkeypatch.setattr(choice, "unsupported", takes)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: None)
+    gpu = torch.device("cuda")
+    assert choose("auto", gpu, torch.bfloat16, 4096, False) is FUSED
+    assert choose("auto", gpu, torch.bfloat16, 4096, True) is CHUNKED
+    with caplog.at_level(logging.INFO, "megatrain"):
+        assert choose("auto", gpu, torch.bfloat16, 2 * MAX_ROW, False) is CHUNKED
+    assert "does not fit" in caplog.text and widths == [4096, 4096, 2 * MAX_ROW]
+
+
+def test_triton_where_it_cannot_run_is_an_error_that_names_the_key(monkeypatch):
+    with pytest.raises(KernelError, match="does not fit into one block"):
+        choose("triton", CPU, torch.float32, 2 * MAX_ROW, False)
+    monkeypatch.setattr("megatrain.kernels.support.INTERPRETED", False)
+    config = TrainConfig()
+    config.kernels = "triton"
+    with pytest.raises(EnvironmentFault, match=r"kernels=triton: .*Triton needs a GPU.*use kernels=auto") as caught:
+        choose_kernels(config, CPU)
+    assert caught.value.exit_code == 8
