@@ -47,14 +47,20 @@ FUSED = Kernels(
     gelu=fused_gelu,
     linear_cross_entropy_sum=partial(chunked_linear_cross_entropy_sum, fused=True),
 )
+COMPILED = replace(REFERENCE, linear_cross_entropy_sum=FUSED.linear_cross_entropy_sum)
 
 
-def choose(mode: str, device: torch.device, dtype: torch.dtype, width: int, compiled: bool) -> Kernels:
+def choose(
+    mode: str, device: torch.device, dtype: torch.dtype, width: int, compiled: bool, splits_backward: bool = False
+) -> Kernels:
     """The operations for a model of hidden size `width` that computes in `dtype` on `device`, logged in a line.
 
     `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain ones
     where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses pointwise
     operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton.
+
+    Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the gradients of
+    an operation's two results when it takes the backward pass apart.
 
     Raises:
         KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not taken.
@@ -63,17 +69,21 @@ def choose(mode: str, device: torch.device, dtype: torch.dtype, width: int, comp
         _LOG.info("kernels=reference: the plain operations")
         return REFERENCE
     reason = unsupported(torch.empty(0, dtype=dtype, device=device), row=width)
+    if mode == "triton" and reason is not None:
+        raise KernelError(reason)
+    fused = replace(FUSED, add_rms_norm=add_rms_norm, add_layer_norm=add_layer_norm) if splits_backward else FUSED
     if mode == "triton":
-        if reason is not None:
-            raise KernelError(reason)
         _LOG.info("kernels=triton: the fused operations")
-        return FUSED
-    if reason is None and compiled:
-        reason = "torch.compile fuses the blocks"
+        return fused
     if reason is None and device.type != "cuda":
         reason = "Triton's interpreter is for tests"
     if reason is not None:
         _LOG.info("kernels=auto: the plain operations (%s), head and loss in chunks", reason)
         return CHUNKED
+    if compiled:
+        _LOG.info(
+            "kernels=auto: the plain operations in blocks (torch.compile fuses them), fused head and loss in chunks"
+        )
+        return COMPILED
     _LOG.info("kernels=auto: the fused operations")
-    return FUSED
+    return fused

@@ -41,7 +41,8 @@ def chunked_linear_cross_entropy_sum(
 
     A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward only
     scales these two. Memory: `chunk_bytes` of logits (one row at least) and the two gradients, where the reference keeps
-    `[N, V]` several times. The same three matrix products. `d_weight` is summed over chunks in fp32. The loss of a
+    `[N, V]` several times. The same three matrix products. In 16 bits `d_weight` is summed over chunks in fp32, which takes
+    another `[V, D]` for each chunk's share, and then rounded. The loss of a
     chunk is a few passes over rows that stay in the cache, or where `fused` one Triton kernel.
 
     No second derivative, and one backward: it scales the gradient of `weight` where forward left it.

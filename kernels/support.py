@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_ROW = 16384
-"""Widest row that a norm keeps in registers. ptxas for sm_90: the backward pass of rows up to 8192 fits, at 16384 some 600
-bytes a thread spill to memory, at 32768 2,000."""
+from megatrain.kernels import MAX_ROW
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,7 +32,7 @@ class _Absent:
         raise KernelError(f"{_MISSING} (triton.{name})")
 
 
-_MISSING = "Triton is not installed: `pip install triton` (Linux), or use the plain references"
+_MISSING = "Triton is not installed, or older than 3.6: `pip install triton` (Linux), or use the plain references"
 
 try:
     import triton
@@ -43,7 +41,7 @@ try:
     HAVE_TRITON = True
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     _IN_INTERPRETER: Any = tl.constexpr(INTERPRETED)
-except ImportError:
+except (ImportError, AttributeError):  # missing, or older than its settings
     triton = tl = _Absent()
     HAVE_TRITON = INTERPRETED = _IN_INTERPRETER = False
 
@@ -75,12 +73,8 @@ def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
             return f"a tensor is on {t.device}: Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1) on a CPU"
         if t.is_floating_point() and t.dtype not in _DTYPES:
             return f"a tensor is {t.dtype}; kernels take float32, bfloat16, float16 and float64"
-        if (
-            t.dtype == torch.bfloat16
-            and t.device.type == "cuda"
-            and torch.cuda.get_device_capability(t.device) < (8, 0)
-        ):
-            return f"{torch.cuda.get_device_name(t.device)} has no bfloat16 (it needs compute capability 8.0)"
+        if t.device.type == "cuda" and torch.cuda.get_device_capability(t.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(t.device)} is too old: Triton needs compute capability 8.0"
     if row is not None and not 0 < row <= MAX_ROW:
         return f"a row of {row} does not fit into one block (1 to {MAX_ROW})"
     return None

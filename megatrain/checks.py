@@ -25,6 +25,7 @@ from megatrain.config import (
     TrainLoopConfig,
 )
 from megatrain.errors import ConfigError
+from megatrain.kernels import MAX_ROW
 from megatrain.launch.environment import RankEnvironment, is_launched
 from megatrain.launch.slurm import Step, num_nodes
 from megatrain.parallel.layout import divisors, listed
@@ -52,6 +53,7 @@ def check_values(config: Any) -> None:
         check_loop(config)
         check_skip_ranges(config.train.skip_ranges)
         check_slow_rank_ratio(config.resilience.slow_rank_ratio)
+        check_kernels(config)
         check_layout(config, ranks)
 
 
@@ -102,6 +104,15 @@ def check_slow_rank_ratio(ratio: float) -> None:
         raise ConfigError(
             f"resilience.slow_rank_ratio={ratio:g} would name ranks that are as fast as the others; give more than 1 (1.2 "
             f"is the default), or 0 to compare nothing"
+        )
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """Fused kernels that are asked for must take the model's rows."""
+    if config.kernels == "triton" and config.model.hidden_size > MAX_ROW:
+        raise ConfigError(
+            f"kernels=triton takes a model.hidden_size of at most {MAX_ROW}, not {config.model.hidden_size}; use kernels=auto "
+            f"or kernels=reference"
         )
 
 

@@ -18,6 +18,7 @@ from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import decays
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.parallel.layout import ZERO_BUBBLE
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int, tensor_rank: int = 0) -> int:
@@ -48,6 +49,11 @@ def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Ten
     return loss
 
 
+def on_device(number: int, device: torch.device) -> Tensor:
+    """An int64 scalar, filled in there: a copy from the host would have it wait for the device."""
+    return torch.full((), number, dtype=torch.int64, device=device)
+
+
 def loss_factor(scale: float, tokens: Tensor) -> Tensor:
     """`scale / max(1, tokens)`, fp32 scalar: what a micro-batch's summed loss is multiplied by. The host does not wait."""
     return (scale / tokens.clamp(min=1).double()).float()
@@ -73,7 +79,7 @@ def evaluate(model: nn.Module, batches: Iterable[MicroBatch], device: torch.devi
         tokens += count_tokens([batch])
         loss_sum += sum_loss(model, batch.to(device), None)
     model.train(was_training)
-    return loss_sum, torch.tensor(tokens, device=device)
+    return loss_sum, on_device(tokens, device)
 
 
 def compile_blocks(model: GPT) -> None:
@@ -89,8 +95,9 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
         EnvironmentFault: `kernels=triton` where Triton cannot run.
     """
     dtype, width = DTYPES[config.precision.name], config.model.hidden_size
+    splits_backward = config.parallel.pp > 1 and config.parallel.schedule in ZERO_BUBBLE
     try:
-        return choose(config.kernels, device, dtype, width, config.compile)
+        return choose(config.kernels, device, dtype, width, config.compile, splits_backward)
     except KernelError as error:
         raise EnvironmentFault(f"kernels=triton: {error}; use kernels=auto or kernels=reference") from error
 

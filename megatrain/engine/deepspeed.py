@@ -32,6 +32,7 @@ from megatrain.engine.common import (
     dropout_seed,
     evaluate,
     loss_factor,
+    on_device,
     optimizer_counters,
     scaled_loss,
     sum_loss,
@@ -385,7 +386,7 @@ class DeepSpeedEngine:
         """See `Engine.train_step`."""
         self.copies.clear()
         micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
-        tokens = self._sum_over_data(torch.tensor(count_tokens(micro_batches), device=self.world.device))
+        tokens = self._sum_over_data(on_device(count_tokens(micro_batches), self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters
         factor = loss_factor(self.layout.dp * self.layout.cp, tokens)
         data_rank = self.place.dp * self.layout.cp + self.place.cp

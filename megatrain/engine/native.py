@@ -27,6 +27,7 @@ from megatrain.engine.common import (
     count_tokens,
     dropout_seed,
     loss_factor,
+    on_device,
     optimizer_counters,
     scaled_loss,
 )
@@ -211,7 +212,7 @@ class NativeEngine:
         """See `Engine.train_step`."""
         mine = self._mine(micro_batches)
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
-        tokens = self._sum_over_data(torch.tensor(count_tokens(mine), device=self.world.device))
+        tokens = self._sum_over_data(on_device(count_tokens(mine), self.world.device))
         data_rank = self.place.dp * self.layout.cp + self.place.cp
         seeds = [dropout_seed(self.config.seed, step, index, data_rank, self.place.tp) for index in range(len(batches))]
         factor = loss_factor(self.scaler.scale, tokens)
@@ -257,7 +258,7 @@ class NativeEngine:
         for index, micro_batch in enumerate(micro_batches):
             before_backward(stage, self.layout.zero, index == len(micro_batches) - 1, self.travels_in_fp32)
             self.world.heartbeat.enter("forward")
-            loss = stage(micro_batch.tokens, torch.tensor([index]))
+            loss = stage(micro_batch.tokens, index)
             self.world.heartbeat.enter("backward")
             scaled_loss(loss, factor).backward()
             loss_sum += loss.detach()
@@ -359,13 +360,11 @@ class NativeEngine:
             loss_sum = self.pipeline.evaluate(batches)
         else:
             (stage,) = self.stages.values()
-            losses = [stage(batch.tokens, torch.tensor([index])) for index, batch in enumerate(batches)]
+            losses = [stage(batch.tokens, index) for index, batch in enumerate(batches)]
             loss_sum = torch.stack(losses).double().sum()
         loss_counts = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
         tokens = count_tokens(mine) if self._speaks_for_its_data else 0
-        return torch.stack(
-            [loss_sum.double() * loss_counts, torch.tensor(float(tokens), device=loss_sum.device).double()]
-        )
+        return torch.stack([loss_sum.double() * loss_counts, on_device(tokens, loss_sum.device).double()])
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -64,9 +64,10 @@ class RankProcess:
         self.code = code
 
 
-KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=1099511627776"
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 """Has glibc keep freed memory for the next step. Left to itself it gives every large tensor back to the system, which clears
-the pages again when the next one wants them: a tenth of a step of gpt2_124m on two cores. Other C libraries ignore it."""
+the pages again when the next one wants them: a tenth of a step of gpt2_124m on two cores. A rank's memory never shrinks, then.
+Other C libraries ignore it."""
 
 
 def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Counted as autograd keeps them, tensor by tensor, on one rank and for one micro-batch (after Korthikanti et al., 2022,
 arXiv:2205.05198, section 4, whose model differs: here attention is fused, so that nothing grows with the square of the
-sequence, norms keep an fp32 copy of their input, and the loss works in fp32). Imports no torch. Without dropout inside
+sequence, norms keep an fp32 copy of their input, and the loss works in fp32). Fused kernels keep less of a block with
+RMSNorm and SwiGLU: of those this is an upper bound. Imports no torch. Without dropout inside
 attention and without document masks, whose memory depends on the kernel.
 
 Letters: t tokens that a rank works on (micro-batch x sequence / cp), D width, H and G query and key-value heads a rank
@@ -68,6 +69,8 @@ def count(
     kept = {"none": whole, "selective": entry + attention_products + mlp_products + 2 * read, "full": entry}
     if split.head_in_chunks:  # forward leaves the gradients of what the head reads and of its weight
         last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, CHUNK_BYTES) + 8 * tokens
+        if w < 4:  # a chunk in fp32 (on CPUs), and its share of the weight's gradient, which is summed in fp32
+            loss = 3 * loss + 4 * vocabulary * width
     else:
         last = norm + read + tokens * (4 * vocabulary + 8 + (13 if split.tp > 1 else 0))
         loss = tokens * vocabulary * (4 + (w if w < 4 else 0))

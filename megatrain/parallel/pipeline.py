@@ -39,10 +39,11 @@ class Stage(GPT):
         """The micro-batches (on this device, this rank's slice of their sequences) and dropout seeds that come next."""
         self.micro_batches, self.seeds = micro_batches, seeds
 
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        """Token ids `[B, T]` (first stage) or activations `[B, T, D]` of micro-batch `index` (int64, one element) to
+    def forward(self, x: Tensor, index: Tensor | int) -> Tensor:  # type: ignore[override]
+        """Token ids `[B, T]` (first stage) or activations `[B, T, D]` of micro-batch `index` (an int, or int64 of one element) to
         activations, or on the last stage to the summed loss, an fp32 scalar."""
-        micro_batch, seed = self.micro_batches[int(index)], self.seeds[int(index)]
+        number = int(index)
+        micro_batch, seed = self.micro_batches[number], self.seeds[number]
         positions = micro_batch.positions
         if positions is None:
             positions = torch.arange(micro_batch.tokens.shape[1], device=x.device)

@@ -189,6 +189,8 @@ def device_times(events: Any) -> tuple[dict[str, float], dict[str, float]]:
     total: dict[str, float] = defaultdict(float)
     communication: dict[str, float] = defaultdict(float)
     for event in on_host:
+        if event.name.startswith(NAME):  # a range, which may have all of its phase's kernels
+            continue
         place = bisect.bisect_right(starts, event.time_range.start) - 1
         if place < 0 or event.time_range.start > ranges[place][1]:
             continue

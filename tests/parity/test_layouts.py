@@ -83,6 +83,7 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
         (1, "gpt2", {"recompute": "selective"}),
         (2, "llama", {"tp": 2}),
         (2, "gpt2", {"zero": 3}),
+        (2, "gpt2", {"pp": 2, "virtual_stages": 2, "schedule": "zbv_zero_bubble"}),
         (2, "llama", {"engine": "deepspeed", "zero": 3}),
     ],
     ids=str,
@@ -90,9 +91,12 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
 def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes, tmp_path):
     """Triton's, interpreted on a CPU, between layers that DTensor, FSDP2 or ZeRO-3 hold; one block and few steps, for the
     interpreter takes a second for each block of each micro-batch."""
-    fused, plain = layout_job(family=family, micro=8, **changes), layout_job(family=family, micro=16)
+    fused, plain = (
+        layout_job(family=family, micro=4 if "pp" in changes else 8, **changes),
+        layout_job(family=family, micro=16),
+    )
     fused.kernels, plain.kernels = "triton", "reference"
-    fused.model.num_layers = plain.model.num_layers = 1
+    fused.model.num_layers = plain.model.num_layers = 4 if "pp" in changes else 1
     expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
     compare(run_ranks(ten_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
 

@@ -12,7 +12,8 @@ round, with an interval that holds the true median with 95% probability.
 
 What is equal: shape, batch, micro-batches, tokens, AdamW's settings, clipping, the loss read each step, threads, precision
 (fp32; bf16 on fp32 parameters: autocast for the peers). What is not: `megatrain train` also has its journal, tracking and
-checks on; where `--compile` is given, megatrain compiles block by block, the others as a whole. A word at the end is an
+checks on; where `--compile` is given, megatrain compiles block by block, the others as a whole; and its launcher has
+glibc keep freed memory, which a plain `python train.py` has not. A word at the end is an
 override of the train command (`train.recompute=full`).
 """
 

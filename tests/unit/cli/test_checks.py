@@ -64,6 +64,10 @@ def test_keys_that_agree_pass(base, overrides):
             ["resilience.slow_rank_ratio=1"],
             "slow_rank_ratio=1 would name ranks that are as fast as the others; give more",
         ),
+        (
+            ["kernels=triton", "model.hidden_size=16640", "model.num_heads=4"],
+            "kernels=triton takes a model.hidden_size of at most 16384, not 16640; use kernels=auto",
+        ),
         (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide model.num_heads=4; nearest that do: 2 or 4"),
         (["model.hidden_size=60"], "must be of even size, and this one is 15 wide; .*: 1, 2, 3, 5, 6, 10, 15, 30"),
         (["model.head_size=7"], "even size, and this one is 7 wide; give model.head_size=8"),

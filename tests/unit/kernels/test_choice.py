@@ -10,9 +10,9 @@ import torch
 from megatrain.config import TrainConfig
 from megatrain.engine.common import choose_kernels
 from megatrain.errors import EnvironmentFault
-from megatrain.kernels import choice
-from megatrain.kernels.choice import CHUNKED, FUSED, REFERENCE, choose
-from megatrain.kernels.support import MAX_ROW, KernelError
+from megatrain.kernels import MAX_ROW, choice
+from megatrain.kernels.choice import CHUNKED, COMPILED, FUSED, REFERENCE, choose
+from megatrain.kernels.support import KernelError
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
         ("reference", False, REFERENCE, "kernels=reference: the plain operations"),
         ("triton", False, FUSED, "kernels=triton: the fused operations"),
         ("auto", False, CHUNKED, "interpreter is for tests"),
-        ("auto", True, CHUNKED, "torch.compile fuses the blocks"),
+        ("auto", True, CHUNKED, "interpreter is for tests"),
     ],
 )
 def test_a_mode_picks_and_says_so_once(mode, compiled, expected, says, caplog):
@@ -51,10 +51,16 @@ def test_auto_on_a_gpu_takes_the_fused_operations_unless_a_row_is_too_wide(monke
     monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: None)
     gpu = torch.device("cuda")
     assert choose("auto", gpu, torch.bfloat16, 4096, False) is FUSED
-    assert choose("auto", gpu, torch.bfloat16, 4096, True) is CHUNKED
+    assert choose("auto", gpu, torch.bfloat16, 4096, True) is COMPILED
     with caplog.at_level(logging.INFO, "megatrain"):
         assert choose("auto", gpu, torch.bfloat16, 2 * MAX_ROW, False) is CHUNKED
     assert "does not fit" in caplog.text and widths == [4096, 4096, 2 * MAX_ROW]
+
+
+def test_a_schedule_that_splits_the_backward_pass_keeps_addition_and_norm_apart():
+    found = choose("triton", CPU, torch.float32, 64, False, splits_backward=True)
+    assert found.add_rms_norm is REFERENCE.add_rms_norm and found.add_layer_norm is REFERENCE.add_layer_norm
+    assert found.rms_norm is FUSED.rms_norm and found.swiglu is FUSED.swiglu
 
 
 def test_triton_where_it_cannot_run_is_an_error_that_names_the_key(monkeypatch):

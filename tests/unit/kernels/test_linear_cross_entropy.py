@@ -148,14 +148,18 @@ def test_never_are_all_logits_in_memory():
 
         reading, writing = os.pipe()
         if not (child := os.fork()):
-            x, weight, labels, weights = problem(2048, 8, 20000)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            torch.autograd.grad(form(x, weight, labels, weights), [x, weight])
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            os.write(writing, str(used).encode())
-            os._exit(0)
+            try:
+                x, weight, labels, weights = problem(2048, 8, 20000)
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                torch.autograd.grad(form(x, weight, labels, weights), [x, weight])
+                used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+                os.write(writing, str(used).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)  # or reading would wait for a child that died
         os.waitpid(child, 0)
-        return int(os.read(reading, 20))
+        with os.fdopen(reading) as pipe:
+            return int(pipe.read())
 
     if DEVICE == "cuda":
         x, weight, labels, weights = problem(2048, 8, 20000)

@@ -1,0 +1,317 @@
+"""The fused kernels beside the plain operations, torch.compile's and Liger-Kernel's: errors, time, share of the copy bandwidth.
+
+    python tools/bench/kernels.py                 # a GPU: times at a Llama 8B's sizes, and errors
+    python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and memory
+
+Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together. Times
+are of forward and backward together, each form in turns, medians; the floor is what a kernel must read and write at the
+bandwidth that a copy of 1 GiB reaches in the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and
+no time is measured: it would be the interpreter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu  # noqa: E402
+from megatrain.kernels.linear_cross_entropy import (  # noqa: E402
+    chunked_linear_cross_entropy_sum,
+    linear_cross_entropy_sum,
+)
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one size.
+
+    `inputs` are made anew for each dtype; `numbers` is how many of them, in units of the largest input, forward and backward
+    must read and write at least; `liger` is Liger-Kernel's form, if it has one. `constants` come behind the inputs, fp32 and
+    without gradients; `exact` is the formula for float64, where the plain form rounds to fp32 inside.
+    """
+
+    name: str
+    inputs: Callable[[], list[Tensor]]
+    plain: Callable[..., Any]
+    fused: Callable[..., Any]
+    numbers: float
+    liger: Callable[[], Callable[..., Any]] | None = None
+    constants: Callable[[], list[Tensor]] = list
+    exact: Callable[..., Any] | None = None
+
+
+def operations(small: bool) -> list[Operation]:
+    """What is measured: a Llama 8B's sizes, 8,192 tokens; or small ones."""
+    rows, width, ffn, vocab = (64, 1000, 1000, 5003) if small else (8192, 4096, 14336, 128256)
+    heads, kv_heads, head_dim = (4, 2, 16) if small else (32, 8, 128)
+    some = rows // 4
+
+    def queries_and_keys() -> list[Tensor]:
+        return [torch.randn(1, rows, number, head_dim).transpose(1, 2) for number in (heads, kv_heads)]
+
+    def exact_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+        return turned(q), turned(k)
+
+    def exact_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.logsumexp(-1) - logits.gather(-1, labels[:, None])[:, 0]).sum()
+
+    def liger(name: str, function: str) -> Callable[[], Callable[..., Any]]:
+        def find() -> Callable[..., Any]:
+            import importlib
+
+            apply: Callable[..., Any] = getattr(importlib.import_module(f"liger_kernel.ops.{name}"), function).apply
+            return apply
+
+        return find
+
+    norm = [lambda: [torch.randn(rows, width), torch.rand(width) + 0.5]]
+    added = [lambda: [torch.randn(rows, width), torch.randn(rows, width), torch.rand(width) + 0.5]]
+    return [
+        Operation(
+            "RMSNorm",
+            norm[0],
+            lambda x, w: rms_norm.rms_norm(x, w, 1e-5),
+            lambda x, w: rms_norm.fused_rms_norm(x, w, 1e-5),
+            5,
+            liger("rms_norm", "LigerRMSNormFunction"),
+        ),
+        Operation(
+            "residual + RMSNorm",
+            added[0],
+            lambda x, r, w: rms_norm.add_rms_norm(x, r, w, 1e-5),
+            lambda x, r, w: rms_norm.fused_add_rms_norm(x, r, w, 1e-5),
+            8,
+        ),
+        Operation(
+            "LayerNorm",
+            norm[0],
+            lambda x, w: layer_norm.layer_norm(x, w, None, 1e-5),
+            lambda x, w: layer_norm.fused_layer_norm(x, w, None, 1e-5),
+            5,
+        ),
+        Operation(
+            "residual + LayerNorm",
+            added[0],
+            lambda x, r, w: layer_norm.add_layer_norm(x, r, w, None, 1e-5),
+            lambda x, r, w: layer_norm.fused_add_layer_norm(x, r, w, None, 1e-5),
+            8,
+        ),
+        Operation(
+            "RoPE, q and k",
+            queries_and_keys,
+            rope.rope_qk,
+            rope.fused_rope_qk,
+            4 * (heads + kv_heads) / heads,
+            constants=lambda: list(rope.rope_angles(torch.arange(rows), head_dim, 10000.0)),
+            exact=exact_rope,
+        ),
+        Operation(
+            "SwiGLU",
+            lambda: [torch.randn(rows, ffn), torch.randn(rows, ffn)],
+            swiglu.swiglu,
+            swiglu.fused_swiglu,
+            8,
+            liger("swiglu", "LigerSiLUMulFunction"),
+        ),
+        Operation("GELU", lambda: [torch.randn(rows, ffn)], gelu.gelu, gelu.fused_gelu, 5),
+        Operation(
+            "cross-entropy",
+            lambda: [torch.randn(some, vocab) * 4, torch.randint(0, vocab, (some,))],
+            cross_entropy.cross_entropy_sum,
+            cross_entropy.fused_cross_entropy_sum,
+            3,
+            exact=exact_loss,
+        ),
+    ]
+
+
+def ready(operation: Operation, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Arguments on the device; floating inputs in `dtype`, wanting gradients."""
+    moved = [t.to(DEVICE, dtype).requires_grad_() if t.is_floating_point() else t.to(DEVICE) for t in inputs]
+    return [*moved, *(t.to(DEVICE) for t in operation.constants())]
+
+
+def run(form: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs and gradients."""
+    outputs = form(*given)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [t for t in given if t.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+    return [*(y.detach() for y in outputs), *(g for g in gradients if g is not None)]
+
+
+def error(operation: Operation, form: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Of a form in `dtype` against float64 on the same rounded inputs."""
+    given = ready(operation, inputs, dtype)
+    doubled = [t.detach().double().requires_grad_() if t.requires_grad else t for t in given]
+    exact, found = run(operation.exact or operation.plain, doubled), run(form, given)
+    return max(
+        float((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-300))
+        for a, b in zip(found, exact, strict=True)
+    )
+
+
+def median_ms(forms: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Milliseconds of each form, in turns, by the device's own clock."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for form in forms.values():
+        for _ in range(3):
+            form()
+    for _ in range(ROUNDS):
+        for name, form in forms.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            form()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * 2**30 / (median_ms({"copy": lambda: target.copy_(source)})["copy"] / 1e3)
+
+
+def speed(operation: Operation, bandwidth: float) -> list[str]:
+    """bf16: milliseconds of each form and the fused one's share of the bandwidth."""
+    given = ready(operation, operation.inputs(), torch.bfloat16)
+    compiled = torch.compile(operation.plain)
+    forms: dict[str, Callable[[], Any]] = {
+        "fused": lambda: run(operation.fused, given),
+        "plain": lambda: run(operation.plain, given),
+        "compiled": lambda: run(compiled, given),
+    }
+    if operation.liger is not None:
+        try:
+            form = operation.liger()
+            arguments = (1e-5,) if "norm" in operation.name.lower() else ()
+            run(lambda *tensors: form(*tensors, *arguments), given)
+            forms["liger"] = lambda: run(lambda *tensors: form(*tensors, *arguments), given)
+        except Exception as reason:
+            print(f"{operation.name}: Liger-Kernel not measured: {reason}", flush=True)
+    found = median_ms(forms)
+    size = max(t.numel() * t.element_size() for t in given)
+    share = operation.numbers * size / bandwidth / (found["fused"] / 1e3)
+    others = [f"{found[name]:.3f}" if name in found else "-" for name in ("plain", "compiled", "liger")]
+    return [f"{found['fused']:.3f}", f"{100 * share:.0f}%", *others]
+
+
+def kernels() -> None:
+    """The table of all operations."""
+    bandwidth = copy_bandwidth() if HAS_GPU else None
+    if bandwidth:
+        print(f"copy: {bandwidth / 1e9:,.0f} GB/s on {torch.cuda.get_device_name()}")
+    print(
+        "| operation | fp32 error (PyTorch's) | bf16 error (PyTorch's) | ms | of the copy's bandwidth | plain | compiled | Liger |"
+    )
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for small, operation in zip(operations(True), operations(False), strict=True):
+        inputs = small.inputs()
+        errors = [
+            f"{error(small, small.fused, inputs, dtype):.1e} ({error(small, small.plain, inputs, dtype):.1e})"
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        times = speed(operation, bandwidth) if bandwidth else ["not measured", "", "", "", ""]
+        print(f"| {small.name} | {' | '.join([*errors, *times])} |", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- head and loss
+
+
+def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int, send: Any) -> None:
+    """One form of head and loss in a process of its own: median seconds, and the peak of what it adds to the memory."""
+    dtype = torch.bfloat16 if HAS_GPU else torch.float32
+    x = torch.randn(rows, width, device=DEVICE, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, width, device=DEVICE, dtype=dtype).div_(width**0.5).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), device=DEVICE)
+    form = {
+        "plain": linear_cross_entropy_sum,
+        "compiled": torch.compile(linear_cross_entropy_sum),
+        "chunks": lambda *given: chunked_linear_cross_entropy_sum(*given, fused=HAS_GPU),
+    }[name]
+    times = []
+    if HAS_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if HAS_GPU else psutil.Process().memory_info().rss
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        torch.autograd.grad(form(x, weight, labels), [x, weight])
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() if HAS_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    send.send((statistics.median(times[1:]), peak - before))
+
+
+def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
+    """Head and loss, forward and backward, the forms in turns."""
+    print(
+        f"head and loss, {rows} tokens, width {width}, vocabulary {vocab}, {DEVICE}, {torch.get_num_threads()} threads"
+    )
+    spawn = multiprocessing.get_context("spawn")
+    found: dict[str, list[tuple[float, int]]] = {"plain": [], "compiled": [], "chunks": []}
+    for _ in range(turns):
+        for name, figures in found.items():
+            receive, send = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=head_turn, args=(name, rows, width, vocab, rounds, send))
+            process.start()
+            send.close()  # or receiving would wait for a process that died
+            figures.append(receive.recv())
+            process.join()
+    print("| form | seconds, median | time over the chunks', median of turns | MiB added at the peak |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, figures in found.items():
+        ratios = [mine[0] / chunks[0] for mine, chunks in zip(figures, found["chunks"], strict=True)]
+        seconds, memory = (statistics.median(values) for values in zip(*figures, strict=True))
+        print(f"| {name} | {seconds:.3f} | {statistics.median(ratios):.3f} | {memory / 2**20:,.0f} |")
+    print(json.dumps(found))
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", action="store_true", help="head and loss alone")
+    parser.add_argument("--tokens", type=int, default=8192 if HAS_GPU else 1024)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions in a turn")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.head:
+        head(arguments.tokens, arguments.width, arguments.vocab, arguments.turns, arguments.rounds)
+    else:
+        kernels()
+        if HAS_GPU:
+            head(arguments.tokens, arguments.width, arguments.vocab, 3, 5)
+
+
+if __name__ == "__main__":
+    main()
