@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW = 40
+WINDOW = 36
 """Steps that a verdict looks at."""
 
 QUICK = 0.1
