@@ -7,5 +7,8 @@ CHUNK_BYTES = 256 * 2**20
 """Logits that exist at once where head and loss are computed in chunks (linear_cross_entropy.py), in bytes: a thousand rows of
 a vocabulary of 50,257 in fp32, with which the matrix products run at full speed on two CPU cores."""
 
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once (docs/kernels.md)."""
+
 MAX_ROW = 16384
 """Widest row that a fused norm takes, in numbers: what registers hold. A wider one would spill to memory."""

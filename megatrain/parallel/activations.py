@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig
-from megatrain.kernels import CHUNK_BYTES
 from megatrain.parallel import plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -45,7 +44,8 @@ class Split(NamedTuple):
     tp: int
     cp: int
     cp_kind: str
-    head_in_chunks: bool
+    chunk_bytes: int
+    """Of logits, where head and loss are computed in chunks; else 0."""
 
 
 def count(
@@ -67,8 +67,8 @@ def count(
     entry = w * between * width
     whole = 2 * (norm + read + dropped) + attention + mlp
     kept = {"none": whole, "selective": entry + attention_products + mlp_products + 2 * read, "full": entry}
-    if split.head_in_chunks:  # forward leaves the gradients of what the head reads and of its weight
-        last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, CHUNK_BYTES) + 8 * tokens
+    if split.chunk_bytes:  # forward leaves the gradients of what the head reads and of its weight
+        last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, split.chunk_bytes) + 8 * tokens
         if w < 4:  # a chunk in fp32 (on CPUs), and its share of the weight's gradient, which is summed in fp32
             loss = 3 * loss + 4 * vocabulary * width
     else:

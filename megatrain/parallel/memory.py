@@ -13,6 +13,7 @@ from operator import ge, mul
 from typing import Any, NamedTuple
 
 from megatrain.config import ModelConfig, TrainConfig
+from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatrain.model.count import parameter_shapes
 from megatrain.parallel import activations, plan, timeline
 from megatrain.parallel.activations import BYTES
@@ -157,7 +158,9 @@ class MemoryModel:
             cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
-        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, head_in_chunks(config, layout))
+        chunk = CHUNK_BYTES if config.launch.device == "cpu" else CUDA_CHUNK_BYTES
+        chunk *= head_in_chunks(config, layout)
+        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk)
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
         sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Suite:
     """The rows, one after another, within a budget of time."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self.small, self.folder = arguments.small, folder
+        self.small, self.folder, self.rounds = arguments.small, folder, arguments.rounds
         self.deadline = time.monotonic() + arguments.minutes * 60
         self.own = probe("megatrain")
         self.device = "cuda" if self.own["gpu"] and not arguments.small else "cpu"
@@ -89,6 +90,8 @@ class Suite:
         """Prepare a job in a folder of its own."""
         place = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
         defaults = ["engine=native", f"launch.device={self.device}", "optim.schedule=constant", "checkpoint.every=0"]
+        if find_spec("mlflow") is None:  # lent machines have none, and its absence would be waited for
+            defaults.append("tracking.name=none")
         return prepare(place, [*defaults, *words], self.device, chain)
 
     def turn(self, contender: str, job: dict[str, Any], warmup: int) -> Turn:
@@ -120,7 +123,7 @@ class Suite:
         where = f"{job['model']['name']}, T={job['seq_len']}, {job['precision']}"
         goals = (None, None) if self.small else (470_000.0, 1.05)
         ours, ratios, reason = [], [], ""
-        for _ in range(1 if self.small else 2):
+        for _ in range(1 if self.small else self.rounds):
             ours.append(self.turn("megatrain", job, 5).tokens_per_s)
             try:
                 ratios.append(ours[-1] / self.turn(bare, job, 5).tokens_per_s)
@@ -240,6 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="toy sizes on the CPU, to see that it works")
     parser.add_argument("--minutes", type=float, default=9.5, help="no row begins after so many minutes (default 9.5)")
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of the comparison with the bare loop (default 2)")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     arguments = parser.parse_args()

@@ -4,8 +4,8 @@
     python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and memory
 
 Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together. Times
-are of forward and backward together, each form in turns, medians; the floor is what a kernel must read and write at the
-bandwidth that a copy of 1 GiB reaches in the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and
+are of forward and backward together, of a CUDA graph that holds both (so that the host's share is left out), each form in
+turns, medians; the floor is what a kernel must read and write at the bandwidth that a copy of 1 GiB reaches in the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and
 no time is measured: it would be the interpreter's.
 """
 
@@ -19,6 +19,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from megatrain.kernels.linear_cross_entropy import (  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ROUNDS = 20
+COMPILED_HEAD = torch.compile(linear_cross_entropy_sum)
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,30 @@ def ready(operation: Operation, inputs: Sequence[Tensor], dtype: torch.dtype) ->
     return [*moved, *(t.to(DEVICE) for t in operation.constants())]
 
 
-def run(form: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs and gradients."""
+def run(form: Callable[..., Any], given: Sequence[Tensor], grads: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Outputs and gradients, for `grads` of the outputs (ones unless given)."""
     outputs = form(*given)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [t for t in given if t.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+    gradients = torch.autograd.grad(outputs, wanted, grads or [torch.ones_like(y) for y in outputs], allow_unused=True)
     return [*(y.detach() for y in outputs), *(g for g in gradients if g is not None)]
+
+
+def graphed(form: Callable[..., Any], given: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward as a CUDA graph; call it to have it done once."""
+    with torch.no_grad():
+        outputs = form(*given)
+    grads = [torch.randn_like(y) for y in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(form, given, grads)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(form, given, grads)
+    return graph.replay
 
 
 def error(operation: Operation, form: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
@@ -201,19 +220,17 @@ def copy_bandwidth() -> float:
 
 def speed(operation: Operation, bandwidth: float) -> list[str]:
     """bf16: milliseconds of each form and the fused one's share of the bandwidth."""
+    torch.compiler.reset()
     given = ready(operation, operation.inputs(), torch.bfloat16)
-    compiled = torch.compile(operation.plain)
-    forms: dict[str, Callable[[], Any]] = {
-        "fused": lambda: run(operation.fused, given),
-        "plain": lambda: run(operation.plain, given),
-        "compiled": lambda: run(compiled, given),
-    }
+    wanted: dict[str, Callable[..., Any]] = {
+        "fused": operation.fused, "plain": operation.plain, "compiled": torch.compile(operation.plain)
+    }  # fmt: skip
+    forms = {name: graphed(form, given) for name, form in wanted.items()}
     if operation.liger is not None:
         try:
-            form = operation.liger()
+            liger = operation.liger()
             arguments = (1e-5,) if "norm" in operation.name.lower() else ()
-            run(lambda *tensors: form(*tensors, *arguments), given)
-            forms["liger"] = lambda: run(lambda *tensors: form(*tensors, *arguments), given)
+            forms["liger"] = graphed(lambda *tensors: liger(*tensors, *arguments), given)
         except Exception as reason:
             print(f"{operation.name}: Liger-Kernel not measured: {reason}", flush=True)
     found = median_ms(forms)
@@ -245,19 +262,20 @@ def kernels() -> None:
 # ------------------------------------------------------------------------------------------- head and loss
 
 
-def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int, send: Any) -> None:
-    """One form of head and loss in a process of its own: median seconds, and the peak of what it adds to the memory."""
+def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int) -> tuple[float, int]:
+    """One form of head and loss: median seconds, and the peak of what it adds to the memory."""
     dtype = torch.bfloat16 if HAS_GPU else torch.float32
     x = torch.randn(rows, width, device=DEVICE, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, device=DEVICE, dtype=dtype).div_(width**0.5).requires_grad_()
     labels = torch.randint(0, vocab, (rows,), device=DEVICE)
     form = {
         "plain": linear_cross_entropy_sum,
-        "compiled": torch.compile(linear_cross_entropy_sum),
+        "compiled": COMPILED_HEAD,
         "chunks": lambda *given: chunked_linear_cross_entropy_sum(*given, fused=HAS_GPU),
     }[name]
     times = []
     if HAS_GPU:
+        torch.autograd.grad(form(x, weight, labels), [x, weight])  # compiles; the peak is of what follows
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if HAS_GPU else psutil.Process().memory_info().rss
     for _ in range(rounds + 1):
@@ -267,7 +285,16 @@ def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int, send: A
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() if HAS_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    send.send((statistics.median(times[1:]), peak - before))
+    return statistics.median(times[1:]), peak - before
+
+
+def head_turn_apart(*arguments: Any) -> tuple[float, int]:
+    """`head_turn`; on a CPU in a process of its own, for only a new one tells its peak."""
+    if HAS_GPU:
+        return head_turn(*arguments)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(head_turn, *arguments).result()
 
 
 def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
@@ -275,16 +302,10 @@ def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
     print(
         f"head and loss, {rows} tokens, width {width}, vocabulary {vocab}, {DEVICE}, {torch.get_num_threads()} threads"
     )
-    spawn = multiprocessing.get_context("spawn")
     found: dict[str, list[tuple[float, int]]] = {"plain": [], "compiled": [], "chunks": []}
     for _ in range(turns):
         for name, figures in found.items():
-            receive, send = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=head_turn, args=(name, rows, width, vocab, rounds, send))
-            process.start()
-            send.close()  # or receiving would wait for a process that died
-            figures.append(receive.recv())
-            process.join()
+            figures.append(head_turn_apart(name, rows, width, vocab, rounds))
     print("| form | seconds, median | time over the chunks', median of turns | MiB added at the peak |")
     print("| --- | ---: | ---: | ---: |")
     for name, figures in found.items():
@@ -310,7 +331,8 @@ def main() -> None:
     else:
         kernels()
         if HAS_GPU:
-            head(arguments.tokens, arguments.width, arguments.vocab, 3, 5)
+            head(8192, 768, 50257, 5, 5)
+            head(8192, 4096, 128256, 3, 3)
 
 
 if __name__ == "__main__":
