@@ -28,13 +28,14 @@ def adamw_step_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    step: int,
+    step: int | Tensor,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """One AdamW update in place (Loshchilov and Hutter, 2019, arXiv:1711.05101), with torch's order of operations.
 
@@ -43,14 +44,18 @@ def adamw_step_(
     `p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)`.
 
     The lists are equally long; `params` are fp32, `grads` of any floating dtype, the moments fp32, or bf16 (computed in
-    fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0 (reading it
-    here waits for the device). `stochastic_rounding_seed` rounds bf16 moments stochastically, else to nearest. In fp32
-    the result is torch.optim.AdamW's, bit for bit.
+    fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0, and gradients
+    are divided by `grad_scale`, another one (reading them here waits for the device). `stochastic_rounding_seed` rounds
+    bf16 moments stochastically, else to nearest; where `step` is a scalar on the device, which the host does not know,
+    that seed must be another one for each step. In fp32 the result is torch.optim.AdamW's, bit for bit.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
     beta1, beta2 = betas
+    rounding_step, step = _known(step), int(step)
     step_size, correction = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    if grad_scale is not None:
+        grads = [grad.to(p.dtype) / grad_scale for grad, p in zip(grads, params, strict=True)]
     for place, (p, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g, m, v = grad.to(p.dtype), exp_avg.to(p.dtype), exp_avg_sq.to(p.dtype)  # themselves where they are fp32
         p.mul_(1 - lr * weight_decay)
@@ -59,10 +64,15 @@ def adamw_step_(
         p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
         if exp_avg.dtype == torch.bfloat16:
             if stochastic_rounding_seed is not None:
-                bits = random_bits(p.numel(), stochastic_rounding_seed, step, place, p.device).view(p.shape)
+                bits = random_bits(p.numel(), stochastic_rounding_seed, rounding_step, place, p.device).view(p.shape)
                 m, v = stochastic_round(m, bits & 0xFFFF), stochastic_round(v, bits >> 16)
             exp_avg.copy_(m)
             exp_avg_sq.copy_(v)
+
+
+def _known(step: int | Tensor) -> int:
+    """The step as far as the host knows it: what random bits depend on."""
+    return step if isinstance(step, int) else 0
 
 
 def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
@@ -110,13 +120,14 @@ def fused_adamw_step_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    step: int,
+    step: int | Tensor,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """`adamw_step_` in one launch for all tensors that share the dtypes of gradient and moments: usually one in all.
 
@@ -138,25 +149,25 @@ def fused_adamw_step_(
             raise KernelError("fused AdamW takes contiguous parameters and moments")
         assert p.shape == g.shape == m.shape == v.shape, (p.shape, g.shape, m.shape, v.shape)
         groups.setdefault((g.dtype, m.dtype), []).append(i)
-    require(*params, *grads, *exp_avgs, *exp_avg_sqs, found_inf)
+    require(*params, *grads, *exp_avgs, *exp_avg_sqs, found_inf, grad_scale)
+    if not groups:
+        return
+    scalars = _scalars(step, lr, betas, grad_scale, params[0].device)
     for (grad_dtype, moment_dtype), members in groups.items():
         stochastic = stochastic_rounding_seed is not None and moment_dtype == torch.bfloat16
         rows, num_blocks, aligned = [], 0, True
         for i in members:
             pointers = [t[i].data_ptr() for t in (params, grads, exp_avgs, exp_avg_sqs)]
             aligned = aligned and all(pointer % 16 == 0 for pointer in pointers)
-            numel, key = params[i].numel(), _key(stochastic_rounding_seed or 0, step, i) if stochastic else (0, 0)
+            numel, key = params[i].numel(), _key(stochastic_rounding_seed or 0, _known(step), i) if stochastic else (0, 0)
             rows.append((*pointers, numel, num_blocks, *key))
             num_blocks += ceil_div(numel, _BLOCK)
-        table = torch.tensor(rows, dtype=torch.int64)
-        if params[0].is_cuda:
-            table = table.pin_memory().to(params[0].device, non_blocking=True)
+        table = _moved(torch.tensor(rows, dtype=torch.int64), params[0].device)
         launch(
             _adamw_kernel,
             (num_blocks,),
-            *(table, table if found_inf is None else found_inf),
-            *(1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1]),
-            *(lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps),
+            *(table, scalars, table if found_inf is None else found_inf),
+            *(1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1], eps),
             NUM_TENSORS=len(members),
             BISECTIONS=(len(members) - 1).bit_length(),
             HAS_FOUND_INF=found_inf is not None,
@@ -170,6 +181,26 @@ def fused_adamw_step_(
             BLOCK=_BLOCK,
             num_warps=4,
         )
+
+
+def _scalars(
+    step: int | Tensor, lr: float, betas: tuple[float, float], grad_scale: Tensor | None, device: torch.device
+) -> Tensor:
+    """fp32 `[3]` on the device, which alone may know what they depend on: the step size, the correction of the root of
+    the second moment, and what gradients are multiplied by."""
+    if isinstance(step, int):
+        both = torch.tensor([lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)], dtype=torch.float32)
+        both = _moved(both, device)
+    else:
+        count = step.double()
+        both = torch.stack([lr / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()]).float()
+    gain = torch.ones_like(both[:1]) if grad_scale is None else grad_scale.float().reciprocal().view(1)
+    return torch.cat([both, gain])
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @triton.jit
@@ -204,9 +235,10 @@ def _update(
     one_minus_beta1: tl.tensor,
     beta2: tl.tensor,
     one_minus_beta2: tl.tensor,
+    eps: tl.tensor,
     step_size: tl.tensor,
     correction: tl.tensor,
-    eps: tl.tensor,
+    gain: tl.tensor,
     STOCHASTIC: tl.constexpr,
     MOMENT: tl.constexpr,
     MIX1: tl.constexpr,
@@ -215,7 +247,7 @@ def _update(
 ) -> None:
     """The elements `index` of a tensor where `inside`, or without it all of them."""
     p = tl.load(p_at, mask=inside)
-    g = tl.load(g_at, mask=inside).to(tl.float32)
+    g = tl.load(g_at, mask=inside).to(tl.float32) * gain
     m = tl.load(m_at, mask=inside).to(tl.float32)
     v = tl.load(v_at, mask=inside).to(tl.float32)
     m += one_minus_beta1 * (g - m)
@@ -234,13 +266,12 @@ def _update(
 @triton.jit
 def _adamw_kernel(
     table: tl.tensor,
+    scalars: tl.tensor,
     found_inf: tl.tensor,
     decay: tl.tensor,
     one_minus_beta1: tl.tensor,
     beta2: tl.tensor,
     one_minus_beta2: tl.tensor,
-    step_size: tl.tensor,
-    correction: tl.tensor,
     eps: tl.tensor,
     NUM_TENSORS: tl.constexpr,
     BISECTIONS: tl.constexpr,
@@ -273,10 +304,11 @@ def _adamw_kernel(
     if HAS_FOUND_INF:
         size = tl.where(tl.load(found_inf) == 0, size, 0)  # otherwise nothing is inside
     low, high = tl.load(row + 6).to(tl.uint32), tl.load(row + 7).to(tl.uint32)
+    step_size, correction, gain = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     index = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:
         _update(p + index, g + index, m + index, v + index, index, None, low, high, decay, one_minus_beta1, beta2,
-                one_minus_beta2, step_size, correction, eps, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
+                one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
     else:
         _update(p + index, g + index, m + index, v + index, index, index < size, low, high, decay, one_minus_beta1, beta2,
-                one_minus_beta2, step_size, correction, eps, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
+                one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip

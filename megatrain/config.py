@@ -193,6 +193,11 @@ class OptimConfig:
         0.1, "decoupled weight decay on matrices; biases, norms and other vectors have none", minimum=0
     )
     grad_clip: float = key(1.0, "largest global gradient norm; 0 does not clip", minimum=0)
+    moments: str = key(
+        "fp32",
+        "format of AdamW's two moments; bf16 takes half the memory, rounds stochastically and needs engine=native",
+        choices=("fp32", "bf16"),
+    )
 
 
 @dataclass
@@ -266,9 +271,13 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number formats. Master weights and optimizer states are fp32 in every choice."""
+    """Number formats. Master weights are fp32 in every choice."""
 
-    name: str = key("fp32", "format of parameters and activations in compute", choices=("fp32", "bf16", "fp16"))
+    name: str = key(
+        "fp32",
+        "format of parameters and activations in compute; fp8: bf16, and fp8 inside the blocks' linear layers (native)",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+    )
     accumulate_dtype: str = key(
         "fp32", "format that gradients of micro-batches are summed in", choices=("fp32", "bf16", "fp16")
     )

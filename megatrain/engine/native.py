@@ -36,6 +36,7 @@ from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
 from megatrain.model.gpt import LossFunction
 from megatrain.model.init import initial_block
+from megatrain.model.fp8 import use_fp8
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
@@ -98,7 +99,7 @@ class NativeEngine:
         if self.accumulate_in_master:
             self._accumulate_into_masters()
         groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.held), config.optim)
-        self.optimizer = adamw(groups, config.optim)
+        self.optimizer = adamw(groups, config.optim, config.seed)
         materialise(self.optimizer, step=0)
         self._initialise()
         if config.compile:
@@ -124,6 +125,8 @@ class NativeEngine:
             if self.groups and self.groups.cp is not None:
                 for block in stage.blocks.children():
                     block.attn.attend = make_attend(self.layout.cp_kind, self.groups.cp)  # type: ignore[union-attr]
+            if self.config.precision.name == "fp8":
+                use_fp8(stage.blocks, self.world.device)
             if self.groups and self.groups.tp is not None:
                 cut_tensors(stage, self.groups.tensor_mesh)
             if self.groups and self.is_sharded:
@@ -224,7 +227,7 @@ class NativeEngine:
         else:
             loss_sum = self._train_without_pipeline(batches, factor)
         self.world.heartbeat.enter("update")
-        loss_sum, grad_norm, finite = self._update(loss_sum, lr)
+        loss_sum, grad_norm, finite = self._update(loss_sum, lr, step)
         if self.scaler.enabled:
             self.scaler.update(overflow=not bool(finite))
         return StepResult(
@@ -275,7 +278,7 @@ class NativeEngine:
         return local(gradient)
 
     @torch.no_grad()
-    def _update(self, loss_sum: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _update(self, loss_sum: Tensor, lr: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clip, veto and apply the gradients; the job's summed loss, the norm before clipping and whether it was finite.
 
         Clipping and the veto go through the fused optimizer's own `grad_scale` and `found_inf`: gradients are read once
@@ -300,6 +303,7 @@ class NativeEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.train_step = step  # type: ignore[attr-defined]  # for LowMomentsAdamW
         self.optimizer.step()
         for held in self.held:
             held.master.grad = None

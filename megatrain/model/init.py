@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def initial_block(
 def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
     """Standard normal values `[start, stop)` of the endless stream that belongs to (seed, name)."""
     values = np.empty(stop - start, dtype=np.float32)
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
+
+    def fill(block: int) -> None:
         first, last = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
         # NumPy's generator, because it takes the whole hash: torch's on the CPU keeps 32 bits of a seed, and the
         # million blocks of a large model would then share some streams.
@@ -81,6 +83,14 @@ def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
         drawn = generator.standard_normal(last, dtype=np.float32)
         offset = block * BLOCK + first - start
         values[offset : offset + last - first] = drawn[first:]
+
+    blocks = range(start // BLOCK, -(-stop // BLOCK))
+    if (workers := min(len(blocks), torch.get_num_threads())) > 1:
+        with ThreadPoolExecutor(workers) as threads:  # drawing lets go of the GIL
+            list(threads.map(fill, blocks))
+    else:
+        for block in blocks:
+            fill(block)
     return torch.from_numpy(values)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 
 from megatrain.config import OptimConfig
+from megatrain.kernels.adamw import adamw_step_, fused_adamw_step_
+from megatrain.kernels.support import unsupported
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's per-parameter states, by torch's names; a checkpoint keeps them as `optim.<moment>.<parameter>`."""
@@ -34,10 +37,71 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config
     ]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW: one pass over each tensor, on CPU as on CUDA."""
+def adamw(groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """torch's fused AdamW: one pass over each tensor, on CPU as on CUDA. With `optim.moments=bf16`, `LowMomentsAdamW`.
+
+    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes; `seed` is of the latter's rounding.
+    """
     first, second = config.betas
+    if config.moments == "bf16":
+        return LowMomentsAdamW(groups, config.lr, (first, second), config.eps, torch.bfloat16, seed)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+
+
+class LowMomentsAdamW(torch.optim.Optimizer):
+    """AdamW with both moments in less than fp32, rounded stochastically (kernels/adamw.py); parameters are fp32.
+
+    The random bits are a function of the seed, `train_step` (set it before each `step`), the group, the place in it and the
+    element: a run that resumes rounds as one that was never stopped; another layout rounds the same values elsewhere.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.dtype, self.seed = dtype, seed
+        self.train_step = 0
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, unless `found_inf` is not 0. Does not wait for a GPU."""
+        assert closure is None
+        for number, group in enumerate(self.param_groups):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self.state[p] for p in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1.0)
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+            update = fused_adamw_step_ if parameters[0].is_cuda and unsupported(*parameters) is None else adamw_step_
+            update(
+                parameters,
+                [p.grad for p in parameters if p.grad is not None],
+                *([state[moment] for state in states] for moment in MOMENTS),
+                steps[0],
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                self.found_inf,
+                mixed(self.seed, self.train_step, number),
+                self.grad_scale,
+            )
+
+
+def mixed(*numbers: int) -> int:
+    """63 well-spread bits from some numbers."""
+    return xxhash.xxh3_64_intdigest(":".join(map(str, numbers)).encode()) >> 1
 
 
 def materialise(optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -45,10 +109,11 @@ def materialise(optimizer: torch.optim.Optimizer, step: int) -> None:
 
     AdamW makes its states at the first step, but a checkpoint needs somewhere to load into before that.
     """
+    dtype = optimizer.dtype if isinstance(optimizer, LowMomentsAdamW) else torch.float32
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             for moment in MOMENTS:
                 if moment not in state:
-                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from megatrain.config import ModelConfig
 from megatrain.parallel import plan
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Bytes of a number by its format."""
 
 

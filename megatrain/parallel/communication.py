@@ -19,7 +19,7 @@ from megatrain.parallel import plan
 from megatrain.parallel.layout import Coordinate, Layout, stage_layers
 from megatrain.parallel.timeline import orders
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8}
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"

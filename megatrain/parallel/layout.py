@@ -209,6 +209,11 @@ def _is_low(config: TrainConfig) -> bool:
     return config.precision.name != "fp32"
 
 
+def _compute(config: TrainConfig) -> str:
+    """The format of activations."""
+    return "bf16" if config.precision.name == "fp8" else config.precision.name
+
+
 def _is_deepspeed(config: TrainConfig) -> bool:
     return config.engine.name == "deepspeed"
 
@@ -483,8 +488,8 @@ REFUSALS = (
         "gradients summed in a format that is neither fp32 nor the compute format",
         lambda config, _: (
             f"precision.accumulate_dtype={config.precision.accumulate_dtype} does not go with "
-            f"precision={config.precision.name}; use fp32 or {config.precision.name}"
-            if _is_low(config) and config.precision.accumulate_dtype not in ("fp32", config.precision.name)
+            f"precision={config.precision.name}; use fp32 or {_compute(config)}"
+            if _is_low(config) and config.precision.accumulate_dtype not in ("fp32", _compute(config))
             else None
         ),
     ),
@@ -493,8 +498,8 @@ REFUSALS = (
         "gradients reduced in a format that is neither fp32 nor the compute format",
         lambda config, _: (
             f"precision.reduce_dtype={config.precision.reduce_dtype} does not go with precision="
-            f"{config.precision.name}; use fp32 or {config.precision.name}"
-            if _is_low(config) and config.precision.reduce_dtype not in ("fp32", config.precision.name)
+            f"{config.precision.name}; use fp32 or {_compute(config)}"
+            if _is_low(config) and config.precision.reduce_dtype not in ("fp32", _compute(config))
             else None
         ),
     ),
@@ -568,6 +573,34 @@ REFUSALS = (
             f"compile=true with model.dropout={config.model.dropout:g} and parallel.tp={config.parallel.tp} under "
             f"engine=deepspeed: use compile=false, model.dropout=0 or engine=native"
             if _is_deepspeed(config) and config.parallel.tp > 1 and config.compile and config.model.dropout > 0
+            else None
+        ),
+    ),
+    Refusal(
+        "deepspeed_bf16_moments",
+        "moments in bf16 under DeepSpeed, whose partitions hold them in fp32",
+        lambda config, _: (
+            "optim.moments=bf16 needs engine=native: DeepSpeed's partitions hold moments in fp32"
+            if _is_deepspeed(config) and config.optim.moments == "bf16"
+            else None
+        ),
+    ),
+    Refusal(
+        "deepspeed_fp8",
+        "fp8 under DeepSpeed, whose hooks and partitions are not shown to work with torchao's layers",
+        lambda config, _: (
+            "precision=fp8 needs engine=native; use that, or precision=bf16"
+            if _is_deepspeed(config) and config.precision.name == "fp8"
+            else None
+        ),
+    ),
+    Refusal(
+        "fp8_tensor",
+        "fp8 with tensor ranks: the scale of a cut tensor would have to be agreed on",
+        lambda config, _: (
+            f"precision=fp8 with parallel.tp={config.parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
+            f"short), or precision=bf16"
+            if config.precision.name == "fp8" and config.parallel.tp > 1
             else None
         ),
     ),

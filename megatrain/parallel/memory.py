@@ -153,7 +153,8 @@ class MemoryModel:
             # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
             unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
-            states = self._native(stages, cut, sharded, stays, unreduced, formats.name, formats.reduce_dtype)
+            dtypes = (formats.name, formats.reduce_dtype, config.optim.moments)
+            states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
         else:
             cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
@@ -189,6 +190,7 @@ class MemoryModel:
         unreduced: bool,
         compute_dtype: str,
         reduce_dtype: str,
+        moments: str,
     ) -> _States:
         """Masters are fp32 shards. FSDP2 gathers them in the compute format, in fp32 too and at stage 0 too.
 
@@ -200,7 +202,7 @@ class MemoryModel:
         held = _Counts()
         for unit, number, _ in units:
             held = held.plus(unit, number)
-        optimizer = 8 * held.mine + 4 * held.tensors
+        optimizer = 2 * BYTES[moments] * held.mine + 4 * held.tensors
         unsharded = 4 * held.whole
         if (w == 4 or sharded) and cut.tp > 1 and any(self._has_own_embedding(stage) for stage in stages):
             # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end

@@ -104,6 +104,20 @@ def test_found_inf_stops_the_update_and_zero_does_not(function, moment_dtype):
 
 
 @pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16])
+def test_a_step_and_a_scale_that_only_the_device_knows(function, moment_dtype):
+    """A power of two: scaling and its undoing lose nothing."""
+    plain = lists(moment_dtype)
+    scaled = copied(plain)
+    scaled[1][:] = [g * 512 for g in scaled[1]]
+    function(*plain, 9, **SETTINGS)
+    step, scale = (torch.full((), number, device=DEVICE) for number in (9.0, 512.0))
+    function(*scaled, step, **SETTINGS, grad_scale=scale)
+    for i in (0, 2, 3):
+        torch.testing.assert_close(scaled[i], plain[i], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", BOTH)
 def test_bf16_moments_keep_bad_numbers(function):
     grads = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=DEVICE)
     grads.view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that a GPU makes; a few more and it is -0

@@ -1,0 +1,91 @@
+"""Less than fp32 in moments, less than bf16 in products: near the run without, the same bits after a resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jobs import job, layout_job, llama, train
+from ranks import run_ranks
+
+from megatrain.checkpoint.store import CheckpointStore, load_into, verify
+from megatrain.engine.build import build_engine
+from megatrain.parallel.layout import check
+
+
+def losses(world, config, folder=None, first=1, last=12):
+    """A run's losses and norms; with a folder it is saved there at its end, or begun from there."""
+    engine = build_engine(config, world)
+    if first > 1:
+        source = folder / f"step_{first - 1:08d}"
+        manifest = verify(source)
+        load_into(source, manifest, engine.state(), None)
+        engine.restore(manifest)
+    seen = train(engine, config, world.rank, world.size, first, last)
+    if folder is not None and first == 1:
+        CheckpointStore(folder, world).save(last, engine.state(), {"note": "low", **engine.counters()})
+    dtypes = {name.split(".")[1]: tensor.dtype for name, tensor in engine.state().items() if name.startswith("optim.")}
+    return seen, dtypes
+
+
+def low(moments="fp32", precision="bf16", **changes):
+    config = layout_job(micro=changes.pop("micro", 4), **changes)
+    config.model = llama(hidden_size=32, head_size=8, ffn_size=48, init_std=0.1)
+    config.precision.name, config.optim.moments = precision, moments
+    return config
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 3}), (2, {"tp": 2}), (2, {"pp": 2})], ids=str)
+def test_moments_in_bf16_stay_near_fp32_ones(ranks, changes):
+    config = low("bf16", **changes)
+    check(config, ranks)
+    (found, dtypes), *_ = run_ranks(losses, ranks, config)
+    assert set(dtypes.values()) == {torch.bfloat16} and set(dtypes) == {"exp_avg", "exp_avg_sq"}
+    (expected, _), *_ = run_ranks(losses, ranks, low(**changes))
+    assert found[0] == expected[0] and found != expected
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=2e-3)
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 2})], ids=str)
+def test_a_resume_with_bf16_moments_is_the_run_that_never_stopped(ranks, changes, tmp_path):
+    config = low("bf16", **changes)
+    (whole, _), *_ = run_ranks(losses, ranks, config)
+    run_ranks(losses, ranks, config, tmp_path, 1, 6)
+    (again, _), *_ = run_ranks(losses, ranks, config, tmp_path, 7, 12)
+    assert again == whole[6:]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_run_may_change_the_format_of_its_moments(saved, resumed, tmp_path):
+    run_ranks(losses, 1, low(saved), tmp_path, 1, 6)
+    ((same, _),) = run_ranks(losses, 1, low(saved), tmp_path, 7, 12)
+    ((other, _),) = run_ranks(losses, 1, low(resumed), tmp_path, 7, 12)
+    assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in same], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(1, {}), (2, {"zero": 3}), (2, {"pp": 2}), (1, {"recompute": "selective"}), (1, {"compile": True})],
+    ids=str,
+)
+def test_losses_in_fp8_stay_near_those_in_bf16(ranks, changes):
+    """Emulated on a CPU; not equal, or nothing would have been rounded."""
+    config = low(precision="fp8", **changes)
+    check(config, ranks)
+    (found, _), *_ = run_ranks(losses, ranks, config, timeout_s=300)
+    (expected, _), *_ = run_ranks(losses, ranks, low(**changes), timeout_s=300)
+    assert found != expected
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-2)
+    assert found[0][0] == pytest.approx(expected[0][0], rel=2e-3)
+
+
+def test_layers_that_fp8_products_do_not_take_stay_in_bf16():
+    """A feed-forward layer 37 wide."""
+    from megatrain.model.fp8 import use_fp8
+    from megatrain.model.init import build_model
+
+    model = build_model(job(model=llama(hidden_size=32, head_size=8)).model, seed=1)
+    names = [name for name, _ in model.named_parameters()]
+    use_fp8(model.blocks, torch.device("cpu"))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if hasattr(module, "in_features")}
+    assert kinds["blocks.0.attn.q"] == "Float8Linear" and kinds["blocks.1.mlp.down"] == "Linear"
+    assert kinds["head"] == "Head" and names == [name for name, _ in model.named_parameters()]
