@@ -159,7 +159,10 @@ def fused_adamw_step_(
         for i in members:
             pointers = [t[i].data_ptr() for t in (params, grads, exp_avgs, exp_avg_sqs)]
             aligned = aligned and all(pointer % 16 == 0 for pointer in pointers)
-            numel, key = params[i].numel(), _key(stochastic_rounding_seed or 0, _known(step), i) if stochastic else (0, 0)
+            numel, key = (
+                params[i].numel(),
+                _key(stochastic_rounding_seed or 0, _known(step), i) if stochastic else (0, 0),
+            )
             rows.append((*pointers, numel, num_blocks, *key))
             num_blocks += ceil_div(numel, _BLOCK)
         table = _moved(torch.tensor(rows, dtype=torch.int64), params[0].device)

@@ -34,9 +34,9 @@ from megatrain.engine.common import (
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
+from megatrain.model.fp8 import use_fp8
 from megatrain.model.gpt import LossFunction
 from megatrain.model.init import initial_block
-from megatrain.model.fp8 import use_fp8
 from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan

@@ -87,7 +87,8 @@ class LowMomentsAdamW(torch.optim.Optimizer):
             update(
                 parameters,
                 [p.grad for p in parameters if p.grad is not None],
-                *([state[moment] for state in states] for moment in MOMENTS),
+                [state[MOMENTS[0]] for state in states],
+                [state[MOMENTS[1]] for state in states],
                 steps[0],
                 group["lr"],
                 group["betas"],

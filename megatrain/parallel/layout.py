@@ -472,6 +472,34 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "deepspeed_bf16_moments",
+        "moments in bf16 under DeepSpeed, whose partitions hold them in fp32",
+        lambda config, _: (
+            "optim.moments=bf16 needs engine=native: DeepSpeed's partitions hold moments in fp32"
+            if _is_deepspeed(config) and config.optim.moments == "bf16"
+            else None
+        ),
+    ),
+    Refusal(
+        "deepspeed_fp8",
+        "fp8 under DeepSpeed, whose hooks and partitions are not shown to work with torchao's layers",
+        lambda config, _: (
+            "precision=fp8 needs engine=native; use that, or precision=bf16"
+            if _is_deepspeed(config) and config.precision.name == "fp8"
+            else None
+        ),
+    ),
+    Refusal(
+        "fp8_tensor",
+        "fp8 with tensor ranks: the scale of a cut tensor would have to be agreed on",
+        lambda config, _: (
+            f"precision=fp8 with parallel.tp={config.parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
+            f"short), or precision=bf16"
+            if config.precision.name == "fp8" and config.parallel.tp > 1
+            else None
+        ),
+    ),
+    Refusal(
         "fp32_low_sums",
         "precision=fp32 with gradients summed or reduced in less",
         lambda config, _: (
@@ -573,34 +601,6 @@ REFUSALS = (
             f"compile=true with model.dropout={config.model.dropout:g} and parallel.tp={config.parallel.tp} under "
             f"engine=deepspeed: use compile=false, model.dropout=0 or engine=native"
             if _is_deepspeed(config) and config.parallel.tp > 1 and config.compile and config.model.dropout > 0
-            else None
-        ),
-    ),
-    Refusal(
-        "deepspeed_bf16_moments",
-        "moments in bf16 under DeepSpeed, whose partitions hold them in fp32",
-        lambda config, _: (
-            "optim.moments=bf16 needs engine=native: DeepSpeed's partitions hold moments in fp32"
-            if _is_deepspeed(config) and config.optim.moments == "bf16"
-            else None
-        ),
-    ),
-    Refusal(
-        "deepspeed_fp8",
-        "fp8 under DeepSpeed, whose hooks and partitions are not shown to work with torchao's layers",
-        lambda config, _: (
-            "precision=fp8 needs engine=native; use that, or precision=bf16"
-            if _is_deepspeed(config) and config.precision.name == "fp8"
-            else None
-        ),
-    ),
-    Refusal(
-        "fp8_tensor",
-        "fp8 with tensor ranks: the scale of a cut tensor would have to be agreed on",
-        lambda config, _: (
-            f"precision=fp8 with parallel.tp={config.parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
-            f"short), or precision=bf16"
-            if config.precision.name == "fp8" and config.parallel.tp > 1
             else None
         ),
     ),

@@ -178,6 +178,7 @@ class MegatrainProcess:
     scratch: Path
     threads: int
     extra: list[str] = field(default_factory=list)
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
         longer = [f"train.steps={100 * self.job['steps']}"] if self.job.get("cut") else []
@@ -197,7 +198,7 @@ class MegatrainProcess:
         last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
         return figures(
             "megatrain", number, self.job, warmup, times, wall, self.began, None if cut else peak,
-            last.get("peak_device_bytes"), [record["loss"] for record in records],
+            self.device_bytes if cut else last.get("peak_device_bytes"), [record["loss"] for record in records],
         )  # fmt: skip
 
     def _cut(self, metrics: Path) -> bool:
@@ -205,6 +206,7 @@ class MegatrainProcess:
         try:
             while self.process.is_running():
                 if metrics.exists() and len(metrics.read_bytes().splitlines()) > self.job["steps"]:
+                    self.device_bytes = used_device_bytes() if self.job["device"] == "cuda" else None
                     self.process.process.kill()
                     return True
                 time.sleep(0.2)
@@ -304,6 +306,15 @@ def machine(found: dict[str, Any]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load_1min": os.getloadavg()[0],
     }
+
+
+def used_device_bytes() -> int | None:
+    """Memory in use on the first GPU, by its driver: torch gives none back, so of one process it is the most it had."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    with contextlib.suppress(OSError, ValueError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        return int(done.stdout) * 2**20
+    return None
 
 
 def cpu_name() -> str:

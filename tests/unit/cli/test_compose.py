@@ -161,7 +161,11 @@ def test_a_key_like_no_other_is_refused_with_what_there_is():
             "model=tinny",
             r"unknown choice model=tinny; did you mean model=tiny\? \(choices of model: .*small.*",
         ),
-        ("train", "precision=float7", r"unknown choice precision=float7.*\(choices of precision: bf16, fp16, fp32\)"),
+        (
+            "train",
+            "precision=float7",
+            r"unknown choice precision=float7.*\(choices of precision: bf16, fp16, fp32, fp8\)",
+        ),
         ("train", "experiment=quikstart", "did you mean experiment=quickstart"),
         ("prepare", "model=tiny", "unknown key model"),
         ("train", "model=a,b", "model=a,b: several values make a sweep"),

@@ -180,6 +180,17 @@ REFUSED = {
             dict(parallel__schedule="interleaved_1f1b"),
         )
     ],
+    "deepspeed_bf16_moments": [
+        (job(optim__moments="bf16"), 2, "engine=native", dict(engine__name="native")),
+    ],
+    "deepspeed_fp8": [
+        (job(precision="fp8"), 2, "engine=native", dict(engine__name="native")),
+        (job(precision="fp8"), 2, "precision=bf16", dict(precision__name="bf16")),
+    ],
+    "fp8_tensor": [
+        (native(precision="fp8", parallel__tp=2), 2, "parallel.tp=1", dict(parallel__tp=1)),
+        (native(precision="fp8", parallel__tp=2), 2, "precision=bf16", dict(precision__name="bf16")),
+    ],
     "fp32_low_sums": [(job(accumulate="bf16"), 1, "precision=bf16", dict(precision__name="bf16"))],
     "foreign_accumulate_dtype": [
         (job(precision="bf16", accumulate="fp16"), 2, "use fp32 or bf16", dict(precision__accumulate_dtype="bf16"))
