@@ -118,6 +118,8 @@ class Parts:
     a spike and returns where the run then stands (None: there is nowhere to go back to); `bytes_per_token` is the held-out
     text's, `peak_flops` the whole job's (None where unknown); `held_up` tells the seconds in which this rank could not do
     its own work so far, for it waited for others, and `compare` is told every rank's own seconds of a step, without those.
+    `reads_late`: a step's result is read once the next step has been handed to the device, which then never waits for the
+    host.
     """
 
     engine: Engine
@@ -137,6 +139,20 @@ class Parts:
     bytes_per_token: float | None
     held_up: Callable[[], float] = lambda: 0.0
     compare: Callable[[int, list[float]], None] = lambda step, own_times: None
+    reads_late: bool = False
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A step that was handed to the device and whose result has not been looked at."""
+
+    step: int
+    lr: float
+    result: StepResult
+    batch: StepBatch
+    hashes: np.ndarray
+    data_time: float
+    save_time: float
 
 
 class Trainer:
@@ -152,6 +168,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.guard = LossGuard.from_config(config.resilience)
         self.own_time = 0.0
+        self.unread: Unread | None = None
+        self.read_at = 0.0
+        self.save_time = 0.0
 
     def run(self) -> str:
         """Train; returns `done` (all steps, or early stopping) or `stopped` (saved after a signal).
@@ -161,16 +180,22 @@ class Trainer:
                 or a loss that spiked once more after `resilience.max_rollbacks` rollbacks.
         """
         total = self.config.train.steps
-        save_time = 0.0
-        while self.progress.step < total and not self._has_stalled():
+        while (step := self._next_step()) <= total and not self._has_stalled():
             started, free = time.perf_counter(), self._own_clock()
-            step = self.progress.step + 1
+            if self.unread is None:
+                self.read_at = started
             self.parts.mark("data", step)
-            batch = next(self.parts.stream)
+            try:
+                batch = next(self.parts.stream)
+            except BaseException:
+                self._read()
+                raise
             data_time, own_time = time.perf_counter() - started, self._own_clock() - free
             self.parts.mark("exchange", step)
             hashes, signal_number, saving_failed = self._meet(batch)
             self._report_saves()
+            if signal_number or saving_failed:
+                self._read()
             if saving_failed:
                 self._wait_for_saves()
             if signal_number:
@@ -181,18 +206,48 @@ class Trainer:
             free = self._own_clock()
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
-            record = self._record(step, lr, result, batch, hashes)
-            step_time = time.perf_counter() - started
+            now = Unread(step, lr, result, batch, hashes, data_time, self.save_time)
+            self.save_time = 0.0
+            if self._read():
+                continue  # back before a spike: what has just been done was done in vain
+            self.unread = now
+            if not self.parts.reads_late or self._is_due(step):
+                self._read()
             self.own_time = own_time + self._own_clock() - free
-            eval_time = self._maybe_evaluate(record)
-            self._add_times(record, step_time, data_time, eval_time, save_time)
-            self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
-            save_time = self._save() if self._went_back(record) else self._maybe_save()
-            if self._has_stalled():
-                self.parts.journal.event("early_stop", step, best_heldout_loss=self.progress.best_heldout_loss)
         self._save_and_wait()
         self.parts.mark("end", self.progress.step)
         return "done"
+
+    def _next_step(self) -> int:
+        """The step to do next."""
+        return self.progress.step + (1 if self.unread is None else 2)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether something is to happen right behind a step, before the next one changes the parameters."""
+        loop, checkpoint = self.config.train, self.config.checkpoint
+        often = [loop.eval_every if self.parts.heldout else 0, checkpoint.every]
+        copy_due = 0 < self.parts.copies_every <= step - max(self.saved_step, self.copied_step)
+        return step == loop.steps or copy_due or any(every and step % every == 0 for every in often)
+
+    def _read(self) -> bool:
+        """Look at the result of the step that was not looked at yet, if there is one, and do what is due behind it.
+
+        Returns whether the run went back before it.
+        """
+        if self.unread is None:
+            return False
+        unread, self.unread = self.unread, None
+        record = self._record(unread)
+        now = time.perf_counter()
+        step_time, self.read_at = now - self.read_at, now
+        eval_time = self._maybe_evaluate(record)
+        self._add_times(record, step_time, unread.data_time, eval_time, unread.save_time)
+        self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
+        went_back = self._went_back(record)
+        self.save_time = self._save() if went_back else self._maybe_save()
+        if self._has_stalled():
+            self.parts.journal.event("early_stop", unread.step, best_heldout_loss=self.progress.best_heldout_loss)
+        return went_back
 
     def _own_clock(self) -> float:
         """Seconds that go by while this rank is not held up by others."""
@@ -210,10 +265,11 @@ class Trainer:
             self.parts.compare(self.progress.step, (everyone[:, 3] / 1e9).tolist())
         return everyone[:, 4:].view(np.uint64), int(everyone[:, 0].max()), bool(everyone[:, 1].any())
 
-    def _record(self, step: int, lr: float, result: StepResult, batch: StepBatch, hashes: np.ndarray) -> dict[str, Any]:
+    def _record(self, unread: Unread) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""
+        step, result = unread.step, unread.result
         tokens, updated = int(result.tokens), bool(result.updated)
-        self.progress.step, self.progress.cursor = step, batch.cursor
+        self.progress.step, self.progress.cursor = step, unread.batch.cursor
         self.progress.tokens += tokens
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         loss = float(result.loss_sum) / max(1, tokens)
@@ -229,11 +285,11 @@ class Trainer:
             "step": step,
             "loss": loss,
             "grad_norm": float(result.grad_norm),
-            "lr": lr,
+            "lr": unread.lr,
             "tokens": self.progress.tokens,
             "step_tokens": tokens,
             "updated": updated,
-            "batch_hash": self.parts.batch_hash(hashes),
+            "batch_hash": self.parts.batch_hash(unread.hashes),
             **{name: float(value) for name, value in result.aux.items()},
         }
 

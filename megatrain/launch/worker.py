@@ -299,6 +299,7 @@ def train(
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         peak_flops=peak * world.size if peak else None,
         bytes_per_token=data.heldout_bytes_per_token,
+        reads_late=world.device.type != "cpu",
     )
     on_disk = origin is None or origin.node is None
     traced = profiled_steps(run_folder(config) / "profile", world, print) if config.profile else nullcontext()

@@ -88,6 +88,16 @@ class FakeJournal:
         self.events.append((kind, step, detail))
 
 
+LATE = False
+"""Whether results are read late; every test runs both ways."""
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "late"])
+def late(request, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LATE", request.param)
+    return request.param
+
+
 def trainer(
     config,
     engine=None,
@@ -101,7 +111,8 @@ def trainer(
 
     def stream():
         while True:
-            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, progress.cursor + 8)
+            ahead = 2 if loop.unread is not None else 1
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, progress.cursor + 8 * ahead)
 
     engine = engine or FakeEngine()
     parts = Parts(
@@ -120,8 +131,10 @@ def trainer(
         flops_per_token=3,
         peak_flops=None,
         bytes_per_token=4.0,
+        reads_late=LATE,
     )
-    return Trainer(config, parts, progress, on_disk), parts
+    loop = Trainer(config, parts, progress, on_disk)
+    return loop, parts
 
 
 def config(**train):
@@ -392,7 +405,42 @@ def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatc
         exchange=exchange,
         held_up=lambda: clock["held_up"],
         compare=lambda step, own_times: told.append((step, own_times)),
+        reads_late=False,  # own times are of CPUs, where it is
     )
     loop.run()
     assert [step for step, _ in told] == [1, 2], "before the first step there is nothing to tell"
     assert [own for _, own in told] == [pytest.approx([step - 0.4 + 0.25] * 2) for step in (1, 2)]
+
+
+def test_results_are_read_late_except_where_something_is_due(late):
+    """Behind a save, an evaluation, a copy and the last step the host looks at once; else when the next step is on its way."""
+    seen = []
+
+    class Journal(FakeJournal):
+        def step(self, record):
+            seen.append(("read", record["step"]))
+
+    class Engine(FakeEngine):
+        def train_step(self, micro_batches, lr, step):
+            seen.append(("train", step))
+            return super().train_step(micro_batches, lr, step)
+
+    loop, parts = trainer(config(steps=7, eval_every=5), Engine())
+    loop.parts = replace(parts, journal=Journal())
+    loop.run()
+    order = [1, 2, -1, 3, -2, 4, -3, -4, 5, -5, 6, 7, -6, -7] if late else [n for s in range(1, 8) for n in (s, -s)]
+    assert seen == [("train", n) if n > 0 else ("read", -n) for n in order]
+    assert [step for step, _ in parts.store.saved] == [4, 7]
+
+
+def test_data_that_cannot_be_read_does_not_take_the_record_before_along():
+    def broken():
+        for cursor in (8, 16):
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, cursor)
+        raise OSError("the disk is gone")
+
+    loop, parts = trainer(config(steps=7))
+    loop.parts = replace(parts, stream=broken())
+    with pytest.raises(OSError, match="the disk is gone"):
+        loop.run()
+    assert [record["step"] for record in parts.journal.records] == [1, 2]

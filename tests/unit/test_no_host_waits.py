@@ -1,0 +1,41 @@
+"""On a GPU: a native step never has the host wait for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatrain.config import ModelConfig, TrainConfig
+from megatrain.data.batch import MicroBatch
+from megatrain.engine.native import NativeEngine
+from megatrain.launch.world import World
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no device to wait for")
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_step_hands_all_its_work_over_without_a_wait(norm, compiled, moments):
+    config = TrainConfig()
+    config.model = ModelConfig(
+        num_layers=2, num_heads=4, hidden_size=64, vocab_size=1003, norm=norm, max_seq_len=64,
+        activation="swiglu" if norm == "rmsnorm" else "gelu", position="rope" if norm == "rmsnorm" else "learned",
+    )  # fmt: skip
+    config.engine.name, config.precision.name, config.compile = "native", "bf16", compiled
+    config.optim.moments = moments
+    config.train.micro_batch_size, config.train.global_batch_size, config.train.seq_len = 2, 4, 64
+    engine = NativeEngine(config, World(0, 1, 0, torch.device("cuda", 0), None))
+    ids = torch.randint(0, 1003, (2, 65))
+    batch = MicroBatch(ids[:, :-1].contiguous().pin_memory(), ids[:, 1:].contiguous().pin_memory())
+    losses = []
+    for step in range(1, 6):
+        if step == 4:  # compiled and warm
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = engine.train_step([batch, batch], 1e-3, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(float(result.loss_sum) / int(result.tokens))
+        assert bool(result.updated)
+    assert losses[-1] < losses[0]
