@@ -200,21 +200,42 @@ def fused_vocabulary_gradient_(
 
 
 @triton.jit
+def _taken_in(largest: tl.tensor, total: tl.tensor, scores: tl.tensor) -> tl.tensor:
+    """Every lane's largest number and sum of exponentials relative to it, with one more number each."""
+    below = largest - scores
+    share = tl.where(scores == float("-inf"), 0.0, tl.exp(-tl.abs(below)))  # -inf under -inf: 0, not NaN
+    total = tl.where(below < 0, total * share + 1.0, total + share)
+    return tl.maximum(largest, scores, propagate_nan=tl.PropagateNan.ALL), total
+
+
+@triton.jit
 def _row_statistics(row_start: tl.tensor, width: tl.tensor, COMPUTE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """A row's largest number and the sum of exponentials relative to it, in one pass (Milakov and Gimelshein, 2018,
-    arXiv:1805.02867). NaN comes out as NaN in both: `tl.max` passes over it, so it is looked for."""
-    largest = tl.full((), float("-inf"), COMPUTE)
-    total = tl.full((), 0.0, COMPUTE)
-    num_nan = tl.full((), 0, tl.int32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        scores = tl.load(row_start + columns, mask=columns < width, other=float("-inf")).to(COMPUTE)
-        num_nan += tl.sum((scores != scores).to(tl.int32), axis=0)
-        higher = tl.maximum(largest, tl.max(scores, axis=0))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)  # nothing above -inf yet: exp(-inf - 0) = 0, not NaN
-        total = total * tl.exp(largest - origin) + tl.sum(tl.exp(scores - origin), axis=0)
-        largest = higher
-    return tl.where(num_nan > 0, float("nan"), largest), total
+    arXiv:1805.02867), NaN where one of them is. Every lane keeps its own two numbers and they meet once, at the end: no
+    reduction over threads in the loop, and one exponential for each number. Whole blocks go without a mask, which would
+    have them loaded number by number wherever the width is no multiple of 16 bytes."""
+    largest = tl.full([BLOCK], float("-inf"), COMPUTE)
+    total = tl.zeros([BLOCK], COMPUTE)
+    whole = width // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        scores = tl.load(row_start + start + tl.arange(0, BLOCK)).to(COMPUTE)
+        largest, total = _taken_in(largest, total, scores)
+    columns = whole + tl.arange(0, BLOCK)
+    scores = tl.load(row_start + columns, mask=columns < width, other=float("-inf")).to(COMPUTE)
+    largest, total = _taken_in(largest, total, scores)
+    num_nan = tl.sum((largest != largest).to(tl.int32), axis=0)
+    highest = tl.max(largest, axis=0)
+    origin = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(total * tl.exp(largest - origin), axis=0)
+    return tl.where(num_nan > 0, float("nan"), highest), total
+
+
+@triton.jit
+def _gradient_of(
+    scores: tl.tensor, columns: tl.tensor, origin: tl.tensor, gain: tl.tensor, factor: tl.tensor, local: tl.tensor
+) -> tl.tensor:
+    """`exp(score - origin) * gain`, less `factor` at the label's column `local`."""
+    return tl.exp(scores - origin) * gain - tl.where(columns == local, factor, 0.0)
 
 
 @triton.jit
@@ -229,12 +250,17 @@ def _row_gradient(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes `exp(score - origin) * gain`, less `factor` at the label's column `local`."""
-    for start in range(0, width, BLOCK):
+    """Writes a row's `_gradient_of`, whole blocks without a mask."""
+    whole = width // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        scores = tl.load(row_start + columns, mask=columns < width, other=0.0).to(COMPUTE)
-        gradient = tl.exp(scores - origin) * gain - tl.where(columns == local, factor, 0.0)
-        tl.store(out_start + columns, rounded(gradient, out_start.dtype.element_ty), mask=columns < width)
+        gradient = _gradient_of(tl.load(row_start + columns).to(COMPUTE), columns, origin, gain, factor, local)
+        tl.store(out_start + columns, rounded(gradient, out_start.dtype.element_ty))
+    columns = whole + tl.arange(0, BLOCK)
+    inside = columns < width
+    scores = tl.load(row_start + columns, mask=inside, other=0.0).to(COMPUTE)
+    gradient = _gradient_of(scores, columns, origin, gain, factor, local)
+    tl.store(out_start + columns, rounded(gradient, out_start.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch, StepBatch
-from megatrain.engine.base import Engine, StepResult
+from megatrain.engine.base import Engine, SentResult
 from megatrain.errors import DivergedError
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, Spike, report
@@ -148,7 +148,7 @@ class Unread:
 
     step: int
     lr: float
-    result: StepResult
+    result: SentResult
     batch: StepBatch
     hashes: np.ndarray
     data_time: float
@@ -206,7 +206,7 @@ class Trainer:
             free = self._own_clock()
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
-            now = Unread(step, lr, result, batch, hashes, data_time, self.save_time)
+            now = Unread(step, lr, result.sent(), batch, hashes, data_time, self.save_time)
             self.save_time = 0.0
             if self._read():
                 continue  # back before a spike: what has just been done was done in vain
@@ -267,7 +267,7 @@ class Trainer:
 
     def _record(self, unread: Unread) -> dict[str, Any]:
         """Read a step's result, move on, and make its metrics record."""
-        step, result = unread.step, unread.result
+        step, result = unread.step, unread.result.read()
         tokens, updated = int(result.tokens), bool(result.updated)
         self.progress.step, self.progress.cursor = step, unread.batch.cursor
         self.progress.tokens += tokens

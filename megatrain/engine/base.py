@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatrain.data.batch import MicroBatch
@@ -28,6 +29,36 @@ class StepResult:
     grad_norm: Tensor
     updated: Tensor
     aux: dict[str, Tensor] = field(default_factory=dict)
+
+    def sent(self) -> SentResult:
+        """The same on its way to the host, behind what the device has been given so far and nothing that it is given later."""
+        there = [self.loss_sum, self.tokens, self.grad_norm, self.updated, *self.aux.values()]
+        here = [
+            torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
+            for t in there
+        ]
+        arrived = None
+        if any(t.is_cuda for t in there):
+            arrived = torch.cuda.Event()
+            arrived.record()
+        loss_sum, tokens, grad_norm, updated, *aux = here
+        return SentResult(
+            StepResult(loss_sum, tokens, grad_norm, updated, dict(zip(self.aux, aux, strict=True))), arrived
+        )
+
+
+@dataclass(frozen=True)
+class SentResult:
+    """A `StepResult` whose scalars are on the host once `arrived` says so (None: they are)."""
+
+    values: StepResult
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> StepResult:
+        """The result; waits for that step alone, where `.item()` would wait for all that the device was given since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values
 
 
 class Engine(Protocol):

@@ -41,7 +41,7 @@ def check(folder, name, num_ranks, printed):
     traced = [record["step_time_s"] * 1e3 for record in metrics(folder, name) if record["step"] in (6, 7, 8)]
     # the table's also has what follows until the next step begins (the record, the trackers), but not the start of the
     # tracing, which the first step's own time has
-    assert 0.95 * min(traced) <= milliseconds["step"] <= 1.5 * sum(traced) / 3 + 20
+    assert 0.75 * min(traced) <= milliseconds["step"] <= 1.5 * sum(traced) / 3 + 20
     assert "aten::mm" in table and "memory, MiB" in table
 
 
