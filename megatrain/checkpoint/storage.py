@@ -251,6 +251,9 @@ class SafetensorsReader(FileSystemReader):
             read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
             return target
 
+        # In a forked process torch makes its own pool of threads anew when a thread first computes. Of several that come
+        # at once some find none ("Invalid thread pool!"), so this one comes first.
+        torch.set_num_threads(torch.get_num_threads())
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_READERS) as pool:
             for item, target in zip(items, pool.map(read, items), strict=True):
                 planner.commit_tensor(item, target)

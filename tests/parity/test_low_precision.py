@@ -23,6 +23,7 @@ def losses(world, config, folder=None, first=1, last=12):
     seen = train(engine, config, world.rank, world.size, first, last)
     if folder is not None and first == 1:
         CheckpointStore(folder, world).save(last, engine.state(), {"note": "low", **engine.counters()})
+    assert getattr(engine.optimizer, "train_step", last) == last  # what rounding depends on
     dtypes = {name.split(".")[1]: tensor.dtype for name, tensor in engine.state().items() if name.startswith("optim.")}
     return seen, dtypes
 

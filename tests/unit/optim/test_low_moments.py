@@ -91,3 +91,17 @@ def test_a_vetoed_step_changes_nothing_and_does_not_count():
 def test_rounding_is_another_with_another_seed():
     one, other = steps(*made("bf16", seed=1), 1, 5), steps(*made("bf16", seed=2), 1, 5)
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_rounding_is_another_in_another_step():
+    """Else every step would err to the same side."""
+
+    def moments(train_step):
+        parameters, optimizer = made("bf16")
+        for p, g in zip(parameters, gradients(parameters, 1), strict=True):
+            p.grad = g
+        optimizer.train_step = train_step
+        optimizer.step()
+        return torch.cat([optimizer.state[p][MOMENTS[0]].flatten() for p in parameters])
+
+    assert torch.equal(moments(4), moments(4)) and not torch.equal(moments(4), moments(5))
