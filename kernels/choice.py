@@ -10,6 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatrain.kernels.cross_entropy import (
+    fused_vocabulary_gradient_,
+    fused_vocabulary_statistics,
+    vocabulary_gradient_,
+    vocabulary_statistics,
+)
 from megatrain.kernels.gelu import fused_gelu, gelu
 from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
 from megatrain.kernels.linear_cross_entropy import chunked_linear_cross_entropy_sum, linear_cross_entropy_sum
@@ -33,6 +39,8 @@ class Kernels:
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     gelu: Callable[[Tensor], Tensor] = gelu
     linear_cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = linear_cross_entropy_sum
+    vocabulary_statistics: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = vocabulary_statistics
+    vocabulary_gradient_: Callable[[Tensor, Tensor, int, Tensor, Tensor | None], None] = vocabulary_gradient_
 
 
 REFERENCE = Kernels()
@@ -46,8 +54,15 @@ FUSED = Kernels(
     swiglu=fused_swiglu,
     gelu=fused_gelu,
     linear_cross_entropy_sum=partial(chunked_linear_cross_entropy_sum, fused=True),
+    vocabulary_statistics=fused_vocabulary_statistics,
+    vocabulary_gradient_=fused_vocabulary_gradient_,
 )
-COMPILED = replace(REFERENCE, linear_cross_entropy_sum=FUSED.linear_cross_entropy_sum)
+COMPILED = replace(
+    REFERENCE,
+    linear_cross_entropy_sum=FUSED.linear_cross_entropy_sum,
+    vocabulary_statistics=fused_vocabulary_statistics,
+    vocabulary_gradient_=fused_vocabulary_gradient_,
+)
 
 
 def choose(

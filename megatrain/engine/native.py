@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megatrain.engine.common import (
     optimizer_counters,
     scaled_loss,
 )
+from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
@@ -119,7 +121,7 @@ class NativeEngine:
         for index in self.layout.stages_of(self.place.pp):
             with torch.device("meta"):
                 stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, kernels)
-            stage.loss = self._loss()
+            stage.loss = self._loss(kernels)
             stage.recompute = self.config.train.recompute
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
@@ -136,13 +138,12 @@ class NativeEngine:
             stages[index] = stage.to_empty(device=self.world.device).train()
         return stages
 
-    def _loss(self) -> LossFunction | None:
+    def _loss(self, kernels: Kernels) -> LossFunction | None:
         """What the last stage computes from logits; None where the head computes the loss itself."""
         if self.groups is None or self.groups.tp is None:
             return None if head_in_chunks(self.config, self.layout) else cross_entropy_sum
         first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
-        group = self.groups.tp
-        return lambda logits, labels, weights: vocabulary_parallel_cross_entropy(logits, labels, weights, first, group)
+        return partial(vocabulary_parallel_cross_entropy, first=first, group=self.groups.tp, kernels=kernels)
 
     def _hold(self, stage: Stage) -> Iterator[Held]:
         """A stage's parameters with their places in the whole model."""

@@ -70,9 +70,15 @@ the pages again when the next one wants them: a tenth of a step of gpt2_124m on 
 Other C libraries ignore it."""
 
 
+EXPANDABLE = "expandable_segments:True"
+"""Has torch map GPU memory page by page, so that what is free can be put together: models that all but fill a GPU fit."""
+
+
 def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
     """What a rank finds in its environment."""
     defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers)), "GLIBC_TUNABLES": KEEP_MEMORY}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        defaults["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     if LINUX and peers.size == 1:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {

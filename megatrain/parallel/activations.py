@@ -72,8 +72,9 @@ def count(
         if w < 4:  # a chunk in fp32 (on CPUs), and its share of the weight's gradient, which is summed in fp32
             loss = 3 * loss + 4 * vocabulary * width
     else:
-        last = norm + read + tokens * (4 * vocabulary + 8 + (13 if split.tp > 1 else 0))
-        loss = tokens * vocabulary * (4 + (w if w < 4 else 0))
+        # over tensor ranks the logits as they are and a number a token, else their logarithmic softmax in fp32
+        last = norm + read + tokens * (w * vocabulary + 12 if split.tp > 1 else 4 * vocabulary + 8)
+        loss = tokens * (24 if split.tp > 1 else vocabulary * (4 + (w if w < 4 else 0)))
     return Activations(
         block=kept[recompute],
         first=8 * tokens + dropped,

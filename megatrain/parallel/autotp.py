@@ -47,6 +47,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
     2019, arXiv:1909.08053). Four all-reduces of `[B, T, D]` a block: one at the end of each of its two layers, and one at
     their start in the backward pass.
     """
+    kernels = model.head.kernels
     for name, module in reversed(list(model.named_modules())):  # the head before the embedding that shares its weight
         if isinstance(module, nn.Linear | nn.Embedding) and plan.cut_dimension(f"{name}.weight") is not None:
             parent, _, own_name = name.rpartition(".")
@@ -62,7 +63,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
         if plan.cut(name) == plan.HEADWISE:
             parameter.register_hook(partial(_summed, group=group))
     first, _ = plan.chunk(model.config.vocab, group.size(), group.rank())
-    model.loss = partial(vocabulary_parallel_cross_entropy, first=first, group=group)
+    model.loss = partial(vocabulary_parallel_cross_entropy, first=first, group=group, kernels=kernels)
     model.ds_autotp_parsed = True  # type: ignore[assignment]  # tells DeepSpeed's engine that nothing is left to cut
 
 

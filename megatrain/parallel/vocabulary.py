@@ -9,49 +9,55 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels.choice import Kernels
 
 
 def vocabulary_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, group: dist.ProcessGroup
+    logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, group: dist.ProcessGroup, kernels: Kernels
 ) -> Tensor:
     """`kernels.cross_entropy.cross_entropy_sum` where `logits` `[..., V_local]` hold the vocabulary's rows from `first` on.
 
     `labels` (whole vocabulary's ids) and `weights` are `[...]`, equal on all ranks of the group, as is the result. Three
     reductions of one number a token: the largest logit, the sum of exponentials, the label's logit (Shoeybi et al.,
-    2019, arXiv:1909.08053, section 3).
+    2019, arXiv:1909.08053, section 3). Keeps the logits alone, which the backward pass OVERWRITES with their gradient: it
+    runs once.
     """
-    result: Tensor = _CrossEntropy.apply(logits, labels, weights, first, group)
+    result: Tensor = _CrossEntropy.apply(logits, labels, weights, first, group, kernels)
     return result
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, group: dist.ProcessGroup
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        first: int,
+        group: dist.ProcessGroup,
+        kernels: Kernels,
     ) -> Tensor:
-        scores, targets = logits.flatten(0, -2).float(), labels.flatten()
-        largest = scores.amax(dim=-1) if scores.shape[-1] else scores.new_full((len(targets),), -torch.inf)
+        scores, targets = logits.flatten(0, -2), labels.flatten()
+        mine, sums, label_logits = kernels.vocabulary_statistics(scores, targets, first)
+        largest = mine.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        exponentials = (scores - largest[:, None]).exp_()
-        local = targets - first
-        mine = (local >= 0) & (local < scores.shape[-1])
-        local = local.where(mine, 0)
-        sums = torch.zeros(2, len(targets), dtype=torch.float32, device=scores.device)
-        sums[0] = exponentials.sum(dim=-1)
-        if scores.shape[-1]:
-            sums[1] = (scores.gather(-1, local[:, None])[:, 0] - largest).where(mine, 0.0)
-        dist.all_reduce(sums, group=group)
+        both = torch.stack([sums * (mine - largest).exp(), label_logits])
+        dist.all_reduce(both, group=group)
+        log_sum = both[0].log()
         valid = targets != IGNORE_INDEX
-        weight = valid.float() if weights is None else weights.flatten().float().where(valid, 0.0)
-        losses = (sums[0].log() - sums[1]).where(valid, 0.0)
-        ctx.save_for_backward(exponentials.div_(sums[0][:, None]), local, mine, weight)
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
-        return (losses * weight).sum()
+        losses = (log_sum - (both[1] - largest)).where(
+            valid, 0.0
+        )  # in this order: `largest` may be far larger than the loss
+        flat_weights = None if weights is None else weights.flatten().float()
+        ctx.save_for_backward(scores, targets, largest + log_sum, flat_weights)
+        ctx.first, ctx.shape, ctx.kernels, ctx.is_spent = first, logits.shape, kernels, False
+        return losses.sum() if flat_weights is None else (losses * flat_weights).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        probabilities, local, mine, weight = ctx.saved_tensors
-        difference = probabilities
-        if difference.shape[-1]:
-            difference = difference.scatter_add(-1, local[:, None], -mine.to(difference.dtype)[:, None])
-        return (difference * (weight * gradients[0])[:, None]).to(ctx.dtype).view(ctx.shape), None, None, None, None
+        assert not ctx.is_spent, "the logits of this loss were overwritten with their gradient"
+        ctx.is_spent = True
+        scores, targets, logsumexp, weights = ctx.saved_tensors
+        factors = gradients[0].expand(targets.shape) if weights is None else weights * gradients[0]
+        ctx.kernels.vocabulary_gradient_(scores, targets, ctx.first, logsumexp, factors)
+        return scores.view(ctx.shape), None, None, None, None, None
