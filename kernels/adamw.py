@@ -4,8 +4,8 @@ Only the arithmetic: which parameters decay, the schedule, and where states live
 
 Moments may be kept in bf16, which halves their memory. Rounded to nearest, an average that changes by less than half a
 unit in its last place stays where it is (with beta2 = 0.999 most do); with stochastic rounding it moves by the right
-amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step, place in the
-list, element), so a run that resumes rounds as one that was never stopped.
+amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step, tensor, element),
+so a run that resumes rounds as one that was never stopped, and ranks that hold copies or pieces round as one would.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def adamw_step_(
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
     grad_scale: Tensor | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """One AdamW update in place (Loshchilov and Hutter, 2019, arXiv:1711.05101), with torch's order of operations.
 
@@ -47,7 +48,8 @@ def adamw_step_(
     fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0, and gradients
     are divided by `grad_scale`, another one (reading them here waits for the device). `stochastic_rounding_seed` rounds
     bf16 moments stochastically, else to nearest; where `step` is a scalar on the device, which the host does not know,
-    that seed must be another one for each step. In fp32 the result is torch.optim.AdamW's, bit for bit.
+    that seed must be another one for each step. `places` are, for each tensor, a number that stands for it (its place in the
+    list unless given) and that of its first element (0). In fp32 the result is torch.optim.AdamW's, bit for bit.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -56,7 +58,8 @@ def adamw_step_(
     step_size, correction = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
     if grad_scale is not None:
         grads = [grad.to(p.dtype) / grad_scale for grad, p in zip(grads, params, strict=True)]
-    for place, (p, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    lists = zip(params, grads, exp_avgs, exp_avg_sqs, _places(places, len(params)), strict=True)
+    for p, grad, exp_avg, exp_avg_sq, (place, first) in lists:
         g, m, v = grad.to(p.dtype), exp_avg.to(p.dtype), exp_avg_sq.to(p.dtype)  # themselves where they are fp32
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
@@ -64,10 +67,16 @@ def adamw_step_(
         p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
         if exp_avg.dtype == torch.bfloat16:
             if stochastic_rounding_seed is not None:
-                bits = random_bits(p.numel(), stochastic_rounding_seed, rounding_step, place, p.device).view(p.shape)
+                bits = random_bits(p.numel(), stochastic_rounding_seed, rounding_step, place, p.device, first)
+                bits = bits.view(p.shape)
                 m, v = stochastic_round(m, bits & 0xFFFF), stochastic_round(v, bits >> 16)
             exp_avg.copy_(m)
             exp_avg_sq.copy_(v)
+
+
+def _places(given: Sequence[tuple[int, int]] | None, count: int) -> Sequence[tuple[int, int]]:
+    """What random bits know a list's tensors by."""
+    return [(place, 0) for place in range(count)] if given is None else given
 
 
 def _known(step: int | Tensor) -> int:
@@ -85,13 +94,13 @@ def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
     return cut.where(x.isfinite(), x).bfloat16()
 
 
-def random_bits(count: int, seed: int, step: int, place: int, device: torch.device) -> Tensor:
-    """32 random bits for each element `0..count-1` of the list's tensor number `place`, int64 `[count]`.
+def random_bits(count: int, seed: int, step: int, place: int, device: torch.device, first: int = 0) -> Tensor:
+    """32 random bits for each element `first..first+count-1` of the tensor `place`, int64 `[count]`.
 
     Two rounds of MurmurHash3's 32-bit finaliser (Appleby, 2011) over the element's index and a 64-bit key.
     """
     low, high = _key(seed, step, place)
-    index = torch.arange(count, dtype=torch.int64, device=device)
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
     return _mixed(_mixed((index & 0xFFFFFFFF) ^ low) + high + (index >> 32) * _GOLDEN)
 
 
@@ -128,6 +137,7 @@ def fused_adamw_step_(
     found_inf: Tensor | None = None,
     stochastic_rounding_seed: int | None = None,
     grad_scale: Tensor | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """`adamw_step_` in one launch for all tensors that share the dtypes of gradient and moments: usually one in all.
 
@@ -153,17 +163,17 @@ def fused_adamw_step_(
     if not groups:
         return
     scalars = _scalars(step, lr, betas, grad_scale, params[0].device)
+    places = _places(places, len(params))
     for (grad_dtype, moment_dtype), members in groups.items():
         stochastic = stochastic_rounding_seed is not None and moment_dtype == torch.bfloat16
         rows, num_blocks, aligned = [], 0, True
         for i in members:
             pointers = [t[i].data_ptr() for t in (params, grads, exp_avgs, exp_avg_sqs)]
             aligned = aligned and all(pointer % 16 == 0 for pointer in pointers)
-            numel, key = (
-                params[i].numel(),
-                _key(stochastic_rounding_seed or 0, _known(step), i) if stochastic else (0, 0),
-            )
-            rows.append((*pointers, numel, num_blocks, *key))
+            numel, (place, first), key = params[i].numel(), places[i], (0, 0)
+            if stochastic:
+                key = _key(stochastic_rounding_seed or 0, _known(step), place)
+            rows.append((*pointers, numel, num_blocks, *key, first))
             num_blocks += ceil_div(numel, _BLOCK)
         table = _moved(torch.tensor(rows, dtype=torch.int64), params[0].device)
         launch(
@@ -248,7 +258,7 @@ def _update(
     MIX2: tl.constexpr,
     GOLDEN: tl.constexpr,
 ) -> None:
-    """The elements `index` of a tensor where `inside`, or without it all of them."""
+    """The elements at the addresses where `inside`, or without it all of them; `index` are their numbers in the whole tensor."""
     p = tl.load(p_at, mask=inside)
     g = tl.load(g_at, mask=inside).to(tl.float32) * gain
     m = tl.load(m_at, mask=inside).to(tl.float32)
@@ -288,14 +298,15 @@ def _adamw_kernel(
     GOLDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of one tensor. A row of `table`: four pointers, the size, the first block, the key's halves."""
+    """One block of one tensor. A row of `table`: four pointers, the size, the first block, the key's halves, the first
+    element's number."""
     block = tl.program_id(0)
     tensor, end = 0, NUM_TENSORS
     for _ in tl.static_range(BISECTIONS):  # the last tensor that does not begin after this block
         middle = (tensor + end) // 2
-        begun = tl.load(table + middle * 8 + 5) <= block
+        begun = tl.load(table + middle * 9 + 5) <= block
         tensor, end = tl.where(begun, middle, tensor), tl.where(begun, end, middle)
-    row = table + tensor * 8
+    row = table + tensor * 9
     p = tl.load(row).to(tl.pointer_type(tl.float32))
     g = tl.load(row + 1).to(tl.pointer_type(GRAD))
     m = tl.load(row + 2).to(tl.pointer_type(MOMENT))
@@ -309,9 +320,10 @@ def _adamw_kernel(
     low, high = tl.load(row + 6).to(tl.uint32), tl.load(row + 7).to(tl.uint32)
     step_size, correction, gain = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     index = start + tl.arange(0, BLOCK)
+    number = tl.load(row + 8) + index
     if start + BLOCK <= size:
-        _update(p + index, g + index, m + index, v + index, index, None, low, high, decay, one_minus_beta1, beta2,
+        _update(p + index, g + index, m + index, v + index, number, None, low, high, decay, one_minus_beta1, beta2,
                 one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
     else:
-        _update(p + index, g + index, m + index, v + index, index, index < size, low, high, decay, one_minus_beta1, beta2,
+        _update(p + index, g + index, m + index, v + index, number, index < size, low, high, decay, one_minus_beta1, beta2,
                 one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip

@@ -77,7 +77,8 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients of `x` and `weight` (empty, where nobody needs them)."""
     num_rows, vocab = len(x), len(weight)
-    table = F.pad(weight, (0, 0, 0, _padding(weight)))
+    padding = _padding(weight)
+    table = F.pad(weight, (0, 0, 0, padding)) if padding else weight  # by nothing it would copy
     rows = max(1, min(num_rows, chunk_bytes // (max(1, len(table)) * x.element_size())))
     in_place = fused_cross_entropy_with_gradient_ if fused else cross_entropy_with_gradient_
     loss = torch.zeros((), dtype=torch.float32, device=x.device)

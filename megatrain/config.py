@@ -334,7 +334,7 @@ class CheckpointConfig:
     retry_wait_s: float = key(30.0, "seconds until a failed write is tried again", minimum=0, maximum=1e7)
     memory_every: int | None = key(
         None,
-        "steps between copies of the state in memory that survives the ranks (24 bytes a parameter that the node holds, "
+        "steps between copies of the state in memory that survives the ranks (24 bytes a parameter that the node holds, 16 with moments in bf16, "
         "twice that on several nodes); 0 makes none; null means 10 on GPUs and 0 on CPUs",
         minimum=0,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ from megatrain.engine.base import Engine, SentResult
 from megatrain.errors import DivergedError
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, Spike, report
+
+LAST_RESULT_S = 5.0
+"""Longest wait for the result of the last step before something failed."""
 
 
 @dataclass
@@ -149,7 +153,7 @@ class Unread:
     step: int
     lr: float
     result: SentResult
-    batch: StepBatch
+    cursor: int
     hashes: np.ndarray
     data_time: float
     save_time: float
@@ -167,7 +171,7 @@ class Trainer:
         self.can_copy = False
         self.skipped_in_a_row = 0
         self.guard = LossGuard.from_config(config.resilience)
-        self.own_time = 0.0
+        self.own_time = self.own_until = 0.0
         self.unread: Unread | None = None
         self.read_at = 0.0
         self.save_time = 0.0
@@ -179,17 +183,20 @@ class Trainer:
             DivergedError: no finite gradient for `resilience.max_skipped` steps, an overflow at the smallest loss scale,
                 or a loss that spiked once more after `resilience.max_rollbacks` rollbacks.
         """
+        try:
+            return self._loop()
+        except BaseException:
+            self._leave_record()
+            raise
+
+    def _loop(self) -> str:
         total = self.config.train.steps
         while (step := self._next_step()) <= total and not self._has_stalled():
             started, free = time.perf_counter(), self._own_clock()
             if self.unread is None:
                 self.read_at = started
             self.parts.mark("data", step)
-            try:
-                batch = next(self.parts.stream)
-            except BaseException:
-                self._read()
-                raise
+            batch = next(self.parts.stream)
             data_time, own_time = time.perf_counter() - started, self._own_clock() - free
             self.parts.mark("exchange", step)
             hashes, signal_number, saving_failed = self._meet(batch)
@@ -206,14 +213,15 @@ class Trainer:
             free = self._own_clock()
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
-            now = Unread(step, lr, result.sent(), batch, hashes, data_time, self.save_time)
+            self.own_until = self._own_clock()
+            now = Unread(step, lr, result.sent(), batch.cursor, hashes, data_time, self.save_time)
             self.save_time = 0.0
-            if self._read():
+            if self._read(late=True):
                 continue  # back before a spike: what has just been done was done in vain
             self.unread = now
             if not self.parts.reads_late or self._is_due(step):
                 self._read()
-            self.own_time = own_time + self._own_clock() - free
+            self.own_time = own_time + self.own_until - free
         self._save_and_wait()
         self.parts.mark("end", self.progress.step)
         return "done"
@@ -226,28 +234,44 @@ class Trainer:
         """Whether something is to happen right behind a step, before the next one changes the parameters."""
         loop, checkpoint = self.config.train, self.config.checkpoint
         often = [loop.eval_every if self.parts.heldout else 0, checkpoint.every]
-        copy_due = 0 < self.parts.copies_every <= step - max(self.saved_step, self.copied_step)
-        return step == loop.steps or copy_due or any(every and step % every == 0 for every in often)
+        return step == loop.steps or self._copy_is_due(step) or any(every and step % every == 0 for every in often)
 
-    def _read(self) -> bool:
+    def _copy_is_due(self, step: int) -> bool:
+        """Whether the state behind a step is to be copied into memory, and can be."""
+        last = max(self.saved_step, self.copied_step)
+        return self.can_copy and step < self.config.train.steps and 0 < self.parts.copies_every <= step - last
+
+    def _read(self, late: bool = False) -> bool:
         """Look at the result of the step that was not looked at yet, if there is one, and do what is due behind it.
 
+        `late`: the step after it is under way, so that the parameters are no longer those behind it, and nothing is due.
         Returns whether the run went back before it.
         """
         if self.unread is None:
             return False
         unread, self.unread = self.unread, None
         record = self._record(unread)
+        self.own_until = self._own_clock()
         now = time.perf_counter()
         step_time, self.read_at = now - self.read_at, now
         eval_time = self._maybe_evaluate(record)
         self._add_times(record, step_time, unread.data_time, eval_time, unread.save_time)
         self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
         went_back = self._went_back(record)
-        self.save_time = self._save() if went_back else self._maybe_save()
+        self.save_time = self._save() if went_back else 0.0 if late else self._maybe_save()
         if self._has_stalled():
             self.parts.journal.event("early_stop", unread.step, best_heldout_loss=self.progress.best_heldout_loss)
         return went_back
+
+    def _leave_record(self) -> None:
+        """Something failed: write down the finished step that was not looked at, if its result comes soon."""
+        unread, self.unread = self.unread, None
+        if unread is None or not unread.result.comes_within(LAST_RESULT_S):
+            return
+        with suppress(Exception):  # what failed first is what counts
+            record = self._record(unread)
+            self._add_times(record, time.perf_counter() - self.read_at, unread.data_time, 0.0, unread.save_time)
+            self.parts.journal.step(record)
 
     def _own_clock(self) -> float:
         """Seconds that go by while this rank is not held up by others."""
@@ -269,7 +293,7 @@ class Trainer:
         """Read a step's result, move on, and make its metrics record."""
         step, result = unread.step, unread.result.read()
         tokens, updated = int(result.tokens), bool(result.updated)
-        self.progress.step, self.progress.cursor = step, unread.batch.cursor
+        self.progress.step, self.progress.cursor = step, unread.cursor
         self.progress.tokens += tokens
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         loss = float(result.loss_sum) / max(1, tokens)
@@ -367,9 +391,7 @@ class Trainer:
         every, step = self.config.checkpoint.every, self.progress.step
         if every and step % every == 0:
             return self._save()
-        every = self.parts.copies_every
-        due = every and step - max(self.saved_step, self.copied_step) >= every
-        if due and self.can_copy and step < self.config.train.steps:
+        if self._copy_is_due(step):
             self.parts.mark("save", step)
             self.copied_step = step
             return self.parts.store.copy(step, self.parts.engine.state(), self._extra())

@@ -5,6 +5,7 @@ Nothing here knows a library; `build.py` chooses the implementation.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,6 +54,15 @@ class SentResult:
 
     values: StepResult
     arrived: torch.cuda.Event | None
+
+    def comes_within(self, seconds: float) -> bool:
+        """Waits at most so long; whether the result is there."""
+        deadline = time.monotonic() + seconds
+        while self.arrived is not None and not self.arrived.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def read(self) -> StepResult:
         """The result; waits for that step alone, where `.item()` would wait for all that the device was given since."""

@@ -6,6 +6,7 @@ and vetoed on the device, without the host waiting for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ class Held:
     counted: bool
 
     @property
+    def first_element(self) -> int:
+        """The number of the first element here among those of the whole parameter."""
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return sum(start * stride for start, stride in zip(self.origin, strides, strict=True))
+
+    @property
     def is_copied(self) -> bool:
         """Whether the model computes with a lower-precision copy that this engine keeps up to date."""
         return self.master.data_ptr() != local(self.parameter).data_ptr()
@@ -101,7 +108,8 @@ class NativeEngine:
         if self.accumulate_in_master:
             self._accumulate_into_masters()
         groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.held), config.optim)
-        self.optimizer = adamw(groups, config.optim, config.seed)
+        places = {held.master: (held.name, held.first_element) for held in self.held}
+        self.optimizer = adamw(groups, config.optim, config.seed, places)
         materialise(self.optimizer, step=0)
         self._initialise()
         if config.compile:

@@ -32,10 +32,8 @@ from megatrain.config import TrainConfig
 from megatrain.errors import EnvironmentFault
 from megatrain.launch.world import World
 from megatrain.model.count import num_parameters
+from megatrain.parallel.activations import BYTES
 from megatrain.tracking.mlflow import tracking_uri, without_password
-
-BYTES_A_PARAMETER = 12
-"""Of a checkpoint: fp32 master and two moments."""
 
 ELEMENTS = 2**20
 """Of the all-reduce: 4 MiB, enough to tell a network from a loopback, and a few milliseconds."""
@@ -158,7 +156,7 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
     finally:
         with suppress(OSError):
             probe.unlink()
-    one = BYTES_A_PARAMETER * num_parameters(config.model)
+    one = (4 + 2 * BYTES[config.optim.moments]) * num_parameters(config.model)  # fp32 masters and two moments
     there = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
     missing = max(1, config.checkpoint.keep + 1 - there)  # a new one is written before the oldest goes
     if free < missing * one:

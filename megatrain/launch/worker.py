@@ -282,7 +282,7 @@ def train(
         journal=journal,
         exchange=world.gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
-        copies_every=config.checkpoint.copies_every(world.device.type == "cuda"),
+        copies_every=config.checkpoint.copies_every(world.device.type == "cuda") if memory else 0,
         stopping=lambda: stop.signal_number,
         mark=world.heartbeat.enter,
         compare=compare_ranks(config, world, layout, journal),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,22 +37,30 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config
     ]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+Places = Mapping[nn.Parameter, tuple[str, int]]
+"""Each parameter's name in the whole model, and the number in there of the first element that this rank holds."""
+
+
+def adamw(
+    groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0, places: Places | None = None
+) -> torch.optim.Optimizer:
     """torch's fused AdamW: one pass over each tensor, on CPU as on CUDA. With `optim.moments=bf16`, `LowMomentsAdamW`.
 
-    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes; `seed` is of the latter's rounding.
+    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes; `seed` and `places` are of the
+    latter's rounding.
     """
     first, second = config.betas
     if config.moments == "bf16":
-        return LowMomentsAdamW(groups, config.lr, (first, second), config.eps, torch.bfloat16, seed)
+        return LowMomentsAdamW(groups, config.lr, (first, second), config.eps, torch.bfloat16, seed, places or {})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
 
 
 class LowMomentsAdamW(torch.optim.Optimizer):
     """AdamW with both moments in less than fp32, rounded stochastically (kernels/adamw.py); parameters are fp32.
 
-    The random bits are a function of the seed, `train_step` (set it before each `step`), the group, the place in it and the
-    element: a run that resumes rounds as one that was never stopped; another layout rounds the same values elsewhere.
+    The random bits are a function of the seed, `train_step` (set it before each `step`), the parameter's name and the
+    element's number in it: a run that resumes rounds as one that was never stopped, copies of a tied weight stay equal,
+    and where rows alone are cut any layout rounds alike.
     """
 
     def __init__(
@@ -63,18 +71,20 @@ class LowMomentsAdamW(torch.optim.Optimizer):
         eps: float,
         dtype: torch.dtype,
         seed: int,
+        places: Places,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.dtype, self.seed = dtype, seed
+        self.places = {p: (mixed(name), first) for p, (name, first) in places.items()}
         self.train_step = 0
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, unless `found_inf` is not 0. Does not wait for a GPU."""
+        """Update every parameter that has a gradient, unless `found_inf` is not 0. Where Triton runs, does not wait for a GPU."""
         assert closure is None
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
@@ -95,14 +105,15 @@ class LowMomentsAdamW(torch.optim.Optimizer):
                 group["eps"],
                 group["weight_decay"],
                 self.found_inf,
-                mixed(self.seed, self.train_step, number),
+                mixed(self.seed, self.train_step),
                 self.grad_scale,
+                [self.places[p] for p in parameters],
             )
 
 
-def mixed(*numbers: int) -> int:
-    """63 well-spread bits from some numbers."""
-    return xxhash.xxh3_64_intdigest(":".join(map(str, numbers)).encode()) >> 1
+def mixed(*parts: int | str) -> int:
+    """63 well-spread bits from some parts."""
+    return xxhash.xxh3_64_intdigest(":".join(map(str, parts)).encode()) >> 1
 
 
 def materialise(optimizer: torch.optim.Optimizer, step: int) -> None:

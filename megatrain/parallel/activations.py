@@ -46,6 +46,7 @@ class Split(NamedTuple):
     cp_kind: str
     chunk_bytes: int
     """Of logits, where head and loss are computed in chunks; else 0."""
+    on_gpu: bool
 
 
 def count(
@@ -69,8 +70,12 @@ def count(
     kept = {"none": whole, "selective": entry + attention_products + mlp_products + 2 * read, "full": entry}
     if split.chunk_bytes:  # forward leaves the gradients of what the head reads and of its weight
         last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, split.chunk_bytes) + 8 * tokens
-        if w < 4:  # a chunk in fp32 (on CPUs), and its share of the weight's gradient, which is summed in fp32
+        if (
+            w < 4 and not split.on_gpu
+        ):  # a chunk in fp32, and its share of the weight's gradient, which is summed in fp32
             loss = 3 * loss + 4 * vocabulary * width
+        if split.on_gpu and vocabulary * w % 16:  # the weight with rows of zeros behind it
+            loss += w * vocabulary * width
     else:
         # over tensor ranks the logits as they are and a number a token, else their logarithmic softmax in fp32
         last = norm + read + tokens * (w * vocabulary + 12 if split.tp > 1 else 4 * vocabulary + 8)

@@ -214,6 +214,17 @@ def _compute(config: TrainConfig) -> str:
     return "bf16" if config.precision.name == "fp8" else config.precision.name
 
 
+def _tokens(config: TrainConfig) -> int:
+    """Of a micro-batch, on a rank."""
+    return config.train.micro_batch_size * config.train.seq_len // config.parallel.cp
+
+
+def _nearest_for_fp8(config: TrainConfig) -> int:
+    """A sequence length that fp8 takes with any micro-batch, not above the one given where there is one."""
+    unit = 16 * config.parallel.cp
+    return max(unit, config.train.seq_len // unit * unit)
+
+
 def _is_deepspeed(config: TrainConfig) -> bool:
     return config.engine.name == "deepspeed"
 
@@ -496,6 +507,27 @@ REFUSALS = (
             f"precision=fp8 with parallel.tp={config.parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
             f"short), or precision=bf16"
             if config.precision.name == "fp8" and config.parallel.tp > 1
+            else None
+        ),
+    ),
+    Refusal(
+        "fp8_zero_bubble",
+        "fp8 under zero-bubble schedules: its layers compute both gradients whichever is asked for",
+        lambda config, _: (
+            f"precision=fp8 with parallel.schedule={config.parallel.schedule}, which splits the backward pass, would do it "
+            f"twice; use parallel.schedule=interleaved_1f1b or precision=bf16"
+            if config.precision.name == "fp8" and config.parallel.pp > 1 and config.parallel.schedule in ZERO_BUBBLE
+            else None
+        ),
+    ),
+    Refusal(
+        "fp8_tokens",
+        "fp8 with a micro-batch whose tokens are no multiple of 16, which its products do not take",
+        lambda config, _: (
+            f"precision=fp8 takes micro-batches of a multiple of 16 tokens on a rank, and train.micro_batch_size="
+            f"{config.train.micro_batch_size} x train.seq_len={config.train.seq_len} / parallel.cp={config.parallel.cp} is "
+            f"{_tokens(config)}; use train.seq_len={_nearest_for_fp8(config)} or precision=bf16"
+            if config.precision.name == "fp8" and _tokens(config) % 16
             else None
         ),
     ),

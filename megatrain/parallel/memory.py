@@ -159,9 +159,9 @@ class MemoryModel:
             cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
-        chunk = CHUNK_BYTES if config.launch.device == "cpu" else CUDA_CHUNK_BYTES
-        chunk *= head_in_chunks(config, layout)
-        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk)
+        on_gpu = config.launch.device != "cpu"  # auto: memory is asked about for GPUs
+        chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
+        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu)
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
         sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)

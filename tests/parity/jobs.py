@@ -44,7 +44,7 @@ def job(
     """The config of a job over `GLOBAL_BATCH` sequences a step."""
     config = TrainConfig()
     config.model = model or llama()
-    config.engine.name = engine
+    config.engine.name, config.launch.device = engine, "cpu"
     config.parallel.zero = zero
     config.precision.name, config.precision.accumulate_dtype = precision, accumulate
     config.train.micro_batch_size, config.train.global_batch_size = micro, GLOBAL_BATCH

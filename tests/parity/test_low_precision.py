@@ -46,6 +46,51 @@ def test_moments_in_bf16_stay_near_fp32_ones(ranks, changes):
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=2e-3)
 
 
+def tied_copies(world, config):
+    """Every copy of the tied weight's masters and moments that this rank holds, after some steps."""
+    engine = build_engine(config, world)
+    train(engine, config, 0, 1, 1, 4)
+    copies = [held.master for held in engine.held if held.name == "embed.weight"]
+    moments = [engine.optimizer.state[copy][name].float() for copy in copies for name in ("exp_avg", "exp_avg_sq")]
+    return [tensor.detach().tolist() for tensor in (*copies, *moments)]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+def test_both_copies_of_a_tied_weight_round_alike(schedule):
+    """On two stages, of two ranks or of one (the V): else they would part, and a checkpoint keeps one."""
+    config = layout_job(family="gpt2", pp=2, schedule=schedule, virtual_stages=1 + (schedule != "1f1b"))
+    config.precision.name, config.optim.moments = "bf16", "bf16"
+    check(config, 2)
+    first, last = run_ranks(tied_copies, 2, config)
+    if schedule == "1f1b":
+        assert len(first) == 3 and first == last
+    else:
+        assert len(first) == 6 and first[0] == first[1] and first[2:4] == first[4:] and last == []
+
+
+def moments(world, config):
+    """This rank's state as it goes into a checkpoint, after a step whose gradients are the same in any layout."""
+    engine = build_engine(config, world)
+    for held in engine.held:
+        numbers = torch.arange(held.first_element, held.first_element + held.master.numel()).view(held.sizes)
+        held.master.grad = torch.sin(numbers.float())
+    engine.optimizer.train_step = 3
+    engine.optimizer.step()
+    return {
+        held.name: (held.first_element, engine.optimizer.state[held.master]["exp_avg_sq"].float().flatten().tolist())
+        for held in engine.held
+    }
+
+
+def test_pieces_of_rows_round_as_the_whole():
+    """Two ranks of ZeRO-3, pieces of unequal size."""
+    (whole,) = run_ranks(moments, 1, low("bf16"))
+    for part in run_ranks(moments, 2, low("bf16", zero=3)):
+        for name, (first, values) in part.items():
+            assert values == whole[name][1][first : first + len(values)], name
+        assert sum(len(values) for _, values in part.values()) < sum(len(values) for _, values in whole.values())
+
+
 @pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 2})], ids=str)
 def test_a_resume_with_bf16_moments_is_the_run_that_never_stopped(ranks, changes, tmp_path):
     config = low("bf16", **changes)

@@ -12,7 +12,7 @@ import torch
 
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
-from megatrain.engine.base import StepResult
+from megatrain.engine.base import SentResult, StepResult
 from megatrain.errors import DivergedError, EnvironmentFault
 from megatrain.trainer import Parts, Progress, Trainer
 
@@ -397,11 +397,16 @@ def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatc
         clock["held_up"] += 3
         return torch.stack([values, values])
 
+    class SlowJournal(FakeJournal):
+        def step(self, record):
+            clock["now"] += 7
+
     told = []
     loop, parts = trainer(config(steps=3), SlowEngine())
     loop.parts = replace(
         parts,
         stream=slow_stream(),
+        journal=SlowJournal(),
         exchange=exchange,
         held_up=lambda: clock["held_up"],
         compare=lambda step, own_times: told.append((step, own_times)),
@@ -433,14 +438,63 @@ def test_results_are_read_late_except_where_something_is_due(late):
     assert [step for step, _ in parts.store.saved] == [4, 7]
 
 
-def test_data_that_cannot_be_read_does_not_take_the_record_before_along():
-    def broken():
-        for cursor in (8, 16):
-            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, cursor)
-        raise OSError("the disk is gone")
+@pytest.mark.parametrize("where", ["data", "step", "exchange"])
+def test_what_fails_does_not_take_the_record_before_along(where):
+    """Nothing but the record: what is due behind the step would need the other ranks."""
 
-    loop, parts = trainer(config(steps=7))
-    loop.parts = replace(parts, stream=broken())
-    with pytest.raises(OSError, match="the disk is gone"):
+    class Engine(FakeEngine):
+        def train_step(self, micro_batches, lr, step):
+            if where == "step" and step == 3:
+                raise OSError("gone")
+            return super().train_step(micro_batches, lr, step)
+
+    def broken():
+        for cursor in (8, 16, 24):
+            if where == "data" and cursor == 24:
+                raise OSError("gone")
+            yield StepBatch([], np.arange(8, dtype=np.uint64), 8, cursor)
+
+    def exchange(values):
+        if where == "exchange" and len(engine.trained) == 2:
+            raise OSError("gone")
+        return values.unsqueeze(0)
+
+    engine = Engine()
+    loop, parts = trainer(config(steps=7), engine)
+    loop.parts = replace(parts, stream=broken(), exchange=exchange)
+    with pytest.raises(OSError, match="gone"):
         loop.run()
     assert [record["step"] for record in parts.journal.records] == [1, 2]
+
+
+def test_a_result_that_does_not_come_is_not_waited_for(monkeypatch):
+    """The device waits for a rank that is gone: what failed is told nonetheless."""
+    monkeypatch.setattr("megatrain.trainer.LAST_RESULT_S", 0.05)
+    never = SimpleNamespace(query=lambda: False)
+    sent = SentResult(StepResult(*(torch.tensor(1.0),) * 4), never)
+    assert not sent.comes_within(0.05)
+    never.query = lambda: True
+    assert sent.comes_within(0.05)
+
+
+def test_no_copy_that_cannot_be_made_keeps_results_from_being_read_late(late):
+    """Where copies were given up, or a save takes long, nothing is due."""
+    order = []
+
+    class Engine(FakeEngine):
+        def train_step(self, micro_batches, lr, step):
+            order.append(step)
+            return super().train_step(micro_batches, lr, step)
+
+    class Journal(FakeJournal):
+        def step(self, record):
+            order.append(-record["step"])
+
+    made = config(steps=6)
+    made.checkpoint.every = 0
+    loop, parts = trainer(made, Engine(), copies_every=2)
+    parts.store.busy = lambda step: True
+    loop.parts = replace(parts, journal=Journal())
+    loop.run()
+    expected = [1, 2, -1, 3, -2, 4, -3, 5, -4, 6, -5, -6] if late else [n for s in range(1, 7) for n in (s, -s)]
+    assert order == expected and parts.store.copied == []

@@ -38,6 +38,7 @@ from turns import (
 PEAK = 989e12
 """FLOP/s that the goals' MFU is of: an H100 SXM's dense bf16."""
 
+
 @dataclass
 class Line:
     """A line of the table; `value` is None where nothing was measured, and `note` says why."""

@@ -302,6 +302,7 @@ def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
     print(
         f"head and loss, {rows} tokens, width {width}, vocabulary {vocab}, {DEVICE}, {torch.get_num_threads()} threads"
     )
+    torch.compiler.reset()  # or other sizes than before would be taken for sizes that change
     found: dict[str, list[tuple[float, int]]] = {"plain": [], "compiled": [], "chunks": []}
     for _ in range(turns):
         for name, figures in found.items():

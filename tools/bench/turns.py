@@ -310,8 +310,9 @@ def machine(found: dict[str, Any]) -> dict[str, Any]:
 
 def used_device_bytes() -> int | None:
     """Memory in use on the first GPU, by its driver: torch gives none back, so of one process it is the most it had."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    with contextlib.suppress(OSError, ValueError):
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         return int(done.stdout) * 2**20
     return None

@@ -22,7 +22,8 @@ def made(moments, seed=3, lr=1e-2):
     }
     config = OptimConfig(lr=lr, moments=moments)
     groups = parameter_groups(((name, p, p.dim()) for name, p in parameters.items()), config)
-    optimizer = adamw(groups, config, seed)
+    places = {p: (name, 0) for name, p in parameters.items()}
+    optimizer = adamw(groups, config, seed, places)
     materialise(optimizer, step=0)
     return list(parameters.values()), optimizer
 

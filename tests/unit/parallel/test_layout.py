@@ -191,6 +191,22 @@ REFUSED = {
         (native(precision="fp8", parallel__tp=2), 2, "parallel.tp=1", dict(parallel__tp=1)),
         (native(precision="fp8", parallel__tp=2), 2, "precision=bf16", dict(precision__name="bf16")),
     ],
+    "fp8_zero_bubble": [
+        (
+            native(precision="fp8", parallel__pp=2, parallel__schedule="zbv_zero_bubble", parallel__virtual_stages=2),
+            2,
+            "parallel.schedule=interleaved_1f1b",
+            dict(parallel__schedule="interleaved_1f1b"),
+        )
+    ],
+    "fp8_tokens": [
+        (
+            native(precision="fp8", train__seq_len=250, train__micro_batch_size=1),
+            2,
+            "train.seq_len=240",
+            dict(train__seq_len=240),
+        ),
+    ],
     "fp32_low_sums": [(job(accumulate="bf16"), 1, "precision=bf16", dict(precision__name="bf16"))],
     "foreign_accumulate_dtype": [
         (job(precision="bf16", accumulate="fp16"), 2, "use fp32 or bf16", dict(precision__accumulate_dtype="bf16"))
