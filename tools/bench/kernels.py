@@ -221,18 +221,22 @@ def copy_bandwidth() -> float:
 def speed(operation: Operation, bandwidth: float) -> list[str]:
     """bf16: milliseconds of each form and the fused one's share of the bandwidth."""
     torch.compiler.reset()
-    given = ready(operation, operation.inputs(), torch.bfloat16)
+    with DEVICE:  # drawing them on the host takes seconds
+        given = ready(operation, operation.inputs(), torch.bfloat16)
     wanted: dict[str, Callable[..., Any]] = {
         "fused": operation.fused, "plain": operation.plain, "compiled": torch.compile(operation.plain)
     }  # fmt: skip
-    forms = {name: graphed(form, given) for name, form in wanted.items()}
     if operation.liger is not None:
+        arguments = (1e-5,) if "norm" in operation.name.lower() else ()
+        wanted["liger"] = lambda *tensors: operation.liger()(*tensors, *arguments)
+    forms = {}
+    for name, form in wanted.items():
         try:
-            liger = operation.liger()
-            arguments = (1e-5,) if "norm" in operation.name.lower() else ()
-            forms["liger"] = graphed(lambda *tensors: liger(*tensors, *arguments), given)
+            forms[name] = graphed(form, given)
         except Exception as reason:
-            print(f"{operation.name}: Liger-Kernel not measured: {reason}", flush=True)
+            print(f"{operation.name}: {name} not measured: {type(reason).__name__}: {str(reason)[:200]}", flush=True)
+    if "fused" not in forms:
+        return ["not measured", "", "", "", ""]
     found = median_ms(forms)
     size = max(t.numel() * t.element_size() for t in given)
     share = operation.numbers * size / bandwidth / (found["fused"] / 1e3)
