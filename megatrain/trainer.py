@@ -123,7 +123,7 @@ class Parts:
     text's, `peak_flops` the whole job's (None where unknown); `held_up` tells the seconds in which this rank could not do
     its own work so far, for it waited for others, and `compare` is told every rank's own seconds of a step, without those.
     `reads_late`: a step's result is read once the next step has been handed to the device, which then never waits for the
-    host.
+    host; `stamp` then marks the beginning of a step in the device's work, since the host's clock tells when it looked.
     """
 
     engine: Engine
@@ -144,6 +144,7 @@ class Parts:
     held_up: Callable[[], float] = lambda: 0.0
     compare: Callable[[int, list[float]], None] = lambda step, own_times: None
     reads_late: bool = False
+    stamp: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Unread:
 
     step: int
     lr: float
+    began: Any
     result: SentResult
     cursor: int
     hashes: np.ndarray
@@ -195,6 +197,7 @@ class Trainer:
             started, free = time.perf_counter(), self._own_clock()
             if self.unread is None:
                 self.read_at = started
+            began = self.parts.stamp()
             self.parts.mark("data", step)
             batch = next(self.parts.stream)
             data_time, own_time = time.perf_counter() - started, self._own_clock() - free
@@ -214,7 +217,7 @@ class Trainer:
             lr = learning_rate(self.config.optim, step, total)
             result = self.parts.engine.train_step(batch.micro_batches, lr, step)
             self.own_until = self._own_clock()
-            now = Unread(step, lr, result.sent(), batch.cursor, hashes, data_time, self.save_time)
+            now = Unread(step, lr, began, result.sent(), batch.cursor, hashes, data_time, self.save_time)
             self.save_time = 0.0
             if self._read(late=True):
                 continue  # back before a spike: what has just been done was done in vain
@@ -253,7 +256,7 @@ class Trainer:
         record = self._record(unread)
         self.own_until = self._own_clock()
         now = time.perf_counter()
-        step_time, self.read_at = now - self.read_at, now
+        step_time, self.read_at = unread.result.seconds_since(unread.began) or now - self.read_at, now
         eval_time = self._maybe_evaluate(record)
         self._add_times(record, step_time, unread.data_time, eval_time, unread.save_time)
         self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from

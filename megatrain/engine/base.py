@@ -16,6 +16,13 @@ from torch import Tensor
 from megatrain.data.batch import MicroBatch
 
 
+def stamp() -> torch.cuda.Event:
+    """A mark in the device's work, behind all that it has been given so far."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, as scalars over the whole job, still on the device so that the host may read them late.
@@ -40,8 +47,7 @@ class StepResult:
         ]
         arrived = None
         if any(t.is_cuda for t in there):
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = stamp()
         loss_sum, tokens, grad_norm, updated, *aux = here
         return SentResult(
             StepResult(loss_sum, tokens, grad_norm, updated, dict(zip(self.aux, aux, strict=True))), arrived
@@ -63,6 +69,10 @@ class SentResult:
                 return False
             time.sleep(0.001)
         return True
+
+    def seconds_since(self, began: torch.cuda.Event | None) -> float | None:
+        """By the device's own clock, once it was read; None without one. What the host took to look is not in it."""
+        return None if began is None or self.arrived is None else began.elapsed_time(self.arrived) / 1e3
 
     def read(self) -> StepResult:
         """The result; waits for that step alone, where `.item()` would wait for all that the device was given since."""

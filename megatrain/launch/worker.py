@@ -32,7 +32,7 @@ from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
 from megatrain.data.loader import TrainStream, heldout_batches, step_hash
 from megatrain.data.order import SampleOrder, merge_ranges
-from megatrain.engine.base import Engine
+from megatrain.engine.base import Engine, stamp
 from megatrain.engine.build import build_engine
 from megatrain.errors import (
     EXIT_OK,
@@ -299,7 +299,8 @@ def train(
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         peak_flops=peak * world.size if peak else None,
         bytes_per_token=data.heldout_bytes_per_token,
-        reads_late=world.device.type != "cpu",
+        reads_late=world.device.type == "cuda",
+        stamp=stamp if world.device.type == "cuda" else lambda: None,
     )
     on_disk = origin is None or origin.node is None
     traced = profiled_steps(run_folder(config) / "profile", world, print) if config.profile else nullcontext()

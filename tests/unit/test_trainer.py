@@ -477,6 +477,34 @@ def test_a_result_that_does_not_come_is_not_waited_for(monkeypatch):
     assert sent.comes_within(0.05)
 
 
+def test_a_step_takes_as_long_as_the_device_says(late):
+    """From the mark before it to the one behind it, however late the host looks."""
+
+    class Mark:
+        def __init__(self, ms):
+            self.ms = ms
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+        def synchronize(self):
+            pass
+
+        query = record = synchronize
+
+    class Engine(FakeEngine):
+        def train_step(self, micro_batches, lr, step):
+            result = super().train_step(micro_batches, lr, step)
+            return SimpleNamespace(sent=lambda: SentResult(result, Mark(1000.0 * step + 250)))
+
+    loop, parts = trainer(config(steps=5), Engine())
+    marks = iter(range(1, 6))
+    loop.parts = replace(parts, stamp=lambda: Mark(1000.0 * next(marks)))
+    loop.run()
+    assert [record["step_time_s"] for record in parts.journal.records] == [0.25] * 5
+    assert [record["tokens_per_s"] for record in parts.journal.records] == [40.0] * 5
+
+
 def test_no_copy_that_cannot_be_made_keeps_results_from_being_read_late(late):
     """Where copies were given up, or a save takes long, nothing is due."""
     order = []

@@ -190,7 +190,7 @@ class Suite:
             "model=gpt2_1558m",
             "precision=bf16",
             "compile=true",
-            *loop(8, 64, 8, 1024),
+            *loop(8, 64, 16, 1024),
             "checkpoint.memory_every=0",
         ]
         return [
