@@ -82,7 +82,7 @@ class Suite:
         """Prepare a job in a folder of its own."""
         place = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
         defaults = ["engine=native", f"launch.device={self.device}", "optim.schedule=constant", "checkpoint.every=0"]
-        if find_spec("mlflow") is None:  # lent machines have none, and its absence would be waited for
+        if find_spec("mlflow") is None:  # its absence would be waited for
             defaults.append("tracking.name=none")
         return prepare(place, [*defaults, *words], self.device, chain)
 
