@@ -19,7 +19,7 @@ def bare(job: Job) -> dict[str, Any]:
     """Train and report."""
     fields = ModelConfig.__dataclass_fields__
     config = ModelConfig(**{name: value for name, value in job.model.items() if name in fields})
-    optim = OptimConfig(**job.optim)
+    optim = OptimConfig(**{**job.optim, "moments": "fp32"})  # what torch's own AdamW keeps
     model = build_model(config, job.seed).to(job.device).train()
     optimizer = adamw(parameter_groups(((n, p, p.dim()) for n, p in model.named_parameters()), optim), optim)
     forward = torch.compile(model) if job.form == "compiled" else model
