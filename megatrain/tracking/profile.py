@@ -12,13 +12,14 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from megatrain.errors import EnvironmentFault
 from megatrain.launch.world import World
 
 WAIT, WARM_UP, ACTIVE = 3, 2, 3
@@ -39,7 +40,17 @@ _LOG = logging.getLogger("megatrain")
 @contextmanager
 def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> Iterator[None]:
     """While this lasts, the steps in the window are traced into `<folder>/trace_rank_00000.json.gz` of each rank; on the
-    main rank the table goes into `<folder>/table.txt` and, at the end, to `show`."""
+    main rank the table goes into `<folder>/table.txt` and, at the end, to `show`.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"profile=true cannot write to {folder}: {error.strerror}; remove what is there, or take another run.name"
+        ) from error
     listener = StepProfile(folder, world)
     world.heartbeat.listener = listener
     try:
@@ -47,6 +58,8 @@ def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> I
     finally:
         world.heartbeat.listener = None
         table = listener.close()
+        with suppress(OSError):  # it is empty where nothing was traced
+            folder.rmdir()
         if world.is_main:
             show(table)
 
@@ -170,7 +183,7 @@ class StepProfile:
                 "",
                 *rows,
                 "",
-                f"Operations by their own time; the trace: {self.trace}",
+                f"Operations by their own time, a step (evaluating and saving between the traced steps counts); the trace: {self.trace}",
                 "",
                 *operation_rows(profiler.key_averages(), len(self.steps), on_gpu),
             ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatrain.checkpoint.resume import may_change
+from megatrain.errors import EnvironmentFault
 from megatrain.launch.world import World
 from megatrain.tracking.profile import device_times, phase_rows, profiled_steps
 
@@ -90,3 +91,13 @@ def test_kernels_belong_to_the_phase_that_launched_them():
 def test_a_resume_may_profile():
     """It changes nothing of the run."""
     assert may_change("profile") and not may_change("profiles")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_path):
+    """Also to root, whom no permission stops."""
+    (tmp_path / "profile").write_text("in the way")
+    world = World(0, 1, 0, torch.device("cpu"), None)
+    with pytest.raises(EnvironmentFault, match=r"profile=true cannot write to .*profile: File exists; remove"):
+        with profiled_steps(tmp_path / "profile", world, print):
+            raise AssertionError("it went on")
+    assert (tmp_path / "profile").read_text() == "in the way"
