@@ -97,11 +97,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], help="overrides of the train command")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.peers) - set(PEERS)):
-        parser.error(f"--peers: {', '.join(unknown)} is none; there are {', '.join(PEERS)}")
+        parser.error(f"--peers {', '.join(unknown)}: there are {', '.join(PEERS)}")
     if arguments.warmup < 1 or arguments.steps <= arguments.warmup:
         parser.error("--steps must be more than --warmup, and --warmup at least 1")
     if arguments.pairs < 1 or arguments.batch % arguments.micro_batch:
-        parser.error("--pairs must be at least 1, and --batch a multiple of --micro-batch")
+        parser.error(
+            f"--pairs {arguments.pairs} --batch {arguments.batch} --micro-batch {arguments.micro_batch}: pairs must be at least "
+            f"1, and the batch a multiple of the micro-batch"
+        )
     return arguments
 
 

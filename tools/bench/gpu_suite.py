@@ -233,6 +233,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         suite = Suite(arguments, folder)
+        if not any(arguments.only in name for name, _ in suite.rows()):
+            raise TurnFailed(
+                f"--only {arguments.only}: no row's name holds that; {'; '.join(n for n, _ in suite.rows())}"
+            )
         lines = [line for name, measure in suite.rows() if arguments.only in name for line in suite.run(name, measure)]
     except TurnFailed as error:
         print(f"gpu_suite: error: {error}", file=sys.stderr)

@@ -133,7 +133,7 @@ def prepare(folder: Path, words: list[str], device: str, chain: bool = False) ->
     command = [sys.executable, str(HERE / "prepare_job.py"), *(["--chain"] if chain else []), str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environ(1, device))
     if done.returncode:
-        raise TurnFailed(last_line(done.stderr))
+        raise TurnFailed(last_line(done.stderr).removeprefix("megatrain.errors.ConfigError: "))
     return {**json.loads(done.stdout.splitlines()[-1]), "device": device}
 
 
