@@ -34,6 +34,7 @@ def use_fp8(blocks: nn.Module, device: torch.device) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of extensions that are not used here
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise EnvironmentFault(
