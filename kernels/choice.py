@@ -18,6 +18,7 @@ from megatrain.kernels.cross_entropy import (
 )
 from megatrain.kernels.gelu import fused_gelu, gelu
 from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
+from megatrain.kernels.linear import linear, onednn_linear, prefers_onednn
 from megatrain.kernels.linear_cross_entropy import chunked_linear_cross_entropy_sum, linear_cross_entropy_sum
 from megatrain.kernels.rms_norm import add_rms_norm, fused_add_rms_norm, fused_rms_norm, rms_norm
 from megatrain.kernels.rope import fused_rope_qk, rope_qk
@@ -31,6 +32,7 @@ _LOG = logging.getLogger("megatrain")
 class Kernels:
     """The operations of a model; each field's signature and meaning are those of the plain function it is set to here."""
 
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = layer_norm
@@ -45,6 +47,7 @@ class Kernels:
 
 REFERENCE = Kernels()
 CHUNKED = replace(REFERENCE, linear_cross_entropy_sum=chunked_linear_cross_entropy_sum)
+ONEDNN = replace(CHUNKED, linear=onednn_linear)
 FUSED = Kernels(
     rms_norm=fused_rms_norm,
     add_rms_norm=fused_add_rms_norm,
@@ -66,16 +69,24 @@ COMPILED = replace(
 
 
 def choose(
-    mode: str, device: torch.device, dtype: torch.dtype, width: int, compiled: bool, splits_backward: bool = False
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    compiled: bool,
+    splits_backward: bool = False,
+    cuts_tensors: bool = False,
 ) -> Kernels:
     """The operations for a model of hidden size `width` that computes in `dtype` on `device`, logged in a line.
 
     `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain ones
     where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses pointwise
-    operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton.
+    operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton. On a CPU
+    whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), these.
 
     Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the gradients of
-    an operation's two results when it takes the backward pass apart.
+    an operation's two results when it takes the backward pass apart. There linear layers stay torch's own too, whose input's
+    and weight's gradients come one by one; and where tensor parallelism `cuts_tensors`, since DTensor knows them.
 
     Raises:
         KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not taken.
@@ -93,8 +104,10 @@ def choose(
     if reason is None and device.type != "cuda":
         reason = "Triton's interpreter is for tests"
     if reason is not None:
-        _LOG.info("kernels=auto: the plain operations (%s), head and loss in chunks", reason)
-        return CHUNKED
+        onednn = device.type == "cpu" and dtype == torch.float32 and prefers_onednn()
+        products = ", fp32 products by oneDNN" if onednn else ""
+        _LOG.info("kernels=auto: the plain operations (%s), head and loss in chunks%s", reason, products)
+        return ONEDNN if onednn and not splits_backward and not cuts_tensors else CHUNKED
     if compiled:
         _LOG.info(
             "kernels=auto: the plain operations in blocks (torch.compile fuses them), fused head and loss in chunks"

@@ -14,6 +14,7 @@ from megatrain.kernels.cross_entropy import (
     cross_entropy_with_gradient_,
     fused_cross_entropy_with_gradient_,
 )
+from megatrain.kernels.linear import add_product_, product
 
 
 def linear_cross_entropy_sum(
@@ -41,10 +42,10 @@ def chunked_linear_cross_entropy_sum(
 
     A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward only
     scales these two. Memory: `chunk_bytes` of logits (by the device unless given; one row at least) and the two gradients,
-    where the reference keeps `[N, V]` several times. The same three matrix products; on a GPU, with a vocabulary like
-    50,257, over rows padded to a whole number of 128 bytes, for unaligned ones take several times as long. In 16 bits
-    `d_weight` is summed over chunks in fp32, which on a CPU takes another `[V, D]` for each chunk's share, and then rounded.
-    The loss of a chunk is a few passes over rows that stay in the cache, or where `fused` one Triton kernel.
+    where the reference keeps `[N, V]` several times. The same three matrix products, by linear.py; on a GPU, with a
+    vocabulary like 50,257, over rows padded to a whole number of 128 bytes, for unaligned ones take several times as long.
+    In 16 bits `d_weight` is summed over chunks in fp32, and then rounded. The loss of a chunk is a few passes over rows that
+    stay in the cache, or where `fused` one Triton kernel.
 
     No second derivative, and one backward: it scales the gradient of `weight` where forward left it.
     """
@@ -86,16 +87,14 @@ def _chunked(
     d_table = weight.new_empty(0)
     if with_gradients and num_rows == 0:
         d_table = torch.zeros_like(weight, dtype=_accumulated(weight))
-    buffer = x.new_empty(min(rows, num_rows), len(table))
     for start in range(0, num_rows, rows):
         part = slice(start, min(start + rows, num_rows))
-        chunk, targets, factors = buffer[: part.stop - start], labels[part], None if weights is None else weights[part]
-        torch.mm(x[part], table.t(), out=chunk)  # 0 in the padding, and its gradient too
-        loss += in_place(chunk[:, :vocab], targets, factors, z_loss).sum()
-        if not with_gradients:
-            continue
-        torch.mm(chunk, table, out=d_x[part])
-        d_table = _add_product(None if start == 0 else d_table, chunk.t(), x[part])
+        chunk = product(x[part], table.t())  # 0 in the padding, and its gradient too
+        loss += in_place(chunk[:, :vocab], labels[part], None if weights is None else weights[part], z_loss).sum()
+        if with_gradients:
+            product(chunk, table, out=d_x[part])
+            d_table = _add_product(None if start == 0 else d_table, chunk.t(), x[part])
+        del chunk  # before the next one is made
     return loss, d_x, d_table[:vocab]
 
 
@@ -117,14 +116,13 @@ def _accumulated(tensor: Tensor) -> torch.dtype:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`total + a b`, in place where there is a total, in what gradients are summed in: rounded to 16 bits for each chunk,
     their sum would lose half a bit."""
-    if a.dtype == _accumulated(a):
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != _accumulated(a):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    product = torch.mm(a.float(), b.float())
-    return product if total is None else total.add_(product)
+    if total is None:
+        return add_product_(a.new_empty(len(a), b.shape[1], dtype=_accumulated(a)), a, b, accumulate=False)
+    return add_product_(total, a, b)
 
 
 @_chunked.register_fake

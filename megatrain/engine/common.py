@@ -96,8 +96,9 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
     """
     dtype, width = DTYPES[config.precision.name], config.model.hidden_size
     splits_backward = config.parallel.pp > 1 and config.parallel.schedule in ZERO_BUBBLE
+    cuts_tensors = config.parallel.tp > 1
     try:
-        return choose(config.kernels, device, dtype, width, config.compile, splits_backward)
+        return choose(config.kernels, device, dtype, width, config.compile, splits_backward, cuts_tensors)
     except KernelError as error:
         raise EnvironmentFault(f"kernels=triton: {error}; use kernels=auto or kernels=reference") from error
 

@@ -37,6 +37,7 @@ SAVED_BY_SELECTIVE = [
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.megatrain.linear.default,
 ]
 """Operations whose results `recompute = "selective"` keeps; norms, rotations and activations are computed again."""
 
@@ -44,7 +45,9 @@ SAVED_BY_SELECTIVE = [
 class Linear(nn.Linear):
     """`nn.Linear` that leaves its values unfilled; given an embedding, it shares its weight."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, shared: Embedding | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, kernels: Kernels, shared: Embedding | None = None
+    ) -> None:
         if shared is None:
             super().__init__(in_features, out_features, bias)
         else:
@@ -52,6 +55,10 @@ class Linear(nn.Linear):
             self.in_features, self.out_features = in_features, out_features
             self.weight = shared.weight
             self.register_parameter("bias", None)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing: init.py knows the values."""
@@ -68,8 +75,7 @@ class Head(Linear):
     """The projection onto the vocabulary, with the loss behind it where there are labels: fused, it needs both."""
 
     def __init__(self, width: int, vocab: int, kernels: Kernels, shared: Embedding | None) -> None:
-        super().__init__(width, vocab, bias=False, shared=shared)
-        self.kernels = kernels
+        super().__init__(width, vocab, False, kernels, shared)
 
     def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """`x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar."""
@@ -128,10 +134,10 @@ class Attention(nn.Module):
         self.attend = attention  # what mixes tokens; context parallelism puts its own in its place
         self.rope_theta = config.rope_theta if config.position == "rope" else None
         self.dropout = config.dropout
-        self.q = Linear(width, config.num_heads * head_dim, config.bias)
-        self.k = Linear(width, config.kv_heads * head_dim, config.bias)
-        self.v = Linear(width, config.kv_heads * head_dim, config.bias)
-        self.o = Linear(config.num_heads * head_dim, width, config.bias)
+        self.q = Linear(width, config.num_heads * head_dim, config.bias, kernels)
+        self.k = Linear(width, config.kv_heads * head_dim, config.bias, kernels)
+        self.v = Linear(width, config.kv_heads * head_dim, config.bias, kernels)
+        self.o = Linear(config.num_heads * head_dim, width, config.bias, kernels)
         self.q_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
 
@@ -161,9 +167,9 @@ class MLP(nn.Module):
         super().__init__()
         self.kernels = kernels
         gated = config.activation == "swiglu"
-        self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias) if gated else None
-        self.up = Linear(config.hidden_size, config.ffn_dim, config.bias)
-        self.down = Linear(config.ffn_dim, config.hidden_size, config.bias)
+        self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias, kernels) if gated else None
+        self.up = Linear(config.hidden_size, config.ffn_dim, config.bias, kernels)
+        self.down = Linear(config.ffn_dim, config.hidden_size, config.bias, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:

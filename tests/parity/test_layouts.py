@@ -9,6 +9,7 @@ from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from megatrain.engine.build import build_engine
+from megatrain.kernels import choice, linear
 from megatrain.parallel.layout import check
 from megatrain.parallel.sharding import local
 
@@ -99,6 +100,34 @@ def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes,
     fused.model.num_layers = plain.model.num_layers = 4 if "pp" in changes else 1
     expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
     compare(run_ranks(ten_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "family", "changes"),
+    [
+        (1, "gpt2", {"recompute": "selective"}),
+        (1, "llama", {"compile": True}),
+        (2, "llama", {"tp": 2}),
+        (2, "gpt2", {"zero": 3, "recompute": "full"}),
+        (2, "gpt2", {"pp": 2, "virtual_stages": 2, "schedule": "zbv_zero_bubble"}),
+        (2, "llama", {"cp": 2, "zero": 3}),
+        (2, "llama", {"engine": "deepspeed", "zero": 3}),
+        (2, "gpt2", {"engine": "deepspeed", "tp": 2, "zero": 1}),
+    ],
+    ids=str,
+)
+def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, monkeypatch, tmp_path):
+    """At every size, and whatever the processor is."""
+    for module in (linear, choice):
+        monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(linear, "_SMALLEST", 1)
+    changes = dict(changes)
+    compiled = changes.pop("compile", False)
+    config = layout_job(family=family, micro=4 if "pp" in changes else 16 // ranks, **changes)
+    plain = layout_job(family=family, micro=16)
+    config.compile, plain.kernels = compiled, "reference"
+    expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"))[0]
+    compare(run_ranks(ten_steps, ranks, config, str(tmp_path / "onednn"), timeout_s=300), expected)
 
 
 def first_norm(world, config):

@@ -11,7 +11,7 @@ from megatrain.config import TrainConfig
 from megatrain.engine.common import choose_kernels
 from megatrain.errors import EnvironmentFault
 from megatrain.kernels import MAX_ROW, choice
-from megatrain.kernels.choice import CHUNKED, COMPILED, FUSED, REFERENCE, choose
+from megatrain.kernels.choice import CHUNKED, COMPILED, FUSED, ONEDNN, REFERENCE, choose
 from megatrain.kernels.support import KernelError
 
 CPU = torch.device("cpu")
@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Decisions as without a GPU, where tests ask for Triton's interpreter."""
+    """Decisions as without a GPU, where tests ask for Triton's interpreter, on a CPU that has no use for oneDNN."""
     monkeypatch.setattr("megatrain.kernels.support.INTERPRETED", True)
+    monkeypatch.setattr(choice, "prefers_onednn", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,25 @@ def test_a_schedule_that_splits_the_backward_pass_keeps_addition_and_norm_apart(
     found = choose("triton", CPU, torch.float32, 64, False, splits_backward=True)
     assert found.add_rms_norm is REFERENCE.add_rms_norm and found.add_layer_norm is REFERENCE.add_layer_norm
     assert found.rms_norm is FUSED.rms_norm and found.swiglu is FUSED.swiglu
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "expected"),
+    [
+        (torch.float32, {}, ONEDNN),
+        (torch.bfloat16, {}, CHUNKED),
+        (torch.float32, {"splits_backward": True}, CHUNKED),
+        (torch.float32, {"cuts_tensors": True}, CHUNKED),
+    ],
+)
+def test_a_cpu_that_prefers_onednn_gets_its_products_where_layers_are_whole(
+    dtype, options, expected, monkeypatch, caplog
+):
+    monkeypatch.setattr(choice, "prefers_onednn", lambda: True)
+    with caplog.at_level(logging.INFO, "megatrain"):
+        assert choose("auto", CPU, dtype, 64, False, **options) is expected
+        assert choose("reference", CPU, dtype, 64, False, **options) is REFERENCE
+    assert ("by oneDNN" in caplog.messages[0]) == (dtype == torch.float32)
 
 
 def test_triton_where_it_cannot_run_is_an_error_that_names_the_key(monkeypatch):
