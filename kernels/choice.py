@@ -99,7 +99,8 @@ def choose(
         raise KernelError(reason)
     fused = replace(FUSED, add_rms_norm=add_rms_norm, add_layer_norm=add_layer_norm) if splits_backward else FUSED
     if mode == "triton":
-        _LOG.info("kernels=triton: the fused operations")
+        slow = "" if device.type == "cuda" else ", by Triton's interpreter: slow, for tests"
+        _LOG.log(logging.WARNING if slow else logging.INFO, "kernels=triton: the fused operations%s", slow)
         return fused
     if reason is None and device.type != "cuda":
         reason = "Triton's interpreter is for tests"

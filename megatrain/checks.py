@@ -6,6 +6,7 @@ key, what was given and the nearest value that works.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatrain.config import (
     TrainConfig,
     TrainLoopConfig,
 )
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.kernels import MAX_ROW
 from megatrain.launch.environment import RankEnvironment, is_launched
 from megatrain.launch.slurm import Step, num_nodes
@@ -58,10 +59,16 @@ def check_values(config: Any) -> None:
 
 
 def check_paths(config: Any) -> None:
-    """Whether what a config names on disk is there, and what it would write is not. Raises ConfigError or DataError."""
+    """Whether what a config names is there, and what it would write is not.
+
+    Raises:
+        ConfigError, DataError: a file or folder.
+        EnvironmentFault: a library that a choice needs.
+    """
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
-        check_dataset_folder(config.data)
+        check_installed(config)
+        check_dataset_folder(config.data, config.train.mask_documents)
     if isinstance(config, PrepareConfig):
         check_tokenizer(config.tokenizer)
     if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
@@ -258,8 +265,18 @@ def check_start(config: TrainConfig) -> None:
         require("checkpoint.init_from", Path(origin))
 
 
-def check_dataset_folder(config: DataConfig) -> None:
-    """The prepared dataset is there and whole by its sizes."""
+def check_installed(config: TrainConfig) -> None:
+    """The libraries that not every run needs are there. Whether they work is found out where they are used."""
+    if config.precision.name == "fp8" and find_spec("torchao") is None:
+        raise EnvironmentFault("precision=fp8 needs torchao: pip install 'megatrain[fp8]', or use precision=bf16")
+    if config.kernels == "triton" and find_spec("triton") is None:
+        raise EnvironmentFault(
+            "kernels=triton: Triton is not installed: pip install triton (Linux), or use kernels=auto or kernels=reference"
+        )
+
+
+def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
+    """The prepared dataset is there and whole by its sizes, and its documents can be told apart where they have to be."""
     from megatrain.data.card import check_dataset
 
     folder = Path(config.dir) / config.name
@@ -271,7 +288,12 @@ def check_dataset_folder(config: DataConfig) -> None:
             f"data={config.name if config.kind == 'huggingface' else config.kind} data.name={config.name} data.dir={config.dir}"
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
-    check_dataset(folder)
+    card = check_dataset(folder)
+    if mask_documents and card.tokenizer is None:
+        raise ConfigError(
+            f"train.mask_documents=true: {folder} names no tokenizer, so that nobody knows its end-of-document token; prepare "
+            f"it with the tokenizer that made it (tokenizer=hf tokenizer.path=...) or set train.mask_documents=false"
+        )
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:

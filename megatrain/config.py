@@ -231,6 +231,9 @@ class TrainLoopConfig:
         "all inside a block",
         choices=("none", "selective", "full"),
     )
+    mask_documents: bool = key(
+        False, "whether a token attends to its own document alone; false: to all before it in its sequence"
+    )
     skip_ranges: list[list[int]] = key(
         [], "samples to pass over from the start, as [start,stop) pairs of their numbers in the run's order"
     )

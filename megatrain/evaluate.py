@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -27,16 +28,19 @@ from megatrain.data.normalise import normalise
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.engine.common import evaluate as sum_over
 from megatrain.errors import ConfigError, DataError
+from megatrain.kernels.choice import choose
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is evaluated: its tokens, the UTF-8 bytes of its text (None where unknown) and how many tokens stand for them."""
+    """What is evaluated: its tokens, the UTF-8 bytes of its text (None where unknown), how many tokens stand for them, and the
+    token that ends a document (None where unknown)."""
 
     name: str
     tokens: Dataset
     num_bytes: int | None
     num_tokens: int
+    end_of_document: int | None
 
 
 class TextTokens(Dataset):
@@ -67,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> None:
     source = open_source(config, loaded)
     seq_len = sequence_length(config, loaded)
     device = choose_device(config.device)
-    model = loaded.build(device)
+    model = loaded.build(device, choose("auto", device, torch.float32, loaded.config.hidden_size, compiled=False))
     windows = -(-(source.tokens.num_tokens - 1) // seq_len)
     num_batches = -(-windows // config.batch_size)
     if config.max_batches is not None:
@@ -80,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> None:
         dp_size=1,
         max_samples=num_batches * config.batch_size,
         vocab_size=loaded.config.vocab,
+        end_of_document=end_of_document(loaded, source),
     )
     started = time.perf_counter()
     loss_sum, tokens = sum_over(model, _with_bar(batches, num_batches), device)
@@ -137,6 +142,18 @@ def sequence_length(config: EvaluateConfig, loaded: Loaded) -> int:
     return int(seq_len)
 
 
+def end_of_document(loaded: Loaded, source: Source) -> int | None:
+    """The token that ends a document, where the model was trained to see one document at a time. ConfigError if unknown."""
+    if not loaded.run_config().get("train", {}).get("mask_documents"):
+        return None
+    if source.end_of_document is None:
+        raise ConfigError(
+            f"data: the model was trained with train.mask_documents=true, and {source.name} names no tokenizer, so that nobody "
+            f"knows where its documents end; give data=<a text file or a dataset prepared with the model's tokenizer>"
+        )
+    return source.end_of_document
+
+
 # ---------------------------------------------------------------------------------------------------- what to read
 
 
@@ -162,7 +179,8 @@ def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
         )
     if dataset.num_tokens < 2:
         raise DataError(f"{dataset.bin_path}: {dataset.num_tokens} tokens; there is nothing to predict")
-    return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes, dataset.num_tokens)
+    end = dataset.card.tokenizer.end_of_document if dataset.card.tokenizer else None
+    return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes, dataset.num_tokens, end)
 
 
 def open_text(path: Path, tokenizer: Tokenizer) -> Source:
@@ -179,7 +197,7 @@ def open_text(path: Path, tokenizer: Tokenizer) -> Source:
         raise DataError(f"{path}: no text in it")
     end = tokenizer.end_of_document
     ids = [end, *tokenizer.encode(text), end]
-    return Source(str(path), TextTokens(path, ids), len(text.encode()), len(ids) - 1)
+    return Source(str(path), TextTokens(path, ids), len(text.encode()), len(ids) - 1, end)
 
 
 def _own_dataset(loaded: Loaded) -> Path:

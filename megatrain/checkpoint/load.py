@@ -22,6 +22,7 @@ from megatrain.data.card import CARD, Card
 from megatrain.data.tokenizer import META, Tokenizer, load_tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
+from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.gpt import GPT
 
 _LOG = logging.getLogger("megatrain")
@@ -70,10 +71,10 @@ class Loaded:
             )
         return self.tokenizer
 
-    def build(self, device: torch.device) -> GPT:
-        """The model on `device` in fp32, ready to evaluate (dropout off)."""
+    def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
+        """The model on `device` in fp32, ready to evaluate (dropout off), computing with `kernels`."""
         with torch.device("meta"):
-            model = GPT(self.config)
+            model = GPT(self.config, kernels)
         model = model.to_empty(device=device).float()
         names = dict(model.named_parameters())
         if names.keys() != self.weights.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,11 +31,18 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device` (pinned memory copies without blocking)."""
-        moved: dict[str, Any] = {}
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            moved[f.name] = None if value is None else value.to(device, non_blocking=True)
-        return MicroBatch(**moved)
+            changed[f.name] = None if value is None else change(value)
+        return MicroBatch(**changed)
 
 
 @dataclass(frozen=True)

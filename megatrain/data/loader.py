@@ -33,7 +33,7 @@ def step_hash(hashes: np.ndarray) -> str:
 class TrainStream:
     """One rank's `StepBatch`es from `first_step` and `cursor` on, without end, read ahead by a thread.
 
-    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
+    With `end_of_document`, that token's id, micro-batches carry `document_ids`. A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
     to micro-batch `j // (dp_size * micro_batch_size)` of rank `(j // micro_batch_size) % dp_size`. A fault of the thread
     (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. Call `close` when done.
     """
@@ -52,6 +52,7 @@ class TrainStream:
         first_step: int,
         cursor: int,
         skip_ranges: Iterable[tuple[int, int]] = (),
+        end_of_document: int | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -60,6 +61,7 @@ class TrainStream:
         self._vocab_size, self._micro_batch_size = vocab_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._batch_size, self._skip_ranges = batch_size, merge_ranges(skip_ranges)
+        self._end_of_document = end_of_document
         self._pin_memory = pin_memory
         self._prefetch = prefetch
         self._start(first_step, cursor)
@@ -141,10 +143,16 @@ class TrainStream:
 
     def _micro_batch(self, samples: np.ndarray) -> MicroBatch:
         ids = torch.from_numpy(samples)
-        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if self._pin_memory:
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        micro_batch = with_documents(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), self._end_of_document)
+        return micro_batch.pin_memory() if self._pin_memory else micro_batch
+
+
+def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
+    """A micro-batch, with the ids of its documents where the token is given that ends each (and belongs to it)."""
+    if end_of_document is None:
         return MicroBatch(tokens, labels)
+    ends = (tokens == end_of_document).int()
+    return MicroBatch(tokens, labels, document_ids=(ends.cumsum(1) - ends).int())
 
 
 def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
@@ -172,11 +180,13 @@ def heldout_batches(
     dp_size: int,
     max_samples: int | None = None,
     vocab_size: int | None = None,
+    end_of_document: int | None = None,
 ) -> Iterator[MicroBatch]:
     """One rank's share of a split's windows in file order: as many batches on every rank.
 
     The split's last partial window takes part; what it and the last batch lack is filled with labels of `IGNORE_INDEX`.
-    Over all ranks each token but the split's first is a label exactly once. `max_samples` bounds the windows read.
+    Over all ranks each token but the split's first is a label exactly once. `max_samples` bounds the windows read;
+    `end_of_document` as in `TrainStream`.
     """
     num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
     if max_samples is not None:
@@ -191,4 +201,4 @@ def heldout_batches(
                 ids = torch.from_numpy(read_window(dataset, window, seq_len, vocab_size))
                 tokens[row, : len(ids) - 1] = ids[:-1]
                 labels[row, : len(ids) - 1] = ids[1:]
-        yield MicroBatch(tokens, labels)
+        yield with_documents(tokens, labels, end_of_document)

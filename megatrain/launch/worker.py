@@ -63,7 +63,7 @@ from megatrain.tracking.base import RunInfo, Trackers, git_commit
 from megatrain.tracking.console import Console
 from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
-from megatrain.tracking.profile import profiled_steps
+from megatrain.tracking.profile import ACTIVE, FIRST_TRACED, profiled_steps
 from megatrain.trainer import Parts, Progress, Trainer
 
 BY_HOST = ("launch.", "data.dir", "data.workers", "run.dir", "engine.nvme_path")
@@ -271,6 +271,7 @@ def train(
         first_step=progress.step + 1,
         cursor=progress.cursor,
         skip_ranges=progress.skip_ranges,
+        end_of_document=data.end_of_document,
         pin_memory=world.device.type == "cuda",
     )
     peak = peak_flops(world.device, config.precision.name)
@@ -304,6 +305,11 @@ def train(
     )
     on_disk = origin is None or origin.node is None
     traced = profiled_steps(run_folder(config) / "profile", world, print) if config.profile else nullcontext()
+    if config.profile and world.is_main and config.train.steps - progress.step < FIRST_TRACED:
+        _LOG.warning(
+            "profile=true begins with the %dth step of a start, and %d are left: give train.steps=%d or more",
+            *(FIRST_TRACED, config.train.steps - progress.step, progress.step + FIRST_TRACED + ACTIVE - 1),
+        )
     try:
         with traced:
             if world.device.type != "cpu":  # where a wait blocks nobody, there is nothing to time
@@ -366,6 +372,14 @@ class OpenData:
         return self.card.fingerprint
 
     @property
+    def end_of_document(self) -> int | None:
+        """The token that ends a document, where the run keeps documents apart."""
+        if not self.config.train.mask_documents:
+            return None
+        assert self.card.tokenizer is not None, "checks.py asked for it"
+        return self.card.tokenizer.end_of_document
+
+    @property
     def heldout_bytes_per_token(self) -> float | None:
         """Mean UTF-8 bytes of a held-out token, for bits per byte; None where the text's size is unknown."""
         card = self.heldout.split_card if self.heldout else None
@@ -426,6 +440,7 @@ def heldout_reader(
         dp_size=layout.dp,
         max_samples=steps * config.train.global_batch_size if steps else None,
         vocab_size=config.model.vocab,
+        end_of_document=data.end_of_document,
     )
 
 

@@ -25,6 +25,9 @@ from megatrain.launch.world import World
 WAIT, WARM_UP, ACTIVE = 3, 2, 3
 """Steps of a start before the profiler is there, steps it warms up in, steps it traces."""
 
+FIRST_TRACED = WAIT + WARM_UP + 1
+"""The first of them, counted from the start."""
+
 PHASES = ("data", "exchange", "forward", "backward", "update")
 """What a step consists of, in this order; the time between two marks belongs to the first of them."""
 
@@ -106,7 +109,7 @@ class StepProfile:
 
     @property
     def _is_tracing(self) -> bool:
-        return self._profiler is not None and self.begun > WAIT + WARM_UP
+        return self._profiler is not None and self.begun >= FIRST_TRACED
 
     def _open(self, name: str) -> None:
         opened = record_function(NAME + name)
@@ -151,7 +154,7 @@ class StepProfile:
         self._leave()
         self._leave_step()
         self._stop()  # writes, where steps were traced and not written
-        return self.table or f"profile=true traced nothing: it begins with the {WAIT + WARM_UP + 1}th step of a start"
+        return self.table or f"profile=true traced nothing: it begins with the {FIRST_TRACED}th step of a start"
 
     # ------------------------------------------------------------------------------------------- writing
 

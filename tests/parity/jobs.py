@@ -9,12 +9,14 @@ import torch
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.data.loader import with_documents
 from megatrain.engine.base import Engine
 from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
 
 VOCAB = 101  # does not divide by any number of ranks
 SEQ_LEN = 16
+END_OF_DOCUMENT = 5
 GLOBAL_BATCH = 16
 
 
@@ -69,7 +71,10 @@ def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool
         slice((index * ranks + rank) * size, (index * ranks + rank + 1) * size)
         for index in range(GLOBAL_BATCH // (size * ranks))
     ]
-    return [MicroBatch(ids[rows, :-1].contiguous(), labels[rows].contiguous()) for rows in chosen]
+    end = END_OF_DOCUMENT if config.train.mask_documents else None
+    if end is not None:
+        ids[ids < VOCAB // 6] = end
+    return [with_documents(ids[rows, :-1].contiguous(), labels[rows].contiguous(), end) for rows in chosen]
 
 
 def train(

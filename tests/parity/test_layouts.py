@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jobs
 import pytest
 import torch
 from jobs import batches, compare, gpt2, layout_job, rows, ten_steps
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
+from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.kernels import choice, linear
 from megatrain.parallel.layout import check
@@ -100,6 +102,32 @@ def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes,
     fused.model.num_layers = plain.model.num_layers = 4 if "pp" in changes else 1
     expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
     compare(run_ranks(ten_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "family", "changes"),
+    [
+        (2, "llama", {"zero": 3, "recompute": "full"}),
+        (2, "llama", {"tp": 2, "recompute": "selective"}),
+        (2, "gpt2", {"cp": 2}),
+        (2, "llama", {"cp": 2, "cp_kind": "ring"}),
+        (4, "gpt2", {"pp": 2, "tp": 2}),
+        (4, "llama", {**V, "zero": 1}),
+        (2, "gpt2", {"engine": "deepspeed", "zero": 3}),
+        (4, "llama", {"engine": "deepspeed", "tp": 2, "cp": 2, "zero": 1}),
+    ],
+    ids=str,
+)
+def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp_path):
+    """`train.mask_documents` gives in a layout what it gives on one process, and there something else than without."""
+    config, alone = layout_job(family=family, micro=rows(changes), **changes), layout_job(family=family, micro=8)
+    config.train.mask_documents = alone.train.mask_documents = True
+    check(config, ranks)
+    expected = run_ranks(ten_steps, 1, alone, str(tmp_path / "alone"))[0]
+    compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), expected)
+    monkeypatch.setattr(jobs, "with_documents", lambda tokens, labels, end: MicroBatch(tokens, labels))
+    unmasked = run_ranks(ten_steps, 1, alone, str(tmp_path / "unmasked"))[0]
+    assert abs(expected[0][-1][0] / unmasked[0][-1][0] - 1) > 1e-3, "the mask made no difference"
 
 
 @pytest.mark.parametrize(

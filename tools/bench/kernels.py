@@ -2,6 +2,7 @@
 
     python tools/bench/kernels.py                 # a GPU: times at a Llama 8B's sizes, and errors
     python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and memory
+    python tools/bench/kernels.py --linear        # a CPU: linear layers in fp32 by oneDNN against torch's own, and in bf16
 
 Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together. Times
 are of forward and backward together, of a CUDA graph that holds both (so that the host's share is left out), each form in
@@ -32,6 +33,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu  # noqa: E402
+from megatrain.kernels.linear import linear, onednn_linear, prefers_onednn  # noqa: E402
 from megatrain.kernels.linear_cross_entropy import (  # noqa: E402
     chunked_linear_cross_entropy_sum,
     linear_cross_entropy_sum,
@@ -320,10 +322,60 @@ def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
     print(json.dumps(found))
 
 
+# ------------------------------------------------------------------------------------------- linear layers
+
+
+def linear_layers(tokens: int, sizes: Sequence[tuple[int, int]], turns: int) -> None:
+    """Linear layers on a CPU, forward and backward, the forms in turns; errors against float64."""
+    print(f"linear layers, {tokens} tokens, {torch.get_num_threads()} threads; oneDNN preferred: {prefers_onednn()}")
+    print(
+        "| inputs x outputs | torch, ms | oneDNN, ms | torch in bf16, ms | torch's over oneDNN's | errors, torch, oneDNN |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    forms = {
+        "torch": (linear, torch.float32),
+        "onednn": (onednn_linear, torch.float32),
+        "bf16": (linear, torch.bfloat16),
+    }
+    for inputs, outputs in sizes:
+        exact = [torch.randn(tokens, inputs), torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)]
+        g = torch.randn(tokens, outputs)
+
+        def results(
+            form: Callable[..., Any], dtype: torch.dtype, values: Sequence[Tensor] = exact, g: Tensor = g
+        ) -> Any:
+            given = [value.to(dtype).requires_grad_() for value in values]
+            began = time.perf_counter()
+            y = form(*given)
+            found = [y, *torch.autograd.grad(y, given, g.to(dtype))]
+            return time.perf_counter() - began, found
+
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(turns + 1):
+            for name, (form, dtype) in forms.items():
+                times[name].append(1e3 * results(form, dtype)[0])
+        true = results(linear, torch.float64)[1]
+        errors = [
+            max(
+                float((a.double() - b).abs().max() / b.abs().max())
+                for a, b in zip(results(*form)[1], true, strict=True)
+            )
+            for form in (forms["torch"], forms["onednn"])
+        ]
+        median = {name: statistics.median(values[1:]) for name, values in times.items()}
+        ratio = statistics.median(a / b for a, b in zip(times["torch"][1:], times["onednn"][1:], strict=True))
+        milliseconds = " | ".join(f"{median[name]:.2f}" for name in forms)
+        print(
+            f"| {inputs:,} x {outputs:,} | {milliseconds} | {ratio:.2f} | {errors[0]:.1e}, {errors[1]:.1e} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", action="store_true", help="head and loss alone")
+    parser.add_argument("--linear", action="store_true", help="linear layers alone, on a CPU")
     parser.add_argument("--tokens", type=int, default=8192 if HAS_GPU else 1024)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
@@ -331,7 +383,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions in a turn")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.head:
+    if arguments.linear:
+        sizes = [(128, 128), (128, 512), (256, 1024), (768, 768), (768, 3072), (3072, 768)]
+        linear_layers(arguments.tokens, sizes, arguments.turns)
+    elif arguments.head:
         head(arguments.tokens, arguments.width, arguments.vocab, arguments.turns, arguments.rounds)
     else:
         kernels()

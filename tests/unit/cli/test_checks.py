@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from megatrain.checks import check_paths, check_values
+from megatrain.checks import check_installed, check_paths, check_values
 from megatrain.compose import compose, read_overrides
-from megatrain.errors import ConfigError
+from megatrain.data.card import Card
+from megatrain.errors import ConfigError, EnvironmentFault
 
 SHAPE = ["model=tiny", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=null", "model.max_seq_len=256"]
 SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len=256", "train.steps=100"]
@@ -120,6 +121,33 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(b
     (tmp_path / "data" / "python_stdlib").mkdir(parents=True)
     (tmp_path / "data" / "python_stdlib" / "card.json").write_text("{}")
     assert "did you mean data.name=python_stdlib?" in refusal(check_paths, changed(base, ["data.name=python_stdlb"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "says"),
+    [
+        (["precision.name=fp8"], "torchao", r"precision=fp8 needs torchao: pip install .*megatrain\[fp8\]"),
+        (["kernels=triton"], "triton", "kernels=triton: Triton is not installed.*kernels=auto"),
+    ],
+)
+def test_a_library_that_a_choice_needs_is_asked_for_before_anything_starts(base, words, missing, says, monkeypatch):
+    config = changed(base, words)
+    check_installed(config)
+    monkeypatch.setattr("megatrain.checks.find_spec", lambda name: None if name == missing else object())
+    check_installed(base)
+    with pytest.raises(EnvironmentFault, match=says) as caught:
+        check_installed(config)
+    assert caught.value.exit_code == 8
+
+
+def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, tmp_path, monkeypatch):
+    card = Card(name="mine", fingerprint="", splits={}, tokenizer=None)
+    monkeypatch.setattr("megatrain.data.card.check_dataset", lambda folder: card)
+    (tmp_path / "mine").mkdir()
+    words = [f"data.dir={tmp_path}", "data.name=mine"]
+    check_paths(changed(base, words))
+    message = refusal(check_paths, changed(base, [*words, "train.mask_documents=true"]))
+    assert "train.mask_documents=true: " in message and "tokenizer.path=" in message
 
 
 @pytest.mark.parametrize(

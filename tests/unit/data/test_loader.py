@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 
 from megatrain.data.batch import IGNORE_INDEX
@@ -185,6 +186,25 @@ def test_max_samples_bounds_the_held_out_windows(make_dataset):
     dataset = Dataset.open(make_dataset(heldout=np.arange(100)), "heldout")
     batches = list(heldout_batches(dataset, seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1, max_samples=3))
     assert sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) == 3 * T
+
+
+def test_documents_are_told_apart_by_the_token_that_ends_them(stream):
+    """The token that ends a document is the last of it, in whatever place of a window."""
+    end = 7
+    for micro_batch in next(stream(end_of_document=end)).micro_batches:
+        assert micro_batch.document_ids.dtype == torch.int32
+        for tokens, ids in zip(micro_batch.tokens.tolist(), micro_batch.document_ids.tolist(), strict=True):
+            assert ids == [tokens[:place].count(end) for place in range(T)]
+    assert next(stream()).micro_batches[0].document_ids is None
+
+
+def test_held_out_documents_are_told_apart_too(make_dataset):
+    end = 7
+    heldout = Dataset.open(make_dataset(heldout=np.array([1, 2, 7, 3, 7, 7, 4, 5, 6, 7, 8, 9])), "heldout")
+    options = dict(seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1)
+    (batch,) = heldout_batches(heldout, **options, end_of_document=end)
+    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert next(iter(heldout_batches(heldout, **options))).document_ids is None
 
 
 def test_held_out_ids_outside_the_vocabulary_are_refused(make_dataset):

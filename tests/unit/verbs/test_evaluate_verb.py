@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,18 @@ def test_it_gives_the_final_heldout_loss_of_training(finished, capsys):
         assert found["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
         assert found["tokens"] == logged["tokens"] and found["seq_len"] == SEQ_LEN and found["step"] == 4
         assert found["perplexity"] == pytest.approx(math.exp(trained))
+
+
+def test_a_model_trained_document_by_document_is_evaluated_so(train_job, dataset, tokenizer, tmp_path, capsys):
+    assert train_job(tmp_path, train__mask_documents=True) == 0
+    run = tmp_path / "first"
+    trained = read_metrics(run / "metrics.jsonl")[-1]["heldout_loss"]
+    assert result(capsys, run)["loss"] == pytest.approx(trained, rel=1e-6)
+    shutil.copytree(dataset, tmp_path / "foreign")
+    card = Card.load(dataset)
+    replace(card, tokenizer=None).save(tmp_path / "foreign")
+    with pytest.raises(ConfigError, match=r"train.mask_documents=true, and .*foreign.* names no tokenizer"):
+        result(capsys, run, data=str(tmp_path / "foreign"))
 
 
 def test_an_older_checkpoint_has_a_worse_loss(finished, capsys):
