@@ -82,7 +82,7 @@ def choose(
     `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain ones
     where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses pointwise
     operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton. On a CPU
-    whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), these.
+    whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), linear layers by it (the head in chunks asks by itself).
 
     Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the gradients of
     an operation's two results when it takes the backward pass apart. There linear layers stay torch's own too, whose input's
@@ -105,10 +105,11 @@ def choose(
     if reason is None and device.type != "cuda":
         reason = "Triton's interpreter is for tests"
     if reason is not None:
-        onednn = device.type == "cpu" and dtype == torch.float32 and prefers_onednn()
+        whole = not splits_backward and not cuts_tensors
+        onednn = device.type == "cpu" and dtype == torch.float32 and whole and prefers_onednn()
         products = ", fp32 products by oneDNN" if onednn else ""
         _LOG.info("kernels=auto: the plain operations (%s), head and loss in chunks%s", reason, products)
-        return ONEDNN if onednn and not splits_backward and not cuts_tensors else CHUNKED
+        return ONEDNN if onednn else CHUNKED
     if compiled:
         _LOG.info(
             "kernels=auto: the plain operations in blocks (torch.compile fuses them), fused head and loss in chunks"

@@ -33,6 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with its three products by `product`: any device and dtype, tensors that are not distributed."""
+    if x.numel() * len(weight) < _SMALLEST:  # the operator has its price too
+        return F.linear(x, weight, bias)
     return _linear(x, weight, bias)
 
 

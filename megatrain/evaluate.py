@@ -71,7 +71,9 @@ def evaluate(config: EvaluateConfig) -> None:
     source = open_source(config, loaded)
     seq_len = sequence_length(config, loaded)
     device = choose_device(config.device)
-    model = loaded.build(device, choose("auto", device, torch.float32, loaded.config.hidden_size, compiled=False))
+    end = end_of_document(loaded, source)
+    mode = "reference" if loaded.run_config().get("kernels") == "reference" else "auto"
+    model = loaded.build(device, choose(mode, device, torch.float32, loaded.config.hidden_size, compiled=False))
     windows = -(-(source.tokens.num_tokens - 1) // seq_len)
     num_batches = -(-windows // config.batch_size)
     if config.max_batches is not None:
@@ -84,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> None:
         dp_size=1,
         max_samples=num_batches * config.batch_size,
         vocab_size=loaded.config.vocab,
-        end_of_document=end_of_document(loaded, source),
+        end_of_document=end,
     )
     started = time.perf_counter()
     loss_sum, tokens = sum_over(model, _with_bar(batches, num_batches), device)

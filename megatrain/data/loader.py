@@ -33,9 +33,10 @@ def step_hash(hashes: np.ndarray) -> str:
 class TrainStream:
     """One rank's `StepBatch`es from `first_step` and `cursor` on, without end, read ahead by a thread.
 
-    With `end_of_document`, that token's id, micro-batches carry `document_ids`. A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
+    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
     to micro-batch `j // (dp_size * micro_batch_size)` of rank `(j // micro_batch_size) % dp_size`. A fault of the thread
-    (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. Call `close` when done.
+    (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. With `end_of_document`, the
+    token that ends each, micro-batches tell documents apart. Call `close` when done.
     """
 
     def __init__(

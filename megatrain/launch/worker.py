@@ -391,7 +391,8 @@ def open_data(config: TrainConfig) -> OpenData:
 
     Raises:
         DataError: a damaged dataset, or too few tokens for one sample.
-        ConfigError: a tokenizer whose vocabulary exceeds the model's, or evaluation without held-out data.
+        ConfigError: a tokenizer whose vocabulary exceeds the model's, evaluation without held-out data, or documents that are
+            to be kept apart and do not end with the tokenizer's token.
     """
     folder = Path(config.data.dir) / config.data.name
     train = Dataset.open(folder, "train", config.data.verify)
@@ -421,7 +422,14 @@ def open_data(config: TrainConfig) -> OpenData:
             f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "
             f"data.heldout_fraction above 0 or set train.eval_every=0"
         )
-    return OpenData(config, folder, card, train, heldout)
+    data = OpenData(config, folder, card, train, heldout)
+    if data.end_of_document is not None and (last := next(train.documents())[-1]) != data.end_of_document:
+        raise ConfigError(
+            f"train.mask_documents=true: documents end where token {data.end_of_document} stands, that of {folder}'s tokenizer, but "
+            f"its first document ends with {last}; name the tokenizer that made the data when preparing it, make the data "
+            f"with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
+        )
+    return data
 
 
 def heldout_reader(

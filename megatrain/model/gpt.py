@@ -259,8 +259,8 @@ class GPT(nn.Module):
         num_tokens, past = tokens.shape[1], 0 if cache is None else cache.length
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
-        mask = self._mask(document_ids, num_tokens, past, tokens.device)
         x = self.embedded(tokens, positions, dropout_seed)
+        mask = self._mask(document_ids, x, past)
         x = self.through_blocks(x, positions, mask, dropout_seed, cache)
         return self.final_norm(x)
 
@@ -316,13 +316,14 @@ class GPT(nn.Module):
         self.tie()
         return result
 
-    def _mask(self, document_ids: Tensor | None, num_tokens: int, past: int, device: torch.device) -> Tensor | None:
-        """What attention needs beyond plain causality; None where that is all."""
+    def _mask(self, document_ids: Tensor | None, x: Tensor, past: int) -> Tensor | None:
+        """What attention to `x` `[B, T, D]` needs beyond plain causality; None where that is all."""
         if document_ids is not None:
             assert past == 0, "document_ids are for training; a cache holds one document"
-            return document_mask(document_ids)
+            return document_mask(document_ids, x.dtype)
+        num_tokens = x.shape[1]
         if past > 0 and num_tokens > 1:
-            return torch.ones(num_tokens, past + num_tokens, dtype=torch.bool, device=device).tril(past)
+            return torch.ones(num_tokens, past + num_tokens, dtype=torch.bool, device=x.device).tril(past)
         return None
 
     def _seed_dropout(self, dropout_seed: int | None, layer: int) -> None:

@@ -70,10 +70,8 @@ def count(
     kept = {"none": whole, "selective": entry + attention_products + mlp_products + 2 * read, "full": entry}
     if split.chunk_bytes:  # forward leaves the gradients of what the head reads and of its weight
         last, loss = norm + read + 4 * vocabulary * width, min(tokens * vocabulary * w, split.chunk_bytes) + 8 * tokens
-        if (
-            w < 4 and not split.on_gpu
-        ):  # a chunk in fp32, and its share of the weight's gradient, which is summed in fp32
-            loss = 3 * loss + 4 * vocabulary * width
+        if w < 4 and not split.on_gpu:  # a chunk in fp32 too, for the weight's gradient
+            loss = 3 * loss
         if split.on_gpu and vocabulary * w % 16:  # the weight with rows of zeros behind it
             loss += w * vocabulary * width
     else:

@@ -153,7 +153,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, query_chunk: int, key_chu
         rows, columns = (slice(chunk * length, (chunk + 1) * length) for chunk in (query_chunk, key_chunk))
         part = mask[..., rows, columns]
         part = part.unflatten(1, (k.shape[1], -1)) if part.shape[1] > 1 else part.unsqueeze(1)
-        return scores.masked_fill(~part, -torch.inf)
+        return scores + part
     if query_chunk == key_chunk:
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         return scores.masked_fill(~causal, -torch.inf)

@@ -52,7 +52,7 @@ class Stage(GPT):
             if self.detach_embedding:
                 # compiled blocks right behind a tensor-parallel embedding gave it a wrong gradient
                 x = x.clone()
-        mask = self._mask(micro_batch.document_ids, x.shape[1], 0, x.device)
+        mask = self._mask(micro_batch.document_ids, x, 0)
         x = self.through_blocks(x, positions, mask, seed)
         if not self.is_last:
             return x

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
+from megatrain.engine.common import choose_kernels
 from megatrain.kernels import choice, linear
 from megatrain.parallel.layout import check
 from megatrain.parallel.sharding import local
@@ -145,7 +146,7 @@ def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp
     ids=str,
 )
 def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, monkeypatch, tmp_path):
-    """At every size, and whatever the processor is."""
+    """At every size, and whatever the processor is; layers that are cut, or whose two gradients come one by one, keep torch's."""
     for module in (linear, choice):
         monkeypatch.setattr(module, "prefers_onednn", lambda: True)
     monkeypatch.setattr(linear, "_SMALLEST", 1)
@@ -154,8 +155,36 @@ def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, mo
     config = layout_job(family=family, micro=4 if "pp" in changes else 16 // ranks, **changes)
     plain = layout_job(family=family, micro=16)
     config.compile, plain.kernels = compiled, "reference"
+    cut = changes.get("tp", 1) > 1 or changes.get("schedule") == "zbv_zero_bubble"
+    assert choose_kernels(config, torch.device("cpu")) is (choice.CHUNKED if cut else choice.ONEDNN)
     expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"))[0]
     compare(run_ranks(ten_steps, ranks, config, str(tmp_path / "onednn"), timeout_s=300), expected)
+
+
+@pytest.mark.parametrize(("recompute", "forward"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_selective_recompute_keeps_onednns_products(recompute, forward, monkeypatch):
+    """Forward, twice where all is recomputed, and two for the gradients of each layer; the head has its three."""
+    for module in (linear, choice):
+        monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(linear, "_SMALLEST", 1)
+    config = layout_job(family="gpt2", micro=16)
+    config.train.recompute = recompute
+    layers = 6 * config.model.num_layers
+    assert run_ranks(onednn_products, 1, config) == [(forward + 2) * layers + 3]
+
+
+def onednn_products(world, config):
+    """How many products of a step oneDNN made."""
+    count, multiply = [0], linear._onednn
+
+    def counted(*factors):
+        count[0] += 1
+        return multiply(*factors)
+
+    linear._onednn = counted
+    engine = build_engine(config, world)
+    engine.train_step(batches(config, 1, 0, 1), config.optim.lr, 1)
+    return count[0]
 
 
 def first_norm(world, config):

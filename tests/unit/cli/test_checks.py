@@ -132,6 +132,7 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(b
 )
 def test_a_library_that_a_choice_needs_is_asked_for_before_anything_starts(base, words, missing, says, monkeypatch):
     config = changed(base, words)
+    monkeypatch.setattr("megatrain.checks.find_spec", lambda name: object())
     check_installed(config)
     monkeypatch.setattr("megatrain.checks.find_spec", lambda name: None if name == missing else object())
     check_installed(base)

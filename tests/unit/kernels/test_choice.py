@@ -86,7 +86,7 @@ def test_a_cpu_that_prefers_onednn_gets_its_products_where_layers_are_whole(
     with caplog.at_level(logging.INFO, "megatrain"):
         assert choose("auto", CPU, dtype, 64, False, **options) is expected
         assert choose("reference", CPU, dtype, 64, False, **options) is REFERENCE
-    assert ("by oneDNN" in caplog.messages[0]) == (dtype == torch.float32)
+    assert ("by oneDNN" in caplog.messages[0]) == (expected is ONEDNN)
 
 
 def test_triton_where_it_cannot_run_is_an_error_that_names_the_key(monkeypatch):

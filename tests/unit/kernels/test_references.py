@@ -178,10 +178,11 @@ def test_attention_has_its_documented_gradient():
 
 def test_a_document_mask_keeps_documents_apart():
     ids = torch.tensor([[4, 4, 9, 9, 9], [1, 2, 2, 1, 1]], dtype=torch.int32)
-    mask = document_mask(ids)
-    assert mask.shape == (2, 1, 5, 5)
+    mask = document_mask(ids, torch.bfloat16)
+    assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bfloat16
     for b, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(5)).tolist():
-        assert mask[b, 0, row, column] == (row >= column and ids[b, row] == ids[b, column])
+        seen = row >= column and ids[b, row] == ids[b, column]
+        assert mask[b, 0, row, column] == (0 if seen else -torch.inf)
 
 
 def test_attention_drops_only_what_it_is_told_to():
