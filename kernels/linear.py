@@ -19,8 +19,8 @@ from megatrain.kernels.support import as_rows
 _SMALLEST = 2**22
 """Multiplications in a product below which calling oneDNN costs what it gains."""
 
-_BLOCK = 1024
-"""Rows of a tall result that are computed at a time: a transposed factor is copied for it, and its part stays in the cache."""
+_BLOCK = 512
+"""Rows of a tall result that are computed at a time: what is copied of a transposed factor for them stays in the cache."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,7 +66,10 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -
         return torch.addmm(total, a.to(total.dtype), b, beta=int(accumulate), out=total)
     for start in range(0, len(a), _BLOCK):
         rows = total[start : start + _BLOCK]
-        part = _onednn(a[start : start + _BLOCK].to(total.dtype), b)
+        factor = (
+            a[start : start + _BLOCK].t().contiguous().t()
+        )  # copied by rows; oneDNN's copy turns what is dense faster
+        part = _onednn(factor.to(total.dtype), b)
         rows.add_(part) if accumulate else rows.copy_(part)
     return total
 
