@@ -347,7 +347,7 @@ def linear_layers(tokens: int, sizes: Sequence[tuple[int, int]], turns: int) -> 
             given = [value.to(dtype).requires_grad_() for value in values]
             began = time.perf_counter()
             y = form(*given)
-            found = [y, *torch.autograd.grad(y, given, g.to(dtype))]
+            found = [y.detach(), *torch.autograd.grad(y, given, g.to(dtype))]
             return time.perf_counter() - began, found
 
         times: dict[str, list[float]] = {name: [] for name in forms}
