@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -57,7 +60,8 @@ class Turn:
 
     `step_s` is the median over the timed steps; `whole_step_s` is their mean with everything between them (metrics
     written, copies, saves). `first_step_s` reaches from the start of the process to the end of the first step.
-    `peak_rss_bytes` is of its largest process; None where it was cut short. `step_times` leaves nothing out.
+    `peak_rss_bytes` is of its largest process, up to where it was cut short; None where nobody
+    could tell. `step_times` leaves nothing out.
     """
 
     contender: str
@@ -179,6 +183,7 @@ class MegatrainProcess:
     threads: int
     extra: list[str] = field(default_factory=list)
     device_bytes: int | None = None
+    resident_bytes: int | None = None
 
     def __post_init__(self) -> None:
         longer = [f"train.steps={100 * self.job['steps']}"] if self.job.get("cut") else []
@@ -197,7 +202,7 @@ class MegatrainProcess:
         wall = [datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp() for record in records]
         last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
         return figures(
-            "megatrain", number, self.job, warmup, times, wall, self.began, None if cut else peak,
+            "megatrain", number, self.job, warmup, times, wall, self.began, self.resident_bytes if cut else peak,
             self.device_bytes if cut else last.get("peak_device_bytes"), [record["loss"] for record in records],
         )  # fmt: skip
 
@@ -207,6 +212,7 @@ class MegatrainProcess:
             while self.process.is_running():
                 if metrics.exists() and len(metrics.read_bytes().splitlines()) > self.job["steps"]:
                     self.device_bytes = used_device_bytes() if self.job["device"] == "cuda" else None
+                    self.resident_bytes = peak_resident_bytes(self.process.process.pid)
                     self.process.process.kill()
                     return True
                 time.sleep(0.2)
@@ -316,6 +322,16 @@ def used_device_bytes() -> int | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         return int(done.stdout) * 2**20
     return None
+
+
+def peak_resident_bytes(pid: int) -> int | None:
+    """The most memory that a process that still runs, or one that it started, has had (Linux; None elsewhere)."""
+    peaks = []
+    with contextlib.suppress(OSError, psutil.Error):
+        for process in (started := psutil.Process(pid), *started.children(recursive=True)):
+            found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+            peaks.append(int(found[1]) * 1024 if found else 0)
+    return max(peaks, default=0) or None
 
 
 def cpu_name() -> str:
