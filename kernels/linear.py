@@ -66,9 +66,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -
         return torch.addmm(total, a.to(total.dtype), b, beta=int(accumulate), out=total)
     for start in range(0, len(a), _BLOCK):
         rows = total[start : start + _BLOCK]
-        factor = (
-            a[start : start + _BLOCK].t().contiguous().t()
-        )  # copied by rows; oneDNN's copy turns what is dense faster
+        factor = a[start : start + _BLOCK].t().contiguous().t()  # oneDNN turns faster what is dense
         part = _onednn(factor.to(total.dtype), b)
         rows.add_(part) if accumulate else rows.copy_(part)
     return total
