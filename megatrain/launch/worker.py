@@ -423,9 +423,10 @@ def open_data(config: TrainConfig) -> OpenData:
             f"data.heldout_fraction above 0 or set train.eval_every=0"
         )
     data = OpenData(config, folder, card, train, heldout)
-    if data.end_of_document is not None and (last := next(train.documents())[-1]) != data.end_of_document:
+    end = data.end_of_document
+    if end is not None and (last := next(ids for ids in train.documents() if len(ids))[-1]) != end:
         raise ConfigError(
-            f"train.mask_documents=true: documents end where token {data.end_of_document} stands, that of {folder}'s tokenizer, but "
+            f"train.mask_documents=true: documents end where token {end} stands, that of {folder}'s tokenizer, but "
             f"its first document ends with {last}; name the tokenizer that made the data when preparing it, make the data "
             f"with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
         )

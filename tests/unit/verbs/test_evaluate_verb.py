@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from megatrain.checkpoint.huggingface_verbs import export_
 from megatrain.config import EvaluateConfig, ExportConfig
-from megatrain.data.card import Card, fingerprint
+from megatrain.data.card import Card, card_of_written, fingerprint
+from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.evaluate import evaluate
 from megatrain.tracking.metrics import read_metrics
@@ -52,6 +54,23 @@ def test_a_model_trained_document_by_document_is_evaluated_so(train_job, dataset
     replace(card, tokenizer=None).save(tmp_path / "foreign")
     with pytest.raises(ConfigError, match=r"train.mask_documents=true, and .*foreign.* names no tokenizer"):
         result(capsys, run, data=str(tmp_path / "foreign"))
+
+
+def test_documents_that_do_not_end_with_the_tokenizers_token_cannot_be_kept_apart(train_job, dataset, tmp_path):
+    """An empty document in front says nothing; the first that holds tokens does."""
+    folder = tmp_path / dataset.name
+    shutil.copytree(dataset, folder)
+    cards = {}
+    for split, documents in (("train", [[], [5, 6, 7] * 40, [8] * 60]), ("heldout", [[5, 6, 7]])):
+        writer = IndexedWriter(folder / split, np.dtype(np.uint16))
+        for ids in documents:
+            writer.add(np.array(ids, dtype=np.uint16), np.array([len(ids)], np.int32))
+        writer.finish()
+        cards[split] = card_of_written(writer, 100)
+    replace(Card.load(dataset), splits=cards, fingerprint=fingerprint(cards)).save(folder)
+    says = r"train.mask_documents=true: .* its first document ends with 7; name the tokenizer"
+    with pytest.raises(ConfigError, match=says):
+        train_job(tmp_path, train__mask_documents=True, data__dir=str(tmp_path))
 
 
 def test_an_older_checkpoint_has_a_worse_loss(finished, capsys):
