@@ -10,5 +10,8 @@ a vocabulary of 50,257 in fp32, with which the matrix products run at full speed
 CUDA_CHUNK_BYTES = 512 * 2**20
 """The same on a GPU, where each chunk reads and writes the weight's whole gradient once (docs/kernels.md)."""
 
+IGNORE_INDEX = -100
+"""Label that the loss leaves out: torch's own default."""
+
 MAX_ROW = 16384
 """Widest row that a fused norm takes, in numbers: what registers hold. A wider one would spill to memory."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional as F
 
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.support import (
     as_rows,
     compute_dtype,

@@ -10,34 +10,32 @@ import logging
 import os
 import select
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import megatrain
-from megatrain.config import VERBS, ReportConfig, TrainConfig, walk
+from megatrain.config import VERBS, walk
+from megatrain.config.suggest import did_you_mean
+from megatrain.distributed.rank_environment import WORKER_MARK, is_launched
 from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, EnvironmentFault, MegatrainError
-from megatrain.launch.environment import WORKER_MARK, is_launched
-from megatrain.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from megatrain.launch.peers import Peers
+    pass
 
 ACTIONS: dict[str, str] = {
-    "prepare": "megatrain.data.prepare:prepare",
-    "train": "megatrain.launch.worker:run",
-    "layouts": "megatrain.layouts:layouts",
-    "evaluate": "megatrain.evaluate:evaluate",
-    "generate": "megatrain.generation:generate",
-    "export": "megatrain.checkpoint.huggingface_verbs:export_",
-    "import": "megatrain.checkpoint.huggingface_verbs:import_",
-    "inspect": "megatrain.inspection:inspect",
-    "report": "megatrain.cli:report",
+    "prepare": "megatrain.verbs.prepare:prepare",
+    "train": "megatrain.train.rank:run",
+    "layouts": "megatrain.verbs.layouts:layouts",
+    "evaluate": "megatrain.verbs.evaluate:evaluate",
+    "generate": "megatrain.verbs.generate:generate",
+    "export": "megatrain.verbs.export:export_",
+    "import": "megatrain.verbs.import_:import_",
+    "inspect": "megatrain.verbs.inspect:inspect",
+    "report": "megatrain.verbs.report:report",
 }
 """What each verb calls with its config, as module:function; imported only when called."""
 
@@ -142,7 +140,7 @@ def disk_fault(error: Exception) -> EnvironmentFault | None:
 
 def run(arguments: Arguments) -> int:
     """Do what the command line asks for."""
-    from megatrain.usage import overview, verb_help
+    from megatrain.config.usage import overview, verb_help
 
     verb = arguments.verb
     if "--version" in arguments.flags:
@@ -157,11 +155,11 @@ def run(arguments: Arguments) -> int:
     if "--multirun" in arguments.flags:
         if verb != "train":
             raise ConfigError(f"--multirun runs a sweep of training runs: megatrain train --multirun; {verb} has none")
-        from megatrain.launch.sweep import multirun
+        from megatrain.verbs.multirun import multirun
 
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
-    from megatrain.checks import check_paths, check_values
-    from megatrain.compose import compose
+    from megatrain.config.compose import compose
+    from megatrain.verbs.checks import check_paths, check_values
 
     config = compose(verb, arguments.overrides)
     check_values(config)
@@ -174,7 +172,9 @@ def run(arguments: Arguments) -> int:
             "has it"
         )
     if verb == "train" and not is_launched():
-        return start(config, arguments)
+        from megatrain.verbs.train import start
+
+        return start(config, sorted(arguments.flags), arguments.overrides)
     check_paths(config)
     result = _action(verb)(config)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return what they wrote, for callers in Python
@@ -214,81 +214,6 @@ def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
 
         return [f"path={QuotedString(overrides[0], Quote.single).with_quotes()}", *overrides[1:]]
     return overrides
-
-
-def start(config: TrainConfig, arguments: Arguments) -> int:
-    """Start a training job: submit it (`launch=slurm`), or be the agent of this node and return the job's exit code."""
-    from megatrain.checks import check_paths
-    from megatrain.launch import slurm
-    from megatrain.launch.peers import Alone
-
-    assert config.run.name is not None, "compose gives every run a name"
-    step = slurm.Step.from_environ()
-    if step is None and config.launch.name == "slurm":
-        check_paths(config)
-        words = [*sorted(arguments.flags - {"--dry-run"}), *arguments.overrides]
-        return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in arguments.flags)
-    slurm.check_plain_start(config.launch, step)
-    peers = step.meet(config.launch.timeout_s) if step else Alone()
-    try:
-        slurm.together(peers, lambda: check_paths(config))
-        return start_workers(config, arguments, peers)
-    finally:
-        peers.close()
-
-
-def start_workers(config: TrainConfig, arguments: Arguments, peers: Peers) -> int:
-    """Run this command as `launch.nproc_per_node` workers on this machine and return the job's exit code.
-
-    Node 0's agent owns the run's folder, for all.
-    """
-    from megatrain.launch.local import Recovery, launch
-    from megatrain.launch.slurm import together
-    from megatrain.resilience.ledger import process_age
-    from megatrain.resilience.owner import FOLDER, Ownership
-    from megatrain.resilience.watchdog import Limits
-
-    command = [sys.executable, "-m", "megatrain", "train", *sorted(arguments.flags), *arguments.overrides]
-    run_dir = Path(config.run.dir) / str(config.run.name)
-    hang_s = config.resilience.hang_timeout_s or (120.0 if has_gpu(config.launch.device) else 600.0)
-    limits = Limits(hang_s, config.launch.timeout_s)
-    taken = together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
-    try:
-        number = peers.share(taken.number if taken else None)[0]
-        owner = taken or Ownership(run_dir / FOLDER, number)
-        copies = config.checkpoint.copies_every(has_gpu(config.launch.device)) > 0
-        since = time.monotonic() - process_age()
-        modules = worker_modules(config)
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
-        return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
-    finally:
-        if taken is not None:
-            taken.release()
-
-
-def worker_modules(config: TrainConfig) -> list[str]:
-    """What a worker imports on its way to the first step, but for what may touch a GPU: forks cannot share that."""
-    modules = ["megatrain.compose", "megatrain.checks", "megatrain.launch.worker", "megatrain.engine.native"]
-    if config.engine.name == "deepspeed" and not has_gpu(config.launch.device):
-        modules[-1] = "megatrain.engine.deepspeed"
-        modules.append("deepspeed")
-    return modules
-
-
-def has_gpu(device: str) -> bool:
-    """Whether workers will run on NVIDIA GPUs, found without torch."""
-    return device == "cuda" or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def report(config: ReportConfig) -> None:
-    """`megatrain report`."""
-    from megatrain.tracking.report import report as report_run
-    from megatrain.tracking.report_sweep import report_sweep
-    from megatrain.tracking.sweep import is_sweep_folder
-
-    path = Path(config.path)
-    write = report_sweep if is_sweep_folder(path) else report_run
-    print(write(path, Path(config.out) if config.out is not None else None))
 
 
 def to_yaml(config: Any) -> str:

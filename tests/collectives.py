@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megatrain.engine.deepspeed
 from megatrain.config import TrainConfig
 from megatrain.engine.build import build_engine
-from megatrain.parallel.communication import (
+from megatrain.parallel.layout import Layout
+from megatrain.planner.communication import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -31,7 +32,6 @@ from megatrain.parallel.communication import (
     Traffic,
     Zero3Settings,
 )
-from megatrain.parallel.layout import Layout
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem")
 RESULT = -1
@@ -89,7 +89,7 @@ class Kind(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Calls, and bytes of payload as `megatrain.parallel.communication` defines them."""
+    """Calls, and bytes of payload as `megatrain.planner.communication` defines them."""
 
     calls: int
     num_bytes: int

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.launch.world import World
+from megatrain.distributed.world import World
 
 PRELOADED = (
     "deepspeed",
-    "megatrain.launch.worker",
+    "megatrain.train.rank",
     "megatrain.engine.deepspeed",
     "megatrain.engine.native",
     "deepspeed.ops.adam",

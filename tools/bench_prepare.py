@@ -25,8 +25,8 @@ import numpy as np
 import sentencepiece
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
-from megatrain.data.prepare import prepare
-from megatrain.launch.environment import usable_cores
+from megatrain.data.preparation import prepare
+from megatrain.distributed.rank_environment import usable_cores
 
 
 def corpus(path: Path, megabytes: float) -> int:

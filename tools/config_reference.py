@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatrain.compose import GROUPS, choices_of, describe, key_types
 from megatrain.config import VERBS, walk
-from megatrain.usage import EXAMPLES, bounds_text, default_text, summary
+from megatrain.config.compose import GROUPS, choices_of, describe, key_types
+from megatrain.config.usage import EXAMPLES, bounds_text, default_text, summary
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 

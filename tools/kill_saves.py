@@ -26,8 +26,8 @@ from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore, load_into
 from megatrain.config import CheckpointConfig
+from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError
-from megatrain.launch.world import World
 
 RANKS = 2
 SHAPES = {"model.a": (333, 1001), "optim.exp_avg.a": (333, 1001), "model.b": (17,)}

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from megatrain.data.batch import MicroBatch
 from megatrain.parallel.layout import LOOPED, V_SHAPED, ZERO_BUBBLE, Layout
 from megatrain.parallel.schedules import Pipeline
-from megatrain.parallel.timeline import Action, Span, Timeline, draw, orders, simulate, theoretical_bubble
+from megatrain.planner.timeline import Action, Span, Timeline, orders, simulate, theoretical_bubble
+from megatrain.report.timeline_drawing import draw
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble")
 ROWS, LENGTH, WIDTH = 1, 4, 8

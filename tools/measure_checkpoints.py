@@ -22,9 +22,9 @@ import torch
 
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore, load_into
-from megatrain.compose import compose
 from megatrain.config import CheckpointConfig
-from megatrain.launch.world import World
+from megatrain.config.compose import compose
+from megatrain.distributed.world import World
 from megatrain.model.count import parameter_shapes
 
 BLOCK = 2**22

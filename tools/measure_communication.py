@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).par
 from collectives import CELLS, Count, Kind, cell, expected, second_step  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-from megatrain.parallel.communication import Traffic, step_traffic  # noqa: E402
+from megatrain.planner.communication import Traffic, step_traffic  # noqa: E402
 
 
 def main() -> int:

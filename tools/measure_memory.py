@@ -18,7 +18,7 @@ from ranks import run_ranks  # noqa: E402
 from test_memory import BUCKET, CASES, PATCH, job  # noqa: E402
 
 from megatrain.parallel.layout import Layout  # noqa: E402
-from megatrain.parallel.memory import DeepSpeedSizes, MemoryModel  # noqa: E402
+from megatrain.planner.memory import DeepSpeedSizes, MemoryModel  # noqa: E402
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
 

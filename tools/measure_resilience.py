@@ -28,7 +28,7 @@ TIMED = {
     "megatrain.resilience.guard": [("LossGuard", "judge"), ("LossGuard", "remember")],
     "megatrain.resilience.stragglers": [("Stragglers", "judge")],
     "megatrain.resilience.owner": [("Ownership", "check")],
-    "megatrain.resilience.waits": [("Waits", "held_up")],
+    "megatrain.distributed.waits": [("Waits", "held_up")],
     "megatrain.checkpoint.saver": [("Saver", "copy")],
 }
 """What stands in the way of a step, by module: classes and methods. A timed wait is measured by itself, for most of it is the
@@ -68,7 +68,7 @@ class Finder:
     """Times the methods of `TIMED` once their module is imported, and has the trainer write the times down at its end."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in TIMED and name != "megatrain.trainer":
+        if name not in TIMED and name != "megatrain.train.trainer":
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
         spec = importlib.util.find_spec(name)
@@ -81,7 +81,7 @@ class Finder:
             for owner, method in TIMED.get(name, []):
                 kind = getattr(module, owner)
                 setattr(kind, method, timed(f"{owner}.{method}", getattr(kind, method)))
-            if name == "megatrain.trainer":
+            if name == "megatrain.train.trainer":
                 run = module.Trainer.run
 
                 def run_and_tell(trainer: Any) -> str:
@@ -100,7 +100,7 @@ class Finder:
 
 def cost_of_a_timed_wait() -> float:
     """Seconds that timing a wait takes, where the wait itself takes none."""
-    from megatrain.resilience.waits import Waits
+    from megatrain.distributed.waits import Waits
 
     waits = Waits(lambda nanoseconds: None)
     wait = waits.timed(lambda: None)

@@ -28,9 +28,9 @@ import numpy as np
 import psutil
 
 from megatrain.config import TrackingConfig
-from megatrain.tracking.base import RunInfo, Tracker, Trackers
 from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
+from megatrain.tracking.tracker import RunInfo, Tracker, Trackers
 
 RECORD = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "data_time_s"), 1.5),
@@ -50,7 +50,7 @@ def backlog(folder: Path, num_steps: int) -> dict[str, float]:
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, num_steps + 1):
             file.write(json.dumps({"step": step, **RECORD, "tokens": 512 * step, "time": time_text}) + "\n")
-    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=300.0), run_dir)
+    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=300.0), run_dir, "megatrain.train.mlflow_helper")
     tracker.start(RunInfo("run", run_dir, {}, resumed_from_step=num_steps))
     tracker.finish("done")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -60,7 +60,9 @@ def backlog(folder: Path, num_steps: int) -> dict[str, float]:
 def turn(kind: str, folder: Path, seconds: float) -> dict[str, float]:
     """Steps for `seconds`; times in seconds."""
     run_dir = folder / "run"
-    trackers: list[Tracker] = [MlflowTracker(TrackingConfig(), run_dir)] if kind == "mlflow" else []
+    trackers: list[Tracker] = (
+        [MlflowTracker(TrackingConfig(), run_dir, "megatrain.train.mlflow_helper")] if kind == "mlflow" else []
+    )
     journal = Journal(run_dir, Trackers(trackers))
     a = np.random.default_rng(1).standard_normal((700, 700)).astype(np.float32)
     begin = time.perf_counter()
@@ -130,7 +132,7 @@ def server(kind: str) -> Iterator[int]:
 def beside(folder: Path, pairs: int) -> dict[str, float]:
     """Step times with the helper at work over those with the helper stopped; its processor time, as a share of a core."""
     run_dir = folder / "run"
-    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir)
+    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir, "megatrain.train.mlflow_helper")
     journal = Journal(run_dir, Trackers([tracker]))
     a = np.random.default_rng(1).standard_normal((700, 700)).astype(np.float32)
     journal.start(RunInfo("run", run_dir, {"data": {"name": "none"}}), 0)

@@ -22,8 +22,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).par
 from jobs import LIMITS, deviations, layout_job, ten_steps  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-from megatrain.parallel.candidates import Axes, judge  # noqa: E402
 from megatrain.parallel.layout import Layout  # noqa: E402
+from megatrain.planner.candidates import Axes, judge  # noqa: E402
 
 
 def cells(world: int, compiled: bool = False) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def evaluate() -> float | None:
 
 def heldout_files() -> list[bytes]:
     """The held-out files, decoded from the dataset: what the model was scored on."""
-    from megatrain.data.tokenizer import load_tokenizer
+    from megatrain.data.tokenizer_loading import load_tokenizer
 
     tokenizer = load_tokenizer(DATASET / "tokenizer")
     card = json.loads((DATASET / "card.json").read_text())

@@ -300,7 +300,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _seconds(moment: str) -> float:
-    from megatrain.tracking.report import seconds
+    from megatrain.report.run_page import seconds
 
     return seconds(moment)
 

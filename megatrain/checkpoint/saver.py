@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.memory import MemoryStore
+from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import CheckpointConfig

@@ -33,8 +33,8 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.rescue import assemble
 from megatrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, save_planner
+from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, OwnedError
-from megatrain.launch.world import World
 
 _OLDER = ".older" + TEMPORARY
 _LOG = logging.getLogger("megatrain")

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""Label of a position that takes no part in the loss."""
-
 
 @dataclass(frozen=True)
 class MicroBatch:

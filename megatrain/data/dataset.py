@@ -185,7 +185,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
 
     Raises `ConfigError` or `DataError` at the first thing that is not as the card says.
     """
-    from megatrain.data.tokenizer import load_tokenizer
+    from megatrain.data.tokenizer_loading import load_tokenizer
 
     card = check_dataset(folder)
     for name, split in card.splits.items():

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import xxhash
 
-from megatrain.data.batch import IGNORE_INDEX, MicroBatch, StepBatch
+from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import SampleOrder, merge_ranges, take
 from megatrain.errors import DataError
+from megatrain.kernels import IGNORE_INDEX
 
 
 def sample_hash(ids: np.ndarray) -> int:

@@ -1,5 +1,5 @@
-"""Text to token ids and back: what every tokenizer offers, and loading one. The two kinds are in tokenizer_sentencepiece.py
-and tokenizer_hf.py. Runs no code from files.
+"""Text to token ids and back: what every tokenizer offers. The two kinds are in tokenizer_sentencepiece.py and
+tokenizer_hf.py, loading is in tokenizer_loading.py. Runs no code from files.
 
 A saved tokenizer is a folder with `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), and
 `megatrain_tokenizer.json` that says which. Loading is always by data: no pickles, no remote code.
@@ -11,9 +11,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import DataError
 
 META = "megatrain_tokenizer.json"
 SEGMENT = 4096
@@ -77,37 +76,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a JSON file of a tokenizer") from error
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer that `save` wrote. Raises `ConfigError` if the folder holds none, `DataError` if it is damaged."""
-    folder = Path(folder)
-    if not (folder / META).is_file():
-        raise ConfigError(f"{folder}: no saved tokenizer there (it has no {META})")
-    try:
-        meta: dict[str, Any] = json.loads(read_text(folder / META))
-        kind, fingerprint = meta["kind"], meta["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{folder / META}: damaged ({error})") from error
-    tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
-    if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
-    return tokenizer
-
-
-def find_tokenizer(kind: str, path: str) -> Tokenizer:
-    """The tokenizer that `tokenizer.kind` and `tokenizer.path` name.
-
-    Raises `ConfigError` when it is not there, `DataError` when it cannot be used.
-    """
-    from megatrain.data.tokenizer_hf import find_hugging_face
-    from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
-
-    if kind == "hf":
-        return find_hugging_face(path)
-    place = Path(path).expanduser()
-    if place.is_dir() and (place / "tokenizer.model").is_file():
-        place /= "tokenizer.model"
-    if not place.is_file():
-        raise ConfigError(f"tokenizer.path: {path} is not there; give a SentencePiece .model file")
-    return SentencePieceTokenizer(place.read_bytes(), str(place))

@@ -25,9 +25,10 @@ import xxhash
 
 from megatrain.data.normalise import Policy, Record, clean
 from megatrain.data.spool import DROPPED, Frame, pack, unpack
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.nursery import die_with
+from megatrain.resilience.signals import set_parent_death_signal
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,7 +80,7 @@ def _live_and_die_with(parent: int) -> None:
     they outlive a parent that was killed (on Linux)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        die_with(parent)
+        set_parent_death_signal(parent)
 
 
 # ---------------------------------------------------------------------------------------------------- cleaning

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatrain.config import TrainConfig
-from megatrain.engine.base import Engine
-from megatrain.launch.world import World
+from megatrain.distributed.world import World
+from megatrain.engine.protocol import Engine
 
 
 def build_engine(config: TrainConfig, world: World) -> Engine:

@@ -10,8 +10,9 @@ import xxhash
 from torch import Tensor, nn
 
 from megatrain.config import TrainConfig
-from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.data.batch import MicroBatch
 from megatrain.errors import EnvironmentFault
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.choice import Kernels, choose
 from megatrain.kernels.support import KernelError
 from megatrain.model.dtypes import DTYPES as DTYPES

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.engine.base import StepResult
+from megatrain.distributed.world import World
 from megatrain.engine.common import (
     DTYPES,
     choose_kernels,
@@ -37,8 +37,8 @@ from megatrain.engine.common import (
     scaled_loss,
     sum_loss,
 )
+from megatrain.engine.protocol import StepResult
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
 from megatrain.model.gpt import GPT
 from megatrain.model.init import initial_block

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.engine.base import StepResult
+from megatrain.distributed.world import World
 from megatrain.engine.common import (
     DTYPES,
     choose_kernels,
@@ -33,9 +33,9 @@ from megatrain.engine.common import (
     optimizer_counters,
     scaled_loss,
 )
+from megatrain.engine.protocol import StepResult
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
-from megatrain.launch.world import World
 from megatrain.model.count import parameter_shapes
 from megatrain.model.fp8 import use_fp8
 from megatrain.model.gpt import LossFunction

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TypeVar
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed.rank_environment import is_launched, number_from
 from megatrain.errors import (
     EXIT_DEFECT,
     EXIT_OK,
@@ -27,8 +28,7 @@ from megatrain.errors import (
     EnvironmentFault,
     MegatrainError,
 )
-from megatrain.launch import peers
-from megatrain.launch.environment import is_launched, number_from
+from megatrain.launch import nodes as peers
 
 T = TypeVar("T")
 

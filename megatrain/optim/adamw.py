@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor, nn
 
 from megatrain.config import OptimConfig
-from megatrain.kernels.adamw import adamw_step_, fused_adamw_step_
+from megatrain.kernels.adamw_update import adamw_step_, fused_adamw_step_
 from megatrain.kernels.support import unsupported
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.choice import Kernels
 
 

@@ -1,10 +1,14 @@
-"""SIGTERM and SIGUSR1 ask a run to save and leave. This only remembers that they came; the trainer decides when."""
+"""Signals of a rank: the request to save and stop (SIGTERM, SIGUSR1), and the parent-death signal. The trainer decides when
+to act on a request."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 from types import FrameType
 
+PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -25,3 +29,10 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
+
+
+def set_parent_death_signal(parent: int) -> None:
+    """Have the kernel send SIGKILL to this process when its parent (process id `parent`) ends. Linux only."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)

@@ -27,7 +27,7 @@ ANSWER_S = 2.0
 
 COLLECTIVES = re.compile(r'File "[^"]*(?:torch/distributed/|deepspeed/comm/)([^"]*)", line \d+ in (\w+)')
 OURS = re.compile(r'File "[^"]*/(megatrain/[^"]*)", line (\d+) in (\w+)')
-TIMING = "megatrain/resilience/waits.py"
+TIMING = "megatrain/distributed/waits.py"
 """What times a wait stands between the collective and the rank that waits in it, and tells nothing."""
 
 _PASSED_ON = ("wrapper", "wait", "wait_tensor", "trigger_wait", "log_wrapper", "decorator")
@@ -108,6 +108,11 @@ def answer_with_stacks(path: Path) -> Iterator[None]:
             faulthandler.unregister(DUMP_SIGNAL)
             if not _size(path):
                 path.unlink(missing_ok=True)
+
+
+def stack_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is asked to."""
+    return run_dir / "logs" / f"stacks_{rank:05d}.txt"
 
 
 def question(

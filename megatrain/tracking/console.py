@@ -13,7 +13,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-from megatrain.tracking.base import RunInfo
+from megatrain.tracking.tracker import RunInfo
 
 RECENT_STEPS = 50
 """Steps whose wall time, evaluations and saves included, tells the time that is left."""

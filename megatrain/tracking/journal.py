@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatrain.tracking.base import RunInfo, Trackers
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
+from megatrain.tracking.tracker import RunInfo, Trackers
 
 START_DETAIL = ("host", "world_size", "device", "layout", "num_parameters", "git_commit")
 """What of `RunInfo` the start and resume events carry."""

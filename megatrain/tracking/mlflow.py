@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config import TrackingConfig
-from megatrain.tracking.base import RunInfo
+from megatrain.tracking.tracker import RunInfo
 
 PATIENCE_S = 1.0
 """How long the end waits for MLflow without saying so."""
-HELPER = "from megatrain.tracking.mlflow_sender import main; main()"
 
 
 def tracking_uri(runs_dir: Path) -> str:
@@ -44,7 +43,9 @@ class MlflowTracker:
     logged as a warning, once per fault.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: Path) -> None:
+    def __init__(self, config: TrackingConfig, run_dir: Path, helper: str) -> None:
+        """`helper` names the module that the helper process runs: it calls `mlflow_sender.main`."""
+        self._module = helper
         self._config = config
         self._run_dir = run_dir.resolve()
         self._log = logging.getLogger("megatrain.tracking")
@@ -60,7 +61,7 @@ class MlflowTracker:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "ab") as log:
             self._helper = subprocess.Popen(
-                [sys.executable, "-c", HELPER],
+                [sys.executable, "-m", self._module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

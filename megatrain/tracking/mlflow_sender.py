@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from megatrain.tracking.mlflow import tracking_uri, without_password
 from megatrain.tracking.restarts import Restart, Restarts
-from megatrain.tracking.sweep import SweepRecord, is_sweep_folder
+from megatrain.tracking.sweep_record import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
 
 MAX_PARAM_LENGTH = 500
@@ -51,7 +51,7 @@ SWEEP_ID = "megatrain.sweep"
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
-def main() -> None:
+def main(write_report: Callable[[Path, Path], Path]) -> None:
     """Reads the setup from standard input, then serves until told to finish or left alone."""
     messages, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
     os.dup2(2, 1)  # whatever a library prints goes to the log, not among the messages
@@ -62,7 +62,7 @@ def main() -> None:
     parent = Parent(sys.stdin.fileno(), messages)
     setup = parent.read(timeout=None)
     if setup is not None:
-        Sender(setup, parent).serve()
+        Sender(setup, parent, write_report).serve()
     parent.tell(finished=True)
 
 
@@ -100,8 +100,10 @@ class Sender:
     """Everything that is done with one run on the server. Every method may raise whatever MLflow raises, and may be
     called again: what was done already is found on the server and not done twice."""
 
-    def __init__(self, setup: dict[str, Any], parent: Parent) -> None:
+    def __init__(self, setup: dict[str, Any], parent: Parent, write_report: Callable[[Path, Path], Path]) -> None:
+        """`write_report(run_dir, out)` writes the page that becomes an artifact."""
         self.info, self.settings, self.parent = setup["info"], setup["settings"], parent
+        self.write_report = write_report
         self.run_dir = Path(self.info["run_dir"])
         self.metrics_path = self.run_dir / "metrics.jsonl"
         self.run_id: str | None = None
@@ -418,15 +420,13 @@ class Sender:
 
     def finish(self, status: str) -> None:
         """Sends what is left, the report and the events, and ends the run on the server."""
-        from megatrain.tracking.report import report
-
         self.catch_up()
         for name in ("config.yaml", "events.jsonl"):
             if (self.run_dir / name).exists():
                 self.client.log_artifact(self.run_id, str(self.run_dir / name))
         self.client.set_terminated(self.run_id, STATUS[status])
         with tempfile.TemporaryDirectory() as folder:  # last: of a run of a million steps it takes half a minute
-            self.client.log_artifact(self.run_id, str(report(self.run_dir, Path(folder) / "report.html")))
+            self.client.log_artifact(self.run_id, str(self.write_report(self.run_dir, Path(folder) / "report.html")))
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.world import World
 
 WAIT, WARM_UP, ACTIVE = 3, 2, 3
 """Steps of a start before the profiler is there, steps it warms up in, steps it traces."""

@@ -9,8 +9,8 @@ import pytest
 from commands import TWO_NATIVE, events
 from faults import fault, run_with
 
+from megatrain.report.run_page import report
 from megatrain.resilience.ledger import summarise
-from megatrain.tracking.report import report
 
 OUTSIDE_S = 0.6
 """What the ledger cannot see of a command: the interpreter's exit, and starting a process of it."""

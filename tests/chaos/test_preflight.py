@@ -17,8 +17,8 @@ from ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import preflight as module
-from megatrain.launch.preflight import preflight
+from megatrain.train import preflight as module
+from megatrain.train.preflight import preflight
 
 HERE = socket.gethostname()
 ELEMENTS = module.ELEMENTS

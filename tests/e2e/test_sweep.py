@@ -10,8 +10,8 @@ import pytest
 import yaml
 from commands import TRAIN, events, megatrain, metrics, start
 
+from megatrain.report.sweep_page import collect
 from megatrain.resilience.owner import Ownership
-from megatrain.tracking.report_sweep import collect
 
 SHORT = [*TRAIN, "engine=native", "train.steps=10", "train.eval_every=5"]
 POINTS = ["model.num_layers=1,2", "optim.lr=1e-3,1e-2"]

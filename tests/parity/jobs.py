@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from megatrain.config import ModelConfig, TrainConfig
-from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.data.batch import MicroBatch
 from megatrain.data.loader import with_documents
-from megatrain.engine.base import Engine
 from megatrain.engine.build import build_engine
+from megatrain.engine.protocol import Engine
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.parallel.layout import Layout
 
 VOCAB = 101  # does not divide by any number of ranks

@@ -7,7 +7,8 @@ from collectives import CELLS, cell, expected, second_step
 from ranks import run_ranks
 
 from megatrain.model.count import num_parameters
-from megatrain.parallel.communication import (
+from megatrain.parallel.layout import check
+from megatrain.planner.communication import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -18,7 +19,6 @@ from megatrain.parallel.communication import (
     Zero3Settings,
     step_traffic,
 )
-from megatrain.parallel.layout import check
 
 GLOO = {
     "all_reduce": (ALL_REDUCE, REDUCE_SCATTER),  # gloo makes a reduce-scatter out of an all-reduce

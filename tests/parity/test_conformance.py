@@ -14,9 +14,10 @@ import torch
 from jobs import SEQ_LEN, VOCAB, batches, gather, job, llama, train
 from ranks import run_ranks
 
-from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.errors import EnvironmentFault
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.count import parameter_shapes
 from megatrain.optim.loss_scale import LossScaler
 

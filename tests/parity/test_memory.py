@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from megatrain.optim.adamw import decays
 from megatrain.parallel.layout import Layout
-from megatrain.parallel.memory import DeepSpeedSizes, MemoryModel
+from megatrain.planner.memory import DeepSpeedSizes, MemoryModel
 
 BUCKET = 1000
 """DeepSpeed's defaults would drown so small a model: its bucket of 5e8 numbers, and parameters that it never cuts."""

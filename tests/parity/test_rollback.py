@@ -11,8 +11,8 @@ from ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.engine.build import build_engine
-from megatrain.launch.origin import Origin, load_origin
 from megatrain.parallel.layout import Layout
+from megatrain.train.origin import Origin, load_origin
 
 LAYOUTS = [
     (1, {}),

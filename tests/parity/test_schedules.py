@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatrain.data.batch import IGNORE_INDEX, MicroBatch
+from megatrain.data.batch import MicroBatch
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.parallel import schedules
 from megatrain.parallel.layout import Layout
-from megatrain.parallel.timeline import orders
+from megatrain.planner.timeline import orders
 
 VOCAB, WIDTH, LENGTH, ROWS = 11, 8, 5, 2
 SCHEDULES = {

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from jobs import batches, layout_job
 from ranks import run_ranks
 
+from megatrain.distributed.waits import timed_waits
 from megatrain.engine.build import build_engine
 from megatrain.model.gpt import Block
 from megatrain.parallel.layout import Layout
 from megatrain.resilience.heartbeat import Heartbeat, Heartbeats
-from megatrain.resilience.waits import timed_waits
 
 NAP_S = 0.03
 """What rank 1 sleeps in each block's forward."""

@@ -7,8 +7,8 @@ import torch
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
+from megatrain.distributed.world import World
 from megatrain.engine.native import NativeEngine
-from megatrain.launch.world import World
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.compose import compose
+from megatrain.config.compose import compose
 from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter, token_dtype
 from megatrain.model.count import flops_per_token, num_parameters

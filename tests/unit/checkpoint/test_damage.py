@@ -12,8 +12,8 @@ import torch
 
 from megatrain.checkpoint.manifest import MANIFEST, check_coverage, file_hash, manifest_hash, read_manifest
 from megatrain.checkpoint.store import CheckpointStore, load_into, load_weights, verify
+from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, EnvironmentFault
-from megatrain.launch.world import World
 
 torch.set_num_threads(1)
 SHARD = "0.safetensors"

@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 
 from megatrain.checkpoint.manifest import MANIFEST, list_checkpoints, manifest_hash
-from megatrain.checkpoint.memory import MemoryStore, check_covers
+from megatrain.checkpoint.memory_store import MemoryStore, check_covers
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.checkpoint.store import load_into, verify

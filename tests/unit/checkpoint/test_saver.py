@@ -12,8 +12,8 @@ from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.saver import Saver, Staging
 from megatrain.checkpoint.store import CheckpointStore, load_into
 from megatrain.config import CheckpointConfig
+from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault, OwnedError
-from megatrain.launch.world import World
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None)
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from megatrain.checks import check_installed, check_paths, check_values
-from megatrain.compose import compose, read_overrides
+from megatrain.config.compose import compose, read_overrides
 from megatrain.data.card import Card
 from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.verbs.checks import check_installed, check_paths, check_values
 
 SHAPE = ["model=tiny", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=null", "model.max_seq_len=256"]
 SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len=256", "train.steps=100"]
@@ -132,9 +132,9 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(b
 )
 def test_a_library_that_a_choice_needs_is_asked_for_before_anything_starts(base, words, missing, says, monkeypatch):
     config = changed(base, words)
-    monkeypatch.setattr("megatrain.checks.find_spec", lambda name: object())
+    monkeypatch.setattr("megatrain.verbs.checks.find_spec", lambda name: object())
     check_installed(config)
-    monkeypatch.setattr("megatrain.checks.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("megatrain.verbs.checks.find_spec", lambda name: None if name == missing else object())
     check_installed(base)
     with pytest.raises(EnvironmentFault, match=says) as caught:
         check_installed(config)

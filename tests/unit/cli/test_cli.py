@@ -12,13 +12,13 @@ import yaml
 
 import megatrain
 from megatrain import cli
-from megatrain.checks import check_values
-from megatrain.compose import compose
 from megatrain.config import VERBS, TrainConfig, walk
+from megatrain.config.compose import compose
+from megatrain.config.usage import EXAMPLES
 from megatrain.errors import CheckpointError, DataError
 from megatrain.resilience.owner import last_owner
-from megatrain.sweep import prepare
-from megatrain.usage import EXAMPLES
+from megatrain.verbs.checks import check_values
+from megatrain.verbs.sweep_points import prepare
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_an_interrupt_ends_with_130(action, tmp_path):
 
 
 def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_path):
-    from megatrain.launch import local
+    from megatrain.launch import agent as local
 
     seen = []
     monkeypatch.setattr(cli, "is_launched", lambda: False)
-    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
     monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
@@ -158,7 +158,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
 def test_a_launched_train_is_a_worker(monkeypatch, action):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
     action("train", lambda config: 40 + config.seed)
     assert cli.main(["train", "model=tiny", "seed=2"]) == 42
 

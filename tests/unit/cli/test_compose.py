@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from megatrain.compose import GROUPS, choices_of, compose
 from megatrain.config import VERBS, PrepareConfig, TrainConfig, walk
+from megatrain.config.compose import GROUPS, choices_of, compose
 from megatrain.errors import ConfigError
 
 PATHS = {"evaluate": ["path=x"], "generate": ["path=x"], "inspect": ["path=x"], "report": ["path=x"]}
@@ -49,7 +49,7 @@ def test_a_key_that_no_file_and_no_override_sets_has_the_schemas_default():
 def test_the_command_line_wins_over_an_experiment_and_that_over_the_groups(tmp_path, monkeypatch):
     import shutil
 
-    from megatrain import compose as module
+    from megatrain.config import compose as module
 
     folder = tmp_path / "conf"
     shutil.copytree(module._conf_folder(), folder)
@@ -229,7 +229,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, says):
 
 @pytest.mark.parametrize("schema", VERBS.values())
 def test_every_key_has_a_meaning_and_every_default_is_within_its_own_bounds(schema):
-    from megatrain.compose import check_bounds
+    from megatrain.config.compose import check_bounds
 
     assert all(f.metadata["help"] for f in walk(schema).values())
     mandatory = {name: "x" for name, f in walk(schema).items() if f.default == "???" and "." not in name}

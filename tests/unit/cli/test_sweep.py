@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from megatrain import cli
-from megatrain.compose import compose
+from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
-from megatrain.sweep import MAX_POINTS, MAX_SUFFIX, expand, override, prepare, suffix, write_record
-from megatrain.tracking.sweep import SweepPoint, SweepRecord
+from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
+from megatrain.verbs.sweep_points import MAX_POINTS, MAX_SUFFIX, expand, override, prepare, suffix, write_record
 
 TINY = ["model=tiny", "data=files", "data.name=books"]
 
@@ -166,7 +166,7 @@ def test_inside_a_job_there_is_no_sweep(monkeypatch, capsys):
 
 def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
     words = ["train", "--multirun", *TINY, "seed=1,2", "run.name=two words"]
     assert cli.main([*words, "--cfg"]) == 0
     shown = list(yaml.safe_load_all(capsys.readouterr().out))
@@ -179,7 +179,7 @@ def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, 
 
 def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.checks.check_dataset_folder", lambda *arguments: None)
+    monkeypatch.setattr("megatrain.verbs.checks.check_dataset_folder", lambda *arguments: None)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     SweepRecord([SweepPoint("mine-seed1", {"seed": "1"})]).save(tmp_path / "runs" / "mine")
     assert cli.main(["train", *TINY, "run.name=mine"]) == 2

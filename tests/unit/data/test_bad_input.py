@@ -12,8 +12,8 @@ import zstandard
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
-from megatrain.data.prepare import prepare
-from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.preparation import prepare
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
 
 GOOD = "".join(json.dumps({"text": f"a good document, number {i}\n"}) + "\n" for i in range(50))

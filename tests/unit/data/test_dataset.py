@@ -228,7 +228,7 @@ def test_inspecting_compares_the_cards_tokenizer_with_the_one_in_the_folder(make
     folder = make_dataset(train=np.arange(10))
     said = {"fingerprint": "f", "vocab_size": 300, "end_of_document": 0}
     edit(lambda card: card.update(tokenizer={"kind": "hf", **said}))(folder)
-    monkeypatch.setattr("megatrain.data.tokenizer.load_tokenizer", lambda place: SimpleNamespace(**said))
+    monkeypatch.setattr("megatrain.data.tokenizer_loading.load_tokenizer", lambda place: SimpleNamespace(**said))
     describe_dataset(folder)
     edit(lambda card: card["tokenizer"].update(vocab_size=100))(folder)
     with pytest.raises(DataError, match="its vocab_size is 300, the card's 100"):
@@ -248,7 +248,7 @@ def test_checking_a_dataset_imports_no_torch(make_dataset):
     folder = make_dataset(train=np.arange(100))
     code = (
         "import sys; from pathlib import Path; from megatrain.data.card import check_dataset;"
-        "from megatrain.data import dataset, order, prepare; check_dataset(Path(sys.argv[1])); print('torch' in sys.modules)"
+        "from megatrain.data import dataset, order, preparation; check_dataset(Path(sys.argv[1])); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -8,11 +8,11 @@ import pytest
 import torch
 import xxhash
 
-from megatrain.data.batch import IGNORE_INDEX
 from megatrain.data.dataset import Dataset
 from megatrain.data.loader import TrainStream, heldout_batches, sample_hash, step_hash
 from megatrain.data.order import SampleOrder
 from megatrain.errors import DataError
+from megatrain.kernels import IGNORE_INDEX
 
 T = 8
 

@@ -18,9 +18,9 @@ import zstandard
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset, describe_dataset
-from megatrain.data.prepare import prepare
+from megatrain.data.preparation import prepare
 from megatrain.data.spool import Frame, Sample, Seen
-from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.workers import Workers
 from megatrain.errors import ConfigError, DataError
 
@@ -60,7 +60,7 @@ def lines(of):
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """300 documents over every file format, read in chunks of 16 at most; their texts."""
-    monkeypatch.setattr("megatrain.data.prepare.CHUNK_RECORDS", 16)
+    monkeypatch.setattr("megatrain.data.preparation.CHUNK_RECORDS", 16)
     (tmp_path / "in").mkdir()
     all_texts = texts(300)
     (tmp_path / "in" / "a.jsonl").write_text(lines(all_texts[:60]) + "\n  \n")
@@ -323,7 +323,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatrain.config import *
-from megatrain.data import finish, indexed, prepare, spool
+from megatrain.data import staging as finish, indexed, preparation as prepare, spool
 owner, name, count = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 original = getattr(owner, name)
 def dying(*args, **kwargs):
@@ -378,7 +378,7 @@ def test_an_error_leaves_nothing_behind(tmp_path):
 
 
 def test_two_preparations_of_one_name_at_once_are_refused(tmp_path, corpus):
-    from megatrain.data.finish import Workplace
+    from megatrain.data.staging import Workplace
 
     with Workplace(tmp_path / "out" / "d"):
         with pytest.raises(ConfigError, match="another process is preparing"):

@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatrain.kernels import adamw, cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu
+from megatrain.kernels import adamw_update as adamw
+from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused_checks import DEVICE, error, randn
 
-from megatrain.kernels.adamw import adamw_step_, fused_adamw_step_, random_bits, stochastic_round
+from megatrain.kernels.adamw_update import adamw_step_, fused_adamw_step_, random_bits, stochastic_round
 from megatrain.kernels.support import KernelError
 
 SHAPES = [(5,), (0,), (33, 100), (1025,), (1, 1), (3, 7, 11), (0, 4)]

@@ -10,7 +10,7 @@ import torch
 
 KERNELS = set(
     """
-adamw._adamw_kernel cross_entropy._gradient_kernel cross_entropy._statistics_kernel cross_entropy._with_gradient_kernel
+adamw_update._adamw_kernel cross_entropy._gradient_kernel cross_entropy._statistics_kernel cross_entropy._with_gradient_kernel
 gelu._gelu_kernel layer_norm._backward layer_norm._forward rms_norm._backward rms_norm._forward rope._rope_qk_kernel
 swiglu._backward swiglu._forward
 """.split()  # noqa: SIM905  a list of names reads best as one

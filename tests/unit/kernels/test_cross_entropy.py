@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, error, randn
 
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels import cross_entropy as module
 from megatrain.kernels.cross_entropy import (
     cross_entropy_sum,

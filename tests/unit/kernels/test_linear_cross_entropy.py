@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.linear_cross_entropy import chunked_linear_cross_entropy_sum, linear_cross_entropy_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

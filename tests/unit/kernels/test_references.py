@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.attention import attention, document_mask
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.kernels.gelu import gelu

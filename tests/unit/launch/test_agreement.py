@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError
-from megatrain.launch.worker import check_agreement
+from megatrain.train.rank import check_agreement
 
 
 def compare(world, key, value):

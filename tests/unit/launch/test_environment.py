@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.environment import RankEnvironment, is_launched
 
 FULL = {
     "RANK": "3",

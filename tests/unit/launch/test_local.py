@@ -12,13 +12,14 @@ import pytest
 from workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import local, ranks
+from megatrain.launch import agent as local
+from megatrain.launch import rank_process as ranks
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
     """An agent in a process of its own, with the signals as a terminal leaves them (a shell's `&` ignores some)."""
     program = (
-        "import sys, json, pathlib, signal; from megatrain.launch import local; "
+        "import sys, json, pathlib, signal; from megatrain.launch import agent as local; "
         "[signal.signal(number, signal.SIG_DFL) for number in local.FORWARDED]; "
         "local.OWN_ACCORD_S, local.KILL_S = 0.2, 1.0; "
         "sys.exit(local.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"

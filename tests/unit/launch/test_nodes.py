@@ -13,7 +13,7 @@ from workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 AGENT = """
 import json, pathlib, signal, sys
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import local, peers
+from megatrain.launch import agent as local, nodes as peers
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
 for number in local.FORWARDED: signal.signal(number, signal.SIG_DFL)
@@ -121,11 +121,11 @@ def test_a_hang_is_one_only_when_no_rank_of_any_node_moves(tmp_path):
     """Node 0's ranks stand still all the time; node 1's move at first."""
     code = """
         import os, time
-        from megatrain.launch.environment import RankEnvironment
+        from megatrain.distributed.rank_environment import RankEnvironment
         from megatrain.resilience.heartbeat import Heartbeat
         import faulthandler, pathlib, sys
         from megatrain.resilience.watchdog import answer_with_stacks
-        from megatrain.launch.ranks import stack_file
+        from megatrain.resilience.watchdog import stack_file
         if os.environ["MEGATRAIN_RESTARTS"] == "1":
             sys.exit(0)
         rank = int(os.environ["RANK"])

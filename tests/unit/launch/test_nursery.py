@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from megatrain.launch import local
-from megatrain.launch.peers import Alone
+from megatrain.launch import agent as local
+from megatrain.launch.nodes import Alone
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.watchdog import Limits
 

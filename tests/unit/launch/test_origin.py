@@ -7,9 +7,9 @@ import torch
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
+from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, OwnedError
-from megatrain.launch.origin import choose_origin
-from megatrain.launch.world import World
+from megatrain.train.origin import choose_origin
 
 
 def store_of(run_dir):

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import peers
-from megatrain.launch.peers import DONE, FAILED, WORKS
+from megatrain.launch import nodes as peers
+from megatrain.launch.nodes import DONE, FAILED, WORKS
 
 
 def key():
@@ -94,7 +94,7 @@ def test_what_is_gathered_reaches_node_0_alone(pool):
 
 def test_node_0_may_hold_a_connection_to_each_of_a_thousand_nodes():
     program = (
-        "import resource as r; from megatrain.launch.peers import _allow_files; "
+        "import resource as r; from megatrain.launch.nodes import _allow_files; "
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); "
         "_allow_files(200); print(r.getrlimit(r.RLIMIT_NOFILE)[0]); _allow_files(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
     )
@@ -118,7 +118,7 @@ def test_whoever_is_gone_is_named_to_all(pool, gone):
 
 def test_a_killed_agent_is_noticed_at_once(pool):
     job = key()
-    program = "import sys, time; from megatrain.launch import peers; peers.join(sys.argv[1], 1, 2, '127.0.0.1', 20).share(0); time.sleep(60)"
+    program = "import sys, time; from megatrain.launch import nodes; nodes.join(sys.argv[1], 1, 2, '127.0.0.1', 20).share(0); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", program, job])
     agent = peers.join(job, 0, 2, "127.0.0.1", 20)
     assert agent.share("hello") == ["hello", 0]

@@ -9,8 +9,8 @@ import pytest
 from megatrain.checkpoint import rescue
 from megatrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST, manifest_hash, write_json
 from megatrain.errors import EXIT_NO_PROGRESS
-from megatrain.launch import local
-from megatrain.launch.peers import Alone
+from megatrain.launch import agent as local
+from megatrain.launch.nodes import Alone
 from megatrain.resilience.failure import Failure
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits

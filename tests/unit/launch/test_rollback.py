@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from megatrain.checkpoint.manifest import list_checkpoints
-from megatrain.checkpoint.memory import MemoryStore
+from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.order import SampleOrder, take
-from megatrain.launch.rollback import Rollback
-from megatrain.launch.world import World
+from megatrain.distributed.world import World
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
-from megatrain.trainer import Progress
+from megatrain.train.rollback import Rollback
+from megatrain.train.trainer import Progress
 
 
 class FakeEngine:

@@ -10,10 +10,10 @@ from megatrain import cli
 from megatrain.config import LaunchConfig
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.launch import slurm
-from megatrain.launch.peers import Alone
+from megatrain.launch.nodes import Alone
 from megatrain.launch.slurm import Step, find_profile, num_nodes, sbatch_command, together
 from megatrain.tracking.events import EventLog
-from megatrain.tracking.sweep import SweepRecord
+from megatrain.tracking.sweep_record import SweepRecord
 
 STEP = {
     "SLURM_JOB_ID": "17",
@@ -128,7 +128,7 @@ def fake_sbatch(tmp_path, monkeypatch):
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("megatrain.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     return tmp_path / "called"

@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from megatrain.config import TrainConfig
+from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import ConfigError
-from megatrain.launch.environment import RankEnvironment
-from megatrain.launch.worker import log_to, warn_of_other_count
+from megatrain.train.rank import log_to, warn_of_other_count
 
 LOG = logging.getLogger("megatrain")
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed.rank_environment import RankEnvironment
+from megatrain.distributed.world import choose_device
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.environment import RankEnvironment
-from megatrain.launch.world import choose_device
 
 TWO_RANKS = """
 import datetime, os, sys
 import torch, torch.distributed as dist
-from megatrain.launch.world import World, lost_peer
+from megatrain.distributed.world import World, lost_peer
 
 rank = int(sys.argv[1])
 store = dist.FileStore(sys.argv[2], 2)

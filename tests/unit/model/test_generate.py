@@ -9,8 +9,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from megatrain.config import ModelConfig
 from megatrain.errors import ConfigError
-from megatrain.model.generate import distribution, draw, generate
 from megatrain.model.init import build_model
+from megatrain.model.sampling import distribution, draw, generate
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megatrain.config import ModelConfig
-from megatrain.data.batch import IGNORE_INDEX
+from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.cache import KVCache
 from megatrain.model.gpt import GPT, mix_seed
 from megatrain.model.init import build_model

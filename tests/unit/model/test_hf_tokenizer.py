@@ -8,15 +8,16 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatrain.checkpoint.hf_tokenizer import export_tokenizer, fast_tokenizer
-from megatrain.checkpoint.huggingface import export_model
 from megatrain.config import ModelConfig
-from megatrain.data.tokenizer import SEGMENT, load_tokenizer
+from megatrain.data.tokenizer import SEGMENT
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
-from megatrain.model.generate import generate
+from megatrain.interop.hf_tokenizer import export_tokenizer, fast_tokenizer
+from megatrain.interop.huggingface import export_model
 from megatrain.model.init import build_model
+from megatrain.model.sampling import generate
 
 
 def stdlib_texts() -> list[str]:

@@ -9,12 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatrain.checkpoint.huggingface import export_model, hf_config, import_model
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.model.generate import generate
+from megatrain.interop.huggingface import export_model, hf_config, import_model
 from megatrain.model.gpt import GPT
 from megatrain.model.init import build_model
+from megatrain.model.sampling import generate
 
 torch.set_num_threads(1)
 
@@ -132,7 +132,7 @@ def test_a_16_bit_folder_holds_the_rounded_weights(tmp_path, name, dtype):
 
 
 def test_a_large_model_is_written_and_read_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatrain.checkpoint.huggingface.MAX_SHARD_SIZE", "10KB")
+    monkeypatch.setattr("megatrain.interop.huggingface.MAX_SHARD_SIZE", "10KB")
     model = make_model(make_config("gpt2"))
     export_model(model.config, weights_of(model), tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2

@@ -10,10 +10,10 @@ from itertools import product
 import pytest
 
 from megatrain.config import ModelConfig, TrainConfig
-from megatrain.parallel import timeline
-from megatrain.parallel.candidates import Axes, judge
 from megatrain.parallel.layout import Layout
-from megatrain.parallel.memory import MemoryModel, in_flight
+from megatrain.planner import timeline
+from megatrain.planner.candidates import Axes, judge
+from megatrain.planner.memory import MemoryModel, in_flight
 
 
 def job():
@@ -71,5 +71,5 @@ def test_a_long_step_holds_no_more_than_a_short_one(schedule, virtual):
 
 
 def test_counting_memory_needs_no_torch():
-    code = "import sys, megatrain.parallel.memory, megatrain.parallel.candidates; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatrain.planner.memory, megatrain.planner.candidates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

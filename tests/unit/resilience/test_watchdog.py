@@ -10,11 +10,11 @@ from megatrain.resilience.heartbeat import Beat, Heartbeat, Heartbeats
 from megatrain.resilience.watchdog import Limits, Witness, culprits, hangs, read_stacks
 
 WAITING = """Current thread 0x00007f0000000000 (most recent call first):
-  File "/x/megatrain/resilience/waits.py", line 70 in wait
+  File "/x/megatrain/distributed/waits.py", line 70 in wait
   File "/x/torch/distributed/distributed_c10d.py", line 3333 in all_gather
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
-  File "/x/megatrain/launch/world.py", line 47 in gather
-  File "/x/megatrain/trainer.py", line 162 in _meet
+  File "/x/megatrain/distributed/world.py", line 47 in gather
+  File "/x/megatrain/train/trainer.py", line 162 in _meet
 """
 IDLE = """Thread 0x00007f1111111111 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 327 in wait
@@ -22,7 +22,7 @@ IDLE = """Thread 0x00007f1111111111 (most recent call first):
 Current thread 0x00007f0000000000 (most recent call first):
   File "/x/somewhere.py", line 3 in sleep
   File "/x/megatrain/data/loader.py", line 5 in __next__
-  File "/x/megatrain/trainer.py", line 162 in run
+  File "/x/megatrain/train/trainer.py", line 162 in run
 """
 
 
@@ -31,7 +31,7 @@ def witness(rank, step=7, state="S", stacks=WAITING, phase="forward"):
 
 
 def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
-    assert read_stacks(WAITING) == ("all_gather (distributed_c10d.py)", "megatrain/launch/world.py:47 gather")
+    assert read_stacks(WAITING) == ("all_gather (distributed_c10d.py)", "megatrain/distributed/world.py:47 gather")
     assert read_stacks(IDLE) == (None, "megatrain/data/loader.py:5 __next__")
     assert read_stacks("") == (None, None)
 

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from megatrain.tracking import console
-from megatrain.tracking.base import RunInfo, Trackers, git_commit
 from megatrain.tracking.console import Console, clock, short
+from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
 
 class Terminal(io.StringIO):

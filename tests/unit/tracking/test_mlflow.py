@@ -15,11 +15,11 @@ import pytest
 from tracking_servers import MlflowServer, free_port
 
 from megatrain.config import TrackingConfig
-from megatrain.tracking.base import RunInfo
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog, read_metrics
 from megatrain.tracking.mlflow import MlflowTracker, tracking_uri, without_password
 from megatrain.tracking.mlflow_sender import milliseconds
+from megatrain.tracking.tracker import RunInfo
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -65,7 +65,9 @@ class Training:
         self.events = EventLog(run_dir / "events.jsonl")
         self.events.emit("start" if first == 1 else "resume", first - 1)
         defaults = {"flush_every_s": 0.2, "system_metrics_every_s": 0.5, "finish_timeout_s": 60.0}
-        self.tracker = MlflowTracker(TrackingConfig(**{**defaults, **settings}), run_dir)
+        self.tracker = MlflowTracker(
+            TrackingConfig(**{**defaults, **settings}), run_dir, "megatrain.train.mlflow_helper"
+        )
         self.tracker.start(info(run_dir, first, lr))
 
     def steps(self, count):

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatrain.report.run_page import report
 from megatrain.tracking import mlflow_sender
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.mlflow_sender import Sender, flatten, text
-from megatrain.tracking.sweep import SweepPoint, SweepRecord
+from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
 
 
@@ -47,7 +48,7 @@ def sender(run_dir, config=None, resumed_from_step=None):
         "device": "cpu", "dataset": {}, "dataset_fingerprint": "", "git_commit": None, "host": "here",
     }  # fmt: skip
     settings = {"experiment": "demo", "flush_every_s": 1.0, "system_metrics_every_s": 0.0, "finish_timeout_s": 5.0}
-    return Sender({"info": info, "settings": settings, "parent": os.getpid()}, Quiet())
+    return Sender({"info": info, "settings": settings, "parent": os.getpid()}, Quiet(), report)
 
 
 def write(log, first, last):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatrain.checkpoint.resume import may_change
+from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.world import World
 from megatrain.tracking.profile import device_times, phase_rows, profiled_steps
 
 

@@ -8,10 +8,10 @@ import pytest
 from pages import References, drawn, needs_browser
 
 from megatrain.errors import ConfigError
-from megatrain.tracking import report as report_module
+from megatrain.report import run_page as report_module
+from megatrain.report.run_page import collect, report
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
-from megatrain.tracking.report import collect, report
 
 
 def make_run(folder, num_steps, name="demo"):

@@ -11,10 +11,10 @@ from megatrain import cli
 from megatrain.config import ModelConfig
 from megatrain.errors import DataError
 from megatrain.model.count import flops_per_token, num_parameters
+from megatrain.report.sweep_page import MAX_POINTS, collect, report_sweep
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
-from megatrain.tracking.report_sweep import MAX_POINTS, collect, report_sweep
-from megatrain.tracking.sweep import SweepPoint, SweepRecord
+from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 
 MODELS = {name: ModelConfig(name=name, hidden_size=width, vocab_size=400) for name, width in (("a", 32), ("b", 64))}
 

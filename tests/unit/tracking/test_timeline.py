@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatrain.parallel.timeline import Action, draw, in_flight, orders, simulate, theoretical_bubble
-from megatrain.tracking.report import collect, report
+from megatrain.planner.timeline import Action, in_flight, orders, simulate, theoretical_bubble
+from megatrain.report.run_page import collect, report
+from megatrain.report.timeline_drawing import draw
 
 STAGES = {
     "gpipe": 1,

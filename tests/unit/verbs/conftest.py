@@ -15,9 +15,9 @@ from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.card import Card, TokenizerCard, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
-from megatrain.launch.worker import run
-from megatrain.launch.world import leave
+from megatrain.distributed.world import leave
 from megatrain.model.init import build_model
+from megatrain.train.rank import run
 
 torch.set_num_threads(1)
 

@@ -11,13 +11,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from megatrain.checkpoint.huggingface_verbs import export_
 from megatrain.config import EvaluateConfig, ExportConfig
 from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import CheckpointError, ConfigError, DataError
-from megatrain.evaluate import evaluate
 from megatrain.tracking.metrics import read_metrics
+from megatrain.verbs.evaluate import evaluate
+from megatrain.verbs.export import export_
 
 SEQ_LEN = 16
 

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from megatrain.checkpoint.huggingface_verbs import export_, import_
-from megatrain.checkpoint.load import load
 from megatrain.config import ExportConfig, ImportConfig
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.interop.load_model import load
 from megatrain.tracking.metrics import read_metrics
+from megatrain.verbs.export import export_
+from megatrain.verbs.import_ import import_
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_nothing_is_overwritten(finished, imported, tmp_path):
 
 
 def test_an_import_that_fails_leaves_nothing_behind(imported, tmp_path, monkeypatch):
-    from megatrain.checkpoint import huggingface_verbs
+    from megatrain.verbs import import_ as huggingface_verbs
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from megatrain.checkpoint.load import load
 from megatrain.checkpoint.manifest import manifest_hash
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.store import CheckpointStore, verify
+from megatrain.interop.load_model import load
 
 PAGE = (Path(__file__).parents[3] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
 

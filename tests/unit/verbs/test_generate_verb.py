@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatrain import generation
-from megatrain.checkpoint.huggingface_verbs import export_
 from megatrain.config import ExportConfig, GenerateConfig
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
-from megatrain.generation import generate
+from megatrain.verbs import generate as generation
+from megatrain.verbs.export import export_
+from megatrain.verbs.generate import generate
 
 PROMPT = "the naïve model"
 

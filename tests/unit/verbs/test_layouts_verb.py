@@ -12,10 +12,10 @@ from copy import deepcopy
 import pytest
 
 from megatrain import cli
-from megatrain.compose import compose
-from megatrain.layouts import axes_of, find, job_of
-from megatrain.parallel.candidates import Candidate
+from megatrain.config.compose import compose
 from megatrain.parallel.layout import check
+from megatrain.planner.candidates import Candidate
+from megatrain.verbs.layouts import axes_of, find, job_of
 
 LLAMA = ["layouts", "model=llama_8b", "precision=bf16", "launch.world_size=64"]
 

@@ -1,0 +1,175 @@
+"""Copies of the state in memory that the node's agent owns: a rank may die, its copy stays.
+
+Each node keeps what its own ranks hold, in the checkpoint's own format, as `own/step_<n>/` in a folder of the agent's on
+/dev/shm, and the part of the node before it as `peer/step_<n>/`. Ranks that are started again inside the job load their
+node's part. When the agents leave for good, `rescue.py` puts the parts on the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.checkpoint.manifest import MANIFEST, checkpoint_name, checkpoint_step, list_checkpoints
+from megatrain.checkpoint.piece import Piece
+from megatrain.checkpoint.rescue import ENVIRONMENT, NODE, NODES, OWN, PEER
+from megatrain.checkpoint.store import verify, write
+from megatrain.distributed.world import World
+from megatrain.errors import CheckpointError, EnvironmentFault
+
+_LOG = logging.getLogger("megatrain")
+
+
+class MemoryStore:
+    """The copies of this rank's node. All ranks of the job call the same methods in step."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        """`folder` is the agent's. Its exchanges run in a group of their own, as they do in a thread (`saver.py`)."""
+        self.folder = folder
+        self.world = world.apart()
+        self.node = world.of_my_node()
+        self.number = world.rank // world.local_size
+        self.num_nodes = world.size // world.local_size
+
+    @classmethod
+    def from_environ(cls, world: World, environ: Mapping[str, str] | None = None) -> MemoryStore | None:
+        """Where this process's agent keeps copies; None without such an agent."""
+        folder = (os.environ if environ is None else environ).get(ENVIRONMENT)
+        return cls(Path(folder), world) if folder else None
+
+    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> int:
+        """Keep a copy, and drop those before it once every node has its part; its size on this node in bytes.
+
+        Raises:
+            EnvironmentFault: on every rank, where the memory of any node does not take it.
+        """
+        own, peer = (self.folder / kind / checkpoint_name(step) for kind in (OWN, PEER))
+        place = {NODE: self.number, NODES: self.num_nodes}
+        self._together(lambda: self._make_anew(own, peer))
+        self._together(lambda: write(own, state, {"step": step, **extra, **place}, self.node, whole=False))
+        if self.num_nodes > 1:
+            self._exchange(own, peer)
+        if self.node.is_main:
+            self._drop(lambda other: other < step)
+        return sum(path.stat().st_size for path in own.iterdir())
+
+    def _make_anew(self, *folders: Path) -> None:
+        if self.node.is_main:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Do something on every rank; all hear of it where it fails on any."""
+        problem = None
+        try:
+            act()
+        except (EnvironmentFault, OSError) as error:
+            problem = str(error)
+        if found := next((told for told in self.world.share(problem) if told), None):
+            raise EnvironmentFault(found)
+
+    def newest_valid(self, after: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest copy of a step beyond `after` that is whole on every node: this node's part, and its manifest."""
+        mine = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
+        everyone = [set(steps) for steps in self.world.share(mine)]
+        for step in sorted(set.intersection(*everyone) - set(range(after + 1)), reverse=True):
+            folder = self.folder / OWN / checkpoint_name(step)
+            try:
+                manifest, problem = verify(folder, self.node, whole=False), None
+            except CheckpointError as error:
+                manifest, problem = {}, str(error)
+            if not any(problems := self.world.share(problem)):
+                return folder, manifest
+            made = all(self.world.share(not self.node.is_main or (folder / MANIFEST).exists()))
+            damaged = made and self.world.is_main  # without a manifest the ranks were killed while they made it
+            level = logging.WARNING if damaged else logging.INFO
+            _LOG.log(level, "the copy of step %d is not whole: %s", step, next(filter(None, problems)))
+        return None
+
+    def forget(self) -> None:
+        """Drop all copies: the run goes back to before them."""
+        self.world.barrier()
+        if self.node.is_main:
+            self._drop(lambda step: True)
+
+    def _drop(self, old: Callable[[int], bool]) -> None:
+        for kind in (OWN, PEER):
+            for folder in list_checkpoints(self.folder / kind):
+                if old(checkpoint_step(folder) or 0):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _exchange(self, own: Path, peer: Path) -> None:
+        """Send this rank's file (and the node's manifest) to its fellow on the next node, and take what comes from the
+        node before."""
+        world, local = self.world, self.world.local_size
+        following, before = (world.rank + local) % world.size, (world.rank - local) % world.size
+        names = [f"{world.local_rank}.safetensors", *([MANIFEST] if self.node.is_main else [])]
+        sizes = torch.tensor([_size(own / name) for name in names])  # 0: a rank that holds nothing has no file
+        coming = torch.empty_like(sizes)
+        _wait_for(dist.isend(sizes, following, group=world.control), dist.irecv(coming, before, group=world.control))
+        self._together(lambda: self._make_room(peer, names, coming.tolist()))
+        waits = []
+        for name, size, expected in zip(names, sizes.tolist(), coming.tolist(), strict=True):
+            if size:
+                waits.append(dist.isend(_bytes_of(own / name, size, shared=False), following, group=world.control))
+            if expected:
+                waits.append(dist.irecv(_bytes_of(peer / name, expected, shared=True), before, group=world.control))
+        _wait_for(*waits)
+        self.world.barrier()
+
+    @staticmethod
+    def _make_room(folder: Path, names: list[str], sizes: list[int]) -> None:
+        for name, size in zip(names, sizes, strict=True):
+            if size:
+                with (folder / name).open("xb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full memory says so here, and not by SIGBUS
+
+
+def check_covers(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuse a node's part of a state that lacks any of what this rank is to hold.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not all there.
+    """
+    for name, tensor in state.items():
+        wanted = (
+            [(o, s) for o, s, _ in tensor.parts] if isinstance(tensor, Piece) else [([0] * tensor.dim(), tensor.shape)]
+        )
+        chunks = manifest["tensors"].get(name, {"chunks": []})["chunks"]
+        for offset, size in wanted:
+            found = sum(_common(offset, size, chunk["offset"], chunk["size"]) for chunk in chunks)
+            if found != math.prod(size):
+                raise CheckpointError(
+                    f"{folder} holds {found} of the {math.prod(size)} elements of {name} that are wanted"
+                )
+
+
+def _common(offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]) -> int:
+    """How many elements two rectangles share."""
+    places = zip(offset, size, other_offset, other_size, strict=True)
+    return math.prod(max(0, min(o + s, p + t) - max(o, p)) for o, s, p, t in places)
+
+
+def _wait_for(*transfers: dist.Work | None) -> None:
+    for transfer in transfers:
+        if transfer is not None:
+            transfer.wait()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _bytes_of(path: Path, size: int, shared: bool) -> Tensor:
+    """A file's memory as bytes; `shared` writes through."""
+    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)

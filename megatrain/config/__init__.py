@@ -1,0 +1,74 @@
+"""The schema of conf/: every key with its type, unit, default and check, one file a group. Imports no torch.
+
+A default lives here and nowhere else; the YAML files of conf/ hold only what a choice changes. `compose.py` turns
+command-line overrides into these dataclasses; everything below the command line takes them as plain values.
+"""
+
+from __future__ import annotations
+
+from megatrain.config.checkpoint_config import CheckpointConfig
+from megatrain.config.data_config import DataConfig
+from megatrain.config.engine_config import EngineConfig
+from megatrain.config.key import key, walk
+from megatrain.config.launch_config import LaunchConfig
+from megatrain.config.loop_config import TrainLoopConfig
+from megatrain.config.model_config import ModelConfig
+from megatrain.config.optim_config import OptimConfig
+from megatrain.config.parallel_config import ParallelConfig
+from megatrain.config.precision_config import PrecisionConfig
+from megatrain.config.resilience_config import ResilienceConfig
+from megatrain.config.run_config import RunConfig
+from megatrain.config.tokenizer_config import TokenizerConfig
+from megatrain.config.tracking_config import TrackingConfig
+from megatrain.config.verb_configs import (
+    VERBS,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    InspectConfig,
+    LayoutListConfig,
+    LayoutsConfig,
+    OpenDataConfig,
+    OpenEngineConfig,
+    OpenLaunchConfig,
+    OpenParallelConfig,
+    OpenTrainLoopConfig,
+    PrepareConfig,
+    ReportConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "VERBS",
+    "CheckpointConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "ImportConfig",
+    "InspectConfig",
+    "LaunchConfig",
+    "LayoutListConfig",
+    "LayoutsConfig",
+    "ModelConfig",
+    "OpenDataConfig",
+    "OpenEngineConfig",
+    "OpenLaunchConfig",
+    "OpenParallelConfig",
+    "OpenTrainLoopConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "PrepareConfig",
+    "ReportConfig",
+    "ResilienceConfig",
+    "RunConfig",
+    "TokenizerConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainLoopConfig",
+    "key",
+    "walk",
+]

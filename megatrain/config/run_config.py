@@ -1,0 +1,18 @@
+"""`run.*`: the identity of a run. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config.key import key
+
+
+@dataclass
+class RunConfig:
+    """Run identity."""
+
+    name: str | None = key(None, "run identity; null means <model.name>-<data.name>, so the same command resumes")
+    dir: str = key("runs", "folder of all runs; this one lives in <run.dir>/<run.name>")
+    sweep: str | None = key(
+        None, "sweep that the run is a point of, its folder being <run.dir>/<run.sweep>; --multirun sets it"
+    )

@@ -1,0 +1,21 @@
+"""`tokenizer.*`: the tokenizer to train or to load. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config.key import key
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: str = key("sentencepiece", "tokenizer library", choices=("sentencepiece", "hf"))
+    path: str | None = key(
+        None, "a trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder"
+    )
+    vocab_size: int = key(8192, "vocabulary to train (no tokenizer.path given)", minimum=300)
+    train_bytes: int = key(
+        32 * 2**20, "text the tokenizer is trained on, in bytes, sampled over the corpus", minimum=1024
+    )

@@ -1,0 +1,25 @@
+"""`tracking.*`: where metrics are sent. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config.key import key
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    name: str = key("mlflow", "tracker", choices=("mlflow", "none"))
+    experiment: str = key("megatrain", "MLflow experiment")
+    flush_every_s: float = key(2.0, "seconds between batches sent to the MLflow server", above=0, maximum=1e7)
+    system_metrics_every_s: float = key(
+        10.0, "seconds between samples of CPU, memory, disk and GPU; 0 takes none", minimum=0, maximum=1e7
+    )
+    finish_timeout_s: float = key(
+        30.0,
+        "longest wait at the end for the MLflow server to take what is left, in seconds",
+        above=0,
+        maximum=1e7,
+    )

@@ -1,0 +1,43 @@
+"""Find and load a tokenizer: a saved folder, a SentencePiece model or a Hugging Face tokenizer. No pickles, no remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatrain.data.tokenizer import META, Tokenizer, read_text
+from megatrain.data.tokenizer_hf import find_hugging_face
+from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from megatrain.errors import ConfigError, DataError
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load a tokenizer that `save` wrote. Raises `ConfigError` if the folder holds none, `DataError` if it is damaged."""
+    folder = Path(folder)
+    if not (folder / META).is_file():
+        raise ConfigError(f"{folder}: no saved tokenizer there (it has no {META})")
+    try:
+        meta: dict[str, Any] = json.loads(read_text(folder / META))
+        kind, fingerprint = meta["kind"], meta["fingerprint"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{folder / META}: damaged ({error})") from error
+    tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
+    if tokenizer.fingerprint != fingerprint:
+        raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
+    return tokenizer
+
+
+def find_tokenizer(kind: str, path: str) -> Tokenizer:
+    """The tokenizer that `tokenizer.kind` and `tokenizer.path` name.
+
+    Raises `ConfigError` when it is not there, `DataError` when it cannot be used.
+    """
+    if kind == "hf":
+        return find_hugging_face(path)
+    place = Path(path).expanduser()
+    if place.is_dir() and (place / "tokenizer.model").is_file():
+        place /= "tokenizer.model"
+    if not place.is_file():
+        raise ConfigError(f"tokenizer.path: {path} is not there; give a SentencePiece .model file")
+    return SentencePieceTokenizer(place.read_bytes(), str(place))

@@ -1,0 +1,203 @@
+"""A trained model from a path: a run, one of its checkpoints, an imported checkpoint or a Hugging Face folder.
+
+What the verbs after training share. Nothing is used before its checksum was verified (Hugging Face folders have none);
+nothing is written, so a run may go on meanwhile. How bytes are stored is `storage.py`'s and `huggingface.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.manifest import MANIFEST, checkpoint_step, list_checkpoints
+from megatrain.checkpoint.store import first_valid, load_weights, verify
+from megatrain.config import ModelConfig
+from megatrain.data.card import CARD, Card
+from megatrain.data.tokenizer import META, Tokenizer
+from megatrain.data.tokenizer_hf import find_hugging_face
+from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
+from megatrain.interop.huggingface import import_model
+from megatrain.kernels.choice import REFERENCE, Kernels
+from megatrain.model.gpt import GPT
+
+_LOG = logging.getLogger("megatrain")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    `weights` are whole, on the CPU, by single-device name. `tokenizer_dir` is the folder that `tokenizer` was read from.
+    `manifest` is the checkpoint's, None for a Hugging Face folder.
+    """
+
+    folder: Path
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    manifest: dict[str, Any] | None
+    tokenizer: Tokenizer | None
+    tokenizer_dir: Path | None
+
+    def describe(self) -> str:
+        """Where it came from, in words."""
+        if self.manifest is None:
+            return f"{self.folder} (Hugging Face)"
+        return f"{self.folder} (step {self.manifest['step']})"
+
+    def run_config(self) -> dict[str, Any]:
+        """The resolved config of the run that made it; for imported weights only `model`, for Hugging Face's nothing."""
+        return self.manifest["config"] if self.manifest else {}
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ConfigError: none was found, or it makes ids that the model does not have.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"path: {self.folder} comes without a tokenizer (looked for in the folder, in its run's folder and in its "
+                f"dataset); copy the one that made the data to {self.folder / 'tokenizer'}"
+            )
+        if self.tokenizer.vocab_size > self.config.vocab:
+            raise ConfigError(
+                f"{self.tokenizer_dir}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only {self.config.vocab}: "
+                f"it is not the one that made the model's data"
+            )
+        return self.tokenizer
+
+    def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
+        """The model on `device` in fp32, ready to evaluate (dropout off), computing with `kernels`."""
+        with torch.device("meta"):
+            model = GPT(self.config, kernels)
+        model = model.to_empty(device=device).float()
+        names = dict(model.named_parameters())
+        if names.keys() != self.weights.keys():
+            first = sorted(names.keys() ^ self.weights.keys())[0]
+            raise CheckpointError(f"{self.folder}: the weights are not those of its config's model, see {first}")
+        with torch.no_grad():
+            for name, parameter in names.items():
+                if parameter.shape != self.weights[name].shape:
+                    raise CheckpointError(f"{self.folder}: {name} has another shape than its config says")
+                parameter.copy_(self.weights[name])
+        return model.eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `device=` means. Raises EnvironmentFault for `cuda` where there is none."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise EnvironmentFault("device=cuda: there is no CUDA device here; use device=cpu or device=auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def kind_of(path: Path) -> str:
+    """What a path holds: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`. Looks at names alone."""
+    if (path / MANIFEST).exists() or checkpoint_step(path) is not None:
+        return "checkpoint"
+    if (path / CARD).exists():
+        return "dataset"
+    if any((path / name).exists() for name in ("config.json", "model.safetensors", "model.safetensors.index.json")):
+        return "huggingface"
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").exists() or list_checkpoints(path):
+        return "run"
+    return "unknown"
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints; the folder itself where it is that one."""
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+def load(path: Path) -> Loaded:
+    """The model at a path: of a run its newest checkpoint that verifies, with a warning for each damaged one before it.
+
+    Raises:
+        ConfigError: nothing of the kind is at the path.
+        CheckpointError: it is damaged, or a run has no checkpoint that is not.
+    """
+    kind = kind_of(path)
+    if kind == "huggingface":
+        return _load_huggingface(path)
+    if kind == "checkpoint":
+        return _load_checkpoint(path, verify(path))
+    if kind == "run":
+        return _load_checkpoint(*_newest(path))
+    if kind == "dataset":
+        raise ConfigError(f"path={path} is a prepared dataset; give a run, a checkpoint or a Hugging Face folder")
+    raise ConfigError(
+        f"path={path} is neither a run folder (it would hold checkpoints/), nor a checkpoint ({MANIFEST}), nor a Hugging "
+        f"Face folder (config.json)"
+    )
+
+
+def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
+    folder = checkpoints_folder(run)
+    candidates = list_checkpoints(folder)
+    if not candidates:
+        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    damaged: list[str] = []
+
+    def skip(_folder: Path, error: CheckpointError) -> None:
+        damaged.append(str(error))
+        _LOG.warning("warning: a damaged checkpoint is passed over: %s", error)
+
+    found = first_valid(candidates, None, skip)
+    if found is None:
+        raise CheckpointError(f"all {len(candidates)} checkpoints of {folder} are damaged: {' | '.join(damaged)}")
+    return found
+
+
+def model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
+    """The model's config in a manifest, its vocabulary known. Raises CheckpointError where there is none."""
+    try:
+        config = ModelConfig(**manifest["config"]["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} holds no model config that this version reads ({error})") from error
+    if config.vocab_size is None:
+        raise CheckpointError(f"{folder / MANIFEST}: model.vocab_size is null, so the model's size is unknown")
+    return config
+
+
+def _load_checkpoint(folder: Path, manifest: dict[str, Any]) -> Loaded:
+    config = model_of(folder, manifest)
+    tokenizer_dir = _tokenizer_folder(folder, manifest)
+    tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
+    return Loaded(folder, config, load_weights(folder, manifest), manifest, tokenizer, tokenizer_dir)
+
+
+def _tokenizer_folder(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    """Inside the checkpoint, in its run's folder, or in its dataset as long as that is still the same."""
+    whole = folder.resolve()
+    places = [whole / "tokenizer"]
+    if checkpoint_step(whole) is not None:
+        places.append((whole.parent.parent if whole.parent.name == "checkpoints" else whole.parent) / "tokenizer")
+    if dataset := own_dataset(manifest):
+        places.append(dataset / "tokenizer")
+    return next((place for place in places if (place / META).is_file()), None)
+
+
+def own_dataset(manifest: dict[str, Any]) -> Path | None:
+    """The dataset folder that a checkpoint's run was trained on, if it is there and still the same."""
+    data = manifest["config"].get("data")
+    if not data:
+        return None
+    folder = Path(data["dir"]) / data["name"]
+    same = (folder / CARD).is_file() and Card.load(folder).fingerprint == manifest.get("dataset_fingerprint")
+    return folder if same else None
+
+
+def _load_huggingface(folder: Path) -> Loaded:
+    config, weights = import_model(folder)
+    tokenizer: Tokenizer | None = None
+    if (folder / META).is_file():
+        tokenizer = load_tokenizer(folder)
+    elif (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        tokenizer = find_hugging_face(str(folder.resolve()))
+    return Loaded(folder, config, weights, None, tokenizer, folder if tokenizer else None)

@@ -1,0 +1,166 @@
+"""The processes of this node's ranks: how one is started, what it finds in its environment, and how its end is told. Imports
+no torch.
+
+Which ranks are started when, and what follows from an end, is the agent's (`local.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatrain.distributed.rank_environment import WORKER_MARK, usable_cores
+from megatrain.errors import EnvironmentFault
+from megatrain.launch.fork_server import Forked
+from megatrain.launch.nodes import Peers
+from megatrain.resilience.signals import set_parent_death_signal
+
+LINUX = sys.platform == "linux"
+
+GONE_S = 120.0
+"""Longest wait for a killed rank to be gone: giving back hundreds of gigabytes takes a while."""
+
+
+@dataclass
+class RankProcess:
+    """One rank's process. `code` is None while it runs; negative means the signal that killed it."""
+
+    rank: int
+    local_rank: int
+    process: subprocess.Popen[bytes] | Forked
+    log: Path | None
+    code: int | None = None
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it."""
+        return self.code is not None and self.code < 0
+
+    def kill(self) -> None:
+        """Kill this worker and whatever it started, and wait for it.
+
+        Raises EnvironmentFault where the kernel does not let it go (a driver or a file system that does not answer); it
+        counts as killed then.
+        """
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.killpg(self.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + GONE_S
+        while (code := self.process.poll()) is None:
+            if time.monotonic() > deadline:
+                self.code = -signal.SIGKILL
+                raise EnvironmentFault(
+                    f"rank {self.rank}, process {self.process.pid} on {socket.gethostname()}, was killed {GONE_S:g} s ago "
+                    f"and is still there: a device or a file system does not let it go"
+                )
+            time.sleep(0.005)
+        self.code = code
+
+
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+"""Has glibc keep freed memory for the next step. Left to itself it gives every large tensor back to the system, which clears
+the pages again when the next one wants them: a tenth of a step of gpt2_124m on two cores. A rank's memory never shrinks, then.
+Other C libraries ignore it."""
+
+
+EXPANDABLE = "expandable_segments:True"
+"""Has torch map GPU memory page by page, so that what is free can be put together: models that all but fill a GPU fit."""
+
+
+def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
+    """What a rank finds in its environment."""
+    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers)), "GLIBC_TUNABLES": KEEP_MEMORY}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        defaults["PYTORCH_ALLOC_CONF"] = EXPANDABLE
+    if LINUX and peers.size == 1:
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {
+        **defaults,
+        **os.environ,
+        WORKER_MARK: "1",
+        "RANK": str(peers.node * num_workers + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(peers.size * num_workers),
+        "LOCAL_WORLD_SIZE": str(num_workers),
+        "MASTER_ADDR": peers.address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def fork_server_environ(environ: dict[str, str]) -> dict[str, str]:
+    """A worker's environment without what makes it one of the ranks."""
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in environ.items() if name not in places}
+    return {"DS_ACCELERATOR": "cpu", **kept}  # DeepSpeed chooses when it is imported, and is only here where no GPU is
+
+
+def log_of(log_dir: Path, rank: int) -> Path | None:
+    """Where a rank's output goes; rank 0 shares the terminal."""
+    if rank == 0:
+        return None
+    log_dir.mkdir(parents=True, exist_ok=True)
+    return log_dir / f"rank_{rank:05d}.log"
+
+
+def start_rank(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> RankProcess:
+    """Start one rank in a session of its own."""
+    rank = int(environ["RANK"])
+    log = log_of(log_dir, rank)
+    sink: IO[bytes] | None = log.open("ab") if log is not None else None
+    try:
+        process = subprocess.Popen(
+            list(command),
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            pass_fds=(heartbeats,),
+            preexec_fn=_die_with_agent() if LINUX else None,
+        )
+    finally:
+        if sink is not None:
+            sink.close()
+    return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
+
+
+def _die_with_agent() -> Callable[[], None]:
+    """What a worker runs before its program."""
+    agent = os.getpid()
+    return lambda: set_parent_death_signal(agent)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def describe_end(rank: int, code: int, log: Path | None) -> str:
+    """How a worker ended, with the end of its log where it has one."""
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory, perhaps)"
+    else:
+        how = f"ended with exit code {code}"
+    if log is None:
+        return f"rank {rank} {how}; its output is above"
+    lines = tail(log)
+    return f"rank {rank} {how}; the end of its log {log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
+    """The last lines of a text file, without reading more than its last `window` bytes."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - window))
+        return file.read().decode("utf-8", "replace").splitlines()[-count:]

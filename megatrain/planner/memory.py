@@ -1,0 +1,399 @@
+"""Bytes that a rank holds at the peak of a step, by arithmetic from a config and a layout. Imports no torch.
+
+What the engines do is counted, not what their stages promise: the figures are those of `tests/parity/test_memory.py`, which
+sums the tensors themselves. Not counted: the allocator's own overhead, workspaces of libraries, buffers that live for one
+operation inside a layer, and the data.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil, prod
+from operator import ge, mul
+from typing import Any, NamedTuple
+
+from megatrain.config import ModelConfig, TrainConfig
+from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
+from megatrain.model.count import parameter_shapes
+from megatrain.parallel import plan
+from megatrain.parallel.layout import LOOPED, V_SHAPED, Coordinate, Layout, head_in_chunks, micro_batches, stage_layers
+from megatrain.planner import activations, timeline
+from megatrain.planner.activations import BYTES
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank, by kind, each at its own peak inside a step.
+
+    - `parameters`: everything that holds weights from step to step or through a whole step: fp32 masters, copies in the
+      compute format, and what stays gathered until the step's end.
+    - `gradients`: what micro-batches are summed into, and the fp32 form in which the optimizer reads it.
+    - `optimizer`: AdamW's two moments.
+    - `activations`: what the micro-batches whose backward pass is still to come have kept.
+    - `working`: what is there for a moment: a unit of parameters gathered and its gradient before it is reduced,
+      reduction buckets, the block that is recomputed, what the loss works with, messages between pipeline stages.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the kinds: an upper bound of the peak, because they do not all peak at once."""
+        return sum(self)
+
+
+KINDS = Memory._fields
+
+
+class DeepSpeedSizes(NamedTuple):
+    """DeepSpeed's buffer sizes, in elements: the defaults of its zero_optimization section, which the engine keeps."""
+
+    reduce_bucket: int = 500_000_000
+    persistence_threshold: int = 100_000
+    sub_group: int = 1_000_000_000
+    max_live: int = 1_000_000_000
+
+
+class _Stage(NamedTuple):
+    """What a pipeline stage is made of."""
+
+    blocks: int
+    is_first: bool
+    is_last: bool
+
+
+class _Cut(NamedTuple):
+    """Which part of each parameter a rank has: first by tensor rank, then by shard."""
+
+    tp: int
+    tp_rank: int
+    shards: int
+    shard_rank: int
+
+
+class _Counts(NamedTuple):
+    """Numbers of parameters in a part of the model, as one rank of a tensor group sees it.
+
+    `whole`: its blocks; `padded`: a shard of each, as large as the largest; `mine`: what this rank's shards really hold.
+    """
+
+    whole: int = 0
+    padded: int = 0
+    mine: int = 0
+    tensors: int = 0
+
+    def plus(self, other: _Counts, times: int = 1) -> _Counts:
+        """The sum with so many of another."""
+        return _Counts(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+class _States(NamedTuple):
+    """Bytes of everything but activations."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    working: int
+
+
+class MemoryModel:
+    """The memory of jobs that train one model. Keeps what it has counted, so that thousands of layouts take a second."""
+
+    def __init__(self, model: ModelConfig, deepspeed: DeepSpeedSizes | None = None) -> None:
+        self.model = model
+        self.sizes = deepspeed or DeepSpeedSizes()
+        self.shapes = parameter_shapes(model)
+        head = "embed.weight" if model.tie_embeddings else "head.weight"
+        self.parts: dict[str, list[str]] = {
+            "block": [name for name in self.shapes if name.startswith("blocks.0.")],
+            "first": [name for name in ("embed.weight", "positions.weight") if name in self.shapes],
+            "last": [*(name for name in self.shapes if name.startswith("final_norm.")), head],
+        }
+        self._count = lru_cache(None)(self._count_part)
+        self._groups = lru_cache(None)(self._deepspeed_groups)
+        self._native = lru_cache(None)(self._native_states)
+        self._deepspeed = lru_cache(None)(self._deepspeed_states)
+        self._kept = lru_cache(None)(self._activations)
+        self._dealt: dict[Any, tuple[tuple[_Stage, ...], ...]] = {}
+
+    def of_rank(self, config: TrainConfig, layout: Layout, rank: int) -> Memory:
+        """What one rank holds."""
+        number = max(micro_batches(config, layout.world_size))
+        return self._at(config, layout, layout.coordinate(rank), self._stages(config, layout), number)
+
+    def largest(self, config: TrainConfig, layout: Layout) -> Memory:
+        """The rank that holds most.
+
+        Along all axes but the pipeline's the first rank has the largest shares; of pipeline ranks that are made of the same
+        the first holds the most micro-batches.
+        """
+        ranks, number = self._stages(config, layout), max(micro_batches(config, layout.world_size))
+        firsts = {stages: pp for pp, stages in reversed(list(enumerate(ranks)))}.values()
+        found = (self._at(config, layout, Coordinate(pp, 0, 0, 0), ranks, number) for pp in firsts)
+        return max(found, key=sum)
+
+    def _at(
+        self,
+        config: TrainConfig,
+        layout: Layout,
+        place: Coordinate,
+        ranks: tuple[tuple[_Stage, ...], ...],
+        number: int,
+    ) -> Memory:
+        """What the rank at a place holds, `number` being a step's micro-batches and `ranks` the pipeline's stages."""
+        stages = ranks[place.pp]
+        formats = config.precision
+        if layout.engine == "native":
+            shards = layout.shards if layout.zero else 1
+            cut = _Cut(layout.tp, place.tp, shards, (place.dp * layout.cp + place.cp) % shards)
+            sharded = layout.dp * layout.cp > 1
+            # A pipeline of torch's reduces at the step's end and never lets go of parameters after a backward pass: stages
+            # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
+            stays = layout.zero < 3 or layout.pp > 1
+            unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
+            dtypes = (formats.name, formats.reduce_dtype, config.optim.moments)
+            states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
+        else:
+            cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
+            dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
+            states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
+        on_gpu = config.launch.device != "cpu"  # auto: memory is asked about for GPUs
+        chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
+        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu)
+        loop = config.train
+        pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
+        sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)
+        kept, moment = self._kept(stages, pipeline, sizes)
+        return Memory(states.parameters, states.gradients, states.optimizer, kept, states.working + moment)
+
+    def _stages(self, config: TrainConfig, layout: Layout) -> tuple[tuple[_Stage, ...], ...]:
+        """For each pipeline rank its stages."""
+        key = (layout.pp, layout.virtual_stages, layout.schedule, *config.parallel.layers_per_stage)
+        if key not in self._dealt:
+            layers, last = stage_layers(config, layout.num_stages), layout.num_stages - 1
+            self._dealt[key] = tuple(
+                tuple(_Stage(len(layers[index]), index == 0, index == last) for index in layout.stages_of(pp))
+                for pp in range(layout.pp)
+            )
+        return self._dealt[key]
+
+    # ------------------------------------------------------------------------------------------- native
+
+    def _native_states(
+        self,
+        stages: tuple[_Stage, ...],
+        cut: _Cut,
+        sharded: bool,
+        stays: bool,
+        unreduced: bool,
+        compute_dtype: str,
+        reduce_dtype: str,
+        moments: str,
+    ) -> _States:
+        """Masters are fp32 shards. FSDP2 gathers them in the compute format, in fp32 too and at stage 0 too.
+
+        `stays`: whether what is gathered stays until the step's end; `unreduced`: whether micro-batches are summed before
+        they are reduced.
+        """
+        w = BYTES[compute_dtype]
+        units = [unit for stage in stages for unit in self._units(stage, cut)]
+        held = _Counts()
+        for unit, number, _ in units:
+            held = held.plus(unit, number)
+        optimizer = 2 * BYTES[moments] * held.mine + 4 * held.tensors
+        unsharded = 4 * held.whole
+        if (w == 4 or sharded) and cut.tp > 1 and any(self._has_own_embedding(stage) for stage in stages):
+            # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end
+            absent = self.model.vocab - plan.chunk(self.model.vocab, cut.tp, cut.tp_rank)[1]
+            unsharded += 4 * absent * self.model.hidden_size
+        if not sharded:
+            return _States(held.whole * (w + (4 if w < 4 else 0)), unsharded, optimizer, 0)
+        shard, gathered = 4 * held.padded, w * cut.shards * held.padded
+        gradients = max(unsharded if unreduced else 0, shard)
+        # A unit is gathered into one flat buffer, then copied out; its gradient waits in the compute format and is copied
+        # into the buffer that is reduced. At stage 3 the next unit is gathered meanwhile.
+        largest = cut.shards * max(unit.padded for unit, _, _ in units)
+        working = largest * (w + BYTES[reduce_dtype])
+        if not stays:
+            working += w * cut.shards * _two_at_once(units)
+        return _States(shard + (gathered if stays else 0), gradients, optimizer, working)
+
+    def _has_own_embedding(self, stage: _Stage) -> bool:
+        """Whether a stage holds an embedding that does not share its gradient with a head."""
+        return stage.is_first and not (stage.is_last and self.model.tie_embeddings)
+
+    def _units(self, stage: _Stage, cut: _Cut) -> list[tuple[_Counts, int, bool]]:
+        """What FSDP2 gathers at once, in the model's order, how many in a row, and whether it stays for the whole pass."""
+        first, last, blocks = self._count("first", cut), self._count("last", cut), self._count("block", cut)
+        if stage.is_first and stage.is_last and self.model.tie_embeddings:
+            # one unit, at the root: the weight is the embedding's and the head's at once
+            return [(first.plus(last).plus(self._count("tied", cut), -1), 1, True), (blocks, stage.blocks, False)]
+        units = [(first, int(stage.is_first), False), (blocks, stage.blocks, False), (last, int(stage.is_last), False)]
+        return [unit for unit in units if unit[1]]
+
+    def _count_part(self, part: str, cut: _Cut) -> _Counts:
+        """Parameters cut over a tensor group by the plan, then over shards along their first dimension."""
+        found = _Counts()
+        for name in ["embed.weight"] if part == "tied" else self.parts[part]:
+            _, sizes = plan.block(name, self.shapes[name], cut.tp, cut.tp_rank)
+            row = prod(sizes[1:])
+            largest = plan.chunk(sizes[0], cut.shards, 0)[1]
+            mine = plan.chunk(sizes[0], cut.shards, cut.shard_rank)[1]
+            found = found.plus(_Counts(sizes[0] * row, largest * row, mine * row, 1))
+        return found
+
+    # ------------------------------------------------------------------------------------------- DeepSpeed
+
+    def _deepspeed_states(
+        self,
+        cut: _Cut,
+        zero: int,
+        compute_dtype: str,
+        accumulate_dtype: str,
+        reduce_dtype: str,
+        offload: str,
+        offload_parameters: bool,
+    ) -> _States:
+        """Flat copies, flat fp32 partitions, and one of DeepSpeed's optimizers for each stage and format.
+
+        What is offloaded is left out: only the device is counted.
+        """
+        w, sums = BYTES[compute_dtype], BYTES[accumulate_dtype]
+        groups = self._groups(cut.tp, cut.tp_rank)
+        whole = sum(map(sum, groups))
+        if zero == 0:
+            optimizer = 8 * whole + 4 * sum(map(len, groups))
+            # its unfused optimizer keeps the low-precision gradients beside their fp32 copies
+            each = 4 if w == 4 else w + 4
+            return _States(each * whole, each * whole, optimizer, 0)
+        if zero == 3:
+            states = self._deepspeed_stage_3(cut, w, sums, BYTES[reduce_dtype], groups)
+            part = states.optimizer // 8
+        else:
+            states, part = self._deepspeed_stages_1_and_2(cut, zero, w, sums, compute_dtype, groups)
+        if offload == "none":
+            return states
+        kept = max(0, states.parameters - 4 * part - (w * part if offload_parameters else 0))
+        return _States(kept, sums * whole if zero == 1 else 0, 0, states.working)
+
+    def _deepspeed_stages_1_and_2(
+        self, cut: _Cut, zero: int, w: int, sums: int, compute_dtype: str, groups: tuple[tuple[int, ...], ...]
+    ) -> tuple[_States, int]:
+        """A flat copy in the compute format (fp32 too) padded to twice the ranks, and an fp32 partition of it."""
+        parts = [2 * ceil(sum(group) / (2 * cut.shards)) for group in groups]
+        part, whole, bucket = sum(parts), sum(map(sum, groups)), self.sizes.reduce_bucket
+        parameters, optimizer = w * part * cut.shards + 4 * part, 8 * part + 4 * len(groups)
+        if w < sums and zero == 1 and compute_dtype == "bf16":
+            # BF16_Optimizer: every gradient whole in fp32, and the last micro-batch's in bf16 beside it
+            gradients, working = (4 + w) * part * cut.shards, 4 * min(bucket, whole)
+        elif w < sums and zero == 2:
+            gradients, working = 4 * part, w * bucket
+        else:
+            # What is averaged are whole gradients of the parameters that the partition touches; each group's are copied
+            # into a flat fp32 gradient for its update.
+            averaged = sum(_touched(group, part, cut.shard_rank) for group, part in zip(groups, parts, strict=True))
+            gradients, working = sums * averaged + 4 * max(parts), w * bucket
+            if zero == 1:  # reduced once a step, after the last backward pass
+                gradients, working = max(gradients, sums * whole), sums * bucket
+        return _States(parameters, gradients, optimizer, working), part
+
+    def _deepspeed_stage_3(
+        self, cut: _Cut, w: int, sums: int, reduced: int, groups: tuple[tuple[int, ...], ...]
+    ) -> _States:
+        """Each parameter cut by itself; a copy in the compute format beside the master, in fp32 too."""
+        sizes, ranks = self.sizes, cut.shards
+        pieces = [[ceil(size / ranks) for size in group] for group in groups]
+        part, whole = sum(map(sum, pieces)), sum(map(sum, groups))
+        persistent = sum(size for group in groups for size in group if size < sizes.persistence_threshold)
+        # each sub-group's gradients are copied flat into fp32 for its update
+        copied = max(min(sum(group), sizes.sub_group + max(group)) for group in pieces)
+        # parameters that are needed again soon stay gathered, up to a billion of them
+        live = max(0, max(min(whole, sizes.max_live), max(map(max, groups))) - persistent)
+        gathered = (w * persistent, w * live) if ranks > 1 else (0, 0)
+        return _States(
+            (w + 4) * part + gathered[0],
+            sums * part + 4 * copied,
+            8 * part + 4 * len(groups),
+            reduced * sizes.reduce_bucket + gathered[1],
+        )
+
+    def _deepspeed_groups(self, tp: int, tp_rank: int) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the parameters of each optimizer group (matrices decay, vectors do not) on a tensor rank, in order."""
+        groups: dict[bool, list[int]] = {True: [], False: []}
+        for name, shape in self.shapes.items():
+            groups[len(shape) >= 2].append(prod(plan.block(name, shape, tp, tp_rank)[1]))
+        return tuple(tuple(group) for group in groups.values() if group)
+
+    # ------------------------------------------------------------------------------------------- activations
+
+    def _activations(
+        self, stages: tuple[_Stage, ...], pipeline: tuple[str, int, int, int, int] | None, sizes: tuple[Any, ...]
+    ) -> tuple[int, int]:
+        """What a rank's micro-batches in flight have kept, and what is there for a moment."""
+        one = activations.count(self.model, *sizes)
+        weights = [
+            blocks * one.block + (one.first if is_first else 0) + (one.last if is_last else 0)
+            for blocks, is_first, is_last in stages
+        ]
+        moment = max(one.recomputed, one.loss if stages[-1].is_last else 0)
+        if pipeline is None:
+            return weights[0], moment
+        schedule, pp, virtual_stages, number, pp_rank = pipeline
+        held = in_flight(schedule, pp, virtual_stages, number)[pp_rank]
+        kept = max(sum(map(mul, counts, weights)) for counts in held)
+        sent = max(sum(map(mul, counts, (not stage.is_last for stage in stages))) for counts in held)
+        # torch makes the buffers of every micro-batch's messages, both ways, when it builds a schedule
+        received = number * sum(2 - stage.is_first - stage.is_last for stage in stages)
+        return kept, moment + one.message * (sent + received)
+
+
+def _two_at_once(units: list[tuple[_Counts, int, bool]]) -> int:
+    """Padded shards of the two neighbours that are gathered together where that is most, beside what stays."""
+    passing = [unit.padded for unit, number, stays in units if not stays for _ in range(min(number, 2))]
+    pairs = [sum(passing[index : index + 2]) for index in range(len(passing))]
+    return max(pairs, default=0) + sum(unit.padded for unit, _, stays in units if stays)
+
+
+def _touched(group: tuple[int, ...], part: int, rank: int) -> int:
+    """The size of all parameters of a group of which a rank's partition holds anything, with the partition's padding."""
+    start, stop = rank * part, (rank + 1) * part
+    touched = at = 0
+    for size in group:
+        touched += size if at < stop and at + size > start else 0
+        at += size
+    return touched + max(0, stop - max(at, start))
+
+
+@lru_cache(None)
+def in_flight(
+    schedule: str, pp: int, virtual_stages: int, num_micro_batches: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For each rank of a pipeline, how many micro-batches each of its stages holds when it holds most.
+
+    Several answers a rank where more of one stage means fewer of another. A schedule that alternates holds no more in a long
+    step than in one of 4 pp micro-batches.
+    """
+    if schedule != "gpipe" and num_micro_batches > 4 * pp:
+        num_micro_batches = 4 * pp + (0 if schedule in LOOPED else num_micro_batches % pp)
+    if schedule in ("gpipe", "1f1b"):
+        most = [num_micro_batches if schedule == "gpipe" else min(num_micro_batches, pp - rank) for rank in range(pp)]
+        return tuple(((count,),) for count in most)
+    assert schedule in (*LOOPED, *V_SHAPED), schedule
+    return tuple(_most_held(order) for order in timeline.orders(schedule, pp, virtual_stages, num_micro_batches))
+
+
+def _most_held(order: list[timeline.Action]) -> tuple[tuple[int, ...], ...]:
+    """The counts by stage that no other moment of a rank's step exceeds in every stage."""
+    held, seen = dict.fromkeys(sorted({action.stage for action in order}), 0), set()
+    for action, following in zip(order, [*order[1:], None], strict=True):
+        held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+        if action.kind == "F" and (following is None or following.kind != "F"):
+            seen.add(tuple(held.values()))
+    most: list[tuple[int, ...]] = []
+    for counts in sorted(seen, key=sum, reverse=True):
+        if not any(all(map(ge, other, counts)) for other in most):
+            most.append(counts)
+    return tuple(most)

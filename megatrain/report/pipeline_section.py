@@ -1,0 +1,48 @@
+"""The report's picture of a pipeline: the schedule of a step as the run's config gives it. Imports no torch.
+
+It is simulated, not measured: stages are taken as equally heavy, a backward as two forwards, communication as free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatrain.parallel.layout import LOOPED, V_SHAPED
+from megatrain.planner.timeline import orders, simulate, theoretical_bubble
+from megatrain.report.timeline_drawing import draw
+
+
+def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, str] | None:
+    """`svg` and `text` for the page, None for a run without a pipeline or of which too little is known."""
+    starts = [event for event in events if event["kind"] in ("start", "resume")]
+    world_size = starts[-1].get("world_size") if starts else None
+    parallel, train = config.get("parallel"), config.get("train")
+    if not isinstance(parallel, dict) or not isinstance(train, dict):
+        return None
+    tp, pp, cp, v = (parallel.get(name, 1) for name in ("tp", "pp", "cp", "virtual_stages"))
+    batch, micro = train.get("global_batch_size"), train.get("micro_batch_size")
+    schedule = parallel.get("schedule", "1f1b")
+    if not all(type(value) is int and value > 0 for value in (world_size, tp, pp, cp, v, batch, micro)) or pp == 1:
+        return None
+    count = batch // (micro * max(1, world_size // (tp * pp * cp)))
+    if not _fits(schedule, pp, v, count):
+        return None
+    # what a step waits for does not grow with its micro-batches: a long one is simulated short, and drawn shorter
+    simulated = min(count, 64 * pp)
+    bubble = simulate(orders(schedule, pp, v, simulated)).bubble * simulated / count
+    drawn = count if count <= 8 * pp else 4 * pp
+    text = (
+        f"{schedule}: {pp} ranks x {v} {'stage' if v == 1 else 'stages'}, {count:,} micro-batches a step. Idle over ideal "
+        f"time {bubble:.1%} simulated, {theoretical_bubble(pp, v, count):.1%} by (p-1)/(v m)"
+        f"{f'; the picture shows {drawn} micro-batches' if drawn < count else ''}."
+    )
+    return {"svg": draw([("", simulate(orders(schedule, pp, v, drawn)))]), "text": text}
+
+
+def _fits(schedule: Any, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
+    """Whether a schedule runs these numbers; a config that was edited by hand may say anything."""
+    if schedule in LOOPED:
+        return virtual_stages > 1 and num_micro_batches >= pp and num_micro_batches % pp == 0
+    if schedule in V_SHAPED:
+        return virtual_stages == 2 and num_micro_batches >= 1
+    return virtual_stages == 1 and num_micro_batches >= {"gpipe": 1, "1f1b": pp}.get(schedule, num_micro_batches + 1)

@@ -1,0 +1,202 @@
+"""What is looked at before a job trains: versions, the devices' arithmetic, an all-reduce, the disk, the tracking server.
+
+What is found wrong names the node and the rank. It runs once a job's start, not when ranks are started again inside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import logging
+import os
+import platform
+import shutil
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatrain
+from megatrain.checkpoint.manifest import list_checkpoints
+from megatrain.config import TrainConfig
+from megatrain.distributed.world import World
+from megatrain.errors import EnvironmentFault
+from megatrain.model.count import num_parameters
+from megatrain.planner.activations import BYTES
+from megatrain.tracking.mlflow import tracking_uri, without_password
+
+ELEMENTS = 2**20
+"""Of the all-reduce: 4 MiB, enough to tell a network from a loopback, and a few milliseconds."""
+
+REPEATS = 3
+SERVER_S = 2.0
+"""Longest wait for the tracking server's answer."""
+
+_LOG = logging.getLogger("megatrain")
+
+
+def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any]:
+    """Look at everything, on all ranks at once; what was measured, for events.jsonl.
+
+    Raises:
+        EnvironmentFault: on every rank, naming each host and rank with what is wrong there.
+    """
+    started = time.perf_counter()
+    _all_well(world, lambda: check_versions(world, config.engine.name))
+    _all_well(world, lambda: check_device(world))
+    seconds = check_all_reduce(world)
+    _all_well(world, lambda: check_disk(config, run_dir, world) if world.local_rank == 0 else None)
+    if world.is_main and config.tracking.name == "mlflow":
+        check_server(tracking_uri(run_dir.parent))
+    size = ELEMENTS * 4
+    found = {
+        "nodes": world.size // world.local_size,
+        "ranks": world.size,
+        "seconds": round(time.perf_counter() - started, 4),
+        "all_reduce_s": round(seconds, 6),
+        "all_reduce_bytes": size,
+        "all_reduce_gb_per_s": round(2 * (world.size - 1) / world.size * size / seconds / 1e9, 3),
+    }
+    _LOG.info("preflight: %s", found)
+    return found
+
+
+def _all_well(world: World, check: Callable[[], str | None]) -> None:
+    """Raise EnvironmentFault on every rank where the check of any has something to say."""
+    told = world.share([socket.gethostname(), check()])
+    if wrong := [f"{host}, rank {rank}: {problem}" for rank, (host, problem) in enumerate(told) if problem]:
+        more = f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else ""
+        raise EnvironmentFault(f"preflight: {'; '.join(wrong[:8])}{more} (launch.preflight=false skips this)")
+
+
+def versions(engine: str) -> dict[str, str]:
+    """What has to be the same on all nodes; imports nothing."""
+    found = {
+        "python": platform.python_version().rpartition(".")[0],
+        "megatrain": megatrain.__version__,
+        "torch": torch.__version__,
+        "CUDA": str(torch.version.cuda),
+    }
+    if engine == "deepspeed":
+        found["deepspeed"] = metadata.version("deepspeed")
+    if torch.version.cuda and dist.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def check_versions(world: World, engine: str) -> str | None:
+    """What this rank has in other versions than rank 0."""
+    mine = versions(engine)
+    first = world.share(mine)[0]
+    names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
+    return "; ".join(f"{name} {mine.get(name)}, but {first.get(name)} on rank 0" for name in names) or None
+
+
+def check_device(world: World) -> str | None:
+    """Whether this rank's device adds up."""
+    total = float(_ones(world).sum())
+    return None if total == ELEMENTS else f"{world.device} adds {ELEMENTS} ones to {total:.0f}: a broken device"
+
+
+def check_all_reduce(world: World) -> float:
+    """Seconds of an all-reduce on the training device, the fastest of a few.
+
+    Raises:
+        EnvironmentFault: on every rank, where any got a wrong sum.
+    """
+    best = float("inf")
+    for _ in range(REPEATS):
+        values = _ones(world) * _addend(world.rank)
+        world.barrier()
+        started = time.perf_counter()
+        world.sum(values)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    expected = sum(map(_addend, range(world.size)))
+    wrong = int((values != expected).sum())
+    _all_well(world, lambda: f"{wrong} of {ELEMENTS} sums of an all-reduce are wrong" if wrong else None)
+    return best
+
+
+def _addend(rank: int) -> int:
+    """What a rank adds to the all-reduce: small, so that thousands of ranks' sum is exact in fp32."""
+    return rank % 64 + 1
+
+
+def _ones(world: World) -> torch.Tensor:
+    return torch.ones(ELEMENTS, device=world.device)
+
+
+def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
+    """Whether the run's folder takes a file, gives it back, and has room for the checkpoints that are kept."""
+    probe = run_dir / f".preflight-{socket.gethostname()}-{world.rank}"
+    content = os.urandom(4096)
+    try:
+        with probe.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if probe.read_bytes() != content:
+            return f"{run_dir} does not give back what was written to it"
+        checkpoints = run_dir / "checkpoints"
+        free = shutil.disk_usage(checkpoints if checkpoints.exists() else run_dir).free
+    except OSError as error:
+        return f"{run_dir} cannot be used: {error.strerror}"
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    one = (4 + 2 * BYTES[config.optim.moments]) * num_parameters(config.model)  # fp32 masters and two moments
+    there = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
+    missing = max(1, config.checkpoint.keep + 1 - there)  # a new one is written before the oldest goes
+    if free < missing * one:
+        return (
+            f"{run_dir} has {free / 1e9:.2f} GB left, but {missing} more checkpoints of {one / 1e9:.2f} GB are to be written; "
+            f"make room, lower checkpoint.keep={config.checkpoint.keep}, or set run.dir to another disk"
+        )
+    return None
+
+
+def check_server(uri: str) -> None:
+    """Warn where the tracking server does not answer within `SERVER_S`: training needs none."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    problem = ["no answer"]
+
+    def ask() -> None:
+        problem[:] = [told] if (told := _asked(uri)) else []
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit, nor has a slow answer
+    asking.start()
+    asking.join(SERVER_S)
+    for reason in list(problem):
+        _LOG.warning(
+            "MLflow at %s does not answer (%s); training goes on, records are sent when it does",
+            without_password(uri),
+            reason,
+        )
+
+
+def _asked(uri: str) -> str | None:
+    """What is wrong with a server's answer; no password is in it."""
+    try:
+        bare = without_password(uri)
+        request = urllib.request.Request(f"{bare.rstrip('/')}/health")
+        if userinfo := urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]:
+            told = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+            request.add_header("Authorization", f"Basic {told}")
+        urllib.request.urlopen(request, timeout=SERVER_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return without_password(str(reason)).strip() or type(reason).__name__
+    return None

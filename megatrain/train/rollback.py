@@ -1,0 +1,98 @@
+"""Going back inside a running job: the newest checkpoint before a spike, without the samples that led up to it.
+
+The loss guard (resilience/guard.py) says when; here are the parts of a rank that have to go back together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.memory_store import MemoryStore
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.data.loader import TrainStream
+from megatrain.data.order import SampleOrder, merge_ranges, take
+from megatrain.distributed.world import World
+from megatrain.engine.protocol import Engine
+from megatrain.errors import CheckpointError
+from megatrain.resilience.guard import Spike
+from megatrain.tracking.journal import Journal
+from megatrain.train.origin import Origin, load_origin
+from megatrain.train.trainer import Progress
+
+_LOG = logging.getLogger("megatrain")
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Takes this rank back to before a spike, as all ranks do at once. `batch_size` gives the samples of a step."""
+
+    world: World
+    engine: Engine
+    store: CheckpointStore
+    memory: MemoryStore | None
+    journal: Journal
+    stream: TrainStream
+    order: SampleOrder
+    batch_size: Callable[[int], int]
+    skip_steps: int
+
+    def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
+        """Where the run stands after going back from `progress`, its engine and stream standing there too; None where
+        there is no checkpoint to go back to, and nothing was changed.
+
+        A process that dies on the way leaves a run that resumes from that checkpoint and meets the spike again.
+        """
+        first = max(1, spike.step - self.skip_steps + 1)
+        found = self._checkpoint_before(first, spike.step)
+        if found is None:
+            _LOG.warning("the loss leapt at step %d, and there is no checkpoint before it to go back to", spike.step)
+            return None
+        folder, manifest = found
+        then = Progress.from_manifest(manifest)
+        positions = self._samples(then, max(first, then.step + 1), progress)
+        skip_range = (int(positions[0]), progress.cursor)
+        self.world.heartbeat.enter("load")
+        load_origin(Origin(folder, manifest, resumes=True), self.engine, self.world)
+        self.store.set_aside(then.step)
+        if self.memory is not None:
+            self.memory.forget()
+        cut = self.journal.cut(then.step)
+        ranges = merge_ranges([*progress.skip_ranges, skip_range])
+        self.stream.restart(then.step + 1, then.cursor, ranges)
+        self.journal.event(
+            "rollback",
+            spike.step,
+            from_step=spike.step,
+            to_step=then.step,
+            checkpoint=str(folder),
+            skip_range=skip_range,
+            windows=self.order.windows(positions).tolist(),
+            cut_metrics=str(cut) if cut else None,
+        )
+        seen = {**asdict(spike), "skip_range": list(skip_range)}
+        return replace(then, skip_ranges=ranges, rollbacks=[*progress.rollbacks, seen])
+
+    def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest valid checkpoint before the `first` step whose data is in doubt, or else before the spike."""
+        for step in (first, spiked):
+            with suppress(CheckpointError):  # every one of them is damaged, which the store has reported
+                if found := self.store.newest_valid(before=step):
+                    return found
+        return None
+
+    def _samples(self, then: Progress, first: int, now: Progress) -> Any:
+        """The samples that steps `first` to `now.step` took, walked to from where the checkpoint stood.
+
+        Ranges that were added since lie behind that checkpoint's cursor, so today's ranges tell how the run went then.
+        """
+        ahead = sum(self.batch_size(step) for step in range(then.step + 1, first))
+        _, cursor = take(then.cursor, ahead, now.skip_ranges)
+        taken = sum(self.batch_size(step) for step in range(first, now.step + 1))
+        positions, end = take(cursor, taken, now.skip_ranges)
+        assert end == now.cursor, (end, now.cursor)
+        return positions

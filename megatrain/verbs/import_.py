@@ -1,0 +1,64 @@
+"""`megatrain import`: a checkpoint with the weights of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatrain.checkpoint.manifest import sync_folder
+from megatrain.checkpoint.store import write
+from megatrain.config import ImportConfig
+from megatrain.errors import ConfigError
+from megatrain.interop.load_model import Loaded, kind_of, load
+from megatrain.train.trainer import Progress
+from megatrain.verbs.export import refuse_existing, report
+
+
+def import_(config: ImportConfig) -> None:
+    """Write the checkpoint `out` with the weights and the tokenizer of a Hugging Face folder, whole or not at all.
+
+    Raises:
+        ConfigError: `out` exists or cannot be written, or `path` is no Hugging Face folder.
+        CheckpointError: a folder that is damaged or that our model cannot express.
+    """
+    out, path = Path(config.out), Path(config.path)
+    refuse_existing(out)
+    if kind_of(path) != "huggingface":
+        raise ConfigError(f"path={path} is not a Hugging Face folder: it has no config.json")
+    loaded = load(path)
+    try:
+        write_weights(loaded, out)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+    report(loaded, out, "fp32")
+
+
+def write_weights(loaded: Loaded, out: Path) -> None:
+    """A checkpoint of step 0 with `model.*` tensors alone, fp32, and the tokenizer inside."""
+    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save(partial / "tokenizer")
+        state = {f"model.{name}": tensor.to(torch.float32) for name, tensor in loaded.weights.items()}
+        extra = {
+            "step": 0,
+            **Progress().to_manifest(),
+            "optimizer": None,
+            "loss_scale": None,
+            "config": {"model": asdict(loaded.config)},
+            "dataset_fingerprint": None,
+            "layout": None,
+            "engine": None,
+            "imported_from": str(loaded.folder),
+        }
+        write(partial, state, extra, None)
+        os.rename(partial, out)
+        sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,199 @@
+"""`megatrain train --multirun`: starts the points of a sweep, one after the other or as jobs. Imports no torch.
+
+A point is started by the command that a person would type, so it is owned, recovered, requeued and resumed like any run;
+what the points are is megatrain/sweep.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from megatrain.checkpoint.resume import changed_keys, may_change
+from megatrain.distributed.rank_environment import is_launched
+from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
+from megatrain.launch import slurm
+from megatrain.launch.agent import EXIT_INTERRUPTED, FORWARDED
+from megatrain.launch.rank_process import LINUX
+from megatrain.resilience.signals import set_parent_death_signal
+from megatrain.tracking.events import read_events
+from megatrain.tracking.metrics import iter_metrics
+from megatrain.verbs.sweep_points import Point, check, of_point, prepare, sweep_folder, write_record
+
+POLL_S = 0.05
+"""Seconds between looks at whether a signal came for the point that runs."""
+
+
+def multirun(overrides: Sequence[str], flags: set[str]) -> int:
+    """Run or submit a sweep, or only show it (`--cfg`, `--dry-run`).
+
+    Returns 0 where every point is done or submitted, else the exit code of the first that failed, or 75 where a signal
+    ended the sweep. Raises ConfigError and the other errors of a plain start before any point is started.
+    """
+    if is_launched() or slurm.Step.from_environ() is not None:
+        raise ConfigError("--multirun starts jobs and cannot be part of one; start it from a shell")
+    points = prepare(overrides)
+    if "--cfg" in flags:
+        for point in points:
+            print(f"---\n# {point.recorded.label}\n{yaml.safe_dump(asdict(point.config), sort_keys=False)}", end="")
+        return EXIT_OK
+    check(points)
+    run = submit_all if points[0].config.launch.name == "slurm" else run_all
+    return run(points, sorted(flags - {"--dry-run"}), "--dry-run" in flags)
+
+
+def is_done(point: Point) -> bool:
+    """Whether a point's run has nothing left to do: it ended, by itself, as the run that is asked for now.
+
+    Where the config differs in what may not change, the run is started, and says so.
+    """
+    try:
+        ends = [
+            event
+            for event in read_events(point.folder / "events.jsonl")
+            if event["kind"] in ("start", "resume", "stop")
+        ]
+        began = yaml.safe_load((point.folder / "config.yaml").read_text(encoding="utf-8"))
+        wanted = asdict(point.config)
+        if wanted["model"]["vocab_size"] is None:
+            wanted["model"]["vocab_size"] = began["model"]["vocab_size"]  # the tokenizer's
+        changed = changed_keys(began, wanted)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return False  # not begun, or damaged
+    longer = [
+        key for key in changed if not may_change(key) or key == "train.steps" or key.startswith("train.early_stop")
+    ]
+    return bool(ends) and ends[-1].get("status") == "done" and not longer
+
+
+# ---------------------------------------------------------------------------------------------------- on Slurm
+
+
+def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int:
+    """Submit every point that is neither done nor queued, and print each one's job and run."""
+    if not dry_run:
+        write_record(points)
+    jobs = slurm.jobs_here()
+    submission = None
+    for number, point in enumerate(points, start=1):
+        name = str(point.config.run.name)
+        with of_point(number, len(points), point.values):
+            if is_done(point):
+                print(f"done  {name}")
+            elif name in jobs:
+                print(f"{jobs[name]}  {name} (in the queue already)")
+            else:
+                submission = slurm.Submission.of(point.config.launch, name, [*flags, *point.words])
+                print(f"{submission}" if dry_run else f"{submission.submit()}  {name}", flush=True)
+    if dry_run and submission is not None:
+        slurm.show_script(submission.script)
+    return EXIT_OK
+
+
+# ---------------------------------------------------------------------------------------------------- on this machine
+
+
+def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int:
+    """Run every point, one after the other, and print a table at the end; a point that fails does not end the others.
+
+    A signal goes on to the point that is running, and no further one is begun.
+    """
+    command = [sys.executable, "-m", "megatrain", "train", *flags]
+    if dry_run:
+        for point in points:
+            print(f"megatrain train {shlex.join([*flags, *point.words])}")
+        return EXIT_OK
+    write_record(points)
+    codes: list[int | None] = []
+    with _Current() as current:
+        for number, point in enumerate(points, start=1):
+            if current.signal_number:
+                codes.append(None)
+                continue
+            print(f"== point {number} of {len(points)}: {point.config.run.name}", flush=True)
+            if is_done(point):
+                print("done already", flush=True)
+                codes.append(EXIT_OK)
+            else:
+                codes.append(current.run([*command, *point.words]))
+    print(table(points, codes), flush=True)
+    failed = [code for code in codes if code != EXIT_OK]
+    if not failed:
+        return EXIT_OK
+    if current.signal_number:
+        return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else EXIT_SAVED_AFTER_SIGNAL
+    return failed[0] or EXIT_OK
+
+
+class _Current:
+    """The point that is running, and the signals that go on to it. Its process has a session of its own, so that a Ctrl-C
+    reaches it once, through here; on Linux it dies with this one."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._to_hand_on: list[int] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Current:
+        for number in FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Start a point and wait for it; its exit code, 128 and more where a signal killed it."""
+        own = os.getpid()
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=(lambda: set_parent_death_signal(own)) if LINUX else None,
+        )
+        while True:
+            while self._to_hand_on:
+                process.send_signal(self._to_hand_on.pop(0))
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(POLL_S)
+                return code if code >= 0 else 128 - code
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._to_hand_on.append(number)
+
+
+def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
+    """What became of the points, one a line."""
+    rows: list[tuple[str, ...]] = [("point", "exit code", "loss", "held-out loss")]
+    for point, code in zip(points, codes, strict=True):
+        found = (f"{value:.4f}" if value is not None else "-" for value in last_losses(point.folder))
+        rows.append((str(point.config.run.name), "not run" if code is None else str(code), *found))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
+    return "\n".join(["", *lines, "", f"megatrain report {sweep_folder(points)} draws them"])
+
+
+def last_losses(run_dir: Path) -> tuple[float | None, float | None]:
+    """A run's last loss and held-out loss, as far as its metrics can be read."""
+    loss = heldout = None
+    try:
+        for record in iter_metrics(run_dir / "metrics.jsonl"):
+            loss = record.get("loss", loss)
+            heldout = record.get("heldout_loss", heldout)
+    except (OSError, DataError):
+        pass
+    return loss, heldout

@@ -1,0 +1,18 @@
+"""`megatrain report`: the page of a run or of a sweep. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatrain.config import ReportConfig
+from megatrain.report.run_page import report as report_run
+from megatrain.report.sweep_page import report_sweep
+from megatrain.tracking.sweep_record import is_sweep_folder
+
+
+def report(config: ReportConfig) -> None:
+    """`megatrain report`."""
+
+    path = Path(config.path)
+    write = report_sweep if is_sweep_folder(path) else report_run
+    print(write(path, Path(config.out) if config.out is not None else None))
