@@ -10,12 +10,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    *(str(Path(__file__).parent / room) for room in ("parity", "chaos", "slurm")),
-]
+sys.path.insert(0, str(Path(__file__).parent))  # for tests/support
 
-from torch import cuda  # noqa: E402  not before it is told its number of threads
+from torch import cuda
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  # read when Triton is imported
 
@@ -32,7 +29,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A folder with a small prepared dataset, shared by all: a run's name belongs to one test."""
-    from commands import megatrain
+    from support.commands import megatrain
 
     folder = tmp_path_factory.mktemp("work")
     (folder / "text").mkdir()
@@ -48,7 +45,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(workplace):
     """The metrics of a run of two ranks, ZeRO-3, that nothing disturbed; it is called `undisturbed`."""
-    from commands import TRAIN, megatrain, metrics
+    from support.commands import TRAIN, megatrain, metrics
 
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
     assert done.returncode == 0, done.stderr
@@ -58,7 +55,7 @@ def undisturbed(workplace):
 @pytest.fixture(scope="session")
 def undisturbed_native(workplace):
     """The same on the native engine, whose processes start in half the time; it is called `undisturbed-native`."""
-    from commands import TWO_NATIVE, megatrain, metrics
+    from support.commands import TWO_NATIVE, megatrain, metrics
 
     done = megatrain(workplace, *TWO_NATIVE, "run.name=undisturbed-native")
     assert done.returncode == 0, done.stderr

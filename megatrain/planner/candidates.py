@@ -1,6 +1,6 @@
 """Every layout that a number of ranks allows: the axes multiplied out, and each combination judged by the table of layout.py.
 
-`megatrain layouts` lists them, tools/parity_grid.py compares them with one process. Imports no torch.
+`megatrain layouts` lists them, tests/measure/parity_grid.py compares them with one process. Imports no torch.
 """
 
 from __future__ import annotations

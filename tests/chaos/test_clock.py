@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from commands import TWO_NATIVE, events, final_files, metrics, same
-from faults import fault, preloaded, run_with
+from support.commands import TWO_NATIVE, events, final_files, metrics, same
+from support.faults import fault, preloaded, run_with
 
 
 def when(record):

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
-from faults import fault, run_with
+from support.commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
+from support.faults import fault, run_with
 
 FAR = ["checkpoint.every=1000", "checkpoint.memory_every=3"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from commands import TRAIN, events, final_files, megatrain, metrics, same, start
-from faults import fault, run_with
+from support.commands import TRAIN, events, final_files, megatrain, metrics, same, start
+from support.faults import fault, run_with
 
 JOB = [*TRAIN, "engine=native", "launch.preflight=false"]
 NEWEST, BEFORE = "step_00000020", "step_00000015"

@@ -6,8 +6,8 @@ import json
 import shutil
 
 import numpy as np
-from commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
-from faults import fault, run_with
+from support.commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
+from support.faults import fault, run_with
 
 from megatrain.data.adopt import make_card
 from megatrain.data.card import Card

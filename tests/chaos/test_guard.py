@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
-from faults import fault, run_with
+from support.commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same
+from support.faults import fault, run_with
 
 from megatrain.config import ResilienceConfig
 from megatrain.resilience.guard import LossGuard

@@ -6,8 +6,8 @@ import json
 import time
 
 import pytest
-from commands import TWO_NATIVE, events
-from faults import fault, run_with
+from support.commands import TWO_NATIVE, events
+from support.faults import fault, run_with
 
 from megatrain.report.run_page import report
 from megatrain.resilience.ledger import summarise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from commands import TRAIN, events, megatrain, metrics, same, start
+from support.commands import TRAIN, events, megatrain, metrics, same, start
 
 WORDS = [*TRAIN, "engine=native", "train.steps=2000", "train.eval_every=0", "train.eval_steps=1", "checkpoint.every=50"]
 

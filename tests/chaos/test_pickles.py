@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TRAIN, megatrain
+from support.commands import TRAIN, megatrain
 
 from megatrain import cli
 from megatrain.checkpoint.manifest import file_hash, manifest_hash

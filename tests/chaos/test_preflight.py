@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import TRAIN, events, megatrain
-from ranks import run_ranks
+from support.commands import TRAIN, events, megatrain
+from support.ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import EnvironmentFault

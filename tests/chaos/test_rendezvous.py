@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from commands import TRAIN
+from support.commands import TRAIN
 
 HERE = socket.gethostname()
 LIMIT = 8

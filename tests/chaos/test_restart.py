@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
-from faults import fault, run_with
+from support.commands import TRAIN, TWO_NATIVE, events, final_files, metrics, same
+from support.faults import fault, run_with
 
 EVERY = 5
 """Steps between the job's saves (commands.TRAIN)."""

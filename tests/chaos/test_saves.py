@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same, start
-from faults import fault, preloaded, run_with
+from support.commands import TRAIN, TWO_NATIVE, events, final_files, megatrain, metrics, same, start
+from support.faults import fault, preloaded, run_with
 
 from megatrain.checkpoint.store import verify
 

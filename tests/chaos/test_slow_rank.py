@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from commands import TWO_NATIVE, events, final_files, metrics, same
-from faults import fault, run_with
+from support.commands import TWO_NATIVE, events, final_files, metrics, same
+from support.faults import fault, run_with
 
 LONG = [*TWO_NATIVE, "train.steps=130", "checkpoint.every=0", "train.eval_every=0"]
 SLOW_FROM = 60

@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from commands import TWO_NATIVE, events, final_files, metrics, same
-from faults import fault, injected
-from tracking_servers import Answers500, Hung, MlflowServer, free_port
+from support.commands import TWO_NATIVE, events, final_files, metrics, same
+from support.faults import fault, injected
+from support.tracking_servers import Answers500, Hung, MlflowServer, free_port
 
 LIMIT_S = 120
 """For each thing waited for; the machine may be busy."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from commands import TRAIN, megatrain, metrics
+from support.commands import TRAIN, megatrain, metrics
 
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import SampleOrder

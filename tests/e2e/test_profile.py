@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from commands import TRAIN, megatrain, metrics, same
+from support.commands import TRAIN, megatrain, metrics, same
 
 PHASES = ("data", "exchange", "forward", "backward", "update")
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from commands import TRAIN, events, megatrain, metrics, start
+from support.commands import TRAIN, events, megatrain, metrics, start
 
 from megatrain.report.sweep_page import collect
 from megatrain.resilience.owner import Ownership

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from commands import TRAIN, events, megatrain, metrics, same, start
+from support.commands import TRAIN, events, megatrain, metrics, same, start
 
 
 def wait_for(folder, name, steps, process):

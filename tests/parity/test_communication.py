@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from collectives import CELLS, cell, expected, second_step
-from ranks import run_ranks
+from support.collectives import CELLS, cell, expected, second_step
+from support.ranks import run_ranks
 
 from megatrain.model.count import num_parameters
 from megatrain.parallel.layout import check

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import SEQ_LEN, VOCAB, batches, gather, job, llama, train
-from ranks import run_ranks
+from support.jobs import SEQ_LEN, VOCAB, batches, gather, job, llama, train
+from support.ranks import run_ranks
 
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
@@ -149,7 +149,9 @@ def test_fp16_without_a_device_for_it_is_refused():
 
 def test_zero3_never_holds_the_whole_model():
     """Construction cuts each parameter as soon as it exists: a rank of four peaks at well under the model's size."""
-    program = Path(__file__).with_name("construction.py")  # in a new interpreter: memory that others left would count
+    program = (
+        Path(__file__).parents[1] / "support" / "construction.py"
+    )  # in a new interpreter: memory that others left would count
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

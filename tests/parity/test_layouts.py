@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jobs
 import pytest
 import torch
-from jobs import batches, compare, gpt2, layout_job, rows, ten_steps
-from ranks import run_ranks
+from support import jobs
+from support.jobs import batches, compare, gpt2, layout_job, rows, ten_steps
+from support.ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from megatrain.data.batch import MicroBatch

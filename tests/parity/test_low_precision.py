@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import job, layout_job, llama, train
-from ranks import run_ranks
+from support.jobs import job, layout_job, llama, train
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine

@@ -7,9 +7,9 @@ there for a moment is only bounded: the instants that a test can look at need no
 from __future__ import annotations
 
 import pytest
-from holdings import held_in_a_step
-from jobs import layout_job
-from ranks import run_ranks
+from support.holdings import held_in_a_step
+from support.jobs import layout_job
+from support.ranks import run_ranks
 
 from megatrain.optim.adamw import decays
 from megatrain.parallel.layout import Layout

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, compare, gather, gpt2, layout_job, ten_steps
-from ranks import run_ranks
+from support.jobs import batches, compare, gather, gpt2, layout_job, ten_steps
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine

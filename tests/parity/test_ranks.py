@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 
 def sleep(world):

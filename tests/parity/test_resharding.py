@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, gather, layout_job, rows
-from ranks import run_ranks
+from support.jobs import batches, gather, layout_job, rows
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine

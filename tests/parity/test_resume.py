@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import gather, gpt2, job, llama, train
-from ranks import run_ranks
+from support.jobs import gather, gpt2, job, llama, train
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, gather, layout_job
-from ranks import run_ranks
+from support.jobs import batches, gather, layout_job
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.engine.build import build_engine

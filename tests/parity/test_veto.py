@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import batches, gather, job, layout_job
-from ranks import run_ranks
+from support.jobs import batches, gather, job, layout_job
+from support.ranks import run_ranks
 
 from megatrain.engine import deepspeed
 from megatrain.engine.build import build_engine

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import batches, layout_job
-from ranks import run_ranks
+from support.jobs import batches, layout_job
+from support.ranks import run_ranks
 
 from megatrain.distributed.waits import timed_waits
 from megatrain.engine.build import build_engine

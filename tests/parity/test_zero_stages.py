@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import GLOBAL_BATCH, batches, gather, gpt2, job, llama, train
-from ranks import run_ranks
+from support.jobs import GLOBAL_BATCH, batches, gather, gpt2, job, llama, train
+from support.ranks import run_ranks
 
 from megatrain.engine.build import build_engine
 

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    from cluster import Cluster, missing
+    from support.cluster import Cluster, missing
 
     if reason := missing():
         if os.environ.get("MEGATRAIN_REQUIRE_SLURM") == "1":
@@ -22,8 +22,8 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def expected(workplace):
     """The metrics of the same job as two local ranks that nothing disturbed; the run is called `expected`."""
-    from commands import megatrain, metrics
-    from jobs_on_slurm import JOB
+    from support.commands import megatrain, metrics
+    from support.jobs_on_slurm import JOB
 
     done = megatrain(workplace, *JOB, "run.name=expected", "launch.nproc_per_node=2")
     assert done.returncode == 0, done.stderr

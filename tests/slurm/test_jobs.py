@@ -7,10 +7,10 @@ import sys
 from contextlib import closing
 
 import pytest
-from cluster import wait_until
-from commands import events, final_files, megatrain, metrics, same
-from faults import fault, injected
-from jobs_on_slurm import JOB, SCRIPT, Job
+from support.cluster import wait_until
+from support.commands import events, final_files, megatrain, metrics, same
+from support.faults import fault, injected
+from support.jobs_on_slurm import JOB, SCRIPT, Job
 
 
 def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplace, expected):

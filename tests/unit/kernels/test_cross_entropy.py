@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, error, randn
+from support.fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, error, randn
 
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels import cross_entropy as module

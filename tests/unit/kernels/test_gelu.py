@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
+from support.fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
 
 from megatrain.kernels import gelu as module
 from megatrain.kernels.gelu import fused_gelu, gelu

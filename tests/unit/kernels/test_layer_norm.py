@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import (
+from support.fused_checks import (
     DEVICE,
     DTYPES,
     check_accuracy,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_checks import DTYPES, check_accuracy, check_operator, error, randn, wants
+from support.fused_checks import DTYPES, check_accuracy, check_operator, error, randn, wants
 from torch.nn import functional as F
 
 from megatrain.kernels import linear as module

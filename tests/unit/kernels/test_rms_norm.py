@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
+from support.fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
 
 from megatrain.kernels import rms_norm as module
 from megatrain.kernels.rms_norm import add_rms_norm, fused_add_rms_norm, fused_rms_norm, rms_norm

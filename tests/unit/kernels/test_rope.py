@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
+from support.fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
 
 from megatrain.kernels import rope as module
 from megatrain.kernels.rope import fused_rope_qk, rope_angles, rope_qk

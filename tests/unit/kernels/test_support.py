@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fused_checks import DEVICE
+from support.fused_checks import DEVICE
 
 from megatrain.kernels import MAX_ROW, support
 from megatrain.kernels.support import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
+from support.fused_checks import DEVICE, DTYPES, check_accuracy, check_operator, randn, wants
 
 from megatrain.kernels import swiglu as module
 from megatrain.kernels.swiglu import fused_swiglu, swiglu

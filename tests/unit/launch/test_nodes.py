@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
+from support.workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 
 AGENT = """
 import json, pathlib, signal, sys

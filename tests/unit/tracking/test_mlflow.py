@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tracking_servers import MlflowServer, free_port
+from support.tracking_servers import MlflowServer, free_port
 
 from megatrain.config import TrackingConfig
 from megatrain.tracking.events import EventLog
@@ -113,7 +113,7 @@ def story(tmp_path_factory):
     and on, with another learning rate. A third one's trainer was killed before its helper had even connected."""
     runs = tmp_path_factory.mktemp("runs")
     code = (
-        f"import sys; sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[0:3]]!r}\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
         "from pathlib import Path; from test_mlflow import Training\n"
         "Training(Path(sys.argv[1])).steps(12); print('ready', flush=True); import time; time.sleep(600)"
     )

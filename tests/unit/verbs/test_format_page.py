@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.manifest import manifest_hash
 from megatrain.checkpoint.piece import Piece

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jobs import batches, layout_job
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from megatrain.planner.communication import (
     Traffic,
     Zero3Settings,
 )
+from support.jobs import batches, layout_job
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem")
 RESULT = -1

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from pages import References, drawn, needs_browser
+from support.pages import References, drawn, needs_browser
 
 from megatrain.errors import ConfigError
 from megatrain.report import run_page as report_module

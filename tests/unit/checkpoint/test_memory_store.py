@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from megatrain.checkpoint.manifest import MANIFEST, list_checkpoints, manifest_hash
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from pages import References, drawn, needs_browser
+from support.pages import References, drawn, needs_browser
 
 from megatrain import cli
 from megatrain.config import ModelConfig

@@ -1,6 +1,6 @@
 """Prints what ranks hold, summed from their tensors, beside the formula of megatrain/parallel/memory.py, as a table.
 
-    python tools/measure_memory.py
+    python tests/measure/memory.py
 
 The layouts are those of tests/parity/test_memory.py, which holds the deviations within bounds. A cell is the bytes of the
 rank that holds most, and the largest deviation of the formula over all ranks.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from holdings import held_in_a_step  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from test_memory import BUCKET, CASES, PATCH, job  # noqa: E402
+from support.holdings import held_in_a_step
+from support.ranks import run_ranks
+from test_memory import BUCKET, CASES, PATCH, job
 
-from megatrain.parallel.layout import Layout  # noqa: E402
-from megatrain.planner.memory import DeepSpeedSizes, MemoryModel  # noqa: E402
+from megatrain.parallel.layout import Layout
+from megatrain.planner.memory import DeepSpeedSizes, MemoryModel
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
 

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
-from fused_checks import DEVICE, error, randn
+from support.fused_checks import DEVICE, error, randn
 
 from megatrain.kernels.adamw_update import adamw_step_, fused_adamw_step_, random_bits, stochastic_round
 from megatrain.kernels.support import KernelError

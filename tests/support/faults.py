@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from commands import megatrain
+from support.commands import megatrain
 
 
 def fault(rank, step, phase, do, times=1, by=None):

@@ -1,7 +1,7 @@
 """Compares every legal layout with one process, on CPU in fp32, and prints a table of the deviations.
 
-    python tools/parity_grid.py --world 2 4 --family gpt2
-    python tools/parity_grid.py --world 8 --sample 40
+    python tests/measure/parity_grid.py --world 2 4 --family gpt2
+    python tests/measure/parity_grid.py --world 8 --sample 40
 
 The cells come from the table of layouts; a cell is what tests/parity/test_layouts.py runs: ten steps with unevenly many
 ignored labels. Exit code 1 where a cell deviates, fails or hangs.
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jobs import LIMITS, deviations, layout_job, ten_steps  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+from support.jobs import LIMITS, deviations, layout_job, ten_steps
+from support.ranks import run_ranks
 
-from megatrain.parallel.layout import Layout  # noqa: E402
-from megatrain.planner.candidates import Axes, judge  # noqa: E402
+from megatrain.parallel.layout import Layout
+from megatrain.planner.candidates import Axes, judge
 
 
 def cells(world: int, compiled: bool = False) -> list[dict[str, Any]]:

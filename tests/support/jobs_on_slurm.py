@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import wait_until
-from commands import TRAIN, metrics
+from support.cluster import wait_until
+from support.commands import TRAIN, metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jobs import batches
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
@@ -21,6 +20,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
 from megatrain.parallel.sharding import local
+from support.jobs import batches
 
 KINDS = ("parameters", "gradients", "optimizer", "working")
 

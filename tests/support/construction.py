@@ -10,11 +10,10 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jobs import job, llama
-from ranks import run_ranks
-
 from megatrain.model.count import num_parameters
 from megatrain.parallel.layout import Layout
+from support.jobs import job, llama
+from support.ranks import run_ranks
 
 
 def construct(world, config):

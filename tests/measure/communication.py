@@ -1,7 +1,7 @@
 """Counts what the ranks of a layout communicate in one optimizer step and prints it beside the theory, as a table.
 
-    python tools/measure_communication.py
-    python tools/measure_communication.py --only deepspeed
+    python tests/measure/communication.py
+    python tests/measure/communication.py --only deepspeed
 
 The layouts are those of tests/parity/test_communication.py, on small models in fp32 over gloo. All ranks are compared, the
 table shows rank 0. Exit code 1 where a count is not the theory's.
@@ -14,12 +14,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "parity")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from collectives import CELLS, Count, Kind, cell, expected, second_step  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+from support.collectives import CELLS, Count, Kind, cell, expected, second_step
+from support.ranks import run_ranks
 
-from megatrain.planner.communication import Traffic, step_traffic  # noqa: E402
+from megatrain.planner.communication import Traffic, step_traffic
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
+from support.workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 
 from megatrain.errors import EnvironmentFault
 from megatrain.launch import agent as local

@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all: written under a temporary name beside the target, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of `path` when the block ends; an error leaves `path` as it was.
+
+    `durable` flushes the file and its folder's entry to the disk, so that it survives a power cut.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Replace the file `path` by one with this content (text as UTF-8), whole or not at all. See `replacing`."""
+    with replacing(path, durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename or a new file in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
