@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatrain.config import TrainConfig
-from megatrain.launch import slurm
-from megatrain.launch.agent import Recovery, launch
+from megatrain.launch import agent, slurm
 from megatrain.launch.nodes import Alone, Peers
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
-from megatrain.verbs.checks import check_paths
+from megatrain.verbs import checks
 
 
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
@@ -28,13 +27,13 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
-        check_paths(config)
+        checks.check_paths(config)
         words = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else Alone()
     try:
-        slurm.together(peers, lambda: check_paths(config))
+        slurm.together(peers, lambda: checks.check_paths(config))
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
@@ -56,8 +55,8 @@ def start_workers(config: TrainConfig, words: Sequence[str], peers: Peers) -> in
         copies = config.checkpoint.copies_every(on_gpu) > 0
         since = time.monotonic() - process_age()
         modules = worker_modules(config)
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
-        return launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
+        recovery = agent.Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
+        return agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if taken is not None:
             taken.release()
