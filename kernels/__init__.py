@@ -8,7 +8,7 @@ CHUNK_BYTES = 256 * 2**20
 a vocabulary of 50,257 in fp32, with which the matrix products run at full speed on two CPU cores."""
 
 CUDA_CHUNK_BYTES = 512 * 2**20
-"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once (docs/kernels.md)."""
+"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once (docs/measurements/kernels.md)."""
 
 IGNORE_INDEX = -100
 """Label that the loss leaves out: torch's own default."""

@@ -1,7 +1,7 @@
 """Matrix products: torch's own, and on a CPU in fp32 oneDNN's where those are faster.
 
 torch multiplies fp32 matrices on x86 with MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, part of the
-same torch, uses AVX-512 wherever there is any: on an AMD EPYC it took half the time (docs/kernels.md).
+same torch, uses AVX-512 wherever there is any: on an AMD EPYC it took half the time (docs/measurements/kernels.md).
 """
 
 from __future__ import annotations

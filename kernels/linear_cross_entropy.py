@@ -101,7 +101,7 @@ def _chunked(
 def _padding(weight: Tensor) -> int:
     """Rows of zeros behind a GPU's weight, so that rows of logits begin at multiples of 16 bytes.
 
-    On an H200 products over 50,257 columns in bf16 took 7 times as long as over 50,304 (docs/kernels.md).
+    On an H200 products over 50,257 columns in bf16 took 7 times as long as over 50,304 (docs/measurements/kernels.md).
     """
     if not weight.is_cuda or len(weight) * weight.element_size() % 16 == 0:
         return 0

@@ -1,4 +1,4 @@
-"""The few errors a user can meet, each with its stable exit code (docs/tour.md lists them). Imports nothing heavy.
+"""The few errors a user can meet, each with its stable exit code (docs/reference/exit_codes.md lists them). Imports nothing heavy.
 
 A user's mistake raises one of these with a message that names the key or file, what was given and what would
 work. Anything else that escapes is a defect of ours: exit code 1 and a stack trace in the log.

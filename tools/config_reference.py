@@ -1,4 +1,4 @@
-"""Writes docs/config.md, the reference of every config key, from the schema: python tools/config_reference.py
+"""Writes docs/reference/config.md, the reference of every config key, from the schema: python tools/config_reference.py
 
 `tests/unit/cli/test_config_reference.py` fails when the page is not what this would write.
 """
@@ -12,7 +12,7 @@ from megatrain.config import VERBS, walk
 from megatrain.config.compose import GROUPS, choices_of, describe, key_types
 from megatrain.config.usage import EXAMPLES, bounds_text, default_text, summary
 
-PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "config.md"
 
 HEAD = """# Config reference
 

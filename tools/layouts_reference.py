@@ -1,4 +1,4 @@
-"""Writes the table of refused combinations into docs/layouts.md, from megatrain/parallel/layout.py."""
+"""Writes the table of refused combinations into docs/reference/layouts.md, from megatrain/parallel/layout.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatrain.parallel.layout import REFUSALS
 
-PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "layouts.md"
 BEGIN, END = "<!-- refusals: written by tools/layouts_reference.py -->\n", "<!-- end of refusals -->"
 
 

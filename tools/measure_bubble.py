@@ -149,7 +149,7 @@ def measure(schedule: str, pp: int, options: argparse.Namespace) -> list[Timelin
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Idle over ideal time of each pipeline schedule, measured on real ranks whose stages sleep.",
-        epilog="The figures and the picture in docs/pipeline.md come from here.",
+        epilog="The figures and the picture in docs/measurements/pipeline_schedules.md come from here.",
     )
     parser.add_argument("--pp", type=int, nargs="+", default=[2, 4], help="pipeline ranks (default: 2 4)")
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="default: all")

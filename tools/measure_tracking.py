@@ -1,4 +1,4 @@
-"""What tracking costs a training step: the figures of docs/tracking.md.
+"""What tracking costs a training step: the figures of docs/measurements/tracking.md.
 
 `python tools/measure_tracking.py [seconds]`: steps of about 50 ms of NumPy work on one core are taken in turns with and
 without MLflow, each turn in a process of its own so that nothing is warm, and the processor time of the helper process is

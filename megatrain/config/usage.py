@@ -34,7 +34,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 
 MULTIRUN = """--multirun (-m) runs every combination of keys with several values, each as a run of its own: one after the
 other, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); of groups also glob(gpt2*).
---dry-run shows what launch=slurm or --multirun would do. docs/sweeps.md tells the rest."""
+--dry-run shows what launch=slurm or --multirun would do. docs/guide/sweeps.md tells the rest."""
 
 
 def overview() -> str:

@@ -1,6 +1,6 @@
 """What a model's shape implies, by arithmetic alone: parameter shapes and counts, and FLOPs.
 
-Imports no torch. `python -m megatrain.model.count` prints the table of presets in docs/models.md.
+Imports no torch. `python -m megatrain.model.count` prints the table of presets in docs/reference/models.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an optimizer step has to communicate, by arithmetic alone: calls and bytes of each collective on a rank.
 
 The theory that tests/parity/test_communication.py holds the counted traffic against, integer by integer, and
-docs/communication.md explains. Imports no torch.
+docs/reference/communication.md explains. Imports no torch.
 
 Bytes are the payload as the collective sees it: all-gather, the whole output; reduce-scatter, the whole input; all-reduce,
 the tensor; all-to-all, the input; send and receive, the message. `Traffic.wire_bytes` turns them into what a rank sends.
@@ -300,7 +300,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------- deepspeed
 
     def deepspeed(self, zero3: Zero3Settings) -> Iterator[Traffic]:
-        """What DeepSpeed does in fp32, which is more than the need: docs/communication.md says where and why."""
+        """What DeepSpeed does in fp32, which is more than the need: docs/measurements/communication.md says where and why."""
         assert self.compute == "float32", "DeepSpeed's low-precision optimizers are not described here"
         layout, batches = self.layout, self.num_micro_batches
         yield self.traffic("tokens that count", ALL_REDUCE, "world", "int64", 1, 1)

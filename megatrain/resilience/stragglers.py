@@ -18,7 +18,7 @@ WINDOW = 36
 QUICK = 0.1
 """The quantile of a rank's steps in the window that stands for its quick ones. A slow rank's are slow, too, while noise comes
 and goes: in 1,000 steps of two ranks on two cores that four other programs used, the medians of a whole window were up to
-1.49 times apart, and the quick steps 1.09 times (docs/reliability.md)."""
+1.49 times apart, and the quick steps 1.09 times (docs/measurements/faults.md)."""
 
 EVERY = 4
 """Steps between two verdicts; judging each step anew would cost more and tell little."""

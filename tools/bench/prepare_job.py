@@ -85,7 +85,7 @@ def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
 
 
 def write(folder: Path, ids: np.ndarray) -> Path:
-    """A prepared dataset of these tokens (docs/data_format.md), without a tokenizer; returns its `.bin`."""
+    """A prepared dataset of these tokens (docs/reference/data_format.md), without a tokenizer; returns its `.bin`."""
     folder.mkdir(parents=True)
     with IndexedWriter(folder / "train", ids.dtype) as writer:
         for start in range(0, len(ids), DOCUMENT * 1000):

@@ -1,4 +1,4 @@
-"""docs/config.md is what the schema says."""
+"""docs/reference/config.md is what the schema says."""
 
 import importlib.util
 from pathlib import Path

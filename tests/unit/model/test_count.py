@@ -92,7 +92,9 @@ def test_counting_imports_no_torch():
 
 
 def test_the_documented_table_is_the_computed_one():
-    assert preset_table() in (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert preset_table() in (Path(__file__).parents[3] / "docs" / "reference" / "models.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_only_the_cpu_sized_presets_leave_the_vocabulary_to_the_tokenizer():

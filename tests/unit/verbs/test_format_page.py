@@ -1,4 +1,4 @@
-"""docs/checkpoint_format.md: its snippets read what we write and write what we read; its tables name what is there."""
+"""The reference of the checkpoint format: its snippets read and write our files; its tables name what is there."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.store import CheckpointStore, verify
 from megatrain.interop.load_model import load
 
-PAGE = (Path(__file__).parents[3] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "checkpoint_format.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

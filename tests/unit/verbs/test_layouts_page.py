@@ -1,4 +1,4 @@
-"""docs/layouts.md lists the refusals that the table has."""
+"""docs/reference/layouts.md lists the refusals that the table has."""
 
 from __future__ import annotations
 
