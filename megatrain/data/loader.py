@@ -31,11 +31,28 @@ def step_hash(hashes: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(np.asarray(hashes).astype("<u8").tobytes())
 
 
+def samples_of_rank(samples: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Return one data rank's share of a step's samples `[G]` as `[num_micro_batches, micro_batch_size]`.
+
+    Sample `j` of a step (from 0) goes to rank `(j // micro_batch_size) % dp_size`, into that rank's micro-batch
+    `j // (dp_size * micro_batch_size)`, as its row `j % micro_batch_size`. `in_sample_order` is the inverse.
+    """
+    return samples.reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
+
+
+def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
+    """Return `[G]` values, one a sample, in the order of the step's samples: the inverse of `samples_of_rank`.
+
+    `by_rank` is `[dp_size, num_micro_batches * micro_batch_size]`: each data rank's values in micro-batch order.
+    """
+    return by_rank.reshape(len(by_rank), -1, micro_batch_size).transpose(1, 0, 2).reshape(-1)
+
+
 class TrainStream:
     """One rank's `StepBatch`es from `first_step` and `cursor` on, without end, read ahead by a thread.
 
-    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; its sample j belongs
-    to micro-batch `j // (dp_size * micro_batch_size)` of rank `(j // micro_batch_size) % dp_size`. A fault of the thread
+    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; `samples_of_rank`
+    says which of them this rank reads. A fault of the thread
     (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. With `end_of_document`, the
     token that ends each, micro-batches tell documents apart. Call `close` when done.
     """
@@ -136,7 +153,7 @@ class TrainStream:
         rows = self._micro_batch_size * self._dp_size
         assert size > 0 and size % rows == 0, (size, self._micro_batch_size, self._dp_size)
         positions, cursor = take(cursor, size, skip_ranges)
-        mine = positions.reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]
+        mine = samples_of_rank(positions, self._micro_batch_size, self._dp_rank, self._dp_size)
         windows = self._order.windows(mine.reshape(-1))
         samples = np.stack([read_window(self._dataset, int(w), self._order.seq_len, self._vocab_size) for w in windows])
         hashes = np.array([sample_hash(ids) for ids in samples], dtype=np.uint64)

@@ -30,7 +30,7 @@ from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
-from megatrain.data.loader import TrainStream, heldout_batches, step_hash
+from megatrain.data.loader import TrainStream, heldout_batches, in_sample_order, step_hash
 from megatrain.data.order import SampleOrder, merge_ranges
 from megatrain.distributed.devices import peak_flops
 from megatrain.distributed.rank_environment import RankEnvironment, was_requeued
@@ -344,12 +344,6 @@ def compare_ranks(
             )  # fmt: skip
 
     return compare
-
-
-def in_sample_order(hashes: Any, micro_batch_size: int) -> Any:
-    """Every data rank's sample hashes (`[dp, micro batches * micro_batch_size]`) in the order of the step's samples."""
-    ranks = hashes.shape[0]
-    return hashes.reshape(ranks, -1, micro_batch_size).transpose(1, 0, 2).reshape(-1)
 
 
 # ---------------------------------------------------------------------------------------------------- data

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from megatrain.data.dataset import Dataset
-from megatrain.data.loader import TrainStream, heldout_batches, sample_hash, step_hash
+from megatrain.data.loader import TrainStream, heldout_batches, in_sample_order, sample_hash, samples_of_rank, step_hash
 from megatrain.data.order import SampleOrder
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
@@ -77,6 +77,17 @@ def test_a_sample_is_the_window_that_the_order_names(stream, train_set):
 def test_every_layout_reads_the_same_samples_in_the_same_step(stream, dp_size, micro_batch_size):
     for step in (0, 8):  # step 8 runs over the end of the first epoch (124 samples)
         assert whole_step(stream, step, dp_size, micro_batch_size) == whole_step(stream, step, 1, 2)
+
+
+@pytest.mark.parametrize("dp_size, micro_batch_size, num_micro_batches", [(1, 4, 3), (3, 1, 2), (4, 2, 1), (2, 3, 5)])
+def test_what_the_ranks_read_goes_back_into_sample_order(dp_size, micro_batch_size, num_micro_batches):
+    samples = 100 + np.arange(dp_size * micro_batch_size * num_micro_batches)
+    shares = [samples_of_rank(samples, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
+    for j, sample in enumerate(samples):
+        rank, micro_batch = (j // micro_batch_size) % dp_size, j // (dp_size * micro_batch_size)
+        assert shares[rank][micro_batch, j % micro_batch_size] == sample
+    by_rank = np.stack([share.reshape(-1) for share in shares])
+    assert in_sample_order(by_rank, micro_batch_size).tolist() == samples.tolist()
 
 
 def test_a_resumed_stream_goes_on_where_the_first_stopped(stream):
