@@ -5,7 +5,6 @@ Everything below takes the checked dataclass. A user's mistake ends here as one 
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
@@ -15,16 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import megatrain
 from megatrain.config import VERBS, walk
 from megatrain.config.suggest import did_you_mean
 from megatrain.distributed.rank_environment import WORKER_MARK, is_launched
-from megatrain.errors import EXIT_DEFECT, EXIT_OK, ConfigError, EnvironmentFault, MegatrainError
-
-if TYPE_CHECKING:
-    pass
+from megatrain.errors import EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegatrainError, disk_fault
 
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.verbs.prepare:prepare",
@@ -47,21 +43,6 @@ FLAGS = {
     "--dry-run": "train launch=slurm or --multirun: show what would be submitted or started",
     "--version": "print the version",
 }
-
-EXIT_INTERRUPTED = 130
-
-DISK_FAULTS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ESTALE,
-)
-"""Answers of the system to a read or write that name a fault of the machine or its set-up, none of ours."""
 
 
 @dataclass
@@ -129,13 +110,6 @@ def _reader_left() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return True
-
-
-def disk_fault(error: Exception) -> EnvironmentFault | None:
-    """What a full, broken or forbidden disk answered, as an error for the user; None for any other error."""
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        return EnvironmentFault(f"{error.filename or 'the disk'}: {error.strerror}")
-    return None
 
 
 def run(arguments: Arguments) -> int:

@@ -11,8 +11,22 @@ from pathlib import Path
 
 EXIT_OK = 0
 EXIT_DEFECT = 1
+EXIT_BAD_CONFIG = 2
+EXIT_BAD_DATA = 3
+EXIT_BAD_CHECKPOINT = 4
+EXIT_DIVERGED = 5
 EXIT_NO_PROGRESS = 6
+EXIT_OWNED = 7
+EXIT_ENVIRONMENT = 8
 EXIT_SAVED_AFTER_SIGNAL = 75
+EXIT_INTERRUPTED = 130
+"""A second Ctrl-C in training, or one in any other verb: stopped without saving."""
+
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""System errors of a disk that is full, read-only, failing or gone. Another machine may do better."""
+
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+"""System errors of a path that this user cannot read or write, or that is not the kind of file it should be."""
 
 
 class MegatrainError(Exception):
@@ -24,41 +38,47 @@ class MegatrainError(Exception):
 class ConfigError(MegatrainError):
     """Bad config or arguments."""
 
-    exit_code = 2
+    exit_code = EXIT_BAD_CONFIG
 
 
 class DataError(MegatrainError):
     """Bad data: a corpus, a tokenizer or a prepared dataset that cannot be used as it is."""
 
-    exit_code = 3
+    exit_code = EXIT_BAD_DATA
 
 
 class CheckpointError(MegatrainError):
     """Bad checkpoint: damaged, incomplete, or not the one this run may continue from."""
 
-    exit_code = 4
+    exit_code = EXIT_BAD_CHECKPOINT
 
 
 class DivergedError(MegatrainError):
     """Training diverged and will not recover by itself."""
 
-    exit_code = 5
+    exit_code = EXIT_DIVERGED
 
 
 class OwnedError(MegatrainError):
     """Another job owns the run folder."""
 
-    exit_code = 7
+    exit_code = EXIT_OWNED
 
 
 class EnvironmentFault(MegatrainError):
     """The machine: a peer unreachable, versions differ, a device or a disk missing. Worth a retry elsewhere."""
 
-    exit_code = 8
+    exit_code = EXIT_ENVIRONMENT
 
 
 def cannot_write(folder: Path, error: OSError) -> MegatrainError:
-    """A run's folder refuses: a disk that is full, broken or read-only is the machine's fault, the rest a wrong `run.dir`."""
-    broken = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-    kind = EnvironmentFault if broken else ConfigError
+    """Return the error for a run folder that cannot be written: a broken disk, or else a wrong `run.dir`."""
+    kind = EnvironmentFault if error.errno in BROKEN_DISK else ConfigError
     return kind(f"run.dir: {folder} cannot be written ({error.strerror})")
+
+
+def disk_fault(error: Exception) -> EnvironmentFault | None:
+    """Return a failed read or write as an error for the user; None for every other exception."""
+    if isinstance(error, OSError) and error.errno in (*BROKEN_DISK, *UNUSABLE_PATH):
+        return EnvironmentFault(f"{error.filename or 'the disk'}: {error.strerror}")
+    return None

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatrain.config import TrainConfig
+from megatrain.config.flatten import flatten
 from megatrain.errors import CheckpointError, DataError
 
 MAY_CHANGE = (
@@ -47,17 +48,6 @@ MAY_CHANGE = (
 )
 """Keys (with `*` for any ending) that a resume may change. The layout decides nothing about the result, so it is here;
 what shapes the model, the data order, the update or the schedule is not."""
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config dicts as dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from megatrain.config import PrepareConfig, TokenizerConfig
+from megatrain.config.flatten import flatten
 from megatrain.data.adopt import check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.indexed import IndexedWriter, token_dtype
@@ -114,7 +115,7 @@ def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, ov
     if overwrite:
         return False
     card = check_dataset(target)
-    was, now = _flat(card.config | {"source": card.source}), _flat(settings)
+    was, now = flatten(card.config | {"source": card.source}), flatten(settings)
     changed = [
         f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(was | now)
@@ -128,13 +129,6 @@ def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, ov
             "Choose another data.name, or data.overwrite=true to replace it"
         )
     return True
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 # ---------------------------------------------------------------------------------------------------- cleaning

@@ -26,6 +26,7 @@ from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.distributed.rank_environment import RESTARTS
 from megatrain.errors import (
     EXIT_DEFECT,
+    EXIT_INTERRUPTED,
     EXIT_NO_PROGRESS,
     EXIT_OK,
     EXIT_SAVED_AFTER_SIGNAL,
@@ -72,9 +73,6 @@ OWN_MISTAKES = tuple(error.exit_code for error in (ConfigError, DataError, Check
 
 ABORTED = (-signal.SIGABRT, -signal.SIGTERM)
 """How a rank may die of no more than having lost another, or of being asked to end."""
-
-EXIT_INTERRUPTED = 130
-"""A second Ctrl-C: stopped without saving."""
 
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""

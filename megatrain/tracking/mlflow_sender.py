@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from megatrain.config.flatten import flatten
 from megatrain.tracking.mlflow import tracking_uri, without_password
 from megatrain.tracking.restarts import Restart, Restarts
 from megatrain.tracking.sweep_record import SweepRecord, is_sweep_folder
@@ -301,7 +302,7 @@ class Sender:
         `resume.<key>`; those tags are returned."""
         from mlflow.entities import Param
 
-        wanted = flatten(self.info["config"])
+        wanted = {name: text(value) for name, value in flatten(self.info["config"]).items()}
         wanted |= {name: text(self.info[name]) for name in ("num_parameters", "flops_per_token")}
         new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for start in range(0, len(new), MAX_PARAMS):
@@ -443,17 +444,6 @@ def user() -> str | None:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
         return None
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested config to dotted keys and texts that MLflow takes as parameters."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = text(value)
-    return flat
 
 
 def text(value: Any) -> str:

@@ -23,10 +23,11 @@ import xxhash
 import yaml
 
 from megatrain.checkpoint.memory_store import MemoryStore
-from megatrain.checkpoint.resume import check_resume, flatten
+from megatrain.checkpoint.resume import check_resume
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import LaunchConfig, TrainConfig
+from megatrain.config.flatten import flatten
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset

@@ -22,9 +22,9 @@ import yaml
 
 from megatrain.checkpoint.resume import changed_keys, may_change
 from megatrain.distributed.rank_environment import is_launched
-from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
+from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
 from megatrain.launch import slurm
-from megatrain.launch.agent import EXIT_INTERRUPTED, FORWARDED
+from megatrain.launch.agent import FORWARDED
 from megatrain.launch.rank_process import LINUX
 from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.tracking.events import read_events

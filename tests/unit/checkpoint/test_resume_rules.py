@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
-from megatrain.checkpoint.resume import MAY_CHANGE, changed_keys, check_resume, flatten, may_change
+from megatrain.checkpoint.resume import MAY_CHANGE, changed_keys, check_resume, may_change
 from megatrain.config import TrainConfig, walk
+from megatrain.config.flatten import flatten
 from megatrain.errors import CheckpointError, DataError
 
 

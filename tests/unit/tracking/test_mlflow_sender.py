@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatrain.config.flatten import flatten
 from megatrain.report.run_page import report
 from megatrain.tracking import mlflow_sender
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
-from megatrain.tracking.mlflow_sender import Sender, flatten, text
+from megatrain.tracking.mlflow_sender import Sender, text
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
 
@@ -195,7 +196,8 @@ def test_many_and_long_parameters_fit(runs, monkeypatch):
 
 
 def test_config_becomes_dotted_keys_and_plain_texts():
-    assert flatten({"a": {"b": {"c": None}, "d": True}, "e": [1, 2.5], "f": "x", "g": ""}) == {
+    config = {"a": {"b": {"c": None}, "d": True}, "e": [1, 2.5], "f": "x", "g": ""}
+    assert {name: text(value) for name, value in flatten(config).items()} == {
         "a.b.c": "null", "a.d": "true", "e": "[1, 2.5]", "f": "x", "g": ""
     }  # fmt: skip
     assert text("z" * 500) == "z" * 500 and text("z" * 501) == "z" * 497 + "..."
