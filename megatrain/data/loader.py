@@ -184,7 +184,7 @@ def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | N
     if vocab_size is not None and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
         at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
         raise DataError(
-            f"{dataset.bin_path}: token id {int(ids[at])} at byte {dataset.offset(start + at)} is outside the vocabulary "
+            f"{dataset.name}: token id {int(ids[at])} at {dataset.place(start + at)} is outside the vocabulary "
             f"(0 to {vocab_size - 1}); model.vocab_size must be that of the tokenizer which made the data"
         )
     return ids

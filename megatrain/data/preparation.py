@@ -28,7 +28,7 @@ from megatrain.data.normalise import Policy, Record
 from megatrain.data.progress_line import Meter
 from megatrain.data.sources import Source, open_source
 from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Sample, Seen, Spool, pack, unpack
-from megatrain.data.staging import Workplace
+from megatrain.data.staging import StagingFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import find_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
@@ -57,17 +57,17 @@ def prepare(config: PrepareConfig) -> Path:
             f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
         )
         return target
-    with Workplace(target) as workplace:
+    with StagingFolder(target) as staging:
         if isinstance(opened, Source):
-            card = _make(opened, config, given, workplace.folder)
+            card = _make(opened, config, given, staging.folder)
         else:
-            link(opened, workplace.folder)
-            card = make_card(workplace.folder, config.data.name, given)
+            link(opened, staging.folder)
+            card = make_card(staging.folder, config.data.name, given)
             if given:
-                given.save(workplace.folder / "tokenizer")
+                given.save(staging.folder / "tokenizer")
         card.source, card.config = identity, settings
-        card.save(workplace.folder)
-        workplace.publish()
+        card.save(staging.folder)
+        staging.publish()
     print(_summary(target, card), file=sys.stderr)
     return target
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from megatrain.errors import ConfigError
 
 
-class Workplace:
+class StagingFolder:
     """The locked, empty working folder of one preparation; `publish` makes it the target."""
 
     def __init__(self, target: Path) -> None:
@@ -24,7 +24,7 @@ class Workplace:
         self._replaced = target.with_name(f".{target.name}.replaced")
         self._lock = -1
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> StagingFolder:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

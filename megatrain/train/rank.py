@@ -30,7 +30,7 @@ from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card
-from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, heldout_batches, in_sample_order, step_hash
 from megatrain.data.order import SampleOrder, merge_ranges
 from megatrain.distributed.devices import peak_flops
@@ -357,8 +357,8 @@ class OpenData:
     config: TrainConfig
     folder: Path
     card: Card
-    train: Dataset
-    heldout: Dataset | None
+    train: IndexedDataset
+    heldout: IndexedDataset | None
 
     @property
     def fingerprint(self) -> str:
@@ -389,7 +389,7 @@ def open_data(config: TrainConfig) -> OpenData:
             to be kept apart and do not end with the tokenizer's token.
     """
     folder = Path(config.data.dir) / config.data.name
-    train = Dataset.open(folder, "train", config.data.verify)
+    train = IndexedDataset.open(folder, "train", config.data.verify)
     card = train.card
     vocab = card.tokenizer.vocab_size if card.tokenizer else None
     if config.model.vocab_size is None:
@@ -410,7 +410,7 @@ def open_data(config: TrainConfig) -> OpenData:
         )
     heldout = None
     if "heldout" in card.splits and card.splits["heldout"].tokens > 1:
-        heldout = Dataset.open(folder, "heldout", config.data.verify)
+        heldout = IndexedDataset.open(folder, "heldout", config.data.verify)
     elif config.train.eval_every:
         raise ConfigError(
             f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "

@@ -22,6 +22,7 @@ from rich.progress import track
 from megatrain.config import EvaluateConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
 from megatrain.data.normalise import normalise
 from megatrain.data.tokenizer import Tokenizer
@@ -43,17 +44,21 @@ class Source:
     end_of_document: int | None
 
 
-class TextTokens(Dataset):
-    """A text's token ids in memory, read like a split of a prepared dataset."""
+class TextTokens:
+    """A text's token ids in memory, as a `Dataset`."""
 
     def __init__(self, path: Path, ids: list[int]) -> None:
-        self.bin_path = path
+        self.name = str(path)
         self.num_tokens = len(ids)
         self._ids = np.array(ids, dtype=np.int64)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Token ids `[start, start + count)`."""
+        """Return token ids `[start, start + count)`."""
         return self._ids[start : start + count].copy()
+
+    def place(self, token: int) -> str:
+        """Return the token's number: a text's ids have no place in its file."""
+        return f"token {token}"
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -171,7 +176,7 @@ def open_source(config: EvaluateConfig, loaded: Loaded) -> Source:
 
 def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
     """A split of a prepared dataset. Raises ConfigError where another tokenizer made it."""
-    dataset = Dataset.open(folder, split, verify=True)
+    dataset = IndexedDataset.open(folder, split, verify=True)
     maker, mine = dataset.card.tokenizer, loaded.tokenizer
     if maker and mine and maker.fingerprint != mine.fingerprint:
         raise ConfigError(

@@ -19,7 +19,7 @@ from rich.text import Text
 from megatrain.checkpoint.manifest import MANIFEST, check_coverage, list_checkpoints, read_manifest, verify_file
 from megatrain.config import InspectConfig
 from megatrain.data.card import Card
-from megatrain.data.dataset import describe_dataset
+from megatrain.data.indexed_dataset import describe_dataset
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError

@@ -11,7 +11,7 @@ from support.faults import fault, run_with
 
 from megatrain.data.adopt import make_card
 from megatrain.data.card import Card
-from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.order import SampleOrder
 
 SEED = 1234
@@ -69,7 +69,7 @@ def test_an_id_that_the_model_has_no_place_for_is_named_though_every_hash_is_rig
     card.tokenizer = old.tokenizer
     card.save(folder)
     assert json.loads((folder / "card.json").read_text())["fingerprint"] != old.fingerprint
-    dataset = Dataset.open(folder, "train")
+    dataset = IndexedDataset.open(folder, "train")
     first = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, SEED).windows(np.array([0]))
     done = run_with(workplace, [], *TRAIN, "run.name=foreign", "data.dir=foreign", "engine=native")
     assert done.returncode == 3, done.stderr

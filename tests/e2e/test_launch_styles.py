@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from support.commands import TRAIN, megatrain, metrics
 
-from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.order import SampleOrder
 
 SHORT = [*TRAIN, "train.steps=4", "train.eval_steps=1", "engine=deepspeed", "parallel.zero=2"]
@@ -59,7 +59,7 @@ def test_a_fault_of_the_data_that_one_rank_meets_ends_all_with_one_message(workp
     """An id outside the vocabulary among rank 1's samples of step 3: exit code 3, the file and the byte, nobody left."""
     folder = workplace / "faulty" / "tiny"
     shutil.copytree(workplace / "data" / "tiny", folder)
-    dataset = Dataset.open(folder, "train", verify=False)
+    dataset = IndexedDataset.open(folder, "train", verify=False)
     order = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, 1234)
     sample = 2 * 8 + 2  # step 3; of its samples two a rank in turn, so this one is rank 1's
     token = int(order.windows(np.array([sample]))[0]) * 32 + 7

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatrain.data.card import Card, card_of_written, fingerprint
-from megatrain.data.dataset import Dataset
 from megatrain.data.indexed import IndexedWriter
+from megatrain.data.indexed_dataset import IndexedDataset
 
 
 @pytest.fixture
@@ -30,4 +30,4 @@ def make_dataset(tmp_path):
 @pytest.fixture
 def train_set(make_dataset):
     """A train split of 1,000 ids, 0 to 999 in a shuffled order."""
-    return Dataset.open(make_dataset(train=np.random.default_rng(0).permutation(1000)), "train")
+    return IndexedDataset.open(make_dataset(train=np.random.default_rng(0).permutation(1000)), "train")

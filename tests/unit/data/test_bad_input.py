@@ -11,7 +11,7 @@ import zstandard
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
-from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def run(tmp_path):
 
 def all_text(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
-    ids = [Dataset.open(folder, split) for split in Card.load(folder).splits]
+    ids = [IndexedDataset.open(folder, split) for split in Card.load(folder).splits]
     return "".join(tokenizer.decode(dataset.read(0, dataset.num_tokens).tolist()) for dataset in ids)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import xxhash
 
-from megatrain.data.dataset import Dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, heldout_batches, in_sample_order, sample_hash, samples_of_rank, step_hash
 from megatrain.data.order import SampleOrder
 from megatrain.errors import DataError
@@ -131,7 +131,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_file_and_offset(stream, trai
 
 
 def test_a_negative_id_of_foreign_data_is_refused(stream, make_dataset):
-    dataset = Dataset.open(make_dataset("n", np.int32, train=[5] * 8 + [-3] + [5] * 8), "train")
+    dataset = IndexedDataset.open(make_dataset("n", np.int32, train=[5] * 8 + [-3] + [5] * 8), "train")
     with pytest.raises(DataError, match="token id -3 at byte 32"):
         next(stream(dataset, batch_size=lambda step: 2))
 
@@ -177,7 +177,7 @@ def test_held_out_batches_score_each_token_once_and_are_as_many_on_every_rank(
     make_dataset, tokens, dp_size, micro_batch_size
 ):
     ids = np.arange(tokens) + 10
-    dataset = Dataset.open(make_dataset(heldout=ids), "heldout")
+    dataset = IndexedDataset.open(make_dataset(heldout=ids), "heldout")
     ranks = [
         list(heldout_batches(dataset, seq_len=T, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)
@@ -194,7 +194,7 @@ def test_held_out_batches_score_each_token_once_and_are_as_many_on_every_rank(
 
 
 def test_max_samples_bounds_the_held_out_windows(make_dataset):
-    dataset = Dataset.open(make_dataset(heldout=np.arange(100)), "heldout")
+    dataset = IndexedDataset.open(make_dataset(heldout=np.arange(100)), "heldout")
     batches = list(heldout_batches(dataset, seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1, max_samples=3))
     assert sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) == 3 * T
 
@@ -213,7 +213,7 @@ def test_documents_are_told_apart_by_the_token_that_ends_them(stream):
 
 def test_held_out_documents_are_told_apart_too(make_dataset):
     end = 7
-    heldout = Dataset.open(make_dataset(heldout=np.array([1, 2, 7, 3, 7, 7, 4, 5, 6, 7, 8, 9])), "heldout")
+    heldout = IndexedDataset.open(make_dataset(heldout=np.array([1, 2, 7, 3, 7, 7, 4, 5, 6, 7, 8, 9])), "heldout")
     options = dict(seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1)
     (batch,) = heldout_batches(heldout, **options, end_of_document=end)
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 1, 1, 1]]
@@ -221,7 +221,7 @@ def test_held_out_documents_are_told_apart_too(make_dataset):
 
 
 def test_held_out_ids_outside_the_vocabulary_are_refused(make_dataset):
-    dataset = Dataset.open(make_dataset(heldout=np.arange(100)), "heldout")
+    dataset = IndexedDataset.open(make_dataset(heldout=np.arange(100)), "heldout")
     with pytest.raises(DataError, match=r"heldout.bin: token id 99 at byte 198"):
         list(heldout_batches(dataset, seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1, vocab_size=99))
 

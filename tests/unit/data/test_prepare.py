@@ -17,7 +17,7 @@ import zstandard
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
-from megatrain.data.dataset import Dataset, describe_dataset
+from megatrain.data.indexed_dataset import IndexedDataset, describe_dataset
 from megatrain.data.preparation import prepare
 from megatrain.data.spool import Frame, Sample, Seen
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -40,7 +40,7 @@ def documents(folder, split):
     """The texts of a split, decoded from its ids."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = []
-    for ids in Dataset.open(folder, split).documents():
+    for ids in IndexedDataset.open(folder, split).documents():
         assert ids[-1] == tokenizer.end_of_document and tokenizer.end_of_document not in ids[:-1]
         texts.append(tokenizer.decode(ids[:-1].tolist()))
     return texts
@@ -378,9 +378,9 @@ def test_an_error_leaves_nothing_behind(tmp_path):
 
 
 def test_two_preparations_of_one_name_at_once_are_refused(tmp_path, corpus):
-    from megatrain.data.staging import Workplace
+    from megatrain.data.staging import StagingFolder
 
-    with Workplace(tmp_path / "out" / "d"):
+    with StagingFolder(tmp_path / "out" / "d"):
         with pytest.raises(ConfigError, match="another process is preparing"):
             make(tmp_path)
         make(tmp_path, data=dict(name="another"))
