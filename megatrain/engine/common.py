@@ -22,13 +22,13 @@ from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel.layout import ZERO_BUBBLE
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int, tensor_rank: int = 0) -> int:
+def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor_rank: int = 0) -> int:
     """Seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved.
 
-    `data_rank` tells apart who works on other tokens (context ranks too), `tensor_rank` who holds another slice of their
-    activations; 0 where activations are whole.
+    `dp_cp_rank` differs between ranks that work on other tokens, `tensor_rank` between ranks that hold another slice of
+    their activations; it is 0 where activations are whole.
     """
-    key = f"dropout:{seed}:{step}:{micro_batch}:{data_rank}" + (f":{tensor_rank}" if tensor_rank else "")
+    key = f"dropout:{seed}:{step}:{micro_batch}:{dp_cp_rank}" + (f":{tensor_rank}" if tensor_rank else "")
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 

@@ -389,7 +389,7 @@ class DeepSpeedEngine:
         tokens = self._sum_over_data(on_device(count_tokens(micro_batches), self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters
         factor = loss_factor(self.layout.dp * self.layout.cp, tokens)
-        data_rank = self.place.dp * self.layout.cp + self.place.cp
+        dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
         for group in self.inner.param_groups:
             group["lr"] = lr
         if self.scaler.enabled:
@@ -399,7 +399,7 @@ class DeepSpeedEngine:
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            seed = dropout_seed(self.config.seed, step, index, data_rank)
+            seed = dropout_seed(self.config.seed, step, index, dp_cp_rank)
             self.world.heartbeat.enter("forward")
             loss = sum_loss(self.engine, micro_batch.to(self.world.device), seed)
             self.world.heartbeat.enter("backward")

@@ -225,8 +225,10 @@ class NativeEngine:
         mine = self._mine(micro_batches)
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
         tokens = self._sum_over_data(on_device(count_tokens(mine), self.world.device))
-        data_rank = self.place.dp * self.layout.cp + self.place.cp
-        seeds = [dropout_seed(self.config.seed, step, index, data_rank, self.place.tp) for index in range(len(batches))]
+        dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
+        seeds = [
+            dropout_seed(self.config.seed, step, index, dp_cp_rank, self.place.tp) for index in range(len(batches))
+        ]
         factor = loss_factor(self.scaler.scale, tokens)
         for stage in self.stages.values():
             stage.take(batches, seeds)

@@ -83,9 +83,19 @@ class Layout:
         """Who stands there."""
         return ((place.pp * self.dp + place.dp) * self.cp + place.cp) * self.tp + place.tp
 
-    def data_rank(self, rank: int) -> int:
-        """Which share of the data a rank reads."""
+    def dp_rank(self, rank: int) -> int:
+        """Return which share of the samples a rank reads."""
         return self.coordinate(rank).dp
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Ranks that hold the same parameters: data-parallel ranks read other samples, context ranks other tokens."""
+        return self.dp * self.cp
+
+    def dp_cp_rank(self, rank: int) -> int:
+        """Return a rank's index among those that hold the same parameters: which share of the tokens it works on."""
+        place = self.coordinate(rank)
+        return place.dp * self.cp + place.cp
 
     @property
     def readers(self) -> list[int]:

@@ -56,7 +56,7 @@ def train(engine, config, world, first, last):
     layout = Layout.of(config, world.size)
     losses = []
     for step in range(first, last + 1):
-        data = batches(config, step, layout.data_rank(world.rank), layout.dp)
+        data = batches(config, step, layout.dp_rank(world.rank), layout.dp)
         result = engine.train_step(data, config.optim.lr, step)
         losses.append(float(result.loss_sum) / int(result.tokens))
     return losses

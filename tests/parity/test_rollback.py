@@ -33,7 +33,7 @@ def there_and_back(world, config, folder):
     def steps(name, numbers, factor=1.0):
         told = []
         for step in numbers:
-            data = batches(config, step, layout.data_rank(world.rank), layout.dp)
+            data = batches(config, step, layout.dp_rank(world.rank), layout.dp)
             result = engine.train_step(data, config.optim.lr * factor, step)
             told.append((float(result.loss_sum), float(result.grad_norm), bool(result.updated)))
         return (

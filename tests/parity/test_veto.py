@@ -103,7 +103,7 @@ def overflow(world, config, folder):
     told, states = [], []
     for step, amount in enumerate((0.0, float("inf"), float("-inf")), start=1):
         lose(engine, layout, world, amount)
-        data = batches(config, step, layout.data_rank(world.rank), layout.dp)
+        data = batches(config, step, layout.dp_rank(world.rank), layout.dp)
         result = engine.train_step(data, 1e-3, step)
         told.append((bool(result.updated), float(result.loss_sum), float(result.grad_norm)))
         states.append(gather(engine, Path(folder) / str(step), world))

@@ -40,7 +40,7 @@ def dawdle(world, config):
                 Block.forward = with_a_nap
             before = waits.waited()
             started = time.perf_counter()
-            engine.train_step(batches(config, step, layout.data_rank(world.rank), layout.dp), 1e-3, step)
+            engine.train_step(batches(config, step, layout.dp_rank(world.rank), layout.dp), 1e-3, step)
     return napped, waits.waited() - before, time.perf_counter() - started
 
 

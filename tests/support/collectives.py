@@ -156,7 +156,7 @@ def second_step(world: Any, config: TrainConfig, zero3: Zero3Settings, profiled:
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
 
     def step(number: int) -> None:
-        mine = batches(config, number, layout.data_rank(world.rank), layout.dp)
+        mine = batches(config, number, layout.dp_rank(world.rank), layout.dp)
         engine.train_step(mine, config.optim.lr, number)
 
     step(1)  # DeepSpeed's ZeRO 3 learns the order of the parameters in it, and pipelines agree on shapes

@@ -191,7 +191,7 @@ def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> di
         return {plain(tensor).untyped_storage().data_ptr() for tensor in held}
 
     def step(number: int) -> None:
-        views = batches(config, number, layout.data_rank(world.rank), layout.dp)
+        views = batches(config, number, layout.dp_rank(world.rank), layout.dp)
         own = [MicroBatch(batch.tokens.clone(), batch.labels.clone()) for batch in views]
         engine.train_step(own, config.optim.lr, number)
 

@@ -160,7 +160,7 @@ def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) 
     layout = Layout.of(config, world.size)
 
     def data(step: int) -> list[MicroBatch]:
-        return batches(config, step, layout.data_rank(world.rank), layout.dp, ignored=True)
+        return batches(config, step, layout.dp_rank(world.rank), layout.dp, ignored=True)
 
     told, states = [], [gather(engine, Path(folder) / "start", world)]
     for step in range(1, steps + 1):

@@ -318,7 +318,7 @@ def test_random_jobs_are_legal_or_refused_in_words():
 def test_a_layout_describes_itself():
     """The degrees are those of the world."""
     layout = Layout.of(job(zero=2), 4)
-    assert (layout.dp, layout.zero, layout.data_rank(3)) == (4, 2, 3)
+    assert (layout.dp, layout.zero, layout.dp_rank(3)) == (4, 2, 3)
     assert layout.describe() == "deepspeed dp=4 zero=2 fp32" and layout.to_dict()["world_size"] == 4
     config = native(parallel__tp=2, parallel__pp=2, parallel__cp=2)
     assert Layout.of(config, 16).describe() == "native dp=2 tp=2 cp=2 pp=2 zero=3 1f1b fp32"
@@ -335,7 +335,7 @@ def test_ranks_and_coordinates(tp, cp, pp, dp):
     assert places == sorted(places) and len(set(places)) == layout.world_size
     assert [layout.rank(place) for place in places] == list(range(layout.world_size))
     assert max(place.tp for place in places[:tp]) == tp - 1 and places[-1].pp == pp - 1
-    assert [layout.data_rank(rank) for rank in layout.readers] == list(range(dp))
+    assert [layout.dp_rank(rank) for rank in layout.readers] == list(range(dp))
 
 
 def test_every_stage_is_held_once():
