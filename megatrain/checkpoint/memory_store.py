@@ -35,8 +35,8 @@ class MemoryStore:
     def __init__(self, folder: Path, world: World) -> None:
         """`folder` is the agent's. Its exchanges run in a group of their own, as they do in a thread (`saver.py`)."""
         self.folder = folder
-        self.world = world.apart()
-        self.node = world.of_my_node()
+        self.world = world.with_own_control_group()
+        self.node = world.node_world()
         self.number = world.rank // world.local_size
         self.num_nodes = world.size // world.local_size
 
@@ -75,22 +75,22 @@ class MemoryStore:
             act()
         except (EnvironmentFault, OSError) as error:
             problem = str(error)
-        if found := next((told for told in self.world.share(problem) if told), None):
+        if found := next((told for told in self.world.all_gather_json(problem) if told), None):
             raise EnvironmentFault(found)
 
     def newest_valid(self, after: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest copy of a step beyond `after` that is whole on every node: this node's part, and its manifest."""
         mine = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
-        everyone = [set(steps) for steps in self.world.share(mine)]
+        everyone = [set(steps) for steps in self.world.all_gather_json(mine)]
         for step in sorted(set.intersection(*everyone) - set(range(after + 1)), reverse=True):
             folder = self.folder / OWN / checkpoint_name(step)
             try:
                 manifest, problem = verify(folder, self.node, whole=False), None
             except CheckpointError as error:
                 manifest, problem = {}, str(error)
-            if not any(problems := self.world.share(problem)):
+            if not any(problems := self.world.all_gather_json(problem)):
                 return folder, manifest
-            made = all(self.world.share(not self.node.is_main or (folder / MANIFEST).exists()))
+            made = all(self.world.all_gather_json(not self.node.is_main or (folder / MANIFEST).exists()))
             damaged = made and self.world.is_main  # without a manifest the ranks were killed while they made it
             level = logging.WARNING if damaged else logging.INFO
             _LOG.log(level, "the copy of step %d is not whole: %s", step, next(filter(None, problems)))

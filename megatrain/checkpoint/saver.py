@@ -171,4 +171,4 @@ class Saver:
             )
             return True
         newer = self._superseded.wait(self._config.retry_wait_s)
-        return any(self._store.world.share(newer))
+        return any(self._store.world.all_gather_json(newer))

@@ -62,7 +62,7 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> dict
         problems.append(str(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"{folder / MANIFEST} lacks or garbles {error}")
-    everyone = world.share(problems) if world else [problems]
+    everyone = world.all_gather_json(problems) if world else [problems]
     if found := sorted({problem for rank_problems in everyone for problem in rank_problems}):
         raise CheckpointError("; ".join(found))
     return manifest
@@ -93,7 +93,7 @@ class CheckpointStore:
         """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log); `may_write`
         raises OwnedError once another job owns the run."""
         self.may_write = may_write
-        world = world.apart()  # its exchanges run in a thread of their own (`saver.py`)
+        world = world.with_own_control_group()  # its exchanges run in a thread of their own (`saver.py`)
         self.folder = folder
         self.world = world
         self.report = report
@@ -165,7 +165,7 @@ class CheckpointStore:
                 problem = ["disk", f"{error.filename or self.folder} cannot be written: {error.strerror}"]
             except OwnedError as error:
                 problem = ["owner", str(error)]
-        if problem := self.world.share(problem)[0]:
+        if problem := self.world.all_gather_json(problem)[0]:
             raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
 
     def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -177,7 +177,7 @@ class CheckpointStore:
         """
         folder = folder or self.folder
         there = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
-        candidates = [Path(name) for name in self.world.share([str(p) for p in there])[0]]
+        candidates = [Path(name) for name in self.world.all_gather_json([str(p) for p in there])[0]]
         skipped = []
 
         def skip(folder: Path, error: CheckpointError) -> None:

@@ -1,11 +1,17 @@
-"""What is known of devices by name. Figures are the makers' dense peaks, without sparsity."""
+"""Choose devices, and look up their peak speed. The figures are the makers' dense peaks, without sparsity."""
 
 from __future__ import annotations
 
+import socket
+
 import torch
 
+from megatrain.config import LaunchConfig
+from megatrain.distributed.rank_environment import RankEnvironment
+from megatrain.errors import EnvironmentFault
+
 PEAK_TFLOPS = {
-    # maker's data sheets: name as CUDA reports it -> (bf16 and fp16 tensor cores, fp32)
+    # from the makers' data sheets: name as CUDA reports it -> (bf16 and fp16 tensor cores, fp32)
     "H200": (989.0, 67.0),
     "H100 PCIe": (756.0, 51.0),
     "H100": (989.0, 67.0),
@@ -29,3 +35,33 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     half, single = PEAK_TFLOPS[max(matches, key=len)]
     return (single if precision == "fp32" else half) * 1e12
+
+
+def device_of_rank(config: LaunchConfig, environment: RankEnvironment) -> torch.device:
+    """Return the device of a training rank: one CUDA device for each local rank, or the CPU for all of them.
+
+    Raises:
+        EnvironmentFault: CUDA is requested (or `auto` finds any), but there are fewer devices than local ranks.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return torch.device("cpu")
+    if available < environment.local_world_size:
+        raise EnvironmentFault(
+            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on "
+            f"{socket.gethostname()} (one per rank), found {available}; "
+            f"set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
+        )
+    return torch.device("cuda", environment.local_rank)
+
+
+def device_by_name(name: str) -> torch.device:
+    """Return the device for `device=cpu`, `cuda` or `auto` in a verb that runs as one process.
+
+    Raises:
+        EnvironmentFault: `cuda` is requested and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise EnvironmentFault("device=cuda: there is no CUDA device here; use device=cpu or device=auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")

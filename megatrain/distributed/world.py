@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import socket
 import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed.devices import device_of_rank
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
 from megatrain.resilience.heartbeat import Heartbeat
@@ -44,7 +44,7 @@ class World:
         """Whether this rank writes the files that only one may write."""
         return self.rank == 0
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Every rank's CPU tensor (same shape and dtype), stacked in rank order: `[size, *values.shape]`."""
         if self.control is None:
             return values.unsqueeze(0)
@@ -52,33 +52,33 @@ class World:
         dist.all_gather(out, values.contiguous(), group=self.control)
         return torch.stack(out)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks of a tensor on this rank's device, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order."""
         if self.control is None:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.gather(torch.tensor(payload.numel()))
+        sizes = self.all_gather(torch.tensor(payload.numel()))
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
-        rows = self.gather(padded)
+        rows = self.all_gather(padded)
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
-    def apart(self) -> World:
+    def with_own_control_group(self) -> World:
         """The same ranks with a control group of their own, for exchanges in another thread. All ranks must call it."""
         if self.control is None:
             return self
         return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
 
-    def of_my_node(self) -> World:
+    def node_world(self) -> World:
         """The ranks of this node among themselves, numbered by local rank. All ranks must call it."""
         if self.local_size == self.size:
-            return self.apart()
+            return self.with_own_control_group()
         control = None
         if self.local_size > 1:
             first = self.rank - self.local_rank
@@ -92,30 +92,13 @@ class World:
             dist.barrier(group=self.control)
 
 
-def choose_device(config: LaunchConfig, environment: RankEnvironment) -> torch.device:
-    """This rank's device.
-
-    Raises:
-        EnvironmentFault: CUDA asked for, or `auto` and some device there, but not one for every local rank.
-    """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cpu" or (config.device == "auto" and not available):
-        return torch.device("cpu")
-    if available < environment.local_world_size:
-        raise EnvironmentFault(
-            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on {socket.gethostname()} (one a rank), "
-            f"found {available}; set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
-        )
-    return torch.device("cuda", environment.local_rank)
-
-
 def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbeat | None = None) -> World:
     """Meet the other ranks and return this one's place among them.
 
     Raises:
         EnvironmentFault: no device for this rank, or a peer that cannot be reached within `launch.timeout_s`.
     """
-    device = choose_device(config, environment)
+    device = device_of_rank(config, environment)
     timeout = datetime.timedelta(seconds=config.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)

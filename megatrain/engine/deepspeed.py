@@ -452,7 +452,7 @@ class DeepSpeedEngine:
 
     def _sum_over_data(self, values: Tensor) -> Tensor:
         """Sum over the whole job of what every rank has counted on its share of the data; tensor ranks share theirs."""
-        return self.world.sum(values if self.place.tp == 0 else torch.zeros_like(values))
+        return self.world.all_reduce_sum(values if self.place.tp == 0 else torch.zeros_like(values))
 
     def _mine(self, micro_batch: MicroBatch) -> MicroBatch:
         """This rank's slice of the sequences."""

@@ -263,7 +263,7 @@ class NativeEngine:
 
     def _sum_over_data(self, values: Tensor) -> Tensor:
         """Sum over the whole job of what every rank has counted on its share of the data."""
-        return self.world.sum(values if self._speaks_for_its_data else torch.zeros_like(values))
+        return self.world.all_reduce_sum(values if self._speaks_for_its_data else torch.zeros_like(values))
 
     def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; the summed loss of this rank's tokens."""
@@ -305,7 +305,7 @@ class NativeEngine:
         if self.world.size > 1:
             mine = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
             totals = torch.stack([norm.double() ** 2, loss_sum.double() * mine])
-            squared, loss_sum = self.world.sum(totals)
+            squared, loss_sum = self.world.all_reduce_sum(totals)
             norm, loss_sum = squared.sqrt().float(), loss_sum.float()
         finite = torch.isfinite(norm)
         limit = self.config.optim.grad_clip
@@ -362,7 +362,7 @@ class NativeEngine:
                     waiting = []
             if waiting:
                 totals += self._evaluate_some(waiting)
-        totals = self.world.sum(totals)
+        totals = self.world.all_reduce_sum(totals)
         return totals[0], totals[1].long()
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:

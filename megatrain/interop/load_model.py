@@ -21,7 +21,7 @@ from megatrain.data.card import CARD, Card
 from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
+from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.huggingface import import_model
 from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.gpt import GPT
@@ -87,14 +87,6 @@ class Loaded:
                     raise CheckpointError(f"{self.folder}: {name} has another shape than its config says")
                 parameter.copy_(self.weights[name])
         return model.eval()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `device=` means. Raises EnvironmentFault for `cuda` where there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise EnvironmentFault("device=cuda: there is no CUDA device here; use device=cpu or device=auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def kind_of(path: Path) -> str:

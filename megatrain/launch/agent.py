@@ -62,7 +62,7 @@ from megatrain.tracking.events import EventLog, read_events
 POLL_S = 0.05
 """Seconds between looks at the workers."""
 
-OWN_ACCORD_S = 2.0
+GRACE_PERIOD_S = 2.0
 """Seconds the other workers have, after one failed, to end by themselves with their own message."""
 
 KILL_S = 8.0
@@ -78,7 +78,7 @@ NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTE
 """Ends after which nobody is to go on from a copy in memory: it is no newer, or not to be gone on from."""
 
 EVENTS = "events.jsonl"
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HOST = socket.gethostname()
 
 
@@ -120,7 +120,7 @@ def launch(
     """
     peers = peers or Alone()
     agent = _Agent(command, num_workers, log_dir, recovery, peers)
-    previous = {number: signal.getsignal(number) for number in FORWARDED}
+    previous = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:  # nohup means it
             signal.signal(number, agent.on_signal)
@@ -201,7 +201,7 @@ class _Agent:
                 self._book_end(ending)
                 if self.peers.node == 0 and ending.failure is not None and self.recovery is not None:
                     code = self._take(ending.failure, ending.asked, self.recovery)
-                code = self.peers.share(code)[0]
+                code = self.peers.all_gather(code)[0]
                 if code is not None:
                     self._rescue(code)
                     return code
@@ -236,7 +236,7 @@ class _Agent:
         if self.ledger is not None:
             self.ledger.begin()
         shared = self.heartbeats.file
-        places = self.peers.share([HOST, free_port()])
+        places = self.peers.all_gather([HOST, free_port()])
         self.hosts = [host for host, _ in places]
         port = places[0][1]
         self.workers = []
@@ -280,7 +280,7 @@ class _Agent:
     def _agree(self, mine: _Ending) -> _Ending:
         """How this start ended for the whole job, as node 0 sees it and says; on the others how it ended there."""
         mine = replace(mine, asked=bool(self.forwarded or self.pending))
-        endings = [_Ending.from_json(found) for found in self.peers.gather(asdict(mine))]
+        endings = [_Ending.from_json(found) for found in self.peers.gather_to_first(asdict(mine))]
         if self.peers.node != 0:
             return mine
         blamed = [ending for ending in endings if ending.blame is not None]
@@ -317,7 +317,7 @@ class _Agent:
                 say(f"brought the copies of step {', '.join(map(str, steps))} in memory to {checkpoints / RESCUED}")
         if code is None:
             return
-        self.peers.share(None)  # every node's part is on the disk, or cannot get there
+        self.peers.all_gather(None)  # every node's part is on the disk, or cannot get there
         if self.peers.node != 0:
             return
         with _said("copies in memory could not be made a checkpoint"):
@@ -486,7 +486,7 @@ class _Agent:
         rank0_code = None
         cause = first
         while self._alive() and (elapsed := time.monotonic() - started) < KILL_S:
-            if not asked and elapsed > OWN_ACCORD_S:
+            if not asked and elapsed > GRACE_PERIOD_S:
                 asked = True
                 for worker in self._alive():
                     worker.process.terminate()

@@ -34,7 +34,7 @@ class ForkServerError(Exception):
     """No rank came of it; the ranks can still be started one by one."""
 
 
-class Forked:
+class ForkedProcess:
     """A forked rank, with what `subprocess.Popen` offers of it."""
 
     def __init__(self, pid: int) -> None:
@@ -90,7 +90,7 @@ class ForkServer:
         environ: Mapping[str, str],
         log: Path | None,
         hurry: Callable[[], bool],
-    ) -> Forked:
+    ) -> ForkedProcess:
         """Fork a rank that does what `python -m module arguments` would; its output goes to `log` (None: to ours).
 
         Raises:
@@ -113,7 +113,7 @@ class ForkServer:
             raise ForkServerError(str(error)) from error
         if not answer:
             raise ForkServerError(f"it ended with exit code {self.process.wait()}")
-        return Forked(int(answer))
+        return ForkedProcess(int(answer))
 
     def close(self) -> None:
         """End it; the ranks live on."""

@@ -1,7 +1,7 @@
 """What the agents of a job's nodes tell one another: one TCP connection from each to node 0's agent, JSON lines on it.
 
 Agents act together. Each says how its ranks fare (`tell`), sees how all others' do (`states`), and at the start and the
-end of a start all exchange a value (`share`), after which every agent knows the same and decides alike. A connection
+end of a start all exchange a value (`all_gather`), after which every agent knows the same and decides alike. A connection
 that closes is a node that is gone. There are no threads: an agent forks, and looks at its connections when it is asked.
 Imports no torch.
 """
@@ -49,14 +49,14 @@ class Peers(Protocol):
     def states(self) -> list[str]:
         """How each node's ranks fare, as last heard. Raises EnvironmentFault where an agent is gone."""
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every agent's JSON value, in node order, once all have called this; all states are `works` again then.
 
         Raises EnvironmentFault where an agent is gone, or keeps the others waiting for too long.
         """
 
-    def gather(self, value: Any) -> list[Any]:
-        """As `share`, but node 0 alone gets the values, the others none: what each says at length is not sent to all."""
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """As `all_gather`, but node 0 alone gets the values, the others none: what each says at length is not sent to all."""
 
     def close(self) -> None:
         """Leave."""
@@ -78,14 +78,14 @@ class Alone:
         """What was told last."""
         return [self._state]
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """No one else to hear from."""
         self._state = WORKS
         return [value]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_to_first(self, value: Any) -> list[Any]:
         """No one else to hear from."""
-        return self.share(value)
+        return self.all_gather(value)
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -98,7 +98,7 @@ def ports(key: str) -> list[int]:
     return list(range(first, first + ALTERNATIVES))
 
 
-def join(key: str, node: int, size: int, address: str, timeout_s: float) -> Peers:
+def connect(key: str, node: int, size: int, address: str, timeout_s: float) -> Peers:
     """Meet the agents of the other nodes. `key` is the same on all nodes of a job and on no other job's.
 
     Raises EnvironmentFault where they do not meet within `timeout_s`, saying who is missing or where nobody answered.
@@ -299,11 +299,11 @@ class _Team:
         self._receive(0.0)
         return list(self._states)
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every agent's value: node 0 collects them and hands them out."""
         return self._exchange(value, lambda values: values)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_to_first(self, value: Any) -> list[Any]:
         """Every agent's value on node 0, which tells the others no more than that it has them all."""
         return self._exchange(value, lambda values: [])
 

@@ -20,7 +20,7 @@ from typing import IO
 
 from megatrain.distributed.rank_environment import WORKER_MARK, usable_cores
 from megatrain.errors import EnvironmentFault
-from megatrain.launch.fork_server import Forked
+from megatrain.launch.fork_server import ForkedProcess
 from megatrain.launch.nodes import Peers
 from megatrain.resilience.signals import set_parent_death_signal
 
@@ -36,7 +36,7 @@ class RankProcess:
 
     rank: int
     local_rank: int
-    process: subprocess.Popen[bytes] | Forked
+    process: subprocess.Popen[bytes] | ForkedProcess
     log: Path | None
     code: int | None = None
 

@@ -70,7 +70,7 @@ class Step:
         """The agents of all nodes, once all are there. A signal that asks to stop ends this process until then."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, _stopped_early)
-        return peers.join(self.key, self.node, self.num_nodes, self.head(), timeout_s)
+        return peers.connect(self.key, self.node, self.num_nodes, self.head(), timeout_s)
 
     def head(self) -> str:
         """The step's first node: MASTER_ADDR where the job's script or a site's profile has set it, else Slurm is asked."""
@@ -121,7 +121,7 @@ def together(team: peers.Peers, act: Callable[[], T]) -> T:
         result = act()
     except MegatrainError as refused:
         error = refused
-    told = team.share([error.exit_code, str(error)] if error else None)
+    told = team.all_gather([error.exit_code, str(error)] if error else None)
     first = next((node for node, one in enumerate(told) if one), None)
     if first is None:
         return result

@@ -60,7 +60,7 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:
     """The copy that the ranks before left in memory, where it is newer than the newest checkpoint."""
     steps = [checkpoint_step(path) or 0 for path in list_checkpoints(store.folder)[:1]]
-    on_disk = max((step for rank_steps in store.world.share(steps) for step in rank_steps), default=0)
+    on_disk = max((step for rank_steps in store.world.all_gather_json(steps) for step in rank_steps), default=0)
     found = memory.newest_valid(after=on_disk)
     return Origin(*found, resumes=True, began_from=found[1].get("origin"), node=memory.node) if found else None
 

@@ -73,7 +73,7 @@ def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any
 
 def _all_well(world: World, check: Callable[[], str | None]) -> None:
     """Raise EnvironmentFault on every rank where the check of any has something to say."""
-    told = world.share([socket.gethostname(), check()])
+    told = world.all_gather_json([socket.gethostname(), check()])
     if wrong := [f"{host}, rank {rank}: {problem}" for rank, (host, problem) in enumerate(told) if problem]:
         more = f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else ""
         raise EnvironmentFault(f"preflight: {'; '.join(wrong[:8])}{more} (launch.preflight=false skips this)")
@@ -97,7 +97,7 @@ def versions(engine: str) -> dict[str, str]:
 def check_versions(world: World, engine: str) -> str | None:
     """What this rank has in other versions than rank 0."""
     mine = versions(engine)
-    first = world.share(mine)[0]
+    first = world.all_gather_json(mine)[0]
     names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
     return "; ".join(f"{name} {mine.get(name)}, but {first.get(name)} on rank 0" for name in names) or None
 
@@ -119,7 +119,7 @@ def check_all_reduce(world: World) -> float:
         values = _ones(world) * _addend(world.rank)
         world.barrier()
         started = time.perf_counter()
-        world.sum(values)
+        world.all_reduce_sum(values)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)

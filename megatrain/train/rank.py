@@ -117,9 +117,9 @@ def check_agreement(config: TrainConfig, data: OpenData, world: World) -> None:
     mine = {key: value for key, value in flatten(asdict(config)).items() if not key.startswith(BY_HOST)}
     mine["data (fingerprint)"] = data.fingerprint
     fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(mine, sort_keys=True, default=str).encode())
-    if len(set(world.share(fingerprint))) == 1:
+    if len(set(world.all_gather_json(fingerprint))) == 1:
         return
-    everyone = world.share(mine)
+    everyone = world.all_gather_json(mine)
     told = []
     for rank, other in enumerate(everyone):
         differing = [key for key in {**everyone[0], **other} if other.get(key) != everyone[0].get(key)]
@@ -145,7 +145,7 @@ def ownership(run_dir: Path, world: World) -> Iterator[Ownership | None]:
                 owner, taken = Ownership.take(run_dir), True
         except OwnedError as error:
             refusal = str(error)
-    if refusal := world.share(refusal)[0]:
+    if refusal := world.all_gather_json(refusal)[0]:
         raise OwnedError(refusal)
     try:
         yield owner
@@ -281,7 +281,7 @@ def train(
         heldout=heldout_reader(config, world, layout, data),
         store=Saver(store, config.checkpoint, memory),
         journal=journal,
-        exchange=world.gather,
+        exchange=world.all_gather,
         batch_hash=lambda hashes: step_hash(in_sample_order(hashes[layout.readers], config.train.micro_batch_size)),
         copies_every=config.checkpoint.copies_every(world.device.type == "cuda") if memory else 0,
         stopping=lambda: stop.signal_number,
@@ -324,7 +324,7 @@ def compare_ranks(
     config: TrainConfig, world: World, layout: layouts.Layout, journal: Journal
 ) -> Callable[[int, list[float]], None]:
     """What takes every rank's own seconds of a step, and on the main rank says who is slow."""
-    hosts = world.share(socket.gethostname())
+    hosts = world.all_gather_json(socket.gethostname())
     if not (world.is_main and world.size > 1 and config.resilience.slow_rank_ratio):
         return lambda step, own_times: None
     stages = [layout.coordinate(rank).pp for rank in range(world.size)]

@@ -26,9 +26,10 @@ from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
 from megatrain.data.normalise import normalise
 from megatrain.data.tokenizer import Tokenizer
+from megatrain.distributed.devices import device_by_name
 from megatrain.engine.common import evaluate as sum_over
 from megatrain.errors import ConfigError, DataError
-from megatrain.interop.load_model import Loaded, choose_device, load, own_dataset
+from megatrain.interop.load_model import Loaded, load, own_dataset
 from megatrain.kernels.choice import choose
 
 
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> None:
     loaded = load(Path(config.path))
     source = open_source(config, loaded)
     seq_len = sequence_length(config, loaded)
-    device = choose_device(config.device)
+    device = device_by_name(config.device)
     end = end_of_document(loaded, source)
     mode = "reference" if loaded.run_config().get("kernels") == "reference" else "auto"
     model = loaded.build(device, choose(mode, device, torch.float32, loaded.config.hidden_size, compiled=False))

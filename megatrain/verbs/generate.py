@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatrain.config import GenerateConfig
 from megatrain.data.normalise import normalise
+from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError
-from megatrain.interop.load_model import choose_device, load
+from megatrain.interop.load_model import load
 from megatrain.model.sampling import generate as sample
 
 
@@ -30,7 +31,7 @@ def generate(config: GenerateConfig) -> None:
             f"prompt: {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
         )
     drawn = sample(
-        loaded.build(choose_device(config.device)),
+        loaded.build(device_by_name(config.device)),
         ids,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

@@ -24,7 +24,7 @@ from megatrain.checkpoint.resume import changed_keys, may_change
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
 from megatrain.launch import slurm
-from megatrain.launch.agent import FORWARDED
+from megatrain.launch.agent import FORWARDED_SIGNALS
 from megatrain.launch.rank_process import LINUX
 from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.tracking.events import read_events
@@ -146,7 +146,7 @@ class _Current:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Current:
-        for number in FORWARDED:
+        for number in FORWARDED_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self

@@ -50,7 +50,7 @@ def start_workers(config: TrainConfig, words: Sequence[str], peers: Peers) -> in
     limits = Limits(config.resilience.hang_timeout(on_gpu), config.launch.timeout_s)
     taken = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
-        number = peers.share(taken.number if taken else None)[0]
+        number = peers.all_gather(taken.number if taken else None)[0]
         owner = taken or Ownership(run_dir / FOLDER, number)
         copies = config.checkpoint.copies_every(on_gpu) > 0
         since = time.monotonic() - process_age()

@@ -21,9 +21,9 @@ class Counting(Alone):
 
     shares = 0
 
-    def share(self, value):
+    def all_gather(self, value):
         self.shares += 1
-        return super().share(value)
+        return super().all_gather(value)
 
 
 @pytest.mark.parametrize("fails", ["disk", "owner"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed.devices import device_of_rank
 from megatrain.distributed.rank_environment import RankEnvironment
-from megatrain.distributed.world import choose_device
 from megatrain.errors import EnvironmentFault
 
 TWO_RANKS = """
@@ -20,11 +20,11 @@ rank = int(sys.argv[1])
 store = dist.FileStore(sys.argv[2], 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
 world = World(rank, 2, rank, torch.device("cpu"), dist.new_group(backend="gloo"))
-world.gather(torch.tensor(rank))
+world.all_gather(torch.tensor(rank))
 if rank == 1:
     os._exit(3)
 try:
-    world.gather(torch.tensor(rank))
+    world.all_gather(torch.tensor(rank))
 except RuntimeError as error:
     assert lost_peer(error), error
     assert not lost_peer(RuntimeError("shape mismatch")) and not lost_peer(ValueError("gloo/transport"))
@@ -56,7 +56,7 @@ def test_too_few_devices_are_never_made_up_for_by_the_cpu(asked, available, chos
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
     config, second = LaunchConfig(device=asked), RankEnvironment(1, 1, 2, 2, "x", 1)
     if chosen is not None:
-        assert choose_device(config, second) == torch.device(chosen)
+        assert device_of_rank(config, second) == torch.device(chosen)
         return
     with pytest.raises(EnvironmentFault, match=rf"launch\.nproc_per_node={max(1, available)} or launch\.device=cpu"):
-        choose_device(config, second)
+        device_of_rank(config, second)

@@ -20,8 +20,8 @@ def start_agent(command: list[str], num_workers: int, folder: Path) -> subproces
     """An agent in a process of its own, with the signals as a terminal leaves them (a shell's `&` ignores some)."""
     program = (
         "import sys, json, pathlib, signal; from megatrain.launch import agent as local; "
-        "[signal.signal(number, signal.SIG_DFL) for number in local.FORWARDED]; "
-        "local.OWN_ACCORD_S, local.KILL_S = 0.2, 1.0; "
+        "[signal.signal(number, signal.SIG_DFL) for number in local.FORWARDED_SIGNALS]; "
+        "local.GRACE_PERIOD_S, local.KILL_S = 0.2, 1.0; "
         "sys.exit(local.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
     )
     arguments = [json.dumps(command), str(num_workers), str(folder / "logs")]
@@ -73,14 +73,14 @@ def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_the_jobs_exit_code_is_that_of_the_first_worker_that_failed(tmp_path, codes, expected, monkeypatch):
-    monkeypatch.setattr(local, "OWN_ACCORD_S", 1.0)
+    monkeypatch.setattr(local, "GRACE_PERIOD_S", 1.0)
     started = time.monotonic()
     assert local.launch(exit_with(*codes), 2, tmp_path) == expected
     assert time.monotonic() - started < 10
 
 
 def test_a_rank_killed_by_a_signal_is_named_with_its_signal_and_log(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(local, "OWN_ACCORD_S", 0.2)
+    monkeypatch.setattr(local, "GRACE_PERIOD_S", 0.2)
     code = "print('about to go', flush=True) or die('SIGKILL')"
     assert local.launch(exit_with("sleep(30)", code), 2, tmp_path) == 1
     shown = capfd.readouterr().err

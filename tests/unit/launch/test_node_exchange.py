@@ -29,7 +29,7 @@ def pool():
 
 def team(pool, size, job=None, timeout_s=10.0):
     job = job or key()
-    started = [pool.submit(peers.join, job, node, size, "127.0.0.1", timeout_s) for node in reversed(range(size))]
+    started = [pool.submit(peers.connect, job, node, size, "127.0.0.1", timeout_s) for node in reversed(range(size))]
     return [one.result(20) for one in reversed(started)]
 
 
@@ -43,10 +43,10 @@ def heard(agent, state, seconds=5.0):
 
 
 def test_alone_one_hears_oneself():
-    alone = peers.join("job", 0, 1, "nowhere.invalid", 1.0)
+    alone = peers.connect("job", 0, 1, "nowhere.invalid", 1.0)
     alone.tell(FAILED)
     assert alone.states() == [FAILED]
-    assert alone.share({"a": 1}) == [{"a": 1}]
+    assert alone.all_gather({"a": 1}) == [{"a": 1}]
     assert alone.states() == [WORKS]
 
 
@@ -59,7 +59,7 @@ def test_all_hear_what_one_tells_until_they_share_again(pool):
     for agent in agents[1:]:
         assert heard(agent, FAILED) == [FAILED, DONE, WORKS]
     long = "x" * 200_000  # more than one read
-    shared = [pool.submit(agent.share, [agent.node, long]) for agent in agents]
+    shared = [pool.submit(agent.all_gather, [agent.node, long]) for agent in agents]
     assert [one.result(10) for one in shared] == [[[node, long] for node in range(3)]] * 3
     assert [agent.states() for agent in agents] == [[WORKS] * 3] * 3
     for agent in agents:
@@ -70,14 +70,14 @@ def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool)
     """A node whose ranks end at once says so once; who overheard it would wait for that node for ever."""
     agents = team(pool, 3)
     agents[2]._send_all({"value": 2, "node": 2})  # it has said its value, and looks at its connection only later
-    for shared in [pool.submit(agent.share, agent.node) for agent in agents[:2]]:
+    for shared in [pool.submit(agent.all_gather, agent.node) for agent in agents[:2]]:
         assert shared.result(10) == [0, 1, 2]
     agents[1].tell(DONE)
     heard(agents[0], DONE)
     time.sleep(0.1)
     agents[2]._wait(lambda: agents[2]._shared is not None)
     agents[2]._send_all = lambda message: None  # it has been sent
-    assert agents[2].share(2) == [0, 1, 2]
+    assert agents[2].all_gather(2) == [0, 1, 2]
     assert agents[2].states() == [WORKS, DONE, WORKS]
     for agent in agents:
         agent.close()
@@ -86,7 +86,7 @@ def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool)
 def test_what_is_gathered_reaches_node_0_alone(pool):
     """The stacks of all ranks of a thousand nodes are not sent to each of them."""
     agents = team(pool, 3)
-    told = [pool.submit(agent.gather, agent.node) for agent in agents]
+    told = [pool.submit(agent.gather_to_first, agent.node) for agent in agents]
     assert [one.result(10) for one in told] == [[0, 1, 2], [], []]
     for agent in agents:
         agent.close()
@@ -113,15 +113,15 @@ def test_whoever_is_gone_is_named_to_all(pool, gone):
         told.remove(agents[0])
     for agent in told:
         with pytest.raises(EnvironmentFault, match=rf"node {gone}, .* is gone"):
-            agent.share(1)
+            agent.all_gather(1)
 
 
 def test_a_killed_agent_is_noticed_at_once(pool):
     job = key()
-    program = "import sys, time; from megatrain.launch import nodes; nodes.join(sys.argv[1], 1, 2, '127.0.0.1', 20).share(0); time.sleep(60)"
+    program = "import sys, time; from megatrain.launch import nodes; nodes.connect(sys.argv[1], 1, 2, '127.0.0.1', 20).all_gather(0); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", program, job])
-    agent = peers.join(job, 0, 2, "127.0.0.1", 20)
-    assert agent.share("hello") == ["hello", 0]
+    agent = peers.connect(job, 0, 2, "127.0.0.1", 20)
+    assert agent.all_gather("hello") == ["hello", 0]
     other.send_signal(signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(EnvironmentFault, match="node 1"):
@@ -132,18 +132,18 @@ def test_a_killed_agent_is_noticed_at_once(pool):
 
 def test_who_never_comes_is_named_with_the_place_where_one_waits(pool):
     job = key()
-    waiting = pool.submit(peers.join, job, 0, 3, "127.0.0.1", 1.5)
-    early = peers.join(job, 1, 3, "127.0.0.1", 1.5)
+    waiting = pool.submit(peers.connect, job, 0, 3, "127.0.0.1", 1.5)
+    early = peers.connect(job, 1, 3, "127.0.0.1", 1.5)
     with pytest.raises(EnvironmentFault, match=rf"node 2 .*within 1.5 s \(launch.timeout_s\).*:{peers.ports(job)[0]}"):
         waiting.result(10)
     with pytest.raises(EnvironmentFault, match="no word from the agents of node 2 "):
-        early.share(1)
+        early.all_gather(1)
 
 
 def test_a_head_node_that_cannot_be_reached_is_named_with_its_ports():
     job = key()
     with pytest.raises(EnvironmentFault, match=rf"at 127.0.0.1, ports {peers.ports(job)[0]} to .*within 0.5 s"):
-        peers.join(job, 1, 2, "127.0.0.1", 0.5)
+        peers.connect(job, 1, 2, "127.0.0.1", 0.5)
 
 
 def test_ports_taken_by_others_are_passed_over(pool):
@@ -168,13 +168,13 @@ def test_ports_taken_by_others_are_passed_over(pool):
         finally:
             peers.WELCOME_S = original
         answering.result(5).close()
-        shared = [pool.submit(agent.share, agent.node) for agent in agents]
+        shared = [pool.submit(agent.all_gather, agent.node) for agent in agents]
         assert [one.result(5) for one in shared] == [[0, 1]] * 2
 
 
 def test_strangers_who_call_in_are_sent_away(pool):
     job = key()
-    head = pool.submit(peers.join, job, 0, 2, "127.0.0.1", 10)
+    head = pool.submit(peers.connect, job, 0, 2, "127.0.0.1", 10)
     hello = b'{"job": "other", "node": 1}\n'
     for said in (b"GET / HTTP/1.0\r\n\r\n", hello, b"[1]\n", b'{"job": "%s", "node": 7}\n' % job.encode()):
         deadline = time.monotonic() + 5
@@ -188,8 +188,8 @@ def test_strangers_who_call_in_are_sent_away(pool):
         caller.sendall(said)
         assert caller.recv(100) == b"", said
         caller.close()
-    agent = peers.join(job, 1, 2, "127.0.0.1", 10)
-    sharing = threading.Thread(target=agent.share, args=(1,))
+    agent = peers.connect(job, 1, 2, "127.0.0.1", 10)
+    sharing = threading.Thread(target=agent.all_gather, args=(1,))
     sharing.start()
-    assert head.result(5).share(0) == [0, 1]
+    assert head.result(5).all_gather(0) == [0, 1]
     sharing.join()

@@ -21,6 +21,11 @@ def test_the_all_reduce_of_thousands_of_ranks_has_an_exact_sum(size, monkeypatch
             values += torch.ones(1) * preflight._addend(rank)
 
     world = SimpleNamespace(
-        rank=0, size=size, device=torch.device("cpu"), barrier=lambda: None, sum=add_all, share=lambda value: [value]
+        rank=0,
+        size=size,
+        device=torch.device("cpu"),
+        barrier=lambda: None,
+        all_reduce_sum=add_all,
+        all_gather_json=lambda value: [value],
     )
     assert preflight.check_all_reduce(world) > 0
