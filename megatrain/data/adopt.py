@@ -1,6 +1,6 @@
-"""Megatron-LM data as it is: a card, hashes and a folder for `.bin/.idx` pairs that somebody else tokenized.
+"""Adopt foreign Megatron-LM data: make a dataset folder, card and hashes for existing `.bin/.idx` pairs.
 
-Nothing is copied: the dataset's folder links to the files. What was end-of-document there stays so; no id is changed.
+Nothing is copied: the dataset's folder links to the files. Token ids stay as they are, end-of-document tokens included.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from megatrain.errors import ConfigError
 
 
 def check_prefixes(paths: list[str]) -> dict[str, Path]:
-    """The pair that each split is to have. Raises `ConfigError` or `DataError` if one is not there or not whole."""
+    """Return each split's file prefix. Raises `ConfigError` or `DataError` if a file is missing or incomplete."""
     if not 1 <= len(paths) <= len(SPLITS):
         raise ConfigError(
-            f"data.paths={paths}: data=megatron takes one prefix (train) or two (train, held-out), such as [corpus_text_document]"
+            f"data.paths={paths}: data=megatron takes one prefix (train) or two (train, held-out), "
+            "such as [corpus_text_document]"
         )
     prefixes = {}
     for split, given in zip(SPLITS, paths, strict=False):
@@ -32,17 +33,17 @@ def check_prefixes(paths: list[str]) -> dict[str, Path]:
 
 
 def link(prefixes: dict[str, Path], folder: Path) -> None:
-    """Link each split's pair into `folder` under the split's name."""
+    """Symlink each split's pair into `folder` under the split's name."""
     for split, prefix in prefixes.items():
         for source, name in zip(pair(prefix), pair(folder / split), strict=True):
             os.symlink(source, name)
 
 
 def make_card(folder: Path, name: str, tokenizer: Tokenizer | None, **also: Any) -> Card:
-    """The card of a folder that holds (or links to) `train.bin/.idx` and perhaps `heldout.bin/.idx`; reads them once.
+    """Return the card of a folder with `train.bin/.idx` and perhaps `heldout.bin/.idx`; reads the files once.
 
-    `tokenizer` is the one that made the ids, where it is known; `also` are further fields of the card. Raises `DataError`
-    if a pair is not whole. The caller saves it.
+    `tokenizer` is the one that made the ids, if known; `also` are further fields of the card. Raises `DataError` if a
+    pair is incomplete. The caller saves the card.
     """
     splits: dict[str, SplitCard] = {
         split: card_of_files(folder / split) for split in SPLITS if pair(folder / split)[1].exists() or split == "train"

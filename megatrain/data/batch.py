@@ -1,4 +1,4 @@
-"""The unit that travels from the loader to an engine. Nothing here reads files or knows ranks."""
+"""Batches that the loader passes to an engine. Nothing here reads files or knows ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank runs at once.
+    """The sequences that one rank runs through the model at once.
 
-    `tokens` and `labels` are int64 `[B, T]`; a label of `IGNORE_INDEX` does not count. `positions` (int64 `[B, T]`),
-    `document_ids` (int32 `[B, T]`) and `loss_weights` (float32 `[B, T]`) are None where the plain case holds:
-    positions 0..T-1, attention across the whole window, every label weighing 1.
+    `tokens` and `labels` are int64 `[B, T]`; labels equal to `IGNORE_INDEX` are ignored. `positions` (int64 `[B, T]`),
+    `document_ids` (int32 `[B, T]`) and `loss_weights` (float32 `[B, T]`) may be None, which means positions 0..T-1,
+    attention across the whole window and a weight of 1 for every label.
     """
 
     tokens: Tensor
@@ -27,11 +27,11 @@ class MicroBatch:
     loss_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on `device` (pinned memory copies without blocking)."""
+        """Return a copy on `device`; copies from pinned memory do not block."""
         return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
-        """The same micro-batch in pinned memory."""
+        """Return a copy in pinned memory."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
@@ -46,9 +46,9 @@ class MicroBatch:
 class StepBatch:
     """One rank's share of one optimizer step.
 
-    `sample_hashes` are the xxh3-64 of this rank's samples, uint64 `[num_micro_batches * micro_batch_size]` in the
-    order of its micro-batches; `batch_size` counts the samples of the whole job, and `cursor` is the number of
-    samples the run has consumed once this step is done.
+    `sample_hashes` are the xxh3-64 of this rank's samples, uint64 `[num_micro_batches * micro_batch_size]`, in the
+    order of its micro-batches. `batch_size` is the number of samples over all ranks; `cursor` is where the next step
+    starts.
     """
 
     micro_batches: list[MicroBatch]

@@ -1,13 +1,12 @@
-"""The dataset's card: what a prepared folder holds and the hashes that prove it. Reads no tokens, imports no torch.
+"""The dataset's card: what a prepared folder contains, with checksums. Reads no tokens, imports no torch.
 
-A prepared dataset is a folder `<data.dir>/<data.name>/` with `train.bin/.idx`, `heldout.bin/.idx` (where anything is held
-out), `tokenizer/` and `card.json`, which is written last: a folder without it is no dataset yet.
+A prepared dataset is a folder `<data.dir>/<data.name>/` with `train.bin/.idx`, `heldout.bin/.idx` (if anything is held
+out), `tokenizer/` and `card.json`. The card is written last: a folder without one is not a dataset yet.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -17,6 +16,7 @@ import xxhash
 
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
 from megatrain.errors import ConfigError, DataError
+from megatrain.resilience.atomic_file import write_atomically
 
 FORMAT = 1
 CARD = "card.json"
@@ -25,7 +25,7 @@ SPLITS = ("train", "heldout")
 
 @dataclass
 class SplitCard:
-    """One split: counts (text in bytes of UTF-8 after normalisation; None where unknown) and hashes of its files."""
+    """One split: counts, and its files' sizes and hashes. `bytes` is its normalised text in UTF-8, None if unknown."""
 
     documents: int
     bytes: int | None
@@ -39,7 +39,7 @@ class SplitCard:
 
 @dataclass
 class TokenizerCard:
-    """Which tokenizer made the ids."""
+    """The tokenizer that made the ids."""
 
     kind: str
     fingerprint: str
@@ -49,7 +49,7 @@ class TokenizerCard:
 
 @dataclass
 class Card:
-    """`card.json`. `tokenizer` is None where the data is foreign and nobody said which one made it."""
+    """The contents of `card.json`. `tokenizer` is None for foreign data whose tokenizer is unknown."""
 
     name: str
     fingerprint: str
@@ -61,16 +61,12 @@ class Card:
     format: int = FORMAT
 
     def save(self, folder: Path) -> None:
-        """Write `card.json`, flushed to disk."""
-        with open(folder / CARD, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Write `card.json` and flush it to disk."""
+        write_atomically(folder / CARD, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", durable=True)
 
     @staticmethod
     def load(folder: Path) -> Card:
-        """Read `card.json`. Raises `DataError` if it is not one."""
+        """Read `card.json`. Raises `DataError` if it is not a card."""
         path = folder / CARD
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -83,12 +79,12 @@ class Card:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
             raise DataError(f"{path}: not a dataset card ({error}); prepare the dataset again") from error
         if card.fingerprint != fingerprint(card.splits):
-            raise DataError(f"{path}: its fingerprint is not that of its own hashes: the card was edited or damaged")
+            raise DataError(f"{path}: its fingerprint does not match its own hashes: the card was edited or damaged")
         return card
 
 
 def _check_types(*parts: Any) -> None:
-    """Whether each value of a card is of its field's type, and no count is negative. Raises TypeError or ValueError."""
+    """Check each value's type against its field's, and that no count is negative. Raises TypeError or ValueError."""
     for part in parts:
         for name, hint in get_type_hints(type(part)).items():
             value, kinds = getattr(part, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
@@ -99,7 +95,7 @@ def _check_types(*parts: Any) -> None:
 
 
 def fingerprint(splits: dict[str, SplitCard]) -> str:
-    """The dataset's identity: xxh3-128 over each split's name, `.idx` hash, `.bin` size and block hashes."""
+    """Return the dataset's identity: xxh3-128 over each split's name, `.idx` hash, `.bin` size and block hashes."""
     state = xxhash.xxh3_128()
     for name in sorted(splits):
         split = splits[name]
@@ -108,7 +104,7 @@ def fingerprint(splits: dict[str, SplitCard]) -> str:
 
 
 def card_of_written(writer: IndexedWriter, text_bytes: int) -> SplitCard:
-    """The card of a split that a finished writer has just written (its blocks were hashed on the way)."""
+    """Return the card of a split from its finished writer, which hashed the blocks as it wrote them."""
     return SplitCard(
         documents=writer.num_documents,
         bytes=text_bytes,
@@ -122,7 +118,7 @@ def card_of_written(writer: IndexedWriter, text_bytes: int) -> SplitCard:
 
 
 def card_of_files(prefix: Path) -> SplitCard:
-    """The card of a pair of files that is already there (reads it once to hash it)."""
+    """Return the card of an existing `.bin/.idx` pair; reads both files once to hash them."""
     header = read_header(prefix)
     bin_path, idx_path = pair(prefix)
     return SplitCard(
@@ -138,21 +134,22 @@ def card_of_files(prefix: Path) -> SplitCard:
 
 
 def check_dataset(folder: Path) -> Card:
-    """The quick check before anything heavy: is a prepared dataset there, and whole by its sizes? Reads no tokens.
+    """Check quickly that a prepared dataset exists and that its files have the right sizes; return its card.
 
-    Raises `ConfigError` when the folder or its card is not there, `DataError` when a file is missing or its size is not
-    what the card (or the `.idx`) says.
+    Reads no tokens. Raises `ConfigError` if the folder or its card is missing, `DataError` if a file is missing or its
+    size differs from what the card (or the `.idx`) says.
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"data.dir, data.name: no dataset at {folder}; make it with: megatrain prepare data=... data.name={folder.name}"
+            f"data.dir, data.name: no dataset at {folder}; "
+            f"make it with: megatrain prepare data=... data.name={folder.name}"
         )
     if not (folder / CARD).is_file():
         pairs = sorted(path.stem for path in folder.glob("*.idx"))
         if pairs:
             raise ConfigError(
-                f"data.name: {folder} holds .bin/.idx pairs ({', '.join(pairs)}) but no {CARD}; give foreign Megatron data one "
-                f"with: megatrain prepare data=megatron data.name={folder.name} data.paths=[<prefix>]"
+                f"data.name: {folder} has .bin/.idx pairs ({', '.join(pairs)}) but no {CARD}; make one for foreign "
+                f"Megatron data with: megatrain prepare data=megatron data.name={folder.name} data.paths=[<prefix>]"
             )
         raise ConfigError(f"data.name: {folder} is not a prepared dataset (it has no {CARD})")
     card = Card.load(folder)
@@ -166,6 +163,7 @@ def check_dataset(folder: Path) -> Card:
                 )
         if header.num_tokens != split.tokens or header.dtype.name != split.dtype:
             raise DataError(
-                f"{prefix}.idx: {header.num_tokens} {header.dtype} tokens, but the card says {split.tokens} {split.dtype}"
+                f"{prefix}.idx: {header.num_tokens} {header.dtype} tokens, "
+                f"but the card says {split.tokens} {split.dtype}"
             )
     return card

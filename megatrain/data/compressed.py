@@ -1,4 +1,4 @@
-"""Reading compressed files in bounded memory, with damage noticed. Knows nothing of what the lines mean."""
+"""Read compressed files in bounded memory and detect damage. Does not interpret the contents."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, BinaryIO, cast
 
 from megatrain.errors import EnvironmentFault
 
-_GULP = 256  # compressed bytes taken at once: 4 of them can stand for a block of 128 KiB
+_READ_BYTES = 256  # compressed bytes read at once: as few as 4 can decompress to a block of 128 KiB
 
 
 def opened(path: Path, raw: BinaryIO) -> BinaryIO:
-    """A buffered reader of the text in `raw`, decompressed by the suffix of `path`.
+    """Return a buffered reader that decompresses `raw` according to the suffix of `path`.
 
-    Reading raises `EOFError` where a compressed file ends too early, `zlib.error` or `gzip.BadGzipFile` where a `.gz` is
-    damaged, `EOFError` where a `.zst` is.
+    Reading raises `EOFError` if a compressed file is cut short, `zlib.error` or `gzip.BadGzipFile` if a `.gz` is
+    damaged, and `EOFError` if a `.zst` is.
     """
     if path.name.endswith(".gz"):
         return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**17))
@@ -26,7 +26,7 @@ def opened(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 class ZstdReader(io.RawIOBase):
-    """Decompresses a zstd file of one or more frames and, unlike the library's own stream, refuses one that is cut short."""
+    """Decompresses a zstd file of one or more frames. Unlike the library's own stream, it detects a truncated file."""
 
     def __init__(self, raw: BinaryIO) -> None:
         try:
@@ -36,17 +36,17 @@ class ZstdReader(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._raw = raw
-        self._frame: Any = None  # the frame being read
-        self._rest = b""  # compressed bytes behind the frame that has just ended
+        self._frame: Any = None  # decompressor of the current frame
+        self._rest = b""  # compressed bytes after the frame that has just ended
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the file; 0 at its end. Raises `EOFError` if the file is cut short or damaged."""
+        """Fill `buffer` and return the number of bytes, 0 at the end. Raises `EOFError` if the file is damaged."""
         while not self._ready:
-            data = self._rest or self._raw.read(_GULP)
+            data = self._rest or self._raw.read(_READ_BYTES)
             self._rest = b""
             if not data:
                 if self._frame is not None:

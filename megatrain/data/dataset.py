@@ -1,6 +1,6 @@
-"""What a model is trained and evaluated on: a protocol, so that token ids may come from files, memory or elsewhere.
+"""The dataset protocol: what training, evaluation and scoring need from token ids, wherever they are stored.
 
-The prepared files on disk are read by indexed_dataset.py. Imports no torch.
+indexed_dataset.py implements it for prepared files. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 
 
 class Dataset(Protocol):
-    """One split as a single run of token ids. `read` may be called from several threads."""
+    """One split as one long sequence of token ids. `read` is called from a background thread."""
 
     @property
     def name(self) -> str:
-        """What messages call it, such as the path of its file."""
+        """The dataset's name in messages, such as the path of its file."""
 
     @property
     def num_tokens(self) -> int:
-        """Token ids in the split."""
+        """The number of token ids."""
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return token ids `[start, start + count)` as a new int64 array."""
 
     def place(self, token: int) -> str:
-        """Return where token number `token` is stored, for messages, such as "byte 198"."""
+        """Return where the token at this index is stored, for messages, such as "byte 198"."""

@@ -1,7 +1,6 @@
-"""A prepared dataset as the loader sees it: one long run of token ids per split, each block verified when first
-read, and again when its file has changed.
+"""Read and verify prepared datasets: each block is hashed when it is first read, and again if its file changes.
 
-What is not here: the order of samples (order.py), batches (loader.py), writing (prepare.py). Imports no torch.
+Not here: the order of samples (order.py), batches (loader.py), writing (preparation.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
 from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, pair, read_header
 from megatrain.errors import DataError, EnvironmentFault
 
-_PATIENCE = 10
-"""Times that a read is begun anew because the file changed meanwhile."""
+_MAX_ATTEMPTS = 10
+"""How often a read is attempted while the file keeps changing."""
 
 _SETTLE_S = 1.0
-"""Seconds from noticing a change to hashing: the time of a write is noted when it begins, and may be as coarse as this."""
+"""Seconds between noticing a change and hashing. File systems stamp a write when it begins, to within about this."""
 
 _PIECE_BYTES = 4 * 2**20
-_STRIDE = 2**18  # lengths of documents read at once
+_STRIDE = 2**18  # document lengths read at once
 
 
 class IndexedDataset:
-    """One split of a prepared dataset. Open it with `IndexedDataset.open`.
+    """One split of a prepared dataset: a `Dataset` over `.bin` and `.idx` files. Open it with `IndexedDataset.open`.
 
-    Files are read at given places and not mapped into memory: a map of a file that gets shorter kills whoever touches it
-    (SIGBUS), and nobody learns why. A file that was written to or replaced since it was last looked at is opened and its
-    blocks are hashed again before anything from it is used. What tells is what the file system says of it (inode, size,
-    times); a network file system may take its attribute cache's time (on NFS `acregmax`, 60 s) to say so.
+    Files are read with `pread`, not mapped: touching a mapped file that was truncated kills the process (SIGBUS)
+    without a message. If the file was written to or replaced, it is reopened and its blocks are hashed again before any
+    of its data is used. Changes are detected by inode, size and times, which a network file system may report late (on
+    NFS by up to `acregmax`, 60 s).
     """
 
     def __init__(self, folder: Path, split: str, card: Card, verify: bool) -> None:
@@ -54,44 +53,45 @@ class IndexedDataset:
 
     @staticmethod
     def open(folder: Path, split: str, verify: bool = True) -> IndexedDataset:
-        """Open a split of the dataset in `folder`; with `verify`, each 64 MiB block is hashed when it is first read, and
-        again when the file has changed.
+        """Open a split of the dataset in `folder`.
 
-        Raises `ConfigError` when there is no dataset, `DataError` when it is damaged or has no such split.
+        With `verify`, each 64 MiB block is hashed when it is first read, and again if the file changes.
+
+        Raises `ConfigError` if there is no dataset, `DataError` if it is damaged or has no such split.
         """
         folder = Path(folder)
         card = check_dataset(folder)
         if split not in card.splits:
             raise DataError(f"{folder}: has no {split} split; prepare it with data.heldout_fraction above 0")
         if not card.splits[split].tokens:
-            raise DataError(f"{folder}: its {split} split is empty; prepare it from data that holds tokens")
+            raise DataError(f"{folder}: its {split} split is empty; prepare it from data that contains tokens")
         return IndexedDataset(folder, split, card, verify)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Token ids `[start, start + count)` as a new int64 array.
+        """Return token ids `[start, start + count)` as a new int64 array.
 
-        Raises `DataError` if the file is not what was prepared, `EnvironmentFault` if the system cannot read it.
+        Raises `DataError` if the file differs from what was prepared, `EnvironmentFault` if the system cannot read it.
         """
         assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
         itemsize = self._dtype.itemsize
         first, stop = start * itemsize, (start + count) * itemsize
-        for _ in range(_PATIENCE):
-            file = self._file  # another thread may open the file again meanwhile
+        for _ in range(_MAX_ATTEMPTS):
+            file = self._file  # another thread may reopen the file meanwhile
             for block in range(first // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if file.unverified else ():
                 if block in file.unverified:
                     self._verify(file, block)
             data = self._bytes(file, first, stop)
-            # only now, for what was read before a change was seen may be from after it
+            # checked after reading: a change before the read may only be seen now
             if not self._verifies or self._stamp() == file.stamp:
                 return np.frombuffer(data, self._dtype).astype(np.int64)
             time.sleep(_SETTLE_S)
             self._file = self._open()
         raise DataError(
-            f"{self.bin_path}: is being written to (bytes {first} to {stop} were to be read); leave it as it is"
+            f"{self.bin_path}: is being written to while bytes {first} to {stop} are read; stop the program that writes"
         )
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The token ids (int64) of each document in turn, its end-of-document token included."""
+        """Yield the token ids (int64) of each document, its end-of-document token included."""
         header = read_header(self.folder / self.split)
         start = 0
         with open(self.idx_path, "rb") as index:
@@ -104,7 +104,8 @@ class IndexedDataset:
                 for length in lengths:
                     if length < 0 or start + int(length) > self.num_tokens:
                         raise DataError(
-                            f"{self.idx_path}: a document of {length} tokens that begins at token {start} of {self.num_tokens}"
+                            f"{self.idx_path}: damaged: a document of {length} tokens starts at token {start} of "
+                            f"{self.num_tokens}"
                         )
                     yield self.read(start, int(length))
                     start += int(length)
@@ -115,12 +116,12 @@ class IndexedDataset:
         return str(self.bin_path)
 
     def place(self, token: int) -> str:
-        """Return a token's offset in the `.bin`."""
+        """Return the token's offset in the `.bin`."""
         return f"byte {token * self._dtype.itemsize}"
 
     def _open(self) -> _OpenFile:
-        """The `.bin` as it is now, nothing of it verified yet. A file opened before ends with its last reader."""
-        stamp = self._stamp()  # before it is opened: a change between the two is seen at the next look
+        """Open the `.bin`, with no block verified yet. A file opened earlier closes once its last reader is done."""
+        stamp = self._stamp()  # taken before opening, so that a change between the two is noticed later
         try:
             file = open(self.bin_path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -128,7 +129,7 @@ class IndexedDataset:
         return _OpenFile(file, stamp, set(range(len(self.split_card.block_hashes))) if self._verifies else set())
 
     def _stamp(self) -> tuple[int, ...]:
-        """What changes when somebody writes to the file or puts another in its place."""
+        """Return file attributes that change if the file is written to or replaced."""
         try:
             status = os.stat(self.bin_path)
         except FileNotFoundError as error:
@@ -141,8 +142,8 @@ class IndexedDataset:
         start = block * BLOCK_BYTES
         stop = min(start + BLOCK_BYTES, self.split_card.bin_size)
         state = xxhash.xxh3_64()
-        for place in range(start, stop, _PIECE_BYTES):
-            state.update(self._bytes(file, place, min(place + _PIECE_BYTES, stop)))
+        for piece in range(start, stop, _PIECE_BYTES):
+            state.update(self._bytes(file, piece, min(piece + _PIECE_BYTES, stop)))
         if state.hexdigest() != self.split_card.block_hashes[block]:
             raise DataError(
                 f"{self.bin_path}: bytes {start} to {stop} are not what was prepared (hash differs from the card's); "
@@ -151,16 +152,16 @@ class IndexedDataset:
         file.unverified.discard(block)
 
     def _bytes(self, file: _OpenFile, start: int, stop: int) -> bytes:
-        """Bytes `[start, stop)` of the `.bin`."""
+        """Return bytes `[start, stop)` of the `.bin`."""
         try:
             data = os.pread(file.raw.fileno(), stop - start, start)
             while len(data) < stop - start:
                 more = os.pread(file.raw.fileno(), stop - start - len(data), start + len(data))
                 if not more:
                     raise DataError(
-                        f"{self.bin_path}: bytes {start} to {stop} cannot be read, for it ends at byte "
-                        f"{os.fstat(file.raw.fileno()).st_size} and the card says {self.split_card.bin_size}: the file was cut; "
-                        "copy or prepare the dataset again"
+                        f"{self.bin_path}: bytes {start} to {stop} cannot be read: it ends at byte "
+                        f"{os.fstat(file.raw.fileno()).st_size}, but the card says {self.split_card.bin_size}: the "
+                        "file was cut; copy or prepare the dataset again"
                     )
                 data += more
         except OSError as error:
@@ -173,7 +174,7 @@ class IndexedDataset:
 
 @dataclass
 class _OpenFile:
-    """A `.bin` that is open, what the file system said of it then, and the blocks of it that are still to be hashed."""
+    """An open `.bin`, its attributes when it was opened, and the blocks that have not been hashed yet."""
 
     raw: FileIO
     stamp: tuple[int, ...]
@@ -184,9 +185,9 @@ class _OpenFile:
 
 
 def describe_dataset(folder: Path) -> dict[str, Any]:
-    """What a prepared dataset holds, every checksum verified: the answer of `megatrain inspect`.
+    """Verify every checksum of a prepared dataset and describe it, for `megatrain inspect`.
 
-    Raises `ConfigError` or `DataError` at the first thing that is not as the card says.
+    Raises `ConfigError` or `DataError` at the first difference from the card.
     """
     from megatrain.data.tokenizer_loading import load_tokenizer
 
@@ -194,7 +195,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
     for name, split in card.splits.items():
         bin_path, idx_path = pair(folder / name)
         if hash_file(idx_path) != split.idx_hash:
-            raise DataError(f"{idx_path}: its hash is not the card's: the file was changed")
+            raise DataError(f"{idx_path}: its hash does not match the card's: the file was changed")
         for block, (found, expected) in enumerate(zip(hash_blocks(bin_path), split.block_hashes, strict=True)):
             if found != expected:
                 raise DataError(f"{bin_path}: block at byte {block * BLOCK_BYTES} does not match the card's hash")
@@ -205,8 +206,8 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
             found, expected = getattr(tokenizer, name), getattr(card.tokenizer, name)
             if found != expected:
                 raise DataError(
-                    f"{folder / 'tokenizer'}: not the tokenizer that made this dataset: its {name} is {found}, the card's "
-                    f"{expected}"
+                    f"{folder / 'tokenizer'}: not the tokenizer that made this dataset: its {name} is {found}, "
+                    f"the card's {expected}"
                 )
     return {
         "kind": "dataset",

@@ -1,7 +1,7 @@
-"""From sample numbers to batches: the training stream with its prefetch thread, and held-out batches.
+"""Build batches from sample numbers: the training stream with its prefetch thread, and held-out batches.
 
-The order itself is order.py's; what a rank reads follows from (dp_rank, dp_size) alone, so every layout draws the same
-samples in the same step.
+order.py decides the order of samples. What a rank reads depends on (dp_rank, dp_size) alone, so every layout reads the
+same samples in the same step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatrain.kernels import IGNORE_INDEX
 
 
 def sample_hash(ids: np.ndarray) -> int:
-    """xxh3-64 of one sample's T+1 ids as little-endian int32."""
+    """Return the xxh3-64 of one sample's T+1 ids as little-endian int32."""
     return xxhash.xxh3_64_intdigest(ids.astype("<i4").tobytes())
 
 
 def step_hash(hashes: np.ndarray) -> str:
-    """`batch_hash` of a step, 16 hex digits: xxh3-64 over its samples' hashes (uint64, in sample order)."""
+    """Return a step's `batch_hash`, 16 hex digits: xxh3-64 over its samples' hashes (uint64, in sample order)."""
     return xxhash.xxh3_64_hexdigest(np.asarray(hashes).astype("<u8").tobytes())
 
 
@@ -49,12 +49,12 @@ def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
 
 
 class TrainStream:
-    """One rank's `StepBatch`es from `first_step` and `cursor` on, without end, read ahead by a thread.
+    """One rank's endless sequence of `StepBatch`es from `first_step` and `cursor` on, prefetched by a thread.
 
-    A step takes the next G = `batch_size(step)` samples after the cursor that no skip range holds; `samples_of_rank`
-    says which of them this rank reads. A fault of the thread
-    (say `DataError`: a damaged block, an id outside the vocabulary) is raised in the consumer. With `end_of_document`, the
-    token that ends each, micro-batches tell documents apart. Call `close` when done.
+    A step takes the next G = `batch_size(step)` samples from the cursor on that lie in no skip range; `samples_of_rank`
+    says which of them this rank reads. If `end_of_document` is given (the token that ends each document), micro-batches
+    carry document ids. An error in the thread, such as a `DataError` for a damaged block, is raised in the consumer.
+    Call `close` when done.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainStream:
         raise StopIteration
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """End the thread; True when it ended within `timeout_s` seconds (it is a daemon: it never holds up the exit)."""
+        """Stop the thread and return whether it ended within `timeout_s` seconds. A daemon, it never delays exit."""
         self._closed.set()
         while True:
             try:
@@ -112,17 +112,17 @@ class TrainStream:
         return not self._thread.is_alive()
 
     def restart(self, first_step: int, cursor: int, skip_ranges: Iterable[tuple[int, int]]) -> None:
-        """Go on from another step and cursor, passing over other samples; what was read ahead is dropped."""
+        """Continue from another step and cursor with other skip ranges; prefetched batches are dropped."""
         self.close()
         self._skip_ranges = merge_ranges(skip_ranges)
         self._start(first_step, cursor)
 
     def _start(self, first_step: int, cursor: int) -> None:
-        """Each thread has its own queue and end, so that one which outlives `close` in a slow read disturbs no other."""
+        """Start a thread with its own queue and stop event: one stuck in a slow read cannot disturb its successor."""
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=self._prefetch)
         self._closed = threading.Event()
-        place = first_step, cursor, self._skip_ranges, self._queue, self._closed
-        self._thread = threading.Thread(target=self._fill, args=place, name="megatrain-loader", daemon=True)
+        arguments = first_step, cursor, self._skip_ranges, self._queue, self._closed
+        self._thread = threading.Thread(target=self._fill, args=arguments, name="megatrain-loader", daemon=True)
         self._thread.start()
 
     def _fill(
@@ -145,7 +145,7 @@ class TrainStream:
                 batch = self._read_step(step, cursor, skip_ranges)
                 put(batch)
                 step, cursor = step + 1, batch.cursor
-        except BaseException as error:  # carried to the consumer, whatever it is
+        except BaseException as error:  # any error is raised in the consumer
             put(error)
 
     def _read_step(self, step: int, cursor: int, skip_ranges: list[tuple[int, int]]) -> StepBatch:
@@ -153,11 +153,11 @@ class TrainStream:
         rows = self._micro_batch_size * self._dp_size
         assert size > 0 and size % rows == 0, (size, self._micro_batch_size, self._dp_size)
         positions, cursor = take(cursor, size, skip_ranges)
-        mine = samples_of_rank(positions, self._micro_batch_size, self._dp_rank, self._dp_size)
-        windows = self._order.windows(mine.reshape(-1))
+        own = samples_of_rank(positions, self._micro_batch_size, self._dp_rank, self._dp_size)
+        windows = self._order.windows(own.reshape(-1))
         samples = np.stack([read_window(self._dataset, int(w), self._order.seq_len, self._vocab_size) for w in windows])
         hashes = np.array([sample_hash(ids) for ids in samples], dtype=np.uint64)
-        micro_batches = [self._micro_batch(part) for part in samples.reshape(*mine.shape, -1)]
+        micro_batches = [self._micro_batch(part) for part in samples.reshape(*own.shape, -1)]
         return StepBatch(micro_batches, hashes, size, cursor)
 
     def _micro_batch(self, samples: np.ndarray) -> MicroBatch:
@@ -167,7 +167,7 @@ class TrainStream:
 
 
 def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
-    """A micro-batch, with the ids of its documents where the token is given that ends each (and belongs to it)."""
+    """Return a micro-batch, with document ids if `end_of_document` is given; that token belongs to its document."""
     if end_of_document is None:
         return MicroBatch(tokens, labels)
     ends = (tokens == end_of_document).int()
@@ -175,9 +175,9 @@ def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: 
 
 
 def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
-    """Window `window`: up to `seq_len + 1` ids (int64) from token `window * seq_len` on (fewer only at the split's end).
+    """Return up to `seq_len + 1` ids (int64) from token `window * seq_len` on; fewer only at the split's end.
 
-    Raises `DataError` with file and offset when an id is outside the vocabulary.
+    Raises `DataError` with the id's place if one is outside the vocabulary.
     """
     start = window * seq_len
     ids = dataset.read(start, min(seq_len + 1, dataset.num_tokens - start))
@@ -201,11 +201,11 @@ def heldout_batches(
     vocab_size: int | None = None,
     end_of_document: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """One rank's share of a split's windows in file order: as many batches on every rank.
+    """Yield one rank's share of a split's windows in file order; every rank gets the same number of batches.
 
-    The split's last partial window takes part; what it and the last batch lack is filled with labels of `IGNORE_INDEX`.
-    Over all ranks each token but the split's first is a label exactly once. `max_samples` bounds the windows read;
-    `end_of_document` as in `TrainStream`.
+    The last, partial window is included. It and the last batch are padded with labels of `IGNORE_INDEX`. Over all ranks
+    each token except the split's first is a label exactly once. `max_samples` limits the number of windows;
+    `end_of_document` is as in `TrainStream`.
     """
     num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
     if max_samples is not None:

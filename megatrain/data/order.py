@@ -1,7 +1,7 @@
 """The order of samples: which window of the dataset is sample k of a run. No files, no tokens, no torch.
 
-Each epoch visits its windows in the order of a keyed bijection of 0..n-1, so that opening an epoch of any size costs
-nothing and any k can be asked for alone. Beside it, the cursor's arithmetic over skip ranges.
+Each epoch visits its windows in the order of a keyed bijection of 0..n-1. Starting an epoch of any size is free, and
+any sample can be looked up on its own. The cursor's arithmetic over skip ranges is here too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _ROUNDS = 8
 class SampleOrder:
     """Sample k of a run, a pure function of (dataset fingerprint, split, sequence length, seed, k).
 
-    Windows of `seq_len + 1` tokens start `seq_len` apart; the last partial one of an epoch is dropped. Raises
-    `ValueError` when the split is too short for one window.
+    Windows of `seq_len + 1` tokens start `seq_len` apart; an epoch's last partial window is dropped. Raises
+    `ValueError` if the split is too short for one window.
     """
 
     def __init__(self, fingerprint: str, split: str, seq_len: int, num_tokens: int, seed: int) -> None:
@@ -30,7 +30,10 @@ class SampleOrder:
         self._key = f"{fingerprint}|{split}|{seq_len}|{seed}"
 
     def windows(self, k: np.ndarray) -> np.ndarray:
-        """Window index (int64, same shape) of each sample number `k` (int64, from 0); window w starts at token w * seq_len."""
+        """Return the window (int64, same shape) of each sample number `k` (int64, from 0).
+
+        Window w starts at token w * seq_len.
+        """
         k = np.asarray(k, dtype=np.int64)
         epochs = k // self.samples_per_epoch
         windows = np.empty_like(k)
@@ -43,10 +46,11 @@ class SampleOrder:
 
 
 def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
-    """A keyed bijection of 0..n-1 at each of `index` (int64), in O(1) memory an element.
+    """Apply a keyed bijection of 0..n-1 to each element of `index` (int64), in O(1) memory an element.
 
-    A generalised Feistel network over Z_a x Z_a with a = ceil(sqrt(n)), whose domain a * a is barely larger than n,
-    walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A generalised Feistel network over Z_a x Z_a with a = ceil(sqrt(n)), whose domain a * a is barely larger than n. A
+    value of n or more is permuted again until it is below n: cycle walking (Black and Rogaway, "Ciphers with Arbitrary
+    Finite Domains", 2002).
     """
     a = np.uint64(math.isqrt(n - 1) + 1)
     round_keys = [np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed=r)) for r in range(_ROUNDS)]
@@ -63,14 +67,15 @@ def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), modulo 2**64."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), modulo 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(31))
+    return x
 
 
 def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted, disjoint `[start, stop)` ranges that cover the same positions; empty ones dropped."""
+    """Return sorted, disjoint `[start, stop)` ranges that cover the same positions; empty ranges are dropped."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((int(a), int(b)) for a, b in ranges):
         if start >= stop:
@@ -83,7 +88,10 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def take(cursor: int, count: int, skip_ranges: Iterable[tuple[int, int]] = ()) -> tuple[np.ndarray, int]:
-    """The next `count` sample numbers from `cursor` on that no skip range holds, and the cursor behind the last of them."""
+    """Return the next `count` sample numbers from `cursor` on that lie in no skip range, and the new cursor.
+
+    The new cursor is one past the last of them.
+    """
     pieces: list[np.ndarray] = []
     for start, stop in merge_ranges(skip_ranges):
         if count and cursor < start:

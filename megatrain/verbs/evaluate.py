@@ -58,7 +58,7 @@ class TextTokens:
         return self._ids[start : start + count].copy()
 
     def place(self, token: int) -> str:
-        """Return the token's number: a text's ids have no place in its file."""
+        """Return the token's index; ids of a text have no offset in its file."""
         return f"token {token}"
 
 

@@ -34,7 +34,7 @@ def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, 
     whole = f"changing/tiny/train.bin: bytes 0 to {size} are not what was prepared"
     as_it_was = f"cp {train} {train}.new && mv {train}.new {train}"
     for rank, step, command, says in [
-        (0, 7, f"truncate -s 1000 {train}", "cannot be read, for it ends at byte 1000 and the card"),
+        (0, 7, f"truncate -s 1000 {train}", "cannot be read: it ends at byte 1000, but the card"),
         (1, 13, f"head -c {size} /dev/zero | dd of={train} conv=notrunc status=none", whole),
         (1, 38, f"truncate -s 500 {heldout}", "changing/tiny/heldout.bin: bytes 0 to"),
     ]:

@@ -1,4 +1,4 @@
-"""A prepared dataset is checked by sizes at once, by hashes when first read, and wholly by `describe_dataset`."""
+"""A dataset is checked by sizes when opened, by hashes when first read, and completely by `describe_dataset`."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_reads_return_the_ids_that_were_written(make_dataset, small_blocks):
         assert got.dtype == np.int64 and np.array_equal(got, ids[start : start + count])
 
 
-def test_a_changed_block_is_found_when_it_is_first_read_and_no_sooner(make_dataset, small_blocks):
+def test_a_changed_block_is_found_when_it_is_first_read_and_not_before(make_dataset, small_blocks):
     folder = make_dataset(train=np.arange(1000))
     flip(folder / "train.bin", 600)  # block 2: bytes 512 to 768, tokens 256 to 384
     dataset = IndexedDataset.open(folder, "train")
@@ -63,24 +63,24 @@ def test_each_document_comes_back_with_its_own_ids(tmp_path):
     assert [ids.tolist() for ids in IndexedDataset.open(tmp_path, "train").documents()] == [[1, 2, 3, 9], [4, 9]]
 
 
-def write_anew(path, data):
+def write_in_place(path, data):
     path.write_bytes(data)
 
 
-def put_another_in_place(path, data):
+def replace_file(path, data):
     path.with_suffix(".new").write_bytes(data)
     path.with_suffix(".new").replace(path)
 
 
-def restore_the_times(path, data):
+def write_and_restore_times(path, data):
     before = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", [write_anew, put_another_in_place, restore_the_times])
+@pytest.mark.parametrize("change", [write_in_place, replace_file, write_and_restore_times])
 def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, small_blocks, monkeypatch, change):
-    """In place or by another file, its times set back or not: blocks that still are what they were are read, no other."""
+    """Written in place, replaced, or its times restored: unchanged blocks are still read, changed ones are refused."""
     monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
@@ -94,7 +94,7 @@ def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, sm
 
 
 def test_a_file_that_is_cut_while_it_is_open_says_where_it_ends(make_dataset, small_blocks, monkeypatch):
-    """With hashes and without; and nothing kills the process, as touching a map of the file would."""
+    """With and without hashes. Touching a memory map of the file would kill the process instead."""
     monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     for verify in (True, False):
@@ -102,7 +102,7 @@ def test_a_file_that_is_cut_while_it_is_open_says_where_it_ends(make_dataset, sm
         assert dataset.read(500, 1)[0] == 500
         os.truncate(folder / "train.bin", 700)
         with pytest.raises(
-            DataError, match=r"train\.bin: bytes 1000 to 1002 cannot be read, for it ends at byte 700 and the"
+            DataError, match=r"train\.bin: bytes 1000 to 1002 cannot be read: it ends at byte 700, but the"
         ):
             dataset.read(500, 1)
         (folder / "train.bin").write_bytes(np.arange(1000, dtype=np.uint16).tobytes())
@@ -113,7 +113,7 @@ def test_a_file_that_is_cut_while_it_is_open_says_where_it_ends(make_dataset, sm
         dataset.read(500, 1)
 
 
-def test_a_file_that_is_written_to_all_the_time_is_not_waited_for(make_dataset, monkeypatch):
+def test_reading_a_file_that_keeps_changing_gives_up(make_dataset, monkeypatch):
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
     monkeypatch.setattr(indexed_dataset.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))
@@ -147,10 +147,10 @@ def edit(change):
         (cut("train.idx", 1), "train.idx: "),
         (lambda folder: (folder / "train.bin").unlink(), "train.bin: no such file"),
         (cut("card.json", 40), "card.json: not a dataset card"),
-        (edit(lambda card: card.update(fingerprint="0" * 32)), "its fingerprint is not that of its own hashes"),
+        (edit(lambda card: card.update(fingerprint="0" * 32)), "its fingerprint does not match its own hashes"),
         (
             edit(lambda card: card["splits"]["train"].update(idx_hash="0" * 32)),
-            "its fingerprint is not that of its own hashes",
+            "its fingerprint does not match its own hashes",
         ),
         (edit(lambda card: card.update(format=99)), "card format 99"),
         (lambda folder: (folder / "card.json").write_text("[" * 200000), "card.json: not a dataset card"),
@@ -163,7 +163,7 @@ def edit(change):
         (edit(lambda card: card["splits"]["train"].update(dtype="foo")), "but the card says 10 foo"),
     ],
 )
-def test_a_dataset_that_is_not_whole_is_refused_before_it_is_read(make_dataset, change, message):
+def test_an_incomplete_dataset_is_refused_before_it_is_read(make_dataset, change, message):
     folder = make_dataset(train=np.arange(10))
     change(folder)
     for check in (check_dataset, lambda f: IndexedDataset.open(f, "train"), describe_dataset):
@@ -172,14 +172,14 @@ def test_a_dataset_that_is_not_whole_is_refused_before_it_is_read(make_dataset, 
         assert message in str(error.value)
 
 
-def test_what_is_missing_is_said_with_what_to_do(make_dataset, tmp_path):
+def test_what_is_missing_is_named_with_its_remedy(make_dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"no dataset at .*none; make it with: megatrain prepare"):
         check_dataset(tmp_path / "none")
     folder = make_dataset(train=np.arange(10))
     with pytest.raises(DataError, match=r"has no heldout split; prepare it with data.heldout_fraction above 0"):
         IndexedDataset.open(folder, "heldout")
     (folder / "card.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds .bin/.idx pairs \(train\) but no card.json.*data=megatron"):
+    with pytest.raises(ConfigError, match=r"has .bin/.idx pairs \(train\) but no card.json.*data=megatron"):
         check_dataset(folder)
     (folder / "train.idx").unlink()
     with pytest.raises(ConfigError, match=r"is not a prepared dataset"):
@@ -208,7 +208,7 @@ def test_the_fingerprint_covers_the_ids_the_index_and_the_splits(make_dataset, t
 
 @pytest.mark.parametrize(
     "name, at, message",
-    [("train.bin", 900, "train.bin: block at byte 768"), ("train.idx", 47, "train.idx: its hash is not")],
+    [("train.bin", 900, "train.bin: block at byte 768"), ("train.idx", 47, "train.idx: its hash does not match")],
 )
 def test_inspecting_finds_a_single_flipped_bit_anywhere(make_dataset, small_blocks, name, at, message):
     folder = make_dataset(train=np.arange(1000))
@@ -247,7 +247,8 @@ def test_checking_a_dataset_imports_no_torch(make_dataset):
     folder = make_dataset(train=np.arange(100))
     code = (
         "import sys; from pathlib import Path; from megatrain.data.card import check_dataset;"
-        "from megatrain.data import indexed_dataset, order, preparation; check_dataset(Path(sys.argv[1])); print('torch' in sys.modules)"
+        "from megatrain.data import indexed_dataset, order, preparation; check_dataset(Path(sys.argv[1]));"
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
