@@ -1,10 +1,10 @@
-"""Writes the table of refused combinations into docs/reference/layouts.md, from megatrain/parallel/layout.py."""
+"""Writes the table of refused combinations into docs/reference/layouts.md, from megatrain/parallel/rules.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatrain.parallel.layout import REFUSALS
+from megatrain.parallel.rules import REFUSALS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "layouts.md"
 BEGIN, END = "<!-- refusals: written by tools/layouts_reference.py -->\n", "<!-- end of refusals -->"

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.data.batch import MicroBatch
-from megatrain.parallel.layout import LOOPED, V_SHAPED, ZERO_BUBBLE, Layout
+from megatrain.parallel.layout import Layout
 from megatrain.parallel.schedules import Pipeline
+from megatrain.parallel.stages import LOOPED, V_SHAPED, ZERO_BUBBLE
 from megatrain.planner.timeline import Action, Span, Timeline, orders, simulate, theoretical_bubble
 from megatrain.report.timeline_drawing import draw
 

@@ -19,7 +19,7 @@ from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import decays
 from megatrain.optim.loss_scale import LossScaler
-from megatrain.parallel.layout import ZERO_BUBBLE
+from megatrain.parallel.stages import ZERO_BUBBLE
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor_rank: int = 0) -> int:

@@ -46,7 +46,7 @@ from megatrain.optim.adamw import MOMENTS, adamw, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
-from megatrain.parallel.layout import Layout
+from megatrain.parallel.layout import Layout, num_micro_batches
 from megatrain.parallel.mesh import make_groups
 
 _LOG = logging.getLogger("megatrain")
@@ -174,7 +174,7 @@ class DeepSpeedEngine:
             self.tensor_group = make_tensor_group(self.layout.tp)
         document = deepspeed_config(
             config,
-            config.train.global_batch_size // (config.train.micro_batch_size * self.layout.dp),
+            num_micro_batches(config.train.global_batch_size, config.train.micro_batch_size, self.layout.dp),
             world.device.type,
         )
         model = self._build_model(deepspeed, document)
@@ -388,7 +388,7 @@ class DeepSpeedEngine:
         micro_batches = [self._mine(micro_batch) for micro_batch in micro_batches]
         tokens = self._sum_over_data(on_device(count_tokens(micro_batches), self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters
-        factor = loss_factor(self.layout.dp * self.layout.cp, tokens)
+        factor = loss_factor(self.layout.dp_cp_size, tokens)
         dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
         for group in self.inner.param_groups:
             group["lr"] = lr

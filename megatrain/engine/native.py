@@ -44,11 +44,12 @@ from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
-from megatrain.parallel.layout import Layout, head_in_chunks, stage_layers
+from megatrain.parallel.layout import Layout, head_in_chunks
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import Stage
 from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
+from megatrain.parallel.stages import stage_layers
 from megatrain.parallel.tensor import cut_tensors
 from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
@@ -93,7 +94,7 @@ class NativeEngine:
         self.layout = Layout.of(config, world.size)
         self.place = self.layout.coordinate(world.rank)
         self.groups = make_groups(self.layout, world.rank, world.device) if world.size > 1 else None
-        self.is_sharded = self.layout.dp * self.layout.cp > 1
+        self.is_sharded = self.layout.dp_cp_size > 1
         self.compute = DTYPES[config.precision.name]
         self.scaler = LossScaler.from_config(config.precision)
         self.accumulate_in_master = (

@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatrain.parallel.layout import Coordinate, Layout
+from megatrain.parallel.grid import Grid
+from megatrain.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's neighbours on each axis. An axis of degree 1 has no group (None).
+    """This rank's process group on each axis, None on an axis of size 1.
 
-    `mesh` has the dimensions pp, replicate, shard, tp: data and context ranks hold the same parameters, so that sharding
-    runs over both of them at once.
+    `mesh` has the axes of `Layout.sharding_grid`: pp, replicate, shard, tp.
     """
 
     mesh: DeviceMesh
     pp: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
     tp: dist.ProcessGroup | None
-    ends: dist.ProcessGroup | None  # the first and the last pipeline stage, where they are on two ranks
+    ends: dist.ProcessGroup | None  # of the ranks with the first and the last pipeline stage
 
     @property
     def tensor_mesh(self) -> DeviceMesh:
@@ -32,34 +32,31 @@ class Groups:
 
 
 def make_groups(layout: Layout, rank: int, device: torch.device) -> Groups:
-    """The process groups of a layout. Every rank of the job must call it."""
-    replicas = layout.dp * layout.cp // layout.shards if layout.zero else layout.dp * layout.cp
-    shape = (layout.pp, replicas, layout.dp * layout.cp // replicas, layout.tp)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
-    context = None
-    if layout.cp > 1:
-        axes = (layout.pp, layout.dp, layout.cp, layout.tp)
-        context = init_device_mesh(device.type, axes, mesh_dim_names=("pp", "dp", "cp", "tp"))["cp"].get_group()
+    """Make the process groups of a layout. Collective over all ranks."""
+    mesh = _device_mesh(layout.sharding_grid, device)
     return Groups(
         mesh=mesh,
         pp=mesh["pp"].get_group() if layout.pp > 1 else None,
-        cp=context,
+        cp=_device_mesh(layout.grid, device)["cp"].get_group() if layout.cp > 1 else None,
         tp=mesh["tp"].get_group() if layout.tp > 1 else None,
         ends=_ends(layout, rank),
     )
 
 
+def _device_mesh(grid: Grid, device: torch.device) -> DeviceMesh:
+    return init_device_mesh(device.type, tuple(grid.sizes.values()), mesh_dim_names=tuple(grid.sizes))
+
+
 def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:
-    """The group of this rank and the one that holds the other end of the model, if this rank holds exactly one end."""
-    first = next(pp for pp in range(layout.pp) if 0 in layout.stages_of(pp))
-    last = next(pp for pp in range(layout.pp) if layout.num_stages - 1 in layout.stages_of(pp))
+    """Make the groups of the ranks with the first and the last stage; return this rank's, None where it has none."""
+    first, last = layout.pp_rank_of(0), layout.pp_rank_of(layout.num_stages - 1)
     if first == last:
         return None
-    mine = None
-    for inner in range(layout.world_size // layout.pp):
+    own_group = None
+    for inner in range(layout.world_size // layout.pp):  # the ranks of the first pipeline stage
         place = layout.coordinate(inner)
-        pair = [layout.rank(Coordinate(pp, *place[1:])) for pp in (first, last)]
+        pair = [layout.rank(place._replace(pp=pp)) for pp in (first, last)]
         group = dist.new_group(pair)  # collective: every rank makes every pair
         if rank in pair:
-            mine = group
-    return mine
+            own_group = group
+    return own_group

@@ -13,7 +13,8 @@ from math import prod
 from typing import NamedTuple
 
 from megatrain.config import TrainConfig
-from megatrain.parallel.layout import Refusal, divisors, refusal
+from megatrain.parallel.rule_checks import divisors
+from megatrain.parallel.rules import Refusal, refusal
 
 SCHEDULES = (
     ("gpipe", 1),

@@ -16,7 +16,8 @@ from math import prod
 from megatrain.config import TrainConfig
 from megatrain.model.count import parameter_shapes
 from megatrain.parallel import plan
-from megatrain.parallel.layout import Coordinate, Layout, stage_layers
+from megatrain.parallel.layout import Layout, num_micro_batches
+from megatrain.parallel.stages import stage_layers
 from megatrain.planner.timeline import orders
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
@@ -80,7 +81,7 @@ class _Step:
         self.place = self.layout.coordinate(rank)
         self.shapes = parameter_shapes(config.model)
         self.rows = config.train.micro_batch_size
-        self.num_micro_batches = config.train.global_batch_size // (self.rows * self.layout.dp)
+        self.num_micro_batches = num_micro_batches(config.train.global_batch_size, self.rows, self.layout.dp)
         self.length = config.train.seq_len // self.layout.cp
         self.compute = DTYPE_NAMES[config.precision.name]
         self.travel = "float32" if config.precision.name == "fp32" else DTYPE_NAMES[config.precision.reduce_dtype]
@@ -90,32 +91,15 @@ class _Step:
     # ------------------------------------------------------------------------------------------- groups
 
     def members(self, axis: str) -> tuple[int, ...]:
-        """The ranks of this rank's group on an axis."""
-        layout, place = self.layout, self.place
-        everyone = [(rank, layout.coordinate(rank)) for rank in range(layout.world_size)]
+        """Return the ranks of this rank's group: along an axis of either grid, of the whole world, or the pipeline's ends."""
+        layout = self.layout
         if axis == "world":
-            return tuple(rank for rank, _ in everyone)
-        if axis in ("pp", "cp", "tp"):
-            return tuple(rank for rank, other in everyone if other._replace(**{axis: 0}) == place._replace(**{axis: 0}))
+            return tuple(range(layout.world_size))
         if axis == "ends":
-            pairs = [self._stage_rank(stage) for stage in (0, layout.num_stages - 1)]
-            return tuple(layout.rank(Coordinate(pp, *place[1:])) for pp in sorted(set(pairs)))
-        beside = [
-            (rank, divmod(other.dp * layout.cp + other.cp, self.num_shards))
-            for rank, other in everyone
-            if (other.pp, other.tp) == (place.pp, place.tp)
-        ]
-        mine = divmod(place.dp * layout.cp + place.cp, self.num_shards)
-        same = 0 if axis == "shard" else 1
-        return tuple(rank for rank, other in beside if other[same] == mine[same])
-
-    @property
-    def num_shards(self) -> int:
-        """Ranks over which natively a parameter is cut: none at ZeRO 0."""
-        return self.layout.shards if self.layout.zero else 1
-
-    def _stage_rank(self, stage: int) -> int:
-        return next(pp for pp in range(self.layout.pp) if stage in self.layout.stages_of(pp))
+            pairs = {layout.pp_rank_of(stage) for stage in (0, layout.num_stages - 1)}
+            return tuple(layout.rank(self.place._replace(pp=pp)) for pp in sorted(pairs))
+        grid = layout.grid if axis in layout.grid.sizes else layout.sharding_grid
+        return grid.group(self.rank, axis)
 
     def traffic(self, reason: str, collective: str, axis: str, dtype: str, calls: int, elements: int) -> Traffic:
         """`elements` are those of all calls together."""
@@ -196,7 +180,7 @@ class _Step:
 
     def _zero(self, stage: int) -> Iterator[Traffic]:
         """Parameters gathered, gradients reduced: unit by unit."""
-        layout, shards = self.layout, self.num_shards
+        layout, shards = self.layout, self.layout.num_shards
         units = self._units(stage)
         if layout.zero == 0:
             modules = [names for unit in units for names in self._modules(unit)]
@@ -294,8 +278,8 @@ class _Step:
     def _held(self, name: str) -> int:
         """Elements of a parameter that this rank holds."""
         _, sizes = plan.block(name, self.shapes[name], self.layout.tp, self.place.tp)
-        index = (self.place.dp * self.layout.cp + self.place.cp) % self.num_shards
-        return plan.chunk(sizes[0], self.num_shards, index)[1] * prod(sizes[1:])
+        index = self.layout.dp_cp_rank(self.rank) % self.layout.num_shards
+        return plan.chunk(sizes[0], self.layout.num_shards, index)[1] * prod(sizes[1:])
 
     # ------------------------------------------------------------------------------------------- deepspeed
 
@@ -306,7 +290,7 @@ class _Step:
         yield self.traffic("tokens that count", ALL_REDUCE, "world", "int64", 1, 1)
         yield self.traffic("loss", ALL_REDUCE, "world", "float32", 1, 1)
         yield from self._autotp()
-        ranks = layout.dp * layout.cp
+        ranks = layout.dp_cp_size
         blocks = {name: plan.block(name, self.shapes[name], layout.tp, self.place.tp)[1] for name in self.shapes}
         numels = {name: prod(sizes) for name, sizes in blocks.items()}
         total = sum(numels.values())

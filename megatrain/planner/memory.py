@@ -16,7 +16,8 @@ from megatrain.config import ModelConfig, TrainConfig
 from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatrain.model.count import parameter_shapes
 from megatrain.parallel import plan
-from megatrain.parallel.layout import LOOPED, V_SHAPED, Coordinate, Layout, head_in_chunks, micro_batches, stage_layers
+from megatrain.parallel.layout import Coordinate, Layout, head_in_chunks
+from megatrain.parallel.stages import LOOPED, V_SHAPED, stage_layers
 from megatrain.planner import activations, timeline
 from megatrain.planner.activations import BYTES
 
@@ -121,7 +122,7 @@ class MemoryModel:
 
     def of_rank(self, config: TrainConfig, layout: Layout, rank: int) -> Memory:
         """What one rank holds."""
-        number = max(micro_batches(config, layout.world_size))
+        number = max(layout.micro_batches(config.train))
         return self._at(config, layout, layout.coordinate(rank), self._stages(config, layout), number)
 
     def largest(self, config: TrainConfig, layout: Layout) -> Memory:
@@ -130,9 +131,9 @@ class MemoryModel:
         Along all axes but the pipeline's the first rank has the largest shares; of pipeline ranks that are made of the same
         the first holds the most micro-batches.
         """
-        ranks, number = self._stages(config, layout), max(micro_batches(config, layout.world_size))
+        ranks, number = self._stages(config, layout), max(layout.micro_batches(config.train))
         firsts = {stages: pp for pp, stages in reversed(list(enumerate(ranks)))}.values()
-        found = (self._at(config, layout, Coordinate(pp, 0, 0, 0), ranks, number) for pp in firsts)
+        found = (self._at(config, layout, Coordinate(pp=pp), ranks, number) for pp in firsts)
         return max(found, key=sum)
 
     def _at(
@@ -147,9 +148,9 @@ class MemoryModel:
         stages = ranks[place.pp]
         formats = config.precision
         if layout.engine == "native":
-            shards = layout.shards if layout.zero else 1
+            shards = layout.num_shards
             cut = _Cut(layout.tp, place.tp, shards, (place.dp * layout.cp + place.cp) % shards)
-            sharded = layout.dp * layout.cp > 1
+            sharded = layout.dp_cp_size > 1
             # A pipeline of torch's reduces at the step's end and never lets go of parameters after a backward pass: stages
             # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
@@ -157,7 +158,7 @@ class MemoryModel:
             dtypes = (formats.name, formats.reduce_dtype, config.optim.moments)
             states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
         else:
-            cut = _Cut(layout.tp, place.tp, layout.dp * layout.cp, place.dp * layout.cp + place.cp)
+            cut = _Cut(layout.tp, place.tp, layout.dp_cp_size, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
         on_gpu = config.launch.device != "cpu"  # auto: memory is asked about for GPUs

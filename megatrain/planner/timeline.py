@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatrain.parallel.layout import LOOPED, V_SHAPED, ZERO_BUBBLE
+from megatrain.parallel.stages import LOOPED, V_SHAPED, ZERO_BUBBLE
 
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """What a stage's actions cost relative to its forward: a matrix product has two in the backward pass."""

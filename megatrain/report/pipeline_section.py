@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatrain.parallel.layout import LOOPED, V_SHAPED
+from megatrain.parallel.layout import data_parallel_degree, num_micro_batches
+from megatrain.parallel.stages import LOOPED, V_SHAPED
 from megatrain.planner.timeline import orders, simulate, theoretical_bubble
 from megatrain.report.timeline_drawing import draw
 
@@ -15,16 +16,17 @@ from megatrain.report.timeline_drawing import draw
 def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, str] | None:
     """`svg` and `text` for the page, None for a run without a pipeline or of which too little is known."""
     starts = [event for event in events if event["kind"] in ("start", "resume")]
-    world_size = starts[-1].get("world_size") if starts else None
+    world_size: Any = starts[-1].get("world_size") if starts else None
     parallel, train = config.get("parallel"), config.get("train")
     if not isinstance(parallel, dict) or not isinstance(train, dict):
         return None
     tp, pp, cp, v = (parallel.get(name, 1) for name in ("tp", "pp", "cp", "virtual_stages"))
-    batch, micro = train.get("global_batch_size"), train.get("micro_batch_size")
+    batch: Any = train.get("global_batch_size")
+    micro: Any = train.get("micro_batch_size")
     schedule = parallel.get("schedule", "1f1b")
     if not all(type(value) is int and value > 0 for value in (world_size, tp, pp, cp, v, batch, micro)) or pp == 1:
         return None
-    count = batch // (micro * max(1, world_size // (tp * pp * cp)))
+    count = num_micro_batches(batch, micro, data_parallel_degree(world_size, (tp, pp, cp)))
     if not _fits(schedule, pp, v, count):
         return None
     # what a step waits for does not grow with its micro-batches: a long one is simulated short, and drawn shorter

@@ -50,7 +50,8 @@ from megatrain.errors import (
 )
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
-from megatrain.parallel import layout as layouts
+from megatrain.parallel import rules
+from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.heartbeat import Heartbeat
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
@@ -84,14 +85,14 @@ def run(config: TrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     environment = RankEnvironment.from_environ()
     heartbeat = Heartbeat.from_environ(environment.local_rank)
-    layouts.check(config, environment.world_size)
+    rules.check(config, environment.world_size)
     with (
         log_to(run_folder(config), environment.rank),
         answer_with_stacks(stack_file(run_folder(config), environment.rank)),
     ):
         warn_of_other_count(config, environment)
         data = open_data(config)
-        layouts.check(data.config, environment.world_size)  # again, now that the vocabulary is known
+        rules.check(data.config, environment.world_size)  # again, now that the vocabulary is known
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -166,7 +167,7 @@ def work(
     before."""
     config = data.config
     run_dir = run_folder(config)
-    layout = layouts.Layout.of(config, world.size)
+    layout = Layout.of(config, world.size)
     may_write = owner.check if owner else lambda: None
     trackers = build_trackers(config, run_dir) if world.is_main else None
     journal = Journal(run_dir if world.is_main else None, trackers, may_write)
@@ -243,7 +244,7 @@ def peak_memory(world: World) -> dict[str, int]:
 def train(
     config: TrainConfig,
     world: World,
-    layout: layouts.Layout,
+    layout: Layout,
     engine: Engine,
     store: CheckpointStore,
     memory: MemoryStore | None,
@@ -321,7 +322,7 @@ def train(
 
 
 def compare_ranks(
-    config: TrainConfig, world: World, layout: layouts.Layout, journal: Journal
+    config: TrainConfig, world: World, layout: Layout, journal: Journal
 ) -> Callable[[int, list[float]], None]:
     """What takes every rank's own seconds of a step, and on the main rank says who is slow."""
     hosts = world.all_gather_json(socket.gethostname())
@@ -428,7 +429,7 @@ def open_data(config: TrainConfig) -> OpenData:
 
 
 def heldout_reader(
-    config: TrainConfig, world: World, layout: layouts.Layout, data: OpenData
+    config: TrainConfig, world: World, layout: Layout, data: OpenData
 ) -> Callable[[], Iterable[MicroBatch]] | None:
     """What gives this rank's held-out batches, from the first on, each time it is called."""
     heldout = data.heldout
@@ -532,7 +533,7 @@ def run_info(
     run_dir: Path,
     data: OpenData,
     world: World,
-    layout: layouts.Layout,
+    layout: Layout,
     resumed_from_step: int | None,
 ) -> RunInfo:
     """What trackers are told once."""
@@ -545,7 +546,7 @@ def run_info(
         flops_per_token=flops_per_token(config.model, config.train.seq_len),
         world_size=world.size,
         device=str(world.device.type),
-        layout=layouts.describe(config, layout),
+        layout=describe(config, layout),
         dataset=asdict(data.card),
         dataset_fingerprint=data.fingerprint,
         git_commit=git_commit(Path(__file__).parent),

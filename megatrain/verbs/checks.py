@@ -30,7 +30,7 @@ from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.kernels import MAX_ROW
 from megatrain.launch.slurm import Step, num_nodes
-from megatrain.parallel.layout import divisors, listed
+from megatrain.parallel.rule_checks import divisors, listed
 from megatrain.tracking.sweep_record import is_sweep_folder
 
 LAST_SAMPLE = 2**62
@@ -236,11 +236,12 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
 
 def check_layout(config: TrainConfig, ranks: int) -> None:
     """Degrees that divide the ranks, batches that divide over the data-parallel ones, then the table of combinations."""
-    from megatrain.parallel import layout
+    from megatrain.parallel import rules
+    from megatrain.parallel.layout import Layout
 
-    layout.check_degrees(config, ranks)
-    check_batches(config.train, layout.Layout.of(config, ranks).dp)
-    layout.check(config, ranks)
+    rules.check_degrees(config, ranks)
+    check_batches(config.train, Layout.of(config, ranks).dp)
+    rules.check(config, ranks)
 
 
 def _nearest_divisors(given: int, number: int) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 from megatrain.config import LayoutsConfig, TrainConfig
 from megatrain.errors import ConfigError
 from megatrain.model.count import num_parameters
-from megatrain.parallel.layout import Layout, Refusal
+from megatrain.parallel.layout import Layout
+from megatrain.parallel.rules import Refusal
 from megatrain.planner.candidates import SCHEDULES, Axes, Candidate, judge
 from megatrain.planner.memory import KINDS, Memory, MemoryModel
 from megatrain.verbs.checks import check_batches, check_loop
@@ -293,7 +294,7 @@ def _given_keys(config: LayoutsConfig) -> list[str]:
 
 
 def _message(refusal: Refusal, config: TrainConfig, world_size: int) -> str:
-    return refusal.text(config, world_size) or refusal.summary
+    return refusal.check(config, world_size) or refusal.summary
 
 
 def _distance(row: Row, config: LayoutsConfig) -> tuple[int, ...]:

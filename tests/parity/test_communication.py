@@ -7,7 +7,7 @@ from support.collectives import CELLS, cell, expected, second_step
 from support.ranks import run_ranks
 
 from megatrain.model.count import num_parameters
-from megatrain.parallel.layout import check
+from megatrain.parallel.rules import check
 from megatrain.planner.communication import (
     ALL_GATHER,
     ALL_REDUCE,

@@ -13,7 +13,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.engine.common import choose_kernels
 from megatrain.kernels import choice, linear
-from megatrain.parallel.layout import check
+from megatrain.parallel.rules import check
 from megatrain.parallel.sharding import local
 
 INTERLEAVED = {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b"}

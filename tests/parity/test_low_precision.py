@@ -9,7 +9,7 @@ from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
-from megatrain.parallel.layout import check
+from megatrain.parallel.rules import check
 
 
 def losses(world, config, folder=None, first=1, last=12):

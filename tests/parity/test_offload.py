@@ -12,7 +12,7 @@ from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
-from megatrain.parallel.layout import check
+from megatrain.parallel.rules import check
 
 BUILD_S = 600
 """Seconds that the first rank may need to build DeepSpeed's asynchronous input and output."""

@@ -11,7 +11,8 @@ from support.ranks import run_ranks
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
-from megatrain.parallel.layout import Layout, check
+from megatrain.parallel.layout import Layout
+from megatrain.parallel.rules import check
 
 SAVED_AT, LAST = 3, 7
 LAYOUTS = {

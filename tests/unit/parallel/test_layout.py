@@ -12,7 +12,9 @@ import pytest
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.errors import ConfigError
-from megatrain.parallel.layout import REFUSALS, Layout, balanced, check, describe, refusal, stage_layers
+from megatrain.parallel.layout import Layout, describe
+from megatrain.parallel.rules import REFUSALS, check, refusal
+from megatrain.parallel.stages import balance_layers, stage_layers
 
 
 def job(engine="deepspeed", zero=3, precision="fp32", accumulate="fp32", reduce="fp32", compiled=False, **changes):
@@ -43,7 +45,7 @@ REFUSED = {
         (
             native(parallel__tp=3),
             3,
-            "model.num_heads=8 does not divide by parallel.tp=3: 1, 2, 4, 8 do",
+            "model.num_heads=8 is not divisible by parallel.tp=3; its divisors are 1, 2, 4, 8",
             dict(parallel__tp=1),
         ),
         (native(parallel__tp=8), 8, "model.num_kv_heads=4", dict(parallel__tp=4)),
@@ -125,7 +127,7 @@ REFUSED = {
     "hybrid": [
         (job(parallel__dp_replicate=2), 4, "engine=native", dict(engine__name="native")),
         (native(zero=0, parallel__dp_replicate=2), 4, "parallel.zero=1", dict(parallel__zero=1)),
-        (native(parallel__dp_replicate=3), 4, "1, 2, 4 do", dict(parallel__dp_replicate=2)),
+        (native(parallel__dp_replicate=3), 4, "divisors are 1, 2, 4", dict(parallel__dp_replicate=2)),
     ],
     "offload": [
         (native(engine__offload="cpu"), 2, "engine=deepspeed", dict(engine__name="deepspeed")),
@@ -361,7 +363,7 @@ def test_blocks_are_dealt_as_evenly_as_can_be(layers, stages, before, after):
         loads[-1] += after
         return max(loads)
 
-    counts = balanced(layers, stages, before, after)
+    counts = balance_layers(layers, stages, before, after)
     others = [split for split in product(range(1, layers + 1), repeat=stages) if sum(split) == layers]
     assert sum(counts) == layers and min(counts) >= 1
     assert heaviest(counts) == min(heaviest(split) for split in others)
@@ -379,5 +381,5 @@ def test_a_split_can_be_given():
 
 def test_the_table_needs_no_torch():
     """Checking a layout imports no torch."""
-    code = "import sys, megatrain.parallel.layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatrain.parallel.rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 
 from megatrain import cli
 from megatrain.config.compose import compose
-from megatrain.parallel.layout import check
+from megatrain.parallel.rules import check
 from megatrain.planner.candidates import Candidate
 from megatrain.verbs.layouts import axes_of, find, job_of
 
@@ -84,13 +84,13 @@ def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        (["parallel.tp=3"], ["64 ranks do not divide by parallel.tp=3", "without parallel.tp=3"]),
+        (["parallel.tp=3"], ["64 ranks are not divisible by parallel.tp=3", "without parallel.tp=3"]),
         (["engine=deepspeed", "parallel.pp=2"], ["engine=native", "without parallel.pp=2", "without engine.name"]),
         (
             ["train.global_batch_size=7", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"],
             ["train.global_batch_size=7", "without train.global_batch_size=7"],
         ),
-        (["parallel.tp=16"], ["model.num_kv_heads=8 does not divide by parallel.tp=16: 1, 2, 4, 8 do"]),
+        (["parallel.tp=16"], ["model.num_kv_heads=8 is not divisible by parallel.tp=16; its divisors are 1, 2, 4, 8"]),
         (["train.seq_len=100000"], ["is longer than the model takes"]),
     ],
 )

@@ -1,0 +1,296 @@
+"""The table of what cannot be combined, as data. Everything else is legal. Imports no torch.
+
+Each row names a combination, says why it is refused and what to change. Messages, tests and a page of the docs are
+generated from the table, and the engines rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from megatrain.config import TrainConfig
+from megatrain.errors import ConfigError
+from megatrain.parallel import rule_checks
+from megatrain.parallel.stages import ZERO_BUBBLE
+
+
+class Above(NamedTuple):
+    """A condition: the value is larger."""
+
+    limit: float
+
+
+class Not(NamedTuple):
+    """A condition: the value is another one."""
+
+    value: object
+
+
+class OneOf(NamedTuple):
+    """A condition: the value is among these."""
+
+    values: tuple[object, ...]
+
+
+class Combination:
+    """A check that refuses a job where each key of `when` meets its condition; a plain value must be equal.
+
+    `message` is a format string over the config, as in `{parallel.tp}`.
+    """
+
+    def __init__(self, when: Mapping[str, object], message: str) -> None:
+        self.conditions = [(attrgetter(key), condition) for key, condition in when.items()]
+        self.message = message
+
+    def __call__(self, config: TrainConfig, _: int) -> str | None:
+        """Return the message where the combination applies, None elsewhere."""
+        if all(_meets(value(config), condition) for value, condition in self.conditions):
+            return self.message.format_map(vars(config))
+        return None
+
+
+def _meets(value: Any, condition: object) -> bool:
+    if isinstance(condition, Above):
+        return bool(value > condition.limit)
+    if isinstance(condition, Not):
+        return bool(value != condition.value)
+    if isinstance(condition, OneOf):
+        return value in condition.values
+    return bool(value == condition)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row of the table: a combination that is refused, why, and what to change.
+
+    `check(config, world_size)` returns the message where the row applies, None elsewhere. `summary` is for the docs.
+    """
+
+    name: str
+    summary: str
+    check: Callable[[TrainConfig, int], str | None]
+
+
+SPLIT_BACKWARD: dict[str, object] = {"parallel.pp": Above(1), "parallel.schedule": OneOf(ZERO_BUBBLE)}
+
+REFUSALS = (
+    Refusal("world_does_not_factor", "a number of ranks not divisible by tp x cp x pp", rule_checks.world_size),
+    Refusal(
+        "deepspeed_pipeline",
+        "a pipeline under engine=deepspeed: its PipelineModule refuses ZeRO 2 and 3",
+        Combination(
+            {"engine.name": "deepspeed", "parallel.pp": Above(1)},
+            "parallel.pp={parallel.pp} needs engine=native",
+        ),
+    ),
+    Refusal("tensor_cuts", "heads, key-value heads or ffn width not divisible by tp", rule_checks.tensor_cuts),
+    Refusal(
+        "vocabulary_cut",
+        "deepspeed with a vocabulary so small that a tensor rank gets no row of it",
+        rule_checks.vocabulary_cut,
+    ),
+    Refusal("ulysses_heads", "ulysses with a tensor rank's heads not divisible by cp", rule_checks.ulysses_heads),
+    Refusal("sequence_cut", "sequences not divisible into equal pieces", rule_checks.sequence_cut),
+    Refusal(
+        "ring_dropout",
+        "ring attention with dropout: its blocks would draw masks that no single process draws",
+        Combination(
+            {"parallel.cp": Above(1), "parallel.cp_kind": "ring", "model.dropout": Above(0)},
+            "parallel.cp_kind=ring does not support dropout inside attention (model.dropout={model.dropout:g}); use "
+            "parallel.cp_kind=ulysses or model.dropout=0",
+        ),
+    ),
+    Refusal(
+        "virtual_stages",
+        "a number of stages a rank that the schedule does not support",
+        rule_checks.virtual_stages,
+    ),
+    Refusal("stages", "more stages than blocks, or a split that does not add up", rule_checks.stages),
+    Refusal("micro_batches", "fewer micro-batches than the schedule needs", rule_checks.micro_batches),
+    Refusal("hybrid", "hybrid sharding under DeepSpeed, at ZeRO 0, or in unequal groups", rule_checks.hybrid_sharding),
+    Refusal(
+        "offload",
+        "offload under native, of what is not sharded, without a place, or of parameters to a disk",
+        rule_checks.offload,
+    ),
+    Refusal(
+        "zero_bubble_recompute",
+        "zero-bubble schedules with recompute: each half of the backward pass would recompute again",
+        Combination(
+            {**SPLIT_BACKWARD, "train.recompute": Not("none")},
+            "parallel.schedule={parallel.schedule} runs the backward pass in two halves, and "
+            "train.recompute={train.recompute} would recompute in each; use train.recompute=none or "
+            "parallel.schedule=interleaved_1f1b",
+        ),
+    ),
+    Refusal(
+        "zero_bubble_compile",
+        "zero-bubble schedules with compile: the backward pass of a compiled block cannot be split",
+        Combination(
+            {**SPLIT_BACKWARD, "compile": True},
+            "parallel.schedule={parallel.schedule} splits the backward pass, which compiled blocks do not support; use "
+            "compile=false or parallel.schedule=interleaved_1f1b",
+        ),
+    ),
+    Refusal(
+        "deepspeed_bf16_moments",
+        "moments in bf16 under DeepSpeed, whose partitions hold them in fp32",
+        Combination(
+            {"engine.name": "deepspeed", "optim.moments": "bf16"},
+            "optim.moments=bf16 needs engine=native: DeepSpeed's partitions hold moments in fp32",
+        ),
+    ),
+    Refusal(
+        "deepspeed_fp8",
+        "fp8 under DeepSpeed, whose hooks and partitions are untested with torchao's layers",
+        Combination(
+            {"engine.name": "deepspeed", "precision.name": "fp8"},
+            "precision=fp8 needs engine=native; use that, or precision=bf16",
+        ),
+    ),
+    Refusal(
+        "fp8_tensor",
+        "fp8 with tensor ranks: they would have to agree on the scale of a cut tensor",
+        Combination(
+            {"precision.name": "fp8", "parallel.tp": Above(1)},
+            "precision=fp8 with parallel.tp={parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
+            "short), or precision=bf16",
+        ),
+    ),
+    Refusal(
+        "fp8_zero_bubble",
+        "fp8 under zero-bubble schedules: its layers compute both gradients whichever is asked for",
+        Combination(
+            {"precision.name": "fp8", **SPLIT_BACKWARD},
+            "precision=fp8 with parallel.schedule={parallel.schedule}, which splits the backward pass, would compute "
+            "every gradient twice; use parallel.schedule=interleaved_1f1b or precision=bf16",
+        ),
+    ),
+    Refusal(
+        "fp8_tokens",
+        "fp8 with a micro-batch whose tokens are not a multiple of 16, as its matrix products need",
+        rule_checks.fp8_tokens,
+    ),
+    Refusal("fp32_low_sums", "precision=fp32 with gradients summed or reduced in less", rule_checks.fp32_low_sums),
+    Refusal(
+        "foreign_accumulate_dtype",
+        "gradients summed in a format that is neither fp32 nor the compute format",
+        rule_checks.accumulate_dtype,
+    ),
+    Refusal(
+        "foreign_reduce_dtype",
+        "gradients reduced in a format that is neither fp32 nor the compute format",
+        rule_checks.reduce_dtype,
+    ),
+    Refusal(
+        "native_low_accumulation",
+        "native on several ranks with gradients summed in less than fp32: FSDP2 sums shards in the masters' format",
+        rule_checks.native_accumulation,
+    ),
+    Refusal(
+        "native_low_reduction",
+        "native with gradients reduced in less than fp32 where FSDP2 would sum micro-batches in that format too",
+        rule_checks.native_reduction,
+    ),
+    Refusal(
+        "deepspeed_zero0_fp32_accumulation",
+        "low precision with fp32 sums at DeepSpeed's ZeRO 0, which does not implement them",
+        Combination(
+            {
+                "engine.name": "deepspeed",
+                "parallel.zero": 0,
+                "precision.name": Not("fp32"),
+                "precision.accumulate_dtype": "fp32",
+            },
+            "DeepSpeed cannot accumulate {precision.name} gradients in fp32 at parallel.zero=0; use parallel.zero=1 "
+            "(the same memory on one rank, less on more), or precision.accumulate_dtype={precision.name}",
+        ),
+    ),
+    Refusal(
+        "deepspeed_zero0_fp16",
+        "fp16 at DeepSpeed's ZeRO 0, whose optimizer does not scale the loss",
+        Combination(
+            {"engine.name": "deepspeed", "parallel.zero": 0, "precision.name": "fp16"},
+            "DeepSpeed's unsharded fp16 optimizer does not scale the loss; use parallel.zero=1 or precision=bf16",
+        ),
+    ),
+    Refusal(
+        # measured in bf16 on two tensor ranks: 1.687 where one process and ZeRO 1 to 3 have a norm of 2.366
+        "deepspeed_zero0_low_tensor",
+        "low precision with tensor ranks at DeepSpeed's ZeRO 0, whose gradient norm is the first tensor rank's alone",
+        Combination(
+            {
+                "engine.name": "deepspeed",
+                "parallel.zero": 0,
+                "parallel.tp": Above(1),
+                "precision.name": Not("fp32"),
+            },
+            "DeepSpeed's unsharded {precision.name} optimizer clips by the first tensor rank's gradients alone; use "
+            "parallel.zero=1 or parallel.tp=1",
+        ),
+    ),
+    Refusal(
+        "deepspeed_tensor_compiled_dropout",
+        "compiled blocks with dropout on DeepSpeed's tensor ranks: untested that heads draw different masks there",
+        Combination(
+            {
+                "engine.name": "deepspeed",
+                "parallel.tp": Above(1),
+                "compile": True,
+                "model.dropout": Above(0),
+            },
+            "compile=true with model.dropout={model.dropout:g} and parallel.tp={parallel.tp} under engine=deepspeed: "
+            "use compile=false, model.dropout=0 or engine=native",
+        ),
+    ),
+    Refusal(
+        # seen: "c10d._allgather_base_ encountered during backward but not found in storage", on two ranks
+        "deepspeed_zero3_selective",
+        "selective recompute at DeepSpeed's ZeRO 3: it gathers inside the block, which the recompute cannot repeat",
+        Combination(
+            {"engine.name": "deepspeed", "parallel.zero": 3, "train.recompute": "selective"},
+            "train.recompute=selective fails under DeepSpeed at parallel.zero=3, which gathers parameters inside the "
+            "recomputed block; use train.recompute=full, parallel.zero=2 or engine=native",
+        ),
+    ),
+    Refusal(
+        # measured on a 2-block model: 11 graph fragments, torch's recompile limit hit, losses bit-equal to uncompiled
+        "deepspeed_zero3_compile",
+        "compile at DeepSpeed's ZeRO 3, whose hooks split every block into fragments",
+        Combination(
+            {"engine.name": "deepspeed", "parallel.zero": 3, "compile": True},
+            "compile=true does nothing under DeepSpeed at parallel.zero=3, whose hooks split every block into "
+            "fragments; use parallel.zero=2, or compile=false",
+        ),
+    ),
+)
+"""The refused rows. The first one that applies gives the message."""
+
+
+def refusal(config: TrainConfig, world_size: int) -> Refusal | None:
+    """Return the row that refuses a job, None where the job is legal."""
+    return next((row for row in REFUSALS if row.check(config, world_size) is not None), None)
+
+
+def check_degrees(config: TrainConfig, world_size: int) -> None:
+    """Refuse degrees whose product the ranks are not divisible by. Other checks need a data-parallel degree.
+
+    Raises:
+        ConfigError: with numbers of ranks that work.
+    """
+    if text := rule_checks.world_size(config, world_size):
+        raise ConfigError(text)
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Refuse an illegal combination.
+
+    Raises:
+        ConfigError: with the reason and the nearest legal change.
+    """
+    for row in REFUSALS:
+        if text := row.check(config, world_size):
+            raise ConfigError(text)
