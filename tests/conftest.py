@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a rank, the helpers of this folder importable by name, and one small job to compare with."""
+"""Shared by all tests: one thread a rank, the helpers in tests/support, and one small job to compare with."""
 
 from __future__ import annotations
 
@@ -18,17 +18,37 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  
 
 
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist (--dist loadgroup): whole jobs are one group, for they share a dataset, a run to compare with and a
-    cluster; each file of the others is one, for what its fixtures make."""
+    """Mark what pytest-xdist (--dist loadgroup) must keep in one process.
+
+    Whole jobs share a dataset, a run to compare with and a cluster; the unit tests of a file share its fixtures. Parity
+    tests share only runs that are cheap to repeat, and go to whichever process is free.
+    """
     for item in items:
         parts = item.path.parts
-        jobs = {"chaos", "slurm", "e2e"} & set(parts)
-        item.add_marker(pytest.mark.xdist_group("jobs" if jobs else item.path.stem))
+        if {"chaos", "slurm", "e2e"} & set(parts):
+            item.add_marker(pytest.mark.xdist_group("jobs"))
+        elif "parity" not in parts:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With MEGATRAIN_FORBID_SKIPS=1, as CI sets it, fail every test that would be skipped, unless a GPU is the reason.
+
+    A skip would otherwise hide that a program or a library that the tests need is not installed.
+    """
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("MEGATRAIN_FORBID_SKIPS") == "1":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "GPU" not in reason:
+            report.outcome = "failed"
+            report.longrepr = f"MEGATRAIN_FORBID_SKIPS=1, but this test was skipped: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with a small prepared dataset, shared by all: a run's name belongs to one test."""
+    """A folder with a small prepared dataset, shared by all tests: each uses run names of its own."""
     from support.commands import megatrain
 
     folder = tmp_path_factory.mktemp("work")
@@ -44,7 +64,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(workplace):
-    """The metrics of a run of two ranks, ZeRO-3, that nothing disturbed; it is called `undisturbed`."""
+    """The metrics of an undisturbed run of two ranks under ZeRO-3. The run's name is `undisturbed`."""
     from support.commands import TRAIN, megatrain, metrics
 
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
@@ -54,7 +74,7 @@ def undisturbed(workplace):
 
 @pytest.fixture(scope="session")
 def undisturbed_native(workplace):
-    """The same on the native engine, whose processes start in half the time; it is called `undisturbed-native`."""
+    """The same on the native engine, which starts in half the time. The run's name is `undisturbed-native`."""
     from support.commands import TWO_NATIVE, megatrain, metrics
 
     done = megatrain(workplace, *TWO_NATIVE, "run.name=undisturbed-native")

@@ -1,5 +1,62 @@
 #!/usr/bin/env bash
-# Installs megatrain into .venv (the first time) and runs the tests. Arguments go to pytest: bash tools/test.sh tests/unit
+# Installs megatrain into .venv (the first time) and runs the tests, tier by tier:
+#
+#   bash tools/test.sh               unit, parity and e2e: at most 15 minutes on two cores
+#   bash tools/test.sh --all         chaos and slurm too: everything, at most 30 minutes
+#   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
+#
+# Exits with 1 if a test failed or a tier ran no test. The last line sums the tiers up in pytest's own form.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec .venv/bin/python -m pytest "$@"
+pytest=(.venv/bin/python -m pytest)
+
+tiers=(unit parity e2e)
+if [ "${1:-}" = --all ] && [ $# -eq 1 ]; then
+  tiers+=(chaos slurm)
+elif [ $# -gt 0 ]; then
+  exec "${pytest[@]}" "$@"
+fi
+
+# A process per core. Tests of one group share one (tests/conftest.py). The other tiers run one test at a time: they
+# measure hangs, restarts and signals, and a busy machine would disturb them.
+parallel=(-n logical --maxprocesses 8 --dist loadgroup)
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+results=()
+failed=0
+
+run_tier() {
+  local tier=$1 start=$SECONDS result=passed
+  shift
+  echo "== $tier"
+  if ! "${pytest[@]}" "tests/$tier" "$@" 2>&1 | tee -a "$output"; then
+    result=FAILED
+    failed=1
+  fi
+  results+=("$(printf '%-8s %-6s %5d s' "$tier" "$result" $((SECONDS - start)))")
+}
+
+for tier in "${tiers[@]}"; do
+  case $tier in
+    unit) run_tier unit "${parallel[@]}" ;;
+    parity) run_tier parity "${parallel[@]}" ;;
+    *) run_tier "$tier" ;;
+  esac
+done
+
+echo
+printf '%s\n' "${results[@]}"
+.venv/bin/python - "$output" "$SECONDS" <<'SUM'
+import re, sys
+from collections import Counter
+
+totals = Counter()
+for line in open(sys.argv[1], errors="replace"):
+    if re.fullmatch(r"=+ .* in [\d.]+s( \([\d:]+\))? =+", line.strip()):  # a tier's closing line
+        for count, outcome in re.findall(r"(\d+) (failed|passed|skipped|xfailed|xpassed|error)", line):
+            totals[outcome] += int(count)
+words = [f"{totals[o]} {o}" for o in ("failed", "passed", "skipped", "xfailed", "xpassed", "error") if totals[o]]
+print(f" {', '.join(words) or 'no tests ran'} in {sys.argv[2]}.00s ".center(80, "="))
+SUM
+exit "$failed"
