@@ -91,6 +91,36 @@ def test_pieces_of_rows_round_as_the_whole():
         assert sum(len(values) for _, values in part.values()) < sum(len(values) for _, values in whole.values())
 
 
+NUDGES = 50
+
+
+def nudged(world, config):
+    """Return this rank's second moments after many steps, each of which asks for less than half a unit in the last place.
+
+    They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where bf16's neighbours lie 0.0078 apart.
+    """
+    engine = build_engine(config, world)
+    for held in engine.held:
+        engine.optimizer.state[held.master]["exp_avg_sq"].fill_(1.0)
+    for step in range(1, NUDGES + 1):
+        for held in engine.held:
+            held.master.grad = torch.full_like(held.master, 2.0)
+        engine.optimizer.train_step = step
+        engine.optimizer.step()
+    return torch.cat([engine.optimizer.state[held.master]["exp_avg_sq"].float().flatten() for held in engine.held])
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 3})], ids=str)
+def test_changes_too_small_for_bf16_add_up_over_the_steps(ranks, changes):
+    """The mean is that of exact arithmetic. Rounded to nearest, every moment would stay at 1 for ever."""
+    config = low("bf16", **changes)
+    config.optim.betas = [0.9, 0.999]
+    exact = 4.0 - 3.0 * 0.999**NUDGES
+    for found in run_ranks(nudged, ranks, config):
+        assert found.numel() > 1000
+        assert found.mean().item() == pytest.approx(exact, abs=0.01)
+
+
 @pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 2})], ids=str)
 def test_a_resume_with_bf16_moments_is_the_run_that_never_stopped(ranks, changes, tmp_path):
     config = low("bf16", **changes)
