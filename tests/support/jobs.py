@@ -136,10 +136,13 @@ def layout_job(
 
 
 def rows(changes: dict[str, Any]) -> int:
-    """Micro-batch size of a layout in CI: tensor and context ranks, which exchange at every layer, run half as many
-    micro-batches of two rows; still several a step."""
+    """Return the micro-batch size of a layout in the tests.
+
+    Tensor and context ranks, which communicate in every layer, run half as many micro-batches. Every layout accumulates
+    over several, and a pipeline has at least as many as stages.
+    """
     exchanging = changes.get("tp", 1) * changes.get("cp", 1) > 1 and "pp" not in changes
-    return 2 if exchanging else 1
+    return 4 if exchanging else 2
 
 
 STEPS = 10
