@@ -133,7 +133,8 @@ def run(arguments: Arguments) -> int:
 
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.config.compose import compose
-    from megatrain.verbs.checks import check_paths, check_values
+    from megatrain.verbs.path_checks import check_paths
+    from megatrain.verbs.value_checks import check_values
 
     config = compose(verb, arguments.overrides)
     check_values(config)

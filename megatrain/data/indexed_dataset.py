@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -184,10 +183,10 @@ class _OpenFile:
         self.raw.close()
 
 
-def describe_dataset(folder: Path) -> dict[str, Any]:
-    """Verify every checksum of a prepared dataset and describe it, for `megatrain inspect`.
+def verify_dataset(folder: Path) -> None:
+    """Verify every checksum of a prepared dataset, and its tokenizer.
 
-    Raises `ConfigError` or `DataError` at the first difference from the card.
+    Raises `ConfigError` or `DataError` for the first mismatch with the card.
     """
     from megatrain.data.tokenizer_loading import load_tokenizer
 
@@ -209,16 +208,3 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
                     f"{folder / 'tokenizer'}: not the tokenizer that made this dataset: its {name} is {found}, "
                     f"the card's {expected}"
                 )
-    return {
-        "kind": "dataset",
-        "name": card.name,
-        "fingerprint": card.fingerprint,
-        "splits": {
-            name: {"documents": split.documents, "bytes": split.bytes, "tokens": split.tokens, "dtype": split.dtype}
-            for name, split in card.splits.items()
-        },
-        "tokenizer": vars(card.tokenizer) if card.tokenizer else None,
-        "source": card.source,
-        "counts": card.counts,
-        "verified": "all checksums match",
-    }

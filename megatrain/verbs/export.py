@@ -1,27 +1,23 @@
-"""`megatrain export` and `megatrain import`: between our checkpoints and Hugging Face folders.
-
-The conversion itself is huggingface.py's. An imported checkpoint holds weights alone, so a run starts from it
-(`checkpoint.init_from`) but cannot continue it.
-"""
+"""`megatrain export`: a run or checkpoint as a Hugging Face folder. `interop/huggingface.py` converts."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from megatrain.config import ExportConfig
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import export_model
-from megatrain.interop.load_model import Loaded, kind_of, load
-from megatrain.model.count import num_parameters
+from megatrain.interop.load_model import kind_of, load
+from megatrain.verbs.conversion import print_result
+from megatrain.verbs.path_checks import refuse_existing
 
 
 def export_(config: ExportConfig) -> None:
-    """Write the Hugging Face folder `out` of a run's newest valid checkpoint, or of one checkpoint.
+    """Write the Hugging Face folder `out` from a checkpoint, or from the newest valid checkpoint of a run.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, or no class of transformers computes this model.
-        CheckpointError: no model that is whole.
+        ConfigError: `out` exists or cannot be written, or no class of transformers can express this model.
+        CheckpointError: there is no intact checkpoint.
     """
     out = Path(config.out)
     refuse_existing(out)
@@ -40,19 +36,4 @@ def export_(config: ExportConfig) -> None:
         )
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    report(loaded, out, config.dtype)
-
-
-def refuse_existing(out: Path) -> None:
-    """Nothing is overwritten. Raises ConfigError where there is something."""
-    if out.exists():
-        raise ConfigError(f"out={out} exists already; give a folder that does not, or remove it")
-
-
-def report(loaded: Loaded, out: Path, dtype: str) -> None:
-    """What was written, on standard error; the folder alone on standard output."""
-    count = num_parameters(loaded.config)
-    print(f"{loaded.describe()}: {count:,} parameters, {dtype}", file=sys.stderr)
-    if loaded.tokenizer is None:
-        print("  without a tokenizer: none was found", file=sys.stderr)
-    print(out, flush=True)
+    print_result(loaded, out, config.dtype)

@@ -1,4 +1,7 @@
-"""`megatrain import`: a checkpoint with the weights of a Hugging Face folder."""
+"""`megatrain import`: a checkpoint with the weights of a Hugging Face folder.
+
+It holds weights alone: a new run can start from it (`checkpoint.init_from`), but there is no run to resume.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from megatrain.config import ImportConfig
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import Loaded, kind_of, load
 from megatrain.train.trainer import Progress
-from megatrain.verbs.export import refuse_existing, report
+from megatrain.verbs.conversion import print_result
+from megatrain.verbs.path_checks import refuse_existing
 
 
 def import_(config: ImportConfig) -> None:
-    """Write the checkpoint `out` with the weights and the tokenizer of a Hugging Face folder, whole or not at all.
+    """Write the checkpoint `out` with the weights and the tokenizer of a Hugging Face folder, atomically.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, or `path` is no Hugging Face folder.
-        CheckpointError: a folder that is damaged or that our model cannot express.
+        ConfigError: `out` exists or cannot be written, or `path` is not a Hugging Face folder.
+        CheckpointError: the folder is damaged, or our model cannot express it.
     """
     out, path = Path(config.out), Path(config.path)
     refuse_existing(out)
@@ -34,11 +38,11 @@ def import_(config: ImportConfig) -> None:
         write_weights(loaded, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    report(loaded, out, "fp32")
+    print_result(loaded, out, "fp32")
 
 
 def write_weights(loaded: Loaded, out: Path) -> None:
-    """A checkpoint of step 0 with `model.*` tensors alone, fp32, and the tokenizer inside."""
+    """Write a checkpoint of step 0: only `model.*` tensors, in fp32, and the tokenizer."""
     partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
     partial.mkdir(parents=True)
     try:

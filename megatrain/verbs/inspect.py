@@ -19,7 +19,7 @@ from rich.text import Text
 from megatrain.checkpoint.manifest import MANIFEST, check_coverage, list_checkpoints, read_manifest, verify_file
 from megatrain.config import InspectConfig
 from megatrain.data.card import Card
-from megatrain.data.indexed_dataset import describe_dataset
+from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -281,7 +281,7 @@ def show_dataset(page: Page, folder: Path) -> None:
         page.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
     page.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
     try:
-        describe_dataset(folder)
+        verify_dataset(folder)
     except (ConfigError, DataError) as error:
         page.facts({"verdict": "damaged"})
         raise DataError(str(error)) from error

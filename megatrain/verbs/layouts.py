@@ -22,7 +22,7 @@ from megatrain.parallel.layout import Layout
 from megatrain.parallel.rules import Refusal
 from megatrain.planner.candidates import SCHEDULES, Axes, Candidate, judge
 from megatrain.planner.memory import KINDS, Memory, MemoryModel
-from megatrain.verbs.checks import check_batches, check_loop
+from megatrain.verbs.value_checks import check_batches, check_loop
 
 GIB = 2**30
 

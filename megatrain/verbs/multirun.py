@@ -1,7 +1,7 @@
-"""`megatrain train --multirun`: starts the points of a sweep, one after the other or as jobs. Imports no torch.
+"""`megatrain train --multirun`: start the points of a sweep, one after another or as Slurm jobs. Imports no torch.
 
-A point is started by the command that a person would type, so it is owned, recovered, requeued and resumed like any run;
-what the points are is megatrain/sweep.py's.
+Each point is started by the command that a person would type, so it is owned, restarted, requeued and resumed like any
+run. `sweep_points.py` works out the points.
 """
 
 from __future__ import annotations
@@ -29,34 +29,41 @@ from megatrain.launch.rank_process import LINUX
 from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
-from megatrain.verbs.sweep_points import Point, check, of_point, prepare, sweep_folder, write_record
+from megatrain.verbs.sweep_points import (
+    Point,
+    check_points,
+    compose_points,
+    errors_name_point,
+    sweep_folder,
+    write_record,
+)
 
 POLL_S = 0.05
-"""Seconds between looks at whether a signal came for the point that runs."""
+"""Seconds between checks for a signal to forward to the running point."""
 
 
 def multirun(overrides: Sequence[str], flags: set[str]) -> int:
     """Run or submit a sweep, or only show it (`--cfg`, `--dry-run`).
 
-    Returns 0 where every point is done or submitted, else the exit code of the first that failed, or 75 where a signal
-    ended the sweep. Raises ConfigError and the other errors of a plain start before any point is started.
+    Returns 0 if every point is done or submitted, 75 (or 130) if a signal ended the sweep, else the exit code of the
+    first point that failed. Raises ConfigError and the other errors of a plain start before any point is started.
     """
     if is_launched() or slurm.Step.from_environ() is not None:
-        raise ConfigError("--multirun starts jobs and cannot be part of one; start it from a shell")
-    points = prepare(overrides)
+        raise ConfigError("--multirun starts jobs and cannot be part of one; run it from a shell outside the job")
+    points = compose_points(overrides)
     if "--cfg" in flags:
         for point in points:
             print(f"---\n# {point.recorded.label}\n{yaml.safe_dump(asdict(point.config), sort_keys=False)}", end="")
         return EXIT_OK
-    check(points)
-    run = submit_all if points[0].config.launch.name == "slurm" else run_all
-    return run(points, sorted(flags - {"--dry-run"}), "--dry-run" in flags)
+    check_points(points)
+    start_all = submit_all if points[0].config.launch.name == "slurm" else run_all
+    return start_all(points, sorted(flags - {"--dry-run"}), "--dry-run" in flags)
 
 
 def is_done(point: Point) -> bool:
-    """Whether a point's run has nothing left to do: it ended, by itself, as the run that is asked for now.
+    """Return whether a point's run has finished and had the config that is asked for now.
 
-    Where the config differs in what may not change, the run is started, and says so.
+    A run whose config differs in a key that may not change is started again, and refuses with the reason.
     """
     try:
         ends = [
@@ -64,37 +71,37 @@ def is_done(point: Point) -> bool:
             for event in read_events(point.folder / "events.jsonl")
             if event["kind"] in ("start", "resume", "stop")
         ]
-        began = yaml.safe_load((point.folder / "config.yaml").read_text(encoding="utf-8"))
+        saved = yaml.safe_load((point.folder / "config.yaml").read_text(encoding="utf-8"))
         wanted = asdict(point.config)
         if wanted["model"]["vocab_size"] is None:
-            wanted["model"]["vocab_size"] = began["model"]["vocab_size"]  # the tokenizer's
-        changed = changed_keys(began, wanted)
+            wanted["model"]["vocab_size"] = saved["model"]["vocab_size"]  # the tokenizer's
+        changed = changed_keys(saved, wanted)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
-        return False  # not begun, or damaged
-    longer = [
+        return False  # not started, or damaged
+    unfinished = [
         key for key in changed if not may_change(key) or key == "train.steps" or key.startswith("train.early_stop")
     ]
-    return bool(ends) and ends[-1].get("status") == "done" and not longer
+    return bool(ends) and ends[-1].get("status") == "done" and not unfinished
 
 
 # ---------------------------------------------------------------------------------------------------- on Slurm
 
 
 def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int:
-    """Submit every point that is neither done nor queued, and print each one's job and run."""
+    """Submit every point that is neither done nor queued, and print the job and run of each."""
     if not dry_run:
         write_record(points)
     jobs = slurm.jobs_here()
     submission = None
     for number, point in enumerate(points, start=1):
         name = str(point.config.run.name)
-        with of_point(number, len(points), point.values):
+        with errors_name_point(number, len(points), point.values):
             if is_done(point):
                 print(f"done  {name}")
             elif name in jobs:
                 print(f"{jobs[name]}  {name} (in the queue already)")
             else:
-                submission = slurm.Submission.of(point.config.launch, name, [*flags, *point.words])
+                submission = slurm.Submission.of(point.config.launch, name, [*flags, *point.overrides])
                 print(f"{submission}" if dry_run else f"{submission.submit()}  {name}", flush=True)
     if dry_run and submission is not None:
         slurm.show_script(submission.script)
@@ -105,18 +112,18 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
 
 
 def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int:
-    """Run every point, one after the other, and print a table at the end; a point that fails does not end the others.
+    """Run the points one after another, print a table at the end, and return the exit code.
 
-    A signal goes on to the point that is running, and no further one is begun.
+    A failed point does not stop the others. A signal is forwarded to the running point, and no further point starts.
     """
     command = [sys.executable, "-m", "megatrain", "train", *flags]
     if dry_run:
         for point in points:
-            print(f"megatrain train {shlex.join([*flags, *point.words])}")
+            print(f"megatrain train {shlex.join([*flags, *point.overrides])}")
         return EXIT_OK
     write_record(points)
     codes: list[int | None] = []
-    with _Current() as current:
+    with _RunningPoint() as current:
         for number, point in enumerate(points, start=1):
             if current.signal_number:
                 codes.append(None)
@@ -126,7 +133,7 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
                 print("done already", flush=True)
                 codes.append(EXIT_OK)
             else:
-                codes.append(current.run([*command, *point.words]))
+                codes.append(current.run([*command, *point.overrides]))
     print(table(points, codes), flush=True)
     failed = [code for code in codes if code != EXIT_OK]
     if not failed:
@@ -136,18 +143,20 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
     return failed[0] or EXIT_OK
 
 
-class _Current:
-    """The point that is running, and the signals that go on to it. Its process has a session of its own, so that a Ctrl-C
-    reaches it once, through here; on Linux it dies with this one."""
+class _RunningPoint:
+    """The process of the running point, and the signals to forward to it.
+
+    The process has its own session, so that a Ctrl-C reaches it only once, from here. On Linux it dies with this one.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
-        self._to_hand_on: list[int] = []
+        self._to_forward: list[int] = []
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _Current:
+    def __enter__(self) -> _RunningPoint:
         for number in FORWARDED_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # stay ignored under nohup
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -156,7 +165,7 @@ class _Current:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str]) -> int:
-        """Start a point and wait for it; its exit code, 128 and more where a signal killed it."""
+        """Start a point, wait for it and return its exit code: 128 + the signal if a signal killed it."""
         own = os.getpid()
         process = subprocess.Popen(
             list(command),
@@ -165,30 +174,30 @@ class _Current:
             preexec_fn=(lambda: set_parent_death_signal(own)) if LINUX else None,
         )
         while True:
-            while self._to_hand_on:
-                process.send_signal(self._to_hand_on.pop(0))
+            while self._to_forward:
+                process.send_signal(self._to_forward.pop(0))
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(POLL_S)
                 return code if code >= 0 else 128 - code
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
-        self._to_hand_on.append(number)
+        self._to_forward.append(number)
 
 
 def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
-    """What became of the points, one a line."""
+    """Return a table of the points' exit codes and last losses."""
     rows: list[tuple[str, ...]] = [("point", "exit code", "loss", "held-out loss")]
     for point, code in zip(points, codes, strict=True):
-        found = (f"{value:.4f}" if value is not None else "-" for value in last_losses(point.folder))
-        rows.append((str(point.config.run.name), "not run" if code is None else str(code), *found))
+        losses = (f"{value:.4f}" if value is not None else "-" for value in last_losses(point.folder))
+        rows.append((str(point.config.run.name), "not run" if code is None else str(code), *losses))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
-    return "\n".join(["", *lines, "", f"megatrain report {sweep_folder(points)} draws them"])
+    return "\n".join(["", *lines, "", f"megatrain report {sweep_folder(points)} makes a page of them"])
 
 
 def last_losses(run_dir: Path) -> tuple[float | None, float | None]:
-    """A run's last loss and held-out loss, as far as its metrics can be read."""
+    """Return a run's last loss and held-out loss, as far as its metrics can be read."""
     loss = heldout = None
     try:
         for record in iter_metrics(run_dir / "metrics.jsonl"):

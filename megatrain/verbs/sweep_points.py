@@ -1,8 +1,6 @@
-"""The points of `megatrain train --multirun`: every combination of the values given, each a run of its own. Imports no
-torch.
+"""The points of `megatrain train --multirun`: each combination of the given values is a run. Imports no torch.
 
-Hydra's grammar reads the values and its basic sweeper combines them; here they become composed, named and checked runs.
-How they are started is launch/sweep.py's.
+Hydra's grammar reads the values. Here they become composed, named and checked runs; `multirun.py` starts them.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +22,34 @@ from megatrain.launch import slurm
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord, is_sweep_folder
 
 MAX_POINTS = 1000
-"""A typing mistake in a range must not start a million runs."""
+"""Largest sweep: a typing mistake in a range must not start a million runs."""
 
 MAX_SUFFIX = 100
-"""Letters of a run's name that tell its point; a longer one ends in a hash of what it stands for."""
+"""Longest suffix of a run's name, in characters. A longer one is cut and ends in a hash of the values."""
 
-VALUES = "a,b,c or choice(a,b,c) or range(start,stop,step), and of a group also glob(pattern)"
+VALUES = "a,b,c or choice(a,b,c) or range(start,stop,step); for a group also glob(pattern)"
 
 FIXED = {
-    "run.name": "it is the name of the sweep, and its points get names of their own",
-    "run.dir": "the points of a sweep lie in one folder",
+    "run.name": "it names the sweep, and each of its runs gets a name of its own",
+    "run.dir": "the runs of a sweep share one folder",
     "run.sweep": "--multirun sets it",
-    "launch": "all points are started in the same way",
-    "launch.name": "all points are started in the same way",
+    "launch": "all runs are started in the same way",
+    "launch.name": "all runs are started in the same way",
 }
-"""Keys that no sweep is over, and why."""
+"""Keys that cannot be swept, and why."""
 
 
 @dataclass
 class Point:
-    """One point: what is swept with its values, the words that start it, and its checked config."""
+    """One run of a sweep: the value of each swept key, the overrides that start it, and its checked config."""
 
     values: dict[str, str]
-    words: list[str]
+    overrides: list[str]
     config: TrainConfig
 
     @property
     def recorded(self) -> SweepPoint:
-        """The point as the sweep's record holds it."""
+        """The point's entry in the sweep's record."""
         return SweepPoint(str(self.config.run.name), self.values)
 
     @property
@@ -63,37 +61,35 @@ class Point:
 # ---------------------------------------------------------------------------------------------------- expanding
 
 
-def prepare(overrides: Sequence[str]) -> list[Point]:
-    """The points of a sweep, composed and named, their values checked. Raises ConfigError, naming the point."""
-    from megatrain.verbs.checks import check_folder_name, check_values
+def compose_points(overrides: Sequence[str]) -> list[Point]:
+    """Compose, name and check the points of a sweep. A ConfigError names its point."""
+    from megatrain.verbs.value_checks import check_folder_name, check_values
 
     fixed, combinations = expand(overrides)
     name = fixed.pop("run.name", None)
     points = []
     for number, values in enumerate(combinations, start=1):
-        words = [*fixed.values(), *(f"{key}={value}" for key, value in values.items())]
-        with of_point(number, len(combinations), values):
+        given = [*fixed.values(), *(f"{key}={value}" for key, value in values.items())]
+        with errors_name_point(number, len(combinations), values):
             named = [name] if name is not None else []
-            points.append(Point(values, words, compose("train", [*words, *named])))
+            points.append(Point(values, given, compose("train", [*given, *named])))
     sweep = sweep_name(points, given=name is not None)
     check_folder_name("run.name", sweep)
     for number, point in enumerate(points, start=1):
         point.config.run.sweep = sweep
-        point.config.run.name = f"{sweep}-{suffix(point.values)}"
-        point.words += [override("run.name", point.config.run.name), override("run.sweep", sweep)]
-        with of_point(number, len(points), point.values):
+        point.config.run.name = f"{sweep}-{point_suffix(point.values)}"
+        point.overrides += [override_of_text("run.name", point.config.run.name), override_of_text("run.sweep", sweep)]
+        with errors_name_point(number, len(points), point.values):
             check_values(point.config)
-    refuse_twins(points)
+    refuse_duplicates(points)
     return points
 
 
 def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The overrides that hold for all points, by key, and for every point the values of what is swept.
+    """Return the overrides that all points share, by key, and for each point the values of the swept keys.
 
-    The last key that is swept changes fastest. Raises ConfigError for a sweep of nothing, of too much or of a key of
-    `FIXED`.
+    The last swept key varies fastest. Raises ConfigError if nothing is swept, too much is, or a key of `FIXED` is.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -104,12 +100,10 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
         name, _, value = text.partition("=")
         key = name.strip().lstrip("+").replace("/", ".")
         fixed.pop(key, None)
-        swept.pop(key, None)  # later ones win
+        swept.pop(key, None)  # the last override of a key wins
         try:
             parsed = parser.parse_override(text)
-        except (
-            HydraException
-        ) as error:  # text of a kind that only our keys know, or a mistake: compose tells them apart
+        except HydraException as error:  # a mistake, or text that only our keys can read: compose tells them apart
             if is_sweep(value) and not value.startswith("["):
                 raise ConfigError(
                     f"cannot read {text}: a sweep takes {VALUES}; special characters need quotes"
@@ -121,41 +115,42 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
         elif key in FIXED:
             raise ConfigError(f"{text}: {key} cannot be swept: {FIXED[key]}")
         elif not parsed.is_discrete_sweep():
-            raise ConfigError(f"{text}: an interval has no points; give single values: {VALUES}")
+            raise ConfigError(f"{text}: an interval is continuous; give single values: {VALUES}")
         else:
             parsed.config_loader = _Groups()
             swept[key] = parsed
     if not swept:
         raise ConfigError(
-            "--multirun: nothing has several values; give some, as in optim.lr=1e-3,3e-4, or start one run without it"
+            "--multirun: no key has several values; give some, as in optim.lr=1e-3,3e-4, or leave --multirun out"
         )
     if "run.sweep" in fixed:
         raise ConfigError(f"{fixed['run.sweep']}: {FIXED['run.sweep']}")
     try:
-        sizes = {key: sum(1 for _ in islice(one.sweep_string_iterator(), MAX_POINTS + 1)) for key, one in swept.items()}
+        sizes = {
+            key: sum(1 for _ in islice(parsed.sweep_string_iterator(), MAX_POINTS + 1)) for key, parsed in swept.items()
+        }
         if empty := [key for key, size in sizes.items() if not size]:
-            raise ConfigError(f"{swept[empty[0]].input_line}: these are no values at all")
+            raise ConfigError(f"{swept[empty[0]].input_line}: this gives no values; a sweep takes {VALUES}")
         if math.prod(sizes.values()) > MAX_POINTS:
             counted = " x ".join(f"{key} {size}" for key, size in sizes.items())
-            raise ConfigError(f"--multirun: more than {MAX_POINTS} points ({counted}); make several sweeps of it")
-        (combinations,) = BasicSweeper.split_arguments(list(swept.values()), None)
+            raise ConfigError(f"--multirun: more than {MAX_POINTS} points ({counted}); split it into several sweeps")
+        combinations = list(product(*(list(parsed.sweep_string_iterator()) for parsed in swept.values())))
     except (HydraException, ValueError, ArithmeticError) as error:
-        given = " ".join(str(one.input_line) for one in swept.values())
+        given = " ".join(str(parsed.input_line) for parsed in swept.values())
         raise ConfigError(f"{given}: {error}; a sweep takes {VALUES}") from error
-    values = [[word.partition("=")[2] for word in words] for words in combinations]
-    return fixed, [dict(zip(swept, one, strict=True)) for one in values]
+    return fixed, [dict(zip(swept, values, strict=True)) for values in combinations]
 
 
 class _Groups:
-    """What Hydra asks for the choices of a group (`model=glob(gpt2*)`)."""
+    """Answers Hydra's question for the choices of a group (`model=glob(gpt2*)`)."""
 
     def get_group_options(self, group_name: str, results_filter: Any = None) -> list[str]:
         return choices_of(group_name) if group_name in GROUPS["train"] else []
 
 
 @contextmanager
-def of_point(number: int, count: int, values: dict[str, str]) -> Iterator[None]:
-    """Errors say which point they are about."""
+def errors_name_point(number: int, count: int, values: dict[str, str]) -> Iterator[None]:
+    """Put the number and values of a point in front of the errors raised inside."""
     try:
         yield
     except MegatrainError as error:
@@ -166,9 +161,9 @@ def of_point(number: int, count: int, values: dict[str, str]) -> Iterator[None]:
 
 
 def sweep_name(points: Sequence[Point], given: bool) -> str:
-    """The sweep's name: `run.name` where it is given, else what all points have in common and what is swept."""
+    """Return `run.name` if given, else the model and data that all points share and the swept keys."""
     first = points[0].config
-    if given or first.run.name != default_run_name(first):  # an experiment gives one, too
+    if given or first.run.name != default_run_name(first):  # an experiment may give one too
         return str(first.run.name)
     common = [
         values.pop()
@@ -178,32 +173,32 @@ def sweep_name(points: Sequence[Point], given: bool) -> str:
     return "-".join([*common, *short_names(points[0].values).values()])
 
 
-def suffix(values: dict[str, str]) -> str:
-    """A point in a folder's name: `tiny-lr0.001`. The order in which the keys were typed does not matter."""
-    words = []
+def point_suffix(values: dict[str, str]) -> str:
+    """Return a point's part of its run's name, such as `tiny-lr0.001`. The order of the typed keys does not matter."""
+    parts = []
     for key, short in short_names(values).items():
         value = values[key]
-        bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-        text = re.sub(r"[^A-Za-z0-9._+-]+", "_", bare).strip("_") or "empty"
-        joint = "" if text[0].isdigit() or text[0] in "+-" else "_"
-        words.append(text if key in GROUPS["train"] else f"{short}{joint}{text}")
-    whole = "-".join(words)
-    if len(whole) <= MAX_SUFFIX:
-        return whole
+        unquoted = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+        text = re.sub(r"[^A-Za-z0-9._+-]+", "_", unquoted).strip("_") or "empty"
+        separator = "" if text[0].isdigit() or text[0] in "+-" else "_"
+        parts.append(text if key in GROUPS["train"] else f"{short}{separator}{text}")
+    suffix = "-".join(parts)
+    if len(suffix) <= MAX_SUFFIX:
+        return suffix
     digest = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
-    return f"{whole[: MAX_SUFFIX - 9]}-{digest}"
+    return f"{suffix[: MAX_SUFFIX - 9]}-{digest}"
 
 
 def short_names(values: dict[str, str]) -> dict[str, str]:
-    """The swept keys in the schema's order, groups first, with the last part of their names where that is enough."""
+    """Return a short name for each swept key (its last part if unique), in the schema's order, groups first."""
     order = [*GROUPS["train"], *key_types(TrainConfig)]
     keys = sorted(values, key=order.index)
     last = [key.rpartition(".")[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
 
 
-def override(key: str, value: str) -> str:
-    """An override that sets text, quoted where it needs it."""
+def override_of_text(key: str, value: str) -> str:
+    """Return an override that sets a key to text, quoted if necessary."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     plain = re.fullmatch(r"[\w.+-]+", value)
@@ -213,8 +208,8 @@ def override(key: str, value: str) -> str:
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def refuse_twins(points: Sequence[Point]) -> None:
-    """No two points train the same model in the same way, nor in the same folder. Raises ConfigError."""
+def refuse_duplicates(points: Sequence[Point]) -> None:
+    """Refuse two points with the same config or the same folder. Raises ConfigError."""
     configs: dict[str, int] = {}
     for number, point in enumerate(points, start=1):
         config = asdict(point.config)
@@ -222,31 +217,31 @@ def refuse_twins(points: Sequence[Point]) -> None:
         first = configs.setdefault(repr(config), number)
         if first != number:
             raise ConfigError(
-                f"the points {first} ({points[first - 1].recorded.label}) and {number} ({point.recorded.label}) are the "
-                f"same; give each value once"
+                f"points {first} ({points[first - 1].recorded.label}) and {number} ({point.recorded.label}) are "
+                f"the same; give each value once"
             )
     SweepRecord().add([point.recorded for point in points])
 
 
-def check(points: Sequence[Point]) -> None:
-    """What a plain start checks on disk, for every point, and the sweep's own folder. Raises MegatrainError."""
-    from megatrain.verbs.checks import check_paths
+def check_points(points: Sequence[Point]) -> None:
+    """Check what a plain start of each point checks, then the sweep's own folder. Raises MegatrainError."""
+    from megatrain.verbs.path_checks import check_paths
 
     if len({point.config.launch.name for point in points}) > 1:
         raise ConfigError(f"launch: {FIXED['launch']}")
     for number, point in enumerate(points, start=1):
-        with of_point(number, len(points), point.values):
+        with errors_name_point(number, len(points), point.values):
             if point.config.launch.name == "local":
                 slurm.check_plain_start(point.config.launch, None)
             check_paths(point.config)
     folder = sweep_folder(points)
     if any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "checkpoints")):
-        raise ConfigError(f"run.name={folder.name}: {folder} is a run's folder; give the sweep a name of its own")
-    joined(points)
+        raise ConfigError(f"run.name={folder.name}: {folder} is a run's folder; give the sweep another run.name")
+    merged_record(points)
 
 
-def joined(points: Sequence[Point]) -> SweepRecord:
-    """The sweep's record with these points in it. Raises ConfigError where a run's name is another point's already."""
+def merged_record(points: Sequence[Point]) -> SweepRecord:
+    """Return the sweep's record with these points added. Raises ConfigError if two points share a run's name."""
     folder = sweep_folder(points)
     record = SweepRecord.load(folder) if is_sweep_folder(folder) else SweepRecord()
     record.add([point.recorded for point in points])
@@ -254,16 +249,16 @@ def joined(points: Sequence[Point]) -> SweepRecord:
 
 
 def sweep_folder(points: Sequence[Point]) -> Path:
-    """Where the sweep's record and report are."""
+    """Return the folder of the sweep's record and report."""
     return Path(points[0].config.run.dir) / str(points[0].config.run.sweep)
 
 
 def write_record(points: Sequence[Point]) -> None:
-    """Note the points before any is started. Raises ConfigError or EnvironmentFault where the folder cannot be written."""
+    """Record the points before any starts. Raises ConfigError or EnvironmentFault if the folder cannot be written."""
     folder = sweep_folder(points)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with SweepRecord.alone(folder):
-            joined(points).save(folder)
+            merged_record(points).save(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -16,7 +16,7 @@ from megatrain.launch.nodes import Alone, Peers
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
-from megatrain.verbs import checks
+from megatrain.verbs import path_checks
 
 
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
@@ -27,13 +27,13 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
-        checks.check_paths(config)
+        path_checks.check_paths(config)
         words = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else Alone()
     try:
-        slurm.together(peers, lambda: checks.check_paths(config))
+        slurm.together(peers, lambda: path_checks.check_paths(config))
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
@@ -67,7 +67,8 @@ def worker_modules(config: TrainConfig) -> list[str]:
     modules = [
         "megatrain.cli",
         "megatrain.config.compose",
-        "megatrain.verbs.checks",
+        "megatrain.verbs.path_checks",
+        "megatrain.verbs.value_checks",
         "megatrain.train.rank",
         "megatrain.engine.native",
     ]

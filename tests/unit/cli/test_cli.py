@@ -17,8 +17,8 @@ from megatrain.config.compose import compose
 from megatrain.config.usage import EXAMPLES
 from megatrain.errors import CheckpointError, DataError
 from megatrain.resilience.owner import last_owner
-from megatrain.verbs.checks import check_values
-from megatrain.verbs.sweep_points import prepare
+from megatrain.verbs.sweep_points import compose_points
+from megatrain.verbs.value_checks import check_values
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_help_of_a_verb_explains_every_key(verb, capsys):
 def test_every_example_in_the_help_is_a_command_that_composes(line):
     arguments = cli.parse(shlex.split(line)[1:])
     if "--multirun" in arguments.flags:
-        assert len(prepare(arguments.overrides)) == 4
+        assert len(compose_points(arguments.overrides)) == 4
     else:
         check_values(compose(arguments.verb, arguments.overrides))
 
@@ -80,7 +80,7 @@ def test_cfg_prints_the_resolved_config(capsys):
         (["train", "--confg"], "unknown flag --confg; did you mean --cfg?"),
         (["train", "train.stepz=1"], "unknown key train.stepz; did you mean train.steps?"),
         (["inspect"], "path is not set"),
-        (["train", "model=tiny", "model.num_heads=7"], "model.num_heads=7 does not divide"),
+        (["train", "model=tiny", "model.num_heads=7"], "is not divisible by model.num_heads=7"),
         (["inspect", "no/such folder"], "path=no/such folder: no such file or folder"),
     ],
 )
@@ -143,7 +143,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
 
     seen = []
     monkeypatch.setattr(cli, "is_launched", lambda: False)
-    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
     monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
@@ -158,7 +158,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
 def test_a_launched_train_is_a_worker(monkeypatch, action):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
     action("train", lambda config: 40 + config.seed)
     assert cli.main(["train", "model=tiny", "seed=2"]) == 42
 

@@ -1,4 +1,4 @@
-"""A dataset is checked by sizes when opened, by hashes when first read, and completely by `describe_dataset`."""
+"""A dataset is checked by sizes when opened, by hashes when first read, and completely by `verify_dataset`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from megatrain.data import indexed, indexed_dataset
 from megatrain.data.adopt import make_card
 from megatrain.data.card import Card, check_dataset
-from megatrain.data.indexed_dataset import IndexedDataset, describe_dataset
+from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.errors import ConfigError, DataError
 
 
@@ -166,7 +166,7 @@ def edit(change):
 def test_an_incomplete_dataset_is_refused_before_it_is_read(make_dataset, change, message):
     folder = make_dataset(train=np.arange(10))
     change(folder)
-    for check in (check_dataset, lambda f: IndexedDataset.open(f, "train"), describe_dataset):
+    for check in (check_dataset, lambda f: IndexedDataset.open(f, "train"), verify_dataset):
         with pytest.raises(DataError) as error:
             check(folder)
         assert message in str(error.value)
@@ -212,15 +212,12 @@ def test_the_fingerprint_covers_the_ids_the_index_and_the_splits(make_dataset, t
 )
 def test_inspecting_finds_a_single_flipped_bit_anywhere(make_dataset, small_blocks, name, at, message):
     folder = make_dataset(train=np.arange(1000))
-    assert describe_dataset(folder)["splits"]["train"] == {
-        "documents": 1,
-        "bytes": 3000,
-        "tokens": 1000,
-        "dtype": "uint16",
-    }
+    verify_dataset(folder)
+    split = Card.load(folder).splits["train"]
+    assert (split.documents, split.bytes, split.tokens, split.dtype) == (1, 3000, 1000, "uint16")
     flip(folder / name, at)
     with pytest.raises(DataError, match=message):
-        describe_dataset(folder)
+        verify_dataset(folder)
 
 
 def test_inspecting_compares_the_cards_tokenizer_with_the_one_in_the_folder(make_dataset, monkeypatch):
@@ -228,10 +225,10 @@ def test_inspecting_compares_the_cards_tokenizer_with_the_one_in_the_folder(make
     said = {"fingerprint": "f", "vocab_size": 300, "end_of_document": 0}
     edit(lambda card: card.update(tokenizer={"kind": "hf", **said}))(folder)
     monkeypatch.setattr("megatrain.data.tokenizer_loading.load_tokenizer", lambda place: SimpleNamespace(**said))
-    describe_dataset(folder)
+    verify_dataset(folder)
     edit(lambda card: card["tokenizer"].update(vocab_size=100))(folder)
     with pytest.raises(DataError, match="its vocab_size is 300, the card's 100"):
-        describe_dataset(folder)
+        verify_dataset(folder)
 
 
 def test_the_card_made_for_foreign_files_is_the_one_their_writer_would_have_made(make_dataset):

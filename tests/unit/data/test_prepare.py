@@ -17,7 +17,7 @@ import zstandard
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
-from megatrain.data.indexed_dataset import IndexedDataset, describe_dataset
+from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.preparation import prepare
 from megatrain.data.spool import Frame, Sample, Seen
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -253,7 +253,7 @@ def test_foreign_megatron_data_gets_a_folder_and_a_card_and_is_not_copied(tmp_pa
     assert documents(folder, "train") == documents(ours, "train") and (folder / "train.bin").is_symlink()
     bare = make(tmp_path, data=dict(name="n", kind="megatron", paths=paths[:1]))
     assert Card.load(bare).tokenizer is None and list(Card.load(bare).splits) == ["train"]
-    describe_dataset(bare)
+    verify_dataset(bare)
     for given, message in [([], "takes one prefix"), ([str(foreign / "none")], "there is no .*none.bin and .idx")]:
         with pytest.raises(ConfigError, match=message):
             make(tmp_path, data=dict(name="x", kind="megatron", paths=given))
@@ -361,7 +361,8 @@ def test_a_killed_preparation_leaves_nothing_half_made_and_starts_again_cleanly(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     if (out / "d").exists():
-        assert (describe_dataset(out / "d")["fingerprint"] == old) == (place[1] != "rmtree")
+        verify_dataset(out / "d")
+        assert (Card.load(out / "d").fingerprint == old) == (place[1] != "rmtree")
     else:
         assert not existing or place == ("finish.os", "rename", "2")
     fresh = Card.load(make(tmp_path, data=dict(name="fresh"))).fingerprint

@@ -8,7 +8,8 @@ import pytest
 from megatrain.config.compose import compose, read_overrides
 from megatrain.data.card import Card
 from megatrain.errors import ConfigError, EnvironmentFault
-from megatrain.verbs.checks import check_installed, check_paths, check_values
+from megatrain.verbs.path_checks import check_installed, check_paths
+from megatrain.verbs.value_checks import check_values
 
 SHAPE = ["model=tiny", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=null", "model.max_seq_len=256"]
 SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len=256", "train.steps=100"]
@@ -59,37 +60,43 @@ def test_keys_that_agree_pass(base, overrides):
     [
         (
             ["model.num_heads=3"],
-            "num_heads=3 does not divide model.hidden_size=64; nearest that do: 2 or 4; all: 1, 2, 4",
+            "hidden_size=64 is not divisible by model.num_heads=3; nearest that work: 2 or 4; all: 1, 2, 4",
         ),
         (
             ["resilience.slow_rank_ratio=1"],
-            "slow_rank_ratio=1 would name ranks that are as fast as the others; give more",
+            "slow_rank_ratio=1 would report ranks that are as fast as the others; give more",
         ),
         (
             ["kernels=triton", "model.hidden_size=16640", "model.num_heads=4"],
-            "kernels=triton takes a model.hidden_size of at most 16384, not 16640; use kernels=auto",
+            "kernels=triton supports a model.hidden_size of at most 16384, given 16640; use kernels=auto",
         ),
-        (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide model.num_heads=4; nearest that do: 2 or 4"),
-        (["model.hidden_size=60"], "must be of even size, and this one is 15 wide; .*: 1, 2, 3, 5, 6, 10, 15, 30"),
-        (["model.head_size=7"], "even size, and this one is 7 wide; give model.head_size=8"),
+        (["model.num_kv_heads=3"], "num_heads=4 is not divisible by model.num_kv_heads=3; nearest that work: 2 or 4"),
+        (["model.hidden_size=60"], "the head size must be even; it is 15; .*: 1, 2, 3, 5, 6, 10, 15, 30"),
+        (["model.head_size=7"], "size must be even; it is 7; give model.head_size=8"),
         (["train.seq_len=257"], "train.seq_len=257 is longer.*train.seq_len=256 or model.max_seq_len=257"),
-        (["train.global_batch_size=9"], r"global_batch_size=9 .*=4 x 1 data-parallel ranks = 4; nearest: 8 or 12"),
-        (["launch.nproc_per_node=3"], r"global_batch_size=8 .*=4 x 3 data-parallel ranks = 12; nearest: 12"),
-        (["train.batch_ramp_start=2", "train.batch_ramp_steps=9"], r"train.batch_ramp_start=2 .* does not divide"),
+        (
+            ["train.global_batch_size=9"],
+            r"global_batch_size=9 .*=4 x 1 data-parallel ranks = 4; nearest that are: 8 or 12",
+        ),
+        (["launch.nproc_per_node=3"], r"global_batch_size=8 .*=4 x 3 data-parallel ranks = 12; nearest that are: 12"),
+        (["train.batch_ramp_start=2", "train.batch_ramp_steps=9"], r"train.batch_ramp_start=2 .* is not divisible"),
         (
             ["train.batch_ramp_start=4", "train.batch_ramp_increment=2", "train.batch_ramp_steps=9"],
-            r"the batch ramp's size 6 .*train.batch_ramp_increment=\d+\) does not divide",
+            r"the batch ramp's size 6 .*train.batch_ramp_increment=\d+\) is not divisible",
         ),
         (["train.batch_ramp_start=4"], "a ramp needs both; give train.batch_ramp_steps too"),
         (["train.batch_ramp_steps=4"], "a ramp needs both; give train.batch_ramp_start too"),
         (["train.batch_ramp_start=16", "train.batch_ramp_steps=9"], "batch_ramp_start=16 is above"),
         (["optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
-        (["train.early_stop_patience=2"], "train.eval_every=0 makes none; give for example train.eval_every=10"),
+        (["train.early_stop_patience=2"], "train.eval_every=0 runs none; give for example train.eval_every=10"),
         (["checkpoint.init_from=a", "checkpoint.resume=b"], "give one of them"),
-        (["train.skip_ranges=[[1,2,3]]"], r"\[1, 2, 3\] is not a pair; give the first .* behind the last"),
-        (["train.skip_ranges=[[5,5]]"], r"\[5,5\] holds no samples"),
-        (["train.skip_ranges=[[5,99999999999999999999]]"], r"holds no samples; .*, 4611686018427387904 at most"),
-        (["train.skip_ranges=[[-1,5]]"], r"\[-1,5\] holds no samples; the first number must be at least 0"),
+        (["train.skip_ranges=[[1,2,3]]"], r"\[1, 2, 3\] is not a pair; give the first .* to keep"),
+        (["train.skip_ranges=[[5,5]]"], r"\[5,5\] is not a range of samples"),
+        (
+            ["train.skip_ranges=[[5,99999999999999999999]]"],
+            r"is not a range of samples; .* at most 4611686018427387904",
+        ),
+        (["train.skip_ranges=[[-1,5]]"], r"\[-1,5\] is not a range of samples; the first number must be at least 0"),
         (["train.skip_ranges=[[8,16],[0,4]]"], r"\[0,4\] begins before 16, .* in ascending order"),
         (["train.skip_ranges=[[8,16],[12,20]]"], r"\[12,20\] begins before 16"),
         (["run.name=a/b"], "run.name='a/b' cannot be the name of a folder"),
@@ -127,14 +134,14 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(b
     ("words", "missing", "says"),
     [
         (["precision.name=fp8"], "torchao", r"precision=fp8 needs torchao: pip install .*megatrain\[fp8\]"),
-        (["kernels=triton"], "triton", "kernels=triton: Triton is not installed.*kernels=auto"),
+        (["kernels=triton"], "triton", "kernels=triton needs Triton.*kernels=auto"),
     ],
 )
 def test_a_library_that_a_choice_needs_is_asked_for_before_anything_starts(base, words, missing, says, monkeypatch):
     config = changed(base, words)
-    monkeypatch.setattr("megatrain.verbs.checks.find_spec", lambda name: object())
+    monkeypatch.setattr("megatrain.verbs.path_checks.find_spec", lambda name: object())
     check_installed(config)
-    monkeypatch.setattr("megatrain.verbs.checks.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("megatrain.verbs.path_checks.find_spec", lambda name: None if name == missing else object())
     check_installed(base)
     with pytest.raises(EnvironmentFault, match=says) as caught:
         check_installed(config)

@@ -80,13 +80,13 @@ def test_nothing_is_overwritten(finished, imported, tmp_path):
 
 
 def test_an_import_that_fails_leaves_nothing_behind(imported, tmp_path, monkeypatch):
-    from megatrain.verbs import import_ as huggingface_verbs
+    from megatrain.verbs import import_ as import_verb
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(huggingface_verbs, "write", full)
+    monkeypatch.setattr(import_verb, "write", full)
     with pytest.raises(ConfigError, match="No space left"):
         import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "second")))
     assert sorted(path.name for path in tmp_path.iterdir()) == before

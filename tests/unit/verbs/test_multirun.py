@@ -11,7 +11,15 @@ from megatrain import cli
 from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
-from megatrain.verbs.sweep_points import MAX_POINTS, MAX_SUFFIX, expand, override, prepare, suffix, write_record
+from megatrain.verbs.sweep_points import (
+    MAX_POINTS,
+    MAX_SUFFIX,
+    compose_points,
+    expand,
+    override_of_text,
+    point_suffix,
+    write_record,
+)
 
 TINY = ["model=tiny", "data=files", "data.name=books"]
 
@@ -45,7 +53,7 @@ def names(points):
 )
 def test_values_are_written_as_in_hydra(word, values):
     if not values:
-        with pytest.raises(ConfigError, match="no values at all"):
+        with pytest.raises(ConfigError, match="this gives no values"):
             expand([word])
         return
     key = word.lstrip("+").partition("=")[0]
@@ -62,14 +70,14 @@ def test_every_combination_is_a_point_and_what_is_not_swept_stays_as_typed():
     )
 
 
-def test_a_point_is_the_run_that_its_words_start():
+def test_a_point_is_the_run_that_its_overrides_start():
     """Also its name, and the sweep that it belongs to."""
-    points = prepare([*TINY, "optim.lr=1e-3,3e-4", "train.seq_len=32,64", "run.name=scan"])
+    points = compose_points([*TINY, "optim.lr=1e-3,3e-4", "train.seq_len=32,64", "run.name=scan"])
     assert names(points) == [
         "scan-lr0.001-seq_len32", "scan-lr0.001-seq_len64", "scan-lr0.0003-seq_len32", "scan-lr0.0003-seq_len64",
     ]  # fmt: skip
     for point in points:
-        assert compose("train", point.words) == point.config
+        assert compose("train", point.overrides) == point.config
         assert point.config.run.sweep == "scan" and point.folder.parts == ("runs", point.config.run.name)
     assert points[2].config.optim.lr == 3e-4 and points[2].config.train.seq_len == 32
 
@@ -93,48 +101,48 @@ def test_a_point_is_the_run_that_its_words_start():
     ],
 )
 def test_a_runs_name_is_readable_stable_and_a_folders(words, expected):
-    assert names(prepare(["data=files", "data.name=books", "data.paths=[x]", *words]))[0] == expected
+    assert names(compose_points(["data=files", "data.name=books", "data.paths=[x]", *words]))[0] == expected
 
 
 def test_keys_of_the_same_last_part_are_told_apart_and_long_values_cut():
-    assert suffix({"data.name": "a", "engine.name": "b"}) == "data.name_a-engine.name_b"
-    one, other = (suffix({"tokenizer.path": "x" * 300 + end}) for end in "ab")
+    assert point_suffix({"data.name": "a", "engine.name": "b"}) == "data.name_a-engine.name_b"
+    one, other = (point_suffix({"tokenizer.path": "x" * 300 + end}) for end in "ab")
     assert len(one) == len(other) == MAX_SUFFIX and one != other
 
 
 def test_a_name_that_needs_quotes_gets_them():
-    assert override("run.name", "scan-lr0.1") == "run.name=scan-lr0.1"
-    assert override("run.name", "a, b") == "run.name='a, b'"
+    assert override_of_text("run.name", "scan-lr0.1") == "run.name=scan-lr0.1"
+    assert override_of_text("run.name", "a, b") == "run.name='a, b'"
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["train", "-m"], "--multirun: nothing has several values; give some, as in optim.lr=1e-3,3e-4"),
-        (["train", "-m", "seed=1"], "--multirun: nothing has several values"),
-        (["train", "-m", "run.name=a,b"], "run.name cannot be swept: it is the name of the sweep"),
+        (["train", "-m"], "--multirun: no key has several values; give some, as in optim.lr=1e-3,3e-4"),
+        (["train", "-m", "seed=1"], "--multirun: no key has several values"),
+        (["train", "-m", "run.name=a,b"], "run.name cannot be swept: it names the sweep"),
         (["train", "-m", "run.dir=a,b"], "run.dir cannot be swept"),
-        (["train", "-m", "launch=local,slurm"], "launch cannot be swept: all points are started in the same way"),
+        (["train", "-m", "launch=local,slurm"], "launch cannot be swept: all runs are started in the same way"),
         (["train", "-m", "seed=1,2", "run.sweep=x"], "run.sweep=x: --multirun sets it"),
         (["train", "-m", "seed=1,2", "run.name=a/b"], "run.name='a/b' cannot be the name of a folder"),
-        (["train", "-m", "optim.lr=interval(0,1)"], "an interval has no points; give single values: a,b,c"),
+        (["train", "-m", "optim.lr=interval(0,1)"], "an interval is continuous; give single values: a,b,c"),
         (["train", "-m", "optim.lr=range(1,2,0)"], "optim.lr=range(1,2,0): "),
         (["train", "-m", "seed=range(10000)"], f"more than {MAX_POINTS} points (seed {MAX_POINTS + 1})"),
         (
             ["train", "-m", "seed=range(40)", "train.steps=range(1,41)"],
             "more than 1000 points (seed 40 x train.steps 40)",
         ),
-        (["train", "-m", "seed=1,1"], "the points 1 (seed=1) and 2 (seed=1) are the same"),
-        (["train", "-m", "optim.lr=1,1.0"], "the points 1 (optim.lr=1) and 2 (optim.lr=1.0) are the same"),
+        (["train", "-m", "seed=1,1"], "points 1 (seed=1) and 2 (seed=1) are the same"),
+        (["train", "-m", "optim.lr=1,1.0"], "points 1 (optim.lr=1) and 2 (optim.lr=1.0) are the same"),
         (["train", "-m", "seed=1,2", "train.stepz=1"], "unknown key train.stepz; did you mean train.steps?"),
         (["train", "-m", "model=tiny,tinny"], "point 2 of 2 (model=tinny): unknown choice model=tinny; did you mean"),
         (
             ["train", "-m", "seed=1,2", "model.num_heads=4,8,7", "model.num_kv_heads=null"],
-            "point 3 of 6 (seed=1 model.num_heads=7): model.num_heads=7 does not divide",
+            "point 3 of 6 (seed=1 model.num_heads=7): model.hidden_size=320 is not divisible by model.num_heads=7",
         ),
         (
             ["train", "-m", "train.global_batch_size=8,6", "train.micro_batch_size=4"],
-            "point 2 of 2 (train.global_batch_size=6): train.global_batch_size=6 does not divide",
+            "point 2 of 2 (train.global_batch_size=6): train.global_batch_size=6 is not divisible",
         ),
         (["train", "-m", "parallel.tp=1,3"], "point 2 of 2 (parallel.tp=3): "),
         (["train", "-m", "data.name=,books"], "cannot read data.name=,books: a sweep takes a,b,c"),
@@ -166,7 +174,7 @@ def test_inside_a_job_there_is_no_sweep(monkeypatch, capsys):
 
 def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.verbs.checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
     words = ["train", "--multirun", *TINY, "seed=1,2", "run.name=two words"]
     assert cli.main([*words, "--cfg"]) == 0
     shown = list(yaml.safe_load_all(capsys.readouterr().out))
@@ -179,7 +187,7 @@ def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, 
 
 def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.verbs.checks.check_dataset_folder", lambda *arguments: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_dataset_folder", lambda *arguments: None)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     SweepRecord([SweepPoint("mine-seed1", {"seed": "1"})]).save(tmp_path / "runs" / "mine")
     assert cli.main(["train", *TINY, "run.name=mine"]) == 2
@@ -187,7 +195,7 @@ def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "run").mkdir()
     (tmp_path / "runs" / "run" / "config.yaml").touch()
     assert cli.main(["train", "-m", *TINY, "run.name=run", "seed=1,2"]) == 2
-    assert "runs/run is a run's folder; give the sweep a name of its own" in capsys.readouterr().err
+    assert "runs/run is a run's folder; give the sweep another run.name" in capsys.readouterr().err
 
 
 def test_the_record_grows_and_keeps_who_it_is(tmp_path):
@@ -203,7 +211,7 @@ def test_the_record_grows_and_keeps_who_it_is(tmp_path):
 def test_commands_at_once_lose_none_of_their_points(tmp_path, monkeypatch):
     """Two shells make the same sweep larger; whoever reads the record first has to be done before the other reads."""
     monkeypatch.chdir(tmp_path)
-    sweeps = [prepare([*TINY, "run.name=scan", f"seed={2 * n},{2 * n + 1}"]) for n in range(4)]
+    sweeps = [compose_points([*TINY, "run.name=scan", f"seed={2 * n},{2 * n + 1}"]) for n in range(4)]
     load = SweepRecord.load
 
     def slowly(folder):

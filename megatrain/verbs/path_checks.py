@@ -1,0 +1,124 @@
+"""Checks of a config against the disk and the installed libraries. Imports no torch.
+
+Every message names the key, the given path and what is nearby.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatrain.config import (
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    InspectConfig,
+    LayoutsConfig,
+    PrepareConfig,
+    ReportConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from megatrain.config.suggest import did_you_mean
+from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.tracking.sweep_record import is_sweep_folder
+
+
+def check_paths(config: Any) -> None:
+    """Check that everything a config reads exists and that what it would write does not.
+
+    Raises:
+        ConfigError, DataError: a file or folder is missing, unusable or in the way.
+        EnvironmentFault: a library that a choice needs is not installed.
+    """
+    if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
+        check_start(config)
+        check_installed(config)
+        check_dataset_folder(config.data, config.train.mask_documents)
+    if isinstance(config, PrepareConfig):
+        check_tokenizer(config.tokenizer)
+    if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
+        require("path", Path(config.path))
+    if isinstance(config, EvaluateConfig) and config.data is not None:
+        require("data", Path(config.data))
+    if isinstance(config, (ExportConfig, ImportConfig)):
+        refuse_existing(Path(config.out))
+
+
+def check_start(config: TrainConfig) -> None:
+    """Check that the run's folder is not a sweep's and that the checkpoint to start from exists."""
+    folder = Path(config.run.dir) / str(config.run.name)
+    if is_sweep_folder(folder):
+        raise ConfigError(f"run.name={config.run.name}: {folder} is the folder of a sweep; give another run.name")
+    resume, origin = config.checkpoint.resume, config.checkpoint.init_from
+    if resume not in ("auto", "never"):
+        require("checkpoint.resume", Path(resume), also=("auto", "never"))
+    if origin is not None:
+        require("checkpoint.init_from", Path(origin))
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Check that the optional libraries this run needs are installed. Whether they work shows where they are used."""
+    if config.precision.name == "fp8" and find_spec("torchao") is None:
+        raise EnvironmentFault("precision=fp8 needs torchao: pip install 'megatrain[fp8]', or use precision=bf16")
+    if config.kernels == "triton" and find_spec("triton") is None:
+        raise EnvironmentFault(
+            "kernels=triton needs Triton: pip install triton (Linux), or use kernels=auto or kernels=reference"
+        )
+
+
+def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
+    """Check that the prepared dataset exists with the recorded file sizes, and marks documents if they matter."""
+    from megatrain.data.card import check_dataset
+
+    folder = Path(config.dir) / config.name
+    if not folder.is_dir():
+        prepared = sorted(card.parent.name for card in Path(config.dir).glob("*/card.json"))
+        hint = did_you_mean("data.name=", config.name, prepared)
+        source = config.name if config.kind == "huggingface" else config.kind
+        raise ConfigError(
+            f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: megatrain prepare "
+            f"data={source} data.name={config.name} data.dir={config.dir}"
+            + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
+        )
+    card = check_dataset(folder)
+    if mask_documents and card.tokenizer is None:
+        raise ConfigError(
+            f"train.mask_documents=true: {folder} has no tokenizer, so its end-of-document token is unknown; prepare "
+            f"it with the tokenizer that made it (tokenizer=hf tokenizer.path=...) or set train.mask_documents=false"
+        )
+
+
+def check_tokenizer(config: TokenizerConfig) -> None:
+    """Check that a tokenizer given as a path exists. A Hugging Face name is left to the library to find."""
+    if config.path is None:
+        return
+    path = Path(config.path)
+    is_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or path.suffix == ".json"
+    if config.kind == "hf" and not is_path:
+        return
+    require("tokenizer.path", path)
+
+
+def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
+    """Refuse a path that does not exist, and name the nearest that does. `also` lists values that are not paths."""
+    if path.exists():
+        return
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    hint = did_you_mean("", str(path), also)
+    if not hint and path.parent == parent:
+        hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
+    contents = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    raise ConfigError(f"{key}={path}: no such file or folder{hint} ({parent.resolve()} holds {contents})")
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse to overwrite anything. Raises ConfigError if `out` exists."""
+    if out.exists():
+        raise ConfigError(f"out={out} exists already; give a folder that does not, or remove it")

@@ -1,0 +1,211 @@
+"""Checks that need more than one key. They read no files. Imports no torch.
+
+What a single key may hold is in `megatrain/config/`; which layouts are legal, in `parallel/rules.py`. Every message
+names the key, the given value and the nearest value that works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatrain.config import DataConfig, LayoutsConfig, ModelConfig, PrepareConfig, TrainConfig, TrainLoopConfig
+from megatrain.distributed.rank_environment import RankEnvironment, is_launched
+from megatrain.errors import ConfigError
+from megatrain.kernels import MAX_ROW
+from megatrain.launch.slurm import Step, num_nodes
+from megatrain.parallel.rule_checks import divisors, listed
+
+LAST_SAMPLE = 2**62
+"""The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
+
+
+def check_values(config: Any) -> None:
+    """Check that the keys of a config agree with one another. Raises ConfigError."""
+    if isinstance(config, PrepareConfig):
+        check_folder_name("data.name", config.data.name)
+        check_source(config.data)
+    if isinstance(config, LayoutsConfig):
+        check_model(config.model)  # the rest depends on the layout: layouts.py checks it
+    elif isinstance(config, TrainConfig):
+        check_folder_name("data.name", config.data.name)
+        check_folder_name("run.name", config.run.name or "")
+        if config.run.sweep is not None:
+            check_folder_name("run.sweep", config.run.sweep)
+        ranks = world_size(config)
+        check_model(config.model)
+        check_loop(config)
+        check_skip_ranges(config.train.skip_ranges)
+        check_slow_rank_ratio(config.resilience.slow_rank_ratio)
+        check_kernels(config)
+        check_layout(config, ranks)
+
+
+def world_size(config: TrainConfig) -> int:
+    """Return the number of ranks: the launcher's count if there is one, else nodes x `launch.nproc_per_node`."""
+    if is_launched():
+        return RankEnvironment.from_environ().world_size
+    return config.launch.nproc_per_node * num_nodes(config.launch, Step.from_environ())
+
+
+def check_folder_name(key: str, name: str) -> None:
+    """Check that a name can be a folder's: one path component, not hidden, no control characters."""
+    if (
+        not name
+        or name.startswith(".")
+        or "/" in name
+        or "\\" in name
+        or not name.isprintable()
+        or name != name.strip()
+    ):
+        raise ConfigError(
+            f"{key}={name!r} cannot be the name of a folder; give a name that is not empty, has no slashes and does "
+            f"not start with a dot or a space"
+        )
+
+
+def check_slow_rank_ratio(ratio: float) -> None:
+    """Check that the ratio is above 1, or 0 for off."""
+    if 0 < ratio <= 1:
+        raise ConfigError(
+            f"resilience.slow_rank_ratio={ratio:g} would report ranks that are as fast as the others; give more than 1 "
+            f"(the default is 1.2), or 0 to turn the comparison off"
+        )
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """Check that the fused kernels support the model's width, if the config requires them."""
+    if config.kernels == "triton" and config.model.hidden_size > MAX_ROW:
+        raise ConfigError(
+            f"kernels=triton supports a model.hidden_size of at most {MAX_ROW}, given {config.model.hidden_size}; use "
+            f"kernels=auto or kernels=reference"
+        )
+
+
+def check_source(config: DataConfig) -> None:
+    """Check that the data source names what to read."""
+    if config.kind in ("files", "megatron") and not config.paths:
+        raise ConfigError(
+            f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"
+        )
+    if config.kind == "huggingface" and config.hf_path is None:
+        raise ConfigError("data.hf_path=null: data=huggingface needs a dataset; give its name on the hub or its folder")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Check that the width is divisible by the heads, the heads by the key-value heads, and the head size for RoPE."""
+    heads, width = config.num_heads, config.hidden_size
+    if config.head_size is None and width % heads:
+        raise ConfigError(
+            f"model.hidden_size={width} is not divisible by model.num_heads={heads}; {_nearest_divisors(heads, width)} "
+            f"(or give model.head_size)"
+        )
+    if heads % config.kv_heads:
+        raise ConfigError(
+            f"model.num_heads={heads} is not divisible by model.num_kv_heads={config.kv_heads}; "
+            f"{_nearest_divisors(config.kv_heads, heads)}"
+        )
+    if config.position == "rope" and config.head_dim % 2:
+        even = [count for count in divisors(width) if (width // count) % 2 == 0]
+        options = (
+            f"head counts that work for model.hidden_size={width}: {listed(even)}" if even else "use an even width"
+        )
+        raise ConfigError(
+            f"model.position=rope rotates pairs, so the head size must be even; it is {config.head_dim}; "
+            + (f"give model.head_size={config.head_size + 1}" if config.head_size else options)
+        )
+
+
+def check_loop(config: TrainConfig) -> None:
+    """Check the lengths and counts of the loop, and the keys that depend on one another."""
+    loop = config.train
+    if loop.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={loop.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}; give "
+            f"train.seq_len={config.model.max_seq_len} or model.max_seq_len={loop.seq_len}"
+        )
+    if config.optim.warmup_steps > loop.steps:
+        raise ConfigError(
+            f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={loop.steps}; "
+            f"give at most {loop.steps}"
+        )
+    if loop.early_stop_patience and not loop.eval_every:
+        raise ConfigError(
+            f"train.early_stop_patience={loop.early_stop_patience} counts evaluations during training, but "
+            f"train.eval_every=0 runs none; give for example train.eval_every={max(1, loop.steps // 10)}"
+        )
+    if config.checkpoint.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"checkpoint.init_from={config.checkpoint.init_from} starts a new run and checkpoint.resume="
+            f"{config.checkpoint.resume} continues one; give one of them"
+        )
+
+
+def check_skip_ranges(ranges: list[list[int]]) -> None:
+    """Check that the ranges are pairs of sample numbers in ascending order, without overlap."""
+    end = 0
+    for given in ranges:
+        if len(given) != 2:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: {given} is not a pair; give the first sample to skip and the first one "
+                f"after it to keep, as in [[96,128]]"
+            )
+        start, stop = given
+        if start < 0 or stop <= start or stop > LAST_SAMPLE:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: [{start},{stop}] is not a range of samples; the first number must be "
+                f"at least 0, the second larger than the first and at most {LAST_SAMPLE}"
+            )
+        if start < end:
+            raise ConfigError(
+                f"train.skip_ranges={ranges}: [{start},{stop}] begins before {end}, the end of the previous range; "
+                f"give the ranges in ascending order, without overlap"
+            )
+        end = stop
+
+
+def check_batches(config: TrainLoopConfig, ranks: int) -> None:
+    """Check that every batch size of the run is divisible into whole micro-batches on every data-parallel rank."""
+    from megatrain.optim.schedule import batch_sizes
+
+    if (config.batch_ramp_start is None) != (config.batch_ramp_steps == 0):
+        missing = "train.batch_ramp_steps" if config.batch_ramp_start is not None else "train.batch_ramp_start"
+        raise ConfigError(
+            f"train.batch_ramp_start={'null' if config.batch_ramp_start is None else config.batch_ramp_start}, "
+            f"train.batch_ramp_steps={config.batch_ramp_steps}: a ramp needs both; give {missing} too"
+        )
+    if config.batch_ramp_start is not None and config.batch_ramp_start > config.global_batch_size:
+        raise ConfigError(
+            f"train.batch_ramp_start={config.batch_ramp_start} is above train.global_batch_size="
+            f"{config.global_batch_size}; a ramp only rises: give at most {config.global_batch_size}"
+        )
+    unit = config.micro_batch_size * ranks
+    for size in batch_sizes(config):
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            where = f"train.global_batch_size={size}"
+            if size != config.global_batch_size:
+                where = (
+                    f"the batch ramp's size {size} (train.batch_ramp_start={config.batch_ramp_start} + a multiple of "
+                    f"train.batch_ramp_increment={config.batch_ramp_increment})"
+                )
+            raise ConfigError(
+                f"{where} is not divisible by train.micro_batch_size={config.micro_batch_size} x {ranks} "
+                f"data-parallel ranks = {unit}; nearest that are: {f'{below} or {above}' if below else above}"
+            )
+
+
+def check_layout(config: TrainConfig, ranks: int) -> None:
+    """Check the parallel degrees against the ranks, then the batch sizes, then the table of legal combinations."""
+    from megatrain.parallel import rules
+    from megatrain.parallel.layout import Layout
+
+    rules.check_degrees(config, ranks)
+    check_batches(config.train, Layout.of(config, ranks).dp)
+    rules.check(config, ranks)
+
+
+def _nearest_divisors(given: int, number: int) -> str:
+    """Return advice: the divisors of `number` closest to `given`, and all of them."""
+    found = divisors(number)
+    near = [*[count for count in found if count < given][-1:], *[count for count in found if count > given][:1]]
+    return f"nearest that work: {' or '.join(map(str, near))}; all: {listed(found)}"
