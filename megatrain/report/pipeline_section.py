@@ -1,6 +1,6 @@
-"""The report's picture of a pipeline: the schedule of a step as the run's config gives it. Imports no torch.
+"""The report's pipeline section: one step of the schedule in the run's config. Imports no torch.
 
-It is simulated, not measured: stages are taken as equally heavy, a backward as two forwards, communication as free.
+The timeline is simulated, not measured. All stages cost the same, a backward costs two forwards, and communication is free.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatrain.report.timeline_drawing import draw
 
 
 def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, str] | None:
-    """`svg` and `text` for the page, None for a run without a pipeline or of which too little is known."""
+    """Return `svg` and `text` for the page; None where the run has no pipeline or its folder does not describe it."""
     starts = [event for event in events if event["kind"] in ("start", "resume")]
     world_size: Any = starts[-1].get("world_size") if starts else None
     parallel, train = config.get("parallel"), config.get("train")
@@ -29,20 +29,20 @@ def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, 
     count = num_micro_batches(batch, micro, data_parallel_degree(world_size, (tp, pp, cp)))
     if not _fits(schedule, pp, v, count):
         return None
-    # what a step waits for does not grow with its micro-batches: a long one is simulated short, and drawn shorter
+    # Idle time does not grow with the number of micro-batches, so a long step is simulated and drawn with fewer.
     simulated = min(count, 64 * pp)
     bubble = simulate(orders(schedule, pp, v, simulated)).bubble * simulated / count
     drawn = count if count <= 8 * pp else 4 * pp
     text = (
-        f"{schedule}: {pp} ranks x {v} {'stage' if v == 1 else 'stages'}, {count:,} micro-batches a step. Idle over ideal "
+        f"{schedule}: {pp} ranks x {v} {'stage' if v == 1 else 'stages'}, {count:,} micro-batches per step. Idle over ideal "
         f"time {bubble:.1%} simulated, {theoretical_bubble(pp, v, count):.1%} by (p-1)/(v m)"
-        f"{f'; the picture shows {drawn} micro-batches' if drawn < count else ''}."
+        f"{f'; the drawing shows {drawn} micro-batches' if drawn < count else ''}."
     )
     return {"svg": draw([("", simulate(orders(schedule, pp, v, drawn)))]), "text": text}
 
 
 def _fits(schedule: Any, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
-    """Whether a schedule runs these numbers; a config that was edited by hand may say anything."""
+    """Return whether a schedule can run these numbers; a config edited by hand may hold anything."""
     if schedule in LOOPED:
         return virtual_stages > 1 and num_micro_batches >= pp and num_micro_batches % pp == 0
     if schedule in V_SHAPED:

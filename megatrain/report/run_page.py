@@ -1,14 +1,12 @@
-"""`megatrain report <run>`: a run's folder to one HTML page that needs nothing else, no network either. Imports no torch.
+"""`megatrain report <run>`: turn a run's folder into one self-contained HTML page. Imports no torch.
 
-Here the folder is read and cut down to what a page can show; report_page.py holds the page's style and script.
+This module reads the folder and reduces it to what a page can show. `page.py` assembles the page.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,48 +14,40 @@ from typing import Any
 import yaml
 
 from megatrain.errors import ConfigError, DataError
-from megatrain.report.page import PAGE
+from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.tracking.console import clock, short
 from megatrain.tracking.events import read_events
-from megatrain.tracking.metrics import iter_metrics, to_json
+from megatrain.tracking.metrics import iter_metrics
 
 MAX_POINTS = 1200
-"""Points of a curve; a longer run shows the mean of each stretch, with its smallest and largest value as a band."""
+"""Points per curve. A longer run is cut into stretches; a stretch shows its mean, and its minimum and maximum as a band."""
 MAX_EVENTS_OF_A_KIND = 400
+"""Events of one kind that the page shows."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
-"""Waiting for data is part of `step_time_s`, whose rest is computing; evaluating and saving come on top."""
+"""Parts of the time. `step_time_s` includes waiting for data, but neither evaluating nor saving."""
 
 
 def report(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes the page of the run in `run_dir` to `out` (default `<run_dir>/report.html`) and returns its path.
+    """Write the page of the run in `run_dir` to `out` (default `<run_dir>/report.html`) and return its path.
 
-    A run that is going on, ended badly or has not begun gives a page of what there is. Raises ConfigError where
-    `run_dir` is not a run's folder.
+    A run that has not begun, is still running or has failed gives a page of the data it has so far.
+
+    Raises:
+        ConfigError: `run_dir` is not a run's folder.
     """
     names = ("metrics.jsonl", "events.jsonl", "config.yaml")
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such folder; `megatrain report` takes a run's folder, runs/<run.name>")
     if not any((run_dir / name).exists() for name in names):
-        raise ConfigError(f"{run_dir}: not a run's folder, it holds none of {', '.join(names)}")
-    return write_page(PAGE, collect(run_dir), out or run_dir / "report.html")
-
-
-def write_page(template: str, data: dict[str, Any], out: Path) -> Path:
-    """Put data, whose `name` is the title, into a page of report_page.py and write that to `out`, which is returned."""
-    embedded = to_json(data).replace("<", "\\u003c")  # no text of the run can end the script element
-    page = template.replace("{{title}}", html.escape(data["name"])).replace("{{data}}", embedded)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, out)
-    return out
+        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(names)}")
+    return write_page(RUN_PAGE, collect(run_dir), out or run_dir / "report.html")
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """All that the page shows, as plain JSON."""
+    """Return everything that the page shows, ready for JSON."""
     events = read_events(run_dir / "events.jsonl") if (run_dir / "events.jsonl").exists() else []
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else ""
@@ -76,9 +66,9 @@ def collect(run_dir: Path) -> dict[str, Any]:
             "kind": str(event["kind"]),
             "step": event.get("step"),
             "time": seconds(event.get("time")) - first,
-            "detail": details(event),
+            "detail": event_detail(event),
         }
-        for event in thin(events)
+        for event in thin_out(events)
     ]
     config = config if isinstance(config, dict) else {}
     life = None
@@ -86,7 +76,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         try:
             life = summarise(read_ledger(run_dir / FILE))
         except (OSError, *DAMAGE):
-            notices.append(f"{FILE} is damaged: where the run's time went is not known.")
+            notices.append(f"{FILE} is damaged, so the page cannot show where the run's time went.")
     return {
         "name": run_dir.resolve().name,
         "status": status(events, curves),
@@ -97,7 +87,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "curves": curves.curves,
         "heldout": [[step, time - first, tokens, value] for step, time, tokens, value in curves.heldout],
         "time_spent": curves.time_spent(),
-        "life": life_shown(life) if life and life.wall_s else None,
+        "life": describe_life(life) if life and life.wall_s else None,
         "events": shown_events,
         "config": config_text,
         "notices": notices,
@@ -105,8 +95,11 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 class Curves:
-    """metrics.jsonl, cut down to at most `max_points` points a curve while it is read: memory does not grow with the
-    run. A point stands for a stretch of steps and carries the last step's number, time and tokens."""
+    """metrics.jsonl, reduced to at most `max_points` points per curve.
+
+    The file is reduced while it is read, so memory does not grow with the run. A point stands for a stretch of steps
+    and carries the number, time and tokens of the last of them.
+    """
 
     def __init__(self, path: Path, max_points: int = MAX_POINTS) -> None:
         self.max_points = max_points
@@ -141,11 +134,11 @@ class Curves:
                     self._close(bucket, stretch)
                     bucket, filled = {}, 0
         except DataError as error:
-            self.damage = f"Only what precedes a damaged line is shown. {error}"
+            self.damage = f"The page shows only the steps before a damaged line. {error}"
         if filled:
             self._close(bucket, stretch)
         every = max(1, math.ceil(len(self.heldout) / self.max_points))
-        self.heldout = self.heldout[::-every][::-1]  # the last one always stays
+        self.heldout = self.heldout[::-every][::-1]  # always keeps the last one
 
     def _note(self, record: dict[str, Any]) -> None:
         self.last = record
@@ -175,10 +168,10 @@ class Curves:
             )
             values = bucket.get(name)
             for kind, points in curve.items():
-                points.append(None if values is None else digits(reduce_to(kind, values)))
+                points.append(None if values is None else round_for_plot(reduce_to(kind, values)))
 
     def time_spent(self) -> dict[str, float]:
-        """Seconds of all steps by what they went to."""
+        """Return how many seconds all steps spent on each part."""
         total = self.totals
         return {
             "compute": max(0.0, total["step_time_s"] - total["data_time_s"]),
@@ -189,14 +182,14 @@ class Curves:
 
 
 def reduce_to(kind: str, values: list[float]) -> float:
-    """The mean, min or max of `values`."""
-    return {"mean": lambda: math.fsum(values) / len(values), "min": lambda: min(values), "max": lambda: max(values)}[
-        kind
-    ]()
+    """Return the mean, min or max of `values`, as `kind` says."""
+    if kind == "mean":
+        return math.fsum(values) / len(values)
+    return min(values) if kind == "min" else max(values)
 
 
 def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = None) -> list[dict[str, str]]:
-    """The few numbers at the top of the page."""
+    """Return the tiles at the top of the page."""
     found = []
     if curves.last:
         found.append(("step", f"{curves.last['step']:,}", ""))
@@ -219,29 +212,29 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = N
     spent = sum(curves.time_spent().values())
     if spent:
         goodput = f"goodput {life.goodput:.1%}" if life and life.wall_s else ""
-        found.append(("training time", long_time(spent), goodput))
+        found.append(("training time", duration(spent), goodput))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
 
-def life_shown(life: Summary) -> dict[str, Any]:
-    """The goodput ledger, for the page."""
+def describe_life(life: Summary) -> dict[str, Any]:
+    """Return the goodput ledger as the page shows it."""
     seconds = life.seconds
     unbooked = life.wall_s - sum(seconds.values())
-    effective = f"effective training time {life.goodput:.1%} of {long_time(life.wall_s)}"
-    starts = counted(life.num_starts, "start") + f" of the ranks, {counted(life.failures, 'failure')}"
-    mtbf = [f"mean time between failures {long_time(life.mtbf_s)}"] if life.mtbf_s is not None else []
-    lost = [f"{counted(life.lost_steps, 'step')} done again"] if life.lost_steps else []
+    effective = f"effective training time {life.goodput:.1%} of {duration(life.wall_s)}"
+    starts = count_of(life.num_starts, "start") + f" of the ranks, {count_of(life.failures, 'failure')}"
+    mtbf = [f"mean time between failures {duration(life.mtbf_s)}"] if life.mtbf_s is not None else []
+    lost = [f"{count_of(life.lost_steps, 'step')} repeated"] if life.lost_steps else []
     return {
         "text": " · ".join([effective, starts, *mtbf, *lost]),
-        "wall": digits(life.wall_s),
+        "wall": round_for_plot(life.wall_s),
         "categories": list(CATEGORIES),
-        "seconds": [digits(seconds[name]) for name in CATEGORIES],
-        "unbooked": digits(unbooked) if abs(unbooked) > 0.01 * life.wall_s else 0.0,
+        "seconds": [round_for_plot(seconds[name]) for name in CATEGORIES],
+        "unbooked": round_for_plot(unbooked) if abs(unbooked) > 0.01 * life.wall_s else 0.0,
         "spans": [
             {
-                "from": digits(span.start_s),
-                "to": digits(span.stop_s),
-                "parts": [[name, digits(span.seconds[name])] for name in CATEGORIES if span.seconds.get(name)],
+                "from": round_for_plot(span.start_s),
+                "to": round_for_plot(span.stop_s),
+                "parts": [[name, round_for_plot(span.seconds[name])] for name in CATEGORIES if span.seconds.get(name)],
                 "steps": list(span.steps) if span.steps else None,
                 "ended": span.ended,
                 "failed": span.failed,
@@ -251,48 +244,48 @@ def life_shown(life: Summary) -> dict[str, Any]:
     }
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things."""
+def count_of(number: int, what: str) -> str:
+    """Return a count with its noun: `1 step`, `2,000 steps`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def long_time(spent: float) -> str:
-    """Seconds as people write them, however many."""
+def duration(spent: float) -> str:
+    """Return seconds as h:mm:ss, or as days from one day on."""
     return clock(spent) if spent < 86400 else f"{spent / 86400:.1f} days"
 
 
 def facts(
     config: dict[str, Any], events: list[dict[str, Any]], curves: Curves, checkpoints: list[str]
 ) -> list[list[str]]:
-    """Rows of the summary table: what ran where, from the config and the last start's event."""
+    """Return the rows of the summary table, taken from the config, the events and the metrics."""
 
-    def of(*path: str) -> Any:
+    def value_of(*path: str) -> Any:
         value: Any = config
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     model = ", ".join(
-        f"{of('model', name)} {word}"
+        f"{value_of('model', name)} {word}"
         for name, word in (("num_layers", "layers"), ("hidden_size", "wide"), ("num_heads", "heads"))
-        if of("model", name) is not None
+        if value_of("model", name) is not None
     )
     starts = [event for event in events if event["kind"] in ("start", "resume")]
     rows: list[tuple[str, Any]] = [
-        ("model", " · ".join(str(part) for part in (of("model", "name"), model) if part)),
-        ("data", of("data", "name")),
-        ("engine", of("engine", "name")),
-        ("precision", of("precision", "name")),
-        ("sequences a step", of("train", "global_batch_size")),
-        ("tokens a sequence", of("train", "seq_len")),
-        ("steps planned", of("train", "steps")),
-        ("learning rate", of("optim", "lr")),
-        ("seed", of("seed")),
+        ("model", " · ".join(str(part) for part in (value_of("model", "name"), model) if part)),
+        ("data", value_of("data", "name")),
+        ("engine", value_of("engine", "name")),
+        ("precision", value_of("precision", "name")),
+        ("sequences per step", value_of("train", "global_batch_size")),
+        ("tokens per sequence", value_of("train", "seq_len")),
+        ("steps planned", value_of("train", "steps")),
+        ("learning rate", value_of("optim", "lr")),
+        ("seed", value_of("seed")),
     ]
     merged: dict[str, Any] = {}
     for event in starts:
         merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step", "cut_metrics")}
-    rows += [(name.replace("_", " "), plain(value)) for name, value in merged.items()]
+    rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))
     rows.append(("resumes", sum(event["kind"] == "resume" for event in events) or None))
@@ -302,7 +295,7 @@ def facts(
 
 
 def status(events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:
-    """How the run stands, as far as the folder tells: a run that was killed cannot say so."""
+    """Return the run's status as its folder records it. A killed run records no end."""
     last = next((event for event in reversed(events) if event["kind"] in ("stop", "start", "resume")), None)
     if last is not None and last["kind"] == "stop":
         how = str(last.get("status") or last.get("reason") or "ended")
@@ -312,8 +305,8 @@ def status(events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:
     return {"text": "no end recorded", "tone": "plain"}
 
 
-def thin(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events in order, of a frequent kind an even selection."""
+def thin_out(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events in order, at most `MAX_EVENTS_OF_A_KIND` of each kind, evenly spaced."""
     kinds: dict[str, list[int]] = {}
     for index, event in enumerate(events):
         kinds.setdefault(str(event["kind"]), []).append(index)
@@ -321,30 +314,31 @@ def thin(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [events[index] for index in sorted(index for chosen in kept for index in chosen)]
 
 
-def details(event: dict[str, Any]) -> str:
-    """What an event carries beside time, kind and step, as one line of text."""
-    parts = (f"{name} {plain(value)}" for name, value in event.items() if name not in ("time", "kind", "step"))
+def event_detail(event: dict[str, Any]) -> str:
+    """Return all that an event holds except its time, kind and step, as one line of text."""
+    parts = (f"{name} {format_value(value)}" for name, value in event.items() if name not in ("time", "kind", "step"))
     return ", ".join(parts)[:400]
 
 
-def plain(value: Any) -> str:
-    """A value as people write it."""
+def format_value(value: Any) -> str:
+    """Return a value as the page shows it: numbers with separators, text as it is, the rest as JSON."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value if isinstance(value, str) else json.dumps(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def digits(value: float) -> float:
-    """Six significant digits: what a picture shows, in a page that stays small."""
+def round_for_plot(value: float) -> float:
+    """Round to six significant digits: enough for a plot, and the page stays small."""
     return float(f"{value:.6g}")
 
 
 def seconds(time: Any) -> float:
-    """ISO 8601 to seconds since 1970; NaN where it is missing or not a time."""
+    """Convert ISO 8601 to seconds since 1970; NaN where the time is missing or malformed."""
     try:
         return datetime.fromisoformat(str(time).replace("Z", "+00:00")).timestamp()
     except ValueError:

@@ -1,7 +1,6 @@
-"""`megatrain report <sweep>`: the points of a sweep on one HTML page, as a table and as loss against compute.
+"""`megatrain report <sweep>`: show the points of a sweep on one HTML page, as a table and as loss against compute.
 
-Everything is read from the runs' own folders, so a page can be made while points still run. Style and page are those of
-report_page.py. Imports no torch.
+Everything is read from the runs' own folders, so the page can be made while points are still running. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,26 +12,29 @@ import yaml
 
 from megatrain.config import ModelConfig
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.report.page import page
-from megatrain.report.run_page import Curves, digits, status, write_page
+from megatrain.report.page import SWEEP_PAGE, write_page
+from megatrain.report.run_page import Curves, round_for_plot, status
 from megatrain.tracking.events import read_events
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 
 MAX_POINTS = 300
-"""Points of a curve; there are as many curves as the sweep has runs."""
+"""Points per curve. It is lower than for one run, because the sweep has a curve per run."""
 
 
 def report_sweep(folder: Path, out: Path | None = None) -> Path:
     """Write the page of the sweep in `folder` to `out` (default `<folder>/report.html`) and return its path.
 
-    Raises DataError where the sweep's record cannot be read.
+    Raises:
+        DataError: the sweep's record cannot be read.
     """
-    return write_page(PAGE, collect(folder), out or folder / "report.html")
+    return write_page(SWEEP_PAGE, collect(folder), out or folder / "report.html")
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """All that the page shows, as plain JSON. Compute is counted as the run's own mfu counts it: forward and backward, by
-    `model/count.py`, for every token trained on."""
+    """Return everything that the page shows, ready for JSON.
+
+    Compute is the FLOPs of the forward and backward pass of every trained token, as for MFU (`model/count.py`).
+    """
     points = SweepRecord.load(folder).points
     keys = list(dict.fromkeys(key for point in points for key in point.values))
     return {
@@ -43,7 +45,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any]:
-    """One point: its row of the table and its curves; what is not known yet is null."""
+    """Return a point's table row and curves. Values that are not known yet are None."""
     config = read_config(run_dir / "config.yaml")
     curves = Curves(run_dir / "metrics.jsonl", MAX_POINTS)
     events = read_events(run_dir / "events.jsonl") if (run_dir / "events.jsonl").exists() else []
@@ -52,7 +54,7 @@ def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any
         model = ModelConfig(**config["model"])
         parameters, per_token = num_parameters(model), flops_per_token(model, config["train"]["seq_len"])
     except (KeyError, TypeError, AssertionError):
-        pass  # it has not begun, or its config.yaml is damaged
+        pass  # the run has not started, or its config.yaml is damaged
 
     def compute(tokens: int | None) -> int | None:
         return None if tokens is None or per_token is None else tokens * per_token
@@ -62,21 +64,21 @@ def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any
     stretches = zip(curves.steps, curves.tokens, loss, strict=False)
     return {
         "run": point.run,
-        "values": [point.values.get(key, of(config, key)) for key in keys],
+        "values": [point.values.get(key, value_of(config, key)) for key in keys],
         "parameters": parameters,
         "tokens": tokens,
         "compute": compute(tokens),
         "loss": curves.last_loss,
         "heldout": curves.heldout[-1][3] if curves.heldout else None,
-        "status": status(events, curves) if run_dir.is_dir() else {"text": "not begun", "tone": "plain"},
+        "status": status(events, curves) if run_dir.is_dir() else {"text": "not started", "tone": "plain"},
         "train_curve": [[compute(seen), value, step] for step, seen, value in stretches],
-        "heldout_curve": [[compute(seen), digits(value), step] for step, _, seen, value in curves.heldout],
+        "heldout_curve": [[compute(seen), round_for_plot(value), step] for step, _, seen, value in curves.heldout],
         "notice": curves.damage,
     }
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config, empty where it is not there yet or cannot be read."""
+    """Return a run's config; empty where the file is missing or damaged."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -84,153 +86,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def of(config: dict[str, Any], key: str) -> str | None:
-    """What a run has for a key or a group that other points of its sweep were given."""
+def value_of(config: dict[str, Any], key: str) -> str | None:
+    """Return a run's value of a dotted key, or the name of a config group; None where it has neither."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):
         value = value.get("name")
     return None if value is None else str(value)
-
-
-STYLE = """
-:root { --lightness:44% } @media (prefers-color-scheme: dark) { :root { --lightness:66% } }
-.table { overflow-x:auto } th { text-align:left; font-weight:600; font-size:12px; color:var(--soft); cursor:pointer;
-  padding:4px 14px 6px 0; white-space:nowrap } th.on { color:var(--ink) } th.number, td.number { text-align:right }
-#points td, #points td:first-child { padding-right:14px; white-space:nowrap; width:auto; color:var(--ink) }
-#points tbody tr { cursor:default } #points tbody tr.on td { background:var(--shade) } td i { display:inline-block;
-  width:10px; height:10px; border-radius:3px; margin-right:8px; vertical-align:-1px }
-td.good { color:var(--good) !important } td.bad { color:var(--bad) !important } td.best { font-weight:700 }
-path.curve.faded, circle.faded { opacity:.15 } .legend span { cursor:default }
-"""
-
-BODY = """<header><h1>{{title}}</h1><span id="status"></span></header>
-<div id="notices"></div><div id="tiles" class="tiles"></div><div id="root" class="grid"></div>
-<footer>Compute is tokens times the FLOPs of a token, forward and backward. Click a column's head to sort.</footer>"""
-
-SCRIPT = r"""
-const P = D.points, charts = [];
-P.forEach((p, i) => {
-  p.color = `hsl(${Math.round(215 + 360 * i / P.length) % 360} 68% var(--lightness))`;
-  p.label = D.keys.map((k, j) => p.values[j] === null ? null : `${k} ${p.values[j]}`).filter(Boolean).join(', ');
-});
-
-class Chart {
-  constructor(parent, title, curve) {
-    this.title = title; this.log = true;
-    this.series = P.map((p, i) => ({i, p, at: p[curve].filter(q => q[0] > 0 && q[1] !== null && q[1] > 0)})).filter(s => s.at.length);
-    this.el = document.createElement('section'); this.el.className = 'card wide chart';
-    const legend = this.series.map(s => `<span data-point="${s.i}"><i style="background:${s.p.color}"></i>${esc(s.p.label)}</span>`).join('');
-    this.el.innerHTML = `<div class="head"><h2>${esc(title)}</h2><span class="spacer"></span>
-      <button class="small on" title="logarithmic loss">log</button></div><div class="legend">${legend}</div>
-      <div class="plot"></div><div class="tip"></div>`;
-    parent.append(this.el);
-    this.plot = this.el.querySelector('.plot'); this.tip = this.el.querySelector('.tip');
-    const button = this.el.querySelector('button');
-    button.onclick = () => { this.log = !this.log; button.classList.toggle('on', this.log); this.draw(); };
-    for (const one of this.el.querySelectorAll('.legend span')) {
-      one.onpointerenter = () => lift(+one.dataset.point); one.onpointerleave = () => lift(null);
-    }
-    this.plot.onpointermove = e => this.move(e);
-    this.plot.onpointerleave = () => { this.tip.style.display = 'none'; lift(null); };
-    charts.push(this);
-  }
-  draw() {
-    const w = this.plot.clientWidth, h = 320, left = 52, right = 14, top = 8, bottom = 38;
-    const all = this.series.flatMap(s => s.at), pad = (lo, hi, log) => log ? (hi > lo * 1.0001 ? [lo / (hi / lo) ** .03, hi * (hi / lo) ** .03] : [lo / 2, hi * 2])
-      : hi > lo ? [lo - (hi - lo) * .04, hi + (hi - lo) * .04] : [lo - .5, hi + .5];
-    const range = c => all.reduce(([lo, hi], q) => [Math.min(lo, q[c]), Math.max(hi, q[c])], [Infinity, -Infinity]);
-    const [x0, x1] = pad(...range(0), true), [y0, y1] = pad(...range(1), this.log), t = this.log ? Math.log : v => v;
-    const X = v => left + Math.log(v / x0) / Math.log(x1 / x0) * (w - left - right);
-    const Y = v => h - bottom - (t(v) - t(y0)) / (t(y1) - t(y0)) * (h - top - bottom);
-    let s = '';
-    for (const v of this.log && y1 > 3 * y0 ? logTicks(y0, y1) : ticks(y0, y1, 5)) s += `<line x1="${left}" x2="${w - right}" y1="${Y(v)}" y2="${Y(v)}" stroke="var(--grid)"/>
-      <text x="${left - 8}" y="${Y(v) + 4}" text-anchor="end">${num(v, 3)}</text>`;
-    for (const v of logTicks(x0, x1)) s += `<line x1="${X(v)}" x2="${X(v)}" y1="${top}" y2="${h - bottom}" stroke="var(--grid)"/>
-      <text x="${X(v)}" y="${h - 20}" text-anchor="middle">${num(v, 3)}</text>`;
-    s += `<line x1="${left}" x2="${w - right}" y1="${h - bottom}" y2="${h - bottom}" stroke="var(--line)"/>
-      <text x="${(left + w - right) / 2}" y="${h - 4}" text-anchor="middle">compute in FLOPs</text>`;
-    this.at = [];
-    for (const one of this.series) {
-      const place = one.at.map(q => [X(q[0]), Y(q[1]), one, q]); this.at.push(...place);
-      s += `<path class="curve" data-point="${one.i}" fill="none" stroke="${one.p.color}" stroke-width="1.7" stroke-linejoin="round"
-        d="${place.map((q, k) => (k ? 'L' : 'M') + q[0].toFixed(1) + ' ' + q[1].toFixed(1)).join('')}"/>`;
-      for (const q of place.length <= 12 ? place : place.slice(-1))
-        s += `<circle data-point="${one.i}" cx="${q[0].toFixed(1)}" cy="${q[1].toFixed(1)}" r="3" fill="${one.p.color}"/>`;
-    }
-    this.plot.innerHTML = `<svg height="${h}" viewBox="0 0 ${w} ${h}" role="img" aria-label="${esc(this.title)}">
-      <rect width="${w}" height="${h}" fill="transparent"/>${s}<g class="dots"></g></svg>`;
-  }
-  move(e) {
-    const box = this.plot.getBoundingClientRect(), x = e.clientX - box.left, y = e.clientY - box.top;
-    let best = null, far = 60;
-    for (const q of this.at) { const d = Math.hypot(q[0] - x, q[1] - y); if (d < far) { far = d; best = q; } }
-    const dots = this.plot.querySelector('.dots');
-    lift(best && best[2].i);
-    if (!best) { dots.innerHTML = ''; this.tip.style.display = 'none'; return; }
-    const [px, py, {p}, q] = best;
-    dots.innerHTML = `<circle cx="${px}" cy="${py}" r="4.5" fill="${p.color}" stroke="var(--card)" stroke-width="1.5"/>`;
-    const row = (name, value) => `<div class="row"><span>${name}</span><b>${value}</b></div>`;
-    place(this, px, e, `<div><i style="background:${p.color}"></i><b>${esc(p.label)}</b></div>` + row('loss', num(q[1], 5))
-      + row('compute', num(q[0], 4) + ' FLOPs') + row('step', num(q[2], 9)));
-  }
-}
-// One point stands out, in the charts and in the table; none (null): all are as they were.
-function lift(i) {
-  for (const one of document.querySelectorAll('path.curve, circle[data-point]')) one.classList.toggle('faded', i !== null && +one.dataset.point !== i);
-  for (const row of document.querySelectorAll('#points tbody tr')) row.classList.toggle('on', i !== null && +row.dataset.point === i);
-}
-
-const asNumber = v => v === null || v === '' || !isFinite(v) ? null : +v;
-const columns = [
-  ...D.keys.map((k, j) => ({name: k, of: p => asNumber(p.values[j]) ?? p.values[j], show: p => esc(p.values[j] ?? '\u2013')})),
-  ...[['parameters', 'parameters', 4], ['tokens', 'tokens', 4], ['compute (FLOPs)', 'compute', 4], ['loss', 'loss', 5], ['held-out loss', 'heldout', 5]]
-    .map(([name, k, sig]) => ({name, k, number: true, of: p => p[k], show: p => num(p[k], sig)})),
-  {name: 'status', of: p => p.status.text, show: p => esc(p.status.text)}, {name: 'run', of: p => p.run, show: p => esc(p.run)},
-];
-const lowest = k => Math.min(...P.map(p => p[k]).filter(v => v !== null));
-let sorted = null, down = false;
-function fill(table) {
-  const order = [...P.keys()];
-  if (sorted !== null) order.sort((a, b) => {
-    const [x, y] = [columns[sorted].of(P[a]), columns[sorted].of(P[b])];
-    if (x === null || y === null) return (x === null) - (y === null);
-    return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
-  });
-  const cell = (c, p, first) => {
-    const tone = c.name === 'status' ? p.status.tone : '', best = ['loss', 'heldout'].includes(c.k) && p[c.k] !== null && p[c.k] === lowest(c.k) ? 'best' : '';
-    return `<td class="${c.number ? 'number' : ''} ${tone} ${best}">${first ? `<i style="background:${p.color}"></i>` : ''}${c.show(p)}</td>`;
-  };
-  table.innerHTML = `<thead><tr>${columns.map((c, k) => `<th class="${c.number ? 'number' : ''} ${k === sorted ? 'on' : ''}" data-column="${k}">${esc(c.name)}</th>`).join('')}</tr></thead>
-    <tbody>${order.map(i => `<tr data-point="${i}">${columns.map((c, k) => cell(c, P[i], !k)).join('')}</tr>`).join('')}</tbody>`;
-  for (const head of table.querySelectorAll('th')) head.onclick = () => {
-    const k = +head.dataset.column; down = sorted === k && !down; sorted = k; fill(table);
-  };
-  for (const row of table.querySelectorAll('tbody tr')) { row.onpointerenter = () => lift(+row.dataset.point); row.onpointerleave = () => lift(null); }
-}
-
-function build() {
-  const root = document.getElementById('root'), done = P.filter(p => p.status.text === 'done').length;
-  document.getElementById('status').innerHTML = `<span class="chip ${done === P.length ? 'good' : ''}">${done} of ${P.length} done</span>`;
-  document.getElementById('notices').innerHTML = P.filter(p => p.notice).map(p => `<div class="card notice">${esc(p.run)}: ${esc(p.notice)}</div>`).join('');
-  const best = P.filter(p => p.heldout !== null).sort((a, b) => a.heldout - b.heldout)[0], total = P.reduce((t, p) => t + (p.compute || 0), 0);
-  const tiles = [['points', P.length, `${done} done`], ['compute', num(total, 3), 'FLOPs of all points']];
-  if (best) tiles.push(['best held-out loss', num(best.heldout, 5), best.label]);
-  document.getElementById('tiles').innerHTML = tiles.map(t => `<div class="tile"><div class="name">${esc(t[0])}</div>
-    <div class="value">${esc(t[1])}</div><div class="note">${esc(t[2])}</div></div>`).join('');
-  root.innerHTML = '<section class="card wide table"><table id="points"></table></section>';
-  fill(document.getElementById('points'));
-  for (const [title, curve] of [['Training loss against compute', 'train_curve'], ['Held-out loss against compute', 'heldout_curve']])
-    if (P.some(p => p[curve].some(q => q[0] > 0 && q[1] > 0))) new Chart(root, title, curve);
-  if (!charts.length) root.insertAdjacentHTML('beforeend', '<section class="card wide empty">No step has been written yet.</section>');
-  const draw = () => { for (const chart of charts) chart.draw(); };
-  draw();
-  let width = root.clientWidth;
-  new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; draw(); } }).observe(root);
-  document.body.dataset.drawn = document.querySelectorAll('path.curve').length;
-}
-build();
-"""
-
-PAGE = page(BODY, SCRIPT, STYLE)

@@ -1,26 +1,20 @@
-"""An SVG picture of pipeline timelines (`planner/timeline.py`). Imports no torch."""
+"""Draw pipeline timelines (`planner/timeline.py`) as SVG. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from megatrain.planner.timeline import Timeline
+from megatrain.report.page import read_asset
 
-_STYLE = """
-.pipeline text { font: 11px system-ui, sans-serif; fill: var(--soft, #75716b) }
-.pipeline .number { font-size: 9px; fill: #fff; text-anchor: middle }
-.pipeline .F { fill: var(--a, #2563eb) } .pipeline .B { fill: var(--c, #0d9488) }
-.pipeline .I { fill: var(--c, #0d9488) } .pipeline .W { fill: var(--d, #8b46d8) }
-.pipeline .later { opacity: .62 } .pipeline .idle { fill: var(--grid, #eeece8) }
-"""
 _NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 _ROW, _LEFT, _WIDTH = 22, 52, 1000
 
 
 def draw(timelines: Sequence[tuple[str, Timeline]]) -> str:
-    """SVG of one or more timelines on a common time axis, a row for each rank; blocks carry their micro-batch's number.
+    """Return an SVG of titled timelines on one time axis, with a row per rank. A block shows its micro-batch's number.
 
-    Paler blocks belong to a rank's later stages, grey is waiting. Colours are the report page's where there is one.
+    Paler blocks belong to a rank's later stages; grey is idle time. Inside a report page the drawing takes its colours.
     """
     longest = max(timeline.length for _, timeline in timelines)
     scale = (_WIDTH - _LEFT - 4) / longest
@@ -51,7 +45,7 @@ def draw(timelines: Sequence[tuple[str, Timeline]]) -> str:
         x += 130
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="pipeline" viewBox="0 0 {_WIDTH} {y + 8}" role="img" '
-        f'aria-label="Pipeline schedule"><style>{_STYLE}</style>{"".join(parts)}</svg>'
+        f'aria-label="Pipeline schedule"><style>{read_asset("timeline.css")}</style>{"".join(parts)}</svg>'
     )
 
 

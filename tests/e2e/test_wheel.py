@@ -1,4 +1,4 @@
-"""The built distributions: a wheel installed elsewhere finds its config groups and kernels, with no checkout in sight."""
+"""The built distributions: a wheel installed elsewhere finds its config groups, kernels and page assets without a checkout."""
 
 import os
 import shutil
@@ -48,13 +48,15 @@ def installed(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_the_wheel_holds_every_module_kernel_and_config_file(wheel):
+def test_the_wheel_holds_every_module_kernel_config_file_and_page_asset(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in (ROOT / "megatrain").rglob("*") if path.suffix == ".py"]
     files += [ROOT / "megatrain" / path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")]
     files += [ROOT / "megatrain" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
+    files += (ROOT / "megatrain" / "report" / "assets").iterdir()
     missing = {str(path.relative_to(ROOT)) for path in files} - held
     assert not missing
+    assert "megatrain/report/assets/page.css" in held
     assert "megatrain/conf/train.yaml" in held and "megatrain/kernels/__init__.py" in held
 
 
@@ -65,3 +67,10 @@ def test_the_installed_command_composes_a_config_in_an_empty_folder(installed, t
     places = run(installed, "-c", where, cwd=tmp_path).split()
     assert all(Path(place).is_relative_to(installed.parent.parent) for place in places)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_writes_a_report_page(installed, tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {name: empty}\n")
+    shown = run(installed, "-m", "megatrain", "report", tmp_path, cwd=tmp_path)
+    page = Path(shown.strip()).read_text(encoding="utf-8")
+    assert "function build()" in page and "--card:" in page and "{{" not in page

@@ -48,7 +48,7 @@ def make_run(folder, num_steps, name="demo"):
 @needs_browser
 def test_a_browser_draws_every_chart(tmp_path):
     document = drawn(report(make_run(tmp_path, 60)))
-    for title in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Where time went", "Events"):
+    for title in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Time per step", "Events"):
         assert f"<h2>{title}" in document, title
     assert re.search(r'data-drawn="(\d+)"', document).group(1) == "9"  # train, held-out, lr, norm, rate and four times
     curves = re.findall(r'<path class="curve"[^>]* d="([^"]*)"', document)
@@ -64,7 +64,7 @@ def test_a_browser_draws_every_chart(tmp_path):
 def test_a_browser_draws_a_run_of_few_steps(tmp_path, num_steps):
     document = drawn(report(make_run(tmp_path, num_steps)))
     assert 'data-drawn="' in document and "NaN" not in document
-    assert ("No step has been written yet" in document) == (num_steps == 0)
+    assert ("No steps recorded yet" in document) == (num_steps == 0)
 
 
 def test_the_page_fetches_nothing(tmp_path):
@@ -145,7 +145,7 @@ def test_the_ledger_is_added_up(tmp_path):
     assert sum(spent.values()) == life["wall"] == 4190 and life["unbooked"] == 0
     assert life["text"] == (
         "effective training time 8.9% of 1:09:50 · 3 starts of the ranks, 2 failures · mean time between failures 0:04:35 "
-        "· 10 steps done again"
+        "· 10 steps repeated"
     )
     assert ("training time", "goodput 8.9%") in [(tile["name"], tile["note"]) for tile in data["tiles"]]
     assert [span["failed"] for span in life["spans"] if span["steps"]] == [True, True, False]
@@ -156,7 +156,7 @@ def test_a_browser_draws_the_runs_life(tmp_path):
     run_dir = make_run(tmp_path, 20)
     add_life(run_dir)
     document = drawn(report(run_dir))
-    assert "Where the run's life went</h2>" in document and "lost work 1.9%" in document and "NaN" not in document
+    assert "Where the run's time went</h2>" in document and "lost work 1.9%" in document and "NaN" not in document
     assert document.count('<path class="failure"') == 2
     starts = re.findall(r'<rect class="start" x="([\d.]+)"[^>]* width="([\d.]+)"', document)
     assert len(starts) == 6 + 7 + 7

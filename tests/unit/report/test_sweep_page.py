@@ -37,7 +37,7 @@ def make_point(runs, name, model, num_steps, lr="0.001", status=None, heldout=Tr
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four points: done, failed, still running, and one that has not begun."""
+    """Four points: done, failed, still running, and one that has not started."""
     points = {}
     for model in "ab":
         for lr in ("0.001", "0.01"):
@@ -65,7 +65,7 @@ def test_a_points_numbers_are_its_runs(sweep):
     assert [q[2] for q in first["heldout_curve"]] == [10, 20, 30, 40]
     assert first["heldout_curve"][0][:2] == [10 * compute, pytest.approx(2.901)]
     texts = [point["status"]["text"] for point in (first, failed, running, waiting)]
-    assert texts == ["done", "failed", "no end recorded", "not begun"]
+    assert texts == ["done", "failed", "no end recorded", "not started"]
     assert waiting["train_curve"] == [] and waiting["compute"] is None and waiting["parameters"] is None
 
 
@@ -78,7 +78,7 @@ def test_a_browser_draws_table_and_curves(sweep):
     table = re.search(r'<table id="points">(.*?)</table>', document, re.DOTALL).group(1)
     rows = [re.findall(r"<td[^>]*>(?:<i[^>]*></i>)?(.*?)</td>", row) for row in table.split("<tr")[2:]]
     assert [row[:2] for row in rows] == [["a", "0.001"], ["a", "0.01"], ["b", "0.001"], ["b", "0.01"]]
-    assert [row[7] for row in rows] == ["done", "failed", "no end recorded", "not begun"]
+    assert [row[7] for row in rows] == ["done", "failed", "no end recorded", "not started"]
     assert rows[0][5:7] == ["2.101", "2.601"] and rows[3][2:7] == ["\u2013"] * 5
     best = re.findall(r'<td class="number +best">(.*?)</td>', table)
     assert best == ["2.101", "2.601"]
@@ -128,7 +128,7 @@ def test_a_browser_draws_a_sweep_that_has_not_begun(tmp_path):
     (tmp_path / "scan").mkdir()
     SweepRecord([SweepPoint("scan-1", {"seed": "1"})]).save(tmp_path / "scan")
     document = drawn(report_sweep(tmp_path / "scan"))
-    assert "No step has been written yet" in document and "not begun" in document and "NaN" not in document
+    assert "No steps recorded yet" in document and "not started" in document and "NaN" not in document
 
 
 def test_the_page_fetches_nothing_and_no_name_ends_its_script(sweep):

@@ -1,0 +1,132 @@
+// Builds a run's page from its data. Loaded last.
+
+function build() {
+  const root = document.getElementById('root'),
+    curve = (name, label, tone) => D.curves[name] && {name: label, tone, ...D.curves[name]};
+  document.getElementById('status').innerHTML = `<span class="chip ${D.status.tone}">${esc(D.status.text)}</span>`;
+  document.getElementById('tiles').innerHTML = D.tiles
+    .map(
+      t => `<div class="tile"><div class="name">${esc(t.name)}</div>
+    <div class="value">${esc(t.value)}</div><div class="note">${esc(t.note)}</div></div>`,
+    )
+    .join('');
+  document.getElementById('notices').innerHTML = D.notices
+    .map(n => `<div class="card notice">${esc(n)}</div>`)
+    .join('');
+  const add = spec => {
+    spec.series = spec.series.filter(Boolean);
+    if (spec.series.length) new Chart(root, spec);
+  };
+  const wideRange = name => {
+    const v = ((D.curves[name] || {}).mean || []).filter(x => x > 0);
+    return v.length > 1 && Math.max(...v) > 50 * Math.min(...v);
+  };
+  if (N) {
+    const heldout = D.heldout.length && {name: 'held-out', tone: 'b', points: D.heldout};
+    add({title: 'Loss', wide: true, height: 300, legend: true, series: [curve('loss', 'training', 'a'), heldout]});
+    add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
+    add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
+    add({
+      title: 'Tokens per second',
+      zero: true,
+      noLog: true,
+      height: D.curves.mfu ? 208 : 233,
+      series: [curve('tokens_per_s', 'tokens/s', 'a')],
+    });
+    if (D.curves.mfu)
+      add({
+        title: 'Model FLOPs utilisation',
+        zero: true,
+        noLog: true,
+        format: v => trim((v * 100).toFixed(1)) + '%',
+        exact: v => (v * 100).toFixed(2) + '%',
+        series: [curve('mfu', 'MFU', 'c')],
+      });
+    if (D.curves.loss_scale) add({title: 'Loss scale', log: true, series: [curve('loss_scale', 'loss scale', 'd')]});
+    const mean = name => (D.curves[name] || {}).mean || new Array(N).fill(0),
+      total = mean('step_time_s');
+    if (D.curves.step_time_s) {
+      const parts = {data: mean('data_time_s'), eval: mean('eval_time_s'), save: mean('save_time_s')};
+      const compute = total.map((t, i) => Math.max(0, (t || 0) - (parts.data[i] || 0)));
+      const labels = [
+        ['compute', 'compute', 'a'],
+        ['data', 'waiting for data', 'b'],
+        ['eval', 'evaluation', 'c'],
+        ['save', 'saving checkpoints', 'd'],
+      ];
+      const sum = Object.values(D.time_spent).reduce((a, b) => a + b, 0) || 1;
+      const share = labels
+        .map(([k, , tone]) => `<span style="background:var(--${tone});flex:${D.time_spent[k] / sum} 0 0"></span>`)
+        .join('');
+      add({
+        title: 'Time per step (seconds)',
+        wide: Boolean(D.curves.mfu),
+        zero: true,
+        noLog: true,
+        stacked: true,
+        height: D.curves.mfu ? 208 : 178,
+        above: `<div class="share">${share}</div>`,
+        exact: v => num(v, 3) + ' s',
+        series: labels.map(([k, label, tone]) => ({
+          name: `${label} ${trim(((100 * D.time_spent[k]) / sum).toFixed(1))}%`,
+          tone,
+          mean: k === 'compute' ? compute : parts[k],
+        })),
+      });
+    }
+  } else root.innerHTML = '<section class="card wide empty">No steps recorded yet.</section>';
+  if (D.life) new Life(root, D.life);
+  if (D.events.length) new Lanes(root);
+  if (D.pipeline)
+    root.insertAdjacentHTML(
+      'beforeend',
+      `<section class="card wide"><div class="head"><h2>Pipeline schedule</h2></div>
+    <div class="under">${esc(D.pipeline.text)}</div>${D.pipeline.svg}</section>`,
+    );
+  const cells = (row, numNarrow) =>
+    row.map((cell, i) => `<td class="${i < numNarrow ? 'nowrap' : ''}">${esc(cell)}</td>`).join('');
+  const table = (rows, numNarrow) => `<table>${rows.map(row => `<tr>${cells(row, numNarrow)}</tr>`).join('')}</table>`;
+  const half = Math.ceil(D.facts.length / 2);
+  root.insertAdjacentHTML(
+    'beforeend',
+    `<section class="card wide"><div class="head"><h2>Run</h2></div><div class="facts">` +
+      `${table(D.facts.slice(0, half), 1)}${table(D.facts.slice(half), 1)}</div></section>`,
+  );
+  const last = D.events.slice(-300).map(e => [e.time === null ? '' : span(e.time), e.kind, `step ${e.step}`, e.detail]);
+  if (last.length)
+    root.insertAdjacentHTML(
+      'beforeend',
+      `<details class="card wide"><summary>All events</summary>${table(last, 3)}</details>`,
+    );
+  if (D.config)
+    root.insertAdjacentHTML(
+      'beforeend',
+      `<details class="card wide"><summary>Configuration</summary><pre>${esc(D.config)}</pre></details>`,
+    );
+  const usable = Object.keys(axes).filter(a => N > 1 && D.x[a].every(v => v !== null));
+  const pick = document.getElementById('axis');
+  pick.innerHTML =
+    usable.length > 1
+      ? usable
+          .map(a => `<button data-axis="${a}" class="${a === view.axis ? 'on' : ''}">${axes[a][0]}</button>`)
+          .join('')
+      : '';
+  pick.hidden = usable.length < 2;
+  pick.onclick = e => {
+    if (!e.target.dataset.axis) return;
+    view.axis = e.target.dataset.axis;
+    for (const b of pick.children) b.classList.toggle('on', b === e.target);
+    zoom(null, null);
+  };
+  document.getElementById('reset').onclick = () => zoom(null, null);
+  drawAll();
+  let width = root.clientWidth;
+  new ResizeObserver(() => {
+    if (root.clientWidth !== width) {
+      width = root.clientWidth;
+      drawAll();
+    }
+  }).observe(root);
+  document.body.dataset.drawn = document.querySelectorAll('path.curve').length;
+}
+build();
