@@ -14,9 +14,10 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "megatrain", "conf", "kerne
 
 
 def run(*command: object, cwd: Path, **environ: str) -> str:
-    """A command's output; its whole story when it fails."""
+    """Return a command's output; show all of it when the command fails. The checkout stays off the import path."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True
+        [str(part) for part in command], cwd=cwd, env=inherited | environ, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -52,7 +52,7 @@ function build() {
         ['compute', 'compute', 'a'],
         ['data', 'waiting for data', 'b'],
         ['eval', 'evaluation', 'c'],
-        ['save', 'saving checkpoints', 'd'],
+        ['save', 'saving', 'd'],
       ];
       const sum = Object.values(D.time_spent).reduce((a, b) => a + b, 0) || 1;
       const share = labels

@@ -122,10 +122,10 @@ def test_a_run_without_a_pipeline_or_with_a_foreign_config_has_no_timeline(paral
 
 
 def test_a_picture_of_a_long_step_shows_its_beginning_size(tmp_path):
-    """1,000 micro-batches would be a page of blocks a pixel wide: the picture shows a shorter step and says so."""
+    """1,000 micro-batches would be a page of blocks a pixel wide: the drawing shows a shorter step and says so."""
     run_dir = run_with(tmp_path, "tp: 1, pp: 4, cp: 1, schedule: 1f1b, virtual_stages: 1", steps=1000)
     pipeline = collect(run_dir)["pipeline"]
-    assert "1,000 micro-batches" in pipeline["text"] and "picture shows 16" in pipeline["text"]
+    assert "1,000 micro-batches" in pipeline["text"] and "drawing shows 16" in pipeline["text"]
     assert len(pipeline["svg"]) < 60_000
 
 

@@ -177,7 +177,7 @@ def test_a_damaged_ledger_is_said(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere: no such folder"):
         report(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"not a run's folder, it holds none of metrics\.jsonl"):
+    with pytest.raises(ConfigError, match=r"not a run's folder; it has none of metrics\.jsonl"):
         report(tmp_path)
 
 
