@@ -48,6 +48,7 @@ from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, num_micro_batches
 from megatrain.parallel.mesh import make_groups
+from megatrain.parallel.recompute import recompute_blocks
 
 _LOG = logging.getLogger("megatrain")
 
@@ -178,7 +179,7 @@ class DeepSpeedEngine:
             world.device.type,
         )
         model = self._build_model(deepspeed, document)
-        model.recompute = config.train.recompute
+        recompute_blocks(model.blocks, config.train.recompute)
         self.shapes = parameter_shapes(config.model)
         groups = parameter_groups(
             ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim

@@ -47,6 +47,7 @@ from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, head_in_chunks
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import Stage
+from megatrain.parallel.recompute import recompute_blocks
 from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
 from megatrain.parallel.stages import stage_layers
@@ -131,7 +132,6 @@ class NativeEngine:
             with torch.device("meta"):
                 stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, kernels)
             stage.loss = self._loss(kernels)
-            stage.recompute = self.config.train.recompute
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
                 for block in stage.blocks.children():
@@ -140,6 +140,7 @@ class NativeEngine:
                 use_fp8(stage.blocks, self.world.device)
             if self.groups and self.groups.tp is not None:
                 cut_tensors(stage, self.groups.tensor_mesh)
+            recompute_blocks(stage.blocks, self.config.train.recompute)
             if self.groups and self.is_sharded:
                 shard(stage, stage.units(), self.layout.zero, self.groups, self.config.precision)
             else:

@@ -10,13 +10,11 @@ Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import attention, document_mask
@@ -26,20 +24,6 @@ from megatrain.model.cache import KVCache, LayerCache
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Logits, labels and weights to the summed loss, an fp32 scalar."""
-
-_ATEN = torch.ops.aten
-SAVED_BY_SELECTIVE = [
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN.bmm.default,
-    _ATEN._scaled_mm.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.megatrain.linear.default,
-]
-"""Operations whose results `recompute = "selective"` keeps; norms, rotations and activations are computed again."""
 
 
 class Linear(nn.Linear):
@@ -198,8 +182,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. Set `recompute` to `full` to keep only each block's input for the backward pass, or to `selective`
-    to keep also what is costly to compute again.
+    """The whole model.
 
     `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py). `kernels` are the
     operations it computes with. Set `loss` where the vocabulary is cut over ranks: it then takes what the head returns.
@@ -208,7 +191,6 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
-        self.recompute = "none"
         self.loss: LossFunction | None = None
         self.embed = Embedding(config.vocab, config.hidden_size)
         learned = config.position == "learned"
@@ -284,26 +266,8 @@ class GPT(nn.Module):
         for name, block in self.blocks.named_children():
             layer = int(name)
             self._seed_dropout(dropout_seed, layer)
-            if self.recompute != "none" and torch.is_grad_enabled():
-                x = self._recomputed(block, x, positions, mask)
-            else:
-                x = block(x, positions, mask, None if cache is None else cache.layers[layer])
+            x = block(x, positions, mask, None if cache is None else cache.layers[layer])
         return x
-
-    def _recomputed(self, block: nn.Module, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """The block's output, with all (`full`) or the cheap part (`selective`) of its inside recomputed in backward."""
-        options: dict[str, Any] = {}
-        if self.recompute == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_BY_SELECTIVE)
-        return checkpoint(
-            block,
-            x,
-            positions,
-            mask,
-            use_reentrant=False,
-            preserve_rng_state=self.config.dropout > 0,
-            **options,
-        )
 
     def tie(self) -> None:
         """Makes the head share the embedding's weight again, where the config says so and something parted them."""

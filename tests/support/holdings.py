@@ -19,6 +19,7 @@ from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
+from megatrain.parallel.recompute import SelectivelyRecomputed
 from megatrain.parallel.sharding import local
 from support.jobs import batches
 
@@ -135,16 +136,14 @@ class Saved:
 
     def watch_selective(self) -> None:
         """Have the caches of selective recompute shown to this object. One micro-batch at a time."""
-        import megatrain.model.gpt as module
+        make = SelectivelyRecomputed.make_contexts
 
-        make = module.create_selective_checkpoint_contexts
-
-        def made(*arguments: Any) -> Any:
-            contexts = make(*arguments)
+        def made() -> Any:
+            contexts = make()
             self.caches.append(contexts[0])
             return contexts
 
-        module.create_selective_checkpoint_contexts = made
+        SelectivelyRecomputed.make_contexts = staticmethod(made)
 
 
 class _Packed:

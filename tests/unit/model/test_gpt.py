@@ -84,32 +84,16 @@ def test_a_sequence_fed_in_pieces_through_the_cache_gives_the_same_logits(family
 
 
 @FAMILIES
-def test_recompute_changes_memory_and_not_a_bit_of_the_gradients(family):
-    model = build_model(make_config(family, dropout=0.2), seed=1)
-    plain = loss_and_gradients(model, dropout_seed=3)
-    calls = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.recompute = "full"
-    recomputed = loss_and_gradients(model, dropout_seed=3)
-    assert len(calls) == 2 * model.config.num_layers
-    assert torch.equal(plain[0], recomputed[0])
-    assert_bit_equal(plain[1], recomputed[1])
-
-
-@FAMILIES
 def test_blocks_compile_whole_and_compute_the_same(family):
-    """`fullgraph` refuses graph breaks; recompute and compile work together."""
+    """`fullgraph` refuses graph breaks."""
     model = build_model(make_config(family), seed=1)
     plain = loss_and_gradients(model)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    for recompute in ("none", "full"):
-        model.recompute = recompute
-        loss, gradients = loss_and_gradients(model)
-        torch.testing.assert_close(loss, plain[0])
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, plain[1][name], rtol=1e-4, atol=1e-4, msg=name)
+    loss, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(loss, plain[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[1][name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_dropout_masks_are_a_function_of_the_seed_and_the_layer():
