@@ -10,12 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatrain.kernels.cross_entropy import (
-    fused_vocabulary_gradient_,
-    fused_vocabulary_statistics,
-    vocabulary_gradient_,
-    vocabulary_statistics,
-)
 from megatrain.kernels.gelu import fused_gelu, gelu
 from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
 from megatrain.kernels.linear import linear, onednn_linear, prefers_onednn
@@ -24,6 +18,12 @@ from megatrain.kernels.rms_norm import add_rms_norm, fused_add_rms_norm, fused_r
 from megatrain.kernels.rope import fused_rope_qk, rope_qk
 from megatrain.kernels.support import KernelError, unsupported
 from megatrain.kernels.swiglu import fused_swiglu, swiglu
+from megatrain.kernels.vocabulary_cross_entropy import (
+    fused_vocabulary_gradient_,
+    fused_vocabulary_statistics,
+    vocabulary_gradient_,
+    vocabulary_statistics,
+)
 
 _LOG = logging.getLogger("megatrain")
 

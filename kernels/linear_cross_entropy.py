@@ -17,16 +17,14 @@ from megatrain.kernels.cross_entropy import (
 from megatrain.kernels.linear import add_product_, product
 
 
-def linear_cross_entropy_sum(
-    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
-) -> Tensor:
-    """`cross_entropy_sum(x weight^T, labels, weights, z_loss)`: an fp32 scalar, in nats.
+def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`cross_entropy_sum(x weight^T, labels, weights)`: an fp32 scalar, in nats.
 
     `x` is `[..., D]`, `weight` `[V, D]` of the same dtype, `labels` integers `[...]`, `weights` float `[...]` or None.
 
     Gradients, with `d` `[N, V]` what `cross_entropy_sum` gives for its logits: `d_x = d weight`, `d_weight = d^T x`.
     """
-    return cross_entropy_sum(F.linear(x, weight), labels, weights, z_loss)
+    return cross_entropy_sum(F.linear(x, weight), labels, weights)
 
 
 def chunked_linear_cross_entropy_sum(
@@ -34,7 +32,6 @@ def chunked_linear_cross_entropy_sum(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor | None = None,
-    z_loss: float = 0.0,
     chunk_bytes: int | None = None,
     fused: bool = False,
 ) -> Tensor:
@@ -57,7 +54,6 @@ def chunked_linear_cross_entropy_sum(
         weight,
         labels.flatten(),
         None if weights is None else weights.flatten(),
-        z_loss,
         chunk_bytes,
         fused,
         needs,
@@ -71,7 +67,6 @@ def _chunked(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    z_loss: float,
     chunk_bytes: int,
     fused: bool,
     with_gradients: bool,
@@ -90,7 +85,7 @@ def _chunked(
     for start in range(0, num_rows, rows):
         part = slice(start, min(start + rows, num_rows))
         chunk = product(x[part], table.t())  # 0 in the padding, and its gradient too
-        loss += in_place(chunk[:, :vocab], labels[part], None if weights is None else weights[part], z_loss).sum()
+        loss += in_place(chunk[:, :vocab], labels[part], None if weights is None else weights[part]).sum()
         if with_gradients:
             product(chunk, table, out=d_x[part])
             d_table = _add_product(None if start == 0 else d_table, chunk.t(), x[part])
@@ -131,7 +126,6 @@ def _(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    z_loss: float,
     chunk_bytes: int,
     fused: bool,
     with_gradients: bool,
@@ -152,7 +146,7 @@ def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | Non
     d_x, d_weight = ctx.saved_tensors
     d_x = d_x * g if ctx.needs_input_grad[0] else None
     d_weight = d_weight.mul_(g).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-    return d_x, d_weight, None, None, None, None, None, None
+    return d_x, d_weight, None, None, None, None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_setup_context)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatrain.kernels import adamw_update as adamw
-from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu
+from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu, vocabulary_cross_entropy
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -50,7 +50,7 @@ def forward_and_backward(function: Any, *inputs: Any) -> None:
 
 
 def main(dtype: torch.dtype) -> None:
-    for module in (adamw, cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu):
+    for module in (adamw, cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu, vocabulary_cross_entropy):
         module.launch, module.require = compile_only, lambda *_, **__: None
 
     def ones(*shape: int) -> Tensor:
@@ -65,15 +65,13 @@ def main(dtype: torch.dtype) -> None:
     q = ones(2, 7, 4, 16).transpose(1, 2)
     forward_and_backward(rope.fused_rope_qk, q, q[:, :1], cos, sin)
     labels, some = torch.zeros(5, dtype=torch.int64), torch.ones(5)
-    for width, weights, z_loss in ((5000, some, 1e-3), (1, None, 0.0)):
+    for width, weights in ((5000, some), (1, None)):
         forward_and_backward(swiglu.fused_swiglu, ones(5, width), ones(5, width))
         forward_and_backward(gelu.fused_gelu, ones(5, width))
-        logits = ones(5, width)
-        forward_and_backward(cross_entropy.fused_cross_entropy_sum, logits, labels, weights, z_loss)
-        logits = logits.detach()
-        cross_entropy.fused_cross_entropy_with_gradient_(logits, labels, weights, z_loss)
-        cross_entropy.fused_vocabulary_statistics(logits, labels, 3)
-        cross_entropy.fused_vocabulary_gradient_(logits, labels, 3, some, weights, z_loss)
+        logits = ones(5, width).detach()
+        cross_entropy.fused_cross_entropy_with_gradient_(logits, labels, weights)
+        vocabulary_cross_entropy.fused_vocabulary_statistics(logits, labels, 3)
+        vocabulary_cross_entropy.fused_vocabulary_gradient_(logits, labels, 3, some, weights)
     for moments, count, found_inf, seed in ((torch.float32, 1, None, None), (torch.bfloat16, 3, some[0], 1)):
         lists = [[torch.ones(5, dtype=d)] * count for d in (torch.float32, dtype, moments, moments)]
         adamw.fused_adamw_step_(*lists, 1, 1e-3, (0.9, 0.95), 1e-8, 0.1, found_inf, seed)

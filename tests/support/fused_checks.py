@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.kernels import IGNORE_INDEX
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,6 +51,26 @@ def leaf(x: Any, dtype: torch.dtype, device: str) -> Any:
         return x.to(device)
     base = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
     return base.requires_grad_(x.requires_grad)
+
+
+def cross_entropy_case(num_tokens: int, vocab: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """float64 logits `[N, V]`; labels, the second one ignored; float weights or None."""
+    generator = torch.Generator().manual_seed(vocab)
+    labels = torch.randint(0, vocab, (num_tokens,), generator=generator)
+    labels[0] = vocab - 1
+    if num_tokens > 1:
+        labels[1] = IGNORE_INDEX
+    weights = torch.rand(num_tokens, generator=generator) + 0.5 if weighted else None
+    return randn(num_tokens, vocab, scale=3.0), labels, weights
+
+
+def exact_losses_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy by its formula: float64 losses `[N]`, and the gradient `[N, V]` of their sum."""
+    logits, labels = logits.detach().cpu().double().requires_grad_(), labels.cpu()
+    picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    losses = (logits.logsumexp(-1) - picked) * (1 if weights is None else weights.cpu().double())
+    losses = losses.where(labels != IGNORE_INDEX, 0.0)
+    return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
 
 
 def wants(*tensors: Tensor) -> list[Tensor]:

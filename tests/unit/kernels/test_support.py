@@ -81,7 +81,7 @@ ones = torch.ones(3)
 calls = [
     lambda: gelu.fused_gelu(x), lambda: swiglu.fused_swiglu(x, x), lambda: rms_norm.fused_rms_norm(x, ones, 1e-5),
     lambda: layer_norm.fused_layer_norm(x, ones, None, 1e-5),
-    lambda: cross_entropy.fused_cross_entropy_sum(x, torch.zeros(2, dtype=torch.int64)),
+    lambda: cross_entropy.fused_cross_entropy_with_gradient_(x, torch.zeros(2, dtype=torch.int64)),
     lambda: rope.fused_rope_qk(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(2, 1), torch.ones(2, 1)),
     lambda: adamw.fused_adamw_step_([x], [x], [x], [x], 1, 0.1, (0.9, 0.9), 1e-8, 0.1),
 ]
