@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.manifest import checkpoint_step
+from megatrain.checkpoint.manifest import Identity, Progress, RunRecord
+from megatrain.checkpoint.naming import checkpoint_step
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore, load_into
@@ -63,7 +64,7 @@ def save_for_ever(folder: Path, meeting: Path, rank: int, written: int) -> None:
             half = -(-flat.numel() // RANKS)
             part = flat[rank * half : (rank + 1) * half].clone()
             state[name] = Piece(part, rank * half, SHAPES[name])
-        saver.save(step, state, {"note": "x" * 2000})
+        saver.save(state, RunRecord(Progress(step), identity=Identity({"note": "x" * 2000})))
         for kind, saved, _ in saver.reports():
             os.write(written, f"{kind} {saved}\n".encode())
         step += 1
@@ -111,9 +112,9 @@ def one_kill(folder: Path, chance: random.Random) -> tuple[int, int, bool]:
     state = {name: torch.empty(shape) for name, shape in SHAPES.items()}
     load_into(path, manifest, state, None)
     for name, tensor in state.items():
-        assert torch.equal(tensor, value(manifest["step"], name)), f"{path}: {name} is not what was saved"
-    assert checkpoint_step(path) == manifest["step"]
-    return manifest["step"], max(reported, default=0), under_way
+        assert torch.equal(tensor, value(manifest.step, name)), f"{path}: {name} is not what was saved"
+    assert checkpoint_step(path) == manifest.step
+    return manifest.step, max(reported, default=0), under_way
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatrain.checkpoint.manifest import Progress, RunRecord
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore, load_into
 from megatrain.config import CheckpointConfig
@@ -79,20 +80,20 @@ def main() -> int:
     try:
         store = CheckpointStore(folder / "checkpoints", World(0, 1, 0, torch.device("cpu"), None))
         saver = Saver(store, CheckpointConfig(keep=1))
-        first = saver.save(1, state, {})
+        first = saver.save(state, RunRecord(Progress(1)))
         saver.finish()
         rows: dict[str, list[tuple[float, float]]] = {"stall": [], "save": [], "load": []}
         emptied = False
         for step in range(2, arguments.rounds + 2):
             copy = seconds(lambda: target.copy_(source))
-            stall = saver.save(step, state, {})
+            stall = saver.save(state, RunRecord(Progress(step)))
             saver.finish()
             rows["stall"].append((stall, copy))
             (folder / "plain").unlink(missing_ok=True)  # a new file, as a checkpoint's are
             forget_files()  # both writes find the page cache empty
             write = seconds(lambda: plain_write(folder / "plain", memory))
             forget_files()
-            took = seconds(lambda step=step: store.save(step + 1000, state, {}))  # type: ignore[misc]
+            took = seconds(lambda step=step: store.save(state, RunRecord(Progress(step + 1000))))  # type: ignore[misc]
             store.retire(1, 0)
             rows["save"].append((took, write))
             emptied = forget_files()

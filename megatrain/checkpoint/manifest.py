@@ -1,89 +1,308 @@
-"""What makes a folder a checkpoint: its name, its JSON manifest, and the checksums that the manifest keeps. Imports no torch.
+"""The manifest of a checkpoint: its version, what it holds, and reading, writing and validating it. Imports no torch.
 
-How tensors get into the files is `storage.py`'s; which checkpoints a run has and loads is `store.py`'s.
+A folder is a checkpoint once its `manifest.json` is in place. How tensors get into the files is `storage.py`'s; which
+checkpoints a run has, and which one it loads, is `store.py`'s. `docs/reference/checkpoint_format.md` describes the file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import xxhash
 
 from megatrain.errors import CheckpointError
+from megatrain.optim.loss_scale import LossScaleState
+from megatrain.resilience.atomic_file import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-TEMPORARY = ".writing"
-"""Behind the name of a checkpoint that is not one yet, or no longer."""
-
-HASH_BLOCK = 2**22
 READ_BLOCK = 2**19
-_NAME = re.compile(r"step_(\d{8,})$")
+T = TypeVar("T")
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step`."""
-    return f"step_{step:08d}"
+# ---------------------------------------------------------------------------------------------------- the run's state
 
 
-def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None if it is not one."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match.group(1)) if match else None
+@dataclass(frozen=True)
+class EarlyStop:
+    """The best held-out loss so far, and the evaluations since then."""
+
+    best_heldout_loss: float | None = None
+    evaluations_without_gain: int = 0
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's `checkpoints/` folder, newest first; unverified."""
-    found = [path for path in folder.glob("step_*") if checkpoint_step(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: checkpoint_step(path) or 0, reverse=True)
+@dataclass(frozen=True)
+class LossGuardState:
+    """Recent losses that the next one is compared with, and the spikes that were rolled back and not passed yet."""
+
+    losses: list[float] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
 
 
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, as 32 hex digits; reads it in blocks."""
-    digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(READ_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
+@dataclass
+class Progress:
+    """Where a run stands: `step` finished optimizer steps, `cursor` consumed samples, `tokens` counted in the loss.
+
+    `skip_ranges` are the sample ranges `[start, stop)` that the run passes over. The trainer updates it in place.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    skip_ranges: list[tuple[int, int]] = field(default_factory=list)
+    early_stop: EarlyStop = EarlyStop()
+    loss_guard: LossGuardState = field(default_factory=LossGuardState)
+
+    def assign(self, other: Progress) -> None:
+        """Take over all of another's values, for everyone who holds this one."""
+        for f in fields(other):
+            setattr(self, f.name, getattr(other, f.name))
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename or a new file in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters that share settings (learning rate, weight decay, …)."""
+
+    parameters: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer's name, the updates it has applied, and its parameter groups by name."""
+
+    name: str
+    step: int
+    groups: dict[str, OptimizerGroup] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineCounters:
+    """What an engine keeps beside its tensors. `optimizer` is None for weights alone, `loss_scale` outside fp16."""
+
+    optimizer: OptimizerState | None = None
+    loss_scale: LossScaleState | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
+
+    `origin` is the path outside the run's folder that the run once continued. Imported weights belong to no run: they have
+    no dataset, and `imported_from` names the folder that they came from.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    dataset_fingerprint: str | None = None
+    layout: dict[str, Any] | None = None
+    engine: str | None = None
+    origin: str | None = None
+    imported_from: str | None = None
+
+
+@dataclass(frozen=True)
+class NodePart:
+    """Which node's part of a copy in memory this is, of how many nodes."""
+
+    node: int
+    num_nodes: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a checkpoint keeps beside its tensors."""
+
+    progress: Progress = field(default_factory=Progress)
+    counters: EngineCounters = field(default_factory=EngineCounters)
+    identity: Identity = field(default_factory=Identity)
+    part: NodePart | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- tensors and files
+
+
+class Chunk(NamedTuple):
+    """A rectangle of a tensor, in global coordinates, and the file that holds it."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor's global shape, its dtype by torch's name, and the chunks that fill it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file's size in bytes and its xxh3-128, as they were written."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest(RunRecord):
+    """The whole manifest. Its checksum is made when it is written and checked when it is read."""
+
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The finished optimizer steps."""
+        return self.progress.step
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `manifest.json` holds, its checksum included."""
+        identity = asdict(self.identity)
+        absent = "origin" if self.identity.imported_from is not None else "imported_from"
+        del identity[absent]
+        optimizer = self.counters.optimizer
+        document: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            **asdict(self.progress),
+            "optimizer": None
+            if optimizer is None
+            else {
+                "name": optimizer.name,
+                "step": optimizer.step,
+                "groups": {
+                    name: {**group.settings, "parameters": group.parameters} for name, group in optimizer.groups.items()
+                },
+            },
+            "loss_scale": asdict(self.counters.loss_scale) if self.counters.loss_scale else None,
+            **identity,
+            **(asdict(self.part) if self.part else {}),
+            "files": {name: asdict(file) for name, file in self.files.items()},
+            "tensors": {
+                name: {
+                    "dtype": tensor.dtype,
+                    "shape": tensor.shape,
+                    "chunks": [chunk._asdict() for chunk in tensor.chunks],
+                }
+                for name, tensor in self.tensors.items()
+            },
+        }
+        document["checksum"] = manifest_hash(json.loads(json.dumps(document)))
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Manifest:
+        """Build the manifest from its document.
+
+        Raises:
+            CheckpointError: a key is missing or holds something else than it should, by name.
+        """
+        optimizer = None
+        if (found := document.get("optimizer")) is not None:
+            groups = {
+                name: OptimizerGroup(
+                    decode(list[str], group.get("parameters"), f"optimizer.groups.{name}.parameters"),
+                    {key: value for key, value in group.items() if key != "parameters"},
+                )
+                for name, group in decode(
+                    dict[str, dict[str, Any]], found.get("groups", {}), "optimizer.groups"
+                ).items()
+            }
+            step = decode(int, found.get("step"), "optimizer.step")
+            optimizer = OptimizerState(decode(str, found.get("name", "adamw"), "optimizer.name"), step, groups)
+        if "step" not in document:
+            raise CheckpointError("it lacks step")
+        return cls(
+            progress=decode(Progress, document, ""),
+            counters=EngineCounters(optimizer, decode(LossScaleState | None, document.get("loss_scale"), "loss_scale")),
+            identity=decode(Identity, document, ""),
+            part=decode(NodePart, document, "") if "num_nodes" in document else None,
+            files=decode(dict[str, FileEntry], document.get("files"), "files"),
+            tensors={
+                name: _tensor_entry(name, entry)
+                for name, entry in decode(dict[str, Any], document.get("tensors"), "tensors").items()
+            },
+        )
+
+
+def _tensor_entry(name: str, entry: Any) -> TensorEntry:
+    """Decode one tensor. Written out, since a large checkpoint has a million chunks."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        chunks = [Chunk(tuple(c["offset"]), tuple(c["size"]), c["file"]) for c in entry["chunks"]]
+        shape = tuple(entry["shape"])
+        rank = {len(shape)}
+        numbers = [*shape, *(n for chunk in chunks for n in (*chunk.offset, *chunk.size))]
+        if any(type(n) is not int for n in numbers):
+            raise TypeError("a size is not a whole number")
+        if any({len(chunk.offset), len(chunk.size)} != rank for chunk in chunks):
+            raise TypeError("a chunk has another number of dimensions than its tensor")
+        return TensorEntry(decode(str, entry["dtype"], f"tensors.{name}.dtype"), shape, chunks)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"tensors.{name} is damaged: {error}") from None
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write standard JSON (NaN raises ValueError) under a temporary name, flush it and rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+def decode(kind: Any, value: Any, key: str) -> Any:
+    """Return JSON `value` as `kind`: a dataclass, `list`, `tuple`, `dict`, optional or plain type.
+
+    Keys of a dataclass that are absent take their defaults; keys that it does not know are left out.
+
+    Raises:
+        CheckpointError: naming `key` and what was found there.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else decode(inner, value, key)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        hints, prefix = get_type_hints(kind), f"{key}." if key else ""
+        known = {f.name: f for f in fields(kind)}
+        for name, f in known.items():
+            if name not in value and f.default is MISSING and f.default_factory is MISSING:
+                raise CheckpointError(f"it lacks {prefix}{name}")
+        given = {name: decode(hints[name], value[name], prefix + name) for name in known if name in value}
+        return kind(**given)  # type: ignore[operator]
+    if origin is dict and isinstance(value, Mapping):
+        return {name: decode(arguments[1], inner, f"{key}.{name}") for name, inner in value.items()}
+    if origin is list and isinstance(value, list):
+        return [decode(arguments[0], inner, f"{key}[{index}]") for index, inner in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(decode(inner, one, key) for inner, one in zip(arguments, value, strict=True))
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if origin is None and type(value) is kind:
+        return value
+    raise CheckpointError(f"{key} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
 
 
-def manifest_hash(document: dict[str, Any]) -> str:
-    """Checksum of a manifest: xxh3-128 of its canonical JSON without the checksum itself."""
+# ---------------------------------------------------------------------------------------------------- reading and writing
+
+
+def manifest_hash(document: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest's document: xxh3-128 of its canonical JSON without the checksum itself."""
     body = {name: value for name, value in document.items() if name != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, its own checksum verified.
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, flushed to the disk. Raises ValueError for a number that JSON does not have (NaN)."""
+    write_atomically(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1, allow_nan=False), durable=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint, its checksum verified.
 
     Raises:
-        CheckpointError: missing, cut, altered, or of a format this version does not read.
+        CheckpointError: it is missing, cut, altered, incomplete, or of a format that this version does not read.
     """
     path = folder / MANIFEST
     try:
@@ -98,33 +317,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format {document['format']}; this version reads format {FORMAT_VERSION}")
     if document.get("checksum") != manifest_hash(document):
         raise CheckpointError(f"{path} does not match its own checksum; it was altered or damaged")
-    return document
+    try:
+        return Manifest.from_json(document)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
-def check_coverage(folder: Path, manifest: dict[str, Any], whole: bool = True) -> None:
-    """Refuse a manifest whose chunks do not fill each tensor exactly once (torch checks this on save only), or where not
-    `whole`, fill some of it twice."""
-    for name, tensor in manifest["tensors"].items():
-        shape, covered = tensor["shape"], 0
-        for chunk in tensor["chunks"]:
-            for offset, size, bound in zip(chunk["offset"], chunk["size"], shape, strict=True):
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def check_coverage(folder: Path, manifest: Manifest, whole: bool = True) -> None:
+    """Check that chunks lie inside their tensors, do not overlap, and fill each tensor if the checkpoint is `whole`.
+
+    torch checks this when saving, but not when loading.
+
+    Raises:
+        CheckpointError: naming the first tensor that fails.
+    """
+    for name, tensor in manifest.tensors.items():
+        covered = 0
+        for chunk in tensor.chunks:
+            for offset, size, bound in zip(chunk.offset, chunk.size, tensor.shape, strict=True):
                 if offset < 0 or size < 0 or offset + size > bound:
-                    raise CheckpointError(f"{folder}: a chunk of {name} lies outside its shape {shape}")
-            covered += math.prod(chunk["size"])
-            if chunk["file"] not in manifest["files"]:
-                raise CheckpointError(f"{folder}: {name} points to {chunk['file']}, which the manifest does not list")
-        if whole and covered != math.prod(shape):
-            raise CheckpointError(f"{folder}: {name} holds {covered} of its {math.prod(shape)} elements")
-        if _overlap(tensor["chunks"]):
+                    raise CheckpointError(f"{folder}: a chunk of {name} lies outside its shape {list(tensor.shape)}")
+            covered += math.prod(chunk.size)
+            if chunk.file not in manifest.files:
+                raise CheckpointError(f"{folder}: {name} points to {chunk.file}, which the manifest does not list")
+        if whole and covered != math.prod(tensor.shape):
+            raise CheckpointError(f"{folder}: {name} holds {covered} of its {math.prod(tensor.shape)} elements")
+        if _overlap(tensor.chunks):
             raise CheckpointError(f"{folder}: chunks of {name} overlap, so some of its elements are missing")
 
 
-def _overlap(chunks: list[dict[str, Any]]) -> bool:
+def _overlap(chunks: Iterable[Chunk]) -> bool:
     """Whether any two rectangles share an element. Sweeps along the first dimension, where few are open at a time."""
     boxes = sorted(
-        (chunk["offset"], [o + s for o, s in zip(chunk["offset"], chunk["size"], strict=True)]) for chunk in chunks
+        (chunk.offset, tuple(o + s for o, s in zip(chunk.offset, chunk.size, strict=True))) for chunk in chunks
     )
-    open_boxes: list[tuple[list[int], list[int]]] = []
+    open_boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for start, stop in boxes:
         open_boxes = [box for box in open_boxes if not start or box[1][0] > start[0]]
         for other_start, other_stop in open_boxes:
@@ -134,16 +364,26 @@ def _overlap(chunks: list[dict[str, Any]]) -> bool:
     return False
 
 
-def verify_file(folder: Path, name: str, recorded: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint, or None if it is as it was written."""
+def file_hash(path: Path) -> str:
+    """Return the xxh3-128 of a file as 32 hex digits, reading it in blocks."""
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(READ_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def verify_file(folder: Path, name: str, recorded: FileEntry) -> str | None:
+    """Return what is wrong with one file of a checkpoint, or None if it is as it was written."""
     path = folder / name
     if Path(name).name != name:
         return f"{name}: not a plain file name"
     try:
         size = path.stat().st_size
-        if size != recorded["size"]:
-            return f"{path}: {size} bytes, {recorded['size']} were written"
-        if file_hash(path) != recorded["xxh3"]:
+        if size != recorded.size:
+            return f"{path}: {size} bytes, {recorded.size} were written"
+        if file_hash(path) != recorded.xxh3:
             return f"{path}: its checksum differs from what was written"
     except OSError as error:
         return f"{path}: {error.strerror}"

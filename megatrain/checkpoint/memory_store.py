@@ -12,16 +12,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.manifest import MANIFEST, checkpoint_name, checkpoint_step, list_checkpoints
+from megatrain.checkpoint.manifest import MANIFEST, Manifest, NodePart, RunRecord
+from megatrain.checkpoint.naming import checkpoint_name, checkpoint_step, list_checkpoints
 from megatrain.checkpoint.piece import Piece
-from megatrain.checkpoint.rescue import ENVIRONMENT, NODE, NODES, OWN, PEER
+from megatrain.checkpoint.rescue import ENVIRONMENT, OWN, PEER
 from megatrain.checkpoint.store import verify, write
 from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, EnvironmentFault
@@ -46,16 +47,17 @@ class MemoryStore:
         folder = (os.environ if environ is None else environ).get(ENVIRONMENT)
         return cls(Path(folder), world) if folder else None
 
-    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> int:
+    def save(self, state: dict[str, Tensor], record: RunRecord) -> int:
         """Keep a copy, and drop those before it once every node has its part; its size on this node in bytes.
 
         Raises:
             EnvironmentFault: on every rank, where the memory of any node does not take it.
         """
+        step = record.progress.step
         own, peer = (self.folder / kind / checkpoint_name(step) for kind in (OWN, PEER))
-        place = {NODE: self.number, NODES: self.num_nodes}
+        part = replace(record, part=NodePart(self.number, self.num_nodes))
         self._together(lambda: self._make_anew(own, peer))
-        self._together(lambda: write(own, state, {"step": step, **extra, **place}, self.node, whole=False))
+        self._together(lambda: write(own, state, part, self.node, whole=False))
         if self.num_nodes > 1:
             self._exchange(own, peer)
         if self.node.is_main:
@@ -78,7 +80,7 @@ class MemoryStore:
         if found := next((told for told in self.world.all_gather_json(problem) if told), None):
             raise EnvironmentFault(found)
 
-    def newest_valid(self, after: int) -> tuple[Path, dict[str, Any]] | None:
+    def newest_valid(self, after: int) -> tuple[Path, Manifest] | None:
         """The newest copy of a step beyond `after` that is whole on every node: this node's part, and its manifest."""
         mine = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
         everyone = [set(steps) for steps in self.world.all_gather_json(mine)]
@@ -87,7 +89,7 @@ class MemoryStore:
             try:
                 manifest, problem = verify(folder, self.node, whole=False), None
             except CheckpointError as error:
-                manifest, problem = {}, str(error)
+                manifest, problem = Manifest(), str(error)
             if not any(problems := self.world.all_gather_json(problem)):
                 return folder, manifest
             made = all(self.world.all_gather_json(not self.node.is_main or (folder / MANIFEST).exists()))
@@ -135,7 +137,7 @@ class MemoryStore:
                     os.posix_fallocate(file.fileno(), 0, size)  # a full memory says so here, and not by SIGBUS
 
 
-def check_covers(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor]) -> None:
+def check_covers(folder: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
     """Refuse a node's part of a state that lacks any of what this rank is to hold.
 
     Raises:
@@ -145,9 +147,9 @@ def check_covers(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor
         wanted = (
             [(o, s) for o, s, _ in tensor.parts] if isinstance(tensor, Piece) else [([0] * tensor.dim(), tensor.shape)]
         )
-        chunks = manifest["tensors"].get(name, {"chunks": []})["chunks"]
+        chunks = manifest.tensors[name].chunks if name in manifest.tensors else []
         for offset, size in wanted:
-            found = sum(_common(offset, size, chunk["offset"], chunk["size"]) for chunk in chunks)
+            found = sum(_common(offset, size, chunk.offset, chunk.size) for chunk in chunks)
             if found != math.prod(size):
                 raise CheckpointError(
                     f"{folder} holds {found} of the {math.prod(size)} elements of {name} that are wanted"

@@ -13,30 +13,28 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatrain.checkpoint.manifest import (
     MANIFEST,
-    TEMPORARY,
+    Chunk,
+    FileEntry,
+    Manifest,
+    TensorEntry,
     check_coverage,
-    checkpoint_step,
-    list_checkpoints,
-    manifest_hash,
     read_manifest,
-    sync_folder,
     verify_file,
-    write_json,
+    write_manifest,
 )
+from megatrain.checkpoint.naming import TEMPORARY, checkpoint_step, list_checkpoints
 from megatrain.errors import CheckpointError
+from megatrain.resilience.atomic_file import sync_folder
 
 ENVIRONMENT = "MEGATRAIN_COPIES"
 """The agent's folder for copies, in its workers' environment."""
 
 OWN, PEER = "own", "peer"
-NODE, NODES = "node", "num_nodes"
-"""What a part's manifest keeps beside a checkpoint's: which node's part it is, of how many."""
-
 RESCUED = "rescued"
 _MEMORY = Path("/dev/shm")
 _LOG = logging.getLogger("megatrain")
@@ -101,17 +99,19 @@ def _bring(part: Path, target: Path) -> bool:
     """Copy a node's part to the disk, unless it is there; False where the part is damaged. Raises CheckpointError where it
     never became one."""
     manifest = read_manifest(part)
-    final = target / f"node_{manifest[NODE]:05d}"
+    if manifest.part is None:
+        raise CheckpointError(f"{part} is a whole checkpoint, not a node's part of one")
+    final = target / f"node_{manifest.part.node:05d}"
     if final.exists():
         return True
     target.mkdir(parents=True, exist_ok=True)
     writing = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=target))
     try:
-        for name in (*manifest["files"], MANIFEST):
+        for name in (*manifest.files, MANIFEST):
             shutil.copyfile(part / name, writing / name)
             with (writing / name).open("rb") as file:
                 os.fsync(file.fileno())
-        if problem := next(filter(None, (verify_file(writing, *one) for one in manifest["files"].items())), None):
+        if problem := next(filter(None, (verify_file(writing, *one) for one in manifest.files.items())), None):
             _LOG.warning("the copy in memory is damaged: %s", problem)
             return False
         sync_folder(writing)
@@ -142,9 +142,9 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
         for path in _parts(folder):
-            for name in read_manifest(path)["files"]:
+            for name in read_manifest(path).files:
                 os.link(path / name, writing / _file_name(path, name))  # a kill half-way leaves the parts as they are
-        write_json(writing / MANIFEST, manifest)
+        write_manifest(writing, manifest)
         made = checkpoints / folder.name
         os.rename(writing, made)
         sync_folder(checkpoints)
@@ -153,32 +153,37 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return made, problems
 
 
-def _merge(folder: Path) -> dict[str, Any]:
-    """The manifest of the whole of which `folder` holds the parts. Raises CheckpointError where some are missing."""
-    documents = {path: read_manifest(path) for path in _parts(folder)}
-    for path, document in documents.items():
-        if not {NODE, NODES} <= document.keys():
-            raise CheckpointError(f"{path} is a checkpoint, and no node's part of one")
-    there = {document[NODE] for document in documents.values()}
-    first = next(iter(documents.values()), None)
-    if first is None or there != set(range(first[NODES])):
-        missing = sorted(set(range(first[NODES])) - there) if first else "every"
+def _merge(folder: Path) -> Manifest:
+    """Return the manifest of the whole that `folder` holds the parts of.
+
+    Raises:
+        CheckpointError: a part is missing or damaged.
+    """
+    parts: dict[Path, Manifest] = {path: read_manifest(path) for path in _parts(folder)}
+    numbers: dict[int, int] = {}
+    for path, manifest in parts.items():
+        if manifest.part is None:
+            raise CheckpointError(f"{path} is a whole checkpoint, not a node's part of one")
+        numbers[manifest.part.node] = manifest.part.num_nodes
+    if not parts:
+        raise CheckpointError(f"the copies of {folder.name} lack the part of node every (counted from 0)")
+    first = next(iter(parts.values()))
+    assert first.part is not None
+    if missing := sorted(set(range(first.part.num_nodes)) - set(numbers)):
         raise CheckpointError(f"the copies of {folder.name} lack the part of node {missing} (counted from 0)")
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    for path, document in documents.items():
-        files |= {_file_name(path, name): recorded for name, recorded in document["files"].items()}
-        for name, tensor in document["tensors"].items():
-            merged = tensors.setdefault(name, {**tensor, "chunks": {}})
-            for chunk in tensor["chunks"]:  # one of several nodes that hold it will do
-                place = str((chunk["offset"], chunk["size"]))
-                merged["chunks"].setdefault(place, {**chunk, "file": _file_name(path, chunk["file"])})
-    for tensor in tensors.values():
-        tensor["chunks"] = list(tensor["chunks"].values())
-    whole = {name: value for name, value in first.items() if name not in (NODE, NODES, "checksum")}
-    whole |= {"files": files, "tensors": tensors}
+    files: dict[str, FileEntry] = {}
+    chunks: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk]] = {}
+    entries: dict[str, TensorEntry] = {}
+    for path, manifest in parts.items():
+        files |= {_file_name(path, name): file for name, file in manifest.files.items()}
+        for name, tensor in manifest.tensors.items():
+            entries.setdefault(name, tensor)
+            held = chunks.setdefault(name, {})
+            for chunk in tensor.chunks:  # several nodes may hold it; one is enough
+                held.setdefault((chunk.offset, chunk.size), chunk._replace(file=_file_name(path, chunk.file)))
+    tensors = {name: replace(entry, chunks=list(chunks[name].values())) for name, entry in entries.items()}
+    whole = replace(first, part=None, files=files, tensors=tensors)
     check_coverage(folder, whole)
-    whole["checksum"] = manifest_hash(whole)
     return whole
 
 

@@ -6,6 +6,7 @@ import fnmatch
 from dataclasses import asdict
 from typing import Any
 
+from megatrain.checkpoint.manifest import Identity
 from megatrain.config import TrainConfig
 from megatrain.config.flatten import flatten
 from megatrain.errors import CheckpointError, DataError
@@ -66,7 +67,7 @@ def may_change(key: str) -> bool:
 
 
 def check_resume(
-    manifest: dict[str, Any], config: dict[str, Any], dataset_fingerprint: str, origin: str
+    saved: Identity, config: dict[str, Any], dataset_fingerprint: str, origin: str
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue `origin` under another model, order, optimizer or dataset.
 
@@ -76,12 +77,12 @@ def check_resume(
         CheckpointError: a key changed that may not, by name, with both values; or weights alone, of no run.
         DataError: the dataset is not the one the run began with.
     """
-    if manifest.get("dataset_fingerprint") is None:
+    if saved.dataset_fingerprint is None:
         raise CheckpointError(
             f"{origin} holds weights alone, so there is no run to continue; start a new one from them: "
             f"checkpoint.init_from={origin}"
         )
-    began_with = flatten(asdict(TrainConfig())) | flatten(manifest["config"])  # a key is younger than some manifests
+    began_with = flatten(asdict(TrainConfig())) | flatten(saved.config)  # a key is younger than some manifests
     changed = changed_keys(began_with, config)
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
@@ -89,9 +90,9 @@ def check_resume(
             f"{origin} cannot continue with other values: {listed}; restore them, or start a new run from its weights: "
             f"run.name=<new name> checkpoint.init_from={origin}"
         )
-    if manifest["dataset_fingerprint"] != dataset_fingerprint:
+    if saved.dataset_fingerprint != dataset_fingerprint:
         raise DataError(
-            f"the dataset changed since {origin} was written: its fingerprint was {manifest['dataset_fingerprint']} and is "
+            f"the dataset changed since {origin} was written: its fingerprint was {saved.dataset_fingerprint} and is "
             f"now {dataset_fingerprint}; restore the dataset, or start a new run: run.name=<new name> "
             f"checkpoint.init_from={origin}"
         )

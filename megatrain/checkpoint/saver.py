@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.manifest import RunRecord
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.store import CheckpointStore
@@ -54,8 +55,11 @@ class Staging:
 class Saver:
     """Saves a run's checkpoints in the background, and retires old ones. All ranks call the same methods in step."""
 
-    def __init__(self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None) -> None:
+    def __init__(
+        self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None, on_gpu: bool = False
+    ) -> None:
         """`store` and `memory` must be used by no other thread while a save is pending (see `finish`)."""
+        self.copies_every = config.copies_every(on_gpu) if memory else 0
         self._store = store
         self._memory = memory
         self._config = config
@@ -66,7 +70,7 @@ class Saver:
         self._failures = 0
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+    def save(self, state: dict[str, Tensor], record: RunRecord) -> float:
         """Copy the state and begin to write it; the seconds that the caller was held up.
 
         Raises:
@@ -79,16 +83,16 @@ class Saver:
         waited = time.perf_counter() - started
         staged = self._staging.copy(state)
         stall = time.perf_counter() - started
-        self._begin(self._work, step, staged, extra, waited, stall)
+        self._begin(self._work, staged, record, waited, stall)
         if not self._config.background:
             self.finish()
         return time.perf_counter() - started
 
-    def copy(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> float:
+    def copy(self, state: dict[str, Tensor], record: RunRecord) -> float:
         """Keep a copy in the agent's memory; the seconds that the caller was held up. Nothing may be pending."""
         started = time.perf_counter()
         self.finish()
-        self._begin(self._work_in_memory, step, self._staging.copy(state), extra)
+        self._begin(self._work_in_memory, self._staging.copy(state), record)
         return time.perf_counter() - started
 
     @property
@@ -122,11 +126,11 @@ class Saver:
         self._thread = threading.Thread(target=work, args=given, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _work_in_memory(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    def _work_in_memory(self, state: dict[str, Tensor], record: RunRecord) -> None:
         """Make one copy; where the memory is too small, on any node, there will be no further one (in a thread)."""
         assert self._memory is not None, "asked for by can_copy"
         try:
-            self._memory.save(step, state, extra)
+            self._memory.save(state, record)
         except EnvironmentFault as error:
             self._memory = None
             _LOG.warning(
@@ -134,17 +138,18 @@ class Saver:
                 "(docker: --shm-size), or set checkpoint.memory_every=0",
                 error,
             )
-            self._reports.append(("copy_failed", step, {"reason": str(error)}))
+            self._reports.append(("copy_failed", record.progress.step, {"reason": str(error)}))
         except BaseException as error:  # whatever it is, the training thread is to hear of it
             self._error = error
 
-    def _work(self, step: int, state: dict[str, Tensor], extra: dict[str, Any], waited: float, stall: float) -> None:
+    def _work(self, state: dict[str, Tensor], record: RunRecord, waited: float, stall: float) -> None:
         """Write one checkpoint, again where the disk refuses (in a thread)."""
+        step = record.progress.step
         try:
             started = time.perf_counter()
             while True:
                 try:
-                    folder = self._store.save(step, state, extra)
+                    folder = self._store.save(state, record)
                     break
                 except EnvironmentFault as error:
                     self._failures += 1

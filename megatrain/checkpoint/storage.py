@@ -41,13 +41,14 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatrain.checkpoint.manifest import FORMAT_VERSION, HASH_BLOCK, MANIFEST, manifest_hash, write_json
+from megatrain.checkpoint.manifest import Chunk, FileEntry, Manifest, RunRecord, TensorEntry, write_manifest
 from megatrain.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24
+_HASH_BLOCK = 2**22
 _READERS = 4  # one alone is bound by its copies out of the page cache, and by the latency of a shared file system
 
 
@@ -82,8 +83,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
     with path.open("xb", buffering=0) as file:
         parts = [memoryview(struct.pack("<Q", len(text)) + text), *map(_bytes, tensors.values())]
         for piece in parts:
-            for start in range(0, len(piece), HASH_BLOCK):
-                block = piece[start : start + HASH_BLOCK]
+            for start in range(0, len(piece), _HASH_BLOCK):
+                block = piece[start : start + _HASH_BLOCK]
                 digest.update(block)
                 size += len(block)
                 while block:  # a full disk may take a part of it
@@ -156,11 +157,11 @@ def _entry(index: MetadataIndex) -> str:
 class SafetensorsWriter(FileSystemWriter):
     """Writes each rank's items into one safetensors file and, on the coordinator, the manifest."""
 
-    def __init__(self, folder: Path, extra: dict[str, Any]) -> None:
-        """`extra` holds the JSON values that the manifest keeps beside the tensors."""
+    def __init__(self, folder: Path, record: RunRecord) -> None:
+        """`record` is what the manifest keeps beside the tensors."""
         super().__init__(folder)
         self.folder = folder
-        self.extra = extra
+        self.record = record
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's part of the plan, flushed to the disk."""
@@ -186,27 +187,24 @@ class SafetensorsWriter(FileSystemWriter):
         where = {
             (r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank_results in results for r in rank_results
         }
-        files = {written.name: {"size": written.size, "xxh3": written.xxh3} for written in where.values()}
+        files = {written.name: FileEntry(written.size, written.xxh3) for written in where.values()}
         tensors = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
-            tensors[name] = {
-                "dtype": str(tensor.properties.dtype).removeprefix("torch."),
-                "shape": list(tensor.size),
-                "chunks": [
-                    {"offset": list(c.offsets), "size": list(c.sizes), "file": where[name, tuple(c.offsets)].name}
-                    for c in tensor.chunks
-                ],
-            }
-        document = {"format": FORMAT_VERSION, **self.extra, "files": files, "tensors": tensors}
-        document["checksum"] = manifest_hash(json.loads(json.dumps(document)))
-        write_json(self.folder / MANIFEST, document)
+            chunks = [
+                Chunk(tuple(c.offsets), tuple(c.sizes), where[name, tuple(c.offsets)].name) for c in tensor.chunks
+            ]
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[name] = TensorEntry(dtype, tuple(tensor.size), chunks)
+        record = self.record
+        manifest = Manifest(record.progress, record.counters, record.identity, record.part, files, tensors)
+        write_manifest(self.folder, manifest)
 
 
 class SafetensorsReader(FileSystemReader):
     """Reads a checkpoint that `SafetensorsWriter` wrote; the manifest is given, already verified."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder)
         self.folder = folder
         self.manifest = manifest
@@ -214,12 +212,12 @@ class SafetensorsReader(FileSystemReader):
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         """torch's metadata, rebuilt from the manifest."""
         tensors, files = {}, {}
-        for name, tensor in self.manifest["tensors"].items():
-            chunks = [ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["size"])) for c in tensor["chunks"]]
-            properties = TensorProperties(dtype=_TORCH_DTYPES[tensor["dtype"]])
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
-            for chunk in tensor["chunks"]:
-                files[MetadataIndex(name, torch.Size(chunk["offset"]))] = chunk["file"]
+        for name, tensor in self.manifest.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.size)) for c in tensor.chunks]
+            properties = TensorProperties(dtype=_TORCH_DTYPES[tensor.dtype])
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            for chunk in tensor.chunks:
+                files[MetadataIndex(name, torch.Size(chunk.offset))] = chunk.file
         return Metadata(state_dict_metadata=dict(tensors), storage_data=files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:

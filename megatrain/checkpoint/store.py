@@ -13,34 +13,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatrain.checkpoint.manifest import (
-    MANIFEST,
-    TEMPORARY,
-    check_coverage,
-    checkpoint_name,
-    checkpoint_step,
-    list_checkpoints,
-    read_manifest,
-    sync_folder,
-    verify_file,
-)
+from megatrain.checkpoint.manifest import Manifest, RunRecord, check_coverage, read_manifest, verify_file
+from megatrain.checkpoint.naming import TEMPORARY, checkpoint_name, checkpoint_step, list_checkpoints
 from megatrain.checkpoint.rescue import assemble
 from megatrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, save_planner
 from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, OwnedError
+from megatrain.resilience.atomic_file import sync_folder
 
 _OLDER = ".older" + TEMPORARY
 _LOG = logging.getLogger("megatrain")
 
 
-def verify(folder: Path, world: World | None = None, whole: bool = True) -> dict[str, Any]:
+def verify(folder: Path, world: World | None = None, whole: bool = True) -> Manifest:
     """The manifest of a checkpoint once its checksum, its coverage and every file's checksum have been verified.
 
     With a `world`, the ranks share the files among themselves and all come to the same verdict. One that is not `whole` is
@@ -50,18 +41,16 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> dict
         CheckpointError: naming every file that is missing or damaged.
     """
     problems: list[str] = []
-    manifest: dict[str, Any] = {}
+    manifest = Manifest()
     try:
         manifest = read_manifest(folder)
         check_coverage(folder, manifest, whole)
         rank, size = (world.rank, world.size) if world else (0, 1)
-        for name, recorded in sorted(manifest["files"].items())[rank::size]:
+        for name, recorded in sorted(manifest.files.items())[rank::size]:
             if problem := verify_file(folder, name, recorded):
                 problems.append(problem)
     except CheckpointError as error:
         problems.append(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problems.append(f"{folder / MANIFEST} lacks or garbles {error}")
     everyone = world.all_gather_json(problems) if world else [problems]
     if found := sorted({problem for rank_problems in everyone for problem in rank_problems}):
         raise CheckpointError("; ".join(found))
@@ -70,7 +59,7 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> dict
 
 def first_valid(
     candidates: list[Path], world: World | None, skip: Callable[[Path, CheckpointError], None]
-) -> tuple[Path, dict[str, Any]] | None:
+) -> tuple[Path, Manifest] | None:
     """The first of the candidates that verifies, and its manifest; `skip` hears of the damaged ones before it."""
     for folder in candidates:
         try:
@@ -120,18 +109,19 @@ class CheckpointStore:
         if made:
             self.report("rescue", checkpoint=str(made))
 
-    def save(self, step: int, state: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write a checkpoint of `state` (each rank its pieces) and the manifest's `extra` values.
+    def save(self, state: dict[str, Tensor], record: RunRecord) -> Path:
+        """Write a checkpoint of `state` (each rank its pieces) and of what its manifest keeps beside the tensors.
 
         Raises:
             EnvironmentFault: on every rank, where the disk of any does not take it; what was saved before is whole.
             OwnedError: on every rank, where another job owns the run now.
         """
+        step = record.progress.step
         final = self.folder / checkpoint_name(step)
         temporary = final.with_name(final.name + TEMPORARY)
         self._on_main(lambda: self._clear(temporary))
         try:
-            write(temporary, state, {"step": step, **extra}, self.world)
+            write(temporary, state, record, self.world)
             self._on_main(lambda: self._put_in_place(temporary, final))
         except EnvironmentFault:
             if self.world.is_main:  # a full disk needs the room
@@ -168,7 +158,7 @@ class CheckpointStore:
         if problem := self.world.all_gather_json(problem)[0]:
             raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
 
-    def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, Manifest] | None:
         """The newest checkpoint (of another run's `folder`, of a step `before` one, where given) that verifies, and its
         manifest; None where there is none at all.
 
@@ -253,10 +243,8 @@ def _single_process_is_meant() -> Iterator[None]:
         yield
 
 
-def write(
-    folder: Path, state: dict[str, Tensor], extra: dict[str, Any], world: World | None, whole: bool = True
-) -> None:
-    """Write `state` and a manifest with `extra` into an existing empty folder.
+def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: World | None, whole: bool = True) -> None:
+    """Write `state` and its manifest into an existing empty folder.
 
     The ranks of `world` hold all of the state between them, where it is `whole`.
 
@@ -268,7 +256,7 @@ def write(
         with _single_process_is_meant():
             dcp.save(
                 dict(state),
-                storage_writer=SafetensorsWriter(folder, extra),
+                storage_writer=SafetensorsWriter(folder, record),
                 planner=save_planner(whole),
                 process_group=None if alone or world is None else world.control,
                 no_dist=alone,
@@ -281,20 +269,20 @@ def write(
         raise EnvironmentFault(f"{folder} cannot be written: {told}; what was saved before is untouched") from error
 
 
-def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], world: World | None) -> None:
+def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world: World | None) -> None:
     """Fill `state` in place from a verified checkpoint, whatever layout wrote it.
 
     Raises:
         CheckpointError: a tensor is missing from the checkpoint or has another shape there.
     """
-    stored = manifest["tensors"]
+    stored = manifest.tensors
     missing = [name for name in state if name not in stored]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of this model, the first is {missing[0]}")
     for name, tensor in state.items():
-        if tuple(stored[name]["shape"]) != tuple(tensor.shape):
+        if stored[name].shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(stored[name]['shape'])}, this model's has {tuple(tensor.shape)}"
+                f"{folder}: {name} has shape {stored[name].shape}, this model's has {tuple(tensor.shape)}"
             )
     alone = world is None or world.control is None
     try:
@@ -310,11 +298,11 @@ def load_into(folder: Path, manifest: dict[str, Any], state: dict[str, Tensor], 
         raise CheckpointError(f"{folder} cannot be loaded: {'; '.join(causes)}") from error
 
 
-def load_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def load_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """All `model.*` tensors of a verified checkpoint, whole and on the CPU, by single-device name."""
     state = {
-        name: torch.empty(tensor["shape"], dtype=torch.float32)
-        for name, tensor in manifest["tensors"].items()
+        name: torch.empty(tensor.shape, dtype=torch.float32)
+        for name, tensor in manifest.tensors.items()
         if name.startswith("model.")
     }
     load_into(folder, manifest, state, None)

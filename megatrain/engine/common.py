@@ -9,6 +9,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from megatrain.checkpoint.manifest import EngineCounters, OptimizerGroup, OptimizerState
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.errors import EnvironmentFault
@@ -104,23 +105,18 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
         raise EnvironmentFault(f"kernels=triton: {error}; use kernels=auto or kernels=reference") from error
 
 
-def optimizer_counters(
+def engine_counters(
     groups: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]], step: int, scaler: LossScaler
-) -> dict[str, Any]:
-    """`Engine.counters` from an optimizer's groups, the parameters' whole shapes and the number of updates applied."""
+) -> EngineCounters:
+    """Return `Engine.counters` from an optimizer's groups, the parameters' global shapes and the updates applied."""
     members: dict[str, list[str]] = {"decay": [], "no_decay": []}
     for name, shape in shapes.items():
         members["decay" if decays(len(shape)) else "no_decay"].append(name)
-    settings = {
-        group["name"]: {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    saved = {
+        group["name"]: OptimizerGroup(
+            members[group["name"]], {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        )
         for group in groups
         if group.get("name") in members
     }
-    return {
-        "optimizer": {
-            "name": "adamw",
-            "step": step,
-            "groups": {name: {**values, "parameters": members[name]} for name, values in settings.items()},
-        },
-        "loss_scale": scaler.state() if scaler.enabled else None,
-    }
+    return EngineCounters(OptimizerState("adamw", step, saved), scaler.state())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
+from megatrain.checkpoint.manifest import EngineCounters
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
@@ -30,10 +31,10 @@ from megatrain.engine.common import (
     compile_blocks,
     count_tokens,
     dropout_seed,
+    engine_counters,
     evaluate,
     loss_factor,
     on_device,
-    optimizer_counters,
     scaled_loss,
     sum_loss,
 )
@@ -369,16 +370,16 @@ class DeepSpeedEngine:
                 for parameter, master in zip(low, high, strict=True):
                     parameter.data.copy_(master.data)
 
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         step = int(self.inner.state[self._flat_masters()[0]]["step"])
-        return optimizer_counters(self.inner.param_groups, self.shapes, step, self.scaler)
+        return engine_counters(self.inner.param_groups, self.shapes, step, self.scaler)
 
-    def restore(self, counters: dict[str, Any] | None) -> None:
+    def restore(self, counters: EngineCounters | None) -> None:
         """See `Engine.restore`."""
         self._write_back()
-        self._materialise(int(counters["optimizer"]["step"]) if counters else 0)
-        self.scaler.load(counters["loss_scale"] if counters else None)
+        self._materialise(counters.optimizer.step if counters and counters.optimizer else 0)
+        self.scaler.load(counters.loss_scale if counters else None)
         self._refresh()
 
     # ------------------------------------------------------------------------------------------- work

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megatrain.checkpoint.manifest import EngineCounters
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
@@ -28,9 +28,9 @@ from megatrain.engine.common import (
     compile_blocks,
     count_tokens,
     dropout_seed,
+    engine_counters,
     loss_factor,
     on_device,
-    optimizer_counters,
     scaled_loss,
 )
 from megatrain.engine.protocol import StepResult
@@ -412,17 +412,17 @@ class NativeEngine:
             for moment in MOMENTS:
                 self.optimizer.state[second][moment].copy_(self.optimizer.state[first][moment])
 
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         step = int(next(iter(self.optimizer.state.values()))["step"])
-        return optimizer_counters(self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler)
+        return engine_counters(self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler)
 
-    def restore(self, counters: dict[str, Any] | None) -> None:
+    def restore(self, counters: EngineCounters | None) -> None:
         """See `Engine.restore`."""
-        step = int(counters["optimizer"]["step"]) if counters else 0
+        step = counters.optimizer.step if counters and counters.optimizer else 0
         materialise(self.optimizer, step)
         self._match_tied()
         for stage in self.stages.values():
             forget_gathered(stage)
-        self.scaler.load(counters["loss_scale"] if counters else None)
+        self.scaler.load(counters.loss_scale if counters else None)
         self._refresh()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.manifest import EngineCounters
 from megatrain.data.batch import MicroBatch
 
 
@@ -103,8 +104,8 @@ class Engine(Protocol):
         followed by `restore`.
         """
 
-    def counters(self) -> dict[str, Any]:
-        """JSON values that belong to the state: `optimizer` (step, groups by name) and `loss_scale` (or None)."""
+    def counters(self) -> EngineCounters:
+        """Return what belongs to the state beside its tensors."""
 
-    def restore(self, counters: dict[str, Any] | None) -> None:
+    def restore(self, counters: EngineCounters | None) -> None:
         """Take over what was written into `state()`; None starts the optimizer from zero."""

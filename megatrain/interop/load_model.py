@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.manifest import MANIFEST, checkpoint_step, list_checkpoints
+from megatrain.checkpoint.manifest import MANIFEST, Manifest
+from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.store import first_valid, load_weights, verify
 from megatrain.config import ModelConfig
 from megatrain.data.card import CARD, Card
@@ -40,7 +41,7 @@ class Loaded:
     folder: Path
     config: ModelConfig
     weights: dict[str, Tensor]
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     tokenizer: Tokenizer | None
     tokenizer_dir: Path | None
 
@@ -48,11 +49,11 @@ class Loaded:
         """Where it came from, in words."""
         if self.manifest is None:
             return f"{self.folder} (Hugging Face)"
-        return f"{self.folder} (step {self.manifest['step']})"
+        return f"{self.folder} (step {self.manifest.step})"
 
     def run_config(self) -> dict[str, Any]:
         """The resolved config of the run that made it; for imported weights only `model`, for Hugging Face's nothing."""
-        return self.manifest["config"] if self.manifest else {}
+        return self.manifest.identity.config if self.manifest else {}
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -129,7 +130,7 @@ def load(path: Path) -> Loaded:
     )
 
 
-def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
+def _newest(run: Path) -> tuple[Path, Manifest]:
     folder = checkpoints_folder(run)
     candidates = list_checkpoints(folder)
     if not candidates:
@@ -146,10 +147,10 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
     return found
 
 
-def model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
+def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
     """The model's config in a manifest, its vocabulary known. Raises CheckpointError where there is none."""
     try:
-        config = ModelConfig(**manifest["config"]["model"])
+        config = ModelConfig(**manifest.identity.config["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} holds no model config that this version reads ({error})") from error
     if config.vocab_size is None:
@@ -157,14 +158,14 @@ def model_of(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def _load_checkpoint(folder: Path, manifest: dict[str, Any]) -> Loaded:
+def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
     config = model_of(folder, manifest)
     tokenizer_dir = _tokenizer_folder(folder, manifest)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     return Loaded(folder, config, load_weights(folder, manifest), manifest, tokenizer, tokenizer_dir)
 
 
-def _tokenizer_folder(folder: Path, manifest: dict[str, Any]) -> Path | None:
+def _tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
     """Inside the checkpoint, in its run's folder, or in its dataset as long as that is still the same."""
     whole = folder.resolve()
     places = [whole / "tokenizer"]
@@ -175,13 +176,13 @@ def _tokenizer_folder(folder: Path, manifest: dict[str, Any]) -> Path | None:
     return next((place for place in places if (place / META).is_file()), None)
 
 
-def own_dataset(manifest: dict[str, Any]) -> Path | None:
+def own_dataset(manifest: Manifest) -> Path | None:
     """The dataset folder that a checkpoint's run was trained on, if it is there and still the same."""
-    data = manifest["config"].get("data")
+    data = manifest.identity.config.get("data")
     if not data:
         return None
     folder = Path(data["dir"]) / data["name"]
-    same = (folder / CARD).is_file() and Card.load(folder).fingerprint == manifest.get("dataset_fingerprint")
+    same = (folder / CARD).is_file() and Card.load(folder).fingerprint == manifest.identity.dataset_fingerprint
     return folder if same else None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatrain.checkpoint.manifest import checkpoint_step
+from megatrain.checkpoint.naming import checkpoint_step
 from megatrain.checkpoint.rescue import ENVIRONMENT as COPIES
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.distributed.rank_environment import RESTARTS

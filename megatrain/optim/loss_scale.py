@@ -8,6 +8,15 @@ from megatrain.config import PrecisionConfig
 from megatrain.errors import DivergedError
 
 
+@dataclass(frozen=True)
+class LossScaleState:
+    """What a checkpoint keeps of a loss scaler."""
+
+    scale: float
+    good_steps: int
+    hysteresis: int
+
+
 @dataclass
 class LossScaler:
     """Multiplies the loss so that small fp16 gradients do not vanish.
@@ -62,13 +71,11 @@ class LossScaler:
             self.scale *= 2.0
             self.hysteresis = self.full_hysteresis
 
-    def state(self) -> dict[str, float | int]:
-        """What a checkpoint keeps."""
-        return {"scale": self.scale, "good_steps": self.good_steps, "hysteresis": self.hysteresis}
+    def state(self) -> LossScaleState | None:
+        """Return what a checkpoint keeps; None outside fp16."""
+        return LossScaleState(self.scale, self.good_steps, self.hysteresis) if self.enabled else None
 
-    def load(self, state: dict[str, float | int] | None) -> None:
-        """Continue from a checkpoint's state; a checkpoint of another precision has none and changes nothing."""
+    def load(self, state: LossScaleState | None) -> None:
+        """Continue from a checkpoint's state; None (a checkpoint of another precision) changes nothing."""
         if self.enabled and state is not None:
-            self.scale = float(state["scale"])
-            self.good_steps = int(state["good_steps"])
-            self.hysteresis = int(state["hysteresis"])
+            self.scale, self.good_steps, self.hysteresis = state.scale, state.good_steps, state.hysteresis

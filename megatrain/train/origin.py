@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatrain.checkpoint.manifest import checkpoint_step, list_checkpoints
+from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
+from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
@@ -23,7 +23,7 @@ class Origin:
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     resumes: bool
     began_from: str | None = None
     node: World | None = None
@@ -62,7 +62,7 @@ def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None
     steps = [checkpoint_step(path) or 0 for path in list_checkpoints(store.folder)[:1]]
     on_disk = max((step for rank_steps in store.world.all_gather_json(steps) for step in rank_steps), default=0)
     found = memory.newest_valid(after=on_disk)
-    return Origin(*found, resumes=True, began_from=found[1].get("origin"), node=memory.node) if found else None
+    return Origin(*found, resumes=True, began_from=found[1].identity.origin, node=memory.node) if found else None
 
 
 def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
@@ -73,7 +73,7 @@ def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
     place, own_folder = path.resolve(), store.folder.resolve()
     if place.parent == own_folder:
         own = store.newest_valid() if restarted else None
-        if own and own[1].get("origin") == str(place):
+        if own and own[1].identity.origin == str(place):
             return _continued(*own)
         return Origin(*_find(path, store), resumes=True, began_from=str(place))
     if own_folder in (place, place / "checkpoints"):
@@ -81,7 +81,7 @@ def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
     own = store.newest_valid()
     if own is None:
         return Origin(*_find(path, store), resumes=True, began_from=str(place))
-    if own[1].get("origin") != str(place):
+    if own[1].identity.origin != str(place):
         raise ConfigError(
             f"checkpoint.resume={path} is not of this run, and {store.folder} holds checkpoints that do not come from it; "
             f"choose another run.name, or checkpoint.resume=auto to continue those"
@@ -89,12 +89,12 @@ def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
     return _continued(*own)
 
 
-def _continued(folder: Path, manifest: dict[str, Any]) -> Origin:
+def _continued(folder: Path, manifest: Manifest) -> Origin:
     """A checkpoint of this run's own."""
-    return Origin(folder, manifest, resumes=True, began_from=manifest.get("origin"))
+    return Origin(folder, manifest, resumes=True, began_from=manifest.identity.origin)
 
 
-def _find(path: Path, store: CheckpointStore) -> tuple[Path, dict[str, Any]]:
+def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
     """The checkpoint that a path means, and its manifest: itself, or the newest valid of the run folder it names.
 
     Raises:
@@ -115,7 +115,7 @@ def load_origin(origin: Origin, engine: Engine, world: World) -> None:
         if origin.node is not None:
             check_covers(origin.folder, origin.manifest, state)
         load_into(origin.folder, origin.manifest, state, origin.node or world)
-        engine.restore(origin.manifest)
+        engine.restore(origin.manifest.counters)
     else:
         weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
         load_into(origin.folder, origin.manifest, weights, world)

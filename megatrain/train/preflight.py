@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import megatrain
-from megatrain.checkpoint.manifest import list_checkpoints
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.loader import TrainStream
@@ -22,13 +23,12 @@ from megatrain.errors import CheckpointError
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
 from megatrain.train.origin import Origin, load_origin
-from megatrain.train.trainer import Progress
 
 _LOG = logging.getLogger("megatrain")
 
 
 @dataclass(frozen=True)
-class Rollback:
+class CheckpointRollback:
     """Takes this rank back to before a spike, as all ranks do at once. `batch_size` gives the samples of a step."""
 
     world: World
@@ -50,10 +50,10 @@ class Rollback:
         first = max(1, spike.step - self.skip_steps + 1)
         found = self._checkpoint_before(first, spike.step)
         if found is None:
-            _LOG.warning("the loss leapt at step %d, and there is no checkpoint before it to go back to", spike.step)
+            _LOG.warning("the loss spiked at step %d, and there is no checkpoint before it to go back to", spike.step)
             return None
         folder, manifest = found
-        then = Progress.from_manifest(manifest)
+        then = manifest.progress
         positions = self._samples(then, max(first, then.step + 1), progress)
         skip_range = (int(positions[0]), progress.cursor)
         self.world.heartbeat.enter("load")
@@ -75,9 +75,10 @@ class Rollback:
             cut_metrics=str(cut) if cut else None,
         )
         seen = {**asdict(spike), "skip_range": list(skip_range)}
-        return replace(then, skip_ranges=ranges, rollbacks=[*progress.rollbacks, seen])
+        guard = replace(then.loss_guard, rollbacks=[*progress.loss_guard.rollbacks, seen])
+        return replace(then, skip_ranges=ranges, loss_guard=guard)
 
-    def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, dict[str, Any]] | None:
+    def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, Manifest] | None:
         """The newest valid checkpoint before the `first` step whose data is in doubt, or else before the spike."""
         for step in (first, spiked):
             with suppress(CheckpointError):  # every one of them is damaged, which the store has reported

@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
     seconds = time.perf_counter() - started
     result = {
         "checkpoint": str(loaded.folder),
-        "step": loaded.manifest["step"] if loaded.manifest else None,
+        "step": loaded.manifest.step if loaded.manifest else None,
         "data": source.name,
         "seq_len": seq_len,
         **scores(float(loss_sum), int(tokens), source),
@@ -221,7 +221,7 @@ def _own_dataset(loaded: Loaded) -> Path:
     if own_dataset(loaded.manifest) is None:
         raise DataError(
             f"{folder} is no longer the dataset that the model was trained on (its fingerprint was "
-            f"{loaded.manifest['dataset_fingerprint']}); give data={folder} to evaluate on it all the same"
+            f"{loaded.manifest.identity.dataset_fingerprint}); give data={folder} to evaluate on it all the same"
         )
     return folder
 

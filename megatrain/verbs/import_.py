@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from megatrain.checkpoint.manifest import sync_folder
+from megatrain.checkpoint.manifest import Identity, RunRecord
 from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import Loaded, kind_of, load
-from megatrain.train.trainer import Progress
+from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 
@@ -49,18 +49,8 @@ def write_weights(loaded: Loaded, out: Path) -> None:
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(partial / "tokenizer")
         state = {f"model.{name}": tensor.to(torch.float32) for name, tensor in loaded.weights.items()}
-        extra = {
-            "step": 0,
-            **Progress().to_manifest(),
-            "optimizer": None,
-            "loss_scale": None,
-            "config": {"model": asdict(loaded.config)},
-            "dataset_fingerprint": None,
-            "layout": None,
-            "engine": None,
-            "imported_from": str(loaded.folder),
-        }
-        write(partial, state, extra, None)
+        identity = Identity(config={"model": asdict(loaded.config)}, imported_from=str(loaded.folder))
+        write(partial, state, RunRecord(identity=identity), None)
         os.rename(partial, out)
         sync_folder(out.parent)
     except BaseException:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatrain.checkpoint.manifest import MANIFEST, check_coverage, list_checkpoints, read_manifest, verify_file
+from megatrain.checkpoint.manifest import MANIFEST, Manifest, check_coverage, read_manifest, verify_file
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import InspectConfig
 from megatrain.data.card import Card
 from megatrain.data.indexed_dataset import verify_dataset
@@ -83,9 +84,9 @@ def finish(problems: list[str]) -> None:
 
 @dataclass
 class Checkup:
-    """A checkpoint's manifest (empty where it cannot be read), a verdict for each file, and all that is wrong."""
+    """A checkpoint's manifest (None if it cannot be read), a verdict for each file, and all that is wrong."""
 
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
     verdicts: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -100,13 +101,11 @@ def check(folder: Path) -> Checkup:
     found = Checkup()
     try:
         found.manifest = read_manifest(folder)
-        for name, recorded in sorted(found.manifest["files"].items()):
+        for name, recorded in sorted(found.manifest.files.items()):
             found.verdicts[name] = verify_file(folder, name, recorded)
         check_coverage(folder, found.manifest)
     except CheckpointError as error:
         found.problems.append(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        found.problems.append(f"{folder / MANIFEST} lacks or garbles {error}")
     found.problems += [problem for problem in found.verdicts.values() if problem]
     if (folder / "tokenizer" / META).is_file():
         try:
@@ -123,41 +122,39 @@ def show_checkpoint(page: Page, folder: Path) -> list[str]:
     if found.manifest:
         page.facts(checkpoint_facts(found.manifest))
         page.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
-        page.table("config", ("key", "value"), highlights(found.manifest.get("config") or {}))
+        page.table("config", ("key", "value"), highlights(found.manifest.identity.config))
     page.table("files", ("file", "bytes", "checksum"), file_rows(folder, found))
     page.facts({"verdict": "damaged" if found.problems else "valid: every checksum matches"})
     return found.problems
 
 
-def checkpoint_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
     """Where the run stood, and what wrote it."""
-    layout, optimizer = manifest.get("layout") or {}, manifest.get("optimizer") or {}
-    parameters = sum(
-        math.prod(tensor["shape"]) for name, tensor in manifest["tensors"].items() if name.startswith("model.")
-    )
+    progress, identity, optimizer = manifest.progress, manifest.identity, manifest.counters.optimizer
+    parameters = sum(math.prod(tensor.shape) for name, tensor in manifest.tensors.items() if name.startswith("model."))
     return {
-        "step": manifest.get("step"),
-        "tokens": f"{manifest.get('tokens', 0):,}",
-        "cursor (samples)": f"{manifest.get('cursor', 0):,}",
-        "skip ranges": manifest.get("skip_ranges") or "none",
-        "optimizer steps": optimizer.get("step", "none: weights alone"),
+        "step": progress.step,
+        "tokens": f"{progress.tokens:,}",
+        "cursor (samples)": f"{progress.cursor:,}",
+        "skip ranges": [list(skipped) for skipped in progress.skip_ranges] or "none",
+        "optimizer steps": optimizer.step if optimizer else "none: weights alone",
         "parameters": f"{parameters:,}",
-        "engine": manifest.get("engine") or "none",
-        "layout": " ".join(f"{name}={value}" for name, value in layout.items()) or "none",
-        "dataset": manifest.get("dataset_fingerprint") or "none",
-        "imported from": manifest.get("imported_from"),
+        "engine": identity.engine or "none",
+        "layout": " ".join(f"{name}={value}" for name, value in (identity.layout or {}).items()) or "none",
+        "dataset": identity.dataset_fingerprint or "none",
+        "imported from": identity.imported_from,
     }
 
 
-def tensor_rows(manifest: dict[str, Any]) -> list[list[str]]:
+def tensor_rows(manifest: Manifest) -> list[list[str]]:
     """Tensors counted by kind and dtype."""
     counts: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
-    for name, tensor in manifest["tensors"].items():
+    for name, tensor in manifest.tensors.items():
         parts = name.split(".")
         kind = ".".join(parts[:2]) if parts[0] == "optim" else parts[0]
-        counts[kind, tensor["dtype"]] += 1
-        elements[kind, tensor["dtype"]] += math.prod(tensor["shape"])
+        counts[kind, tensor.dtype] += 1
+        elements[kind, tensor.dtype] += math.prod(tensor.shape)
     return [
         [kind, dtype, f"{count:,}", f"{elements[kind, dtype]:,}", f"{elements[kind, dtype] * _BYTES.get(dtype, 0):,}"]
         for (kind, dtype), count in counts.items()
@@ -202,8 +199,8 @@ def show_run(page: Page, run: Path) -> None:
     found = {path: check(path) for path in list_checkpoints(folder)}
     problems = [problem for checkup in found.values() for problem in checkup.problems]
     newest = next((path for path, checkup in found.items() if not checkup.problems), None)
-    if newest is not None:
-        page.table("config", ("key", "value"), highlights(found[newest].manifest.get("config") or {}))
+    if newest is not None and (manifest := found[newest].manifest) is not None:
+        page.table("config", ("key", "value"), highlights(manifest.identity.config))
     rows = [[path.name, f"{tokens_of(c)}", f"{size_of(path):,}", c.verdict] for path, c in found.items()]
     page.table("checkpoints", ("checkpoint", "tokens", "bytes", "verdict"), rows)
     for path in sorted(folder.glob("*.writing")):
@@ -251,7 +248,7 @@ def show_records(page: Page, run: Path) -> list[str]:
 
 def tokens_of(checkup: Checkup) -> str:
     """Tokens a checkpoint's run had seen, shortened."""
-    return short(checkup.manifest["tokens"]) if "tokens" in checkup.manifest else "?"
+    return short(checkup.manifest.progress.tokens) if checkup.manifest else "?"
 
 
 def size_of(folder: Path) -> int:

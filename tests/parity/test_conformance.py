@@ -76,8 +76,8 @@ def test_state_has_single_device_names_and_whole_shapes(engine, zero, ranks, tmp
     expected = parameter_shapes(config.model)
     kinds = ("model.", "optim.exp_avg.", "optim.exp_avg_sq.")
     assert shapes == {f"{kind}{name}": shape for kind in kinds for name, shape in expected.items()}
-    assert counters["optimizer"]["step"] == 2 and counters["loss_scale"] is None
-    groups = counters["optimizer"]["groups"]
+    assert counters.optimizer.step == 2 and counters.loss_scale is None
+    groups = counters.optimizer.groups
     assert set(groups["decay"]["parameters"]) == {name for name, shape in expected.items() if len(shape) > 1}
     assert set(groups["no_decay"]["parameters"]) == {name for name, shape in expected.items() if len(shape) == 1}
     assert groups["decay"]["weight_decay"] == 0.1 and groups["no_decay"]["weight_decay"] == 0.0
@@ -133,8 +133,8 @@ def test_fp16_follows_one_loss_scale_rule(engine, zero, ranks):
     good = [entry for entry in seen if entry[0]]
     assert not seen[0][0] and len(good) >= 4, "the first step overflows, most later ones do not"
     assert len({scale for _, scale, *_ in seen}) >= 2
-    assert counters["loss_scale"] == rule.state()
-    assert counters["optimizer"]["step"] == len(good)
+    assert counters.loss_scale == rule.state()
+    assert counters.optimizer.step == len(good)
     assert good[-1][2] < good[0][2] + 0.05
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.jobs import job, layout_job, llama, train
 from support.ranks import run_ranks
+from support.records import at
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
@@ -19,10 +20,10 @@ def losses(world, config, folder=None, first=1, last=12):
         source = folder / f"step_{first - 1:08d}"
         manifest = verify(source)
         load_into(source, manifest, engine.state(), None)
-        engine.restore(manifest)
+        engine.restore(manifest.counters)
     seen = train(engine, config, world.rank, world.size, first, last)
     if folder is not None and first == 1:
-        CheckpointStore(folder, world).save(last, engine.state(), {"note": "low", **engine.counters()})
+        CheckpointStore(folder, world).save(engine.state(), at(last, engine.counters()))
     assert getattr(engine.optimizer, "train_step", last) == last  # what rounding depends on
     dtypes = {name.split(".")[1]: tensor.dtype for name, tensor in engine.state().items() if name.startswith("optim.")}
     return seen, dtypes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.jobs import batches, compare, gather, gpt2, layout_job, ten_steps
 from support.ranks import run_ranks
+from support.records import at
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
@@ -74,12 +75,12 @@ def move(world, first, second, folder):
             saved = Path(folder) / "checkpoints" / "step_00000002"
             manifest = verify(saved, world)
             load_into(saved, manifest, engine.state(), world)
-            engine.restore(manifest)
+            engine.restore(manifest.counters)
         states = [gather(engine, Path(folder) / f"{len(told)}", world)]
         losses = []
         for step in (1, 2, 3, 4)[2 * bool(told) :]:
             if step == 3 and not told:
-                CheckpointStore(Path(folder) / "checkpoints", world).save(2, engine.state(), engine.counters())
+                CheckpointStore(Path(folder) / "checkpoints", world).save(engine.state(), at(2, engine.counters()))
                 states.append(gather(engine, Path(folder) / "saved", world))
             result = engine.train_step(batches(config, step, world.rank, world.size), 1e-3, step)
             losses.append(float(result.loss_sum))

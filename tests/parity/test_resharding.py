@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.jobs import batches, gather, layout_job, rows
 from support.ranks import run_ranks
+from support.records import at
 
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
@@ -67,7 +68,7 @@ def begin(world, config, folder):
     """Train, save, go on undisturbed: the losses after the save, and the gathered state at it."""
     engine = build_engine(config, world)
     train(engine, config, world, 1, SAVED_AT)
-    CheckpointStore(Path(folder) / "checkpoints", world).save(SAVED_AT, engine.state(), engine.counters())
+    CheckpointStore(Path(folder) / "checkpoints", world).save(engine.state(), at(SAVED_AT, engine.counters()))
     whole = gather(engine, Path(folder) / "whole", world)
     return train(engine, config, world, SAVED_AT + 1, LAST), whole
 
@@ -78,10 +79,10 @@ def go_on(world, config, folder, whole_folder):
     saved = Path(folder) / "checkpoints" / f"step_{SAVED_AT:08d}"
     manifest = verify(saved, world)
     load_into(saved, manifest, engine.state(), world)
-    engine.restore(manifest)
+    engine.restore(manifest.counters)
     whole = gather(engine, Path(whole_folder), world)
     counters = engine.counters()
-    return train(engine, config, world, SAVED_AT + 1, LAST), whole, counters, manifest["optimizer"]
+    return train(engine, config, world, SAVED_AT + 1, LAST), whole, counters, manifest.counters.optimizer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_another_layout_goes_on(saved, resumed, family, origins, tmp_path):
     assert whole.keys() == again.keys() and len(whole) % 3 == 0
     for key, tensor in whole.items():
         assert torch.equal(tensor, again[key]), key
-    assert counters["optimizer"]["step"] == SAVED_AT
-    for name, group in optimizer["groups"].items():
-        assert sorted(counters["optimizer"]["groups"][name]["parameters"]) == sorted(group["parameters"])
+    assert counters.optimizer.step == SAVED_AT
+    for name, group in optimizer.groups.items():
+        assert sorted(counters.optimizer.groups[name].parameters) == sorted(group.parameters)
     assert losses == pytest.approx(expected, rel=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import records
 from support.jobs import gather, gpt2, job, llama, train
 from support.ranks import run_ranks
 
@@ -20,7 +21,7 @@ def begin(world, config, folder):
     engine = build_engine(config, world)
     train(engine, config, world.rank, world.size, 1, SAVED_AT)
     store = CheckpointStore(Path(folder) / "checkpoints", world)
-    store.save(SAVED_AT, engine.state(), engine.counters())
+    store.save(engine.state(), records.at(SAVED_AT, engine.counters()))
     whole = gather(engine, Path(folder) / "whole", world)
     return train(engine, config, world.rank, world.size, SAVED_AT + 1, LAST), whole
 
@@ -31,9 +32,9 @@ def go_on(world, config, folder, whole_folder):
     saved = Path(folder) / "checkpoints" / f"step_{SAVED_AT:08d}"
     manifest = verify(saved, world)
     load_into(saved, manifest, engine.state(), world)
-    engine.restore(manifest)
+    engine.restore(manifest.counters)
     whole = gather(engine, Path(whole_folder), world)
-    assert engine.counters()["optimizer"]["step"] == SAVED_AT
+    assert engine.counters().optimizer.step == SAVED_AT
     return train(engine, config, world.rank, world.size, SAVED_AT + 1, LAST), whole
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.jobs import batches, gather, layout_job
 from support.ranks import run_ranks
+from support.records import at
 
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.engine.build import build_engine
@@ -43,7 +44,7 @@ def there_and_back(world, config, folder):
         )
 
     steps("start", range(1, 4))
-    store.save(3, engine.state(), engine.counters())
+    store.save(engine.state(), at(3, engine.counters()))
     first = steps("first", range(4, 7))
     steps("beyond", range(7, 9), factor=30.0)
     folder_saved, manifest = store.newest_valid(before=7)

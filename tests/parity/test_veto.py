@@ -35,14 +35,14 @@ def poison(world, config, folder):
     engine = build_engine(config, world)
     engine.train_step(batches(config, 1, world.rank, world.size), 1e-3, 1)
     before = gather(engine, Path(folder) / "before", world)
-    steps_before = engine.counters()["optimizer"]["step"]
+    steps_before = engine.counters().optimizer.step
     poisoned = batches(config, 2, world.rank, world.size)
     if world.rank == world.size - 1:
         weights = torch.full(poisoned[-1].labels.shape, float("nan"))
         poisoned[-1] = replace(poisoned[-1], loss_weights=weights)
     bad = engine.train_step(poisoned, 1e-3, 2)
     after = gather(engine, Path(folder) / "after", world)
-    steps_after = engine.counters()["optimizer"]["step"]
+    steps_after = engine.counters().optimizer.step
     good = engine.train_step(batches(config, 3, world.rank, world.size), 1e-3, 3)
     end = gather(engine, Path(folder) / "end", world)
     return (

@@ -14,6 +14,7 @@ from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.parallel.layout import Layout
+from support.records import at
 
 VOCAB = 101  # does not divide by any number of ranks
 SEQ_LEN = 16
@@ -95,9 +96,9 @@ def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
     from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 
     store = CheckpointStore(folder, world)
-    saved = store.save(1, engine.state(), {"note": "gathered", **engine.counters()})
+    saved = store.save(engine.state(), at(1, engine.counters()))
     manifest = verify(saved)
-    whole = {name: torch.empty(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
+    whole = {name: torch.empty(tensor.shape) for name, tensor in manifest.tensors.items()}
     load_into(saved, manifest, whole, None)
     return whole
 

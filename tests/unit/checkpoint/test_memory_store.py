@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.ranks import run_ranks
+from support.records import at
 
-from megatrain.checkpoint.manifest import MANIFEST, list_checkpoints, manifest_hash
+from megatrain.checkpoint.manifest import MANIFEST, manifest_hash
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.checkpoint.store import load_into, verify
@@ -48,17 +50,17 @@ def loaded(world, memory, after=0):
     target = state(world, 0)
     check_covers(folder, manifest, target)
     load_into(folder, manifest, target, memory.node)
-    expected = state(world, manifest["step"])
+    expected = state(world, manifest.step)
     assert torch.equal(target["model.w"].flat, expected["model.w"].flat)
     assert torch.equal(target["model.norm"], expected["model.norm"])
-    return manifest["step"]
+    return manifest.step
 
 
 def keep_two(world, folders):
     memory = memory_of(world, folders)
     assert memory.newest_valid(0) is None
     for step in (3, 6):
-        memory.save(step, state(world, step), {"note": step})
+        memory.save(state(world, step), at(step))
     world.barrier()
     return loaded(world, memory)
 
@@ -87,11 +89,11 @@ def test_each_node_loads_its_own_part(copies):
 
 def damage_and_load(world, folders, damage):
     memory = memory_of(world, folders)
-    memory.save(3, state(world, 3), {})
+    memory.save(state(world, 3), at(3))
     memory.node.barrier()
     monkey = memory._drop
     memory._drop = lambda old: None  # the kill comes before that
-    memory.save(6, state(world, 6), {})
+    memory.save(state(world, 6), at(6))
     memory._drop = monkey
     world.barrier()
     if world.rank == 3:
@@ -127,7 +129,7 @@ def test_a_lost_nodes_part_comes_from_the_other_nodes_memory(tmp_path, copies):
         assert torch.equal(whole["model.w"].flatten(), WHOLE + 600) and torch.equal(
             whole["model.norm"], torch.full((3,), 6.0)
         )
-        assert (manifest["step"], manifest["note"]) == (6, 6) and "node" not in manifest
+        assert manifest.step == 6 and manifest.part is None
         assert not (checkpoints / RESCUED).exists()
 
 
@@ -151,7 +153,7 @@ def full_on_node_1(world, folders):
     if node_of(world.rank) == 1:
         (folders[1] / "own" / "step_00000003").write_text("in the way")
     try:
-        memory.save(3, state(world, 3), {})
+        memory.save(state(world, 3), at(3))
     except EnvironmentFault as error:
         return str(error)
     return None
@@ -164,7 +166,7 @@ def test_all_nodes_hear_that_one_has_no_room(copies):
 
 def other_layout(world, folders):
     memory = memory_of(world, folders)
-    memory.save(3, state(world, 3), {})
+    memory.save(state(world, 3), at(3))
     folder, manifest = memory.newest_valid(0)
     with pytest.raises(CheckpointError, match=r"holds \d+ of the 35 elements of model.w"):
         check_covers(folder, manifest, {"model.w": torch.empty(ROWS, COLUMNS)})

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatrain.checkpoint import rescue
-from megatrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST, manifest_hash, write_json
+from megatrain.checkpoint.manifest import Manifest, write_manifest
 from megatrain.errors import EXIT_NO_PROGRESS
 from megatrain.launch import agent as local
 from megatrain.launch.nodes import Alone
@@ -83,7 +83,6 @@ def test_a_disk_that_takes_no_events_does_not_end_the_agent(tmp_path, capfd):
 def test_a_whole_checkpoint_among_the_rescued_parts_is_named_and_passed_over(tmp_path):
     part = tmp_path / "rescued" / "step_00000005" / "node_00000"
     part.mkdir(parents=True)
-    document = {"format": FORMAT_VERSION, "files": {}, "tensors": {}}
-    write_json(part / MANIFEST, {**document, "checksum": manifest_hash(document)})
+    write_manifest(part, Manifest())
     made, (problem,) = rescue.assemble(tmp_path)
-    assert made is None and problem == f"{part} is a checkpoint, and no node's part of one"
+    assert made is None and problem == f"{part} is a whole checkpoint, not a node's part of one"

@@ -6,20 +6,21 @@ from dataclasses import asdict
 
 import pytest
 
+from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.resume import MAY_CHANGE, changed_keys, check_resume, may_change
 from megatrain.config import TrainConfig, walk
 from megatrain.config.flatten import flatten
 from megatrain.errors import CheckpointError, DataError
 
 
-def manifest(config):
-    return {"config": asdict(config), "dataset_fingerprint": "abc"}
+def identity(config):
+    return Identity(asdict(config), "abc")
 
 
 def test_layout_and_housekeeping_may_change():
     """Engine, stage, ranks, precision, saving and tracking do not change what is trained; they are named."""
     config = TrainConfig()
-    old = manifest(config)
+    old = identity(config)
     config.engine.name, config.parallel.zero, config.launch.nproc_per_node = "native", 0, 4
     config.train.steps, config.checkpoint.every, config.train.micro_batch_size = 7, 1, 1
     changed = check_resume(old, asdict(config), "abc", "step_1")
@@ -38,7 +39,7 @@ def test_layout_and_housekeeping_may_change():
 def test_what_is_trained_may_not_change(group, name, value):
     """Another model, update, schedule or order is refused by key, with both values and the way to a new run."""
     config = TrainConfig()
-    old = manifest(config)
+    old = identity(config)
     setattr(getattr(config, group), name, value)
     with pytest.raises(CheckpointError) as caught:
         check_resume(old, asdict(config), "abc", "step_1")
@@ -49,7 +50,7 @@ def test_what_is_trained_may_not_change(group, name, value):
 def test_another_dataset_is_refused():
     """The fingerprint decides, not the name."""
     with pytest.raises(DataError, match="was abc and is now xyz"):
-        check_resume(manifest(TrainConfig()), asdict(TrainConfig()), "xyz", "step_1")
+        check_resume(identity(TrainConfig()), asdict(TrainConfig()), "xyz", "step_1")
 
 
 def test_the_list_names_only_keys_that_exist():
@@ -68,7 +69,7 @@ def test_changed_keys_sees_added_and_lost_keys():
 
 def test_weights_alone_cannot_be_continued_and_say_so():
     """One sentence that points to checkpoint.init_from, not a list of every key that a run would have."""
-    imported = {"config": {"model": asdict(TrainConfig().model)}, "dataset_fingerprint": None, "optimizer": None}
+    imported = Identity({"model": asdict(TrainConfig().model)}, imported_from="hf")
     with pytest.raises(CheckpointError, match=r"weights alone.*checkpoint\.init_from=imported") as caught:
         check_resume(imported, asdict(TrainConfig()), "abc", "imported")
     assert "optim.lr" not in str(caught.value)
@@ -77,8 +78,8 @@ def test_weights_alone_cannot_be_continued_and_say_so():
 def test_a_key_younger_than_the_manifest_had_its_default():
     """An older version's run continues, unless the new key is now set to something else."""
     config = TrainConfig()
-    old = manifest(config)
-    del old["config"]["model"]["qk_norm"], old["config"]["optim"]["betas"]
+    old = identity(config)
+    del old.config["model"]["qk_norm"], old.config["optim"]["betas"]
     assert check_resume(old, asdict(config), "abc", "step_1") == {}
     config.model.qk_norm = True
     with pytest.raises(CheckpointError, match=r"model\.qk_norm was False and is now True"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.records import at
 
 from megatrain.checkpoint.piece import Piece
 from megatrain.checkpoint.saver import Saver, Staging
@@ -26,13 +27,13 @@ class SlowStore(CheckpointStore):
         self.gate, self.began = threading.Event(), threading.Event()
         self.refusing, self.tried = list(refusing), []
 
-    def save(self, step, state, extra):
+    def save(self, state, record):
         self.began.set()
         assert self.gate.wait(20)
-        self.tried.append(step)
+        self.tried.append(record.progress.step)
         if self.refusing:
             raise self.refusing.pop(0)
-        return super().save(step, state, extra)
+        return super().save(state, record)
 
 
 def saver(store, **changes):
@@ -54,7 +55,7 @@ def test_training_goes_on_and_what_is_written_is_what_was(tmp_path):
     store = SlowStore(tmp_path / "checkpoints")
     saving = saver(store)
     weights, flat = torch.arange(6.0), torch.arange(12.0)
-    saving.save(3, {"model.w": weights, "model.p": Piece(flat, 0, (4, 3))}, {"note": 1})
+    saving.save({"model.w": weights, "model.p": Piece(flat, 0, (4, 3))}, at(3))
     assert store.began.wait(20) and saving.reports() == []
     weights.zero_()
     flat.zero_()
@@ -73,8 +74,8 @@ def test_training_goes_on_and_what_is_written_is_what_was(tmp_path):
 def test_a_second_save_never_overtakes_the_first(tmp_path):
     store = SlowStore(tmp_path / "checkpoints")
     saving = saver(store)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
-    second = threading.Thread(target=saving.save, args=(2, {"model.w": torch.full((2,), 2.0)}, {}))
+    saving.save({"model.w": torch.ones(2)}, at(1))
+    second = threading.Thread(target=saving.save, args=({"model.w": torch.full((2,), 2.0)}, at(2)))
     second.start()
     second.join(0.3)
     assert second.is_alive() and store.tried == []
@@ -92,7 +93,7 @@ def test_a_failed_write_is_told_and_tried_again(tmp_path):
     store = SlowStore(tmp_path / "checkpoints", [full(), full()])
     store.gate.set()
     saving = saver(store)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
+    saving.save({"model.w": torch.ones(2)}, at(1))
     saving.finish()
     assert kinds(saving.reports()) == [("save_failed", 1), ("save_failed", 1), ("save", 1)]
     assert not saving.has_failed and [path.name for path in store.folder.iterdir()] == ["step_00000001"]
@@ -102,8 +103,8 @@ def test_a_newer_save_takes_the_place_of_one_that_waits(tmp_path):
     store = SlowStore(tmp_path / "checkpoints", [full()])
     store.gate.set()
     saving = saver(store, retry_wait_s=60.0)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
-    assert saving.save(2, {"model.w": torch.ones(2)}, {}) < 30
+    saving.save({"model.w": torch.ones(2)}, at(1))
+    assert saving.save({"model.w": torch.ones(2)}, at(2)) < 30
     saving.finish()
     assert kinds(saving.reports()) == [("save_failed", 1), ("save", 2)] and store.tried == [1, 2]
 
@@ -113,7 +114,7 @@ def test_after_too_many_failures_in_a_row_it_gives_up(tmp_path):
     store = SlowStore(tmp_path / "checkpoints", [full(), full(), full(), full()])
     store.gate.set()
     saving = saver(store, retries=3)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
+    saving.save({"model.w": torch.ones(2)}, at(1))
     with pytest.raises(EnvironmentFault, match=r"4 saves in a row have failed \(checkpoint.retries=3\): no room"):
         saving.finish()
     assert saving.has_failed and kinds(saving.reports()) == [("save_failed", 1)] * 4
@@ -123,7 +124,7 @@ def test_what_is_no_fault_of_the_disk_ends_the_run_at_once(tmp_path):
     store = SlowStore(tmp_path / "checkpoints", [OwnedError("another")])
     store.gate.set()
     saving = saver(store)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
+    saving.save({"model.w": torch.ones(2)}, at(1))
     with pytest.raises(OwnedError, match="another"):
         saving.finish()
 
@@ -132,7 +133,7 @@ def test_in_the_foreground_it_waits(tmp_path):
     store = SlowStore(tmp_path / "checkpoints")
     store.gate.set()
     saving = saver(store, background=False)
-    saving.save(1, {"model.w": torch.ones(2)}, {})
+    saving.save({"model.w": torch.ones(2)}, at(1))
     assert kinds(saving.reports()) == [("save", 1)]
 
 
@@ -141,7 +142,7 @@ def test_old_checkpoints_are_retired(tmp_path):
     store.gate.set()
     saving = saver(store)
     for step in (1, 2, 3):
-        saving.save(step, {"model.w": torch.ones(2)}, {})
+        saving.save({"model.w": torch.ones(2)}, at(step))
     saving.finish()
     assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000002", "step_00000003"]
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from support.ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError
-from megatrain.train.rank import check_agreement
+from megatrain.train.agreement import check_agreement
 
 
 def compare(world, key, value):
     """What rank 1 is told (and every other rank) when it alone has another value."""
     config = TrainConfig()
-    data = SimpleNamespace(fingerprint="same")
+    fingerprint = "same"
     if world.rank == 1 and key == "fingerprint":
-        data.fingerprint = value
+        fingerprint = value
     elif world.rank == 1:
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, value)
     try:
-        check_agreement(config, data, world)
+        check_agreement(config, fingerprint, world)
     except ConfigError as error:
         return str(error)
     return None

@@ -4,7 +4,9 @@ import logging
 
 import pytest
 import torch
+from support.records import at
 
+from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
@@ -24,9 +26,9 @@ def store_of(run_dir):
     return store
 
 
-def save(store, *steps, **extra):
+def save(store, *steps, **identity):
     for step in steps:
-        store.save(step, {"model.w": torch.full((2,), float(step))}, extra)
+        store.save({"model.w": torch.full((2,), float(step))}, at(step, identity=Identity(**identity)))
 
 
 def asking(**checkpoint):
@@ -45,10 +47,10 @@ def test_what_lies_beyond_a_checkpoint_gone_back_to_is_set_aside_and_never_taken
     store = store_of(tmp_path)
     save(store, 5, 10, 20)
     origin = choose_origin(asking(resume=store.folder / "step_00000005"), store)
-    assert origin.resumes and origin.manifest["step"] == 5
+    assert origin.resumes and origin.manifest.step == 5
     assert names(store.folder) == ["step_00000005", "step_00000010", "step_00000020"], "choosing alone moves nothing"
     store.set_aside(5)
-    assert choose_origin(asking(), store_of(tmp_path)).manifest["step"] == 5
+    assert choose_origin(asking(), store_of(tmp_path)).manifest.step == 5
     assert names(store.folder) == ["abandoned-1", "step_00000005"]
     assert names(store.folder / "abandoned-1") == ["step_00000010", "step_00000020"]
     assert [kind for kind, _ in store.told] == ["set_aside"]
@@ -80,11 +82,11 @@ def test_a_job_that_goes_back_does_so_once_however_often_it_is_started_again(tmp
     config = asking(resume=store.folder / "step_00000005")
     first = choose_origin(config, store)
     killed_before_it_began = choose_origin(config, store, restarted=True)
-    assert killed_before_it_began.manifest["step"] == 5
+    assert killed_before_it_began.manifest.step == 5
     store.set_aside(5)
     save(store, 20, origin=first.began_from)
-    assert choose_origin(config, store, restarted=True).manifest["step"] == 20
-    assert choose_origin(config, store).manifest["step"] == 5
+    assert choose_origin(config, store, restarted=True).manifest.step == 20
+    assert choose_origin(config, store).manifest.step == 5
 
 
 def test_a_run_begun_from_another_runs_checkpoint_goes_on_with_its_own(tmp_path):

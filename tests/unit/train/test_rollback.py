@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatrain.checkpoint.manifest import list_checkpoints
+from megatrain.checkpoint.manifest import EngineCounters, LossGuardState, OptimizerState, Progress, RunRecord
 from megatrain.checkpoint.memory_store import MemoryStore
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.order import SampleOrder, take
 from megatrain.distributed.world import World
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
-from megatrain.train.rollback import Rollback
-from megatrain.train.trainer import Progress
+from megatrain.train.rollback import CheckpointRollback
 
 
 class FakeEngine:
@@ -27,7 +28,7 @@ class FakeEngine:
         return {"model.w": self.weight}
 
     def restore(self, counters):
-        self.optimizer = counters["optimizer"]
+        self.optimizer = counters.optimizer
 
 
 class FakeStream:
@@ -56,18 +57,21 @@ class Run:
         for step in range(1, last + 1):
             positions, self.now.cursor = take(self.now.cursor, samples(step), skip_ranges)
             self.taken[step] = positions.tolist()
-            self.now.step, self.now.losses = step, [*self.now.losses, 2.0]
+            self.now.step, self.now.loss_guard = step, LossGuardState([2.0] * step)
             self.engine.weight.fill_(step)
             self.journal.step({"step": step})
             if step in saved:
-                self.store.save(step, self.engine.state(), {"optimizer": {"step": step}, **self.now.to_manifest()})
+                self.store.save(self.engine.state(), self.record(step))
         self.memory = MemoryStore(folder / "copies", world)
-        self.memory.save(last - 1, self.engine.state(), {"optimizer": {"step": last - 1}, **self.now.to_manifest()})
+        self.memory.save(self.engine.state(), self.record(last - 1))
         self.order = SampleOrder("fingerprint", "train", 8, 10_000, 1)
-        self.go_back = Rollback(
+        self.go_back = CheckpointRollback(
             world, self.engine, self.store, self.memory, self.journal, self.stream, self.order, samples, skip_steps
         )
         self.spike = Spike(last, 9.0, 50.0, 2.0)
+
+    def record(self, step):
+        return RunRecord(replace(self.now, step=step), EngineCounters(OptimizerState("adamw", step)))
 
     def event(self):
         (event,) = [
@@ -93,9 +97,9 @@ def test_it_goes_to_the_newest_checkpoint_from_before_the_steps_in_doubt(tmp_pat
     there = run.go_back(run.now, run.spike)
     expected = [sample for step in left_out for sample in run.taken[step]]
     skip = (expected[0], expected[-1] + 1)
-    assert (there.step, there.losses, there.skip_ranges) == (to, [2.0] * to, [skip])
-    assert (there.rollbacks[0]["step"], there.rollbacks[0]["skip_range"]) == (9, list(skip))
-    assert run.engine.weight.item() == to and run.engine.optimizer == {"step": to}
+    assert (there.step, there.loss_guard.losses, there.skip_ranges) == (to, [2.0] * to, [skip])
+    assert (there.loss_guard.rollbacks[0]["step"], there.loss_guard.rollbacks[0]["skip_range"]) == (9, list(skip))
+    assert run.engine.weight.item() == to and run.engine.optimizer.step == to
     assert run.stream.restarts == [(to + 1, run.taken[to][-1] + 1, [skip])]
     assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path / "checkpoints")] == [
         step for step in reversed(saved) if step <= to
@@ -124,9 +128,9 @@ def test_a_second_rollback_leaves_out_both_ranges(tmp_path):
     run = Run(tmp_path, [5], 9)
     first = run.go_back(run.now, run.spike)
     (taken, cursor) = take(first.cursor, 4 * 8, first.skip_ranges)  # steps 6 to 9 anew
-    now = Progress(9, cursor, skip_ranges=first.skip_ranges, rollbacks=first.rollbacks)
+    now = Progress(9, cursor, skip_ranges=first.skip_ranges, loss_guard=first.loss_guard)
     second = run.go_back(now, run.spike)
-    assert len(second.rollbacks) == 2 and second.step == 5
+    assert len(second.loss_guard.rollbacks) == 2 and second.step == 5
     assert second.skip_ranges == [(first.skip_ranges[0][0], cursor)]
     assert taken[0] < first.skip_ranges[0][0], "step 6 is not in doubt and stays"
 

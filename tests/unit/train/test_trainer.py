@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatrain.checkpoint.manifest import EarlyStop, EngineCounters, Identity, LossGuardState, OptimizerState, Progress
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
 from megatrain.engine.protocol import SentResult, StepResult
 from megatrain.errors import DivergedError, EnvironmentFault
-from megatrain.train.trainer import Parts, Progress, Trainer
+from megatrain.train.exchange import RankExchange
+from megatrain.train.protocols import Parts, Throughput
+from megatrain.train.trainer import Trainer
 
 
 class FakeEngine:
@@ -42,25 +44,27 @@ class FakeEngine:
         return {"model.w": torch.zeros(1)}
 
     def counters(self):
-        return {"optimizer": {"step": len(self.trained)}}
+        return EngineCounters(OptimizerState("adamw", len(self.trained)))
 
 
 class FakeStore:
     """Saves at once; from step `fails_from` on it cannot."""
 
-    def __init__(self, fails_from=None):
+    def __init__(self, fails_from=None, copies_every=0):
+        self.copies_every = copies_every
         self.saved, self.told, self.has_failed, self.fails_from = [], [], False, fails_from
         self.copied, self.busy = [], lambda step: False
 
-    def save(self, step, state, extra):
-        self.saved.append((step, extra))
+    def save(self, state, record):
+        step = record.progress.step
+        self.saved.append((step, record))
         self.pending = True
         self.has_failed = self.fails_from is not None and step >= self.fails_from
         self.told.append(("save_failed" if self.has_failed else "save", step, {}))
         return 0.5
 
-    def copy(self, step, state, extra):
-        self.copied.append(step)
+    def copy(self, state, record):
+        self.copied.append(record.progress.step)
         return 0.1
 
     @property
@@ -88,6 +92,33 @@ class FakeJournal:
         self.events.append((kind, step, detail))
 
 
+class FakeClock:
+    """The host's clock; `blocked_s` and `event` are replaced where a test needs them."""
+
+    def __init__(self, reads_late=None, blocked_s=lambda: 0.0, event=lambda: None):
+        self.reads_late = LATE if reads_late is None else reads_late
+        self.blocked_s, self.event = blocked_s, event
+
+    def enter(self, phase, step):
+        pass
+
+
+class FakeStop:
+    """A SIGTERM that arrives once so many steps were submitted."""
+
+    def __init__(self, engine, stop_at):
+        self.engine, self.stop_at = engine, stop_at
+
+    @property
+    def signal_number(self):
+        return 15 if self.stop_at is not None and len(self.engine.trained) >= self.stop_at else 0
+
+
+def alone(all_gather=lambda row: row.unsqueeze(0), readers=(0,)):
+    """The exchange of a job of one rank, or of what `all_gather` makes of its row."""
+    return RankExchange(all_gather, readers, lambda hashes: str(hashes.shape))
+
+
 LATE = False
 """Whether results are read late; every test runs both ways."""
 
@@ -103,7 +134,7 @@ def trainer(
     engine=None,
     progress=None,
     stop_at=None,
-    roll_back=lambda progress, spike: None,
+    rollback=lambda progress, spike: None,
     copies_every=0,
     on_disk=True,
 ):
@@ -111,27 +142,23 @@ def trainer(
 
     def stream():
         while True:
-            ahead = 2 if loop.unread is not None else 1
+            ahead = 1 if loop.in_flight.is_idle else 2
             yield StepBatch([], np.arange(8, dtype=np.uint64), 8, progress.cursor + 8 * ahead)
 
     engine = engine or FakeEngine()
     parts = Parts(
         engine=engine,
         stream=stream(),
-        heldout=lambda: ["batch"],
-        store=FakeStore(),
+        heldout=SimpleNamespace(batches=lambda: ["batch"], bytes_per_token=4.0),
+        store=FakeStore(copies_every=copies_every),
         journal=FakeJournal(),
-        exchange=lambda values: values.unsqueeze(0),
-        batch_hash=lambda hashes: str(hashes.shape),
-        mark=lambda phase, step: None,
-        roll_back=roll_back,
-        copies_every=copies_every,
-        stopping=lambda: 15 if stop_at is not None and len(engine.trained) >= stop_at else 0,
-        identity={"config": {}},
-        flops_per_token=3,
-        peak_flops=None,
-        bytes_per_token=4.0,
-        reads_late=LATE,
+        exchange=alone(),
+        clock=FakeClock(),
+        stop=FakeStop(engine, stop_at),
+        rollback=rollback,
+        slow_ranks=lambda step, own_times: None,
+        identity=Identity(),
+        throughput=Throughput(3, None),
     )
     loop = Trainer(config, parts, progress, on_disk)
     return loop, parts
@@ -150,9 +177,10 @@ def test_it_saves_every_so_many_steps_and_at_the_end():
     loop, parts = trainer(config())
     assert loop.run() == "done"
     assert [step for step, _ in parts.store.saved] == [4, 8, 10]
-    _, extra = parts.store.saved[-1]
-    assert (extra["cursor"], extra["tokens"], extra["optimizer"]) == (80, 100, {"step": 10})
-    assert extra["early_stop"]["best_heldout_loss"] == 3.0
+    _, record = parts.store.saved[-1]
+    progress = record.progress
+    assert (progress.cursor, progress.tokens, record.counters.optimizer.step) == (80, 100, 10)
+    assert progress.early_stop.best_heldout_loss == 3.0
 
 
 def test_it_copies_between_saves_and_never_while_a_save_is_under_way():
@@ -182,7 +210,7 @@ def test_a_start_from_a_copy_in_memory_has_its_state_on_the_disk_before_it_ends(
     """Stopped at once, or done already: copies in memory are gone with the agent."""
     loop, parts = trainer(config(), progress=Progress(step=6, cursor=48, tokens=60), stop_at=0, on_disk=False)
     assert loop.run() == "stopped" and [step for step, _ in parts.store.saved] == [6]
-    stalled = Progress(step=6, cursor=48, tokens=60, evaluations_without_gain=2)
+    stalled = Progress(step=6, cursor=48, tokens=60, early_stop=EarlyStop(None, 2))
     loop, parts = trainer(config(early_stop_patience=2), progress=stalled, on_disk=False)
     assert loop.run() == "done" and [step for step, _ in parts.store.saved] == [6]
 
@@ -192,7 +220,7 @@ def test_a_signal_saves_the_finished_steps_and_stops():
     loop, parts = trainer(config(), stop_at=6)
     assert loop.run() == "stopped"
     assert [step for step, _ in parts.store.saved] == [4, 6]
-    assert parts.store.saved[-1][1]["cursor"] == 48
+    assert parts.store.saved[-1][1].progress.cursor == 48
     assert ("signal", 6, {"signal": 15}) in parts.journal.events
 
 
@@ -226,17 +254,14 @@ def test_only_a_finite_heldout_loss_can_be_the_best():
     """NaN is no gain and never hides a later one: 3.0 after it is the best, and nothing but numbers goes to the manifest."""
     loop, parts = trainer(config(eval_every=4), FakeEngine(heldout=[float("nan"), 3.0, float("inf")]))
     assert loop.run() == "done"
-    states = [extra["early_stop"] for _, extra in parts.store.saved]
-    assert states == [
-        {"best_heldout_loss": best, "evaluations_without_gain": count}
-        for best, count in ((None, 1), (3.0, 0), (3.0, 1))
-    ]
+    states = [record.progress.early_stop for _, record in parts.store.saved]
+    assert states == [EarlyStop(None, 1), EarlyStop(3.0, 0), EarlyStop(3.0, 1)]
 
 
 def test_early_stopping_goes_on_counting_after_a_resume():
     """The count and the best loss come from the checkpoint."""
     made = config(eval_every=1, early_stop_patience=2, steps=50)
-    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(7, 56, 70, [], 2.9, 1))
+    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(7, 56, 70, [], EarlyStop(2.9, 1)))
     loop.run()
     assert [record["step"] for record in parts.journal.records] == [8]
 
@@ -244,10 +269,10 @@ def test_early_stopping_goes_on_counting_after_a_resume():
 def test_a_run_that_stopped_early_stays_stopped():
     """Started again with the same command it trains no further step; with more patience it goes on."""
     made = config(eval_every=1, early_stop_patience=2, steps=50)
-    loop, parts = trainer(made, FakeEngine(), Progress(9, 72, 90, [], 2.9, 2))
+    loop, parts = trainer(made, FakeEngine(), Progress(9, 72, 90, [], EarlyStop(2.9, 2)))
     assert loop.run() == "done" and parts.journal.records == [] and parts.journal.events == []
     made.train.early_stop_patience, made.train.steps = 3, 10
-    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(9, 72, 90, [], 2.9, 2))
+    loop, parts = trainer(made, FakeEngine(heldout=[3.0]), Progress(9, 72, 90, [], EarlyStop(2.9, 2)))
     loop.run()
     assert [record["step"] for record in parts.journal.records] == [10]
 
@@ -258,7 +283,7 @@ def test_a_vetoed_step_is_recorded_and_consumes_its_samples():
     loop.run()
     assert [record["updated"] for record in parts.journal.records].count(False) == 1
     assert [step for kind, step, _ in parts.journal.events if kind == "skip"] == [3]
-    assert parts.store.saved[-1][1]["cursor"] == 80
+    assert parts.store.saved[-1][1].progress.cursor == 80
 
 
 def test_endless_vetoes_end_the_run():
@@ -271,20 +296,6 @@ def test_endless_vetoes_end_the_run():
     assert len(parts.journal.records) == 4 + 30 - 1
 
 
-def test_progress_survives_the_manifest():
-    """What goes into the manifest comes back equal."""
-    rollbacks = [{"step": 9, "loss": 7.5, "zscore": 20.0, "median": 2.0, "skip_range": [3, 7]}]
-    progress = Progress(5, 40, 50, [(3, 7)], 2.5, 1, [2.5, 2.1], rollbacks)
-    assert Progress.from_manifest({"step": 5, **json.loads(json.dumps(progress.to_manifest()))}) == progress
-
-
-def test_a_manifest_from_before_the_guard_has_seen_no_losses():
-    """Checkpoints that older versions wrote are resumed; the guard then waits for enough losses."""
-    manifest = {"step": 5, **Progress(5, 40, 50).to_manifest()}
-    del manifest["loss_guard"]
-    assert Progress.from_manifest(manifest) == Progress(5, 40, 50)
-
-
 class FakeRollback:
     """Goes back to step 8, wherever it is asked from."""
 
@@ -295,7 +306,8 @@ class FakeRollback:
         assert self.store is None or not self.store.pending, "what is to be gone back to may still be being written"
         self.spikes.append(spike.step)
         seen = {"step": spike.step, "loss": spike.loss, "zscore": spike.zscore, "skip_range": [72, progress.cursor]}
-        return Progress(8, 64, 80, [(72, progress.cursor)], losses=[2.0] * 8, rollbacks=[*progress.rollbacks, seen])
+        guard = LossGuardState([2.0] * 8, [*progress.loss_guard.rollbacks, seen])
+        return Progress(8, 64, 80, [(72, progress.cursor)], loss_guard=guard)
 
 
 def guarded(**train):
@@ -308,13 +320,14 @@ def test_a_spike_takes_the_run_back_and_on():
     """What came after the checkpoint is done again; the skip range is saved at once, the spike's step is not."""
     back = FakeRollback()
     engine = FakeEngine(loss=lambda step, count: 5.0 if count == 12 else 2.0)
-    loop, parts = trainer(guarded(steps=20), engine, roll_back=back)
+    loop, parts = trainer(guarded(steps=20), engine, rollback=back)
     back.store = parts.store
     assert loop.run() == "done"
     assert [record["step"] for record in parts.journal.records] == [*range(1, 13), *range(9, 21)]
     assert back.spikes == [12]
     assert [step for step, _ in parts.store.saved] == [4, 8, 8, 12, 16, 20]
-    kept = [(extra["skip_ranges"], len(extra["loss_guard"]["rollbacks"])) for _, extra in parts.store.saved]
+    saved = [record.progress for _, record in parts.store.saved]
+    kept = [(progress.skip_ranges, len(progress.loss_guard.rollbacks)) for progress in saved]
     assert kept == [([], 0)] * 2 + [([(72, 96)], 1)] * 2 + [([(72, 96)], 0)] * 2
     (spike,) = [event for event in parts.journal.events if event[0] == "spike"]
     assert spike[1] == 12 and spike[2]["loss"] == 5.0 and spike[2]["median"] == 2.0 and spike[2]["zscore"] > 12
@@ -337,9 +350,9 @@ def test_spikes_that_the_run_gets_past_do_not_add_up():
     made = guarded(steps=24)
     made.resilience.max_rollbacks = 1
     back = FakeRollback()
-    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24) else 2.0), roll_back=back)
+    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24) else 2.0), rollback=back)
     assert loop.run() == "done" and back.spikes == [12, 20]
-    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24, 35) else 2.0), roll_back=back)
+    loop, _ = trainer(made, FakeEngine(loss=lambda step, count: 5.0 if count in (12, 24, 35) else 2.0), rollback=back)
     with pytest.raises(DivergedError):  # at step 19, before it was past 20 again
         loop.run()
 
@@ -356,12 +369,12 @@ def test_the_guard_judges_the_losses_of_steps_that_moved_parameters():
     """A vetoed step's loss is neither judged nor compared with; a resumed run compares with its checkpoint's losses."""
     back = FakeRollback()
     engine = FakeEngine(finite=lambda step: step != 9, loss=lambda step, count: 5.0 if step == 9 else 2.0)
-    loop, parts = trainer(guarded(), engine, roll_back=back)
+    loop, parts = trainer(guarded(), engine, rollback=back)
     assert loop.run() == "done" and back.spikes == []
-    assert parts.store.saved[-1][1]["loss_guard"]["losses"] == [2.0] * 8
-    progress = Progress(8, 64, 80, losses=[2.0] * 8)
+    assert parts.store.saved[-1][1].progress.loss_guard.losses == [2.0] * 8
+    progress = Progress(8, 64, 80, loss_guard=LossGuardState([2.0] * 8))
     engine = FakeEngine(loss=lambda step, count: 5.0 if count == 1 else 2.0)
-    loop, _ = trainer(guarded(), engine, progress, roll_back=back)
+    loop, _ = trainer(guarded(), engine, progress, rollback=back)
     assert loop.run() == "done" and back.spikes == [9]
 
 
@@ -407,10 +420,9 @@ def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatc
         parts,
         stream=slow_stream(),
         journal=SlowJournal(),
-        exchange=exchange,
-        held_up=lambda: clock["held_up"],
-        compare=lambda step, own_times: told.append((step, own_times)),
-        reads_late=False,  # own times are of CPUs, where it is
+        exchange=alone(exchange),
+        clock=FakeClock(reads_late=False, blocked_s=lambda: clock["held_up"]),  # own times are measured on CPUs
+        slow_ranks=lambda step, own_times: told.append((step, own_times)),
     )
     loop.run()
     assert [step for step, _ in told] == [1, 2], "before the first step there is nothing to tell"
@@ -461,7 +473,7 @@ def test_what_fails_does_not_take_the_record_before_along(where):
 
     engine = Engine()
     loop, parts = trainer(config(steps=7), engine)
-    loop.parts = replace(parts, stream=broken(), exchange=exchange)
+    loop.parts = replace(parts, stream=broken(), exchange=alone(exchange))
     with pytest.raises(OSError, match="gone"):
         loop.run()
     assert [record["step"] for record in parts.journal.records] == [1, 2]
@@ -499,7 +511,7 @@ def test_a_step_takes_as_long_as_the_device_says(late):
 
     loop, parts = trainer(config(steps=5), Engine())
     marks = iter(range(1, 6))
-    loop.parts = replace(parts, stamp=lambda: Mark(1000.0 * next(marks)))
+    loop.parts = replace(parts, clock=FakeClock(event=lambda: Mark(1000.0 * next(marks))))
     loop.run()
     assert [record["step_time_s"] for record in parts.journal.records] == [0.25] * 5
     assert [record["tokens_per_s"] for record in parts.journal.records] == [40.0] * 5

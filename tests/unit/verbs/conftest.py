@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.records import at
 
+from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.card import Card, TokenizerCard, card_of_written, fingerprint
@@ -127,7 +129,7 @@ def family(tmp_path_factory, tokenizer):
             folder.mkdir()
             tokenizer.save(folder / "tokenizer")
             state = {f"model.{key}": value.detach() for key, value in model.named_parameters()}
-            write(folder, state, {"step": 0, "config": {"model": asdict(config)}}, None)
+            write(folder, state, at(0, identity=Identity({"model": asdict(config)})), None)
             known[name] = folder, config, model
         return known[name]
 

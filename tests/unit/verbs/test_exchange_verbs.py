@@ -31,7 +31,7 @@ def test_a_round_trip_keeps_every_bit_the_shape_and_the_tokenizer(finished, impo
         assert torch.equal(tensor, after.weights[name]), name
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
     assert after.config.num_kv_heads == before.config.num_kv_heads and after.config.vocab == before.config.vocab
-    assert after.manifest["step"] == 0 and not any(name.startswith("optim.") for name in after.manifest["tensors"])
+    assert after.manifest.step == 0 and not any(name.startswith("optim.") for name in after.manifest.tensors)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -50,7 +50,7 @@ def test_half_precision_is_widened_exactly(family, tmp_path):
     export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf"), dtype="bf16"))
     import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
     after = load(tmp_path / "imported")
-    assert {tensor["dtype"] for tensor in after.manifest["tensors"].values()} == {"float32"}
+    assert {tensor.dtype for tensor in after.manifest.tensors.values()} == {"float32"}
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.bfloat16().float(), after.weights[key]), key
 

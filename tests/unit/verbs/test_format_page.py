@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.ranks import run_ranks
+from support.records import at
 
 from megatrain.checkpoint.manifest import manifest_hash
 from megatrain.checkpoint.piece import Piece
@@ -41,7 +42,7 @@ def save_pieces(world, folder):
     """Each of three ranks holds a third of a flat tensor that rows do not divide, and all hold the same scalar."""
     whole = torch.arange(7 * 5 * 3, dtype=torch.float32)
     piece = Piece(whole[world.rank * 35 : (world.rank + 1) * 35], world.rank * 35, (7, 5, 3))
-    CheckpointStore(Path(folder), world).save(1, {"model.x": piece, "model.scale": torch.tensor(2.5)}, {})
+    CheckpointStore(Path(folder), world).save({"model.x": piece, "model.scale": torch.tensor(2.5)}, at(1))
 
 
 def test_the_page_reads_pieces_of_several_ranks(snippets, tmp_path):

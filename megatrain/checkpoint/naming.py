@@ -1,0 +1,28 @@
+"""What a checkpoint's folder is called, and which folders of a run are checkpoints. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TEMPORARY = ".writing"
+"""Suffix of a folder that is not a checkpoint yet, or no longer."""
+
+_NAME = re.compile(r"step_(\d{8,})$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step`."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step in a checkpoint folder's name, or None if the folder is not a checkpoint's."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run's `checkpoints/` folder, newest first, without verifying them."""
+    found = [path for path in folder.glob("step_*") if checkpoint_step(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: checkpoint_step(path) or 0, reverse=True)

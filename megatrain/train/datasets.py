@@ -1,0 +1,129 @@
+"""A run's dataset: opened, checked against the model, and read as this rank's share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatrain.config import TrainConfig
+from megatrain.data.batch import MicroBatch
+from megatrain.data.card import Card
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.loader import heldout_batches
+from megatrain.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's opened dataset; `config` has the vocabulary filled in."""
+
+    config: TrainConfig
+    folder: Path
+    card: Card
+    train: IndexedDataset
+    heldout: IndexedDataset | None
+
+    @property
+    def fingerprint(self) -> str:
+        """The dataset's identity."""
+        return self.card.fingerprint
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The token that ends a document; None where the run does not mask documents."""
+        if not self.config.train.mask_documents:
+            return None
+        assert self.card.tokenizer is not None, "verbs/checks.py refuses a dataset without one"
+        return self.card.tokenizer.end_of_document
+
+
+def open_data(config: TrainConfig) -> RunData:
+    """Open the dataset of a run and fill in the model's vocabulary.
+
+    Raises:
+        DataError: a damaged dataset, or too few tokens for one sample.
+        ConfigError: a tokenizer with more tokens than the model has, evaluation without held-out data, or documents to
+            mask that do not end with the tokenizer's end-of-document token.
+    """
+    folder = Path(config.data.dir) / config.data.name
+    train = IndexedDataset.open(folder, "train", config.data.verify)
+    config = _with_vocabulary(config, train.card, folder)
+    if train.num_tokens <= config.train.seq_len:
+        raise DataError(
+            f"{folder}/train.bin holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} needs "
+            f"{config.train.seq_len + 1}; use a smaller train.seq_len or more data"
+        )
+    heldout = None
+    if "heldout" in train.card.splits and train.card.splits["heldout"].tokens > 1:
+        heldout = IndexedDataset.open(folder, "heldout", config.data.verify)
+    elif config.train.eval_every:
+        raise ConfigError(
+            f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "
+            f"data.heldout_fraction above 0 or set train.eval_every=0"
+        )
+    data = RunData(config, folder, train.card, train, heldout)
+    _check_document_ends(data)
+    return data
+
+
+def _with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConfig:
+    """Return the config with `model.vocab_size` known and no smaller than the tokenizer's."""
+    vocab = card.tokenizer.vocab_size if card.tokenizer else None
+    if config.model.vocab_size is None:
+        if vocab is None:
+            raise ConfigError(
+                f"model.vocab_size is null and {folder} names no tokenizer to take it from; set model.vocab_size"
+            )
+        return replace(config, model=replace(config.model, vocab_size=vocab))
+    if vocab is not None and vocab > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, {vocab}; "
+            f"set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
+        )
+    return config
+
+
+def _check_document_ends(data: RunData) -> None:
+    """Refuse to mask documents that do not end with the token that the mask looks for."""
+    end = data.end_of_document
+    if end is None:
+        return
+    last = next(ids for ids in data.train.documents() if len(ids))[-1]
+    if last != end:
+        raise ConfigError(
+            f"train.mask_documents=true: a document should end with token {end}, as {data.folder}'s tokenizer says, but "
+            f"its first document ends with {last}; name the tokenizer that made the data when preparing it, make the data "
+            f"with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
+        )
+
+
+@dataclass(frozen=True)
+class HeldoutShare:
+    """The held-out batches of one data-parallel rank."""
+
+    dataset: IndexedDataset
+    config: TrainConfig
+    dp_rank: int
+    dp_size: int
+    end_of_document: int | None
+
+    def batches(self) -> Iterable[MicroBatch]:
+        """Return this rank's batches, from the first one on."""
+        loop = self.config.train
+        return heldout_batches(
+            self.dataset,
+            seq_len=loop.seq_len,
+            micro_batch_size=loop.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            max_samples=loop.eval_steps * loop.global_batch_size if loop.eval_steps else None,
+            vocab_size=self.config.model.vocab,
+            end_of_document=self.end_of_document,
+        )
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Mean UTF-8 bytes of a token; None where the text's size is unknown."""
+        card = self.dataset.split_card
+        return card.bytes / card.tokens if card.bytes and card.tokens else None

@@ -1,0 +1,88 @@
+"""What the ranks tell each other before each step: one typed record a rank, one encoding, one all-gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NANOSECONDS = 1e9
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank says before a step.
+
+    `signal_number` is the signal that asked it to stop (0: none); `save_failed` and `can_copy` are the state of its saver;
+    `own_time_s` is what the step before took it without waiting for others (0: it has done none yet); `sample_hashes` are
+    those of its share of the batch, uint64 `[num_micro_batches * micro_batch_size]`, equally many on every rank.
+    """
+
+    signal_number: int
+    save_failed: bool
+    can_copy: bool
+    own_time_s: float
+    sample_hashes: np.ndarray
+
+    def encode(self) -> Tensor:
+        """Return the report as int64: four numbers, then the bits of the hashes."""
+        numbers = (self.signal_number, self.save_failed, self.can_copy, int(self.own_time_s * NANOSECONDS))
+        return torch.from_numpy(np.concatenate([np.array(numbers, np.int64), self.sample_hashes.view(np.int64)]))
+
+    @staticmethod
+    def decode(row: Tensor) -> RankReport:
+        """Return the report that `encode` made a row of."""
+        values = row.numpy()
+        return RankReport(
+            int(values[0]), bool(values[1]), bool(values[2]), values[3] / NANOSECONDS, values[4:].view(np.uint64)
+        )
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What all ranks said, reduced to what the trainer acts on: equal on every rank.
+
+    `own_times` are seconds by rank; `batch_hash` is the hash of the whole step's samples (16 hex digits).
+    """
+
+    signal_number: int
+    save_failed: bool
+    can_copy: bool
+    own_times: list[float]
+    batch_hash: str
+
+
+class Exchange(Protocol):
+    """Combines the reports of all ranks. Every rank must call it once a step."""
+
+    def __call__(self, report: RankReport) -> JobReport:
+        """Return what all ranks said."""
+
+
+@dataclass(frozen=True)
+class RankExchange:
+    """The exchange of a real job.
+
+    `all_gather` stacks every rank's CPU tensor (`[n]` to `[ranks, n]`); `readers` are the ranks whose hashes stand for
+    each data-parallel share, in order; `batch_hash` makes the step's hash from theirs (`[shares, n]`).
+    """
+
+    all_gather: Callable[[Tensor], Tensor]
+    readers: Sequence[int]
+    batch_hash: Callable[[np.ndarray], str]
+
+    def __call__(self, report: RankReport) -> JobReport:
+        """Gather the reports of all ranks and reduce them."""
+        reports = [RankReport.decode(row) for row in self.all_gather(report.encode())]
+        hashes = np.stack([reports[rank].sample_hashes for rank in self.readers])
+        return JobReport(
+            signal_number=max(one.signal_number for one in reports),
+            save_failed=any(one.save_failed for one in reports),
+            can_copy=all(one.can_copy for one in reports),
+            own_times=[one.own_time_s for one in reports],
+            batch_hash=self.batch_hash(hashes),
+        )

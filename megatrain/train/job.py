@@ -1,0 +1,314 @@
+"""The composition root of a rank: finds where the run stands, builds the trainer's collaborators, and lets it train."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.checkpoint.manifest import Identity, Progress
+from megatrain.checkpoint.memory_store import MemoryStore
+from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.saver import Saver
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.config import TrainConfig
+from megatrain.data.loader import TrainStream, in_sample_order, step_hash
+from megatrain.data.order import SampleOrder, merge_ranges
+from megatrain.distributed.devices import peak_flops
+from megatrain.distributed.rank_environment import was_requeued
+from megatrain.distributed.waits import timed_waits
+from megatrain.distributed.world import World, lost_peer
+from megatrain.engine.build import build_engine
+from megatrain.engine.protocol import Engine
+from megatrain.errors import EnvironmentFault
+from megatrain.model.count import flops_per_token, num_parameters
+from megatrain.optim.schedule import batch_size
+from megatrain.parallel.layout import Layout, describe
+from megatrain.resilience.owner import Ownership
+from megatrain.resilience.signals import StopRequest
+from megatrain.tracking.console import Console
+from megatrain.tracking.journal import Journal
+from megatrain.tracking.mlflow import MlflowTracker
+from megatrain.tracking.profile import ACTIVE, FIRST_TRACED, profiled_steps
+from megatrain.tracking.tracker import RunInfo, Tracker, Trackers, git_commit
+from megatrain.train.clock import CudaClock, HostClock
+from megatrain.train.datasets import HeldoutShare, RunData
+from megatrain.train.exchange import RankExchange
+from megatrain.train.origin import Origin, choose_origin, copy_in_memory, load_origin
+from megatrain.train.protocols import Clock, Parts, Throughput
+from megatrain.train.rollback import CheckpointRollback
+from megatrain.train.run_folder import run_folder, write_run_folder
+from megatrain.train.slow_ranks import SlowRankWatch
+from megatrain.train.trainer import Trainer
+
+MLFLOW_HELPER = "megatrain.train.mlflow_helper"
+_LOG = logging.getLogger("megatrain")
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where this rank's state goes: the run's checkpoints, and copies in its agent's memory (None: none are made)."""
+
+    disk: CheckpointStore
+    memory: MemoryStore | None
+
+
+@dataclass
+class RankJob:
+    """One rank's part of a training job, once it has joined the others.
+
+    `owner` is held by rank 0; `restarts` counts the job's starts inside its agent; `preflight` is what was measured before.
+    """
+
+    data: RunData
+    world: World
+    stop: StopRequest
+    owner: Ownership | None
+    restarts: int
+    preflight: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        self.config: TrainConfig = self.data.config
+        self.run_dir: Path = run_folder(self.config)
+        self.layout = Layout.of(self.config, self.world.size)
+        self.may_write = self.owner.check if self.owner else lambda: None
+        is_main = self.world.is_main
+        self.journal = Journal(self.run_dir if is_main else None, self._trackers() if is_main else None, self.may_write)
+        self.progress = Progress(
+            skip_ranges=merge_ranges((start, stop) for start, stop in self.config.train.skip_ranges)
+        )
+        self.has_begun = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this rank trains on a GPU."""
+        return self.world.device.type == "cuda"
+
+    def run(self) -> str:
+        """Train from where the run stands; return `done` or `stopped`.
+
+        Raises:
+            MegatrainError: a user's mistake or a fault of the machine; the journal has it.
+        """
+        try:
+            status = self._train()
+        except BaseException as error:
+            self._record_failure(error)
+            raise
+        self.journal.finish(status, self.progress.step, **self._peak_memory())
+        return status
+
+    def _train(self) -> str:
+        stores = self._open_stores()
+        origin = self._find_origin(stores)
+        if origin and origin.resumes:
+            self._resume_from(origin)
+            if self.progress.step >= self.config.train.steps:
+                self._say_nothing_to_do()
+                return "done"
+        engine = build_engine(self.config, self.world)
+        if origin:
+            self.world.heartbeat.enter("load")
+            load_origin(origin, engine, self.world)
+            if origin.resumes:
+                stores.disk.set_aside(self.progress.step)
+        if self.world.is_main:
+            write_run_folder(self.run_dir, self.config, self.data.folder)
+        self._record_start(origin)
+        is_on_disk = origin is None or origin.node is None
+        with self._parts(engine, stores, origin) as parts, self._profiler():
+            return Trainer(self.config, parts, self.progress, is_on_disk).run()
+
+    # ---------------------------------------------------------------------------------------------- where the run stands
+
+    def _open_stores(self) -> Stores:
+        store = CheckpointStore(
+            self.run_dir / "checkpoints",
+            self.world,
+            lambda kind, **detail: self.journal.event(kind, self.progress.step, **detail),
+            self.may_write,
+        )
+        memory = MemoryStore.from_environ(self.world) if self.config.checkpoint.copies_every(self.on_gpu) else None
+        if self.config.checkpoint.memory_every and memory is None and self.world.is_main:
+            _LOG.warning("checkpoint.memory_every needs ranks that megatrain itself started; no copies are made")
+        return Stores(store, memory)
+
+    def _find_origin(self, stores: Stores) -> Origin | None:
+        """Return the checkpoint to start from: the newer of a copy in memory and what the config asks for."""
+        copy = copy_in_memory(stores.disk, stores.memory) if stores.memory else None
+        return copy or choose_origin(self.config, stores.disk, restarted=self.restarts > 0 or was_requeued())
+
+    def _resume_from(self, origin: Origin) -> None:
+        """Check that the run may continue from a checkpoint, and take over where it stood."""
+        saved = origin.manifest.identity
+        changed = check_resume(saved, asdict(self.config), self.data.fingerprint, str(origin.folder))
+        self.progress.assign(replace(origin.manifest.progress))
+        for key, (before, now) in changed.items():
+            level = logging.WARNING if key.startswith("precision.") and self.world.is_main else logging.INFO
+            _LOG.log(level, "resume: %s was %s in %s and is now %s", key, before, origin.folder, now)
+
+    def _say_nothing_to_do(self) -> None:
+        if self.world.is_main:
+            print(
+                f"run {self.config.run.name} is at step {self.progress.step} of train.steps={self.config.train.steps}: "
+                f"nothing to do. Raise train.steps to continue it, or start another run.name"
+            )
+
+    # ---------------------------------------------------------------------------------------------- the trainer's parts
+
+    @contextmanager
+    def _parts(self, engine: Engine, stores: Stores, origin: Origin | None) -> Iterator[Parts]:
+        """Build what the trainer works with; stop the loader's thread and the timing of waits afterwards."""
+        config, layout, world = self.config, self.layout, self.world
+        stream = self._stream()
+        micro_batch_size = config.train.micro_batch_size
+        peak = peak_flops(world.device, config.precision.name)
+        rollback = CheckpointRollback(
+            *(world, engine, stores.disk, stores.memory, self.journal, stream, self._order),
+            *(partial(batch_size, config.train), config.resilience.spike_skip_steps),
+        )
+        try:
+            with self._clock() as clock:
+                yield Parts(
+                    engine=engine,
+                    stream=stream,
+                    heldout=self._heldout(),
+                    store=Saver(stores.disk, config.checkpoint, stores.memory, self.on_gpu),
+                    journal=self.journal,
+                    exchange=RankExchange(
+                        world.all_gather,
+                        layout.readers,
+                        lambda hashes: step_hash(in_sample_order(hashes, micro_batch_size)),
+                    ),
+                    clock=clock,
+                    stop=self.stop,
+                    rollback=rollback,
+                    slow_ranks=SlowRankWatch(config, world, layout, self.journal),
+                    identity=self._identity(origin),
+                    throughput=Throughput(
+                        flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
+                    ),
+                )
+        finally:
+            stream.close()
+
+    @cached_property
+    def _order(self) -> SampleOrder:
+        return SampleOrder(
+            self.data.fingerprint, "train", self.config.train.seq_len, self.data.train.num_tokens, self.config.seed
+        )
+
+    def _stream(self) -> TrainStream:
+        config = self.config
+        return TrainStream(
+            self.data.train,
+            self._order,
+            seq_len=config.train.seq_len,
+            vocab_size=config.model.vocab,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=self.layout.dp_rank(self.world.rank),
+            dp_size=self.layout.dp,
+            batch_size=partial(batch_size, config.train),
+            first_step=self.progress.step + 1,
+            cursor=self.progress.cursor,
+            skip_ranges=self.progress.skip_ranges,
+            end_of_document=self.data.end_of_document,
+            pin_memory=self.on_gpu,
+        )
+
+    def _heldout(self) -> HeldoutShare | None:
+        if self.data.heldout is None:
+            return None
+        dp_rank = self.layout.dp_rank(self.world.rank)
+        return HeldoutShare(self.data.heldout, self.config, dp_rank, self.layout.dp, self.data.end_of_document)
+
+    @contextmanager
+    def _clock(self) -> Iterator[Clock]:
+        if self.on_gpu:  # a wait on the device blocks no host, so there is nothing to time
+            yield CudaClock(self.world.heartbeat)
+            return
+        with timed_waits(self.world.heartbeat.waited) as waits:
+            yield HostClock(self.world.heartbeat, waits.held_up)
+
+    def _profiler(self) -> Any:
+        """Return the context that traces steps (`profile=true`)."""
+        if not self.config.profile:
+            return nullcontext()
+        left = self.config.train.steps - self.progress.step
+        if self.world.is_main and left < FIRST_TRACED:
+            _LOG.warning(
+                "profile=true begins with the %dth step of a start, and %d are left: give train.steps=%d or more",
+                *(FIRST_TRACED, left, self.progress.step + FIRST_TRACED + ACTIVE - 1),
+            )
+        return profiled_steps(self.run_dir / "profile", self.world, print)
+
+    # ---------------------------------------------------------------------------------------------- what is recorded
+
+    def _identity(self, origin: Origin | None) -> Identity:
+        return Identity(
+            config=asdict(self.config),
+            dataset_fingerprint=self.data.fingerprint,
+            layout=self.layout.to_dict(),
+            engine=self.config.engine.name,
+            origin=origin.began_from if origin else None,
+        )
+
+    def _trackers(self) -> Trackers:
+        """Return the console and the tracker that `tracking` names."""
+        trackers: list[Tracker] = [Console(self.config.train.steps)]
+        if self.config.tracking.name == "mlflow":
+            trackers.append(MlflowTracker(self.config.tracking, self.run_dir, MLFLOW_HELPER))
+        return Trackers(trackers)
+
+    def _record_start(self, origin: Origin | None) -> None:
+        resumes = origin is not None and origin.resumes
+        info = RunInfo(
+            run_name=str(self.config.run.name),
+            run_dir=self.run_dir,
+            config=asdict(self.config),
+            resumed_from_step=self.progress.step if resumes else None,
+            num_parameters=num_parameters(self.config.model),
+            flops_per_token=flops_per_token(self.config.model, self.config.train.seq_len),
+            world_size=self.world.size,
+            device=str(self.world.device.type),
+            layout=describe(self.config, self.layout),
+            dataset=asdict(self.data.card),
+            dataset_fingerprint=self.data.fingerprint,
+            git_commit=git_commit(Path(__file__).parent),
+            host=socket.gethostname(),
+        )
+        self.has_begun = True
+        detail: dict[str, Any] = {"restarts": self.restarts} if self.restarts else {}
+        if origin and origin.node:
+            detail["copy"] = "in memory"
+        self.journal.start(info, self.progress.step, **detail)
+        if self.preflight:
+            self.journal.event("preflight", self.progress.step, **self.preflight)
+        if origin and not resumes:
+            self.journal.event("init_from", 0, checkpoint=str(origin.folder))
+
+    def _record_failure(self, error: BaseException) -> None:
+        """Record what ended the job. Raises EnvironmentFault in place of the error of a lost peer."""
+        step = self.progress.step
+        if lost_peer(error):
+            _LOG.info("lost another rank", exc_info=error)
+            self.journal.event("lost_rank", step)
+            self.journal.abandon()
+            raise EnvironmentFault(
+                f"rank {self.world.rank} lost another rank, which ended or is out of reach; the other ranks' logs say why"
+            ) from error
+        if self.has_begun:
+            self.journal.finish("failed", step, error=f"{type(error).__name__}: {error}")
+        else:
+            self.journal.abandon()
+
+    def _peak_memory(self) -> dict[str, int]:
+        """Return the largest number of bytes that this rank's tensors took of its GPU at once; empty on a CPU."""
+        return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.world.device)} if self.on_gpu else {}

@@ -1,0 +1,77 @@
+"""A run's folder as a rank writes it: the resolved config, the tokenizer, and each rank's log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from megatrain.config import TrainConfig
+from megatrain.errors import cannot_write
+from megatrain.resilience.atomic_file import write_atomically
+
+_LOG = logging.getLogger("megatrain")
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Return the folder that a run lives in."""
+    return Path(config.run.dir) / str(config.run.name)
+
+
+class TerminalWarnings(logging.Handler):
+    """Shows warnings on the terminal, one line each; their stack traces are in the log file."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record to the present sys.stderr, which the progress bar may have replaced."""
+        print(f"megatrain: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_to(run_dir: Path, rank: int) -> Iterator[None]:
+    """Send this rank's log records to logs/rank_00000.log, and rank 0's warnings to the terminal too.
+
+    Raises:
+        ConfigError, EnvironmentFault: the folder cannot be written.
+    """
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
+    except OSError as error:
+        raise cannot_write(run_dir, error) from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [file, TerminalWarnings()] if rank == 0 else [file]
+    level, propagate = _LOG.level, _LOG.propagate
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False  # a library that configures the root logger would show each warning twice
+    for handler in handlers:
+        _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _LOG.removeHandler(handler)
+            handler.close()
+        _LOG.setLevel(level)
+        _LOG.propagate = propagate
+
+
+def write_run_folder(run_dir: Path, config: TrainConfig, dataset: Path) -> None:
+    """Write the resolved config and copy the dataset's tokenizer, so that the folder can be read without the dataset."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    write_atomically(run_dir / "config.yaml", text)
+    source, target = dataset / "tokenizer", run_dir / "tokenizer"
+    if source.is_dir() and not target.exists():
+        copying = run_dir / "tokenizer.tmp"
+        shutil.rmtree(copying, ignore_errors=True)
+        shutil.copytree(source, copying)
+        os.replace(copying, target)
