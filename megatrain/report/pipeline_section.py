@@ -1,6 +1,7 @@
 """The report's pipeline section: one step of the schedule in the run's config. Imports no torch.
 
-The timeline is simulated, not measured. All stages cost the same, a backward costs two forwards, and communication is free.
+The timeline is simulated, not measured. All stages cost the same, a backward costs two
+forwards, and communication is free.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, 
     bubble = simulate(orders(schedule, pp, v, simulated)).bubble * simulated / count
     drawn = count if count <= 8 * pp else 4 * pp
     text = (
-        f"{schedule}: {pp} ranks x {v} {'stage' if v == 1 else 'stages'}, {count:,} micro-batches per step. Idle over ideal "
-        f"time {bubble:.1%} simulated, {theoretical_bubble(pp, v, count):.1%} by (p-1)/(v m)"
+        f"{schedule}: {pp} ranks x {v} {'stage' if v == 1 else 'stages'}, {count:,} micro-batches per step. "
+        f"Idle over ideal time {bubble:.1%} simulated, {theoretical_bubble(pp, v, count):.1%} by (p-1)/(v m)"
         f"{f'; the drawing shows {drawn} micro-batches' if drawn < count else ''}."
     )
     return {"svg": draw([("", simulate(orders(schedule, pp, v, drawn)))]), "text": text}

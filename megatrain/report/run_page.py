@@ -22,7 +22,7 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 
 MAX_POINTS = 1200
-"""Points per curve. A longer run is cut into stretches; a stretch shows its mean, and its minimum and maximum as a band."""
+"""Points per curve. A longer run is cut into stretches that show their mean, and minimum and maximum as a band."""
 MAX_EVENTS_OF_A_KIND = 400
 """Events of one kind that the page shows."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")

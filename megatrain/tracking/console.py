@@ -1,6 +1,6 @@
-"""What rank 0 shows while a run goes on: a progress bar on a terminal, plain lines elsewhere. Imports no torch.
+"""The progress that rank 0 shows: a progress bar on a terminal, plain lines elsewhere. Imports no torch.
 
-Nothing here is kept; metrics.jsonl holds the numbers.
+Nothing here is stored; metrics.jsonl holds the numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rich.text import Text
 from megatrain.tracking.tracker import RunInfo
 
 RECENT_STEPS = 50
-"""Steps whose wall time, evaluations and saves included, tells the time that is left."""
+"""Recent steps whose wall time, including evaluations and saves, predicts the time left."""
 
 
 class Console:
     """The progress of a run on `stream` (standard error by default).
 
-    A terminal gets one bar with notes above it. Anything else gets a line every `every_steps` steps or `every_s`
-    seconds, whichever comes first, and at the first step, the last and those with an evaluation.
+    A terminal gets a bar with notes above it. Any other stream gets a line every `every_steps` steps or `every_s`
+    seconds, whichever comes first, and at the first step, the last step and each evaluation.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Console:
         parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
         self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
         if info.resumed_from_step is not None:
-            self.note(f"continues from step {info.resumed_from_step}")
+            self.note(f"resuming from step {info.resumed_from_step}")
         if self._out.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(),
@@ -71,7 +71,7 @@ class Console:
             self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
 
     def event(self, event: dict[str, Any]) -> None:
-        """Shows an event as a note; `start` is what `start()` has shown already."""
+        """Show an event as a note, except `start`, which `start()` has already shown."""
         kind = event["kind"]
         if kind != "start":
             detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
@@ -88,11 +88,11 @@ class Console:
             self._progress = None
 
     def note(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         self._out.print(Text(text))
 
     def status(self, record: dict[str, Any]) -> str:
-        """The numbers of a step in one line: `loss 3.2145  held-out 3.3010  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
+        """Return a step's numbers on one line: `loss 3.2145  held-out 3.3010  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
         loss, mfu = record.get("loss"), record.get("mfu")
         parts = ["loss not finite" if loss is None else f"loss {loss:.4f}"]
         if record.get("updated") is False:
@@ -107,7 +107,7 @@ class Console:
         return "  ".join(parts)
 
     def seconds_left(self, step: int) -> float:
-        """Steps left times the mean wall time of recent ones."""
+        """Return the steps left times the mean wall time of recent steps."""
         if len(self._moments) < 2:
             return 0.0
         per_step = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
@@ -121,7 +121,7 @@ class Console:
 
 
 def short(number: float) -> str:
-    """A count in at most five characters: 999, 1.23k, 45.6M, 1.75B, 1.01T."""
+    """Format a count in at most five characters: 999, 1.23k, 45.6M, 1.75B, 1.01T."""
     for unit in ("", "k", "M", "B"):
         if abs(number) < 999.5:
             return f"{number:.3g}{unit}"
@@ -130,7 +130,7 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A duration as h:mm:ss, with days in front where there are any."""
+    """Format a duration as h:mm:ss, preceded by days if it has any."""
     days, rest = divmod(round(seconds), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}d {text}" if days else text

@@ -1,7 +1,7 @@
-"""events.jsonl: what happened to a run and when, one JSON object an event. Imports no torch.
+"""events.jsonl: what happened to a run and when, one JSON object per event. Imports no torch.
 
-Any thread may emit, and several processes may hold the same file (the launching agent notes a restart, rank 0 a
-save): each event is one appending write.
+Several threads and processes may write to the same file (the agent records a restart, rank 0 a save), because each
+event is one appending write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatrain.tracking.metrics import now, to_json
 
 
 class EventLog:
-    """Appends to a run's events.jsonl. Raises OSError where the disk fails."""
+    """The writer of a run's events.jsonl. Raises OSError where the disk fails."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +25,10 @@ class EventLog:
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            os.write(self._fd, b"\n")  # ends a line that a killed process left half-written; readers pass over it
+            os.write(self._fd, b"\n")  # ends a partial line of a killed process; readers skip it
 
     def emit(self, kind: str, step: int, **detail: Any) -> dict[str, Any]:
-        """Writes `{"time", "kind", "step", ...detail}` and returns it."""
+        """Write `{"time", "kind", "step", ...detail}` and return it."""
         event = {"time": now(), "kind": kind, "step": step, **detail}
         line = to_json(event) + "\n"
         with self._lock:
@@ -40,7 +40,7 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole events, in the order they were written; lines that a killed process left half-written are left out."""
+    """Return all complete events in the order they were written; skip partial lines of killed processes."""
     events = []
     for line in path.read_bytes().splitlines():
         try:

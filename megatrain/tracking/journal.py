@@ -1,6 +1,6 @@
-"""What the main rank writes down while it trains: metrics.jsonl and events.jsonl first, then every tracker.
+"""The main rank's records of a run: metrics.jsonl and events.jsonl first, then every tracker.
 
-The other ranks hold a journal without files and trackers, so that the trainer need not know which one it is.
+The other ranks hold a journal without files or trackers, so the trainer does not need to know its rank.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.tracker import RunInfo, Trackers
 
 START_DETAIL = ("host", "world_size", "device", "layout", "num_parameters", "git_commit")
-"""What of `RunInfo` the start and resume events carry."""
+"""Fields of `RunInfo` in start and resume events."""
 
 
 class Journal:
-    """metrics.jsonl, events.jsonl and the trackers of one run, or nothing at all (`Journal(None)`)."""
+    """metrics.jsonl, events.jsonl and the trackers of one run, or none of them (`Journal(None)`)."""
 
     def __init__(
         self, run_dir: Path | None, trackers: Trackers | None = None, may_write: Callable[[], None] = lambda: None
@@ -30,7 +30,7 @@ class Journal:
         self._events = EventLog(run_dir / "events.jsonl") if run_dir else None
 
     def start(self, info: RunInfo, step: int, **further: Any) -> None:
-        """Cut the metrics back to `step`, say that the run starts or resumes, and start the trackers."""
+        """Cut the metrics back to `step`, record the start or resume, and start the trackers."""
         if self._metrics is None or self._events is None:
             return
         self._may_write()
@@ -44,31 +44,31 @@ class Journal:
         self._trackers.event(event)
 
     def cut(self, step: int) -> Path | None:
-        """Cut the metrics back to `step`, where a rollback goes on; where the cut tail is kept, if there was one."""
+        """Cut the metrics back to `step` for a rollback. Return the path of the cut tail, or None without one."""
         if self._metrics is None:
             return None
         self._may_write()
         return self._metrics.resume(step)
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step's record."""
+        """Record one optimizer step."""
         if self._metrics is not None:
             self._may_write()
             self._trackers.step(self._metrics.append(record))
 
     def event(self, kind: str, step: int, **detail: Any) -> None:
-        """Something that happened."""
+        """Record an event."""
         if self._events is not None:
             self._trackers.event(self._events.emit(kind, step, **detail))
 
     def finish(self, status: str, step: int, **detail: Any) -> None:
-        """The run ends, with one of `tracking.base.STATUSES`."""
+        """Record the end of the run, with one of `tracker.STATUSES`, and close everything."""
         self.event("stop", step, status=status, **detail)
         self._trackers.finish(status)
         self._close()
 
     def abandon(self) -> None:
-        """The run ends here without a word: nothing was begun, or it goes on in another process."""
+        """Close everything without recording an end: nothing started, or the run continues in another process."""
         self._trackers.abandon()
         self._close()
 

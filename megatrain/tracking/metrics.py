@@ -1,7 +1,6 @@
-"""metrics.jsonl: one JSON object an optimizer step, in ascending order of steps, with one writer. Imports no torch.
+"""metrics.jsonl: one JSON object per optimizer step, in ascending order, with one writer. Imports no torch.
 
-This is the record that resuming, the report and MLflow rely on. What a number means is the trainer's business; what
-is shown elsewhere is the trackers'.
+Resuming, the report and MLflow rely on this record. The trainer decides what the numbers mean.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from typing import Any
 from megatrain.errors import DataError
 
 FIRST_WINDOW = 1 << 16
-"""Bytes that `MetricsLog.resume` looks at from the end of the file before it widens its view."""
+"""Bytes that `MetricsLog.resume` reads from the end of the file before it doubles the window."""
 
 
 def now() -> str:
-    """The time in UTC as ISO 8601 with milliseconds: `2026-01-31T12:00:00.123Z`."""
+    """Return the time in UTC as ISO 8601 with milliseconds: `2026-01-31T12:00:00.123Z`."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def to_json(value: Any) -> str:
-    """`value` on one line of standard JSON: floats with all their digits, NaN and infinities as null.
+    """Return `value` as one line of standard JSON: floats in full precision, NaN and infinities as null.
 
-    JSON has no NaN. Null is what plots leave out; `updated: false` tells that such a step was skipped.
+    JSON has no NaN, and plots leave nulls out. `updated: false` marks a skipped step.
     """
     return json.dumps(_finite(value), allow_nan=False, default=str)
 
@@ -46,9 +45,11 @@ def _finite(value: Any) -> Any:
 class MetricsLog:
     """The one writer of a run's metrics.jsonl.
 
-    A fresh run calls `append` straight away or `resume(0)` first; a run that continues calls `resume` with the step
-    of its checkpoint. Each line reaches the operating system before `append` returns. Raises OSError where the disk
-    fails: this file is part of the run, not decoration.
+    A new run calls `append` at once, or `resume(0)` first. A resumed run calls `resume` with the step of its
+    checkpoint. Each line reaches the operating system before `append` returns.
+
+    Raises:
+        OSError: the disk fails. The run depends on this file, so the error is not swallowed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,9 +59,10 @@ class MetricsLog:
         self._last_step = self._keep_until(None)
 
     def append(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Writes one step and returns what was written: `record` with the `time` it was written at.
+        """Write one step and return what was written: `record` with the current `time`.
 
-        Raises ValueError where `record["step"]` does not follow the last one: a step has one line.
+        Raises:
+            ValueError: `record["step"]` is not greater than the last step written.
         """
         step = record["step"]
         if step <= self._last_step:
@@ -73,8 +75,7 @@ class MetricsLog:
         return written
 
     def resume(self, step: int) -> Path | None:
-        """Cuts what lies beyond `step` and keeps it aside in `metrics.cut-<n>.jsonl`, whose path is returned; None
-        where nothing lay beyond."""
+        """Move the lines after `step` to `metrics.cut-<n>.jsonl` and return its path; None without such lines."""
         before = set(self._cut_files())
         self._last_step = self._keep_until(step)
         return next((path for path in self._cut_files() if path not in before), None)
@@ -86,7 +87,7 @@ class MetricsLog:
         return sorted(self.path.parent.glob(f"{self.path.stem}.cut-*{self.path.suffix}"))
 
     def _keep_until(self, step: int | None) -> int:
-        """Moves what lies behind the last whole line (of at most `step`) into a file of its own; that line's step."""
+        """Move all after the last complete line (with at most `step`) to a file of its own. Return that line's step."""
         data_end, last_step = _last_line(self.path, step)
         size = os.path.getsize(self.path)
         if data_end < size:
@@ -104,9 +105,9 @@ class MetricsLog:
 
 
 def _last_line(path: Path, step: int | None) -> tuple[int, int]:
-    """Where the last whole line with a step of at most `step` (None: any) ends, and its step; (0, 0) without one.
+    """Return the end offset and step of the last complete line with at most `step` (None: any); (0, 0) without one.
 
-    Reads from the end, in windows that double, so that resuming a long run costs what is cut and not what is kept.
+    Reads from the end in windows that double, so the cost depends on what is cut and not on the length of the run.
     """
     size = os.path.getsize(path)
     window = FIRST_WINDOW
@@ -137,8 +138,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl one by one, also while it is being written: a last line without its line feed
-    is left out. Raises DataError at any other line that is not a record."""
+    """Yield the records of a metrics.jsonl, also while it is being written: a last line without line feed is skipped.
+
+    Raises:
+        DataError: another line is not a record of one step.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -150,5 +154,5 @@ def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; see `iter_metrics`."""
+    """Return all records of a metrics.jsonl; see `iter_metrics`."""
     return list(iter_metrics(path))

@@ -1,9 +1,8 @@
-"""The training process's side of MLflow: starts a helper process, and hears what it has to say. Imports no mlflow.
+"""MLflow in the training process: start a helper process and log its messages. Imports no mlflow.
 
-All that talks to MLflow lives in mlflow_sender.py, in a process of its own: importing mlflow and sending a batch hold
-Python's interpreter lock for milliseconds to seconds, which a thread beside the training loop would take from it.
-metrics.jsonl is the queue between the two, so a step costs the trainer nothing, memory is bounded by construction, and
-whatever a dead server missed is still there at the next start.
+The helper (mlflow_sender.py) does all communication with MLflow. It is a process and not a thread, because importing
+mlflow and sending a batch hold Python's interpreter lock for milliseconds to seconds. metrics.jsonl is the queue
+between the two: a step costs the trainer nothing, memory is bounded, and the next start sends what a dead server missed.
 """
 
 from __future__ import annotations
@@ -23,28 +22,27 @@ from megatrain.config import TrackingConfig
 from megatrain.tracking.tracker import RunInfo
 
 PATIENCE_S = 1.0
-"""How long the end waits for MLflow without saying so."""
+"""Seconds that `finish` waits before it says that it is waiting."""
 
 
 def tracking_uri(runs_dir: Path) -> str:
-    """Where runs of `runs_dir` are tracked: MLFLOW_TRACKING_URI, else the embedded store `<runs_dir>/mlflow.db`."""
+    """Return where the runs in `runs_dir` are tracked: MLFLOW_TRACKING_URI, else `<runs_dir>/mlflow.db`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
 
 
 def without_password(uri: str) -> str:
-    """`uri` without the user and password that it may carry."""
+    """Return `uri` without user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 class MlflowTracker:
     """Tracks the run in `run_dir` with MLflow. `metrics.jsonl` in that folder must be written by `MetricsLog`.
 
-    Nothing here waits for the server but `finish`, for at most `tracking.finish_timeout_s`. What goes wrong is
-    logged as a warning, once per fault.
+    Only `finish` waits for the server, for at most `tracking.finish_timeout_s`. Each fault is logged once.
     """
 
     def __init__(self, config: TrackingConfig, run_dir: Path, helper: str) -> None:
-        """`helper` names the module that the helper process runs: it calls `mlflow_sender.main`."""
+        """`helper` is the module that the helper process runs; it calls `mlflow_sender.main`."""
         self._module = helper
         self._config = config
         self._run_dir = run_dir.resolve()
@@ -56,7 +54,7 @@ class MlflowTracker:
         self._abandoned = False
 
     def start(self, info: RunInfo) -> None:
-        """Starts the helper and returns; the helper imports mlflow, finds or makes the run and catches up."""
+        """Start the helper, which imports mlflow, finds or creates the run and catches up. Return at once."""
         log_path = self._run_dir / "logs" / "mlflow.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "ab") as log:
@@ -76,14 +74,14 @@ class MlflowTracker:
         self._tell({"info": described, "settings": asdict(self._config), "parent": os.getpid()})
 
     def step(self, record: dict[str, Any]) -> None:
-        """Notes how far the run is: the helper reads the record itself from metrics.jsonl."""
+        """Remember the last step. The helper reads the record from metrics.jsonl."""
         self._last_step = record["step"]
 
     def event(self, event: dict[str, Any]) -> None:
-        """Nothing at once: events.jsonl becomes an artifact at the end."""
+        """Do nothing: events.jsonl becomes an artifact at the end."""
 
     def finish(self, status: str) -> None:
-        """Waits until everything is sent, or until time is up; says what was not sent."""
+        """Wait until everything is sent or time is up; warn about what was not sent."""
         if self._helper is None:
             return
         self._tell({"finish": status})
@@ -91,7 +89,7 @@ class MlflowTracker:
             self._helper.stdin.close()
         limit = self._config.finish_timeout_s
         if not self._ends_within(min(limit, PATIENCE_S)):
-            print(f"waiting for MLflow to take the last records (at most {limit:g} s)", file=sys.stderr, flush=True)
+            print(f"waiting for MLflow to receive the last records (at most {limit:g} s)", file=sys.stderr, flush=True)
             if not self._ends_within(limit - PATIENCE_S):
                 self._helper.kill()
                 self._helper.wait()
@@ -99,8 +97,8 @@ class MlflowTracker:
             self._listener.join(1.0)
         if self._sent_step < self._last_step:
             self._log.warning(
-                "MLflow has not got steps %d to %d. They are in metrics.jsonl and will be sent when the run is started"
-                " again; details are in %s",
+                "MLflow did not receive steps %d to %d. They are in metrics.jsonl and will be sent when the run is"
+                " started again; details are in %s",
                 self._sent_step + 1,
                 self._last_step,
                 self._run_dir / "logs" / "mlflow.log",
@@ -112,7 +110,7 @@ class MlflowTracker:
             )
 
     def abandon(self) -> None:
-        """Ends the helper; what it has not sent yet, the next start's sends."""
+        """Kill the helper. The next start sends what it has not sent."""
         if self._helper is not None:
             self._abandoned = True
             self._helper.kill()
@@ -132,10 +130,10 @@ class MlflowTracker:
             self._helper.stdin.write(json.dumps(message, default=str).encode() + b"\n")
             self._helper.stdin.flush()
         except (BrokenPipeError, ValueError):
-            return  # the helper is gone, which `_listen` has said
+            return  # the helper is gone; `_listen` warns about it
 
     def _listen(self, stdout: IO[bytes]) -> None:
-        """Runs in a thread that sleeps until the helper speaks."""
+        """Handle the helper's messages. Runs in a thread of its own."""
         finished = False
         for line in stdout:
             message = json.loads(line)
@@ -146,4 +144,4 @@ class MlflowTracker:
             if "info" in message:
                 self._log.info("MLflow: %s", message["info"])
         if not finished and not self._abandoned:
-            self._log.warning("MLflow's helper process is gone; training goes on, metrics.jsonl has it all")
+            self._log.warning("MLflow's helper process is gone; training goes on, and metrics.jsonl has all records")

@@ -1,7 +1,7 @@
-"""MLflow's helper process: follows a run's metrics.jsonl and sends what the server lacks. Imports no torch.
+"""MLflow's helper process: follow a run's metrics.jsonl and send what the server lacks. Imports no torch.
 
-It is started and told by mlflow.py, and survives what happens to either side: a server that is down is asked again
-later, and when the trainer dies it sends what there is, marks the run as failed and ends.
+mlflow.py starts this process and sends it messages. If the server is down, the helper retries later. If the trainer
+dies, the helper sends the remaining records, marks the run as failed and exits.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config.flatten import flatten
+from megatrain.resilience.atomic_file import write_atomically
 from megatrain.tracking.mlflow import tracking_uri, without_password
 from megatrain.tracking.restarts import Restart, Restarts
 from megatrain.tracking.sweep_record import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
 
 MAX_PARAM_LENGTH = 500
-"""Older servers take no longer parameter; config.yaml, an artifact, holds every value whole."""
+"""The longest parameter that older servers accept. The artifact config.yaml holds the full values."""
 MAX_PARAMS = 100
 MAX_METRICS = 1000
-"""Per request, by MLflow's own limits."""
+"""MLflow's limits per request."""
 MAX_SYSTEM_SAMPLES = 1000
-"""Kept while a server is down; older ones are dropped and counted."""
+"""Samples kept while the server is down. Older ones are dropped and counted."""
 MAX_READ = 1 << 20
-"""Bytes of metrics.jsonl held at once."""
+"""Bytes of metrics.jsonl held in memory at once."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 ORPHAN_TIMEOUT_S = 10.0
-"""How long what is left may take to send once the trainer is gone without a word."""
+"""Time limit for sending the remaining records after the trainer died."""
 PROGRESS = "progress/step"
 """The metric whose latest value is the last step that the server has."""
 RESTARTS = "restarts"
-"""The metric that counts the run's restarts, at the steps that it went on from."""
+"""The metric that counts the run's restarts, at the steps where the run continued."""
 RESTART_TAG = "restart_{}"
-"""The tag that tells why a restart was needed."""
+"""The tag that holds the reason for a restart."""
 SWEEP_ID = "megatrain.sweep"
-"""The tag that a sweep's own MLflow run is found by."""
+"""The tag that identifies a sweep's own MLflow run."""
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 def main(write_report: Callable[[Path, Path], Path]) -> None:
-    """Reads the setup from standard input, then serves until told to finish or left alone."""
+    """Read the setup from standard input, then serve until the trainer finishes or dies."""
     messages, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
     os.dup2(2, 1)  # whatever a library prints goes to the log, not among the messages
     os.nice(5)  # training first
@@ -68,7 +69,7 @@ def main(write_report: Callable[[Path, Path], Path]) -> None:
 
 
 class Parent:
-    """The trainer, seen from here: lines of JSON in both directions, and whether it still lives."""
+    """The connection to the trainer: lines of JSON in both directions, and whether it is still alive."""
 
     def __init__(self, fd: int, messages: IO[str]) -> None:
         self._fd, self._messages, self._buffer = fd, messages, b""
@@ -76,9 +77,9 @@ class Parent:
         self.gone = False
 
     def read(self, timeout: float | None) -> dict[str, Any] | None:
-        """The next message, or None where none came in time or the trainer is gone.
+        """Return the next message; None after `timeout` seconds or when the trainer is gone.
 
-        A process forked by the trainer may hold the pipe open, so its death shows in our parent's id as well.
+        A process forked by the trainer may keep the pipe open, so a changed parent id also means that it died.
         """
         while b"\n" not in self._buffer and not self.gone:
             if not select.select([self._fd], [], [], timeout)[0]:
@@ -98,8 +99,10 @@ class Parent:
 
 
 class Sender:
-    """Everything that is done with one run on the server. Every method may raise whatever MLflow raises, and may be
-    called again: what was done already is found on the server and not done twice."""
+    """Sends one run to the server.
+
+    Every method may raise any MLflow error. All are idempotent: work already done is found on the server and skipped.
+    """
 
     def __init__(self, setup: dict[str, Any], parent: Parent, write_report: Callable[[Path, Path], Path]) -> None:
         """`write_report(run_dir, out)` writes the page that becomes an artifact."""
@@ -124,7 +127,7 @@ class Sender:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def serve(self) -> None:
-        """Connects, then sends at every `flush_every_s` until the trainer says how it ended, or is gone."""
+        """Connect, then send every `flush_every_s` seconds until the trainer reports its end or dies."""
         message = None
         while message is None and not self.parent.gone:
             self._try(self.catch_up)
@@ -144,7 +147,7 @@ class Sender:
         return max(0.01, min(due))
 
     def _try(self, action: Callable[[], None]) -> bool:
-        """Does `action` unless an earlier failure is too fresh; warns about the first failure of a row."""
+        """Run `action` unless still backing off, and return success. Warn only about the first failure in a row."""
         if time.monotonic() < self._next_try:
             return False
         try:
@@ -177,13 +180,13 @@ class Sender:
     # ------------------------------------------------------------------------------------------------ the run
 
     def catch_up(self) -> None:
-        """Connects where that is still to be done, then sends all that the server lacks."""
+        """Connect if necessary, then send all that the server lacks."""
         if self.run_id is None:
             self.connect()
         self.send()
 
     def connect(self) -> None:
-        """Finds the run that mlflow.json names, or makes one; then describes it."""
+        """Find the run named in mlflow.json or create one; then log its tags, parameters and dataset."""
         from mlflow.entities import RunTag
         from mlflow.tracking import MlflowClient
 
@@ -193,7 +196,7 @@ class Sender:
             self.client = MlflowClient(tracking_uri(runs_dir))
             run_id = self._find_or_create_run(None)
         else:
-            with exclusive(runs_dir / "mlflow.db.lock"):  # tables are made by the first that comes
+            with exclusive(runs_dir / "mlflow.db.lock"):  # the first process creates the tables
                 self.client = MlflowClient(tracking_uri(runs_dir) + "?timeout=60")
                 run_id = self._find_or_create_run((runs_dir / "mlartifacts").as_uri())
         run = self.client.get_run(run_id)
@@ -212,7 +215,7 @@ class Sender:
         self.parent.tell(sent=self.sent_step)
 
     def _lock_run(self) -> None:
-        """Waits for the helper of an earlier start of this run, which may still be sending its last steps."""
+        """Lock the run. Raises RuntimeError while the helper of an earlier start is still sending."""
         if self._lock is None:
             lock = open(self.run_dir / ".mlflow.lock", "ab")  # noqa: SIM115 (held until this process ends)
             try:
@@ -223,10 +226,10 @@ class Sender:
             self._lock = lock
 
     def _find_or_create_run(self, artifact_location: str | None) -> str:
-        """The id of the MLflow run that this run continues on this server.
+        """Return the id of this run's MLflow run on this server.
 
-        A start that begins at the first step continues the MLflow run only where its config is the same, as after a
-        crash before the first checkpoint; with another config it is another run.
+        A start at the first step continues the MLflow run only if the config is the same, as after a crash before the
+        first checkpoint. With another config it is a new MLflow run.
         """
         from mlflow.exceptions import MlflowException
 
@@ -251,23 +254,22 @@ class Sender:
         )
         run_id = self.client.create_run(experiment_id, run_name=self.info["run_name"]).info.run_id
         known[server] = {"run_id": run_id, "config": self.info["config"]}
-        path.with_suffix(".tmp").write_text(json.dumps(known, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
         return run_id
 
     def _find_or_create_parent(self, experiment_id: str) -> str | None:
-        """The id of the MLflow run that stands for the sweep which this run is a point of; None for any other run.
+        """Return the id of the MLflow run of this run's sweep; None for a run outside a sweep.
 
-        It is known by the tag SWEEP_ID. Of points that start at once, one makes it, since all take the same lock; should
-        a file system not know locks, all agree on the oldest. It is a heading and ends at once: nobody could tell when the
-        last point of a sweep has ended.
+        The tag SWEEP_ID identifies it. Points that start together take the same lock, so one of them creates it; on a
+        file system without locks all choose the oldest. It is only a heading and is marked as finished at once, because
+        nothing tells when the last point of a sweep has ended.
         """
         sweep = self.info["config"].get("run", {}).get("sweep")
         if sweep is None:
             return None
         folder = self.run_dir.parent / sweep
         if not is_sweep_folder(folder):
-            self.parent.tell(warning=f"{folder} is no sweep's folder; the run is shown without the others of its sweep")
+            self.parent.tell(warning=f"{folder} is not a sweep's folder; the run is shown outside its sweep")
             return None
         tags = {SWEEP_ID: SweepRecord.load(folder).id, "mlflow.user": user() or "", "sweep_dir": str(folder)}
         tags["mlflow.source.name"], tags["mlflow.source.type"] = "megatrain train --multirun", "LOCAL"
@@ -298,8 +300,10 @@ class Sender:
         return {name: str(value) for name, value in tags.items() if value not in (None, "")}
 
     def _log_params(self, run_id: str, known: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
-        """Logs the parameters that the server lacks. It refuses to change one: what a resume changed becomes a tag
-        `resume.<key>`; those tags are returned."""
+        """Log the parameters that the server lacks, and return tags for those that a resume changed.
+
+        MLflow refuses to change a parameter, so the new value becomes the tag `resume.<key>`.
+        """
         from mlflow.entities import Param
 
         wanted = {name: text(value) for name, value in flatten(self.info["config"]).items()}
@@ -323,7 +327,7 @@ class Sender:
         folder = str((Path(data.get("dir", "data")) / name).resolve())
         dataset = Dataset(
             name=name,
-            digest=fingerprint[:36],  # MLflow takes no longer one; the profile holds it whole
+            digest=fingerprint[:36],  # MLflow's limit; the profile holds the full fingerprint
             source_type="local",
             source=json.dumps({"uri": folder}),
             profile=json.dumps(self.info["dataset"] | {"fingerprint": fingerprint}),
@@ -334,10 +338,10 @@ class Sender:
     # ------------------------------------------------------------------------------------------------ metrics
 
     def send(self) -> None:
-        """Sends the steps and system samples that the server lacks, oldest first.
+        """Send the steps and system samples that the server lacks, oldest first.
 
-        A step that was sent is not sent again: after a resume its redone values differ in time, and MLflow would
-        keep both. Each request carries whole steps and, last, how far it went.
+        No step is sent twice: a step repeated after a resume has another time, and MLflow would keep both values.
+        Each request carries whole steps and ends with the number of the last one.
         """
         assert self.run_id is not None
         for metrics, step, offset in self._unsent_steps():
@@ -352,7 +356,7 @@ class Sender:
             self._samples.popleft()
 
     def _send_restarts(self) -> None:
-        """Each restart, once: a point of the metric RESTARTS and a tag, in one request."""
+        """Send each new restart once: a point of the metric RESTARTS and a tag, in one request."""
         from mlflow.entities import Metric, RunTag
 
         self._unsent_restarts += self._restarts.read()
@@ -366,7 +370,7 @@ class Sender:
             self._unsent_restarts.pop(0)
 
     def _unsent_steps(self) -> Iterator[tuple[list[Any], int, int]]:
-        """Batches of metrics, the last step of each, and where it ends in the file."""
+        """Yield batches of metrics with the last step of each and its end offset in the file."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
@@ -387,7 +391,7 @@ class Sender:
         yield metrics, step, offset
 
     def _records(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """The whole lines behind `_offset`, and where each ends. Starts over where the file was cut meanwhile."""
+        """Yield the complete lines after `_offset` and their end offsets. Start over if the file was cut meanwhile."""
         if not self.metrics_path.exists():
             return
         with open(self.metrics_path, "rb") as file:
@@ -403,7 +407,7 @@ class Sender:
                     yield json.loads(line), end
 
     def _is_cut(self, file: IO[bytes]) -> bool:
-        """Whether what lies at `_offset` is not what follows the last step that was sent."""
+        """Return whether the file was cut: `_offset` no longer follows the last step sent."""
         if self._offset > os.fstat(file.fileno()).st_size:
             return True
         file.seek(self._offset - 1)
@@ -413,33 +417,33 @@ class Sender:
         return line.endswith(b"\n") and json.loads(line)["step"] > self.sent_step + 1
 
     def _system_points(self, moment: float, values: dict[str, float]) -> list[Any]:
-        """Their steps count seconds since the MLflow run began, so that they go on where a resumed run goes on."""
+        """Return a sample as points. Their step is the seconds since the MLflow run began, also after a resume."""
         from mlflow.entities import Metric
 
         step = round(moment - self._start_s)
         return [Metric(name, value, round(moment * 1000), step) for name, value in values.items()]
 
     def finish(self, status: str) -> None:
-        """Sends what is left, the report and the events, and ends the run on the server."""
+        """Send the remaining records, the events and the report, and end the run on the server."""
         self.catch_up()
         for name in ("config.yaml", "events.jsonl"):
             if (self.run_dir / name).exists():
                 self.client.log_artifact(self.run_id, str(self.run_dir / name))
         self.client.set_terminated(self.run_id, STATUS[status])
-        with tempfile.TemporaryDirectory() as folder:  # last: of a run of a million steps it takes half a minute
+        with tempfile.TemporaryDirectory() as folder:  # last: half a minute for a million steps
             self.client.log_artifact(self.run_id, str(self.write_report(self.run_dir, Path(folder) / "report.html")))
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` against other processes."""
+    """Hold the lock file `path` against other processes."""
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def user() -> str | None:
-    """Who runs this, where the machine knows."""
+    """Return the user's name; None where the system does not know it."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
@@ -447,13 +451,13 @@ def user() -> str | None:
 
 
 def text(value: Any) -> str:
-    """A parameter's value: strings as they are, everything else as JSON, cut at MLflow's limit."""
+    """Return a parameter's value as text, cut at MLflow's limit: strings as they are, everything else as JSON."""
     shown = value if isinstance(value, str) else json.dumps(value)
     return shown if len(shown) <= MAX_PARAM_LENGTH else shown[: MAX_PARAM_LENGTH - 3] + "..."
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What of a step is worth a point: finite numbers, but not the step itself, nor zeros that only say "not now"."""
+    """Return the values of a step to plot: finite numbers, without the step itself and without idle defaults."""
     return {
         name: float(value)
         for name, value in record.items()
@@ -466,5 +470,5 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def milliseconds(time_text: str) -> int:
-    """ISO 8601 as written in metrics.jsonl to milliseconds since 1970."""
+    """Convert ISO 8601, as in metrics.jsonl, to milliseconds since 1970."""
     return round(datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp() * 1000)

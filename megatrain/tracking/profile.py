@@ -1,8 +1,8 @@
-"""`profile=true`: what a few steps spend their time on, as a Chrome trace of every rank and a table of the main one.
+"""`profile=true`: profile a few steps, as a Chrome trace of every rank and a table of the main rank.
 
-The phases are those that the trainer and the engines tell the heartbeat anyway; this listens to them, so the loop knows
-nothing of it. The window is fixed: of each start the first steps are left alone (compilation, caches), two more warm the
-profiler up, and three are traced.
+The profiler listens to the phases that the trainer and the engines report to the heartbeat, so the loop does not know
+about it. The window is fixed: each start skips its first steps (compilation, caches), warms the profiler up for two
+and traces three.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
 
 WAIT, WARM_UP, ACTIVE = 3, 2, 3
-"""Steps of a start before the profiler is there, steps it warms up in, steps it traces."""
+"""Steps of a start before the profiler begins, steps that warm it up, and steps that it traces."""
 
 FIRST_TRACED = WAIT + WARM_UP + 1
-"""The first of them, counted from the start."""
+"""The first traced step, counted from the start."""
 
 PHASES = ("data", "exchange", "forward", "backward", "update")
-"""What a step consists of, in this order; the time between two marks belongs to the first of them."""
+"""The phases of a step in order. The time between two reports belongs to the first."""
 
 NAME = "megatrain::"
-"""How the ranges in a trace begin."""
+"""The prefix of the ranges in a trace."""
 
 NUM_OPERATIONS = 20
 """Rows of the table's second half."""
@@ -42,8 +42,9 @@ _LOG = logging.getLogger("megatrain")
 
 @contextmanager
 def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> Iterator[None]:
-    """While this lasts, the steps in the window are traced into `<folder>/trace_rank_00000.json.gz` of each rank; on the
-    main rank the table goes into `<folder>/table.txt` and, at the end, to `show`.
+    """Trace the steps in the window into `<folder>/trace_rank_00000.json.gz`, one file per rank.
+
+    The main rank writes its table to `<folder>/table.txt` and passes it to `show` at the end.
 
     Raises:
         EnvironmentFault: the folder cannot be made.
@@ -52,7 +53,7 @@ def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> I
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFault(
-            f"profile=true cannot write to {folder}: {error.strerror}; remove what is there, or take another run.name"
+            f"profile=true cannot write to {folder}: {error.strerror}; remove that file or choose another run.name"
         ) from error
     listener = StepProfile(folder, world)
     world.heartbeat.listener = listener
@@ -61,21 +62,21 @@ def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> I
     finally:
         world.heartbeat.listener = None
         table = listener.close()
-        with suppress(OSError):  # it is empty where nothing was traced
+        with suppress(OSError):  # removes the folder if nothing was traced
             folder.rmdir()
         if world.is_main:
             show(table)
 
 
 class StepProfile:
-    """Listens to a rank's phases, traces the window and sums it up."""
+    """A listener to a rank's phases that traces the window and sums up its times."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.world = world
         self.folder = folder
         self.trace = folder / f"trace_rank_{world.rank:05d}.json.gz"
         self.begun = 0  # steps since the start
-        self.steps: list[int] = []  # that were traced
+        self.steps: list[int] = []  # the traced ones
         self.seconds: dict[str, float] = defaultdict(float)
         self.waits: dict[str, float] = defaultdict(float)
         self.table = ""
@@ -103,7 +104,7 @@ class StepProfile:
             self._phase, self._since = phase, time.perf_counter_ns()
 
     def waited(self, nanoseconds: int) -> None:
-        """So much of the phase went by waiting for other ranks."""
+        """Add time that the current phase spent waiting for other ranks."""
         if self._phase:
             self.waits[self._phase] += nanoseconds / 1e9
 
@@ -117,7 +118,7 @@ class StepProfile:
         self._ranges.append(opened)
 
     def _leave(self) -> None:
-        """Close the phase's range and take its time down."""
+        """Close the phase's range and add its time."""
         if self._phase:
             self.seconds[self._phase] += (time.perf_counter_ns() - self._since) / 1e9
             self._phase = ""
@@ -129,7 +130,7 @@ class StepProfile:
             self._ranges.pop().__exit__(None, None, None)
 
     def _advance(self) -> None:
-        """Start the profiler, move it on, or end it, by the number of the step that begins."""
+        """Start, advance or stop the profiler, depending on the number of the step that begins."""
         if self.begun == WAIT + 1:
             on_gpu = self.world.device.type == "cuda"
             self._profiler = profile(
@@ -150,10 +151,10 @@ class StepProfile:
             profiler.stop()
 
     def close(self) -> str:
-        """End here, whatever was reached; the table, or why there is none."""
+        """Stop profiling and return the table, or the reason why there is none."""
         self._leave()
         self._leave_step()
-        self._stop()  # writes, where steps were traced and not written
+        self._stop()  # writes traced steps that are not written yet
         return self.table or f"profile=true traced nothing: it begins with the {FIRST_TRACED}th step of a start"
 
     # ------------------------------------------------------------------------------------------- writing
@@ -168,25 +169,27 @@ class StepProfile:
             self.table = self._make_table(profiler)
             if self.world.is_main:
                 (self.folder / "table.txt").write_text(self.table + "\n", encoding="utf-8")
-        except OSError as error:  # a trace is worth no run
+        except OSError as error:  # a failed trace must not stop the run
             self.table = f"profile=true could not write {self.folder}: {error}"
             _LOG.warning(self.table)
         self.world.heartbeat.beat()
 
     def _make_table(self, profiler: profile) -> str:
-        """The phases of a step, and below them the operations that take most time of their own."""
+        """Return the table: the phases of a step, then the operations with the most time of their own."""
         on_gpu = self.world.device.type == "cuda"
         kernels, communication = device_times(profiler.events() or []) if on_gpu else ({}, {})
         first, last = self.steps[0], self.steps[-1]
-        told = f"step {first}" if first == last else f"steps {first} to {last}"
+        shown_steps = f"step {first}" if first == last else f"steps {first} to {last}"
         rows = phase_rows(self.seconds, self.waits, kernels, communication, len(self.steps), on_gpu)
         return "\n".join(
             [
-                f"Where a step goes: mean of {told}, rank {self.world.rank} of {self.world.size} ({self.world.device.type})",
+                f"Where a step goes: mean of {shown_steps}, "
+                f"rank {self.world.rank} of {self.world.size} ({self.world.device.type})",
                 "",
                 *rows,
                 "",
-                f"Operations by their own time, a step (evaluating and saving between the traced steps counts); the trace: {self.trace}",
+                "Operations by their own time per step (evaluating and saving between the traced steps counts); "
+                f"the trace: {self.trace}",
                 "",
                 *operation_rows(profiler.key_averages(), len(self.steps), on_gpu),
             ]
@@ -194,7 +197,7 @@ class StepProfile:
 
 
 def device_times(events: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of GPU kernels by the phase whose range they were launched in (by any thread), of all and of NCCL's alone."""
+    """Return seconds of all GPU kernels and of NCCL's alone, by the phase in which any thread launched them."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = sorted(
         (event.time_range.start, event.time_range.end, event.name.removeprefix(NAME))
@@ -205,7 +208,7 @@ def device_times(events: Any) -> tuple[dict[str, float], dict[str, float]]:
     total: dict[str, float] = defaultdict(float)
     communication: dict[str, float] = defaultdict(float)
     for event in on_host:
-        if event.name.startswith(NAME):  # a range, which may have all of its phase's kernels
+        if event.name.startswith(NAME):  # a range may own its phase's kernels, which would count twice
             continue
         place = bisect.bisect_right(starts, event.time_range.start) - 1
         if place < 0 or event.time_range.start > ranges[place][1]:
@@ -225,10 +228,10 @@ def phase_rows(
     num_steps: int,
     on_gpu: bool,
 ) -> list[str]:
-    """A line a phase, in milliseconds a step, and their sum. What lies between steps (evaluating, saving) stands below it.
+    """Return a line per phase in milliseconds per step, their sum, and then the time between steps (evaluating, saving).
 
-    Communication is part of the phases: on a CPU the time that the rank waited for others, on a GPU NCCL's kernels, which
-    may run beside other ones.
+    Communication is part of the phases. On a CPU it is the time the rank waited for others, on a GPU the time of NCCL's
+    kernels, which may overlap with other kernels.
     """
     last = ["GPU kernels, ms", "of those communication, ms"] if on_gpu else ["of that communication, ms"]
     lines = [f"{'phase':<12}{'ms a step':>12}{'share':>9}" + "".join(f"{name:>28}" for name in last)]
@@ -250,8 +253,10 @@ def phase_rows(
 
 
 def operation_rows(averages: Any, num_steps: int, on_gpu: bool) -> list[str]:
-    """The operations that take most time of their own: on a GPU by its time, else by the host's. All a step; memory is
-    what an operation itself allocated less what it freed."""
+    """Return the operations with the most time of their own per step: device time on a GPU, else CPU time.
+
+    Memory is what an operation itself allocated minus what it freed, per step.
+    """
 
     def own_time(event: Any) -> float:
         return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)

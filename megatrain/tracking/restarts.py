@@ -1,7 +1,7 @@
-"""Each time a run was started again, and why, read from its events.jsonl. Imports no torch.
+"""A run's restarts and their reasons, read from its events.jsonl. Imports no torch.
 
-A `start` or `resume` event is a restart where the run had begun before, be it within a job (a `failure` comes before it),
-by Slurm's requeue or by hand.
+A `start` or `resume` event is a restart if the run had started before: after a failure within a job, after a Slurm
+requeue, or by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Restart:
-    """The `number`-th restart: the run went on from `step` at `time` (ISO 8601), because of what `why` tells."""
+    """The `number`-th restart: the run continued from `step` at `time` (ISO 8601), for the reason `why`."""
 
     number: int
     step: int
@@ -24,20 +24,20 @@ class Restart:
 
 
 class Restarts:
-    """Follows the events in `path`, which need not exist yet."""
+    """A reader that follows the events in `path`, which may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
         self._begun = False
         self._number = 0
-        self._before: list[dict[str, Any]] = []  # the events since the last start that may tell the reason of the next
+        self._before: list[dict[str, Any]] = []  # events since the last start: the reason for the next
 
     def read(self) -> list[Restart]:
-        """The restarts since the last call.
+        """Return the restarts since the last call.
 
-        A `start` that neither the agent nor a lost node led to begins the run anew, with no restarts yet: what came before
-        was another run in this folder.
+        A `start` without a preceding `restart` or `node_lost` event begins a new run in the same folder, so the count
+        begins at zero again.
         """
         found: list[Restart] = []
         for event in self._new_events():
@@ -68,17 +68,17 @@ class Restarts:
             self._offset += len(line)
             try:
                 event = json.loads(line)
-            except ValueError:  # a killed process left it half-written
+            except ValueError:  # a partial line of a killed process
                 continue
             if isinstance(event, dict) and "kind" in event:
                 events.append(event)
         return events
 
     def _reason(self) -> str:
-        """What ended the start before, in a few words."""
+        """Return what ended the previous start, in a few words."""
         failures = [one for one in self._before if one["kind"] in ("failure", "node_lost")]
         if failures:
-            return ", then ".join(_told(one) for one in failures)
+            return ", then ".join(_describe(one) for one in failures)
         ends = [one for one in self._before if one["kind"] == "stop"]
         if not ends:
             return "ended without a word"
@@ -87,7 +87,7 @@ class Restarts:
         return f"{ends[-1].get('status')}{by} at step {ends[-1].get('step')}"
 
 
-def _told(event: dict[str, Any]) -> str:
+def _describe(event: dict[str, Any]) -> str:
     if event["kind"] == "node_lost":
         return f"node lost at step {event.get('step')}"
     return f"{event.get('how')} of rank {event.get('rank')} on {event.get('host')} at step {event.get('step')}"

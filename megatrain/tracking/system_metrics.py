@@ -1,7 +1,7 @@
-"""What the machine is doing: CPU, memory, disk, network and GPUs. Imports no torch.
+"""The machine's load: CPU, memory, disk, network and GPUs. Imports no torch.
 
-Names follow MLflow's own system metrics, so that its page shows them. GPUs are asked through nvidia-smi, which every
-NVIDIA driver brings along: the process that samples holds no CUDA context.
+Names follow MLflow's own system metrics, so its page shows them. GPUs are read through nvidia-smi, which comes with
+every NVIDIA driver, so the sampling process holds no CUDA context.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ MEGABYTE = 1e6
 
 
 class SystemMetrics:
-    """Samples this machine, and the memory of the process `pid` (the trainer of rank 0)."""
+    """A sampler of this machine and of the memory of process `pid` (the trainer of rank 0)."""
 
     def __init__(self, pid: int, folder: Path) -> None:
         self._folder = folder
         self._pid = pid
         self._network = psutil.net_io_counters()
         self._has_gpu = shutil.which("nvidia-smi") is not None
-        psutil.cpu_percent()  # the first call only marks the beginning of the interval
+        psutil.cpu_percent()  # the first call only starts the interval
 
     def sample(self) -> dict[str, float]:
-        """Percentages of the whole machine, megabytes (1e6 bytes), network traffic since the last sample."""
+        """Return percentages of the whole machine, megabytes (1e6 bytes) and network traffic since the last sample."""
         memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
         values = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
@@ -50,13 +50,13 @@ class SystemMetrics:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         except (OSError, subprocess.SubprocessError):
-            self._has_gpu = False  # a driver that hangs or fails once is not asked again
+            self._has_gpu = False  # after one hang or failure the driver is not queried again
             return {}
         return parse_gpus(answer)
 
 
 def parse_gpus(answer: str) -> dict[str, float]:
-    """nvidia-smi's comma-separated rows of index, utilisation in percent, MiB used, watts, degrees Celsius."""
+    """Parse nvidia-smi's comma-separated rows of index, utilisation in percent, MiB used, watts, degrees Celsius."""
     names = ("utilization_percentage", "memory_usage_megabytes", "power_usage_watts", "temperature_celsius")
     units = (1.0, 1.048576, 1.0, 1.0)
     values = {}
@@ -66,5 +66,5 @@ def parse_gpus(answer: str) -> dict[str, float]:
             try:
                 values[f"system/gpu_{index}_{name}"] = float(cell) * unit
             except ValueError:
-                continue  # "[N/A]" where the device does not know
+                continue  # "[N/A]": the device does not report it
     return values

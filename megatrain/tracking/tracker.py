@@ -1,7 +1,7 @@
-"""What a tracker is, and how several of them are held without ever endangering the run. Imports no torch.
+"""The tracker protocol, and `Trackers`, which keeps a failing tracker from stopping the run. Imports no torch.
 
-A tracker shows a run to people: the console, MLflow. The record that the run itself relies on, metrics.jsonl and
-events.jsonl, is written by metrics.py and events.py. Only rank 0 owns trackers; other ranks hold an empty `Trackers`.
+A tracker shows a run to people: the console, MLflow. metrics.py and events.py write the records that the run itself
+relies on. Only rank 0 has trackers; other ranks hold an empty `Trackers`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 STATUSES = ("done", "stopped", "failed")
-"""How a run can end: all steps done (or early stopping), saved after a signal, an error."""
+"""How a run can end: all steps done or stopped early; saved after a signal; an error."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told once, before the first step.
+    """What a tracker receives once, before the first step.
 
     `config` is the resolved config as nested plain dicts; `resumed_from_step` is None for a run that starts at its
     first step; `flops_per_token` counts forward and backward; `layout` is a short text such as `dp=2 zero=3`;
@@ -42,28 +42,33 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Something that shows a run. No method may block the training thread for longer than microseconds, `finish`
-    apart, which waits for a bounded time."""
+    """Something that shows a run.
+
+    No method may block the training thread for more than microseconds, except `finish`, which waits a bounded time.
+    """
 
     def start(self, info: RunInfo) -> None:
-        """Called once, after metrics.jsonl was cut to the step that is resumed from."""
+        """Called once, after metrics.jsonl was cut back to the step to resume from."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: the object that metrics.jsonl holds for it, already written there."""
+        """Called for each optimizer step with its record, already written to metrics.jsonl."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """One event: the object that events.jsonl holds for it, already written there."""
+        """Called for each event with its record, already written to events.jsonl."""
 
     def finish(self, status: str) -> None:
         """Called once at the end, with one of `STATUSES`."""
 
     def abandon(self) -> None:
-        """In place of `finish`, where the run is about to go on in another process: let go at once."""
+        """Called instead of `finish` when the run continues in another process: release everything at once."""
 
 
 class Trackers:
-    """Several trackers as one. Tracking is never fatal: one that raises is warned about once and left out from then
-    on, save for `finish`, which it still gets so that it can let go of what it holds."""
+    """Several trackers as one. Tracking is never fatal.
+
+    A tracker that raises is logged once and skipped from then on, except for `finish` and `abandon`, which let it
+    release its resources.
+    """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = list(trackers)
@@ -95,7 +100,7 @@ class Trackers:
                 if index not in self._failed:
                     self._failed.add(index)
                     logging.getLogger("megatrain.tracking").warning(
-                        "%s failed and is left out from now on; training goes on (%s: %s)",
+                        "%s failed and is skipped from now on; training goes on (%s: %s)",
                         type(tracker).__name__,
                         type(error).__name__,
                         error,
@@ -103,7 +108,7 @@ class Trackers:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out at `folder`, with `-dirty` where tracked files differ from it; None outside git."""
+    """Return the commit checked out at `folder`, with `-dirty` if tracked files differ; None outside git."""
     try:
         described = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -1,4 +1,4 @@
-"""MLflow servers for tests: a real one that can be killed and started again, one that hangs, and one that answers errors."""
+"""MLflow servers for tests: a real one that can be killed and restarted, one that hangs, and one that returns errors."""
 
 from __future__ import annotations
 

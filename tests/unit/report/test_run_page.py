@@ -144,8 +144,8 @@ def test_the_ledger_is_added_up(tmp_path):
     assert spent["downtime"] == 10 + 3600 and spent["start-up"] == 10 + 30 + 25 + 10 + 5 and spent["end"] == 16
     assert sum(spent.values()) == life["wall"] == 4190 and life["unbooked"] == 0
     assert life["text"] == (
-        "effective training time 8.9% of 1:09:50 · 3 starts of the ranks, 2 failures · mean time between failures 0:04:35 "
-        "· 10 steps repeated"
+        "effective training time 8.9% of 1:09:50 · 3 starts of the ranks, 2 failures · mean time between failures "
+        "0:04:35 · 10 steps repeated"
     )
     assert ("training time", "goodput 8.9%") in [(tile["name"], tile["note"]) for tile in data["tiles"]]
     assert [span["failed"] for span in life["spans"] if span["steps"]] == [True, True, False]

@@ -108,7 +108,8 @@ def test_pointing_brings_out_one_point_and_a_click_sorts(sweep):
     """The page with a pointer and a click added to the end of its script."""
     page = report_sweep(sweep)
     script = """build();
-      const c = document.querySelectorAll('path.curve')[2].getPointAtLength(1e9), b = charts[0].plot.getBoundingClientRect();
+      const c = document.querySelectorAll('path.curve')[2].getPointAtLength(1e9);
+      const b = charts[0].plot.getBoundingClientRect();
       document.querySelectorAll('th')[1].click(); document.querySelectorAll('th')[1].click();
       charts[0].plot.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + c.x, clientY: b.top + c.y}));
     </script>"""

@@ -38,7 +38,7 @@ def test_a_file_gets_plain_lines_every_so_many_steps_or_seconds(tmp_path, clock_
     shown.finish("done")
     text = out.getvalue()
     assert "\x1b" not in text and "\r" not in text
-    assert "12.3M parameters" in text and "continues from step 3" in text and text.endswith("run done\n")
+    assert "12.3M parameters" in text and "resuming from step 3" in text and text.endswith("run done\n")
     assert [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
 
@@ -118,7 +118,7 @@ def test_a_tracker_that_raises_is_warned_about_once_and_left_out(tmp_path, caplo
         trackers.finish("done")
     assert broken.calls == ["start", "step", "finish"]
     assert [record.getMessage() for record in caplog.records] == [
-        "Breaks failed and is left out from now on; training goes on (OSError: the disk is gone)"
+        "Breaks failed and is skipped from now on; training goes on (OSError: the disk is gone)"
     ]
     assert "step 3/3" in out.getvalue()
 

@@ -307,7 +307,7 @@ def test_a_sweep_whose_folder_is_gone_costs_a_warning_only(runs):
     one = point_of(runs, "gone", "gone-1")
     one.connect()
     assert one.run_id and family(one, "gone") == ({}, {})
-    assert "no sweep's folder" in next(told["warning"] for told in one.parent.told if "warning" in told)
+    assert "not a sweep's folder" in next(told["warning"] for told in one.parent.told if "warning" in told)
 
 
 # ---------------------------------------------------------------------------------------------------- restarts
@@ -354,7 +354,7 @@ def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
 
 
 def test_restarts_before_a_new_beginning_are_not_the_new_runs(runs):
-    """Another config from step 1 is another MLflow run; a rank that died before the first save is a restart of this one."""
+    """Another config at step 1 makes a new MLflow run; a rank that died before the first save makes a restart."""
     run_dir = runs / "beginning"
     run_dir.mkdir()
     log = EventLog(run_dir / "events.jsonl")
