@@ -1,11 +1,11 @@
-"""What tracking costs a training step: the figures of docs/measurements/tracking.md.
+"""Measure what tracking costs a training step: the figures of docs/measurements/tracking.md.
 
-`python tools/measure_tracking.py [seconds]`: steps of about 50 ms of NumPy work on one core are taken in turns with and
-without MLflow, each turn in a process of its own so that nothing is warm, and the processor time of the helper process is
-counted apart.
+`python tools/measure_tracking.py [seconds]`: run steps of about 50 ms of NumPy work on one core, alternately with and
+without MLflow. Each turn is a new process, so nothing is warm. The CPU time of the helper process is counted separately.
 
-`python tools/measure_tracking.py servers [pairs]`: the same steps beside a helper whose server is dead, hangs or answers 500,
-in pairs of blocks that follow each other at once: in one of them, first or second in turn, the helper is stopped.
+`python tools/measure_tracking.py servers [pairs]`: run the same steps beside a helper whose server is dead, hangs or
+answers 500. The steps run in pairs of adjacent blocks; the helper is stopped in one block of each pair, alternately the
+first and the second.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def server(kind: str) -> Iterator[int]:
 
 
 def beside(folder: Path, pairs: int) -> dict[str, float]:
-    """Step times with the helper at work over those with the helper stopped; its processor time, as a share of a core."""
+    """Return step times with the helper running over those with it stopped, and its CPU time as a share of a core."""
     run_dir = folder / "run"
     tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir, "megatrain.train.mlflow_helper")
     journal = Journal(run_dir, Trackers([tracker]))

@@ -2,7 +2,7 @@
 
 The helper (mlflow_sender.py) does all communication with MLflow. It is a process and not a thread, because importing
 mlflow and sending a batch hold Python's interpreter lock for milliseconds to seconds. metrics.jsonl is the queue
-between the two: a step costs the trainer nothing, memory is bounded, and the next start sends what a dead server missed.
+between the two: a step costs the trainer nothing, memory is bounded, and the next start sends what a server missed.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def phase_rows(
     num_steps: int,
     on_gpu: bool,
 ) -> list[str]:
-    """Return a line per phase in milliseconds per step, their sum, and then the time between steps (evaluating, saving).
+    """Return a line per phase in milliseconds per step, their sum, and the phases between steps (`evaluate`, `save`).
 
     Communication is part of the phases. On a CPU it is the time the rank waited for others, on a GPU the time of NCCL's
     kernels, which may overlap with other kernels.

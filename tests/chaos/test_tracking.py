@@ -77,8 +77,10 @@ class Job:
 def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record_once(
     workplace, undisturbed_native, server
 ):
-    """Up, killed, hung, answering 500, back, stopped for a while: each at its step, each met by the job. A rank is killed
-    while the server fails, and again when it is back, so that steps are done anew that it knows."""
+    """The server is killed, hangs, answers 500, returns and pauses, each at its own step.
+
+    A rank is killed while the server fails and again after it returned, so some repeated steps are already there.
+    """
     from mlflow.tracking import MlflowClient
 
     deaths = [fault(0, 28, "backward", "SIGKILL"), fault(1, 35, "backward", "SIGKILL")]

@@ -1,4 +1,4 @@
-"""MLflow servers for tests: a real one that can be killed and restarted, one that hangs, and one that returns errors."""
+"""MLflow servers for tests: a real one that can be restarted, one that hangs, and one that returns errors."""
 
 from __future__ import annotations
 
