@@ -1,7 +1,7 @@
 """Measure what tracking costs a training step: the figures of docs/measurements/tracking.md.
 
-`python tools/measure_tracking.py [seconds]`: run steps of about 50 ms of NumPy work on one core, alternately with and
-without MLflow. Each turn is a new process, so nothing is warm. The CPU time of the helper process is counted separately.
+`python tools/measure_tracking.py [seconds]`: run steps of about 50 ms of NumPy work on one core, alternately with
+and without MLflow. Each turn is a new process, so nothing is warm. CPU time of the helper is counted separately.
 
 `python tools/measure_tracking.py servers [pairs]`: run the same steps beside a helper whose server is dead, hangs or
 answers 500. The steps run in pairs of adjacent blocks; the helper is stopped in one block of each pair, alternately the
