@@ -1,10 +1,12 @@
 """Writes docs/reference/config.md, the reference of every config key, from the schema: python tools/config_reference.py
 
-`tests/unit/cli/test_config_reference.py` fails when the page is not what this would write.
+`tests/unit/config/test_config_reference.py` fails when the page is not what this would write.
 """
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,21 @@ from megatrain.config.usage import EXAMPLES, bounds_text, default_text, summary
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "config.md"
 
+LONGEST_ROW = 200
+"""Characters of a table's row; the meaning of a longer one moves below the table."""
+
 HEAD = """# Config reference
 
-Written by `python tools/config_reference.py` from `megatrain/config.py` and `conf/`; edit those, not this page.
+Written by `python tools/config_reference.py` from `megatrain/config/` and `conf/`; edit those, not this page.
 
-Every command is `megatrain <verb> [key=value | group=choice] ...`, in [Hydra](https://hydra.cc)'s syntax. A group picks a
-file of `conf/<group>/`; a key sets one value. What is typed on the command line wins over an experiment, and an
-experiment over the other groups. `null` is the empty value, `[a,b]` a list. Text is taken as typed, so `run.name=1e3` is a
-name; text that holds a comma stands in quotes: `run.name="'a,b'"`. `${train.steps}` stands for another key's value. The
-verbs that have a `path` take it as their first argument without `path=`.
+Every command is `megatrain <verb> [key=value | group=choice] ...`, in [Hydra](https://hydra.cc)'s syntax. A group picks
+a file of `conf/<group>/`; a key sets one value. The command line wins over an experiment, and an experiment over the
+other groups. `null` is the empty value, `[a,b]` a list. Text is taken as typed, so `run.name=1e3` is a name; text with
+a comma needs quotes: `run.name="'a,b'"`. `${train.steps}` stands for another key's value. Verbs that have a `path` take
+it as their first argument without `path=`.
 
-A config is refused within a second, before anything starts, with the key, what was given and what would work (exit code
-2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the resolved config.
+A bad config is refused within a second, before anything starts, with the key, what was given and what would work (exit
+code 2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the resolved config.
 """
 
 
@@ -45,20 +50,37 @@ def section(verb: str) -> str:
         lines.append("")
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     types = key_types(schema)
-    lines += [row(name, types[name], f) for name, f in walk(schema).items()]
+    notes = []
+    for name, field in walk(schema).items():
+        meaning = field.metadata["help"]
+        line = row(name, types[name], field, meaning)
+        if len(line) > LONGEST_ROW:
+            line = row(name, types[name], field, f"{_first_clause(meaning)} (more below)")
+            notes.append(_note(name, meaning))
+        lines.append(line)
+    if notes:
+        lines += ["", *notes]
     return "\n".join([*lines, ""])
 
 
-def row(name: str, hint: Any, field: Any) -> str:
+def row(name: str, hint: Any, field: Any, meaning: str) -> str:
     """One key's line of the table."""
     choices = field.metadata.get("choices")
     value = _codes([str(choice) for choice in choices]) if choices else describe(hint)
     bounds = bounds_text(field.metadata)
     default = default_text(field).removeprefix("default ")
     shown = default if default == "mandatory" else f"`{default}`"
-    return f"| `{name}` | {value}{', ' + bounds if bounds else ''} | {shown} | {field.metadata['help']} |".replace(
-        "<", "&lt;"
-    )
+    return f"| `{name}` | {value}{', ' + bounds if bounds else ''} | {shown} | {meaning} |".replace("<", "&lt;")
+
+
+def _first_clause(text: str) -> str:
+    return re.split(r",|;|:|\. | \(", text, maxsplit=1)[0]
+
+
+def _note(name: str, meaning: str) -> str:
+    """The whole meaning of a key as an item of the list below the table."""
+    text = f"- `{name}`: {meaning}".replace("<", "&lt;")
+    return textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _codes(names: list[str]) -> str:
