@@ -58,7 +58,7 @@ def save_for_ever(folder: Path, meeting: Path, rank: int, written: int) -> None:
     step = (found[1]["step"] if found else 0) + 1
     os.write(written, b"begin\n")
     while True:
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name in SHAPES:
             flat = value(step, name).flatten()
             half = -(-flat.numel() // RANKS)

@@ -39,6 +39,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ class Soak:
         if self.has_disk:
             others["disk refuses"] = self._refuse
         if self.proxy is not None:
-            others |= {f"MLflow {mode}": lambda mode=mode: self._fail_server(mode) for mode in ("dead", "hung", "500")}
+            others |= {f"MLflow {mode}": partial(self._fail_server, mode) for mode in ("dead", "hung", "500")}
         while True:
             due = time.monotonic() + self.chance.expovariate(1 / self.mean_s)
             while time.monotonic() < min(due, until) and process.poll() is None:

@@ -73,6 +73,6 @@ def test_an_id_that_the_model_has_no_place_for_is_named_though_every_hash_is_rig
     first = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, SEED).windows(np.array([0]))
     done = run_with(workplace, [], *TRAIN, "run.name=foreign", "data.dir=foreign", "engine=native")
     assert done.returncode == 3, done.stderr
-    at = dataset.offset(int(first[0]) * 32 + 7)
-    assert f"foreign/tiny/train.bin: token id 65535 at byte {at} is outside the vocabulary (0 to 399)" in done.stderr
+    at = dataset.place(int(first[0]) * 32 + 7)
+    assert f"foreign/tiny/train.bin: token id 65535 at {at} is outside the vocabulary (0 to 399)" in done.stderr
     assert metrics(workplace, "foreign") == []

@@ -64,14 +64,14 @@ def test_a_fault_of_the_data_that_one_rank_meets_ends_all_with_one_message(workp
     sample = 2 * 8 + 2  # step 3; of its samples two a rank in turn, so this one is rank 1's
     token = int(order.windows(np.array([sample]))[0]) * 32 + 7
     with (folder / "train.bin").open("r+b") as file:
-        file.seek(dataset.offset(token))
+        file.seek(2 * token)  # uint16
         file.write(b"\xff\xff")
     started = time.monotonic()
     done = megatrain(
         workplace, *SHORT, "run.name=faulty", "data.dir=faulty", "data.verify=false", "launch.nproc_per_node=2"
     )
     assert done.returncode == 3, done.stderr
-    message = f"faulty/tiny/train.bin: token id 65535 at byte {dataset.offset(token)} is outside"
+    message = f"faulty/tiny/train.bin: token id 65535 at {dataset.place(token)} is outside"
     assert done.stderr.count(message) == 1 and "Traceback" not in done.stderr, done.stderr
     assert [record["step"] for record in metrics(workplace, "faulty")] == [1, 2]
     assert time.monotonic() - started < 120 and processes_with("run.name=faulty") == []

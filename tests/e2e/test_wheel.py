@@ -28,9 +28,11 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel that pip builds from a copy of the sources (a build leaves files beside them)."""
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        extra = {"symlinks": True, "ignore": shutil.ignore_patterns("__pycache__")} if copy is shutil.copytree else {}
-        copy(ROOT / name, folder / name, **extra)
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(ROOT / name, folder / name)
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder / "dist", folder, cwd=folder)
     (built,) = (folder / "dist").glob("megatrain-*.whl")
     return built

@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support and tests/parity
 
+from parity.test_memory import BUCKET, CASES, PATCH, job
 from support.holdings import held_in_a_step
 from support.ranks import run_ranks
-from test_memory import BUCKET, CASES, PATCH, job
 
 from megatrain.parallel.layout import Layout
 from megatrain.planner.memory import DeepSpeedSizes, MemoryModel

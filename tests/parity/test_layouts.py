@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support import jobs
@@ -254,7 +256,7 @@ def masked(world, engine):
     """What dropout leaves of two heads that are alike, on each of two tensor ranks, and of a residual branch."""
     config = layout_job(engine=engine, tp=2)
     config.model = gpt2(num_heads=2, num_layers=1, dropout=0.5, tie_embeddings=False)
-    built = build_engine(config, world)
+    built: Any = build_engine(config, world)
     model = built.engine.module if engine == "deepspeed" else built.stages[0]
     seen = {}
     block = next(model.blocks.children())

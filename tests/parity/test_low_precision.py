@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.jobs import job, layout_job, llama, train
@@ -15,7 +17,7 @@ from megatrain.parallel.rules import check
 
 def losses(world, config, folder=None, first=1, last=12):
     """A run's losses and norms; with a folder it is saved there at its end, or begun from there."""
-    engine = build_engine(config, world)
+    engine: Any = build_engine(config, world)
     if first > 1:
         source = folder / f"step_{first - 1:08d}"
         manifest = verify(source)
@@ -49,7 +51,7 @@ def test_moments_in_bf16_stay_near_fp32_ones(ranks, changes):
 
 def tied_copies(world, config):
     """Every copy of the tied weight's masters and moments that this rank holds, after some steps."""
-    engine = build_engine(config, world)
+    engine: Any = build_engine(config, world)
     train(engine, config, 0, 1, 1, 4)
     copies = [held.master for held in engine.held if held.name == "embed.weight"]
     moments = [engine.optimizer.state[copy][name].float() for copy in copies for name in ("exp_avg", "exp_avg_sq")]
@@ -71,7 +73,7 @@ def test_both_copies_of_a_tied_weight_round_alike(schedule):
 
 def moments(world, config):
     """This rank's state as it goes into a checkpoint, after a step whose gradients are the same in any layout."""
-    engine = build_engine(config, world)
+    engine: Any = build_engine(config, world)
     for held in engine.held:
         numbers = torch.arange(held.first_element, held.first_element + held.master.numel()).view(held.sizes)
         held.master.grad = torch.sin(numbers.float())
@@ -100,7 +102,7 @@ def nudged(world, config):
 
     They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where bf16's neighbours lie 0.0078 apart.
     """
-    engine = build_engine(config, world)
+    engine: Any = build_engine(config, world)
     for held in engine.held:
         engine.optimizer.state[held.master]["exp_avg_sq"].fill_(1.0)
     for step in range(1, NUDGES + 1):

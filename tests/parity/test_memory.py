@@ -6,6 +6,8 @@ there for a moment is only bounded: the instants that a test can look at need no
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.holdings import held_in_a_step
 from support.jobs import layout_job
@@ -19,7 +21,7 @@ BUCKET = 1000
 """DeepSpeed's defaults would drown so small a model: its bucket of 5e8 numbers, and parameters that it never cuts."""
 PATCH = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
 
-CASES = [
+CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"precision": "bf16", "family": "gpt2"}),
     (1, {"precision": "bf16", "recompute": "selective"}),

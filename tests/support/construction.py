@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,7 +29,7 @@ def construct(world, config):
     maker._build_model(deepspeed, deepspeed_config(job(model=llama()), 1))  # DeepSpeed's own first-time costs
     start = _resident()
     Path("/proc/self/clear_refs").write_text("5")
-    model = maker._build_model(deepspeed, document)
+    model: Any = maker._build_model(deepspeed, document)
     peak = _resident("VmHWM") - start
     return peak, sum(p.ds_tensor.numel() * 4 for p in model.parameters())
 

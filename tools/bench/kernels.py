@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -244,7 +245,8 @@ def speed(operation: Operation, bandwidth: float) -> list[str]:
     }  # fmt: skip
     if operation.liger is not None:
         arguments = (1e-5,) if "norm" in operation.name.lower() else ()
-        wanted["liger"] = lambda *tensors: operation.liger()(*tensors, *arguments)
+        liger = operation.liger
+        wanted["liger"] = lambda *tensors: liger()(*tensors, *arguments)
     forms = {}
     for name, form in wanted.items():
         try:
@@ -288,11 +290,12 @@ def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int) -> tupl
     x = torch.randn(rows, width, device=DEVICE, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, device=DEVICE, dtype=dtype).div_(width**0.5).requires_grad_()
     labels = torch.randint(0, vocab, (rows,), device=DEVICE)
-    form = {
+    forms: dict[str, Callable[..., torch.Tensor]] = {
         "plain": linear_cross_entropy_sum,
         "compiled": COMPILED_HEAD,
-        "chunks": lambda *given: chunked_linear_cross_entropy_sum(*given, fused=HAS_GPU),
-    }[name]
+        "chunks": partial(chunked_linear_cross_entropy_sum, fused=HAS_GPU),
+    }
+    form = forms[name]
     times = []
     if HAS_GPU:
         torch.autograd.grad(form(x, weight, labels), [x, weight])  # compiles; the peak is of what follows

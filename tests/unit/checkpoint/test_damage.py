@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def store(tmp_path):
     return reopen(first.folder)
 
 
-def reopen(folder: Path) -> CheckpointStore:
+def reopen(folder: Path) -> Any:
     """The store as a run that starts on `folder` has it; `skips` collects what it reports."""
-    opened = CheckpointStore(folder, World(0, 1, 0, torch.device("cpu"), None))
+    opened: Any = CheckpointStore(folder, World(0, 1, 0, torch.device("cpu"), None))
     opened.skips = []
     opened.report = lambda kind, **detail: opened.skips.append((kind, detail))
     return opened

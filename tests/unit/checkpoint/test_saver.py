@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,8 +150,8 @@ def test_old_checkpoints_are_retired(tmp_path):
 
 def test_the_memory_of_a_copy_is_used_again():
     staging = Staging()
-    first = staging.copy({"a": torch.ones(3), "p": Piece(torch.ones(4), 0, (4,))})
+    first: Any = staging.copy({"a": torch.ones(3), "p": Piece(torch.ones(4), 0, (4,))})
     places = [first["a"].data_ptr(), first["p"].flat.data_ptr()]
-    again = staging.copy({"a": torch.zeros(3), "p": Piece(torch.zeros(4), 0, (4,))})
+    again: Any = staging.copy({"a": torch.zeros(3), "p": Piece(torch.zeros(4), 0, (4,))})
     assert [again["a"].data_ptr(), again["p"].flat.data_ptr()] == places and not again["a"].any()
     assert staging.copy({"a": torch.zeros(5)})["a"].shape == (5,)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 import yaml
@@ -26,7 +27,7 @@ def action(monkeypatch):
     """Replaces what a verb calls with a function of the test's."""
 
     def replace(verb, function):
-        module = types.ModuleType("stand_in")
+        module: Any = types.ModuleType("stand_in")
         module.act = function
         monkeypatch.setitem(sys.modules, "stand_in", module)
         monkeypatch.setitem(cli.ACTIONS, verb, "stand_in:act")

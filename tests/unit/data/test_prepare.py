@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -160,7 +161,7 @@ def test_the_standard_library_is_prepared_without_its_tests(tmp_path):
     from megatrain.data.sources import open_source
 
     given = config(tmp_path, data=dict(kind="python_stdlib", paths=[]))
-    source = open_source(given.data)
+    source: Any = open_source(given.data)
     names = [path.relative_to(source.root).as_posix() for path in source.files]
     assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= set(names) and names == sorted(names)
     assert not [name for name in names if {"test", "tests", "site-packages", "idle_test"} & set(Path(name).parts)]

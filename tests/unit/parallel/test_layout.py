@@ -7,6 +7,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from itertools import chain, product
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def native(**changes):
     return job("native", **changes)
 
 
-REFUSED = {
+REFUSED: dict[str, list[Any]] = {
     "world_does_not_factor": [(native(parallel__tp=4), 6, "start 4 or 8 ranks", dict(world=8))],
     "deepspeed_pipeline": [(job(parallel__pp=2), 4, "engine=native", dict(engine__name="native"))],
     "tensor_cuts": [

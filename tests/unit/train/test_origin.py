@@ -1,6 +1,7 @@
 """Which checkpoint a run starts from: its own, one of its own gone back to, one of another run, or weights alone."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatrain.train.origin import choose_origin
 def store_of(run_dir):
     """The store of a run that starts; `told` collects its events."""
     told = []
-    store = CheckpointStore(
+    store: Any = CheckpointStore(
         run_dir / "checkpoints",
         World(0, 1, 0, torch.device("cpu"), None),
         lambda kind, **detail: told.append((kind, detail)),
