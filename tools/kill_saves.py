@@ -55,7 +55,7 @@ def save_for_ever(folder: Path, meeting: Path, rank: int, written: int) -> None:
     store = CheckpointStore(folder, world)
     saver = Saver(store, CheckpointConfig(keep=3))
     found = store.newest_valid()
-    step = (found[1]["step"] if found else 0) + 1
+    step = (found[1].step if found else 0) + 1
     os.write(written, b"begin\n")
     while True:
         state: dict[str, torch.Tensor] = {}
