@@ -182,6 +182,7 @@ class DeepSpeedEngine:
         model = self._build_model(deepspeed, document)
         recompute_blocks(model.blocks, config.train.recompute)
         self.shapes = parameter_shapes(config.model)
+        self.shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         groups = parameter_groups(
             ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim
         )
@@ -339,7 +340,7 @@ class DeepSpeedEngine:
 
     def _block(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Origin and shape of this tensor rank's block of a parameter."""
-        return plan.block(name, self.shapes[name], self.layout.tp, self.place.tp)
+        return plan.block(name, self.shapes[name], self.shares)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -158,6 +158,7 @@ class NativeEngine:
     def _hold(self, stage: Stage) -> Iterator[Held]:
         """A stage's parameters with their places in the whole model."""
         shapes = parameter_shapes(self.config.model)
+        shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         mesh = self.groups.mesh if self.groups else None
         shards = mesh["shard"].size() if mesh and self.is_sharded else 1
         shard_rank = mesh["shard"].get_local_rank() if mesh and self.is_sharded else 0
@@ -165,7 +166,7 @@ class NativeEngine:
         for own_name, parameter in stage.named_parameters():
             name = stage.single_device_name(own_name)
             shape = shapes[name]
-            origin, sizes = plan.block(name, shape, self.layout.tp, self.place.tp)
+            origin, sizes = plan.block(name, shape, shares)
             start, length = plan.chunk(sizes[0], shards, shard_rank)
             origin, sizes = (origin[0] + start, *origin[1:]), (length, *sizes[1:])
             here = local(parameter).detach()

@@ -1,8 +1,10 @@
-"""The number formats of the config by their names. What each is used for is the reader's."""
+"""The number formats of the config as torch dtypes. Their names and sizes, without torch, are in formats.py."""
 
 from __future__ import annotations
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""What each format computes in; fp8 is inside some matrix products alone (fp8.py)."""
+from megatrain.model.formats import DTYPE_NAMES
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
+"""The dtype that each format computes in."""

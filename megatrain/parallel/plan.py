@@ -1,16 +1,42 @@
-"""The tensor-parallel plan as data: how each parameter is cut over the ranks of a tensor group. Imports no torch.
+"""The tensor-parallel plan as data: along which axes of ranks each parameter is cut, and in which dimension.
 
-Declared once; `tensor.py` translates it into DTensor styles (native engine) and `autotp.py` into DeepSpeed's layers, and an
-engine takes from it where in the whole parameter a rank's block stands.
+`tensor.py` translates it into DTensor styles (native engine), `autotp.py` into DeepSpeed's layers. `block` says which part
+of the whole parameter a rank works with. Imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import NamedTuple
 
-COLUMN, ROW, VOCAB, REPLICATED, HEADWISE = "column", "row", "vocab", "replicated", "headwise"
 
-PLAN = (
+class Cut(NamedTuple):
+    """How a parameter is cut: what its layer does, and (axis of ranks, dimension) pairs, the outermost cut first."""
+
+    kind: str
+    dimensions: tuple[tuple[str, int], ...] = ()
+
+
+COLUMN = Cut("column", (("tp", 0),))
+"""A layer's outputs; query, key and value by heads."""
+
+ROW = Cut("row", (("tp", 1),))
+"""A layer's inputs."""
+
+VOCAB = Cut("vocab", (("tp", 0),))
+"""The rows of a vocabulary table."""
+
+REPLICATED = Cut("replicated")
+"""Whole on every rank: norms, positions, biases of row-cut layers."""
+
+HEADWISE = Cut("headwise")
+"""Whole on every rank, but applied to heads that are cut: each rank's gradient is a part of the sum."""
+
+Rules = tuple[tuple[str, Cut], ...]
+
+PLAN: Rules = (
     ("embed.weight", VOCAB),
     ("head.weight", VOCAB),
     ("blocks.*.attn.[qkv].*", COLUMN),
@@ -21,42 +47,62 @@ PLAN = (
     ("blocks.*.mlp.down.weight", ROW),
     ("*", REPLICATED),
 )
-"""Parameter pattern to cut, the first that matches. `column` cuts a layer's outputs (query, key and value by heads),
-`row` its inputs, `vocab` the rows of a vocabulary table; what is `replicated` (norms, positions, biases of row-cut
-layers) is whole on every rank. So is what is `headwise`, but it acts on heads that are cut: each rank's gradient is a
-part of the sum."""
-
-_DIMENSION = {COLUMN: 0, VOCAB: 0, ROW: 1, REPLICATED: None, HEADWISE: None}
+"""Parameter patterns and their cuts. The first match counts."""
 
 
-def cut(name: str) -> str:
-    """How the parameter of this single-device name is cut."""
-    return next(kind for pattern, kind in PLAN if fnmatchcase(name, pattern))
+class Share(NamedTuple):
+    """Which part of what is cut along an axis a rank has: part `rank` of `size`."""
+
+    axis: str
+    size: int
+    rank: int
 
 
-def cut_dimension(name: str) -> int | None:
-    """The dimension that is cut, None where the parameter is whole on every rank."""
-    return _DIMENSION[cut(name)]
+def cut(name: str, rules: Rules = PLAN) -> Cut:
+    """Return how the parameter of this single-device name is cut."""
+    return next(kind for pattern, kind in rules if fnmatchcase(name, pattern))
+
+
+def cut_dimension(name: str, axis: str = "tp", rules: Rules = PLAN) -> int | None:
+    """Return the dimension that is cut along an axis of ranks, None where the parameter is whole along it."""
+    return dict(cut(name, rules).dimensions).get(axis)
 
 
 def is_summed(name: str) -> bool:
-    """Whether a parameter is whole on each tensor rank but meets only that rank's slice of the sequence (or its heads), so
-    that its gradient is the sum of theirs. Biases of row-cut layers are added where the whole sequence is at hand."""
+    """Return whether a parameter is whole on each tensor rank but its gradient is the sum over the tensor ranks.
+
+    It is where the parameter is applied to each rank's slice of the sequence, or its heads, alone. Biases of row-cut
+    layers are added to the whole sequence.
+    """
     layer, _, kind = name.rpartition(".")
     return cut_dimension(name) is None and not (kind == "bias" and cut(f"{layer}.weight") == ROW)
 
 
+def shares(sizes: Mapping[str, int], place: Mapping[str, int], rules: Rules = PLAN) -> tuple[Share, ...]:
+    """Return a rank's share along each axis that the plan cuts over, from the sizes of the axes and its coordinate."""
+    return tuple(Share(axis, sizes[axis], place[axis]) for axis in _axes(rules))
+
+
+@lru_cache
+def _axes(rules: Rules) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(axis for _, kind in rules for axis, _ in kind.dimensions))
+
+
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of chunk `index` when `size` is cut as `torch.chunk` cuts it: the last ones are shorter, or empty."""
+    """Return start and length of chunk `index` of `size`, cut as by `torch.chunk`: the last are shorter, or empty."""
     length = -(-size // parts)
     start = min(index * length, size)
     return start, min(start + length, size) - start
 
 
-def block(name: str, shape: tuple[int, ...], tp: int, tp_rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Origin and shape of the block of a parameter (of global `shape`) that one rank of a tensor group works with."""
-    dimension = cut_dimension(name)
+def block(
+    name: str, shape: tuple[int, ...], shares: Iterable[Share], rules: Rules = PLAN
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return origin and shape of the block of a parameter (of global `shape`) that a rank with these shares works with."""
     origin, sizes = [0] * len(shape), list(shape)
-    if dimension is not None and tp > 1:
-        origin[dimension], sizes[dimension] = chunk(shape[dimension], tp, tp_rank)
+    by_axis = {share.axis: share for share in shares}
+    for axis, dimension in cut(name, rules).dimensions:
+        share = by_axis[axis]
+        start, sizes[dimension] = chunk(sizes[dimension], share.size, share.rank)
+        origin[dimension] += start
     return tuple(origin), tuple(sizes)

@@ -6,60 +6,54 @@ generated from the table, and the engines rely on it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError
 from megatrain.parallel import rule_checks
 from megatrain.parallel.stages import ZERO_BUBBLE
 
-
-class Above(NamedTuple):
-    """A condition: the value is larger."""
-
-    limit: float
+Condition = Callable[[Any], bool]
 
 
-class Not(NamedTuple):
-    """A condition: the value is another one."""
+def above(limit: float) -> Condition:
+    """Return the condition that a value is larger than `limit`."""
+    return partial(operator.lt, limit)
 
-    value: object
+
+def other_than(value: object) -> Condition:
+    """Return the condition that a value is not this one."""
+    return partial(operator.ne, value)
 
 
-class OneOf(NamedTuple):
-    """A condition: the value is among these."""
-
-    values: tuple[object, ...]
+def one_of(values: tuple[object, ...]) -> Condition:
+    """Return the condition that a value is among these."""
+    return values.__contains__
 
 
 class Combination:
-    """A check that refuses a job where each key of `when` meets its condition; a plain value must be equal.
+    """A check that refuses a job where each key of `when` has the value given there, or meets the condition.
 
     `message` is a format string over the config, as in `{parallel.tp}`.
     """
 
     def __init__(self, when: Mapping[str, object], message: str) -> None:
-        self.conditions = [(attrgetter(key), condition) for key, condition in when.items()]
+        self.conditions: list[tuple[Callable[[TrainConfig], Any], Condition]] = [
+            (operator.attrgetter(key), wanted if callable(wanted) else partial(operator.eq, wanted))
+            for key, wanted in when.items()
+        ]
         self.message = message
 
     def __call__(self, config: TrainConfig, _: int) -> str | None:
         """Return the message where the combination applies, None elsewhere."""
-        if all(_meets(value(config), condition) for value, condition in self.conditions):
-            return self.message.format_map(vars(config))
-        return None
-
-
-def _meets(value: Any, condition: object) -> bool:
-    if isinstance(condition, Above):
-        return bool(value > condition.limit)
-    if isinstance(condition, Not):
-        return bool(value != condition.value)
-    if isinstance(condition, OneOf):
-        return value in condition.values
-    return bool(value == condition)
+        for value_of, condition in self.conditions:
+            if not condition(value_of(config)):
+                return None
+        return self.message.format_map(vars(config))
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Refusal:
     check: Callable[[TrainConfig, int], str | None]
 
 
-SPLIT_BACKWARD: dict[str, object] = {"parallel.pp": Above(1), "parallel.schedule": OneOf(ZERO_BUBBLE)}
+SPLIT_BACKWARD: dict[str, object] = {"parallel.pp": above(1), "parallel.schedule": one_of(ZERO_BUBBLE)}
 
 REFUSALS = (
     Refusal("world_does_not_factor", "a number of ranks not divisible by tp x cp x pp", rule_checks.world_size),
@@ -82,7 +76,7 @@ REFUSALS = (
         "deepspeed_pipeline",
         "a pipeline under engine=deepspeed: its PipelineModule refuses ZeRO 2 and 3",
         Combination(
-            {"engine.name": "deepspeed", "parallel.pp": Above(1)},
+            {"engine.name": "deepspeed", "parallel.pp": above(1)},
             "parallel.pp={parallel.pp} needs engine=native",
         ),
     ),
@@ -98,7 +92,7 @@ REFUSALS = (
         "ring_dropout",
         "ring attention with dropout: its blocks would draw masks that no single process draws",
         Combination(
-            {"parallel.cp": Above(1), "parallel.cp_kind": "ring", "model.dropout": Above(0)},
+            {"parallel.cp": above(1), "parallel.cp_kind": "ring", "model.dropout": above(0)},
             "parallel.cp_kind=ring does not support dropout inside attention (model.dropout={model.dropout:g}); use "
             "parallel.cp_kind=ulysses or model.dropout=0",
         ),
@@ -120,7 +114,7 @@ REFUSALS = (
         "zero_bubble_recompute",
         "zero-bubble schedules with recompute: each half of the backward pass would recompute again",
         Combination(
-            {**SPLIT_BACKWARD, "train.recompute": Not("none")},
+            {**SPLIT_BACKWARD, "train.recompute": other_than("none")},
             "parallel.schedule={parallel.schedule} runs the backward pass in two halves, and "
             "train.recompute={train.recompute} would recompute in each; use train.recompute=none or "
             "parallel.schedule=interleaved_1f1b",
@@ -155,7 +149,7 @@ REFUSALS = (
         "fp8_tensor",
         "fp8 with tensor ranks: they would have to agree on the scale of a cut tensor",
         Combination(
-            {"precision.name": "fp8", "parallel.tp": Above(1)},
+            {"precision.name": "fp8", "parallel.tp": above(1)},
             "precision=fp8 with parallel.tp={parallel.tp}: use parallel.tp=1 (with parallel.zero=3 where memory is "
             "short), or precision=bf16",
         ),
@@ -202,7 +196,7 @@ REFUSALS = (
             {
                 "engine.name": "deepspeed",
                 "parallel.zero": 0,
-                "precision.name": Not("fp32"),
+                "precision.name": other_than("fp32"),
                 "precision.accumulate_dtype": "fp32",
             },
             "DeepSpeed cannot accumulate {precision.name} gradients in fp32 at parallel.zero=0; use parallel.zero=1 "
@@ -225,8 +219,8 @@ REFUSALS = (
             {
                 "engine.name": "deepspeed",
                 "parallel.zero": 0,
-                "parallel.tp": Above(1),
-                "precision.name": Not("fp32"),
+                "parallel.tp": above(1),
+                "precision.name": other_than("fp32"),
             },
             "DeepSpeed's unsharded {precision.name} optimizer clips by the first tensor rank's gradients alone; use "
             "parallel.zero=1 or parallel.tp=1",
@@ -238,9 +232,9 @@ REFUSALS = (
         Combination(
             {
                 "engine.name": "deepspeed",
-                "parallel.tp": Above(1),
+                "parallel.tp": above(1),
                 "compile": True,
-                "model.dropout": Above(0),
+                "model.dropout": above(0),
             },
             "compile=true with model.dropout={model.dropout:g} and parallel.tp={parallel.tp} under engine=deepspeed: "
             "use compile=false, model.dropout=0 or engine=native",

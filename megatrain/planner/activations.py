@@ -15,10 +15,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig
+from megatrain.model.formats import FORMAT_BYTES
 from megatrain.parallel import plan
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Bytes of a number by its format."""
 
 
 class Activations(NamedTuple):
@@ -53,7 +51,7 @@ def count(
     model: ModelConfig, split: Split, precision: str, recompute: str, micro_batch_size: int, seq_len: int
 ) -> Activations:
     """The activations of a job on one rank; tensor ranks with a smaller vocabulary block hold a little less."""
-    w, width = BYTES[precision], model.hidden_size
+    w, width = FORMAT_BYTES[precision], model.hidden_size
     tokens = micro_batch_size * seq_len // split.cp
     # Between layers the native engine cuts the sequence over tensor ranks; DeepSpeed's AutoTP keeps it whole.
     between = tokens // split.tp if split.engine == "native" else tokens

@@ -15,13 +15,11 @@ from math import prod
 
 from megatrain.config import TrainConfig
 from megatrain.model.count import parameter_shapes
+from megatrain.model.formats import DTYPE_BYTES, DTYPE_NAMES
 from megatrain.parallel import plan
 from megatrain.parallel.layout import Layout, num_micro_batches
 from megatrain.parallel.stages import stage_layers
 from megatrain.planner.timeline import orders
-
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8}
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, SEND, RECEIVE = "all-to-all", "send", "receive"
@@ -79,6 +77,7 @@ class _Step:
         self.config, self.model, self.rank = config, config.model, rank
         self.layout = Layout.of(config, world_size)
         self.place = self.layout.coordinate(rank)
+        self.shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         self.shapes = parameter_shapes(config.model)
         self.rows = config.train.micro_batch_size
         self.num_micro_batches = num_micro_batches(config.train.global_batch_size, self.rows, self.layout.dp)
@@ -103,7 +102,7 @@ class _Step:
 
     def traffic(self, reason: str, collective: str, axis: str, dtype: str, calls: int, elements: int) -> Traffic:
         """`elements` are those of all calls together."""
-        return Traffic(reason, collective, axis, self.members(axis), dtype, calls, elements * SIZES[dtype])
+        return Traffic(reason, collective, axis, self.members(axis), dtype, calls, elements * DTYPE_BYTES[dtype])
 
     # ------------------------------------------------------------------------------------------- attention
 
@@ -271,13 +270,13 @@ class _Step:
         """Elements of this tensor rank's blocks of the parameters, each padded so that its rows divide by `shards`."""
         total = 0
         for name in (name for unit in units for name in unit):
-            _, sizes = plan.block(name, self.shapes[name], self.layout.tp, self.place.tp)
+            _, sizes = plan.block(name, self.shapes[name], self.shares)
             total += -(-sizes[0] // shards) * shards * prod(sizes[1:])
         return total
 
     def _held(self, name: str) -> int:
         """Elements of a parameter that this rank holds."""
-        _, sizes = plan.block(name, self.shapes[name], self.layout.tp, self.place.tp)
+        _, sizes = plan.block(name, self.shapes[name], self.shares)
         index = self.layout.dp_cp_rank(self.rank) % self.layout.num_shards
         return plan.chunk(sizes[0], self.layout.num_shards, index)[1] * prod(sizes[1:])
 
@@ -291,7 +290,7 @@ class _Step:
         yield self.traffic("loss", ALL_REDUCE, "world", "float32", 1, 1)
         yield from self._autotp()
         ranks = layout.dp_cp_size
-        blocks = {name: plan.block(name, self.shapes[name], layout.tp, self.place.tp)[1] for name in self.shapes}
+        blocks = {name: plan.block(name, self.shapes[name], self.shares)[1] for name in self.shapes}
         numels = {name: prod(sizes) for name, sizes in blocks.items()}
         total = sum(numels.values())
         if layout.zero == 0:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatrain.model.count import parameter_shapes
+from megatrain.model.formats import FORMAT_BYTES
 from megatrain.parallel import plan
 from megatrain.parallel.layout import Coordinate, Layout, head_in_chunks
 from megatrain.parallel.stages import LOOPED, V_SHAPED, stage_layers
 from megatrain.planner import activations, timeline
-from megatrain.planner.activations import BYTES
 
 
 class Memory(NamedTuple):
@@ -67,10 +67,9 @@ class _Stage(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """Which part of each parameter a rank has: first by tensor rank, then by shard."""
+    """Which part of each parameter a rank holds: its block by the plan, and its shard of that block."""
 
-    tp: int
-    tp_rank: int
+    blocks: tuple[plan.Share, ...]
     shards: int
     shard_rank: int
 
@@ -147,9 +146,10 @@ class MemoryModel:
         """What the rank at a place holds, `number` being a step's micro-batches and `ranks` the pipeline's stages."""
         stages = ranks[place.pp]
         formats = config.precision
+        blocks = plan.shares(layout.grid.sizes, place._asdict())
         if layout.engine == "native":
             shards = layout.num_shards
-            cut = _Cut(layout.tp, place.tp, shards, (place.dp * layout.cp + place.cp) % shards)
+            cut = _Cut(blocks, shards, (place.dp * layout.cp + place.cp) % shards)
             sharded = layout.dp_cp_size > 1
             # A pipeline of torch's reduces at the step's end and never lets go of parameters after a backward pass: stages
             # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
@@ -158,7 +158,7 @@ class MemoryModel:
             dtypes = (formats.name, formats.reduce_dtype, config.optim.moments)
             states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
         else:
-            cut = _Cut(layout.tp, place.tp, layout.dp_cp_size, place.dp * layout.cp + place.cp)
+            cut = _Cut(blocks, layout.dp_cp_size, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
         on_gpu = config.launch.device != "cpu"  # auto: memory is asked about for GPUs
@@ -199,17 +199,17 @@ class MemoryModel:
         `stays`: whether what is gathered stays until the step's end; `unreduced`: whether micro-batches are summed before
         they are reduced.
         """
-        w = BYTES[compute_dtype]
+        w = FORMAT_BYTES[compute_dtype]
         units = [unit for stage in stages for unit in self._units(stage, cut)]
         held = _Counts()
         for unit, number, _ in units:
             held = held.plus(unit, number)
-        optimizer = 2 * BYTES[moments] * held.mine + 4 * held.tensors
+        optimizer = 2 * FORMAT_BYTES[moments] * held.mine + 4 * held.tensors
         unsharded = 4 * held.whole
-        if (w == 4 or sharded) and cut.tp > 1 and any(self._has_own_embedding(stage) for stage in stages):
+        if (w == 4 or sharded) and any(self._has_own_embedding(stage) for stage in stages):
             # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end
-            absent = self.model.vocab - plan.chunk(self.model.vocab, cut.tp, cut.tp_rank)[1]
-            unsharded += 4 * absent * self.model.hidden_size
+            rows = plan.block("embed.weight", self.shapes["embed.weight"], cut.blocks)[1][0]
+            unsharded += 4 * (self.model.vocab - rows) * self.model.hidden_size
         if not sharded:
             return _States(held.whole * (w + (4 if w < 4 else 0)), unsharded, optimizer, 0)
         shard, gathered = 4 * held.padded, w * cut.shards * held.padded
@@ -217,7 +217,7 @@ class MemoryModel:
         # A unit is gathered into one flat buffer, then copied out; its gradient waits in the compute format and is copied
         # into the buffer that is reduced. At stage 3 the next unit is gathered meanwhile.
         largest = cut.shards * max(unit.padded for unit, _, _ in units)
-        working = largest * (w + BYTES[reduce_dtype])
+        working = largest * (w + FORMAT_BYTES[reduce_dtype])
         if not stays:
             working += w * cut.shards * _two_at_once(units)
         return _States(shard + (gathered if stays else 0), gradients, optimizer, working)
@@ -239,7 +239,7 @@ class MemoryModel:
         """Parameters cut over a tensor group by the plan, then over shards along their first dimension."""
         found = _Counts()
         for name in ["embed.weight"] if part == "tied" else self.parts[part]:
-            _, sizes = plan.block(name, self.shapes[name], cut.tp, cut.tp_rank)
+            _, sizes = plan.block(name, self.shapes[name], cut.blocks)
             row = prod(sizes[1:])
             largest = plan.chunk(sizes[0], cut.shards, 0)[1]
             mine = plan.chunk(sizes[0], cut.shards, cut.shard_rank)[1]
@@ -262,8 +262,8 @@ class MemoryModel:
 
         What is offloaded is left out: only the device is counted.
         """
-        w, sums = BYTES[compute_dtype], BYTES[accumulate_dtype]
-        groups = self._groups(cut.tp, cut.tp_rank)
+        w, sums = FORMAT_BYTES[compute_dtype], FORMAT_BYTES[accumulate_dtype]
+        groups = self._groups(cut.blocks)
         whole = sum(map(sum, groups))
         if zero == 0:
             optimizer = 8 * whole + 4 * sum(map(len, groups))
@@ -271,7 +271,7 @@ class MemoryModel:
             each = 4 if w == 4 else w + 4
             return _States(each * whole, each * whole, optimizer, 0)
         if zero == 3:
-            states = self._deepspeed_stage_3(cut, w, sums, BYTES[reduce_dtype], groups)
+            states = self._deepspeed_stage_3(cut, w, sums, FORMAT_BYTES[reduce_dtype], groups)
             part = states.optimizer // 8
         else:
             states, part = self._deepspeed_stages_1_and_2(cut, zero, w, sums, compute_dtype, groups)
@@ -321,11 +321,11 @@ class MemoryModel:
             reduced * sizes.reduce_bucket + gathered[1],
         )
 
-    def _deepspeed_groups(self, tp: int, tp_rank: int) -> tuple[tuple[int, ...], ...]:
+    def _deepspeed_groups(self, blocks: tuple[plan.Share, ...]) -> tuple[tuple[int, ...], ...]:
         """Sizes of the parameters of each optimizer group (matrices decay, vectors do not) on a tensor rank, in order."""
         groups: dict[bool, list[int]] = {True: [], False: []}
         for name, shape in self.shapes.items():
-            groups[len(shape) >= 2].append(prod(plan.block(name, shape, tp, tp_rank)[1]))
+            groups[len(shape) >= 2].append(prod(plan.block(name, shape, blocks)[1]))
         return tuple(tuple(group) for group in groups.values() if group)
 
     # ------------------------------------------------------------------------------------------- activations

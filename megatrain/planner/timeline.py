@@ -192,12 +192,3 @@ def _ready(action: Action, last: int, ends: Mapping[Action, float]) -> float | N
     if stage == last:
         return ends.get(Action(stage, "F", m))
     return ends.get(Action(stage + 1, kind, m))
-
-
-def in_flight(order: Sequence[Action]) -> int:
-    """The most (stage, micro-batch) pairs whose activations a rank holds at once: from the forward to the backward's end."""
-    held = most = 0
-    for action in order:
-        held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        most = max(most, held)
-    return most

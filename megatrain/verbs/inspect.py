@@ -25,6 +25,7 @@ from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.interop.load_model import checkpoints_folder, kind_of
+from megatrain.model.formats import DTYPE_BYTES
 from megatrain.tracking.console import short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
@@ -47,8 +48,6 @@ HIGHLIGHTS = (
     "seed",
 )
 """Config keys worth seeing at a glance."""
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def inspect(config: InspectConfig) -> None:
@@ -156,7 +155,13 @@ def tensor_rows(manifest: Manifest) -> list[list[str]]:
         counts[kind, tensor.dtype] += 1
         elements[kind, tensor.dtype] += math.prod(tensor.shape)
     return [
-        [kind, dtype, f"{count:,}", f"{elements[kind, dtype]:,}", f"{elements[kind, dtype] * _BYTES.get(dtype, 0):,}"]
+        [
+            kind,
+            dtype,
+            f"{count:,}",
+            f"{elements[kind, dtype]:,}",
+            f"{elements[kind, dtype] * DTYPE_BYTES.get(dtype, 0):,}",
+        ]
         for (kind, dtype), count in counts.items()
     ]
 

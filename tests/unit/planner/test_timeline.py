@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatrain.planner.timeline import Action, in_flight, orders, simulate, theoretical_bubble
+from megatrain.planner.timeline import Action, orders, simulate, theoretical_bubble
 from megatrain.report.run_page import collect, report
 from megatrain.report.timeline_drawing import draw
 
@@ -71,11 +71,6 @@ def test_a_heavy_stage_makes_the_others_wait():
     timeline = simulate(orders("gpipe", 2, 1, 2), {"F": 1, "B": 2}, work=[1, 2])
     assert timeline.length == 15
     assert timeline.bubble == pytest.approx((2 * 15 - 18) / 18)
-
-
-def test_activations_held_at_once():
-    assert [in_flight(order) for order in orders("gpipe", 4, 1, 8)] == [8, 8, 8, 8]
-    assert [in_flight(order) for order in orders("1f1b", 4, 1, 8)] == [4, 3, 2, 1]
 
 
 def run_with(folder, parallel, steps=16, world=4, layers=8):
