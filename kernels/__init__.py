@@ -4,11 +4,12 @@ Which of them a model computes with is choice.py's. Imports no torch here: the m
 """
 
 CHUNK_BYTES = 256 * 2**20
-"""Logits that exist at once where head and loss are computed in chunks (linear_cross_entropy.py), in bytes: a thousand rows of
-a vocabulary of 50,257 in fp32, with which the matrix products run at full speed on two CPU cores."""
+"""Logits that exist at once where head and loss are computed in chunks (linear_cross_entropy.py), in bytes: a thousand
+rows of a vocabulary of 50,257 in fp32, with which the matrix products run at full speed on two CPU cores."""
 
 CUDA_CHUNK_BYTES = 512 * 2**20
-"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once (docs/measurements/kernels.md)."""
+"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once
+(docs/measurements/kernels.md)."""
 
 IGNORE_INDEX = -100
 """Label that the loss leaves out: torch's own default."""

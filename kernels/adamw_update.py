@@ -4,8 +4,9 @@ Only the arithmetic: which parameters decay, the schedule, and where states live
 
 Moments may be kept in bf16, which halves their memory. Rounded to nearest, an average that changes by less than half a
 unit in its last place stays where it is (with beta2 = 0.999 most do); with stochastic rounding it moves by the right
-amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step, tensor, element),
-so a run that resumes rounds as one that was never stopped, and ranks that hold copies or pieces round as one would.
+amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step, tensor,
+element), so a run that resumes rounds as one that was never stopped, and ranks that hold copies or pieces round as one
+would.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def adamw_step_(
     `p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)`.
 
     The lists are equally long; `params` are fp32, `grads` of any floating dtype, the moments fp32, or bf16 (computed in
-    fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0, and gradients
-    are divided by `grad_scale`, another one (reading them here waits for the device). `stochastic_rounding_seed` rounds
-    bf16 moments stochastically, else to nearest; where `step` is a scalar on the device, which the host does not know,
-    that seed must be another one for each step. `places` are, for each tensor, a number that stands for it (its place in the
-    list unless given) and that of its first element (0). In fp32 the result is torch.optim.AdamW's, bit for bit.
+    fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0, and
+    gradients are divided by `grad_scale`, another one (reading them here waits for the device).
+    `stochastic_rounding_seed` rounds bf16 moments stochastically, else to nearest; where `step` is a scalar on the
+    device, which the host does not know, that seed must be another one for each step. `places` are, for each tensor, a
+    number that stands for it (its place in the list unless given) and that of its first element (0). In fp32 the result
+    is torch.optim.AdamW's, bit for bit.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -258,7 +260,8 @@ def _update(
     MIX2: tl.constexpr,
     GOLDEN: tl.constexpr,
 ) -> None:
-    """The elements at the addresses where `inside`, or without it all of them; `index` are their numbers in the whole tensor."""
+    """The elements at the addresses where `inside`, or without it all of them; `index` are their numbers in the whole
+    tensor."""
     p = tl.load(p_at, mask=inside)
     g = tl.load(g_at, mask=inside).to(tl.float32) * gain
     m = tl.load(m_at, mask=inside).to(tl.float32)

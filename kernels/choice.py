@@ -1,4 +1,4 @@
-"""Which form of each operation a model computes with: the plain references, or fused ones by device, dtype and shape."""
+"""Choose the form of each operation of a model, plain or fused, by device, dtype and shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations of a model; each field's signature and meaning are those of the plain function it is set to here."""
+    """The operations of a model. Each field has the signature and meaning of the plain function that is its default."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -79,17 +79,20 @@ def choose(
 ) -> Kernels:
     """The operations for a model of hidden size `width` that computes in `dtype` on `device`, logged in a line.
 
-    `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain ones
-    where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses pointwise
-    operations itself and with their neighbours; and always the head and its loss in chunks, which need no Triton. On a CPU
-    whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), linear layers by it (the head in chunks asks by itself).
+    `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain
+    ones where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses
+    pointwise operations itself and with their neighbours; and always the head and its loss in chunks, which need no
+    Triton. On a CPU whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), linear layers by it (the head in
+    chunks asks by itself).
 
-    Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the gradients of
-    an operation's two results when it takes the backward pass apart. There linear layers stay torch's own too, whose input's
-    and weight's gradients come one by one; and where tensor parallelism `cuts_tensors`, since DTensor knows them.
+    Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the
+    gradients of an operation's two results when it takes the backward pass apart. There linear layers stay torch's own
+    too, whose input's and weight's gradients come one by one; and where tensor parallelism `cuts_tensors`, since
+    DTensor knows them.
 
     Raises:
-        KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not taken.
+        KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not
+        taken.
     """
     if mode == "reference":
         _LOG.info("kernels=reference: the plain operations")

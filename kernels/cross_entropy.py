@@ -1,7 +1,7 @@
 """Cross-entropy of next-token prediction. It sums and never averages: the step divides, over all ranks.
 
-Two forms: the summed loss, differentiated by autograd; and the losses with their gradient written over the logits, plain and
-fused. Where the vocabulary is cut over ranks, see vocabulary_cross_entropy.py, which builds on this file.
+Two forms: the summed loss, differentiated by autograd; and the losses with their gradient written over the logits,
+plain and fused. Where the vocabulary is cut over ranks, see vocabulary_cross_entropy.py, which builds on this file.
 
 Shapes: N tokens, V vocabulary; `logits` `[N, V]`, `labels` `[N]`, `weights` `[N]`.
 
@@ -21,9 +21,9 @@ The derivative of `lse` by `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So t
 
 The order in `loss` matters: `m` and `s[y]` may be far larger than their difference, so they are subtracted first.
 
-**In one pass: online softmax** (Milakov and Gimelshein, 2018, arXiv:1805.02867). `m` first and `total` second would read the row
-twice. Instead keep, after `k` logits, the largest so far, `m_k`, and `t_k = sum over j <= k of exp(s[j] - m_k)`. The next logit
-`x` may raise the largest, and then `t_k` is rescaled:
+**In one pass: online softmax** (Milakov and Gimelshein, 2018, arXiv:1805.02867). `m` first and `total` second would
+read the row twice. Instead keep, after `k` logits, the largest so far, `m_k`, and `t_k =
+sum over j <= k of exp(s[j] - m_k)`. The next logit `x` may raise the largest, and then `t_k` is rescaled:
 
     m_{k+1} = max(m_k, x),
     t_{k+1} = t_k exp(m_k - m_{k+1}) + exp(x - m_{k+1}).
@@ -33,8 +33,8 @@ Two such pairs, of different parts of a row, merge in the same way:
 
     m = max(m_a, m_b),  t = t_a exp(m_a - m) + t_b exp(m_b - m).
 
-Each lane of a kernel keeps a pair of its own, and the lanes merge at the end of the row. Ranks with a part of the vocabulary
-each merge in this way too. A logit of -inf adds nothing, and NaN or +inf makes the loss NaN.
+Each lane of a kernel keeps a pair of its own, and the lanes merge at the end of the row. Ranks with a part of the
+vocabulary each merge in this way too. A logit of -inf adds nothing, and NaN or +inf makes the loss NaN.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = N
 
 @torch.no_grad()
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return each token's weighted loss, fp32 `[N]`, and OVERWRITE `logits` with the gradient of their sum, in their dtype.
+    """Return each token's weighted loss, fp32 `[N]`, and OVERWRITE `logits` with the gradient of their sum, in their
+    dtype.
 
     `logits` are `[N, V]`, `labels` integers `[N]`, `weights` float `[N]` or None for 1 each. A label of `IGNORE_INDEX`
     has loss and gradient 0. Computed in fp32, a few rows at a time, so that no second array of the logits' size exists;
@@ -145,9 +146,9 @@ def online_softmax_update(largest: tl.tensor, total: tl.tensor, scores: tl.tenso
 def row_statistics(row_start: tl.tensor, width: tl.tensor, COMPUTE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """Return a row's largest logit and its sum of exponentials relative to it, in one pass; NaN if a logit is NaN.
 
-    Each of BLOCK lanes keeps its own pair, and they merge after the loop: no reduction over threads inside it. All blocks
-    but the last are loaded without a mask. With one they would be loaded number by number wherever a row's length is not a
-    multiple of 16 bytes.
+    Each of BLOCK lanes keeps its own pair, and they merge after the loop: no reduction over threads inside it. All
+    blocks but the last are loaded without a mask. With one they would be loaded number by number wherever a row's
+    length is not a multiple of 16 bytes.
     """
     largest = tl.full([BLOCK], float("-inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)

@@ -137,7 +137,8 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """d_x of every num_programs-th group of ROWS rows, and those rows' share of d_weight and d_bias: one row of each."""
+    """d_x of every num_programs-th group of ROWS rows, and those rows' share of d_weight and d_bias: one row of
+    each."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + columns, mask=columns < width, other=0.0).to(COMPUTE)
@@ -259,7 +260,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # a gradient that is not there costs no pass over zeros
+    ctx.set_materialize_grads(False)  # a missing gradient costs no pass over zeros
     source = inputs[0] if len(inputs) == 4 else output[1]
     ctx.save_for_backward(source, inputs[-3], *output[-2:])
     ctx.has_bias = inputs[-2] is not None

@@ -1,7 +1,8 @@
 """Matrix products: torch's own, and on a CPU in fp32 oneDNN's where those are faster.
 
-torch multiplies fp32 matrices on x86 with MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, part of the
-same torch, uses AVX-512 wherever there is any: on an AMD EPYC it took half the time (docs/measurements/kernels.md).
+torch multiplies fp32 matrices on x86 with MKL, which uses no more than AVX2 on processors of other makers than Intel.
+oneDNN, part of the same torch, uses AVX-512 wherever the processor has it: on an AMD EPYC it took half the time
+(docs/measurements/kernels.md).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _SMALLEST = 2**22
 """Multiplications in a product below which calling oneDNN costs what it gains."""
 
 _BLOCK = 512
-"""Rows of a tall result that are computed at a time: what is copied of a transposed factor for them stays in the cache."""
+"""Rows of a tall result that are computed at a time: what is copied of a transposed factor for them stays in the
+cache."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,7 +62,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -> Tensor:
-    """`total += a b`, or `total = a b`, of matrices, computed in `total`'s dtype: `product` for many rows. Returns `total`."""
+    """`total += a b`, or `total = a b`, of matrices, computed in `total`'s dtype: `product` for many rows. Returns
+    `total`."""
     b = b.to(total.dtype)
     if not _is_onednn(a, b, total.dtype):
         return torch.addmm(total, a.to(total.dtype), b, beta=int(accumulate), out=total)

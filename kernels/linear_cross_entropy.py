@@ -1,4 +1,5 @@
-"""The head's projection and the cross-entropy behind it: the plain reference, and in chunks that never hold all logits."""
+"""The head's projection and the cross-entropy behind it: the plain reference, and in chunks that never hold all
+logits."""
 
 from __future__ import annotations
 
@@ -37,12 +38,12 @@ def chunked_linear_cross_entropy_sum(
 ) -> Tensor:
     """`linear_cross_entropy_sum` over chunks of rows, loss and gradients together; any device, any dtype.
 
-    A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward only
-    scales these two. Memory: `chunk_bytes` of logits (by the device unless given; one row at least) and the two gradients,
-    where the reference keeps `[N, V]` several times. The same three matrix products, by linear.py; on a GPU, with a
-    vocabulary like 50,257, over rows padded to a whole number of 128 bytes, for unaligned ones take several times as long.
-    In 16 bits `d_weight` is summed over chunks in fp32, and then rounded. The loss of a chunk is a few passes over rows that
-    stay in the cache, or where `fused` one Triton kernel.
+    A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward
+    only scales these two. Memory: `chunk_bytes` of logits (by the device unless given; one row at least) and the two
+    gradients, where the reference keeps `[N, V]` several times. The same three matrix products, by linear.py; on a GPU,
+    with a vocabulary like 50,257, over rows padded to a whole number of 128 bytes, for unaligned ones take several
+    times as long. In 16 bits `d_weight` is summed over chunks in fp32, and then rounded. The loss of a chunk is a few
+    passes over rows that stay in the cache, or where `fused` one Triton kernel.
 
     No second derivative, and one backward: it scales the gradient of `weight` where forward left it.
     """
@@ -109,8 +110,8 @@ def _accumulated(tensor: Tensor) -> torch.dtype:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a b`, in place where there is a total, in what gradients are summed in: rounded to 16 bits for each chunk,
-    their sum would lose half a bit."""
+    """`total + a b`, in place where there is a total, in what gradients are summed in: rounded to 16 bits for each
+    chunk, their sum would lose half a bit."""
     if a.is_cuda and a.dtype != _accumulated(a):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)

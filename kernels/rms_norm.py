@@ -141,7 +141,7 @@ def _backward(
         if ADD:
             d += tl.load(g_total + rows * g_total_stride + columns, mask=inside, other=0.0).to(COMPUTE)
         tl.store(d_x + rows * width + columns, rounded(d, d_x.dtype.element_ty), mask=inside)
-        share += gradient * rounded(n, x.dtype.element_ty).to(COMPUTE)  # the rounded n is what the weight multiplied
+        share += gradient * rounded(n, x.dtype.element_ty).to(COMPUTE)  # the weight multiplied the rounded n
     tl.store(d_weight + program * width + columns, tl.sum(share, axis=0)[None, :], mask=columns < width)
 
 
@@ -241,7 +241,7 @@ def _(g: Tensor, g_total: Tensor | None, x: Tensor, weight: Tensor, scale: Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # a gradient that is not there costs no pass over zeros
+    ctx.set_materialize_grads(False)  # a missing gradient costs no pass over zeros
     source = inputs[0] if len(inputs) == 3 else output[1]
     ctx.save_for_backward(source, inputs[-2], output[-1])
 

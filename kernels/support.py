@@ -1,8 +1,8 @@
-"""What the fused kernels share: Triton where it can be imported, what it cannot take, and a few sizes. No mathematics.
+"""What the fused kernels share: Triton if it is installed, what it does not support, and a few sizes. No mathematics.
 
-The one place that knows whether Triton is there: the other files take `triton` and `tl` from here, so that all of them
-import without it, and a fused operation that is called then says so. Triton decides when a kernel is defined, that is
-when these files are imported, whether its interpreter runs it (TRITON_INTERPRET=1) or a GPU does.
+The other files import `triton` and `tl` from here. Without Triton they still import, and calling a fused operation
+raises `KernelError`. Whether the interpreter (TRITON_INTERPRET=1) or a GPU runs a kernel is decided when these files
+are imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KernelError(RuntimeError):
 
 
 class _Absent:
-    """Stands for `triton` where it cannot be imported: kernels are defined as ever, and launching one is an error."""
+    """A stand-in for `triton` where it cannot be imported: kernels can be defined, and launching one raises."""
 
     def jit(self, function: Any) -> Any:
         return function
@@ -48,7 +48,8 @@ except (ImportError, AttributeError):  # missing, or older than its settings
 
 @triton.jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """`x` in `dtype`, to nearest even. Inside kernels, in place of `x.to(DTYPE)`: Triton's interpreter cuts bf16 off."""
+    """`x` in `dtype`, to nearest even. Inside kernels, in place of `x.to(DTYPE)`: Triton's interpreter cuts bf16
+    off."""
     if _IN_INTERPRETER and dtype == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
@@ -58,10 +59,10 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
-    """Why Triton cannot take these tensors, in words; None where it can.
+    """Return the reason why Triton cannot take these tensors, or None if it can.
 
-    `row` is the width of a row that must fit into one block (the norms'), if there is one. Looks at no values, so it is
-    cheap, and may be asked on each call.
+    `row` is the width of a row that must fit into one block, for the norms. Reads no values, so it is cheap enough for
+    every call.
     """
     if not HAVE_TRITON:
         return _MISSING
@@ -81,14 +82,14 @@ def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
 
 
 def require(*tensors: Tensor | None, row: int | None = None) -> None:
-    """Raises `KernelError` with `unsupported`'s reason, if there is one."""
+    """Raise `KernelError` if `unsupported` gives a reason."""
     reason = unsupported(*tensors, row=row)
     if reason is not None:
         raise KernelError(reason)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Runs `kernel` over `grid` on the first tensor's device; an empty grid is nothing to do."""
+    """Run `kernel` over `grid` on the first tensor's device; do nothing for an empty grid."""
     if 0 in grid:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
@@ -142,6 +143,7 @@ def num_programs(tensor: Tensor) -> int:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` `[..., D]` as `[N, D]` with neighbours in a row adjacent in memory; copies only where strides leave no choice."""
+    """`x` `[..., D]` as `[N, D]` with neighbours in a row adjacent in memory; copies only where strides leave no
+    choice."""
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()

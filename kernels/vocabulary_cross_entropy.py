@@ -1,10 +1,10 @@
 """Cross-entropy where the vocabulary is cut over ranks: each rank's statistics, and its part of the gradient.
 
-No communication here: megatrain/parallel/vocabulary.py merges the ranks' statistics (Shoeybi et al., 2019, arXiv:1909.08053,
-section 3). The mathematics is cross_entropy.py's; a rank is one part of each row.
+No communication here: megatrain/parallel/vocabulary.py merges the ranks' statistics (Shoeybi et al., 2019,
+arXiv:1909.08053, section 3). The mathematics is cross_entropy.py's; a rank is one part of each row.
 
-Shapes: N tokens, V columns of the vocabulary on this rank, the first of which is number `first`. `lse` is the logarithm of
-the sum of exponentials over the whole vocabulary.
+Shapes: N tokens, V columns of the vocabulary on this rank, the first of which is number `first`. `lse` is the logarithm
+of the sum of exponentials over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def vocabulary_gradient_(
 ) -> None:
     """OVERWRITE this rank's `logits` `[N, V]` with the gradient of the sum of weighted losses, in their dtype.
 
-    `logsumexp` (fp32 `[N]`) is `lse`; `labels` and `first` as in `vocabulary_statistics`; `weights` float `[N]` or None for
-    1 each. Where the gradient of the sum is not 1, multiply it into the weights.
+    `logsumexp` (fp32 `[N]`) is `lse`; `labels` and `first` as in `vocabulary_statistics`; `weights` float `[N]` or None
+    for 1 each. Where the gradient of the sum is not 1, multiply it into the weights.
     """
     if logits.shape[-1] == 0:
         return

@@ -266,7 +266,8 @@ LLAMA_NAMES = {
 
 
 def to_theirs(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our weights by their names and in their shapes. Raises `CheckpointError` where the weights are not the config's."""
+    """Our weights by their names and in their shapes. Raises `CheckpointError` where the weights are not the
+    config's."""
     _check_tensors({name: tuple(w.shape) for name, w in weights.items()}, parameter_shapes(config), "weights")
     tensors = {}
     for place in layout(config):
@@ -276,7 +277,8 @@ def to_theirs(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtyp
 
 
 def from_theirs(config: ModelConfig, tensors: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
-    """The inverse of `to_theirs`, in the dtypes they have. Raises `CheckpointError` for a missing, extra or misshapen one."""
+    """The inverse of `to_theirs`, in the dtypes they have. Raises `CheckpointError` for a missing, extra or misshapen
+    one."""
     shapes = parameter_shapes(config)
     expected: dict[str, tuple[int, ...]] = {}
     for place in layout(config):
@@ -316,10 +318,10 @@ def export_model(
 ) -> None:
     """Writes the folder `out` for transformers' `from_pretrained`; it appears whole or not at all.
 
-    `weights` go by single-device names, a tied one once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a saved
-    tokenizer (its files come along, so that our own verbs read the folder too); generation stops at `end_of_document`.
-    Raises `ConfigError` for a config no class of theirs expresses or an `out` that exists, `CheckpointError` for weights
-    that do not fit the config.
+    `weights` go by single-device names, a tied one once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
+    saved tokenizer (its files come along, so that our own verbs read the folder too); generation stops at
+    `end_of_document`. Raises `ConfigError` for a config no class of theirs expresses or an `out` that exists,
+    `CheckpointError` for weights that do not fit the config.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already seen, so that generation computes each token once. Holds memory, no mathematics."""
+"""A cache of keys and values, so that generation computes each token once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the next `T` tokens' keys and values `[B, Hkv, T, K]`; returns all so far, `[B, Hkv, length, K]`."""
+        """Store the next `T` tokens' keys and values `[B, Hkv, T, K]`; return all so far, `[B, Hkv, length, K]`."""
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[2], f"{end} tokens do not fit a cache of {self.keys.shape[2]}"
         self.keys[:, :, self.length : end] = keys
@@ -37,5 +37,5 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored so far (by every block alike)."""
+        """Tokens stored so far, the same in every block."""
         return self.layers[0].length

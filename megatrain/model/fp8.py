@@ -1,8 +1,8 @@
 """`precision=fp8`: the linear layers inside blocks multiply in fp8, everything else computes in bf16.
 
-torchao's dynamic scaling (Micikevicius et al., 2022, arXiv:2209.05433): before each product both factors are scaled by the
-largest number of the whole tensor and rounded, to e4m3, gradients to e5m2; sums are fp32. Parameters, their gradients,
-masters and checkpoints are what they are in bf16. The head, embeddings, norms and attention stay in bf16.
+torchao's dynamic scaling (Micikevicius et al., 2022, arXiv:2209.05433): before each product both factors are scaled by
+the largest number of the whole tensor and rounded, to e4m3, gradients to e5m2; sums are fp32. Parameters, their
+gradients, masters and checkpoints are what they are in bf16. The head, embeddings, norms and attention stay in bf16.
 """
 
 from __future__ import annotations

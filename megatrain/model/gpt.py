@@ -1,7 +1,7 @@
 """The GPT, as mathematics on one device: the GPT-2 family and the Llama family from one config.
 
-What is not here: how values start (init.py), how the model is split over ranks, and anything that trains it. The
-mathematics of single operations is in megatrain.kernels. Parameters are created on the current default device and
+Initial values are in init.py, single operations in megatrain.kernels. Splitting over ranks, recompute and training are
+applied from outside. Parameters are created on the current default device and
 left unfilled, so that building costs nothing on the meta device or where an engine partitions them at construction.
 
 Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head size, V vocabulary.
@@ -45,14 +45,14 @@ class Linear(nn.Linear):
         return self.kernels.linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        """Nothing: init.py knows the values."""
+        """Do nothing: init.py fills the values."""
 
 
 class Embedding(nn.Embedding):
     """`nn.Embedding` that leaves its values unfilled."""
 
     def reset_parameters(self) -> None:
-        """Nothing: init.py knows the values."""
+        """Do nothing: init.py fills the values."""
 
 
 class Head(Linear):
@@ -101,7 +101,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig, kernels: Kernels) -> nn.Module:
-    """The norm of a block, over the width of the residual stream."""
+    """Return the norm of a block, over the width of the residual stream."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_eps, kernels)
     return LayerNorm(config.hidden_size, config.norm_eps, config.bias, kernels)
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         width, head_dim = config.hidden_size, config.head_dim
         self.kernels = kernels
         self.head_dim = head_dim
-        self.attend = attention  # what mixes tokens; context parallelism puts its own in its place
+        self.attend = attention  # context parallelism replaces it
         self.rope_theta = config.rope_theta if config.position == "rope" else None
         self.dropout = config.dropout
         self.q = Linear(width, config.num_heads * head_dim, config.bias, kernels)
@@ -184,8 +184,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
-    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py). `kernels` are the
-    operations it computes with. Set `loss` where the vocabulary is cut over ranks: it then takes what the head returns.
+    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py). `kernels` are
+    the operations it computes with. Set `loss` where the vocabulary is cut over ranks: it then takes what the head
+    returns.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
@@ -247,7 +248,7 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def embedded(self, tokens: Tensor, positions: Tensor, dropout_seed: int | None) -> Tensor:
-        """What the first block reads, `[B, T, D]`."""
+        """Return the input of the first block, `[B, T, D]`."""
         self._seed_dropout(dropout_seed, layer=-1)
         x = self.embed(tokens)
         if self.positions is not None:
@@ -262,7 +263,8 @@ class GPT(nn.Module):
         dropout_seed: int | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """`x` `[B, T, D]` after every block this model holds; a block's name is its layer's number in the whole model."""
+        """Return `x` `[B, T, D]` after every block of this model. A block's name is its layer's number in the whole
+        model."""
         for name, block in self.blocks.named_children():
             layer = int(name)
             self._seed_dropout(dropout_seed, layer)
@@ -270,7 +272,7 @@ class GPT(nn.Module):
         return x
 
     def tie(self) -> None:
-        """Makes the head share the embedding's weight again, where the config says so and something parted them."""
+        """Make the head share the embedding's weight again, if the config ties them."""
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -281,7 +283,7 @@ class GPT(nn.Module):
         return result
 
     def _mask(self, document_ids: Tensor | None, x: Tensor, past: int) -> Tensor | None:
-        """What attention to `x` `[B, T, D]` needs beyond plain causality; None where that is all."""
+        """Return the mask that attention to `x` `[B, T, D]` needs, or None where plain causality is enough."""
         if document_ids is not None:
             assert past == 0, "document_ids are for training; a cache holds one document"
             return document_mask(document_ids, x.dtype)
@@ -291,7 +293,7 @@ class GPT(nn.Module):
         return None
 
     def _seed_dropout(self, dropout_seed: int | None, layer: int) -> None:
-        """Makes the dropout masks drawn next a pure function of (dropout_seed, layer)."""
+        """Make the dropout masks drawn next a pure function of (dropout_seed, layer)."""
         if self.training and self.config.dropout > 0:
             if dropout_seed is None:
                 raise ValueError("training with dropout needs dropout_seed")

@@ -1,6 +1,6 @@
 """Initial values, as a pure function of (seed, parameter name, flat index): equal bits however a model is split.
 
-Nothing here knows who holds which piece: an engine asks for the range it owns.
+An engine asks for the range it owns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatrain.config import ModelConfig
 from megatrain.model.gpt import GPT
 
 BLOCK = 2**20
-"""Elements that share a random generator: the most that is drawn in vain to reach any range."""
+"""Elements that share a random generator. Reaching a range draws at most this many values that are then discarded."""
 
 
 def initial_values(
@@ -86,7 +86,7 @@ def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
 
     blocks = range(start // BLOCK, -(-stop // BLOCK))
     if (workers := min(len(blocks), torch.get_num_threads())) > 1:
-        with ThreadPoolExecutor(workers) as threads:  # drawing lets go of the GIL
+        with ThreadPoolExecutor(workers) as threads:  # drawing releases the GIL
             list(threads.map(fill, blocks))
     else:
         for block in blocks:

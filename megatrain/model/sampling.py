@@ -26,11 +26,11 @@ def generate(
     seed: int = 0,
     stop_id: int | None = None,
 ) -> Iterator[int]:
-    """The ids that continue `prompt_ids`, as they are drawn: at most `max_new_tokens`, ending before `stop_id`.
+    """Yield the ids that continue `prompt_ids`: at most `max_new_tokens`, ending before `stop_id`.
 
-    `temperature=0` is greedy. Otherwise logits are divided by it, cut to the `top_k` likeliest (0 keeps all), then to the
-    likeliest that hold `top_p` of the probability together (Holtzman et al., 2019, arXiv:1904.09751), and drawn from by a
-    generator seeded with `seed`, on the CPU wherever the model is. The model is put into eval mode.
+    `temperature=0` is greedy. Otherwise logits are divided by it, cut to the `top_k` likeliest (0 keeps all), then to
+    the likeliest that hold `top_p` of the probability together (Holtzman et al., 2019, arXiv:1904.09751), and drawn
+    from by a generator seeded with `seed`, on the CPU wherever the model is. The model is put into eval mode.
 
     Raises `ConfigError` at once for an empty prompt, an id outside the vocabulary, or more tokens than a model with
     learned positions has positions. A model with rotary positions goes on past `max_seq_len`, with a logged warning.
@@ -42,7 +42,7 @@ def generate(
 
 
 def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> None:
-    """Raises `ConfigError` where the model cannot take the prompt, or not so many tokens after it."""
+    """Raise `ConfigError` where the model cannot take the prompt, or that many tokens after it."""
     config = model.config
     if not prompt_ids:
         raise ConfigError("prompt: no tokens to continue; give some text, or the end-of-document token to start afresh")

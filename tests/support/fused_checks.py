@@ -1,7 +1,7 @@
 """How every fused operation is tested: against float64, against PyTorch's own error, as an operator, and twice.
 
-Without a GPU Triton's interpreter runs the kernels, a NumPy call for each of their operations: few rows, then. With one,
-the same tests run them compiled.
+Without a GPU Triton's interpreter runs the kernels, a NumPy call for each of their operations: few rows, then. With
+one, the same tests run them compiled.
 """
 
 from __future__ import annotations

@@ -5,16 +5,16 @@
     python tools/bench/compare.py --model gpt2_124m --precision bf16 --compile --device cuda --json out.json
 
 Peers: `bare-eager` and `bare-compiled`, the least PyTorch that trains megatrain's own model class; `huggingface`, the
-Trainer of transformers over its model of the same shape; `litgpt`, its own pretraining loop over its model of the same shape.
-Each turn is a process of its own, on random tokens in a temporary folder. A turn's figure is the median time of its steps
-without the warm-up; the verdict is the median, over the rounds, of the ratios of megatrain's turn to the peer's in the same
-round, with an interval that holds the true median with 95% probability.
+Trainer of transformers over its model of the same shape; `litgpt`, its own pretraining loop over its model of the same
+shape. Each turn is a process of its own, on random tokens in a temporary folder. A turn's figure is the median time of
+its steps without the warm-up; the verdict is the median, over the rounds, of the ratios of megatrain's turn to the
+peer's in the same round, with an interval that holds the true median with 95% probability.
 
-What is equal: shape, batch, micro-batches, tokens, AdamW's settings, clipping, the loss read each step, threads, precision
-(fp32; bf16 on fp32 parameters: autocast for the peers). What is not: `megatrain train` also has its journal, tracking and
-checks on; where `--compile` is given, megatrain compiles block by block, the others as a whole; and its launcher has
-glibc keep freed memory, which a plain `python train.py` has not. A word at the end is an
-override of the train command (`train.recompute=full`).
+What is equal: shape, batch, micro-batches, tokens, AdamW's settings, clipping, the loss read each step, threads,
+precision (fp32; bf16 on fp32 parameters: autocast for the peers). What is not: `megatrain train` also has its journal,
+tracking and checks on; where `--compile` is given, megatrain compiles block by block, the others as a whole; and its
+launcher has glibc keep freed memory, which a plain `python train.py` has not. A word at the end is an override of the
+train command (`train.recompute=full`).
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def same_build(peer: str, own: dict[str, Any]) -> dict[str, str]:
 
 
 def ratios(turns: list[Turn], peer: str) -> dict[str, Any]:
-    """megatrain's tokens/s over a peer's, for the median step and for the whole time between steps: each round's ratio and
-    their median with its interval."""
+    """megatrain's tokens/s over a peer's, for the median step and for the whole time between steps: each round's ratio
+    and their median with its interval."""
     ours = {turn.round: turn for turn in turns if turn.contender == "megatrain"}
     theirs = [turn for turn in turns if turn.contender == peer]
     found = {}

@@ -1,7 +1,8 @@
 """Everything that one GPU can tell, in under ten minutes, and a table against the goals: see gpu_suite.sh.
 
-Each row is measured by itself: what fails, does not fit, is not built yet or has no time left is a line "not measured: why".
-What a row runs stands in `rows`; `--small` runs the rows at toy sizes on the CPU, where the GPU's goals mean nothing.
+Each row is measured by itself: what fails, does not fit, is not built yet or has no time left is a line "not measured:
+why". What a row runs stands in `rows`; `--small` runs the rows at toy sizes on the CPU, where the GPU's goals mean
+nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The median of a few measurements and an interval for it that assumes nothing about their distribution. Imports no torch."""
+"""The median of a few measurements and an interval for it that assumes nothing about their distribution. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ class Median:
 def median_interval(values: Sequence[float], level: float = 0.95) -> Median:
     """The median of independent measurements with its interval by order statistics.
 
-    Each value lies below the true median with probability 1/2, so that the k-th smallest and the k-th largest of n hold it
-    between them with probability `1 - 2 P(Binomial(n, 1/2) < k)` (David and Nagaraja, Order Statistics, 2003, 7.1). The
-    narrowest such pair that reaches `level` is taken. Fewer than six values reach 95% with none: then it is the smallest
-    and the largest, and `coverage` says how little that is.
+    Each value lies below the true median with probability 1/2, so that the k-th smallest and the k-th largest of n hold
+    it between them with probability `1 - 2 P(Binomial(n, 1/2) < k)` (David and Nagaraja, Order Statistics, 2003, 7.1).
+    The narrowest such pair that reaches `level` is taken. Fewer than six values reach 95% with none: then it is the
+    smallest and the largest, and `coverage` says how little that is.
 
     Raises:
         ValueError: no values.

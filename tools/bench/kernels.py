@@ -1,13 +1,17 @@
-"""The fused kernels beside the plain operations, torch.compile's and Liger-Kernel's: errors, time, share of the copy bandwidth.
+"""The fused kernels beside the plain operations, torch.compile's and Liger-Kernel's: errors, time, share of the copy
+bandwidth.
 
     python tools/bench/kernels.py                 # a GPU: times at a Llama 8B's sizes, and errors
-    python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and memory
-    python tools/bench/kernels.py --linear        # a CPU: linear layers in fp32 by oneDNN against torch's own, and in bf16
+    python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and
+    memory
+    python tools/bench/kernels.py --linear        # a CPU: linear layers in fp32 by oneDNN against torch's own, and in
+    bf16
 
-Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together. Times
-are of forward and backward together, of a CUDA graph that holds both (so that the host's share is left out), each form in
-turns, medians; the floor is what a kernel must read and write at the bandwidth that a copy of 1 GiB reaches in the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and
-no time is measured: it would be the interpreter's.
+Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together.
+Times are of forward and backward together, of a CUDA graph that holds both (so that the host's share is left out), each
+form in turns, medians; the floor is what a kernel must read and write at the bandwidth that a copy of 1 GiB reaches in
+the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and no time is measured: it would be
+the interpreter's.
 """
 
 from __future__ import annotations
@@ -63,9 +67,9 @@ class FusedLossInPlace(torch.autograd.Function):
 class Operation:
     """One operation at one size.
 
-    `inputs` are made anew for each dtype; `numbers` is how many of them, in units of the largest input, forward and backward
-    must read and write at least; `liger` is Liger-Kernel's form, if it has one. `constants` come behind the inputs, fp32 and
-    without gradients; `exact` is the formula for float64, where the plain form rounds to fp32 inside.
+    `inputs` are made anew for each dtype; `numbers` is how many of them, in units of the largest input, forward and
+    backward must read and write at least; `liger` is Liger-Kernel's form, if it has one. `constants` come behind the
+    inputs, fp32 and without gradients; `exact` is the formula for float64, where the plain form rounds to fp32 inside.
     """
 
     name: str

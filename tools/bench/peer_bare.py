@@ -1,6 +1,6 @@
-"""The least that trains megatrain's model: batches from memory, forward, backward, clip, fused AdamW, the loss read once a
-step. `form` of the job is `eager`, or `compiled` for torch.compile over the whole model. bf16 is autocast over fp32
-parameters."""
+"""The least that trains megatrain's model: batches from memory, forward, backward, clip, fused AdamW, the loss read
+once a step. `form` of the job is `eager`, or `compiled` for torch.compile over the whole model. bf16 is autocast over
+fp32 parameters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the peers' processes share: the job they are given, the tokens, and how they report. Imports nothing of megatrain,
-for a peer may live in an environment of its own."""
+"""What the peers' processes share: the job they are given, the tokens, and how they report. Imports nothing of
+megatrain, for a peer may live in an environment of its own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hugging Face's Trainer over transformers' own model of the same shape, from random weights: fused AdamW, nothing saved,
-the loss logged each step as megatrain does. bf16 is the Trainer's (autocast over fp32 parameters)."""
+"""Hugging Face's Trainer over transformers' own model of the same shape, from random weights: fused AdamW, nothing
+saved, the loss logged each step as megatrain does. bf16 is the Trainer's (autocast over fp32 parameters)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Clock(TrainerCallback):
 
 
 def build(shape: dict[str, Any]) -> torch.nn.Module:
-    """GPT2LMHeadModel where positions are learned, LlamaForCausalLM where they rotate, Qwen3ForCausalLM with query norms."""
+    """GPT2LMHeadModel where positions are learned, LlamaForCausalLM where they rotate, Qwen3ForCausalLM with query
+    norms."""
     common = {
         "vocab_size": shape["vocab_size"],
         "tie_word_embeddings": shape["tie_embeddings"],

@@ -1,8 +1,8 @@
-"""litgpt's own pretraining (`litgpt.pretrain.setup`) over its model of the same shape: its loop, its Fabric, its optimizer
-set-up and its CSV logger; only the data module is ours, and the checkpoint at the end is left out.
+"""litgpt's own pretraining (`litgpt.pretrain.setup`) over its model of the same shape: its loop, its Fabric, its
+optimizer set-up and its CSV logger; only the data module is ours, and the checkpoint at the end is left out.
 
-It compiles its model always; where the job does not compile, TORCHDYNAMO_DISABLE=1 is set for it. bf16 is its `bf16-mixed`
-(autocast over fp32 parameters). It has no learned positions: the GPT-2 family's are rotary here.
+It compiles its model always; where the job does not compile, TORCHDYNAMO_DISABLE=1 is set for it. bf16 is its
+`bf16-mixed` (autocast over fp32 parameters). It has no learned positions: the GPT-2 family's are rotary here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Samples from one on; notes when the first sample of each step is asked for, which is when the step before ended."""
+    """Samples from one on; notes when the first sample of each step is asked for, which is when the step before
+    ended."""
 
     def __init__(self, job: Job, num_samples: int) -> None:
         self.job = job

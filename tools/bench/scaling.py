@@ -1,10 +1,10 @@
-"""What data parallelism costs on one machine: two independent one-thread jobs side by side, half of the batch each and nothing
-communicated, against `megatrain train` on two ranks with the whole batch, a thread each. In turns, A B A B …
+"""What data parallelism costs on one machine: two independent one-thread jobs side by side, half of the batch each and
+nothing communicated, against `megatrain train` on two ranks with the whole batch, a thread each. In turns, A B A B …
 
     python tools/bench/scaling.py --model small --seq-len 256 --batch 16 --micro-batch 4 --zero 1
 
-Both load the machine alike, so that the ratio of step times, the efficiency, is what communication and splitting cost. A
-turn's figure is the median step time; of the two independent jobs, the mean of both medians.
+Both load the machine alike, so that the ratio of step times, the efficiency, is what communication and splitting cost.
+A turn's figure is the median step time; of the two independent jobs, the mean of both medians.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ import psutil
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / ".venv-bench"
-"""Environments of the peers that do not live in megatrain's own, one each: they ask for different versions of the same."""
+"""Environments of the peers that do not live in megatrain's own, one each: they ask for different versions of the
+same."""
 
 BARE = ("bare-eager", "bare-compiled")
 FOREIGN = {"huggingface": ("transformers", "accelerate"), "litgpt": ("litgpt", "lightning", "torchmetrics")}

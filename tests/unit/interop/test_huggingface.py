@@ -190,7 +190,8 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(tmp_path, shape, cha
 
 
 def test_older_names_of_the_same_thing_are_understood(tmp_path):
-    """`rope_theta` beside the shape, as transformers 4 wrote it; GPT-2 without its prefix, with stored mask constants."""
+    """`rope_theta` beside the shape, as transformers 4 wrote it; GPT-2 without its prefix, with stored mask
+    constants."""
     llama = make_model(make_config("llama wide heads"))
     export_model(llama.config, weights_of(llama), tmp_path / "llama")
     path = tmp_path / "llama" / "config.json"

@@ -1,4 +1,5 @@
-"""Every fused kernel compiles for a GPU: the interpreter runs Python, and takes much that Triton's compiler does not."""
+"""Every fused kernel compiles for a GPU: the interpreter runs Python, and takes much that Triton's compiler does
+not."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""Cross-entropy over a vocabulary that is cut over ranks, without the ranks: statistics merged here, gradients joined."""
+"""Cross-entropy over a vocabulary that is cut over ranks, without the ranks: statistics merged here, gradients
+joined."""
 
 from itertools import pairwise
 
