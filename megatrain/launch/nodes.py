@@ -1,9 +1,9 @@
-"""What the agents of a job's nodes tell one another: one TCP connection from each to node 0's agent, JSON lines on it.
+"""The agents of a job's nodes as each of them sees the others: states and values, over TCP with node 0 in the middle.
 
-Agents act together. Each says how its ranks fare (`tell`), sees how all others' do (`states`), and at the start and the
-end of a start all exchange a value (`all_gather`), after which every agent knows the same and decides alike. A connection
-that closes is a node that is gone. There are no threads: an agent forks, and looks at its connections when it is asked.
-Imports no torch.
+Each agent reports the state of its ranks (`report_state`) and reads the other nodes' states (`states`). At the start and
+the end of each start of the workers all agents exchange a value (`all_gather`); from the same values they reach the same
+decision. A closed connection means that a node is gone. There are no threads, because an agent forks: connections are
+read only inside these calls. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,111 +20,112 @@ from typing import Any, Protocol
 
 from megatrain.errors import EnvironmentFault
 
-WORKS, STILL, DONE, FAILED, HANGS = "works", "still", "done", "failed", "hangs"
-"""How a node's ranks fare: `still` where none has moved for long, `hangs` is node 0's verdict on all of them."""
+RUNNING, STALLED, DONE, FAILED, HUNG = "running", "stalled", "done", "failed", "hung"
+"""States of a node's ranks. `stalled`: none of them has moved for long. `hung` is node 0's verdict on the whole job."""
 
 PORTS = range(20000, 32000)
-"""Where node 0 listens: below the ports that Linux hands out by itself."""
+"""Where node 0 listens: below the ports that Linux assigns by itself."""
 
 ALTERNATIVES = 8
-"""Ports that are tried, should others be taken."""
+"""Number of ports to try if some are taken."""
 
 WELCOME_S = 5.0
-"""Seconds for an answer on one of the ports, until the next is tried."""
+"""Seconds to wait for an answer on one port before trying the next."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 11000}
-"""A machine that loses power closes no connection: the kernel asks after 3 s of silence and gives up 8 s later."""
+"""A machine that loses power closes no connection: the kernel probes after 3 s of silence and gives up 8 s later."""
 
 
 class Peers(Protocol):
-    """The agents of a job as one of them sees them; `address` is where node 0 is reached."""
+    """The agents of a job, as one of them sees them. `address` is where node 0 is reached."""
 
     node: int
     size: int
     address: str
 
-    def tell(self, state: str) -> None:
-        """Say how this node's ranks fare."""
+    def report_state(self, state: str) -> None:
+        """Report the state of this node's ranks."""
 
     def states(self) -> list[str]:
-        """How each node's ranks fare, as last heard. Raises EnvironmentFault where an agent is gone."""
+        """Return the last known state of each node. Raises EnvironmentFault if an agent is gone."""
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every agent's JSON value, in node order, once all have called this; all states are `works` again then.
+        """Return every agent's JSON value, in node order, once all have called this. Resets all states to `running`.
 
-        Raises EnvironmentFault where an agent is gone, or keeps the others waiting for too long.
+        Raises EnvironmentFault if an agent is gone or does not answer in time.
         """
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """As `all_gather`, but node 0 alone gets the values, the others none: what each says at length is not sent to all."""
+        """Like `all_gather`, but only node 0 receives the values and the others an empty list. For large values."""
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connections."""
 
 
-class Alone:
-    """A job of one node."""
+class SingleNode:
+    """The peers of a job on one node: none."""
 
     node, size, address = 0, 1, "127.0.0.1"
 
     def __init__(self) -> None:
-        self._state = WORKS
+        self._state = RUNNING
 
-    def tell(self, state: str) -> None:
-        """Remembers it."""
+    def report_state(self, state: str) -> None:
+        """Store the state."""
         self._state = state
 
     def states(self) -> list[str]:
-        """What was told last."""
+        """Return the state reported last."""
         return [self._state]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """No one else to hear from."""
-        self._state = WORKS
+        """Return the value alone."""
+        self._state = RUNNING
         return [value]
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """No one else to hear from."""
+        """Return the value alone."""
         return self.all_gather(value)
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: there are no connections."""
 
 
 def ports(key: str) -> list[int]:
-    """Where node 0's agent of the job `key` may listen, in the order in which all try them."""
+    """Return the ports on which node 0's agent of the job `key` may listen, in the order in which all agents try them."""
     groups = len(PORTS) // ALTERNATIVES
     first = PORTS.start + zlib.crc32(key.encode()) % groups * ALTERNATIVES
     return list(range(first, first + ALTERNATIVES))
 
 
 def connect(key: str, node: int, size: int, address: str, timeout_s: float) -> Peers:
-    """Meet the agents of the other nodes. `key` is the same on all nodes of a job and on no other job's.
+    """Connect to the agents of the other nodes. `key` identifies the job: all its nodes share it, no other job has it.
 
-    Raises EnvironmentFault where they do not meet within `timeout_s`, saying who is missing or where nobody answered.
+    Raises:
+        EnvironmentFault: some did not connect within `timeout_s`. The message names the missing nodes or the address.
     """
     if size == 1:
-        return Alone()
+        return SingleNode()
     if node == 0:
-        return _Team(0, size, address, _gather(key, size, timeout_s), timeout_s)
-    return _Team(node, size, address, {0: _call(key, node, address, timeout_s)}, timeout_s)
+        return _ConnectedPeers(0, size, address, _accept_all(key, size, timeout_s), timeout_s)
+    return _ConnectedPeers(node, size, address, {0: _connect_to_first(key, node, address, timeout_s)}, timeout_s)
 
 
 # ---------------------------------------------------------------------------------------------------- connections
 
 
-class _Gone(Exception):
-    """The other end of a connection is no more."""
+class _ConnectionLost(Exception):
+    """The other end of a connection is gone, or sent something that is not JSON."""
 
 
 class _Link:
-    """One connection: whole JSON lines in and out."""
+    """A connection that carries JSON messages, one per line."""
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         self.socket = connection
         self.name = name
         self._received = b""
-        connection.settimeout(WELCOME_S)  # for sending: a few hundred bytes, which only a dead machine does not take
+        connection.settimeout(WELCOME_S)  # for sending: messages are short, so only a dead machine blocks
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
@@ -132,28 +133,28 @@ class _Link:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def fileno(self) -> int:
-        """For poll()."""
+        """Return the socket's file descriptor, for poll()."""
         return self.socket.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
-            raise _Gone from error
+            raise _ConnectionLost from error
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that came; call when poll() says that something did."""
+        """Return the messages that have arrived. Call it once poll() reports data."""
         try:
             arrived = self.socket.recv(1 << 16)
         except OSError as error:
-            raise _Gone from error
+            raise _ConnectionLost from error
         if not arrived:
-            raise _Gone
+            raise _ConnectionLost
         *lines, self._received = (self._received + arrived).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
         except ValueError as error:
-            raise _Gone from error
+            raise _ConnectionLost from error
         return [message for message in messages if isinstance(message, dict)]
 
     def close(self) -> None:
@@ -161,7 +162,7 @@ class _Link:
 
 
 def _readable(links: Iterable[Any], seconds: float) -> set[int]:
-    """The file numbers on which something came within so many seconds."""
+    """Return the file descriptors that become readable within `seconds`."""
     poll = select.poll()
     for link in links:
         poll.register(link.fileno(), select.POLLIN)
@@ -180,40 +181,41 @@ def _listen(candidates: Iterable[int]) -> socket.socket:
         except OSError:
             listener.close()
     raise EnvironmentFault(
-        f"the agents of the nodes cannot meet: ports {tried[0]} to {tried[-1]} of {socket.gethostname()} are all taken"
+        f"the agents of the nodes cannot connect: ports {tried[0]} to {tried[-1]} of {socket.gethostname()} are all taken"
     )
 
 
-def _gather(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
-    """On node 0: wait for all others."""
+def _accept_all(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
+    """Accept the connections of all other nodes, by node. Runs on node 0."""
     deadline = time.monotonic() + timeout_s
-    _allow_files(2 * size + 256)
+    _raise_file_limit(2 * size + 256)
     members: dict[int, _Link] = {}
-    strangers: list[_Link] = []
+    unidentified: list[_Link] = []
     with _listen(ports(key)) as listener:
         while len(members) < size - 1:
             if time.monotonic() > deadline:
                 missing = [str(node) for node in range(1, size) if node not in members]
                 text = (
-                    f"no word from the agents of node {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
+                    f"no connection from the agents of node {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
                     f"(counted from 0) within {timeout_s:g} s (launch.timeout_s); node 0 listens on "
                     f"{socket.gethostname()}:{listener.getsockname()[1]}"
                 )
-                _say_gone(members.values(), text)
+                _announce_loss(members.values(), text)
                 raise EnvironmentFault(text)
-            ready = _readable([listener, *strangers], 0.2)
+            ready = _readable([listener, *unidentified], 0.2)
             if listener.fileno() in ready:
-                strangers.append(_Link(listener.accept()[0], "a stranger"))
-            for link in [link for link in strangers if link.fileno() in ready]:
-                strangers.remove(link)
+                unidentified.append(_Link(listener.accept()[0], "an unidentified client"))
+            for link in [link for link in unidentified if link.fileno() in ready]:
+                unidentified.remove(link)
                 _admit(link, key, size, members)
-    for link in strangers:
+    for link in unidentified:
         link.close()
     return members
 
 
-def _allow_files(number: int) -> None:
-    """Let this process have so many files open, as far as the system does: 1024, as usual, are too few for a thousand nodes."""
+def _raise_file_limit(number: int) -> None:
+    """Raise this process's limit of open files to `number` if the system allows it: the usual 1024 are too few for a
+    thousand nodes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -221,37 +223,39 @@ def _allow_files(number: int) -> None:
 
 
 def _admit(link: _Link, key: str, size: int, members: dict[int, _Link]) -> None:
-    """Take the one who calls in, if this job's."""
+    """Identify a new connection, and add it to the members if it belongs to this job."""
     try:
         hello = link.receive()[:1]
         node = hello[0].get("node") if hello and hello[0].get("job") == key else None
         if not isinstance(node, int) or not 0 < node < size:
-            raise _Gone
+            raise _ConnectionLost
         link.name = f"node {node}, {hello[0].get('host')}"
         link.send({"welcome": key})
-    except _Gone:
+    except _ConnectionLost:
         link.close()
         return
     if node in members:
-        members[node].close()  # it had given up waiting for an answer and called again
+        members[node].close()  # it gave up waiting for an answer and connected again
     members[node] = link
 
 
-def _say_gone(links: Iterable[_Link], text: str) -> None:
-    """Tell these agents who keeps the job from going on; then they end."""
+def _announce_loss(links: Iterable[_Link], text: str) -> None:
+    """Tell these agents why the job cannot go on, so that they end."""
     for link in links:
-        with suppress(_Gone, OSError):
+        with suppress(_ConnectionLost, OSError):
             link.send({"gone": text})
             link.socket.shutdown(socket.SHUT_WR)
             link.socket.setblocking(False)
-            while link.socket.recv(1 << 16):  # closing with something unread could take the word back (a reset)
+            while link.socket.recv(
+                1 << 16
+            ):  # closing with unread data resets the connection, which could drop the message
                 continue
 
 
-def _call(key: str, node: int, address: str, timeout_s: float) -> _Link:
-    """On another node: reach node 0, on whichever of its ports."""
+def _connect_to_first(key: str, node: int, address: str, timeout_s: float) -> _Link:
+    """Connect to node 0, on whichever of its ports answers. Runs on all other nodes."""
     deadline = time.monotonic() + timeout_s
-    problem = "nobody listens"
+    problem = "nothing listens there"
     while time.monotonic() < deadline:
         for port in ports(key):
             try:
@@ -259,12 +263,12 @@ def _call(key: str, node: int, address: str, timeout_s: float) -> _Link:
             except OSError as error:
                 problem = str(error)
                 continue
-            with suppress(_Gone):
+            with suppress(_ConnectionLost):
                 link.send({"job": key, "node": node, "host": socket.gethostname()})
                 if _readable([link], WELCOME_S) and {"welcome": key} in link.receive():
                     return link
             link.close()
-            problem = f"port {port} answers, but is not this job's"
+            problem = f"port {port} answers, but belongs to another job or program"
         time.sleep(0.2)
     raise EnvironmentFault(
         f"the agent of node {node}, {socket.gethostname()}, could not reach node 0's at {address}, ports "
@@ -272,11 +276,11 @@ def _call(key: str, node: int, address: str, timeout_s: float) -> _Link:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the team
+# ---------------------------------------------------------------------------------------------------- several nodes
 
 
-class _Team:
-    """Several nodes. Node 0 has a link to each, and passes on what they say; every other has one to node 0."""
+class _ConnectedPeers:
+    """The agents of several nodes. Node 0 has a link to each and forwards states; every other node has one to node 0."""
 
     def __init__(self, node: int, size: int, address: str, links: dict[int, _Link], timeout_s: float) -> None:
         self.node = node
@@ -284,27 +288,27 @@ class _Team:
         self.address = address
         self._links = links
         self._timeout_s = timeout_s
-        self._states = [WORKS] * size
+        self._states = [RUNNING] * size
         self._values: dict[int, Any] = {}
         self._shared: list[Any] | None = None
 
-    def tell(self, state: str) -> None:
-        """Say how this node's ranks fare, where that is news."""
+    def report_state(self, state: str) -> None:
+        """Send the state of this node's ranks if it has changed."""
         if state != self._states[self.node]:
             self._states[self.node] = state
             self._send_all({"state": state, "node": self.node})
 
     def states(self) -> list[str]:
-        """How each node's ranks fare, as last heard."""
+        """Return the last known state of each node."""
         self._receive(0.0)
         return list(self._states)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every agent's value: node 0 collects them and hands them out."""
+        """Return every agent's value: node 0 collects and distributes them."""
         return self._exchange(value, lambda values: values)
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """Every agent's value on node 0, which tells the others no more than that it has them all."""
+        """Return every agent's value on node 0; send the others an empty list."""
         return self._exchange(value, lambda values: [])
 
     def _exchange(self, value: Any, answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
@@ -313,17 +317,17 @@ class _Team:
             self._wait(lambda: len(self._values) == self.size)
             shared = [self._values[node] for node in range(self.size)]
             self._values = {}
-            self._states = [WORKS] * self.size
+            self._states = [RUNNING] * self.size
             self._send_all({"shared": answer(shared)})
         else:
             self._send_all({"value": value, "node": self.node})
             self._wait(lambda: self._shared is not None)
-            assert self._shared is not None, "waited for"
+            assert self._shared is not None, "_wait returned"
             shared, self._shared = self._shared, None
         return shared
 
     def close(self) -> None:
-        """Leave; to the others that is as good as vanishing, so all leave together, after they have shared the end."""
+        """Close the connections. Others take this for a lost node, so all close only after they have agreed on the end."""
         for link in self._links.values():
             link.close()
 
@@ -338,39 +342,41 @@ class _Team:
             self._receive(0.2)
 
     def _receive(self, seconds: float) -> None:
-        """Take in what came within so many seconds, and pass on what all have to know."""
+        """Handle the messages that arrive within `seconds`."""
         for number in _readable(self._links.values(), seconds):
             node, link = next((node, link) for node, link in self._links.items() if link.fileno() == number)
             try:
                 messages = link.receive()
-            except _Gone:
-                self._mourn(link)
+            except _ConnectionLost:
+                self._fail_job(link)
             for message in messages:
-                self._hear(node, message)
+                self._handle(node, message)
 
-    def _hear(self, sender: int, message: dict[str, Any]) -> None:
+    def _handle(self, sender: int, message: dict[str, Any]) -> None:
         if "gone" in message:
             raise EnvironmentFault(message["gone"])
         if "shared" in message:
             self._shared = message["shared"]
-            self._states = [WORKS] * self.size  # here: what comes in the same breath is news already
+            self._states = [
+                RUNNING
+            ] * self.size  # here, because states that arrive together with this message are newer
         elif "value" in message:
             self._values[sender] = message["value"]
         elif "state" in message:
             self._states[message["node"]] = message["state"]
             if self.node == 0:
-                self._send_all(message, but=sender)
+                self._send_all(message, except_node=sender)
 
-    def _send_all(self, message: dict[str, Any], but: int | None = None) -> None:
+    def _send_all(self, message: dict[str, Any], except_node: int | None = None) -> None:
         for node, link in self._links.items():
-            if node != but:
+            if node != except_node:
                 try:
                     link.send(message)
-                except _Gone:
-                    self._mourn(link)
+                except _ConnectionLost:
+                    self._fail_job(link)
 
-    def _mourn(self, lost: _Link) -> None:
-        """An agent is gone: tell the others which, for to them it is node 0's agent that will be gone."""
+    def _fail_job(self, lost: _Link) -> None:
+        """Raise EnvironmentFault for a lost agent, after telling the others: they would only see node 0's agent end."""
         text = f"the agent of {lost.name}, is gone (killed, or its machine or network failed); this job ends"
-        _say_gone([link for link in self._links.values() if link is not lost], text)
+        _announce_loss([link for link in self._links.values() if link is not lost], text)
         raise EnvironmentFault(text)

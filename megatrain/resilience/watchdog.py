@@ -115,7 +115,7 @@ def stack_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"stacks_{rank:05d}.txt"
 
 
-def question(
+def collect_stacks(
     pids: Mapping[int, int], heartbeats: Heartbeats, stack_file: Mapping[int, Path], patience_s: float = ANSWER_S
 ) -> list[Witness]:
     """Have every rank (`pids` by local rank) write its stacks, and read off what each is waiting for."""

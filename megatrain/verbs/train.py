@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatrain.config import TrainConfig
 from megatrain.launch import agent, slurm
-from megatrain.launch.nodes import Alone, Peers
+from megatrain.launch.nodes import Peers, SingleNode
+from megatrain.launch.recovery import Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
@@ -31,7 +32,7 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
         words = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
-    peers = step.meet(config.launch.timeout_s) if step else Alone()
+    peers = step.meet(config.launch.timeout_s) if step else SingleNode()
     try:
         slurm.together(peers, lambda: path_checks.check_paths(config))
         return start_workers(config, [*flags, *overrides], peers)
@@ -55,7 +56,7 @@ def start_workers(config: TrainConfig, words: Sequence[str], peers: Peers) -> in
         copies = config.checkpoint.copies_every(on_gpu) > 0
         since = time.monotonic() - process_age()
         modules = worker_modules(config)
-        recovery = agent.Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
+        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
         return agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if taken is not None:

@@ -9,20 +9,21 @@ import pytest
 from megatrain.checkpoint import rescue
 from megatrain.checkpoint.manifest import Manifest, write_manifest
 from megatrain.errors import EXIT_NO_PROGRESS
-from megatrain.launch import agent as local
-from megatrain.launch.nodes import Alone
+from megatrain.launch.agent import Agent
+from megatrain.launch.nodes import SingleNode
+from megatrain.launch.recovery import Recovery, decide_restart
 from megatrain.resilience.failure import Failure
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
 
 
-class Counting(Alone):
-    """Counts how often one has shared."""
+class Counting(SingleNode):
+    """Counts the exchanges with the other agents."""
 
-    shares = 0
+    exchanges = 0
 
     def all_gather(self, value):
-        self.shares += 1
+        self.exchanges += 1
         return super().all_gather(value)
 
 
@@ -30,9 +31,9 @@ class Counting(Alone):
 def test_a_node_that_cannot_rescue_its_part_still_answers_the_others(fails, tmp_path, monkeypatch, capfd):
     """They wait for it, and its leaving would be taken for its death: exit code 8 in the place of the job's own."""
     owner = Ownership.take(tmp_path)
-    recovery = local.Recovery(tmp_path, owner, 2, Limits(60, 60), copies=True)
+    recovery = Recovery(tmp_path, owner, 2, Limits(60, 60), copies=True)
     peers = Counting()
-    agent = local._Agent([], 1, tmp_path / "logs", recovery, peers)
+    agent = Agent([], 1, tmp_path / "logs", recovery, peers)
 
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
@@ -42,9 +43,9 @@ def test_a_node_that_cannot_rescue_its_part_still_answers_the_others(fails, tmp_
             monkeypatch.setattr(agent.copies, "rescue", refuse)
         else:
             (tmp_path / FOLDER / "00000002.json").write_text("{}")
-        agent._rescue(EXIT_NO_PROGRESS)
-        assert peers.shares == 1
-        assert "could not be brought to the disk" in capfd.readouterr().err
+        agent.rescue_copies(EXIT_NO_PROGRESS)
+        assert peers.exchanges == 1
+        assert "could not be written to disk" in capfd.readouterr().err
     finally:
         agent.close()
 
@@ -70,14 +71,11 @@ def test_two_agents_that_start_at_once_on_a_machine_do_not_stop_each_other(clear
 
 def test_a_disk_that_takes_no_events_does_not_end_the_agent(tmp_path, capfd):
     """It holds the copies, and starts the ranks again."""
-    recovery = local.Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), copies=True)
-    agent = local._Agent([], 1, tmp_path / "logs", recovery, Alone())
-    try:
-        (tmp_path / "events.jsonl").mkdir()
-        assert agent._take(Failure("SIGKILL", 0, 7, "forward", "here"), asked=False, recovery=recovery) is None
-        assert "it lacks: failure at step 7" in capfd.readouterr().err
-    finally:
-        agent.close()
+    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), copies=True)
+    (tmp_path / "events.jsonl").mkdir()
+    failure = Failure("SIGKILL", 0, 7, "forward", "here")
+    assert decide_restart(failure, recovery, 0, stop_requested=False, log_dir=tmp_path / "logs") is None
+    assert "it lacks: failure at step 7" in capfd.readouterr().err
 
 
 def test_a_whole_checkpoint_among_the_rescued_parts_is_named_and_passed_over(tmp_path):

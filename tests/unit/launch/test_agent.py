@@ -12,17 +12,17 @@ import pytest
 from support.workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worker
 
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import agent as local
-from megatrain.launch import rank_process as ranks
+from megatrain.launch import agent as agent_module
+from megatrain.launch import rank_process
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
     """An agent in a process of its own, with the signals as a terminal leaves them (a shell's `&` ignores some)."""
     program = (
-        "import sys, json, pathlib, signal; from megatrain.launch import agent as local; "
-        "[signal.signal(number, signal.SIG_DFL) for number in local.FORWARDED_SIGNALS]; "
-        "local.GRACE_PERIOD_S, local.KILL_S = 0.2, 1.0; "
-        "sys.exit(local.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
+        "import sys, json, pathlib, signal; from megatrain.launch import agent as agent_module; "
+        "[signal.signal(number, signal.SIG_DFL) for number in agent_module.FORWARDED_SIGNALS]; "
+        "agent_module.GRACE_PERIOD_S, agent_module.KILL_S = 0.2, 1.0; "
+        "sys.exit(agent_module.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
     )
     arguments = [json.dumps(command), str(num_workers), str(folder / "logs")]
     return subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
@@ -35,7 +35,7 @@ def test_each_worker_finds_its_rank_and_one_meeting_place(tmp_path, monkeypatch)
         import json, os, sys
         open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(json.dumps(dict(os.environ)))
     """
-    assert local.launch(worker(code, tmp_path), 3, tmp_path / "logs") == 0
+    assert agent_module.launch(worker(code, tmp_path), 3, tmp_path / "logs") == 0
     seen = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     assert [environ["LOCAL_RANK"] for environ in seen] == ["0", "1", "2"]
     assert {environ["WORLD_SIZE"] for environ in seen} == {environ["LOCAL_WORLD_SIZE"] for environ in seen} == {"3"}
@@ -52,7 +52,7 @@ def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
     code = (
         "import os, sys; sys.exit((os.environ['OMP_NUM_THREADS'], os.environ['GLOO_SOCKET_IFNAME']) != ('7', 'eth9'))"
     )
-    assert local.launch(worker(code), 1, tmp_path) == 0
+    assert agent_module.launch(worker(code), 1, tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_the_jobs_exit_code_is_that_of_the_first_worker_that_failed(tmp_path, codes, expected, monkeypatch):
-    monkeypatch.setattr(local, "GRACE_PERIOD_S", 1.0)
+    monkeypatch.setattr(agent_module, "GRACE_PERIOD_S", 1.0)
     started = time.monotonic()
-    assert local.launch(exit_with(*codes), 2, tmp_path) == expected
+    assert agent_module.launch(exit_with(*codes), 2, tmp_path) == expected
     assert time.monotonic() - started < 10
 
 
 def test_a_rank_killed_by_a_signal_is_named_with_its_signal_and_log(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(local, "GRACE_PERIOD_S", 0.2)
+    monkeypatch.setattr(agent_module, "GRACE_PERIOD_S", 0.2)
     code = "print('about to go', flush=True) or die('SIGKILL')"
-    assert local.launch(exit_with("sleep(30)", code), 2, tmp_path) == 1
+    assert agent_module.launch(exit_with("sleep(30)", code), 2, tmp_path) == 1
     shown = capfd.readouterr().err
     assert "rank 1 was killed by SIGKILL" in shown
     assert str(tmp_path / "rank_00001.log") in shown and "about to go" in shown
@@ -90,14 +90,14 @@ def test_a_rank_killed_by_a_signal_is_named_with_its_signal_and_log(tmp_path, ca
 
 def test_a_mistake_that_every_rank_reports_is_shown_once(tmp_path, capfd):
     code = "print('megatrain: error: no such thing', file=sys.stderr) or 2"
-    assert local.launch(exit_with(f"sleep(0.3) or {code}", code, code), 3, tmp_path) == 2
+    assert agent_module.launch(exit_with(f"sleep(0.3) or {code}", code, code), 3, tmp_path) == 2
     assert capfd.readouterr().err.count("no such thing") == 1
     assert "no such thing" in (tmp_path / "rank_00001.log").read_text()
 
 
 def test_a_failure_of_another_rank_is_shown_though_rank_0_failed_differently(tmp_path, capfd):
     code = "print('the true cause', file=sys.stderr) or 3"
-    assert local.launch(exit_with("sleep(0.3) or 8", code), 2, tmp_path) == 3
+    assert agent_module.launch(exit_with("sleep(0.3) or 8", code), 2, tmp_path) == 3
     assert "the true cause" in capfd.readouterr().err
 
 
@@ -111,7 +111,7 @@ def test_a_worker_that_ignores_the_end_is_killed_within_ten_seconds(tmp_path):
         time.sleep(60)
     """
     started = time.monotonic()
-    assert local.launch(worker(code), 2, tmp_path) == 3
+    assert agent_module.launch(worker(code), 2, tmp_path) == 3
     assert time.monotonic() - started < 10
 
 
@@ -184,11 +184,11 @@ def test_workers_die_with_an_agent_that_is_killed_outright(tmp_path):
 
 
 def test_a_rank_that_the_kernel_does_not_let_go_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "GONE_S", 0.2)
+    monkeypatch.setattr(rank_process, "GONE_S", 0.2)
     held = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        monkeypatch.setattr(ranks.os, "killpg", lambda pid, number: None)
-        rank = ranks.RankProcess(3, 0, held, None)
+        monkeypatch.setattr(rank_process.os, "killpg", lambda pid, number: None)
+        rank = rank_process.RankProcess(3, 0, held, None)
         with pytest.raises(EnvironmentFault, match=f"rank 3, process {held.pid}"):
             rank.kill()
         assert rank.killed, "nobody waits for it again"
@@ -198,7 +198,7 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_not_waited_for_without_end(tm
 
 
 def test_what_a_worker_started_dies_with_it_when_the_job_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "KILL_S", 0.5)
+    monkeypatch.setattr(agent_module, "KILL_S", 0.5)
     code = """
         import os, subprocess, sys, time
         if os.environ["RANK"] == "1":
@@ -212,7 +212,7 @@ def test_what_a_worker_started_dies_with_it_when_the_job_fails(tmp_path, monkeyp
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     """
-    assert local.launch(worker(code, tmp_path), 2, tmp_path) == 3
+    assert agent_module.launch(worker(code, tmp_path), 2, tmp_path) == 3
     assert not is_running(int((tmp_path / "child").read_text()))
 
 
@@ -221,7 +221,7 @@ def test_a_signal_that_was_ignored_when_the_agent_started_stays_ignored(tmp_path
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
-        assert local.launch(worker(code), 1, tmp_path) == 0
+        assert agent_module.launch(worker(code), 1, tmp_path) == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)

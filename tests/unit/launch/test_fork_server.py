@@ -1,4 +1,4 @@
-"""Ranks that are forked, and what is left where none came."""
+"""Ranks that are forked, and a fork server that is given up."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import time
 
 import pytest
 
-from megatrain.launch import agent as local
-from megatrain.launch.nodes import Alone
+from megatrain.launch.agent import Agent
+from megatrain.launch.nodes import SingleNode
+from megatrain.launch.rank_process import LINUX
+from megatrain.launch.recovery import Recovery
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.watchdog import Limits
 
 
-@pytest.mark.skipif(not local.LINUX, reason="forks ranks on Linux only")
-def test_a_nursery_that_is_given_up_makes_no_rank_later(tmp_path):
-    """The rank is started in another way by then: there must not be two of it."""
+@pytest.mark.skipif(not LINUX, reason="forks ranks on Linux only")
+def test_a_fork_server_that_is_given_up_forks_no_rank_later(tmp_path):
+    """The rank is started without it by then, and must not run twice."""
     (tmp_path / "slow_import.py").write_text("import time; time.sleep(1)")
-    recovery = local.Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), modules=["slow_import"])
-    agent = local._Agent([sys.executable, "-m", "megatrain", "--version"], 1, tmp_path, recovery, Alone())
+    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), modules=["slow_import"])
+    agent = Agent([sys.executable, "-m", "megatrain", "--version"], 1, tmp_path, recovery, SingleNode())
     try:
-        agent.pending.extend([2, 2])  # Ctrl-C twice: nobody waits for imports
+        agent.pending_signals.extend([2, 2])  # Ctrl-C twice: the imports are not waited for
         path = ":".join([str(tmp_path), *sys.path])
-        assert agent._fork({"RANK": "1", "LOCAL_RANK": "0", "PYTHONPATH": path}) is None
+        assert agent.fork_rank({"RANK": "1", "LOCAL_RANK": "0", "PYTHONPATH": path}) is None
         time.sleep(2)
-        assert not (tmp_path / "rank_00001.log").exists(), "it was forked all the same"
+        assert not (tmp_path / "rank_00001.log").exists(), "the rank was forked nevertheless"
     finally:
         agent.close()

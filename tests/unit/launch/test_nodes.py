@@ -13,18 +13,19 @@ from support.workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worke
 AGENT = """
 import json, pathlib, signal, sys
 from megatrain.errors import EnvironmentFault
-from megatrain.launch import agent as local, nodes as peers
+from megatrain.launch import agent, nodes
+from megatrain.launch.recovery import Recovery
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
-for number in local.FORWARDED_SIGNALS: signal.signal(number, signal.SIG_DFL)
-local.GRACE_PERIOD_S, local.KILL_S = 0.2, 1.0
-local.HOST = f"node{sys.argv[1]}"
+for number in agent.FORWARDED_SIGNALS: signal.signal(number, signal.SIG_DFL)
+agent.GRACE_PERIOD_S, agent.KILL_S = 0.2, 1.0
+agent.HOST = f"node{sys.argv[1]}"
 node, folder, hang_s = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[5])
 (folder / FOLDER).mkdir(exist_ok=True)
-team = peers.connect(sys.argv[3], node, 2, "127.0.0.1", 10)
-recovery = local.Recovery(folder, Ownership(folder / FOLDER, 1), 2, Limits(hang_s, hang_s))
+team = nodes.connect(sys.argv[3], node, 2, "127.0.0.1", 10)
+recovery = Recovery(folder, Ownership(folder / FOLDER, 1), 2, Limits(hang_s, hang_s))
 try:
-    sys.exit(local.launch(json.loads(sys.argv[4]), 2, folder / "logs", recovery, team))
+    sys.exit(agent.launch(json.loads(sys.argv[4]), 2, folder / "logs", recovery, team))
 except EnvironmentFault as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)

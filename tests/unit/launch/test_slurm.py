@@ -10,7 +10,7 @@ from megatrain import cli
 from megatrain.config import LaunchConfig
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.launch import slurm
-from megatrain.launch.nodes import Alone
+from megatrain.launch.nodes import SingleNode
 from megatrain.launch.slurm import Step, find_profile, num_nodes, sbatch_command, together
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.sweep_record import SweepRecord
@@ -75,7 +75,7 @@ def test_the_head_is_the_first_node_or_what_the_site_says(tmp_path, monkeypatch)
     assert Step("k", 0, 2, "n[1-2]").head() == "n1-ib"
 
 
-class Team(Alone):
+class Team(SingleNode):
     """Node 1 of two; what node 0 shares is given."""
 
     node, size = 1, 2
@@ -96,7 +96,7 @@ def test_what_fails_on_one_node_ends_all_alike():
     with pytest.raises(DataError, match=f"^{os.uname().nodename}: no data"):
         together(Team(None), refuse)
     with pytest.raises(DataError, match=r"^no data"):
-        together(Alone(), refuse)
+        together(SingleNode(), refuse)
     for act in (refuse, lambda: 5):  # node 0 says why
         with pytest.raises(SystemExit) as ended:
             together(Team([7, "owned"]), act)
