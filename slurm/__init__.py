@@ -1,1 +1,1 @@
-"""The batch script and the profiles of clusters, as data that `megatrain train launch=slurm` finds wherever it is installed."""
+"""The batch script and the cluster profiles, as package data for `megatrain train launch=slurm`."""

@@ -1,6 +1,6 @@
-"""This process's place among the ranks, read from the environment a launcher left, and its cores. Imports no torch.
+"""This process's rank, read from the environment that a launcher set, and its CPU cores. Imports no torch.
 
-Our own agent (`local.py`) and torchrun leave the same variables; a process nobody launched is rank 0 of 1.
+Our own agent (`launch/agent.py`) and torchrun set the same variables. A process without a launcher is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from megatrain.errors import EnvironmentFault
 
 WORKER_MARK = "MEGATRAIN_WORKER"
-"""Set to 1 by our agent in its workers' environment, so that they do not start agents of their own."""
+"""Set to 1 in the workers' environment by our agent, so that they do not start agents of their own."""
 
 RESTARTS = "MEGATRAIN_RESTARTS"
-"""How often our agent has started its workers again, in their environment."""
+"""How often our agent has restarted its workers; set in their environment."""
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """One rank of a job. `master_addr` and `master_port` are None where no launcher named a meeting place."""
+    """One rank of a job. `master_addr` and `master_port` are None without a launcher."""
 
     rank: int = 0
     local_rank: int = 0
@@ -34,7 +34,7 @@ class RankEnvironment:
     def from_environ(environ: Mapping[str, str] | None = None) -> RankEnvironment:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-        Raises EnvironmentFault where a variable is missing or cannot be right.
+        Raises EnvironmentFault if a variable is missing or invalid.
         """
         environ = os.environ if environ is None else environ
         if not is_launched(environ):
@@ -45,7 +45,7 @@ class RankEnvironment:
         local_rank = number_from(environ, "LOCAL_RANK", 0, local_world_size, default=rank)
         address = environ.get("MASTER_ADDR")
         if not address:
-            raise EnvironmentFault("MASTER_ADDR is not set, though WORLD_SIZE is; the launcher has to set both")
+            raise EnvironmentFault("MASTER_ADDR is not set, although WORLD_SIZE is; the launcher has to set both")
         port = number_from(environ, "MASTER_PORT", 1, 65536)
         restarts = number_from(environ, RESTARTS, 0, None, default=0)
         return RankEnvironment(rank, local_rank, world_size, local_world_size, address, port, restarts)
@@ -58,17 +58,17 @@ def is_launched(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def was_requeued(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this is a later start of a Slurm job."""
+    """Whether this is a Slurm job that was requeued."""
     return (os.environ if environ is None else environ).get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def usable_cores() -> int:
-    """The cores this process may run on."""
+    """Return the number of cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def number_from(environ: Mapping[str, str], name: str, low: int, high: int | None, default: int | None = None) -> int:
-    """A whole number in [low, high) from the environment."""
+    """Return an integer in [low, high) from the environment. Raises EnvironmentFault if it is missing or invalid."""
     text = environ.get(name)
     if text is None and default is not None:
         text = str(default)

@@ -1,6 +1,6 @@
-"""This process's place among the ranks: its device, and the few host-side exchanges the trainer needs.
+"""The ranks of a job as one of them sees them, and the host-side exchanges between them.
 
-Collectives of training (gradients, parameters) belong to the engines; how the ranks were started, to `local.py`.
+The collectives of training (gradients, parameters) belong to the engines; starting the ranks, to `launch/`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatrain.config import LaunchConfig
 from megatrain.distributed.devices import device_of_rank
@@ -22,13 +24,16 @@ from megatrain.errors import EnvironmentFault
 from megatrain.resilience.heartbeat import Heartbeat
 
 RENDEZVOUS_GRACE_S = 5.0
-"""Seconds beyond launch.timeout_s that torch has to say by itself why ranks could not meet."""
+"""Seconds beyond launch.timeout_s in which torch may report by itself why the rendezvous failed."""
 
 
 @dataclass
 class World:
-    """The ranks of this job as one of them sees it. `control` is a gloo group for host-side values, None alone;
-    `heartbeat` tells the agent where this one is; `timeout` limits every exchange; `local_size` ranks are on each node."""
+    """The ranks of this job as one of them sees them.
+
+    `control` is a gloo group for host-side values (None for a single rank), `heartbeat` shows the agent what this rank
+    is doing, `timeout` limits every exchange, and `local_size` is the number of ranks on each node.
+    """
 
     rank: int
     size: int
@@ -41,11 +46,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files that only one may write."""
+        """Whether this is rank 0, which writes the files that have one writer."""
         return self.rank == 0
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Every rank's CPU tensor (same shape and dtype), stacked in rank order: `[size, *values.shape]`."""
+        """Stack every rank's CPU tensor (of one shape and dtype) in rank order: `[size, *values.shape]`."""
         if self.control is None:
             return values.unsqueeze(0)
         out = [torch.empty_like(values) for _ in range(self.size)]
@@ -53,13 +58,13 @@ class World:
         return torch.stack(out)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks of a tensor on this rank's device, in place."""
+        """Sum a tensor on this rank's device over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, in rank order."""
+        """Return every rank's JSON value, in rank order."""
         if self.control is None:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -70,13 +75,13 @@ class World:
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
     def with_own_control_group(self) -> World:
-        """The same ranks with a control group of their own, for exchanges in another thread. All ranks must call it."""
+        """Return the same ranks with a new control group, for exchanges in another thread. All ranks must call it."""
         if self.control is None:
             return self
         return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
 
     def node_world(self) -> World:
-        """The ranks of this node among themselves, numbered by local rank. All ranks must call it."""
+        """Return the ranks of this node as a world, numbered by local rank. All ranks must call it."""
         if self.local_size == self.size:
             return self.with_own_control_group()
         control = None
@@ -87,23 +92,23 @@ class World:
         return replace(self, rank=self.local_rank, size=self.local_size, control=control)
 
     def barrier(self) -> None:
-        """Wait for all ranks (no longer than launch.timeout_s)."""
+        """Wait for all ranks, at most launch.timeout_s."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
 
 def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbeat | None = None) -> World:
-    """Meet the other ranks and return this one's place among them.
+    """Join the other ranks' process group, and return the ranks as this one sees them.
 
     Raises:
-        EnvironmentFault: no device for this rank, or a peer that cannot be reached within `launch.timeout_s`.
+        EnvironmentFault: there is no device for this rank, or a peer cannot be reached within `launch.timeout_s`.
     """
     device = device_of_rank(config, environment)
     timeout = datetime.timedelta(seconds=config.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if environment.master_addr is None:  # one process that nobody launched: it is its own rendezvous
-        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if environment.master_addr is None:  # a single process without a launcher needs no rendezvous
+        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         try:
             dist.init_process_group(
@@ -115,7 +120,7 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
             )
         except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
             raise EnvironmentFault(
-                f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
+                f"rank {environment.rank} could not join the other {environment.world_size - 1} ranks at "
                 f"{environment.master_addr}:{environment.master_port} within {config.timeout_s:g} s "
                 f"(launch.timeout_s): {error}"
             ) from error
@@ -124,17 +129,17 @@ def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbea
     return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
 
 
-def _find_store(environment: RankEnvironment, timeout: datetime.timedelta) -> dist.Store:
-    """The ranks' store at the place that the launcher named.
+def _find_store(environment: RankEnvironment, timeout: datetime.timedelta) -> Store:
+    """Return the ranks' store at the address set by the launcher.
 
-    Found in a thread, since torch waits for ever for a server that accepts and never answers: somebody else's on this port.
+    It is opened in a thread, because torch waits for ever if another program on this port accepts and never answers.
     """
-    found: list[dist.Store | Exception] = []
+    found: list[Store | Exception] = []
 
     def find() -> None:
         place = environment.rank, environment.world_size
         try:
-            store = next(dist.rendezvous("env://", *place, timeout=timeout))[0]
+            store = next(rendezvous("env://", *place, timeout=timeout))[0]
             store.set_timeout(timeout)
             found.append(store)
         except (dist.DistError, RuntimeError, ValueError) as error:
@@ -150,12 +155,12 @@ def _find_store(environment: RankEnvironment, timeout: datetime.timedelta) -> di
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank is gone or silent: why, that rank's own message tells."""
+    """Whether an error only means that another rank is gone or silent. That rank's own message gives the reason."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def leave() -> None:
-    """Take the process group down, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The agent: starts this node's workers, forwards signals to them and reduces their exit codes to one. Imports no torch.
+"""The agent: starts this node's workers, forwards signals to them, reduces their exit codes to one. Imports no torch.
 
 If a rank is killed or hangs, the agent stops the other ranks and restarts all of them (`recovery.py` decides whether).
 The agents of several nodes act together (`nodes.py`): they start all ranks of the job at once and agree on one outcome.

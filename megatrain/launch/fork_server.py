@@ -1,8 +1,8 @@
-"""Starts ranks by forking them from a process that has already imported what they need. Linux only; imports no torch.
+"""A fork server: forks ranks from a process that has already imported their modules. Linux only; imports no torch.
 
-Importing torch and an engine takes seconds of a core in every process. Here it is done once a node, for the first start and
-for every restart. A forked rank is a child of the agent like any other (the agent is a subreaper, and the process between
-has ended), in a session of its own, and dies with it.
+Importing torch and an engine takes seconds of a core in every process. The fork server imports them once per node, for
+the first start and for every restart. A forked rank becomes a child of the agent: the agent is a subreaper, and the
+process in between ends at once. The rank has a session of its own and dies with the agent.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from megatrain.resilience.signals import set_parent_death_signal
 
 PR_SET_CHILD_SUBREAPER = 36
 ANSWER_S = 300.0
-"""Longest wait for a forked rank: the imports before the first one take seconds, minutes on a slow shared disk."""
+"""Longest wait for a forked rank. The imports before the first one take seconds, or minutes on a slow shared disk."""
 
 
 class ForkServerError(Exception):
-    """No rank came of it; the ranks can still be started one by one."""
+    """The fork server did not start a rank. It can still be started without it."""
 
 
 class ForkedProcess:
-    """A forked rank, with what `subprocess.Popen` offers of it."""
+    """A forked rank, with the methods of `subprocess.Popen` that the agent uses."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code (negative: the signal that killed it), or None while it runs."""
+        """Return the exit code (negative: the signal that killed it), or None while it runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -50,30 +50,34 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self) -> int:
-        """The exit code, once it has ended."""
+        """Wait for its end, and return the exit code."""
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """As Popen's: nothing happens to one that has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
 
 class ForkServer:
-    """The agent's end."""
+    """The agent's side of the fork server."""
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int]) -> None:
-        """Start importing `modules`; ranks will inherit the files numbered `inherited`. Raises ForkServerError."""
+        """Start the server, which imports `modules`. Ranks inherit the file descriptors `inherited`.
+
+        Raises:
+            ForkServerError: the kernel does not support subreapers.
+        """
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-            raise ForkServerError("the kernel lets no process adopt its grandchildren")
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        number = theirs.fileno()
+            raise ForkServerError("the kernel does not support PR_SET_CHILD_SUBREAPER")
+        self._socket, server_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        number = server_socket.fileno()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatrain.launch.fork_server", str(number), str(os.getpid()), *modules],
             env=dict(environ),
@@ -81,7 +85,7 @@ class ForkServer:
             start_new_session=True,
             pass_fds=(number, *inherited),
         )
-        theirs.close()
+        server_socket.close()
 
     def fork(
         self,
@@ -89,12 +93,12 @@ class ForkServer:
         arguments: Sequence[str],
         environ: Mapping[str, str],
         log: Path | None,
-        hurry: Callable[[], bool],
+        cancelled: Callable[[], bool],
     ) -> ForkedProcess:
-        """Fork a rank that does what `python -m module arguments` would; its output goes to `log` (None: to ours).
+        """Fork a rank that runs `python -m module arguments`, with its output in `log` (None: the agent's own output).
 
         Raises:
-            ForkServerError: it did not come within `ANSWER_S`, or `hurry` became true meanwhile.
+            ForkServerError: there was no answer within `ANSWER_S`, or `cancelled` returned true.
         """
         request = {
             "module": module,
@@ -106,7 +110,7 @@ class ForkServer:
         try:
             self._socket.send(json.dumps(request).encode())
             while not select.select([self._socket], [], [], 0.05)[0]:
-                if time.monotonic() > deadline or hurry():
+                if time.monotonic() > deadline or cancelled():
                     raise ForkServerError(f"no answer within {ANSWER_S:g} s")
             answer = self._socket.recv(64)
         except OSError as error:
@@ -116,14 +120,14 @@ class ForkServer:
         return ForkedProcess(int(answer))
 
     def close(self) -> None:
-        """End it; the ranks live on."""
+        """Kill the server. The ranks go on."""
         self._socket.close()
         self.process.kill()
         self.process.wait()
 
 
 def main() -> NoReturn:
-    """The nursery's own process: import, then fork a rank for each request until the agent is gone."""
+    """Run the server: import the modules, then fork a rank for each request until the agent is gone."""
     number, agent, *modules = sys.argv[1:]
     agent_pid = int(agent)
     set_parent_death_signal(agent_pid)
@@ -131,21 +135,22 @@ def main() -> NoReturn:
     for module in modules:
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # or every rank's first collection would copy what all could share
+    gc.freeze()  # otherwise each rank's first collection would copy the shared pages
     while request := requests.recv(1 << 20):
-        between = os.fork()
-        if between == 0:
+        intermediate = os.fork()
+        if intermediate == 0:
             if os.fork():
-                os._exit(0)  # the rank is the agent's child from here on
+                os._exit(0)  # the rank becomes the agent's child
             _become_rank(json.loads(request), agent_pid, requests)
-        os.waitpid(between, 0)
+        os.waitpid(intermediate, 0)
     sys.exit(0)
 
 
 def _become_rank(request: dict[str, Any], agent: int, answers: socket.socket) -> NoReturn:
+    """Turn this forked process into the requested rank, and run its module."""
     deadline = time.monotonic() + 10
     while os.getppid() != agent and time.monotonic() < deadline:
-        time.sleep(0.001)  # the process between is ending
+        time.sleep(0.001)  # until the intermediate process has ended
     os.setsid()
     set_parent_death_signal(agent)
     if request["log"]:

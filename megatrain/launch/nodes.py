@@ -1,7 +1,7 @@
 """The agents of a job's nodes as each of them sees the others: states and values, over TCP with node 0 in the middle.
 
-Each agent reports the state of its ranks (`report_state`) and reads the other nodes' states (`states`). At the start and
-the end of each start of the workers all agents exchange a value (`all_gather`); from the same values they reach the same
+Each agent reports the state of its ranks (`report_state`) and reads the other nodes' states (`states`). Before and
+after each start of the workers all agents exchange a value (`all_gather`); from the same values they reach the same
 decision. A closed connection means that a node is gone. There are no threads, because an agent forks: connections are
 read only inside these calls. Imports no torch.
 """
@@ -92,7 +92,7 @@ class SingleNode:
 
 
 def ports(key: str) -> list[int]:
-    """Return the ports on which node 0's agent of the job `key` may listen, in the order in which all agents try them."""
+    """Return the ports on which node 0's agent of the job `key` may listen, in the order in which they are tried."""
     groups = len(PORTS) // ALTERNATIVES
     first = PORTS.start + zlib.crc32(key.encode()) % groups * ALTERNATIVES
     return list(range(first, first + ALTERNATIVES))
@@ -181,7 +181,8 @@ def _listen(candidates: Iterable[int]) -> socket.socket:
         except OSError:
             listener.close()
     raise EnvironmentFault(
-        f"the agents of the nodes cannot connect: ports {tried[0]} to {tried[-1]} of {socket.gethostname()} are all taken"
+        f"the agents of the nodes cannot connect: ports {tried[0]} to {tried[-1]} of {socket.gethostname()} are all "
+        f"taken"
     )
 
 
@@ -196,8 +197,9 @@ def _accept_all(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
             if time.monotonic() > deadline:
                 missing = [str(node) for node in range(1, size) if node not in members]
                 text = (
-                    f"no connection from the agents of node {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
-                    f"(counted from 0) within {timeout_s:g} s (launch.timeout_s); node 0 listens on "
+                    f"no connection from the agents of node {', '.join(missing[:8])}"
+                    f"{', ...' if len(missing) > 8 else ''} (counted from 0) within {timeout_s:g} s (launch.timeout_s);"
+                    f" node 0 listens on "
                     f"{socket.gethostname()}:{listener.getsockname()[1]}"
                 )
                 _announce_loss(members.values(), text)
@@ -214,8 +216,10 @@ def _accept_all(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
 
 
 def _raise_file_limit(number: int) -> None:
-    """Raise this process's limit of open files to `number` if the system allows it: the usual 1024 are too few for a
-    thousand nodes."""
+    """Raise this process's limit of open files to `number`, as far as the system allows.
+
+    The usual 1024 are too few for a thousand nodes.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -280,7 +284,7 @@ def _connect_to_first(key: str, node: int, address: str, timeout_s: float) -> _L
 
 
 class _ConnectedPeers:
-    """The agents of several nodes. Node 0 has a link to each and forwards states; every other node has one to node 0."""
+    """The agents of several nodes. Node 0 has a link to each and forwards states; the others have one to node 0."""
 
     def __init__(self, node: int, size: int, address: str, links: dict[int, _Link], timeout_s: float) -> None:
         self.node = node
@@ -327,7 +331,7 @@ class _ConnectedPeers:
         return shared
 
     def close(self) -> None:
-        """Close the connections. Others take this for a lost node, so all close only after they have agreed on the end."""
+        """Close the connections. To the others this looks like a lost node, so close only once all agree on the end."""
         for link in self._links.values():
             link.close()
 
@@ -337,7 +341,8 @@ class _ConnectedPeers:
             if time.monotonic() > deadline:
                 silent = [link.name for node, link in self._links.items() if node not in self._values]
                 raise EnvironmentFault(
-                    f"no answer from the agent of {'; '.join(silent[:8])} within {self._timeout_s:g} s (launch.timeout_s)"
+                    f"no answer from the agent of {'; '.join(silent[:8])} within {self._timeout_s:g} s "
+                    f"(launch.timeout_s)"
                 )
             self._receive(0.2)
 
@@ -376,7 +381,7 @@ class _ConnectedPeers:
                     self._fail_job(link)
 
     def _fail_job(self, lost: _Link) -> None:
-        """Raise EnvironmentFault for a lost agent, after telling the others: they would only see node 0's agent end."""
+        """Tell the others which agent is lost, as they would only see node 0's agent end; raise EnvironmentFault."""
         text = f"the agent of {lost.name}, is gone (killed, or its machine or network failed); this job ends"
         _announce_loss([link for link in self._links.values() if link is not lost], text)
         raise EnvironmentFault(text)

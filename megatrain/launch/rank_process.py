@@ -1,7 +1,6 @@
-"""The processes of this node's ranks: how one is started, what it finds in its environment, and how its end is told. Imports
-no torch.
+"""The processes of this node's ranks: start one, set its environment, describe its end. Imports no torch.
 
-Which ranks are started when, and what follows from an end, is the agent's (`local.py`).
+The agent (`agent.py`) decides which ranks to start, and what follows from an end.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from megatrain.resilience.signals import set_parent_death_signal
 LINUX = sys.platform == "linux"
 
 GONE_S = 120.0
-"""Longest wait for a killed rank to be gone: giving back hundreds of gigabytes takes a while."""
+"""Longest wait for a killed rank to be gone: freeing hundreds of gigabytes takes a while."""
 
 
 @dataclass
@@ -46,39 +45,41 @@ class RankProcess:
         return self.code is not None and self.code < 0
 
     def kill(self) -> None:
-        """Kill this worker and whatever it started, and wait for it.
+        """Kill this worker and its child processes, and wait until it is gone.
 
-        Raises EnvironmentFault where the kernel does not let it go (a driver or a file system that does not answer); it
-        counts as killed then.
+        Raises:
+            EnvironmentFault: the process does not go away, because a driver or a file system does not answer. It is
+                marked as killed nevertheless.
         """
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+        with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.killpg(self.process.pid, signal.SIGKILL)
         deadline = time.monotonic() + GONE_S
         while (code := self.process.poll()) is None:
             if time.monotonic() > deadline:
                 self.code = -signal.SIGKILL
                 raise EnvironmentFault(
-                    f"rank {self.rank}, process {self.process.pid} on {socket.gethostname()}, was killed {GONE_S:g} s ago "
-                    f"and is still there: a device or a file system does not let it go"
+                    f"rank {self.rank}, process {self.process.pid} on {socket.gethostname()}, was killed {GONE_S:g} s "
+                    f"ago and still exists: it is stuck in a device driver or a file system"
                 )
             time.sleep(0.005)
         self.code = code
 
 
 KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
-"""Has glibc keep freed memory for the next step. Left to itself it gives every large tensor back to the system, which clears
-the pages again when the next one wants them: a tenth of a step of gpt2_124m on two cores. A rank's memory never shrinks, then.
-Other C libraries ignore it."""
+"""Makes glibc keep freed memory for the next step.
 
+By default it returns every large tensor to the system, which has to clear the pages again for the next one: a tenth of
+a step of gpt2_124m on two cores. The price is that a rank's memory never shrinks. Other C libraries ignore the setting.
+"""
 
 EXPANDABLE = "expandable_segments:True"
-"""Has torch map GPU memory page by page, so that what is free can be put together: models that all but fill a GPU fit."""
+"""Makes torch map GPU memory by the page, which avoids fragmentation: models that almost fill a GPU fit."""
 
 
 def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
-    """What a rank finds in its environment."""
+    """Return the environment of a rank."""
     defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers)), "GLIBC_TUNABLES": KEEP_MEMORY}
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         defaults["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     if LINUX and peers.size == 1:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
@@ -96,14 +97,17 @@ def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> 
 
 
 def fork_server_environ(environ: dict[str, str]) -> dict[str, str]:
-    """A worker's environment without what makes it one of the ranks."""
-    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in environ.items() if name not in places}
-    return {"DS_ACCELERATOR": "cpu", **kept}  # DeepSpeed chooses when it is imported, and is only here where no GPU is
+    """Return a worker's environment without the variables that make it a rank."""
+    rank_names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in environ.items() if name not in rank_names}
+    return {
+        "DS_ACCELERATOR": "cpu",
+        **kept,
+    }  # DeepSpeed chooses on import; the fork server imports it only without a GPU
 
 
 def log_of(log_dir: Path, rank: int) -> Path | None:
-    """Where a rank's output goes; rank 0 shares the terminal."""
+    """Return the log file of a rank, or None for rank 0, which shares the terminal."""
     if rank == 0:
         return None
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -133,20 +137,20 @@ def start_rank(command: Sequence[str], environ: dict[str, str], log_dir: Path, h
 
 
 def _die_with_agent() -> Callable[[], None]:
-    """What a worker runs before its program."""
+    """Return the function that a worker runs before its program."""
     agent = os.getpid()
     return lambda: set_parent_death_signal(agent)
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """Return a TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def describe_end(rank: int, code: int, log: Path | None) -> str:
-    """How a worker ended, with the end of its log where it has one."""
+    """Describe how a worker ended, with the end of its log if it has one."""
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
@@ -160,7 +164,7 @@ def describe_end(rank: int, code: int, log: Path | None) -> str:
 
 
 def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
-    """The last lines of a text file, without reading more than its last `window` bytes."""
+    """Return the last lines of a text file, reading only its last `window` bytes."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - window))
         return file.read().decode("utf-8", "replace").splitlines()[-count:]

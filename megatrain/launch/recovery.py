@@ -1,4 +1,4 @@
-"""What the agent does about a failure: record it, decide on a restart, and save the copies in memory. Imports no torch."""
+"""Recovery from failures: record them, decide on a restart, save the copies in memory. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""This node's place in a Slurm job step, and the submission of a job of ours. Imports no torch.
+"""Slurm: this node's place in a job step, and the submission of a training job. Imports no torch.
 
-What runs inside the job is slurm/train.sbatch: it starts one task a node, the agent of that node.
+The job runs slurm/train.sbatch, which starts one task per node: the agent of that node.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megatrain.errors import (
     EnvironmentFault,
     MegatrainError,
 )
-from megatrain.launch import nodes as peers
+from megatrain.launch.nodes import Peers, connect
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A job step with one task a node, as the task on node number `node` sees it; `nodes` is Slurm's list of them."""
+    """A job step with one task per node, as the task on node number `node` sees it. `nodes` is Slurm's node list."""
 
     key: str
     node: int
@@ -44,43 +44,44 @@ class Step:
 
     @staticmethod
     def from_environ(environ: Mapping[str, str] | None = None) -> Step | None:
-        """The step this process is a task of; None outside `srun` (a batch script, a shell) and under another launcher.
+        """Return the step of this process, or None outside `srun` (a batch script, a shell) or under another launcher.
 
-        Raises EnvironmentFault where the step has other than one task a node.
+        Raises EnvironmentFault unless the step has one task per node.
         """
         environ = os.environ if environ is None else environ
         if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ or is_launched(environ):
             return None
-        if "SLURM_PTY_PORT" in environ:  # the shell of `srun --pty`, in which a person types
+        if "SLURM_PTY_PORT" in environ:  # an interactive shell of `srun --pty`
             return None
         given = {"SLURM_STEP_NUM_NODES": environ.get("SLURM_NNODES", "1"), **environ}
         num_nodes = number_from(given, "SLURM_STEP_NUM_NODES", 1, None)
         tasks = number_from(environ, "SLURM_STEP_NUM_TASKS", 1, None, default=num_nodes)
         if tasks != num_nodes:
             raise EnvironmentFault(
-                f"srun started {tasks} tasks on {num_nodes} nodes; megatrain starts its ranks itself, from one task a node: "
-                f"srun --nodes={num_nodes} --ntasks={num_nodes} --ntasks-per-node=1, with launch.nproc_per_node ranks each"
+                f"srun started {tasks} tasks on {num_nodes} nodes; megatrain starts its ranks itself, from one task "
+                f"per node: srun --nodes={num_nodes} --ntasks={num_nodes} --ntasks-per-node=1, with "
+                f"launch.nproc_per_node ranks each"
             )
         node = number_from(environ, "SLURM_PROCID", 0, num_nodes)
         restart = environ.get("SLURM_RESTART_COUNT", "0")
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
         return Step(f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}.{restart}", node, num_nodes, nodes)
 
-    def meet(self, timeout_s: float) -> peers.Peers:
-        """The agents of all nodes, once all are there. A signal that asks to stop ends this process until then."""
+    def meet(self, timeout_s: float) -> Peers:
+        """Connect to the agents of all nodes. Until then, a signal to stop ends this process."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, _stopped_early)
-        return peers.connect(self.key, self.node, self.num_nodes, self.head(), timeout_s)
+        return connect(self.key, self.node, self.num_nodes, self.head(), timeout_s)
 
     def head(self) -> str:
-        """The step's first node: MASTER_ADDR where the job's script or a site's profile has set it, else Slurm is asked."""
+        """Return the step's first node: MASTER_ADDR if the job's script or profile sets it, otherwise from Slurm."""
         if address := os.environ.get("MASTER_ADDR"):
             return address
         if not set(self.nodes) & set("[,"):
             return self.nodes
         if shutil.which("scontrol") is None:  # a container without Slurm
             raise EnvironmentFault(
-                f"which of the nodes {self.nodes} is the first, only scontrol knows, and it is not on the PATH here; set "
+                f"scontrol, which lists the first of the nodes {self.nodes}, is not on the PATH here; set "
                 f'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun'
             )
         command = ["scontrol", "show", "hostnames", self.nodes]
@@ -91,7 +92,7 @@ class Step:
 
 
 def num_nodes(config: LaunchConfig, step: Step | None) -> int:
-    """Nodes of the job: the step's, else `launch.num_nodes`. Raises ConfigError where they differ."""
+    """Return the job's number of nodes: the step's, or else `launch.num_nodes`. Raises ConfigError if they differ."""
     if step is None:
         return config.num_nodes or 1
     if config.num_nodes not in (None, step.num_nodes):
@@ -103,16 +104,16 @@ def num_nodes(config: LaunchConfig, step: Step | None) -> int:
 
 
 def check_plain_start(config: LaunchConfig, step: Step | None) -> None:
-    """A start outside Slurm is one of this machine alone. Raises ConfigError."""
+    """Raise ConfigError for several nodes outside Slurm: a plain start runs on this machine only."""
     if step is None and num_nodes(config, step) > 1:
         raise ConfigError(
-            f"launch.num_nodes={config.num_nodes}: a plain start runs on this machine alone; submit the job with "
+            f"launch.num_nodes={config.num_nodes}: a plain start runs on this machine only; submit the job with "
             f"launch=slurm or sbatch slurm/train.sbatch"
         )
 
 
-def together(team: peers.Peers, act: Callable[[], T]) -> T:
-    """Do something on every node. Where it fails on some, all end with the same exit code: the first of them says why.
+def together(team: Peers, act: Callable[[], T]) -> T:
+    """Call `act` on every node. If it fails on some, all nodes end with the exit code of the first that failed.
 
     Raises MegatrainError on that node, and SystemExit on the others.
     """
@@ -121,19 +122,19 @@ def together(team: peers.Peers, act: Callable[[], T]) -> T:
         result = act()
     except MegatrainError as refused:
         error = refused
-    told = team.all_gather([error.exit_code, str(error)] if error else None)
-    first = next((node for node, one in enumerate(told) if one), None)
+    errors = team.all_gather([error.exit_code, str(error)] if error else None)
+    first = next((node for node, one in enumerate(errors) if one), None)
     if first is None:
         return result
     if error is not None and first == team.node:
         raise error if team.size == 1 else type(error)(f"{os.uname().nodename}: {error}")
-    raise SystemExit(told[first][0])
+    raise SystemExit(errors[first][0])
 
 
 def _stopped_early(number: int, _frame: FrameType | None) -> None:
-    """A signal before there are ranks to hand it to: nothing is lost by starting again.
+    """Handle a signal before there are ranks: end, as there is nothing to save.
 
-    TERM is what srun sends when another agent has ended, whose code has to count: srun's is the highest of all.
+    srun sends TERM when another agent has ended. That agent's exit code must count, and srun returns the highest one.
     """
     print(f"megatrain: stopped by {signal.Signals(number).name} before training began", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_SAVED_AFTER_SIGNAL if number == signal.SIGUSR1 else EXIT_DEFECT)
@@ -144,8 +145,7 @@ def _stopped_early(number: int, _frame: FrameType | None) -> None:
 
 @dataclass(frozen=True)
 class Submission:
-    """What submits slurm/train.sbatch with some arguments of `megatrain train`: a command and what it needs in its
-    environment."""
+    """The command that submits slurm/train.sbatch with arguments of `megatrain train`, and its environment."""
 
     script: Path
     command: list[str]
@@ -153,26 +153,26 @@ class Submission:
 
     @staticmethod
     def of(config: LaunchConfig, run_name: str, arguments: Sequence[str]) -> Submission:
-        """Raises ConfigError where `launch.profile` does not exist."""
+        """Prepare the submission. Raises ConfigError if `launch.profile` does not exist."""
         script = Path(str(resources.files("megatrain.slurm") / "train.sbatch"))
         profile = find_profile(config.profile or os.environ.get("MEGATRAIN_PROFILE"), script.parent / "profiles")
         command = sbatch_command(config, run_name, script, arguments)
         environ = {"MEGATRAIN_PYTHON": sys.executable}
         if profile is not None:
             environ["MEGATRAIN_PROFILE"] = str(profile)
-            # the profile's SBATCH_* variables count here, and what is given as an option counts more
+            # the profile's SBATCH_* variables apply, but the command's options override them
             command = ["bash", "-c", 'source "$MEGATRAIN_PROFILE" && exec "$@"', "sbatch", *command]
         return Submission(script, command, environ)
 
     def __str__(self) -> str:
-        """The command line that a person would type."""
+        """Return the command line that a user would type."""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.environ.items())
         return f"{settings} {shlex.join(self.command)}"
 
     def submit(self) -> str:
-        """The number of the job that this is from now on.
+        """Submit the job and return its number.
 
-        Raises ConfigError where Slurm refuses the job, EnvironmentFault where there is no sbatch here.
+        Raises ConfigError if Slurm refuses the job, EnvironmentFault if there is no sbatch on the PATH.
         """
         if shutil.which("sbatch") is None:
             raise EnvironmentFault(
@@ -185,7 +185,7 @@ class Submission:
 
 
 def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_run: bool) -> int:
-    """Submit a job with these arguments of `megatrain train` and print its number; or only show it."""
+    """Submit a job with these arguments of `megatrain train` and print its number; a dry run only prints the job."""
     submission = Submission.of(config, run_name, arguments)
     if dry_run:
         print(submission)
@@ -196,23 +196,25 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
 
 
 def show_script(script: Path) -> None:
-    """Print what is submitted."""
+    """Print the script that is submitted."""
     print(f"\n# {script}\n{script.read_text()}", end="")
 
 
 def jobs_here() -> dict[str, str]:
-    """Names and numbers of the user's jobs that have not ended and were submitted in this folder; none where Slurm does
-    not say."""
+    """Return the numbers, by name, of the user's jobs that were submitted in this folder and have not ended.
+
+    Empty if squeue is missing or fails.
+    """
     command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%j"]
     if shutil.which("squeue") is None:
         return {}
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line.split("|", 2) for line in told.stdout.splitlines() if line.count("|") >= 2]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.split("|", 2) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     return {name: number for number, folder, name in lines if folder == os.getcwd()}
 
 
 def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments: Sequence[str]) -> list[str]:
-    """The command that submits a job."""
+    """Return the command that submits a job."""
     options = {"nodes": config.num_nodes or 1, "job-name": run_name}
     options |= {"partition": config.partition, "account": config.account, "time": config.time}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -220,7 +222,7 @@ def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments:
 
 
 def find_profile(name: str | None, folder: Path) -> Path | None:
-    """A cluster profile by its path, or by its name in `folder`. Raises ConfigError where there is none."""
+    """Find a cluster profile by its path, or by its name in `folder`. Raises ConfigError if there is none."""
     if name is None:
         return None
     for path in (Path(name), folder / f"{name}.sh"):

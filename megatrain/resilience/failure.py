@@ -1,6 +1,6 @@
-"""What ended a start of the workers, and whether starting them again can help. Imports no torch.
+"""Failures of ranks, and how often the same one has occurred. Imports no torch.
 
-The record of failures is the run's events.jsonl, so that requeued jobs count what earlier ones met.
+The record of failures is the run's events.jsonl, so that a requeued job also counts those of its earlier starts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SAME_FAILURES = 3
-"""The same failure at the same step so many times, with no step further between them, ends a job (exit code 6)."""
+"""A job ends (exit code 6) once the same failure has occurred this many times at the same step without progress."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Failure:
     detail: str = ""
 
     def event(self) -> dict[str, Any]:
-        """What events.jsonl keeps of it, `step` apart."""
+        """Return the fields of the event in events.jsonl, without `step`."""
         return {name: value for name, value in asdict(self).items() if name != "step" and value != ""}
 
     def __str__(self) -> str:
@@ -36,8 +36,11 @@ class Failure:
 
 
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
-    """How often a run met this failure at this step on end, this time included; `events` are those before it. A checkpoint
-    of that step or a later one is progress: at a start (step 0) the same may happen now and then in a run's life."""
+    """Return how many times in a row this failure has occurred at this step, this time included.
+
+    `events` are the run's earlier events. A checkpoint of that step or a later one counts as progress and ends the row:
+    the same failure at the start (step 0) may happen now and then in the life of a run.
+    """
     count = 1
     for event in reversed(list(events)):
         if event["kind"] == "save" and event["step"] >= failure.step:

@@ -1,9 +1,8 @@
-"""Where each rank of a node is and what its time went to, in memory that its agent can read whatever state the rank is in.
-Imports no torch.
+"""Heartbeats: which step and phase each rank of a node is in, and how its time was spent. Imports no torch.
 
-A record of 256 bytes a local rank in a file without a name that both map: writing one costs some microseconds, a rank
-that is stopped, stuck or dead leaves the last place it reached, and the file is gone with the last who maps it. Times are
-of the monotonic clock, which all processes of a machine share and no one can set.
+Each local rank has a record of 256 bytes in an unnamed file that the rank and its agent map into memory. Writing one
+takes a few microseconds. A rank that is stopped, stuck or dead leaves its last record, and the file vanishes with the
+last process that maps it. Times are of the monotonic clock, which all processes of a machine share and nobody can set.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 PHASES = ("start", "load", "data", "exchange", "forward", "backward", "update", "evaluate", "save", "end")
-"""What a rank can be doing. `start` reaches to the first step's batch: imports, rendezvous, building the model."""
+"""What a rank can be doing. `start` lasts until the first step's batch: imports, rendezvous, building the model."""
 
 WAITED = "waited"
-"""Beside the phases, the part of forward, backward and update that was spent waiting for other ranks."""
+"""Accounted besides the phases: the part of forward, backward and update spent waiting for other ranks."""
 
 ENVIRONMENT = "MEGATRAIN_HEARTBEATS"
-"""The number of the open file that a worker inherits from its agent."""
+"""Names the file descriptor that a worker inherits from its agent."""
 
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 _COMPUTING = frozenset(_NUMBERS[phase] for phase in ("forward", "backward", "update"))
 _AFTER_A_STEP = ("data", "save", "end")
-_ACCOUNTS = len(PHASES) + 1  # each phase, and what was waited
+_ACCOUNTS = len(PHASES) + 1  # each phase, and the time waited
 _PLACE = ("step", "finished", "when", "phase", "first", "done")
-# of native 8-byte numbers, each of which is written at once
+# native 8-byte integers, each of which is written atomically
 _RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")
 _SIZE = 256
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last sign of life: its optimizer step (1-based; 0 before the first), how many it has finished since it
-    was started, its phase, and the seconds since."""
+    """A rank's last heartbeat: its optimizer step (1-based; 0 before the first), the number of steps finished since its
+    start, its phase, and the heartbeat's age in seconds."""
 
     step: int
     finished: int
@@ -49,11 +48,12 @@ class Beat:
 
 @dataclass(frozen=True)
 class Account:
-    """What a rank's time since it was started went to, until now.
+    """How a rank's time since its start was spent.
 
-    `seconds` by phase, and `waited`, which is part of them; they add up to the time since the start. `unfinished` is the
-    part of them since the last step that was finished. `first` is the first step it began (0: none yet), `done` the last
-    it finished (0: none), `finished` how many, those it did again after a rollback included.
+    `seconds` holds the time by phase, which adds up to the time since the start, and `waited`, which is part of it.
+    `unfinished` is the part of `seconds` since the last finished step. `first` is the first step the rank began (0:
+    none yet), `done` the last it finished (0: none), and `finished` their number, including those repeated after a
+    rollback.
     """
 
     first: int
@@ -64,17 +64,17 @@ class Account:
 
 
 class Listener(Protocol):
-    """Who wants to hear in this process, at once, what the heartbeat is told (a profile)."""
+    """An observer in the rank's process that is notified of every heartbeat call (a profile)."""
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase of a step begins."""
+        """Called when a phase of a step begins."""
 
     def waited(self, nanoseconds: int) -> None:
-        """So much of the phase was spent waiting for other ranks."""
+        """Called with the nanoseconds of each wait for other ranks."""
 
 
 class Heartbeat:
-    """A rank's own record. Without an agent (somebody's torchrun, a test) it goes nowhere."""
+    """A rank's own record. Without an agent (under torchrun, in a test) it is not written anywhere."""
 
     def __init__(self, file: int | None = None, local_rank: int = 0) -> None:
         self._map = mmap.mmap(file, 0) if file is not None else None
@@ -91,12 +91,12 @@ class Heartbeat:
 
     @classmethod
     def from_environ(cls, local_rank: int, environ: Mapping[str, str] | None = None) -> Heartbeat:
-        """The record that this process's agent reads, if it has an agent."""
+        """Open the record that this process's agent reads, if there is an agent."""
         number = (os.environ if environ is None else environ).get(ENVIRONMENT)
         return cls(int(number) if number else None, local_rank)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say that this rank lives, and where it is now."""
+        """Record that this rank is alive and enters a phase (of a new step, if given)."""
         self._book()
         if self._updates and phase in _AFTER_A_STEP:
             self._updates = False
@@ -109,19 +109,19 @@ class Heartbeat:
             self.step = step
             if phase == "data" and not self._first:
                 self._first = step
-                self._spent_on_steps = list(self._spent)  # so that what is unfinished begins with the step
+                self._spent_on_steps = list(self._spent)  # so that unfinished time begins with the first step
         self.phase = phase
         self._write()
         if self.listener is not None:
             self.listener.enter(phase, self.step)
 
     def beat(self) -> None:
-        """Say that this rank lives."""
+        """Record that this rank is alive."""
         self._book()
         self._write()
 
     def waited(self, nanoseconds: int) -> None:
-        """Take down that so much of this phase was spent waiting for other ranks."""
+        """Record nanoseconds of the current phase as spent waiting for other ranks."""
         if _NUMBERS[self.phase] in _COMPUTING:
             self._spent[-1] += nanoseconds
         if self.listener is not None:
@@ -139,7 +139,7 @@ class Heartbeat:
 
 
 class Heartbeats:
-    """The agent's end: one file for all local ranks, cleared for each start of theirs."""
+    """The agent's side: one file for all local ranks, cleared before each start of them."""
 
     def __init__(self, num_ranks: int) -> None:
         memory = "/dev/shm"
@@ -151,23 +151,22 @@ class Heartbeats:
 
     @property
     def file(self) -> int:
-        """The file's number, for the workers to inherit."""
+        """Return the file descriptor for the workers to inherit."""
         return self._file.fileno()
 
     def clear(self) -> None:
-        """Every rank is starting now."""
+        """Reset all records: every rank starts now."""
         nothing = (0,) * (_ACCOUNTS * 2)
         for rank in range(self.num_ranks):
             _RECORD.pack_into(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
 
     def read(self, local_rank: int) -> Beat:
-        """A rank's last sign of life."""
+        """Return a rank's last heartbeat."""
         step, finished, when, phase, *_ = self._record(local_rank)
         return Beat(step, finished, PHASES[phase], (time.monotonic_ns() - when) / 1e9)
 
     def account(self, local_rank: int, until: float | None = None) -> Account:
-        """What a rank's time went to until now, or until the moment `until` of time.monotonic(), which is not before its
-        last sign of life."""
+        """Return how a rank's time was spent until `until` (time.monotonic(), after its last heartbeat; None: now)."""
         record = self._record(local_rank)
         _, finished, when, phase, first, done = record[: len(_PLACE)]
         spent = list(record[len(_PLACE) : -_ACCOUNTS])
@@ -179,7 +178,7 @@ class Heartbeats:
         return Account(first, done, finished, seconds, {name: seconds[name] - on_steps[name] for name in names})
 
     def _record(self, local_rank: int) -> tuple[int, ...]:
-        """A rank's record, which it may be writing at this moment."""
+        """Read a rank's record until two reads agree, because the rank may be writing it."""
         record: tuple[int, ...] = ()
         for _ in range(8):
             again = _RECORD.unpack_from(self._map, local_rank * _SIZE)
@@ -189,6 +188,6 @@ class Heartbeats:
         return record
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Unmap and close the file."""
         self._map.close()
         self._file.close()

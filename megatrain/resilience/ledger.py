@@ -1,9 +1,9 @@
-"""The goodput ledger: what every second of a run's life went to, across restarts and requeues. Imports no torch.
+"""The goodput ledger: how every second of a run was spent, across restarts and requeues. Imports no torch.
 
-The agent keeps it in `runs/<name>/ledger.json` (`Ledger`): one entry an agent, in it one a start of the ranks, with rank 0's
-account of its time (`heartbeat.py`), brought up to date every `EVERY_S` seconds. What it adds up to, and which work
-was in vain, is reckoned when it is read (`summarise`), for only later starts tell which steps were done again.
-Inside an agent's life all times are of the monotonic clock; the wall clock tells only how far two agents are apart.
+The agent keeps it in `runs/<name>/ledger.json` (`Ledger`). It has an entry for each agent, and in it one for each start
+of the ranks with rank 0's account of its time (`heartbeat.py`), updated every `EVERY_S` seconds. The totals and lost
+work are computed when the ledger is read (`summarise`), because only later starts show which steps were repeated.
+Times within an agent's life are of the monotonic clock; the wall clock only gives the time between two agents.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import OwnedError
+from megatrain.resilience.atomic_file import write_atomically
 from megatrain.resilience.heartbeat import WAITED, Account, Heartbeats
 
 FILE = "ledger.json"
 
 EVERY_S = 10.0
-"""Seconds between two writings: what a power cut may cost the ledger."""
+"""Seconds between two writes: the most that a power cut can cost the ledger."""
 
 CATEGORIES = (
     "start-up",
@@ -39,11 +40,11 @@ CATEGORIES = (
     "downtime",
     "end",
 )
-"""What time goes to. `save` is what saves held the loop up; `lost work` are steps that were done again or never finished;
-`downtime` is from a failure to the next start of the ranks, and from one agent to the next."""
+"""How time is spent. `save` is the time that saves block the loop; `lost work` are steps that were repeated or never
+finished; `downtime` lasts from a failure to the next start of the ranks, and from one agent to the next."""
 
 EFFECTIVE = ("data", "compute", "communication")
-"""Of these is effective training time, for steps that counted."""
+"""Categories of effective training time, for steps that were not lost."""
 
 _PHASES = {
     "start": "start-up",
@@ -58,22 +59,22 @@ _PHASES = {
     "end": "end",
 }
 _REPEATED = (*EFFECTIVE, "evaluation")
-"""What is done again together with a step."""
+"""Categories that are repeated together with a step."""
 
 _GOOD_ENDS = ("done", "saved")
 
 
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-"""What reading and adding up a damaged ledger raises."""
+"""Exceptions that reading and summarising a damaged ledger may raise."""
 
 
 class Ledger:
-    """Books one agent's life. A disk that refuses is asked again at the next writing; it never stops the agent."""
+    """Keeps the ledger of one agent. A disk error is ignored until the next write; it never stops the agent."""
 
     def __init__(
         self, path: Path, heartbeats: Heartbeats, may_write: Callable[[], None], since: float | None = None
     ) -> None:
-        """`since` is when this agent's life began (time.monotonic(); default now); `may_write` raises OwnedError once
+        """`since` is when this agent started (time.monotonic(); default now). `may_write` raises OwnedError once
         another job owns the run."""
         now = time.monotonic()
         self._zero = now if since is None else since
@@ -93,34 +94,36 @@ class Ledger:
         self._document["agents"].append(self._agent)
 
     def begin(self) -> None:
-        """The ranks are started now; the heartbeats have just been cleared."""
+        """Begin a start of the ranks. The heartbeats have just been cleared."""
         now = self._now()
         self._start = {"from_s": now, "to_s": now, "ended": None}
         self._agent["starts"].append(self._start)
         self._write()
 
     def watch(self) -> None:
-        """Called often; writes once in a while."""
+        """Update the ledger if `EVERY_S` have passed. Called often."""
         if time.monotonic() - self._written >= EVERY_S:
             self._book(self._now())
             self._write()
 
     def freeze(self, hung: bool = False) -> None:
-        """The ranks work no more, from now on; where they hung, since rank 0's last sign of life. What follows is downtime.
-        Only the first call counts."""
+        """Stop the ranks' account: from here on, time is downtime. Only the first call counts.
+
+        For ranks that hung, the account stops at rank 0's last heartbeat.
+        """
         if self._start is not None:
             self._book(self._now() - (self._heartbeats.read(0).age_s if hung else 0.0))
             self._start = None
 
     def end(self, how: str) -> None:
-        """How the last start of the ranks ended: `done`, `saved`, a signal's name, `hang`, `exit code 1`, ..."""
+        """Record how the last start of the ranks ended: `done`, `saved`, a signal's name, `hang`, `exit code 1`, ..."""
         self.freeze()
         if self._agent["starts"]:
             self._agent["starts"][-1]["ended"] = how
         self._write()
 
     def close(self) -> None:
-        """The agent ends."""
+        """Write the ledger for the last time."""
         self.freeze()
         self._write()
 
@@ -128,10 +131,10 @@ class Ledger:
         return time.monotonic() - self._zero
 
     def _book(self, until: float) -> None:
-        """Write down what the ranks did since they were started."""
+        """Update the current start with rank 0's account until `until`."""
         if self._start is not None:
             account = self._heartbeats.account(0, self._zero + until)
-            self._start |= {"to_s": round(until, 4), **_in_short(account)}
+            self._start |= {"to_s": round(until, 4), **_account_entry(account)}
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -142,10 +145,10 @@ class Ledger:
             pass
         except (OSError, *DAMAGE):
             aside = self._path.with_name(f"{self._path.name}.damaged")
-            with contextlib.suppress(OSError):  # nobody can add to it any more
+            with contextlib.suppress(OSError):  # nothing can be added to it any more
                 os.replace(self._path, aside)
                 print(
-                    f"megatrain: {self._path} is damaged and now {aside.name}; a new one begins",
+                    f"megatrain: {self._path} is damaged and was renamed to {aside.name}; starting a new one",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -156,26 +159,21 @@ class Ledger:
         self._agent["seconds"] = round(self._now(), 4)
         try:
             self._may_write()
-            temporary = self._path.with_suffix(".tmp")
-            with temporary.open("w") as file:
-                json.dump(self._document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path)
+            write_atomically(self._path, json.dumps(self._document), durable=True)
         except (OSError, OwnedError):
             return
 
 
-def _in_short(account: Account) -> dict[str, Any]:
-    def shown(seconds: dict[str, float]) -> dict[str, float]:
+def _account_entry(account: Account) -> dict[str, Any]:
+    def nonzero(seconds: dict[str, float]) -> dict[str, float]:
         return {name: round(value, 4) for name, value in seconds.items() if round(value, 4)}
 
     steps = {"first": account.first, "done": account.done, "finished": account.finished}
-    return {**steps, "seconds": shown(account.seconds), "unfinished": shown(account.unfinished)}
+    return {**steps, "seconds": nonzero(account.seconds), "unfinished": nonzero(account.unfinished)}
 
 
 def process_age() -> float:
-    """Seconds since this process was started; 0 where the system does not tell."""
+    """Return the seconds since this process was started; 0 if the system does not say."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -184,9 +182,9 @@ def process_age() -> float:
 
 
 def read_ledger(path: Path) -> dict[str, Any]:
-    """A ledger as it was written. Raises OSError where it cannot be read, ValueError where it is damaged."""
+    """Read a ledger. Raises OSError if it cannot be read, ValueError if it is damaged."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     try:
         document = json.loads(path.read_text())
     except RecursionError as error:
@@ -196,15 +194,15 @@ def read_ledger(path: Path) -> dict[str, Any]:
     return document
 
 
-# ---------------------------------------------------------------------------------------------------- adding up
+# ---------------------------------------------------------------------------------------------------- summaries
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a run's life, from `start_s` to `stop_s` since its beginning, and what it went to.
+    """A part of a run's life, from `start_s` to `stop_s` after its beginning, and how it was spent.
 
-    `steps` are the first and the last step of a start of the ranks (None for what lies between starts), `ended` how the start
-    ended (None where it goes on, or nobody was left to say), `failed` whether that was a failure.
+    `steps` are the first and the last step of a start of the ranks (None between starts). `ended` is how it ended (None
+    if it goes on, or its agent was killed), and `failed` whether that was a failure.
     """
 
     start_s: float
@@ -217,7 +215,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's whole life. `wall_s` is from its first agent's beginning to the last thing the ledger knows."""
+    """A run's whole life. `wall_s` lasts from the first agent's start to the last entry of the ledger."""
 
     began: float
     wall_s: float
@@ -226,37 +224,37 @@ class Summary:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By category, of the whole life."""
+        """Return the seconds of the whole life by category."""
         return {name: sum(span.seconds.get(name, 0.0) for span in self.spans) for name in CATEGORIES}
 
     @property
     def goodput(self) -> float:
-        """Share of the life that was effective training."""
+        """Return the share of the life that was effective training."""
         seconds = self.seconds
         return sum(seconds[name] for name in EFFECTIVE) / self.wall_s if self.wall_s else 0.0
 
     @property
     def num_starts(self) -> int:
-        """How often the ranks were started."""
+        """Return how often the ranks were started."""
         return sum(span.steps is not None for span in self.spans)
 
     @property
     def failures(self) -> int:
-        """How many starts ended with a failure."""
+        """Return how many starts ended with a failure."""
         return sum(span.failed for span in self.spans)
 
     @property
     def mtbf_s(self) -> float | None:
-        """Mean time between failures: how long ranks ran, over how often they failed; None where they never did."""
+        """Return the mean time between failures: the ranks' running time per failure, None without a failure."""
         ran = sum(span.stop_s - span.start_s for span in self.spans if span.steps is not None)
         return ran / self.failures if self.failures else None
 
 
 def summarise(document: dict[str, Any]) -> Summary:
-    """What a ledger adds up to.
+    """Summarise a ledger.
 
-    Of a start's time for steps, the share of those is lost that are not there at the end: a later start began before them,
-    or a rollback did them again. What a failed start had spent on a step that it did not finish is lost, too.
+    Steps that were repeated, by a later start or after a rollback, are lost, with their share of their start's time for
+    steps. The time that a failed start spent on its unfinished step is lost too.
     """
     agents = document["agents"]
     starts = [start for agent in agents for start in agent["starts"]]
@@ -264,7 +262,7 @@ def summarise(document: dict[str, Any]) -> Summary:
     lost_steps = 0
     now = 0.0
     for agent in agents:
-        begins = max(now, agent["began"] - agents[0]["began"])  # clocks of two machines may differ, or be set
+        begins = max(now, agent["began"] - agents[0]["began"])  # the clocks of two machines may differ, or be changed
         if begins > now:
             spans.append(Span(now, begins, {"downtime": begins - now}))
         now, gap = begins, "start-up"
@@ -292,23 +290,23 @@ def summarise(document: dict[str, Any]) -> Summary:
 
 
 def _kept(start: dict[str, Any], later: list[dict[str, Any]]) -> int:
-    """How many of the steps that a start finished are there at the end."""
+    """Return how many of the steps that a start finished were not repeated later."""
     begins = [other["first"] - 1 for other in later if other.get("first")]
     last = min([start.get("done", 0), *begins])
     return max(0, min(start.get("finished", 0), last - (start.get("first", 0) - 1))) if start.get("first") else 0
 
 
 def _booked(start: dict[str, Any], kept: int, cut_off: bool) -> dict[str, float]:
-    """A start's seconds by category."""
+    """Return a start's seconds by category."""
     seconds = _by_category(start.get("seconds", {}))
     unfinished = _by_category(start.get("unfinished", {}))
     finished = start.get("finished", 0)
     for name in _REPEATED:
-        open_now = unfinished[name]
-        in_vain = (seconds[name] - open_now) * (1 - kept / finished) if finished else 0.0
-        in_vain += open_now if cut_off else 0.0
-        seconds[name] -= in_vain
-        seconds["lost work"] += in_vain
+        unfinished_s = unfinished[name]
+        lost = (seconds[name] - unfinished_s) * (1 - kept / finished) if finished else 0.0
+        lost += unfinished_s if cut_off else 0.0
+        seconds[name] -= lost
+        seconds["lost work"] += lost
     return seconds
 
 

@@ -1,9 +1,9 @@
-"""One writer a run folder. Imports no torch.
+"""Ownership of a run folder: one writer at a time. Imports no torch.
 
-Owners are numbered: `runs/<name>/owner/00000001.json` and so on, and the highest number owns the folder. A job becomes the
-owner by creating the next number, which only one can; having a number above one's own means that one may write no more
-(a fencing token: Kleppmann, "How to do distributed locking", 2016). Nothing is locked, so nothing depends on what a network
-file system makes of locks, and no clock is compared with another machine's.
+Owners are numbered: `runs/<name>/owner/00000001.json` and so on, and the highest number owns the folder. A job becomes
+the owner by creating the next number, which only one job can do. A job that sees a number above its own must not write
+any more (a fencing token: Kleppmann, "How to do distributed locking", 2016). There are no locks, which some network
+file systems do not honour, and no comparison of clocks of different machines.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import OwnedError, cannot_write
+from megatrain.resilience.atomic_file import write_atomically
 
 FOLDER = "owner"
 
 ENVIRONMENT = "MEGATRAIN_OWNER"
-"""The number that the agent holds, in its workers' environment."""
+"""Holds the agent's owner number in its workers' environment."""
 
 BEAT_S = 5.0
-"""Seconds between an owner's signs of life."""
+"""Seconds between heartbeats of an owner."""
 
 WATCH_S = 20.0
-"""Seconds without a sign of life after which an owner on another machine counts as gone."""
+"""Seconds without a heartbeat after which an owner on another machine counts as gone."""
 
 _NAME = re.compile(r"(\d{8,})\.json")
 
@@ -45,14 +46,14 @@ class Ownership:
         self._file = _path(folder, number)
         self._next = _path(folder, number + 1)
         self._beaten = time.monotonic()
-        self._mine = _who(_read(self._file))
+        self._identity = _key(_read(self._file))
 
     @classmethod
     def take(cls, run_dir: Path, watch_s: float = WATCH_S) -> Ownership:
         """Become the owner of `run_dir`.
 
-        An owner of this machine is asked for by its process, one of an earlier start of the same Slurm job is gone, and
-        any other is watched for `watch_s` seconds.
+        A previous owner on this machine is gone if its process is. An earlier start of the same Slurm job is gone. Any
+        other owner is watched for `watch_s` seconds.
 
         Raises:
             OwnedError: another job owns the folder.
@@ -72,7 +73,7 @@ class Ownership:
                 try:
                     _create(_path(folder, number), identity())
                 except FileExistsError:
-                    continue  # another job was faster; it is the owner now
+                    continue  # another job was faster and is the owner now
                 for older in folder.iterdir():
                     if (match := _NAME.fullmatch(older.name)) and int(match[1]) < number - 1:
                         older.unlink(missing_ok=True)
@@ -82,60 +83,57 @@ class Ownership:
 
     @classmethod
     def from_environ(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> Ownership | None:
-        """What the agent holds for this process, if there is an agent."""
+        """Return the agent's ownership, or None if this process has no agent."""
         number = (os.environ if environ is None else environ).get(ENVIRONMENT)
         return cls(run_dir / FOLDER, int(number)) if number else None
 
     def check(self) -> None:
-        """Called before anything is written; a sign of life, too.
+        """Check the ownership before anything is written, and send a heartbeat.
 
         Raises:
-            OwnedError: another job has taken the folder over meanwhile.
+            OwnedError: another job has taken over the folder.
         """
-        if self._next.exists() or not self._file.exists() or self._is_anothers():
+        if self._next.exists() or not self._file.exists() or self._was_replaced():
             if not self.folder.parent.exists():
-                raise OwnedError(f"{self.folder.parent} is gone, moved or removed; this job writes no more")
+                raise OwnedError(f"{self.folder.parent} is gone, moved or removed; this job stops writing")
             last = last_owner(self.folder) if self.folder.exists() else None
-            told = describe(last[1]) if last else "someone who removed this job's mark"
-            raise OwnedError(f"{self.folder.parent} was taken over by {told}; this job writes no more")
+            by = describe(last[1]) if last else "someone who removed this job's owner file"
+            raise OwnedError(f"{self.folder.parent} was taken over by {by}; this job stops writing")
         self.beat()
 
-    def _is_anothers(self) -> bool:
-        """Whether somebody removed the marks and another job has this number now; looked at as often as a sign of life is
-        given."""
-        if self._mine is None or time.monotonic() - self._beaten < BEAT_S:
+    def _was_replaced(self) -> bool:
+        """Whether the owner files were removed and another job has this number now. Checked once per heartbeat."""
+        if self._identity is None or time.monotonic() - self._beaten < BEAT_S:
             return False
-        return _who(_read(self._file)) not in (None, self._mine)
+        return _key(_read(self._file)) not in (None, self._identity)
 
     def beat(self) -> None:
-        """Give a sign of life, if it is time."""
+        """Send a heartbeat if one is due."""
         now = time.monotonic()
         if now - self._beaten >= BEAT_S:
             self._beaten = now
             try:
                 os.utime(self._file)
             except OSError:
-                return  # the disk is away for the moment, or another took over; who writes next finds out
+                return  # the disk is unavailable for now, or another job took over; the next check finds out
 
     def release(self) -> None:
-        """Leave the folder to whoever comes next."""
+        """Release the folder for the next job."""
         try:
             if not self._next.exists():
-                temporary = self._file.with_suffix(".tmp")
-                temporary.write_text(json.dumps({**_read(self._file), "released": _now()}))
-                os.replace(temporary, self._file)
+                write_atomically(self._file, json.dumps({**_read(self._file), "released": _now()}))
         except OSError:
-            return  # it will be found stale
+            return  # the next job will find this owner gone
 
 
 def last_owner(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest owner's number and what it says of itself ({} where that cannot be read); None where there is none."""
+    """Return the newest owner's number and identity ({} if its file cannot be read), or None if there is no owner."""
     numbers = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return (max(numbers), _read(_path(folder, max(numbers)))) if numbers else None
 
 
 def identity() -> dict[str, Any]:
-    """What an owner says of itself."""
+    """Return the identity of this process as an owner."""
     return {
         "host": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID"),
@@ -147,15 +145,15 @@ def identity() -> dict[str, Any]:
 
 
 def describe(owner: dict[str, Any]) -> str:
-    """An owner in words: host, job, process and since when."""
+    """Describe an owner: host, job, process and start time."""
     if not owner:
-        return "an owner whose mark cannot be read"
+        return "an owner whose file cannot be read"
     job = f", Slurm job {owner['job']}" if owner.get("job") else ""
     return f"host {owner.get('host')}{job}, process {owner.get('pid')}, since {owner.get('since')}"
 
 
-def _who(owner: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What tells an owner from all others; None where its mark cannot be read."""
+def _key(owner: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return what distinguishes an owner from all others, or None if its file cannot be read."""
     return tuple(owner.get(name) for name in ("host", "job", "pid", "since", "process_started")) if owner else None
 
 
@@ -168,20 +166,21 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
         def runs() -> bool:
             return _started(int(owner["pid"])) == owner.get("process_started")
 
-        return not runs() or (requeued and _changes(runs, watch_s))  # this job's former start may still be ending
+        return not runs() or (
+            requeued and _changes(runs, watch_s)
+        )  # the previous start of this job may still be ending
     if requeued:
         return True
     print(
-        f"megatrain: the run folder's last owner ({describe(owner)}) did not say that it ended; watching it for "
-        f"{watch_s:g} s",
+        f"megatrain: the run folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s",
         file=sys.stderr,
         flush=True,
     )
-    return not _changes(lambda: _stamp(path), watch_s)
+    return not _changes(lambda: _size_and_time(path), watch_s)
 
 
 def _changes(look: Callable[[], Any], seconds: float) -> bool:
-    """Whether what `look` returns changes within so many seconds."""
+    """Whether the result of `look` changes within `seconds`."""
     first, deadline = look(), time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(0.2, seconds / 10))
@@ -190,8 +189,8 @@ def _changes(look: Callable[[], Any], seconds: float) -> bool:
     return False
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file; opened, since a network file system answers a mere stat from its memory."""
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    """Return a file's size and time. It is opened because a network file system may answer a stat from its cache."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -205,14 +204,14 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _create(path: Path, document: dict[str, Any]) -> None:
-    """Make a file that must not exist yet; whoever sees it sees all of it."""
+    """Create a file that must not exist yet. It appears with all its content or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}")
     try:
         with temporary.open("x") as file:
             json.dump(document, file)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)  # fails where the name is taken
+        os.link(temporary, path)  # fails if the name is taken
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -226,7 +225,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """What tells machines, their starts and their process namespaces apart; None where the system does not say."""
+    """Return an id of this machine, its boot and its process namespace, or None if the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -235,7 +234,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in the kernel's ticks; None where there is none, or a zombie."""
+    """Return when a process of this machine was started, in kernel ticks, or None if it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

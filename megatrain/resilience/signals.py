@@ -1,5 +1,7 @@
-"""Signals of a rank: the request to save and stop (SIGTERM, SIGUSR1), and the parent-death signal. The trainer decides when
-to act on a request."""
+"""Signals of a rank: the request to save and stop (SIGTERM, SIGUSR1), and the parent-death signal.
+
+The trainer decides when to act on a request.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by the first of `STOP_SIGNALS`; further ones change nothing, so that a save under way is not broken."""
+    """Set by the first of `STOP_SIGNALS`. Further ones are ignored, so that they do not interrupt a save."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -22,7 +24,9 @@ class StopRequest:
         """Install the handlers (main thread only)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; our agent turns it into SIGTERM
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C may reach the whole process group; our agent sends SIGTERM for it
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = self.signal_number or number
@@ -34,5 +38,5 @@ class StopRequest:
 def set_parent_death_signal(parent: int) -> None:
     """Have the kernel send SIGKILL to this process when its parent (process id `parent`) ends. Linux only."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

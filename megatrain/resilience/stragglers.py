@@ -1,8 +1,8 @@
-"""Which ranks are slower than their like, so that the whole job waits for them. Judging alone; imports no torch.
+"""Find stragglers: ranks that are slower than comparable ones, so that the whole job waits for them. Imports no torch.
 
-Ranks of a job finish a step together, however unlike they are: the fast ones wait. What differs is a rank's own time, a
-step's time without what it was held up by others (`waits.py`). A rank is compared with the others of its kind (those of the same pipeline
-stage, for stages do different work); where a kind has only one rank, there is nobody to compare it with.
+All ranks of a job finish a step together, because fast ranks wait for slow ones. What differs is a rank's own time: the
+step's time minus the time it was held up by others (`distributed/waits.py`). A rank is compared with the others of its
+kind (the same pipeline stage, as stages do different work). A rank that is the only one of its kind is not judged.
 """
 
 from __future__ import annotations
@@ -11,23 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
 
 WINDOW = 36
-"""Steps that a verdict looks at."""
+"""Number of steps that a verdict is based on."""
 
 QUICK = 0.1
-"""The quantile of a rank's steps in the window that stands for its quick ones. A slow rank's are slow, too, while noise comes
-and goes: in 1,000 steps of two ranks on two cores that four other programs used, the medians of a whole window were up to
-1.49 times apart, and the quick steps 1.09 times (docs/measurements/faults.md)."""
+"""The quantile of a rank's step times that represents its quick steps.
+
+A slow rank is slow there too, while noise comes and goes: in 1,000 steps of two ranks on two cores shared with four
+other programs, the medians of a whole window were up to 1.49 times apart, and the quick steps 1.09 times.
+"""
 
 EVERY = 4
-"""Steps between two verdicts; judging each step anew would cost more and tell little."""
+"""Steps between two verdicts. Judging every step would cost more and add little."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`rank` has become slow (or, where `is_slow` is false, is so no longer): medians over the window of its own seconds a
-    step, of the others' and of the ratio of the two."""
+    """A rank that has become slow, or has stopped being slow (`is_slow` is false).
+
+    `own_s`, `others_s` and `ratio` are medians over the window: of the rank's own seconds per step, of the others', and
+    of the ratio of the two.
+    """
 
     rank: int
     is_slow: bool
@@ -37,10 +45,10 @@ class Verdict:
 
 
 class Stragglers:
-    """Remembers the last steps' own times of all ranks, and names a rank once when it becomes slow."""
+    """Keeps the own times of all ranks in the last steps. Reports a rank once when it becomes slow."""
 
     def __init__(self, kinds: Sequence[int], ratio: float) -> None:
-        """`kinds` by rank: only ranks of one kind are compared. A rank is slow from `ratio` times the others' time on."""
+        """`kinds` holds each rank's kind. A rank is slow if it takes over `ratio` times as long as its kind."""
         groups: dict[int, list[int]] = {}
         for rank, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(rank)
@@ -54,7 +62,7 @@ class Stragglers:
         self._slow: set[int] = set()
 
     def judge(self, seconds: Sequence[float]) -> list[Verdict]:
-        """Take in every rank's own seconds of one step; what has changed."""
+        """Add every rank's own seconds of one step, and return what has changed."""
         row = self._known % WINDOW
         own = np.maximum(np.asarray(seconds, dtype=float), 1e-9)
         self._own[row] = own
@@ -79,16 +87,17 @@ class Stragglers:
         return found
 
 
-def _median_of_others(values: np.ndarray) -> np.ndarray:
-    """For each value, the median of all others."""
+def _median_of_others(values: FloatArray) -> FloatArray:
+    """Return, for each value, the median of all others."""
     order = np.argsort(values, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(values))
     by_size = values[order]
-    left = len(values) - 1  # that many are others
+    left = len(values) - 1  # number of other values
 
-    def nth(index: int) -> np.ndarray:
-        """The others' `index`-th smallest value."""
+    def nth(index: int) -> FloatArray:
+        """Return the `index`-th smallest of the other values, for each value."""
         return np.where(place > index, by_size[index], by_size[min(index + 1, left)])
 
-    return nth(left // 2) if left % 2 else (nth(left // 2 - 1) + nth(left // 2)) / 2
+    middle: FloatArray = nth(left // 2) if left % 2 else (nth(left // 2 - 1) + nth(left // 2)) / 2
+    return middle

@@ -253,7 +253,7 @@ def test_a_ledger_that_cannot_be_added_up_is_set_aside_and_said(tmp_path, heartb
         (tmp_path / "ledger.json").write_text(text)
     make(tmp_path, heartbeats, since=time.monotonic() - 5).close()  # a life of no time has no span
     assert len(check(read_ledger(tmp_path / "ledger.json")).spans) == 1
-    assert "ledger.json is damaged and now ledger.json.damaged" in capsys.readouterr().err
+    assert "ledger.json is damaged and was renamed to ledger.json.damaged" in capsys.readouterr().err
 
 
 def test_an_agent_that_started_nothing_is_start_up(tmp_path, heartbeats):

@@ -87,7 +87,7 @@ def test_one_whose_marks_were_removed_may_write_no_more(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     first = Ownership.take(run_dir)
     shutil.rmtree(run_dir / "owner")
-    with pytest.raises(OwnedError, match="someone who removed this job's mark"):
+    with pytest.raises(OwnedError, match="someone who removed this job's owner file"):
         first.check()
     monkeypatch.setattr(owner, "identity", lambda: {"host": "n7", "pid": 1, "since": "today"})
     second = Ownership.take(run_dir)
