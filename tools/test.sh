@@ -11,8 +11,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 pytest=(.venv/bin/python -m pytest)
 
 tiers=(unit parity e2e)
+coverage=()
 if [ "${1:-}" = --all ] && [ $# -eq 1 ]; then
   tiers+=(chaos slurm)
+  coverage=(--cov=megatrain --cov=kernels --cov-report=) # costs a third more time
 elif [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
 fi
@@ -39,13 +41,14 @@ run_tier() {
 
 for tier in "${tiers[@]}"; do
   case $tier in
-    unit) run_tier unit "${parallel[@]}" ;;
+    unit) run_tier unit "${parallel[@]}" "${coverage[@]}" ;;
     parity) run_tier parity "${parallel[@]}" ;;
     *) run_tier "$tier" ;;
   esac
 done
 
 echo
+[ ${#coverage[@]} -eq 0 ] || .venv/bin/python tools/coverage_by_room.py || failed=1
 printf '%s\n' "${results[@]}"
 .venv/bin/python - "$output" "$SECONDS" <<'SUM'
 import re, sys
