@@ -54,7 +54,7 @@ def test_ranks_are_numbered_with_tensor_ranks_innermost(pp, dp, cp, tp):
     layout = Layout(**sizes(world_size=pp * dp * cp * tp, pp=pp, dp=dp, cp=cp, tp=tp))
     for rank in range(layout.world_size):
         place = layout.coordinate(rank)
-        assert place == (rank // (dp * cp * tp), rank // (cp * tp) % dp, rank // tp % cp, rank % tp)
+        assert tuple(place) == (rank // (dp * cp * tp), rank // (cp * tp) % dp, rank // tp % cp, rank % tp)
         assert layout.rank(place) == rank == ((place.pp * dp + place.dp) * cp + place.cp) * tp + place.tp
         assert layout.dp_rank(rank) == place.dp and layout.dp_cp_rank(rank) == place.dp * cp + place.cp
 
