@@ -3,9 +3,9 @@
     python tools/bench_prepare.py [--megabytes 40] [--rounds 3] [--workers N]
 
 The plain loop is what one would write by hand: read a line of JSON, SentencePiece's `encode`, append an end token,
-`tofile`. It neither normalises, nor deduplicates, nor holds anything out, nor checks, nor hashes. Both use the same trained
-tokenizer. The table gives the median of the rounds in MB of text a second and in CPU seconds; the text is the standard library's source,
-repeated under changing first lines so that no two documents are equal.
+`tofile`. It neither normalises, nor deduplicates, nor holds anything out, nor checks, nor hashes. Both use the same
+trained tokenizer. The table gives the median of the rounds in MB of text a second and in CPU seconds; the text is the
+standard library's source, repeated under changing first lines so that no two documents are equal.
 """
 
 from __future__ import annotations

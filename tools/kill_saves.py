@@ -1,8 +1,9 @@
 """Kills a job that saves without pause, at random moments, over and over: python tools/kill_saves.py --n 1000
 
-Each time two ranks save checkpoints in the background as fast as they can, and a moment later SIGKILL ends one of them or
-both. Then a new start looks for the newest checkpoint, as every start does, and every tensor of it is compared with what was
-saved at its step. A checkpoint that had been reported as written must not be lost. Prints one line, and fails on any mistake.
+Each time two ranks save checkpoints in the background as fast as they can, and a moment later SIGKILL ends one of them
+or both. Then a new start looks for the newest checkpoint, as every start does, and every tensor of it is compared with
+what was saved at its step. A checkpoint that had been reported as written must not be lost. Prints one line, and fails
+on any mistake.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tools/measure_bubble.py [--pp 2 4] [--micro-batches 8] [--forward-ms 20] [--backward-ms 40] [--svg FILE]
 
-Real ranks run megatrain's pipeline over gloo; only what a stage computes is replaced by sleeping, half of the backward time
-for the inputs' part and half for the weights'. Ranks that compute on shared cores would wait for each other's cores. With
-several stages a rank, each sleeps its share, so that a rank's ideal time is the same for all schedules.
+Real ranks run megatrain's pipeline over gloo; only what a stage computes is replaced by sleeping, half of the backward
+time for the inputs' part and half for the weights'. Ranks that compute on shared cores would wait for each other's
+cores. With several stages a rank, each sleeps its share, so that a rank's ideal time is the same for all schedules.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What saving and loading cost, beside the plain copy, write and read of the same bytes: python tools/measure_checkpoints.py
+"""What saving and loading cost, beside the plain copy, write and read of the same bytes: python
+tools/measure_checkpoints.py
 
-One process holds the fp32 masters and moments of a model. Each round measures, one after the other: a plain copy of the bytes
-in memory and how long a save in the background holds the caller up; a plain sequential write (flushed to the disk) and a
-whole save, checksums and manifest included; a plain sequential read and a whole load, every checksum verified. Medians of
-the rounds' ratios are printed. Reads come from the disk where this process may empty the page cache (root), else from memory.
+One process holds the fp32 masters and moments of a model. Each round measures, one after the other: a plain copy of the
+bytes in memory and how long a save in the background holds the caller up; a plain sequential write (flushed to the
+disk) and a whole save, checksums and manifest included; a plain sequential read and a whole load, every checksum
+verified. Medians of the rounds' ratios are printed. Reads come from the disk where this process may empty the page
+cache (root), else from memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What fault tolerance costs when nothing fails: python tools/measure_resilience.py
 
-Runs a real job of two ranks, copies of the state in memory included, in which every function that is there for the sake of
-faults is timed inside the ranks (heartbeat, timed waits, loss guard, slow ranks, the owner's mark), and reads the agent's
-processor time. Each cost is shown as a share of the median step. Timing a call costs some tenths of a microsecond itself,
-which are taken off.
+Runs a real job of two ranks, copies of the state in memory included, in which every function that is there for the sake
+of faults is timed inside the ranks (heartbeat, timed waits, loss guard, slow ranks, the owner's mark), and reads the
+agent's processor time. Each cost is shown as a share of the median step. Timing a call costs some tenths of a
+microsecond itself, which are taken off.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TIMED = {
     "megatrain.distributed.waits": [("Waits", "held_up")],
     "megatrain.checkpoint.saver": [("Saver", "copy")],
 }
-"""What stands in the way of a step, by module: classes and methods. A timed wait is measured by itself, for most of it is the
-wait."""
+"""What stands in the way of a step, by module: classes and methods. A timed wait is measured by itself, for most of it
+is the wait."""
 
 FOLDER = "MEASURE_RESILIENCE"
 """Where ranks write what they timed, in their environment."""
@@ -65,7 +65,8 @@ def cost_of_timing() -> float:
 
 
 class Finder:
-    """Times the methods of `TIMED` once their module is imported, and has the trainer write the times down at its end."""
+    """Times the methods of `TIMED` once their module is imported, and has the trainer write the times down at its
+    end."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in TIMED and name != "megatrain.train.trainer":

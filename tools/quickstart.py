@@ -1,4 +1,5 @@
-"""The main job in five minutes: prepare real text, pretrain with ZeRO-3 on two processes, stop and resume once, score, sample.
+"""The main job in five minutes: prepare real text, pretrain with ZeRO-3 on two processes, stop and resume once, score,
+sample.
 
 Started by tools/quickstart.sh. Everything it does is a `megatrain` command that it prints first; the comparison with
 general-purpose compressors is the only code of its own.
@@ -87,7 +88,8 @@ def megatrain(*words: str) -> int:
 
 
 def train_with_a_stop(train: list[str]) -> int:
-    """Train, send SIGTERM part of the way, and give the same command again; exit code 75 says "saved after a signal"."""
+    """Train, send SIGTERM part of the way, and give the same command again; exit code 75 says "saved after a
+    signal"."""
     total = total_steps(train)
     if total is None:
         return 2

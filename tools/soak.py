@@ -1,23 +1,24 @@
 """A training job under random faults, against the same job left in peace: python tools/soak.py --minutes 30
 
-After each start's first step a fault comes, after an exponential time of 15 s in the mean: SIGKILL of a rank, at any moment or
-during a save; SIGSTOP of a rank; SIGUSR1 to the agent, after which the command is started again, as Slurm's requeue does; a
-disk that refuses for some seconds (as root, which it takes to mount one); an MLflow server that is gone, hangs or answers
-500 for some seconds. After the given minutes SIGUSR1 ends it, and as many steps are done by a run that is left in peace.
-Exit code 0 if then
+After each start's first step a fault comes, after an exponential time of 15 s in the mean: SIGKILL of a rank, at any
+moment or during a save; SIGSTOP of a rank; SIGUSR1 to the agent, after which the command is started again, as Slurm's
+requeue does; a disk that refuses for some seconds (as root, which it takes to mount one); an MLflow server that is
+gone, hangs or answers 500 for some seconds. After the given minutes SIGUSR1 ends it, and as many steps are done by a
+run that is left in peace. Exit code 0 if then
 
 - metrics and the last checkpoint's files are those of the undisturbed run, bit for bit, and MLflow has every step once;
-- the goodput ledger adds up to the wall time measured here within 1%, or 2.5 s in a short run: no ledger sees the end of an
-  interpreter;
-- its goodput is within 5 points of what is predicted from this program's own stopwatch. Of N starts with a mean time M from
-  their first step to their fault, a mean time R from a fault to the next first step, and S seconds before the first and after
-  the last step,
+- the goodput ledger adds up to the wall time measured here within 1%, or 2.5 s in a short run: no ledger sees the end
+  of an interpreter;
+- its goodput is within 5 points of what is predicted from this program's own stopwatch. Of N starts with a mean time M
+  from their first step to their fault, a mean time R from a fault to the next first step, and S seconds before the
+  first and after the last step,
 
       goodput = N (M - k L - d M / T) / (S + N M + (N - 1) R),    L = T / 2 + w,
 
-  where T is the time between two saves, d what a save holds the loop up, w how long one is written in the background, and
-  k the share of starts that were cut off without saving. That half an interval is lost in the mean is the first-order model
-  of Young, "A first order approximation to the optimum checkpoint interval" (1974); see also Daly (2006).
+  where T is the time between two saves, d what a save holds the loop up, w how long one is written in the background,
+  and k the share of starts that were cut off without saving. That half an interval is lost in the mean is the
+  first-order model of Young, "A first order approximation to the optimum checkpoint interval" (1974); see also Daly
+  (2006).
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ class Soak:
         raise AssertionError(f"no step within {LONGEST_S:g} s after start {starts}")
 
     def _disturb(self, process: subprocess.Popen[bytes], until: float) -> tuple[subprocess.Popen[bytes], float]:
-        """Faults, until one ends this start of the ranks; the process that goes on then, and the moment of that fault."""
+        """Faults, until one ends this start of the ranks; the process that goes on then, and the moment of that
+        fault."""
         faults: list[Callable[[], bool]] = [self._kill, self._kill_in_save, self._stop]
         names = ["SIGKILL", "SIGKILL in a save", "SIGSTOP", "requeue"]
         others: dict[str, Callable[[], None]] = {}

@@ -15,8 +15,8 @@ def when(record):
 def test_a_wall_clock_that_jumps_by_an_hour_changes_nothing(workplace, undisturbed_native, tmp_path):
     """An hour ahead, then two back, of all processes of the job, files' times included; then a rank dies.
 
-    Nobody hangs or loses the folder, records stay in order, and the restart takes the checkpoint of the latest step, which
-    is not that of the latest time.
+    Nobody hangs or loses the folder, records stay in order, and the restart takes the checkpoint of the latest step,
+    which is not that of the latest time.
     """
     clock = tmp_path / "clock"
     clock.write_text("+0000")

@@ -33,7 +33,8 @@ def test_a_restart_goes_on_from_the_copy_in_memory(workplace, engine, request):
 
 
 def test_a_job_that_ends_leaves_its_copy_on_the_disk_for_any_layout(workplace, undisturbed):
-    """No restarts allowed: the agent brings the copy to the disk, and another engine on another number of ranks goes on."""
+    """No restarts allowed: the agent brings the copy to the disk, and another engine on another number of ranks goes
+    on."""
     died = run_with(
         workplace,
         [fault(1, 14, "backward", "SIGKILL")],

@@ -38,7 +38,8 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def killed(workplace):
-    """The folder of a run killed at step 22, whole, with checkpoints of steps 15 and 20. `damage-whole` was not killed."""
+    """The folder of a run killed at step 22, whole, with checkpoints of steps 15 and 20. `damage-whole` was not
+    killed."""
     whole = start(workplace, *JOB, "run.name=damage-whole")
     died = run_with(
         workplace,
@@ -64,8 +65,8 @@ def contents(folder):
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_used_or_refused(workplace, killed, kind):
-    """Left to itself the job goes on from the checkpoint before and ends bit for bit as ever; told to take the damaged one,
-    it refuses and changes nothing."""
+    """Left to itself the job goes on from the checkpoint before and ends bit for bit as ever; told to take the damaged
+    one, it refuses and changes nothing."""
     file, damage = DAMAGES[kind]
     name, told = f"damage-{kind}", f"damage-{kind}-told"
     for folder in (copy_of(killed, name), copy_of(killed, told)):

@@ -24,8 +24,9 @@ def copy_of_the_data(workplace, name):
 
 
 def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, undisturbed_native):
-    """Replaced by its copy, which stops nothing; then cut, written to, its held-out part cut: each time exit code 3, the file and the bytes, and no step with what
-    was not prepared. With the data put back the run ends as the one that nothing disturbed."""
+    """Replaced by its copy, which stops nothing; then cut, written to, its held-out part cut: each time exit code 3,
+    the file and the bytes, and no step with what was not prepared. With the data put back the run ends as the one that
+    nothing disturbed."""
     folder = copy_of_the_data(workplace, "changing")
     good = workplace / "data" / "tiny"
     size = (folder / "train.bin").stat().st_size

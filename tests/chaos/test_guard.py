@@ -1,5 +1,5 @@
-"""Losses that overflow or leap in a real job. The oracles: the other engine under the same fault, and the run that was told
-by hand to leave out the samples that a rollback left out."""
+"""Losses that overflow or leap in a real job. The oracles: the other engine under the same fault, and the run that was
+told by hand to leave out the samples that a rollback left out."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ WORDS = [*TRAIN, "engine=native", "train.steps=2000", "train.eval_every=0", "tra
 
 
 def test_a_second_job_is_refused_and_the_owner_goes_on(workplace):
-    """Exit code 7, with the owner's process; nothing of the first job's is touched. Once it is dead, the next takes over."""
+    """Exit code 7, with the owner's process; nothing of the first job's is touched. Once it is dead, the next takes
+    over."""
     first = start(workplace, *WORDS, "run.name=owned")
     deadline = time.monotonic() + 120
     while len(metrics(workplace, "owned")) < 100:

@@ -161,7 +161,8 @@ def test_as_a_part_of_a_dataset(workplace, pickles, capsys, tmp_path, name):
 
 
 def test_as_the_source_of_a_dataset(workplace, pickles, capsys, tmp_path):
-    """Text, tables and Megatron's pairs are read as what they are; files that hold pickles by their name are no source."""
+    """Text, tables and Megatron's pairs are read as what they are; files that hold pickles by their name are no
+    source."""
     words = ["prepare", "data.name=x", f"data.dir={tmp_path / 'data'}", "tokenizer.vocab_size=300"]
     source = tmp_path / "source"
     source.mkdir()

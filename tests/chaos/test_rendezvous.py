@@ -1,4 +1,5 @@
-"""Ranks that cannot meet, or should not: started as torchrun starts them, each ends with exit code 8 and says why, in time."""
+"""Ranks that cannot meet, or should not: started as torchrun starts them, each ends with exit code 8 and says why, in
+time."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ EVERY = 5
 
 
 def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed):
-    """SIGKILL of each rank in forward, backward, update, evaluation and while saving, one after the other in one job."""
+    """SIGKILL of each rank in forward, backward, update, evaluation and while saving, one after the other in one
+    job."""
     places = [(2, "forward"), (7, "backward"), (13, "update")]
     deaths = [fault(rank, step + rank, phase, "SIGKILL") for step, phase in places for rank in (0, 1)]
     deaths += [fault(0, 20, "evaluate", "SIGKILL"), fault(0, 25, "save", "SIGKILL")]

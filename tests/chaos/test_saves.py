@@ -59,8 +59,8 @@ def wait_until(true, process, seconds=120):
 
 
 def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk):
-    """Read-only for a while: saving is tried again, training goes on. Full for good: a clear end, the last checkpoint whole;
-    started again with room, the run ends as the undisturbed one."""
+    """Read-only for a while: saving is tried again, training goes on. Full for good: a clear end, the last checkpoint
+    whole; started again with room, the run ends as the undisturbed one."""
     assert megatrain(workplace, *LONG, "run.name=whole").returncode == 0
     process = start(workplace, *LONG, *PATIENCE, "run.name=disk")
     saved = lambda kind="save": events(workplace, "disk", kind)  # noqa: E731

@@ -24,7 +24,8 @@ def compare(tmp_path, *words):
 
 
 def test_two_rounds_against_the_bare_loop(tmp_path):
-    """Turns alternate; every figure of the JSON is there; the ratios are those of the turns; both train the same model."""
+    """Turns alternate; every figure of the JSON is there; the ratios are those of the turns; both train the same
+    model."""
     done = compare(tmp_path, "--peers=bare-eager", "--markdown=-", *SMALL)
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((tmp_path / "out.json").read_text())

@@ -56,7 +56,8 @@ def test_torchrun_trains_as_our_own_agent_does(workplace):
 
 
 def test_a_fault_of_the_data_that_one_rank_meets_ends_all_with_one_message(workplace):
-    """An id outside the vocabulary among rank 1's samples of step 3: exit code 3, the file and the byte, nobody left."""
+    """An id outside the vocabulary among rank 1's samples of step 3: exit code 3, the file and the byte, nobody
+    left."""
     folder = workplace / "faulty" / "tiny"
     shutil.copytree(workplace / "data" / "tiny", folder)
     dataset = IndexedDataset.open(folder, "train", verify=False)

@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "quickstart.py"
 
 
 def test_the_quickstart_does_what_it_says(tmp_path):
-    """One run folder with a start, a signal, a resume and an end; the scores beside the compressors'; everything named."""
+    """One run folder with a start, a signal, a resume and an end; the scores beside the compressors'; everything
+    named."""
     short = ["train.steps=30", "optim.warmup_steps=5", "train.eval_every=0", "train.eval_steps=1"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *short], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False

@@ -33,7 +33,8 @@ def test_a_run_writes_what_it_promises(workplace, undisturbed):
 
 
 def test_a_killed_run_continues_bit_for_bit(workplace, undisturbed):
-    """SIGKILL of the agent ends its workers too; the same command continues, and every record is the undisturbed one's."""
+    """SIGKILL of the agent ends its workers too; the same command continues, and every record is the undisturbed
+    one's."""
     words = [*TRAIN, "run.name=killed", "launch.nproc_per_node=2"]
     process = start(workplace, *words)
     wait_for(workplace, "killed", 13, process)

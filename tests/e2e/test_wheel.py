@@ -1,4 +1,5 @@
-"""The built distributions: a wheel installed elsewhere finds its config groups, kernels and page assets without a checkout."""
+"""The built distributions: a wheel installed elsewhere finds its config groups, kernels and page assets without a
+checkout."""
 
 import os
 import shutil

@@ -95,8 +95,8 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
     ids=str,
 )
 def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes, tmp_path):
-    """Triton's, interpreted on a CPU, between layers that DTensor, FSDP2 or ZeRO-3 hold; one block and few steps, for the
-    interpreter takes a second for each block of each micro-batch."""
+    """Triton's, interpreted on a CPU, between layers that DTensor, FSDP2 or ZeRO-3 hold; one block and few steps, for
+    the interpreter takes a second for each block of each micro-batch."""
     fused, plain = (
         layout_job(family=family, micro=4 if "pp" in changes else 8, **changes),
         layout_job(family=family, micro=16),
@@ -148,7 +148,8 @@ def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp
     ids=str,
 )
 def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, monkeypatch, tmp_path):
-    """At every size, and whatever the processor is; layers that are cut, or whose two gradients come one by one, keep torch's."""
+    """At every size, and whatever the processor is; layers that are cut, or whose two gradients come one by one, keep
+    torch's."""
     for module in (linear, choice):
         monkeypatch.setattr(module, "prefers_onednn", lambda: True)
     monkeypatch.setattr(linear, "_SMALLEST", 1)

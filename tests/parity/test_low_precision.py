@@ -98,9 +98,11 @@ NUDGES = 50
 
 
 def nudged(world, config):
-    """Return this rank's second moments after many steps, each of which asks for less than half a unit in the last place.
+    """Return this rank's second moments after many steps, each of which asks for less than half a unit in the last
+    place.
 
-    They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where bf16's neighbours lie 0.0078 apart.
+    They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where bf16's neighbours lie 0.0078
+    apart.
     """
     engine: Any = build_engine(config, world)
     for held in engine.held:

@@ -72,7 +72,8 @@ def test_ranks_hold_what_the_formula_says(world, changes):
 
 
 def test_the_sizes_are_deepspeeds():
-    """The buffer sizes that the formula counts are the defaults of DeepSpeed's own config, and none is set by the engine."""
+    """The buffer sizes that the formula counts are the defaults of DeepSpeed's own config, and none is set by the
+    engine."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     from megatrain.engine.deepspeed import deepspeed_config

@@ -1,4 +1,5 @@
-"""Masters, moments and parameters in host memory or on a disk: DeepSpeed's own paths, with the result of one process."""
+"""Masters, moments and parameters in host memory or on a disk: DeepSpeed's own paths, with the result of one
+process."""
 
 from __future__ import annotations
 

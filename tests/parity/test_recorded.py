@@ -1,9 +1,10 @@
-"""Results and checkpoints of commit 4e48b57 hold: ten steps of four layouts, and a run continued from an old checkpoint.
+"""Results and checkpoints of commit 4e48b57 hold: ten steps of four layouts, and a run continued from an old
+checkpoint.
 
 `recorded/ten_steps.json` was written at that commit by `support.jobs.ten_steps` (numbers as hexadecimal floats). On the
-processor and torch that they were recorded with, results are equal to the bit; elsewhere other kernels round otherwise, and
-the figures are held to the tolerance of the parity tests. `recorded/old_run/` is a dataset and two runs of two ranks
-(native, ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
+processor and torch that they were recorded with, results are equal to the bit; elsewhere other kernels round otherwise,
+and the figures are held to the tolerance of the parity tests. `recorded/old_run/` is a dataset and two runs of two
+ranks (native, ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An engine that has trained goes back to a checkpoint in place, and from there on is the one that was saved, to the bit."""
+"""An engine that has trained goes back to a checkpoint in place, and from there on is the one that was saved, to the
+bit."""
 
 from __future__ import annotations
 

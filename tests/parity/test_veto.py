@@ -98,7 +98,8 @@ def lose(engine, layout, world, amount):
 
 
 def overflow(world, config, folder):
-    """A clean step, a step with an infinite loss on one rank, a clean one; what each said and the states around them."""
+    """A clean step, a step with an infinite loss on one rank, a clean one; what each said and the states around
+    them."""
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
     told, states = [], []
     for step, amount in enumerate((0.0, float("inf"), float("-inf")), start=1):

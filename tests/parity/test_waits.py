@@ -1,7 +1,8 @@
-"""The time a rank spends in communication, on every kind of collective: the others wait for a slow rank, and it does not.
+"""The time a rank spends in communication, on every kind of collective: the others wait for a slow rank, and it does
+not.
 
-No test here compares durations of computation. The slow rank goes on only after it has seen the other one stuck in one and
-the same wait for `NAP_S`, so that the least waiting time is known, however busy the machine is.
+No test here compares durations of computation. The slow rank goes on only after it has seen the other one stuck in one
+and the same wait for `NAP_S`, so that the least waiting time is known, however busy the machine is.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def test_waiting_for_a_slow_rank_is_measured(engine, parallel, tmp_path):
 
 
 def late_collectives(world, path):
-    """Join an all-reduce late: in the training thread, in another thread, in an exchange and after the timing has ended."""
+    """Join an all-reduce late: in the training thread, in another thread, in an exchange and after the timing has
+    ended."""
     signal = WaitSignal(path)
     if world.rank == 0:
         signal.publish_waits()
@@ -181,7 +183,8 @@ def test_the_kernel_tells_how_long_a_rank_was_without_a_core():
 
 
 def compete(world):
-    """Compute for half a second on the core that all ranks share; return the wall time and how long the rank was held up."""
+    """Compute for half a second on the core that all ranks share; return the wall time and how long the rank was held
+    up."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     world.barrier()
     with timed_waits() as waits:

@@ -115,8 +115,8 @@ LOW = [
 
 @pytest.mark.parametrize(("precision", "accumulate", "engine", "zero"), LOW)
 def test_low_precision_trains_on_fp32_masters(precision, accumulate, engine, zero, reference, tmp_path):
-    """bf16 and fp16 follow the fp32 losses within 5e-3 and the norms of four summed micro-batches within 5e-2, start from the same fp32 masters, and keep fp32 masters that
-    the compute format could not hold."""
+    """bf16 and fp16 follow the fp32 losses within 5e-3 and the norms of four summed micro-batches within 5e-2, start
+    from the same fp32 masters, and keep fp32 masters that the compute format could not hold."""
     config = job(engine, zero, precision=precision, accumulate=accumulate)
     seen, start, end = run_ranks(run, 1 if engine == "native" else 2, config, str(tmp_path), 5)[0]
     expected, first, _ = reference("llama")
@@ -131,7 +131,8 @@ def test_low_precision_trains_on_fp32_masters(precision, accumulate, engine, zer
 @pytest.mark.parametrize(("engine", "zero", "ranks"), [("native", 0, 1), ("deepspeed", 0, 2), ("deepspeed", 3, 2)])
 def test_clipping_uses_the_global_norm(engine, zero, ranks):
     """With a limit below the norm, the update is that of gradients scaled by limit / norm, the norm that of the whole
-    model over all ranks; clipped and unclipped runs differ (Adam's epsilon is made large, else it would hide a scale)."""
+    model over all ranks; clipped and unclipped runs differ (Adam's epsilon is made large, else it would hide a
+    scale)."""
     ends = []
     for limit in (0.0, 0.1):
         config = job(engine, zero)

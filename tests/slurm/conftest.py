@@ -1,4 +1,5 @@
-"""A Slurm of four nodes for the tests of this folder. They skip where there is none, unless MEGATRAIN_REQUIRE_SLURM=1."""
+"""A Slurm of four nodes for the tests of this folder. They skip where there is none, unless
+MEGATRAIN_REQUIRE_SLURM=1."""
 
 from __future__ import annotations
 

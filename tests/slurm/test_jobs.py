@@ -1,4 +1,5 @@
-"""Jobs on a real Slurm: two nodes, a rank on each; the oracle is the same run on this machine that nothing disturbed."""
+"""Jobs on a real Slurm: two nodes, a rank on each; the oracle is the same run on this machine that nothing
+disturbed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A real Slurm of a few nodes on this machine, for the tests: started as root, without systemd or cgroups.
 
-Every node is one slurmd in its own host name, mount and process namespace, so that killing the namespace's first process
-is what pulling a node's plug is to the others. Everything lives in one folder, and every process dies with the one that
-started it, whatever kills that. Nothing is installed here: `missing()` says what is not there.
+Every node is one slurmd in its own host name, mount and process namespace, so that killing the namespace's first
+process is what pulling a node's plug is to the others. Everything lives in one folder, and every process dies with the
+one that started it, whatever kills that. Nothing is installed here: `missing()` says what is not there.
 """
 
 from __future__ import annotations

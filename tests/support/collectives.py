@@ -1,7 +1,8 @@
 """Counts what a rank really communicates: every collective and message, beneath both engines and all libraries.
 
-FSDP2, DTensor, torch's pipelines and DeepSpeed all end in the operators of `c10d` and `_c10d_functional`, which a dispatch
-mode sees in the forward and, on a CPU, in the backward pass. An operator that is not in `PAYLOADS` is an error, not a gap.
+FSDP2, DTensor, torch's pipelines and DeepSpeed all end in the operators of `c10d` and `_c10d_functional`, which a
+dispatch mode sees in the forward and, on a CPU, in the backward pass. An operator that is not in `PAYLOADS` is an
+error, not a gap.
 """
 
 from __future__ import annotations

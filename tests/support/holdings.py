@@ -1,8 +1,9 @@
-"""What a rank really holds during a step, summed from the tensors themselves: the other side of megatrain/parallel/memory.py.
+"""What a rank really holds during a step, summed from the tensors themselves: the other side of
+megatrain/parallel/memory.py.
 
 Every storage is counted once, with its padding. The instants looked at are: before and after each forward pass of each
-stage and each block, after the last backward pass, and before each update of a parameter group; of each kind the largest
-is kept. Activations are what autograd saves for one micro-batch, parameters excepted.
+stage and each block, after the last backward pass, and before each update of a parameter group; of each kind the
+largest is kept. Activations are what autograd saves for one micro-batch, parameters excepted.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Sum:
 
 
 def native_bytes(engine: Any) -> dict[str, int]:
-    """The native engine: masters and compute copies; FSDP2's shards, gathered parameters and both forms of gradients."""
+    """The native engine: masters and compute copies; FSDP2's shards, gathered parameters and both forms of
+    gradients."""
     found = Sum()
     for parameter in fsdp_parameters(engine.stages.values()):
         found.add("parameters", parameter._sharded_param_data)
@@ -83,7 +85,8 @@ def gathered(parameter: Any) -> list[Tensor]:
 
 
 def deepspeed_bytes(engine: Any) -> dict[str, int]:
-    """DeepSpeed: flat copies and partitions, masters, what accumulates and what is averaged, the reduction's buckets."""
+    """DeepSpeed: flat copies and partitions, masters, what accumulates and what is averaged, the reduction's
+    buckets."""
     found, optimizer = Sum(), engine.optimizer
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         found.add("working", bucket.buffer)
@@ -104,7 +107,8 @@ def deepspeed_bytes(engine: Any) -> dict[str, int]:
 
 
 class Saved:
-    """The bytes that autograd keeps at once: storages of saved tensors, and what selective recompute keeps beside them."""
+    """The bytes that autograd keeps at once: storages of saved tensors, and what selective recompute keeps beside
+    them."""
 
     def __init__(self, excluded: Callable[[], set[int]]) -> None:
         self.excluded, self.peak = excluded, 0
@@ -172,7 +176,8 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> dict[str, int]:
-    """The largest bytes of each kind that a rank holds in its second step; `patch` goes into DeepSpeed's zero_optimization."""
+    """The largest bytes of each kind that a rank holds in its second step; `patch` goes into DeepSpeed's
+    zero_optimization."""
     patch_deepspeed(patch)
     engine: Any = build_engine(config, world)
     layout = Layout.of(config, world.size)

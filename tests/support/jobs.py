@@ -1,4 +1,5 @@
-"""Small training jobs that the parity tests run on several ranks: a config, random batches that depend on the step alone."""
+"""Small training jobs that the parity tests run on several ranks: a config, random batches that depend on the step
+alone."""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ def layout_job(
 ) -> TrainConfig:
     """The config of a job whose `parallel.*` keys are given.
 
-    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is nothing but rounding into a step of the whole
-    learning rate, on one process with other micro-batches just as well.
+    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is nothing but rounding into a step of the
+    whole learning rate, on one process with other micro-batches just as well.
     """
     model = wide_llama() if family == "llama" else wide_gpt2()
     config = job(engine, parallel.pop("zero", 0), micro, model, recompute=recompute)
@@ -159,7 +160,8 @@ LIMITS = {
 
 
 def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) -> Any:
-    """Ten steps, or so many, with unevenly many ignored labels; what each rank was told, and the gathered state on the way."""
+    """Ten steps, or so many, with unevenly many ignored labels; what each rank was told, and the gathered state on the
+    way."""
     engine = build_engine(config, world)
     layout = Layout.of(config, world.size)
 
@@ -179,10 +181,11 @@ def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) 
 def deviations(results: list[Any], expected: Any) -> dict[str, float]:
     """How far `ten_steps` of a layout are from one process.
 
-    `loss`, `grad_norm` and `heldout_loss`: the largest relative difference; `first_gradient`: of each parameter relative to
-    its largest element (the first moment after one step is the clipped gradient times 1 - beta1); `parameter`: absolute,
-    after the last step; `start`: absolute, 0 where all initial bits are equal. Key biases are left out: their true gradient
-    is zero. Ranks that were told different numbers, or other token counts, deviate infinitely.
+    `loss`, `grad_norm` and `heldout_loss`: the largest relative difference; `first_gradient`: of each parameter
+    relative to its largest element (the first moment after one step is the clipped gradient times 1 - beta1);
+    `parameter`: absolute, after the last step; `start`: absolute, 0 where all initial bits are equal. Key biases are
+    left out: their true gradient is zero. Ranks that were told different numbers, or other token counts, deviate
+    infinitely.
     """
     told, held_out, states = results[0]
     true_told, true_held_out, true_states = expected

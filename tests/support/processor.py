@@ -1,4 +1,5 @@
-"""Which arithmetic this machine does: recorded figures are equal to the bit only where it is the one they were recorded on."""
+"""Which arithmetic this machine does: recorded figures are equal to the bit only where it is the one they were recorded
+on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, forked from a parent that has already imported torch and DeepSpeed.
 
-A fork costs 0.2 to 0.5 s where a fresh interpreter costs tens; each test case still gets clean processes. The parent must
-not hold a process group or start threads in torch.
+A fork costs 0.2 to 0.5 s where a fresh interpreter costs tens; each test case still gets clean processes. The parent
+must not hold a process group or start threads in torch.
 """
 
 from __future__ import annotations

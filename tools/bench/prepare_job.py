@@ -1,7 +1,8 @@
 """Writes what all contenders of a comparison share into a folder: random tokens as a dataset, and `job.json`.
 
-A process of its own, so that the one that starts the contenders imports neither torch nor the config. `job.json` holds the
-checked config (model, optimizer, sizes), where the tokens are, and the words of the train command that mean the same.
+A process of its own, so that the one that starts the contenders imports neither torch nor the config. `job.json` holds
+the checked config (model, optimizer, sizes), where the tokens are, and the words of the train command that mean the
+same.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def uniform(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
 
 
 def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
-    """Of every eight tokens the first is drawn, and each other one follows from the one before by a fixed permutation."""
+    """Of every eight tokens the first is drawn, and each other one follows from the one before by a fixed
+    permutation."""
     generator = np.random.default_rng(seed)
     follows = generator.permutation(vocab)
     rows = [generator.integers(0, vocab, -(-num_tokens // 8))]

@@ -1,9 +1,11 @@
-"""Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path reads it.
+"""Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path
+reads it.
 
-`FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`), how many
-`times` it strikes (1 unless given; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a signal's name; `sleep`;
-`wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3 for 30 %; `run` with a shell
-command `by`; or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as the model computes it.
+`FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`),
+how many `times` it strikes (1 unless given; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a
+signal's name; `sleep`; `wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3
+for 30 %; `run` with a shell command `by`; or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as
+the model computes it.
 """
 
 import importlib.util
