@@ -1,1 +1,1 @@
-"""Hydra groups, one choice a file. A YAML file holds only what its choice changes; defaults live in megatrain/config.py."""
+"""Hydra groups, one choice per file. A file holds only what its choice changes; defaults are in megatrain/config/."""

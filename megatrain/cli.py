@@ -1,6 +1,6 @@
-"""The command line: picks the verb, has its config composed and checked, and calls who does the work. Torch-free.
+"""The command line: parse it, compose and check the config, call the verb, map errors to exit codes. Imports no torch.
 
-Everything below takes the checked dataclass. A user's mistake ends here as one message and its exit code.
+The verbs get the checked dataclass. A user's mistake becomes one message and an exit code here.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ACTIONS: dict[str, str] = {
     "inspect": "megatrain.verbs.inspect:inspect",
     "report": "megatrain.verbs.report:report",
 }
-"""What each verb calls with its config, as module:function; imported only when called."""
+"""The function behind each verb, as module:function; it is imported only when called, with the config."""
 
 FLAGS = {
     "--help": "explain the verb and its keys",
-    "--cfg": "print the resolved config as YAML and end",
-    "--debug": "show stack traces of errors",
-    "--multirun": "train: run every combination of several values, each as a run of its own; short: -m",
+    "--cfg": "print the resolved config as YAML and exit",
+    "--debug": "show the stack trace of an error",
+    "--multirun": "train: run every combination of several values, each as a separate run; short: -m",
     "--dry-run": "train launch=slurm or --multirun: show what would be submitted or started",
     "--version": "print the version",
 }
@@ -47,7 +47,7 @@ FLAGS = {
 
 @dataclass
 class Arguments:
-    """The command line, taken apart."""
+    """The parsed command line."""
 
     verb: str | None = None
     overrides: list[str] = field(default_factory=list)
@@ -68,41 +68,41 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return EXIT_OK
-        known = error if isinstance(error, MegatrainError) else disk_fault(error)
-        if known is not None:
+        user_error = error if isinstance(error, MegatrainError) else disk_fault(error)
+        if user_error is not None:
             if debug:
                 traceback.print_exc()
             else:
-                print(f"megatrain: error: {_speaker()}{known}", file=sys.stderr, flush=True)
-            return known.exit_code
+                print(f"megatrain: error: {_rank_prefix()}{user_error}", file=sys.stderr, flush=True)
+            return user_error.exit_code
         traceback.print_exc()
         print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
         return EXIT_DEFECT
 
 
 def command() -> NoReturn:
-    """The process of one command: `main`, and out with its exit code.
+    """Run `main` and end the process with its exit code.
 
-    A rank that failed holds a process group whose peers may be gone, or a thread of torch's that still looks for them.
-    Interpreter shutdown meets both, which was seen to abort (`terminate called without an active exception`) and to lose
-    the code that tells the agent what to do.
+    A failed rank may hold a process group whose peers are gone, or a torch thread that still waits for them. With
+    either, interpreter shutdown was seen to abort (`terminate called without an active exception`) and to lose the exit
+    code that tells the agent what to do. Such a process therefore skips interpreter shutdown.
     """
     code = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and (is_launched() or distributed.is_initialized()):
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody may be reading
+            with suppress(OSError, ValueError):  # the reader may be gone
                 stream.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _reader_left() -> bool:
-    """Whether standard output is a pipe that nobody reads any more (`| head`); what is left then goes nowhere."""
+    """Return whether standard output is a pipe without a reader (`| head`); if so, discard the remaining output."""
     try:
         stdout = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file, as under a test's capture
+    except (OSError, ValueError):  # not a file, for example captured by a test
         return False
     poll = select.poll()
     poll.register(stdout, 0)
@@ -113,7 +113,7 @@ def _reader_left() -> bool:
 
 
 def run(arguments: Arguments) -> int:
-    """Do what the command line asks for."""
+    """Run the parsed command and return its exit code."""
     from megatrain.config.usage import overview, verb_help
 
     verb = arguments.verb
@@ -128,7 +128,9 @@ def run(arguments: Arguments) -> int:
         return EXIT_OK
     if "--multirun" in arguments.flags:
         if verb != "train":
-            raise ConfigError(f"--multirun runs a sweep of training runs: megatrain train --multirun; {verb} has none")
+            raise ConfigError(
+                f"--multirun runs a sweep of training runs: use megatrain train --multirun, or {verb} without it"
+            )
         from megatrain.verbs.multirun import multirun
 
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
@@ -143,8 +145,8 @@ def run(arguments: Arguments) -> int:
         return EXIT_OK
     if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
         raise ConfigError(
-            "--dry-run shows what `megatrain train` would submit (launch=slurm) or a sweep start (--multirun); nothing else "
-            "has it"
+            "--dry-run shows what megatrain train would submit or start; use it with launch=slurm or --multirun, "
+            "or leave it out"
         )
     if verb == "train" and not is_launched():
         from megatrain.verbs.train import start
@@ -152,11 +154,11 @@ def run(arguments: Arguments) -> int:
         return start(config, sorted(arguments.flags), arguments.overrides)
     check_paths(config)
     result = _action(verb)(config)
-    return result if isinstance(result, int) else EXIT_OK  # some verbs return what they wrote, for callers in Python
+    return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Take a command line apart. Raises ConfigError for a verb or a flag that does not exist."""
+    """Parse a command line. Raises ConfigError for an unknown verb or flag."""
     arguments = Arguments()
     for text in argv:
         if text in ("-h", "--help", "help"):
@@ -178,12 +180,12 @@ def parse(argv: list[str]) -> Arguments:
         else:
             arguments.overrides.append(text)
     if arguments.verb is not None:
-        arguments.overrides = _name_the_path(arguments.verb, arguments.overrides)
+        arguments.overrides = _expand_path(arguments.verb, arguments.overrides)
     return arguments
 
 
-def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
-    """A first argument without `=` is the path of the verbs that have one."""
+def _expand_path(verb: str, overrides: list[str]) -> list[str]:
+    """Turn a first argument without `=` into `path=...`, for verbs that have a path."""
     if "path" in walk(VERBS[verb]) and overrides and "=" not in overrides[0]:
         from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -192,22 +194,23 @@ def _name_the_path(verb: str, overrides: list[str]) -> list[str]:
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML, in the schema's order."""
+    """Return a config as YAML, in the schema's order."""
     import yaml
 
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _action(verb: str) -> Callable[[Any], Any]:
-    """The function that does a verb's work."""
+    """Import and return the function behind a verb."""
     module, _, name = ACTIONS[verb].partition(":")
-    return getattr(import_module(module), name)
+    function: Callable[[Any], Any] = getattr(import_module(module), name)
+    return function
 
 
-def _speaker() -> str:
-    """Under somebody else's launcher all ranks share a terminal: each but the first says which it is.
+def _rank_prefix() -> str:
+    """Return `rank N: ` for messages under another launcher, whose ranks share a terminal; empty for rank 0.
 
-    None keeps still, though most mistakes are everybody's: whether the others made the same one, no rank can know.
+    Every rank prints its message, because no rank knows whether the others have the same error.
     """
     if not is_launched() or WORKER_MARK in os.environ or os.environ["RANK"] == "0":
         return ""

@@ -1,7 +1,7 @@
-"""The few errors a user can meet, each with its stable exit code (docs/reference/exit_codes.md lists them). Imports nothing heavy.
+"""The errors a user can meet, and every exit code (docs/reference/exit_codes.md lists them). Imports nothing heavy.
 
-A user's mistake raises one of these with a message that names the key or file, what was given and what would
-work. Anything else that escapes is a defect of ours: exit code 1 and a stack trace in the log.
+A user's mistake raises one of these errors, with a message that names the key or file, what was given and what would
+work. Any other exception is a defect of ours: exit code 1 and a stack trace in the log.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 class MegatrainError(Exception):
-    """Base of the errors whose message is meant for the user; shown without a stack trace."""
+    """Base class of errors whose message is written for the user and shown without a stack trace."""
 
     exit_code = EXIT_DEFECT
 
@@ -42,19 +42,19 @@ class ConfigError(MegatrainError):
 
 
 class DataError(MegatrainError):
-    """Bad data: a corpus, a tokenizer or a prepared dataset that cannot be used as it is."""
+    """Bad data: a corpus, a tokenizer or a prepared dataset that cannot be used."""
 
     exit_code = EXIT_BAD_DATA
 
 
 class CheckpointError(MegatrainError):
-    """Bad checkpoint: damaged, incomplete, or not the one this run may continue from."""
+    """Bad checkpoint: damaged, incomplete, or one that this run may not continue from."""
 
     exit_code = EXIT_BAD_CHECKPOINT
 
 
 class DivergedError(MegatrainError):
-    """Training diverged and will not recover by itself."""
+    """Training diverged, and the loss guard gave up."""
 
     exit_code = EXIT_DIVERGED
 
@@ -66,7 +66,10 @@ class OwnedError(MegatrainError):
 
 
 class EnvironmentFault(MegatrainError):
-    """The machine: a peer unreachable, versions differ, a device or a disk missing. Worth a retry elsewhere."""
+    """A fault of the machine: a peer unreachable, versions differ, a device or disk missing.
+
+    Worth a retry elsewhere.
+    """
 
     exit_code = EXIT_ENVIRONMENT
 

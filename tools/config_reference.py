@@ -64,7 +64,7 @@ def section(verb: str) -> str:
 
 
 def row(name: str, hint: Any, field: Any, meaning: str) -> str:
-    """One key's line of the table."""
+    """Return one key's row of the table."""
     choices = field.metadata.get("choices")
     value = _codes([str(choice) for choice in choices]) if choices else describe(hint)
     bounds = bounds_text(field.metadata)

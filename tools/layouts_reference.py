@@ -1,4 +1,4 @@
-"""Writes the table of refused combinations into docs/reference/layouts.md, from megatrain/parallel/rules.py."""
+"""Write the table of refused combinations into docs/reference/layouts.md, from megatrain/parallel/rules.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BEGIN, END = "<!-- refusals: written by tools/layouts_reference.py -->\n", "<!--
 
 
 def page(text: str) -> str:
-    """The page with its table renewed."""
+    """Return the page with an updated table."""
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     rows = "".join(f"| `{row.name}` | {row.summary} |\n" for row in REFUSALS)

@@ -1,7 +1,7 @@
-"""The schema of conf/: every key with its type, unit, default and check, one file a group. Imports no torch.
+"""The schema of conf/: every key with its type, unit, default and bounds, one file per group. Imports no torch.
 
-A default lives here and nowhere else; the YAML files of conf/ hold only what a choice changes. `compose.py` turns
-command-line overrides into these dataclasses; everything below the command line takes them as plain values.
+Defaults are defined only here; the YAML files of conf/ hold only what a choice changes. `compose.py` turns command-line
+overrides into these dataclasses. Everything below the command line takes them as plain values.
 """
 
 from __future__ import annotations

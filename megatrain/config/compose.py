@@ -1,8 +1,8 @@
-"""From command-line overrides to a checked dataclass of `config.py`, through Hydra's compose API. Imports no torch.
+"""Compose command-line overrides into a checked config dataclass, with Hydra's compose API. Imports no torch.
 
-Hydra picks the group files (conf/) and lays an experiment over them; the keys typed on the command line come last.
-Each value is read by its key's type, so that a name that looks like a number stays as typed. Checks that need two keys
-or the file system live in `checks.py`; this file knows one key at a time.
+Hydra merges the group files of conf/ and then the experiment; the keys of the command line come last. Each value is
+read according to its key's type, so a name that looks like a number stays as typed. This file checks one key at a
+time; `verbs/value_checks.py` checks several keys together, `verbs/path_checks.py` the file system.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "tokenizer"),
 }
 GROUPS["layouts"] = GROUPS["train"]
-"""Config groups of the verbs that have any: `<group>=<choice>` picks conf/<group>/<choice>.yaml."""
+"""Config groups of each verb that has any: `<group>=<choice>` selects conf/<group>/<choice>.yaml."""
 
 FREE_TEXT = ("prompt",)
-"""Keys whose value is prose: commas and brackets in it mean nothing."""
+"""Keys whose value is prose: commas and brackets have no special meaning."""
 
 LARGEST_INT = 2**63 - 1
-"""What a whole number of a config may be at most: it ends up in tensors and files of 64 bits."""
+"""Largest integer that a config accepts: integers end up in 64-bit tensors and files."""
 
 SWEEPS = ("choice(", "range(", "interval(", "glob(")
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
-    """The config of one verb, every value typed and within its bounds.
+    """Compose the config of one verb, every value typed and within its bounds.
 
-    `overrides` are in Hydra's syntax: `key=value` and `group=choice`. Raises ConfigError with the key, what was given
+    `overrides` are in Hydra's syntax: `key=value` and `group=choice`. Raises ConfigError with the key, the given value
     and what would work.
     """
     schema = VERBS[verb]
@@ -51,12 +51,12 @@ def compose(verb: str, overrides: list[str]) -> Any:
 
 
 def default_run_name(config: TrainConfig) -> str:
-    """The name of a run that was given none."""
+    """Return the default of `run.name`."""
     return f"{config.model.name}-{config.data.name}"
 
 
 def choices_of(group: str) -> list[str]:
-    """The choices of one config group, by name."""
+    """Return the names of a config group's choices."""
     folder = _conf_folder() / group
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
@@ -66,14 +66,14 @@ def choices_of(group: str) -> list[str]:
 
 @dataclass
 class Request:
-    """What the command line asks for: a choice for some groups, a value for some keys."""
+    """The command line's choices of groups and values of keys."""
 
     groups: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_overrides(verb: str, overrides: list[str]) -> Request:
-    """Sort overrides into group choices and typed key values. Later ones win. Raises ConfigError."""
+    """Sort overrides into group choices and typed key values. The last override of a name wins. Raises ConfigError."""
     hints = key_types(VERBS[verb])
     request = Request()
     for text in overrides:
@@ -88,7 +88,7 @@ def read_overrides(verb: str, overrides: list[str]) -> Request:
 
 
 def key_types(schema: type) -> dict[str, Any]:
-    """Every key of a verb's schema: dotted name to its type."""
+    """Return the type of every key of a verb's schema, by dotted name."""
     hints = typing.get_type_hints(schema)
     found: dict[str, Any] = {}
     for f in fields(schema):
@@ -100,9 +100,9 @@ def key_types(schema: type) -> dict[str, Any]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """`key=value` into its two halves. `+` and `++` in front of a key change nothing here."""
+    """Split `key=value`. A `+` or `++` in front of the key is ignored."""
     if text.startswith("~"):
-        raise ConfigError(f"{text}: a key cannot be deleted; every key has a value (null where its type allows it)")
+        raise ConfigError(f"{text}: a key cannot be deleted; give it a value instead (null if its type allows it)")
     name, equals, value = text.partition("=")
     name = name.strip().lstrip("+")
     if not equals or not name:
@@ -115,7 +115,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _choice(group: str, value: str) -> str:
-    """The choice of a group, checked against the files there are."""
+    """Return the choice of a group, checked against the files of conf/."""
     known = choices_of(group)
     value = value.strip().strip("'\"")
     if is_sweep(value):
@@ -128,7 +128,7 @@ def _choice(group: str, value: str) -> str:
 
 
 def _unknown(verb: str, name: str, known: list[str]) -> str:
-    """The message for a key that the verb does not have."""
+    """Return the message for a key that the verb does not have."""
     prefix = name + "."
     members = [key for key in known if key.startswith(prefix)]
     if members:
@@ -139,39 +139,42 @@ def _unknown(verb: str, name: str, known: list[str]) -> str:
         return f"unknown key {name}; did you mean {nearest}?"
     siblings = [key for key in known if "." in name and key.startswith(name.split(".")[0] + ".")]
     listed = ", ".join(siblings or sorted({key.split(".")[0] for key in known} | set(groups)))
-    return f"unknown key {name}; megatrain {verb} knows {listed} (megatrain {verb} --help explains each)"
+    return f"unknown key {name}; the keys of megatrain {verb} are {listed} (megatrain {verb} --help explains each)"
 
 
 # ------------------------------------------------------------------------------------------------- values by key type
 
 
 def _read_value(name: str, hint: Any, text: str) -> Any:
-    """The value of one key as its type says. Raises ConfigError naming key, given and expected."""
+    """Read the value of one key according to its type.
+
+    Raises ConfigError with the key, the given and the expected value.
+    """
     kind, optional = split_optional(hint)
-    bare = text.strip()
-    if bare == "null":
+    stripped = text.strip()
+    if stripped == "null":
         if optional:
             return None
-        raise ConfigError(f"{name}=null: {name} cannot be null; expected {describe(hint)}")
-    if kind is str and (name in FREE_TEXT or not _is_quoted(bare)):
-        if name not in FREE_TEXT and is_sweep(bare):
+        raise ConfigError(f"{name}=null: {name} cannot be null; give {describe(hint)}")
+    if kind is str and (name in FREE_TEXT or not _is_quoted(stripped)):
+        if name not in FREE_TEXT and is_sweep(stripped):
             raise ConfigError(_sweep_message(name, text, quotable=True))
-        return text.replace("${", "\\${") if name in FREE_TEXT else bare
-    if kind == list[str] and bare.startswith("[") and bare.endswith("]") and not set(bare) & set("'\"()\\"):
-        return [item.strip() for item in bare[1:-1].split(",") if item.strip()]
+        return text.replace("${", "\\${") if name in FREE_TEXT else stripped
+    if kind == list[str] and stripped.startswith("[") and stripped.endswith("]") and not set(stripped) & set("'\"()\\"):
+        return [item.strip() for item in stripped[1:-1].split(",") if item.strip()]
     value = _parse(name, text)
     if isinstance(value, str) and "${" in value:
         return value
     if not _fits(kind, value):
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
         if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
-            hint_text = f" (write {name}=[{bare}])"
+            hint_text = f" (write {name}=[{stripped}])"
         raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
     return value
 
 
 def _parse(name: str, text: str) -> Any:
-    """Hydra's reading of a value: int, float, bool, str, list or dict."""
+    """Parse a value with Hydra's grammar: int, float, bool, str, list or dict."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import QuotedString
     from hydra.errors import HydraException
@@ -189,7 +192,7 @@ def _parse(name: str, text: str) -> Any:
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
-    """A key's type without None, and whether None was in it."""
+    """Return a key's type without None, and whether it allows None."""
     parts = typing.get_args(hint)
     if NoneType not in parts:
         return hint, False
@@ -198,7 +201,7 @@ def split_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def describe(hint: Any) -> str:
-    """A key's type in words."""
+    """Return a key's type in words."""
     kind, optional = split_optional(hint)
     words = {
         int: "a whole number",
@@ -214,7 +217,7 @@ def describe(hint: Any) -> str:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a parsed value may stand for a key of this type."""
+    """Return whether a parsed value is valid for a key of this type."""
     if typing.get_origin(kind) is list:
         (element,) = typing.get_args(kind)
         return isinstance(value, list) and all(element is str or _fits(element, item) for item in value)
@@ -226,6 +229,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def _given(value: Any) -> str:
+    """Return the type of a parsed value in words."""
     names = {
         bool: "a boolean",
         int: "a whole number",
@@ -238,29 +242,34 @@ def _given(value: Any) -> str:
 
 
 def _is_quoted(text: str) -> bool:
+    """Return whether a text is in single or double quotes."""
     return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
 
 
 def is_sweep(text: str) -> bool:
-    """Whether a value looks like several."""
+    """Return whether a value looks like a sweep over several values."""
     return "," in text or text.startswith(SWEEPS)
 
 
 def _sweep_message(name: str, value: str, quotable: bool = False) -> str:
-    advice = f" (text that holds a comma goes in quotes: {name}=\"'...'\")" if quotable else ""
-    return f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; give one value{advice}"
+    """Return the message for several values in a command that takes one."""
+    advice = f" (quote text that holds a comma: {name}=\"'...'\")" if quotable else ""
+    return (
+        f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; "
+        f"give one value{advice}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- groups and bounds
 
 
 def _conf_folder() -> Path:
-    """The folder of conf/, in a checkout as in an installed wheel."""
+    """Return the folder of conf/, in a checkout or an installed wheel."""
     return Path(str(resources.files("megatrain.conf")))
 
 
 def _merge(verb: str, request: Request) -> Any:
-    """Schema, group files, experiment and command line, laid over one another in this order: an OmegaConf node."""
+    """Merge schema, group files, experiment and command line, in this order, into an OmegaConf node."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -284,7 +293,7 @@ def _merge(verb: str, request: Request) -> Any:
 
 
 def _to_dataclass(schema: type, node: Any) -> Any:
-    """The dataclass of a merged node; a mandatory key without a value is refused."""
+    """Convert a merged node to its dataclass. Raises ConfigError for a mandatory key without a value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -299,7 +308,7 @@ def _to_dataclass(schema: type, node: Any) -> Any:
 
 
 def _whole_cause(error: BaseException) -> str:
-    """A library's message and that of what caused it, on one line."""
+    """Return an exception's message and those of its causes on one line."""
     parts: list[str] = []
     current: BaseException | None = error
     while current is not None:
@@ -314,7 +323,10 @@ def _whole_cause(error: BaseException) -> str:
 
 
 def check_bounds(config: Any) -> None:
-    """Every value against its key's choices and bounds. Raises ConfigError naming key, given and allowed."""
+    """Check every value against its key's choices and bounds.
+
+    Raises ConfigError with the key, the value and the bounds.
+    """
     for name, f in walk(type(config)).items():
         value: Any = config
         for part in name.split("."):
@@ -336,7 +348,7 @@ def check_bounds(config: Any) -> None:
 
 
 def _check_number(name: str, number: Any, given: Any, metadata: Any, prefix: str) -> None:
-    """One number against the bounds whose metadata names start with `prefix`."""
+    """Check one number against the bounds in `metadata` whose names start with `prefix`."""
     if not isinstance(number, (int, float)) or isinstance(number, bool):
         return
     tests = {

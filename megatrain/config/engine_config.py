@@ -1,4 +1,4 @@
-"""`engine.*`: the engine that owns parameters, gradients and optimizer states. Imports no torch."""
+"""`engine.*`: the training engine and its offloading. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from megatrain.config.key import key
 
 @dataclass
 class EngineConfig:
-    """Who owns parameters, gradients and optimizer states."""
+    """The engine that owns parameters, gradients and optimizer states."""
 
     name: str = key("deepspeed", "training engine", choices=("deepspeed", "native"))
     offload: str = key(
         "none",
-        "where masters and optimizer states live, and the update runs, instead of on the device: cpu, the host's memory; "
-        "nvme, engine.nvme_path (deepspeed)",
+        "where master weights and optimizer states are kept and updated: none, on the device; cpu, in host "
+        "memory; nvme, in engine.nvme_path (deepspeed only)",
         choices=("none", "cpu", "nvme"),
     )
     offload_parameters: bool = key(
-        False, "parameters live in the host's memory too, and come to the device block by block (cpu, ZeRO 3)"
+        False,
+        "keep parameters in host memory too and move them to the device block by block (engine.offload=cpu, ZeRO 3)",
     )
     nvme_path: str | None = key(
         None,
-        "folder on a fast local disk that engine.offload=nvme swaps to; a save takes 12 bytes a parameter of a rank in memory",
+        "folder on a fast local disk for engine.offload=nvme; a save needs 12 bytes of memory for each parameter "
+        "of a rank",
     )

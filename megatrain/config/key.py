@@ -1,4 +1,4 @@
-"""The helper that declares a config key, and the walk over a schema's keys. Imports no torch."""
+"""Declare a config key, and list the keys of a schema. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def key(
     each_minimum: float | None = None,
     each_below: float | None = None,
 ) -> Any:
-    """A config key: its default, its meaning (with unit) and the values it allows.
+    """Declare a config key: its default, its meaning (with unit) and the values it allows.
 
     `minimum` and `maximum` are inclusive, `above` and `below` exclusive; `each_minimum` (inclusive) and `each_below`
     (exclusive) bound the elements of a list. A default of `MISSING` makes the key mandatory.
@@ -45,7 +45,7 @@ def key(
 
 
 def walk(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Every key of a verb's schema: dotted name to its dataclass field (groups themselves left out)."""
+    """Return every key of a verb's schema: dotted name to dataclass field, without the groups themselves."""
     import typing
 
     hints = typing.get_type_hints(schema)

@@ -12,23 +12,25 @@ class LaunchConfig:
     """Processes and devices."""
 
     name: str = key(
-        "local", "local starts the ranks here; slurm submits a job that does, and ends", choices=("local", "slurm")
+        "local", "local starts the ranks on this machine; slurm submits a job and returns", choices=("local", "slurm")
     )
-    nproc_per_node: int = key(1, "worker processes a node", minimum=1)
-    num_nodes: int | None = key(None, "nodes; null means 1, and under srun as many as there are", minimum=1)
+    nproc_per_node: int = key(1, "ranks per node", minimum=1)
+    num_nodes: int | None = key(None, "nodes; null means 1, or under srun all nodes of the job step", minimum=1)
     device: str = key(
-        "auto", "cpu, cuda, or auto: cuda where there is a device for every rank", choices=("auto", "cpu", "cuda")
+        "auto", "cpu, cuda, or auto: cuda if there is a device for every rank", choices=("auto", "cpu", "cuda")
     )
     timeout_s: float = key(600.0, "longest wait for a peer or a collective, in seconds", above=0, maximum=1e7)
     preflight: bool = key(
-        True, "before training, look at versions, devices, an all-reduce, the disk and the tracking server on all nodes"
+        True, "before training, check versions, devices, an all-reduce, the disk and the tracking server on all nodes"
     )
     profile: str | None = key(
-        None, "launch=slurm: the cluster's profile, a path or a name in slurm/profiles; null means $MEGATRAIN_PROFILE"
+        None, "launch=slurm: cluster profile, a path or a name in slurm/profiles; null means $MEGATRAIN_PROFILE"
     )
-    partition: str | None = key(None, "launch=slurm: sbatch --partition; null leaves it to the profile or to Slurm")
+    partition: str | None = key(
+        None, "launch=slurm: sbatch --partition; null leaves the choice to the profile or to Slurm"
+    )
     account: str | None = key(None, "launch=slurm: sbatch --account")
     time: str | None = key(
-        None, "launch=slurm: sbatch --time, the limit of one start of the job, for example 1-00:00:00"
+        None, "launch=slurm: sbatch --time, the time limit for each start of the job, for example 1-00:00:00"
     )
-    sbatch_options: list[str] = key([], "launch=slurm: further options of sbatch, for example ['--qos=high']")
+    sbatch_options: list[str] = key([], "launch=slurm: more sbatch options, for example ['--qos=high']")

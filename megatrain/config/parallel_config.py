@@ -20,21 +20,24 @@ class ParallelConfig:
         choices=(0, 1, 2, 3),
     )
     dp_replicate: int = key(
-        1, "hybrid sharding: groups of data-parallel ranks that each hold all shards; 1 shards over all", minimum=1
+        1,
+        "hybrid sharding: replicas of the sharded state, each over its own group of data-parallel ranks; 1 "
+        "shards over all",
+        minimum=1,
     )
     schedule: str = key(
         "1f1b",
-        "order in which pipeline stages run micro-batches",
+        "pipeline schedule: the order in which stages run micro-batches",
         choices=("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"),
     )
     virtual_stages: int = key(
-        1, "pipeline stages a rank holds (interleaved schedules 2 or more, zbv_zero_bubble 2)", minimum=1
+        1, "pipeline stages per rank (interleaved schedules need 2 or more, zbv_zero_bubble 2)", minimum=1
     )
     layers_per_stage: list[int] = key(
-        [], "blocks of each pipeline stage, first to last; empty balances them", each_minimum=0
+        [], "transformer blocks in each pipeline stage, first to last; empty balances them", each_minimum=0
     )
     cp_kind: str = key(
         "ulysses",
-        "context parallelism: ulysses exchanges heads for sequence, ring passes keys and values on",
+        "context parallelism: ulysses exchanges heads for sequence (all-to-all), ring passes keys and values around",
         choices=("ulysses", "ring"),
     )

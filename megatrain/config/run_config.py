@@ -9,10 +9,10 @@ from megatrain.config.key import key
 
 @dataclass
 class RunConfig:
-    """Run identity."""
+    """The identity of a run."""
 
     name: str | None = key(None, "run identity; null means <model.name>-<data.name>, so the same command resumes")
-    dir: str = key("runs", "folder of all runs; this one lives in <run.dir>/<run.name>")
+    dir: str = key("runs", "folder of all runs; the run's own folder is <run.dir>/<run.name>")
     sweep: str | None = key(
-        None, "sweep that the run is a point of, its folder being <run.dir>/<run.sweep>; --multirun sets it"
+        None, "sweep that the run belongs to, with the folder <run.dir>/<run.sweep>; --multirun sets it"
     )

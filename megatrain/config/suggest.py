@@ -1,4 +1,4 @@
-"""The nearest name that exists, for the messages about names that do not. Imports nothing heavy."""
+"""Suggest the closest existing name in messages about unknown names. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from difflib import get_close_matches
 
 
 def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
-    """`"; did you mean <prefix><name>?"` for the nearest of the known names, or nothing."""
+    """Return `"; did you mean <prefix><name>?"` for the closest known name, or an empty string."""
     found = get_close_matches(given.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> str | None:
-    """The key (dotted) or group that a wrong name most likely meant; `helps` maps each key to its meaning.
+    """Return the dotted key or the group that an unknown name most likely means. `helps` maps each key to its meaning.
 
-    Tried in turn: the same last part in another group, a group's name, a close spelling of the last part (in the named
-    group first), a close spelling of the whole name, and a key whose meaning holds the words of the last part
-    (learning_rate → lr).
+    Tried in this order: a key with the same last part in another group; a group's name; a similar spelling of the last
+    part, in the named group first; a similar spelling of the whole name; a key whose meaning contains the words of the
+    last part (learning_rate → lr).
     """
     group, _, leaf = given.lower().rpartition(".")
     keys = sorted(helps, key=lambda key: not (group and key.startswith(group + ".")))

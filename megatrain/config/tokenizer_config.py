@@ -13,9 +13,9 @@ class TokenizerConfig:
 
     kind: str = key("sentencepiece", "tokenizer library", choices=("sentencepiece", "hf"))
     path: str | None = key(
-        None, "a trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder"
+        None, "trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder"
     )
-    vocab_size: int = key(8192, "vocabulary to train (no tokenizer.path given)", minimum=300)
+    vocab_size: int = key(8192, "vocabulary size of the tokenizer to train (without tokenizer.path)", minimum=300)
     train_bytes: int = key(
-        32 * 2**20, "text the tokenizer is trained on, in bytes, sampled over the corpus", minimum=1024
+        32 * 2**20, "bytes of text to train the tokenizer on, sampled from the whole corpus", minimum=1024
     )

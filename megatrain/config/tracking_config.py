@@ -9,7 +9,7 @@ from megatrain.config.key import key
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics go, besides metrics.jsonl."""
 
     name: str = key("mlflow", "tracker", choices=("mlflow", "none"))
     experiment: str = key("megatrain", "MLflow experiment")
@@ -19,7 +19,7 @@ class TrackingConfig:
     )
     finish_timeout_s: float = key(
         30.0,
-        "longest wait at the end for the MLflow server to take what is left, in seconds",
+        "longest wait at the end of a run until the MLflow server has everything, in seconds",
         above=0,
         maximum=1e7,
     )

@@ -1,4 +1,4 @@
-"""The texts of `megatrain --help` and `megatrain <verb> --help`, written from the schema. Imports no torch."""
+"""The texts of `megatrain --help` and `megatrain <verb> --help`, generated from the schema. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
 }
 
-MULTIRUN = """--multirun (-m) runs every combination of keys with several values, each as a run of its own: one after the
-other, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); of groups also glob(gpt2*).
---dry-run shows what launch=slurm or --multirun would do. docs/guide/sweeps.md tells the rest."""
+MULTIRUN = """--multirun (-m) trains every combination of the keys that have several values, each as a separate run:
+one after another, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); for groups also
+glob(gpt2*). --dry-run shows what launch=slurm or --multirun would do. See docs/guide/sweeps.md for details."""
 
 
 def overview() -> str:
-    """What `megatrain --help` prints."""
+    """Return the text of `megatrain --help`."""
     lines = [
         "megatrain pretrains GPT models.",
         "",
@@ -52,13 +52,13 @@ def overview() -> str:
         "",
         "flags:",
         "  --help      explain a verb and its keys: megatrain <verb> --help",
-        "  --cfg       print the resolved config as YAML and end",
-        "  --debug     show stack traces of errors",
-        "  --multirun  train: run every combination of several values (megatrain train --help)",
+        "  --cfg       print the resolved config as YAML and exit",
+        "  --debug     show the stack trace of an error",
+        "  --multirun  train: run every combination of several values; short: -m",
         "  --dry-run   train: show what launch=slurm or --multirun would do",
         "  --version   print the version",
         "",
-        "start here:",
+        "to get started:",
         "  megatrain prepare data=python_stdlib",
         "  megatrain train model=small data=python_stdlib launch.nproc_per_node=2",
     ]
@@ -66,7 +66,7 @@ def overview() -> str:
 
 
 def verb_help(verb: str) -> str:
-    """What `megatrain <verb> --help` prints: groups and keys with type, default, meaning and choices."""
+    """Return the text of `megatrain <verb> --help`: groups and keys with meaning, type, choices and default."""
     schema = VERBS[verb]
     positional = " [PATH]" if "path" in walk(schema) else ""
     flags = " [--multirun] [--dry-run]" if verb == "train" else ""
@@ -88,12 +88,12 @@ def verb_help(verb: str) -> str:
 
 
 def summary(schema: type) -> str:
-    """A verb's one line."""
+    """Return a verb's one-line description."""
     return (schema.__doc__ or "").partition(": ")[2]
 
 
 def key_text(hint: Any, field: Any) -> str:
-    """One key's meaning, type or choices, bounds and default, in one sentence."""
+    """Describe one key: its meaning, type or choices, bounds and default."""
     choices = field.metadata.get("choices")
     kind = "one of " + ", ".join(str(choice) for choice in choices) if choices else describe(hint)
     bounds = bounds_text(field.metadata)
@@ -101,7 +101,7 @@ def key_text(hint: Any, field: Any) -> str:
 
 
 def default_text(field: Any) -> str:
-    """A key's default in words."""
+    """Return a key's default in words."""
     default = default_of(field)
     if default == "???":
         return "mandatory"
@@ -110,18 +110,18 @@ def default_text(field: Any) -> str:
 
 
 def default_of(field: Any) -> Any:
-    """A key's default; `???` marks a mandatory one."""
+    """Return a key's default; `???` marks a mandatory key."""
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
 def bounds_text(metadata: Any) -> str:
-    """A key's bounds in words."""
+    """Return a key's bounds in words."""
     words = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
     words |= {"each_minimum": "each at least", "each_below": "each below"}
     return ", ".join(f"{text} {metadata[name]:g}" for name, text in words.items() if name in metadata)
 
 
 def _wrapped(name: str, text: str, indent: int) -> str:
-    """A name and its text, the text in a column of its own."""
+    """Lay out a name and its text in two columns."""
     first = f"  {name:{indent - 3}} "
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""What each verb is configured by: the groups of keys put together. Imports no torch."""
+"""The config of each verb, made of the groups of keys. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ class TrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
-    deterministic: bool = key(False, "bit-identical repeats on CUDA too (on CPU they always are)")
-    compile: bool = key(False, "torch.compile each block")
+    deterministic: bool = key(False, "make repeated runs bit-identical on CUDA (on CPU they always are)")
+    compile: bool = key(False, "compile each block with torch.compile")
     kernels: str = key(
         "auto",
-        "operations of the model: auto takes fused ones where device and shape allow; triton asks for them",
+        "implementation of the model's operations: auto uses fused kernels where device and shape allow, triton "
+        "requires them, reference uses none",
         choices=("auto", "reference", "triton"),
     )
     profile: bool = key(
-        False, "trace the 6th to 8th step of a start on every rank: <run folder>/profile has the traces and a table"
+        False, "trace the 6th to 8th step after a start on every rank; traces and a table go to <run folder>/profile"
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -52,16 +53,16 @@ class TrainConfig:
 
 @dataclass
 class PrepareConfig:
-    """`megatrain prepare`: text to tokenized, indexed files."""
+    """`megatrain prepare`: turn text into a tokenized, indexed dataset."""
 
-    seed: int = key(1234, "seed of the held-out split and of the tokenizer's sample", minimum=0)
+    seed: int = key(1234, "seed of the held-out split and of the sample that the tokenizer is trained on", minimum=0)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 @dataclass
 class OpenEngineConfig(EngineConfig):
-    """Who owns parameters, gradients and optimizer states; open, every engine."""
+    """The engine; null stands for every engine."""
 
     name: str | None = key(  # type: ignore[assignment]
         None, "training engine; null tries both", choices=("deepspeed", "native")
@@ -70,22 +71,22 @@ class OpenEngineConfig(EngineConfig):
 
 @dataclass
 class OpenParallelConfig(ParallelConfig):
-    """How the job is split; what is left open takes every value."""
+    """How the job is split; a null key stands for all its values."""
 
     tp: int | None = key(None, "tensor-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
     pp: int | None = key(None, "pipeline-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
     cp: int | None = key(None, "context-parallel degree; null tries all", minimum=1)  # type: ignore[assignment]
     zero: int | None = key(None, "ZeRO stage; null tries all", choices=(0, 1, 2, 3))  # type: ignore[assignment]
     dp_replicate: int | None = key(  # type: ignore[assignment]
-        None, "hybrid sharding: groups that each hold all shards; null tries all", minimum=1
+        None, "hybrid sharding: replicas of the sharded state; null tries all", minimum=1
     )
     schedule: str | None = key(  # type: ignore[assignment]
         None,
-        "order in which pipeline stages run micro-batches; null tries all",
+        "pipeline schedule; null tries all",
         choices=("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"),
     )
     virtual_stages: int | None = key(  # type: ignore[assignment]
-        None, "pipeline stages a rank holds; null tries 1, or 2 where the schedule wants several", minimum=1
+        None, "pipeline stages per rank; null tries 1, or 2 if the schedule needs several", minimum=1
     )
     cp_kind: str | None = key(  # type: ignore[assignment]
         None, "context parallelism; null tries both", choices=("ulysses", "ring")
@@ -94,25 +95,25 @@ class OpenParallelConfig(ParallelConfig):
 
 @dataclass
 class OpenTrainLoopConfig(TrainLoopConfig):
-    """Sizes of the loop; what is left open gets a value that every layout can take."""
+    """Steps and batch sizes; a null key gets a value that suits every layout."""
 
     global_batch_size: int | None = key(  # type: ignore[assignment]
-        None, "sequences a step over the whole job; null means 2 x ranks x micro_batch_size", minimum=1
+        None, "sequences per optimizer step, over the whole job; null means 2 x ranks x micro_batch_size", minimum=1
     )
     micro_batch_size: int | None = key(  # type: ignore[assignment]
-        None, "sequences a rank runs at once; null means 1", minimum=1
+        None, "sequences that a rank processes at once; null means 1", minimum=1
     )
     seq_len: int | None = key(  # type: ignore[assignment]
-        None, "tokens a sequence; null means model.max_seq_len", minimum=1
+        None, "tokens per sequence; null means model.max_seq_len", minimum=1
     )
     recompute: str | None = key(  # type: ignore[assignment]
-        None, "activations recomputed in the backward pass; null tries all", choices=("none", "selective", "full")
+        None, "activations to recompute in the backward pass; null tries all", choices=("none", "selective", "full")
     )
 
 
 @dataclass
 class OpenDataConfig(DataConfig):
-    """Which text; none is read."""
+    """The dataset; no data is read."""
 
     name: str | None = key(None, "dataset identity; not needed here")  # type: ignore[assignment]
 
@@ -128,16 +129,18 @@ class OpenLaunchConfig(LaunchConfig):
 
 @dataclass
 class LayoutListConfig:
-    """What is shown of the layouts."""
+    """Which layouts to show, and how."""
 
-    memory_gib: float | None = key(80.0, "memory of a device; layouts that fit come first; null does not ask", above=0)
-    limit: int = key(24, "rows to show; 0 shows all", minimum=0)
-    format: str = key("table", "form of the output", choices=("table", "csv", "json"))
+    memory_gib: float | None = key(
+        80.0, "memory of a device, in GiB; layouts that fit come first; null ignores memory", above=0
+    )
+    limit: int = key(24, "number of rows to show; 0 shows all", minimum=0)
+    format: str = key("table", "output format", choices=("table", "csv", "json"))
 
 
 @dataclass
 class LayoutsConfig(TrainConfig):
-    """`megatrain layouts`: every legal layout of a training job, with memory per rank; takes all of train's keys."""
+    """`megatrain layouts`: list a training job's legal layouts with their memory per rank; has all keys of train."""
 
     data: OpenDataConfig = field(default_factory=OpenDataConfig)
     engine: OpenEngineConfig = field(default_factory=OpenEngineConfig)
@@ -149,17 +152,17 @@ class LayoutsConfig(TrainConfig):
 
 @dataclass
 class EvaluateConfig:
-    """`megatrain evaluate <run | checkpoint>`: loss, perplexity and bits per byte."""
+    """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
     data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset")
-    split: str = key("heldout", "split of a prepared dataset", choices=("train", "heldout"))
+    split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
     seq_len: int | None = key(
-        None, "tokens a sequence; null means as in training, or else model.max_seq_len", minimum=1
+        None, "tokens per sequence; null means the value of training, or else model.max_seq_len", minimum=1
     )
     batch_size: int = key(8, "sequences evaluated at once", minimum=1)
-    max_batches: int | None = key(None, "evaluate at most so many batches; null evaluates all", minimum=1)
-    device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
+    max_batches: int | None = key(None, "largest number of batches to evaluate; null evaluates all", minimum=1)
+    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass
@@ -167,28 +170,28 @@ class GenerateConfig:
     """`megatrain generate <run | checkpoint> prompt=...`: sample text."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
-    prompt: str = key("", "text to continue; empty starts after an end-of-document token")
-    max_new_tokens: int = key(200, "tokens to sample at most", minimum=1)
+    prompt: str = key("", "text to continue; empty starts a new document")
+    max_new_tokens: int = key(200, "largest number of tokens to sample", minimum=1)
     temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
-    top_k: int = key(0, "sample among the k likeliest tokens; 0 among all", minimum=0)
-    top_p: float = key(1.0, "sample among the likeliest tokens that hold this probability together", above=0, maximum=1)
-    seed: int = key(1234, "seed of the sampling", minimum=0)
+    top_k: int = key(0, "sample from the k most likely tokens; 0 samples from all", minimum=0)
+    top_p: float = key(1.0, "sample from the most likely tokens whose probabilities add up to this", above=0, maximum=1)
+    seed: int = key(1234, "seed for sampling", minimum=0)
     stop_at_end: bool = key(True, "stop at the end-of-document token")
-    device: str = key("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
+    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass
 class ExportConfig:
-    """`megatrain export <run | checkpoint> out=DIR`: to a Hugging Face folder."""
+    """`megatrain export <run | checkpoint> out=DIR`: write a Hugging Face folder."""
 
     path: str = key(MISSING, "run folder or checkpoint folder")
     out: str = key(MISSING, "Hugging Face folder to write; must not exist yet")
-    dtype: str = key("fp32", "format of the exported weights", choices=("fp32", "bf16", "fp16"))
+    dtype: str = key("fp32", "number format of the exported weights", choices=("fp32", "bf16", "fp16"))
 
 
 @dataclass
 class ImportConfig:
-    """`megatrain import <Hugging Face folder> out=DIR`: to a checkpoint that `checkpoint.init_from` takes."""
+    """`megatrain import <Hugging Face folder> out=DIR`: write a checkpoint for `checkpoint.init_from`."""
 
     path: str = key(MISSING, "Hugging Face folder (GPT2LMHeadModel or LlamaForCausalLM)")
     out: str = key(MISSING, "checkpoint folder to write; must not exist yet")
@@ -196,16 +199,16 @@ class ImportConfig:
 
 @dataclass
 class InspectConfig:
-    """`megatrain inspect <run | checkpoint | dataset>`: what it holds, every checksum verified."""
+    """`megatrain inspect <run | checkpoint | dataset>`: show what it holds and verify every checksum."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder")
 
 
 @dataclass
 class ReportConfig:
-    """`megatrain report <run | sweep>`: one self-contained HTML page."""
+    """`megatrain report <run | sweep>`: write a self-contained HTML page."""
 
-    path: str = key(MISSING, "run folder, or the folder of a sweep")
+    path: str = key(MISSING, "run folder or sweep folder")
     out: str | None = key(None, "HTML file to write; null means <path>/report.html")
 
 

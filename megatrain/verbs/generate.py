@@ -1,4 +1,4 @@
-"""`megatrain generate`: a prompt in, text out as it is drawn. The sampling itself is model/generate.py's."""
+"""`megatrain generate`: print a prompt and its continuation while it is sampled. `model/sampling.py` samples."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatrain.model.sampling import generate as sample
 
 
 def generate(config: GenerateConfig) -> None:
-    """Print the prompt, then its continuation token by token, to standard output.
+    """Print the prompt, then its continuation token by token, on standard output.
 
     Raises:
-        ConfigError: a prompt that is not text or longer than the model takes, or a model without a tokenizer.
-        CheckpointError: no model that is whole.
+        ConfigError: the prompt is not text or is too long for the model, or the model has no tokenizer.
+        CheckpointError: there is no intact model.
     """
     loaded = load(Path(config.path))
     tokenizer = loaded.need_tokenizer()
@@ -28,9 +28,9 @@ def generate(config: GenerateConfig) -> None:
     longest = loaded.config.max_seq_len
     if len(ids) > longest:
         raise ConfigError(
-            f"prompt: {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
+            f"prompt: it has {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
         )
-    drawn = sample(
+    sampled = sample(
         loaded.build(device_by_name(config.device)),
         ids,
         max_new_tokens=config.max_new_tokens,
@@ -41,27 +41,27 @@ def generate(config: GenerateConfig) -> None:
         stop_id=tokenizer.end_of_document if config.stop_at_end else None,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows `?`
-    write(prompt)
+        sys.stdout.reconfigure(errors="replace")  # a terminal shows `?` for a character it does not have
+    print_text(prompt)
     decoder = tokenizer.stream_decoder()
     for token in ids if prompt else []:
-        decoder.push(token)  # what follows may depend on it
-    for token in drawn:
-        write(decoder.push(token) if token < tokenizer.vocab_size else "\ufffd")
-    write(decoder.finish() + "\n")
+        decoder.push(token)  # how the first sampled token decodes may depend on the prompt
+    for token in sampled:
+        print_text(decoder.push(token) if token < tokenizer.vocab_size else "\ufffd")
+    print_text(decoder.finish() + "\n")
 
 
 def read_prompt(text: str) -> str:
-    """The prompt, normalised as training text is. Raises ConfigError for bytes that were no UTF-8."""
+    """Return the prompt, normalised like training text. Raises ConfigError if it was not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"prompt: not UTF-8 text (at character {error.start})") from None
+        raise ConfigError(f"prompt: not UTF-8 text (at character {error.start}); give text in UTF-8") from None
     return normalise(text)
 
 
-def write(text: str) -> None:
-    """Text to standard output, seen at once."""
+def print_text(text: str) -> None:
+    """Print text on standard output without delay."""
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

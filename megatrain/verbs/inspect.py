@@ -1,6 +1,6 @@
-"""`megatrain inspect`: what a run, a checkpoint or a prepared dataset holds, every checksum verified. Changes nothing.
+"""`megatrain inspect`: print what a run, a checkpoint or a prepared dataset holds and verify every checksum. Read-only.
 
-Everything that can be read is printed first; what is damaged then ends the command with its error and exit code.
+Everything readable is printed first. Any damage then ends the command with its error and exit code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.text import Text
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, check_coverage, read_manifest, verify_file
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import InspectConfig
+from megatrain.config.flatten import flatten
 from megatrain.data.card import Card
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.tokenizer import META
@@ -47,33 +48,35 @@ HIGHLIGHTS = (
     "precision.name",
     "seed",
 )
-"""Config keys worth seeing at a glance."""
+"""Config keys to print."""
 
 
 def inspect(config: InspectConfig) -> None:
     """Print what the path holds.
 
     Raises:
-        ConfigError: nothing of ours is there.
-        CheckpointError, DataError: something in it is damaged, by name; raised after everything was printed.
+        ConfigError: the path is not a run, a checkpoint or a prepared dataset.
+        CheckpointError, DataError: a file is damaged. Raised after everything was printed; names the files.
     """
     path = Path(config.path)
-    page = Page()
+    printer = Printer()
     kind = kind_of(path)
     if kind == "dataset":
-        show_dataset(page, path)
+        print_dataset(printer, path)
     elif kind == "checkpoint":
-        finish(show_checkpoint(page, path))
+        raise_problems(print_checkpoint(printer, path))
     elif kind == "run":
-        show_run(page, path)
+        print_run(printer, path)
     elif kind == "huggingface":
-        raise ConfigError(f"path={path} is a Hugging Face folder; megatrain import turns it into a checkpoint")
+        raise ConfigError(
+            f"path={path} is a Hugging Face folder; turn it into a checkpoint with megatrain import, or give a run"
+        )
     else:
-        raise ConfigError(f"path={path} is neither a run folder, nor a checkpoint, nor a prepared dataset")
+        raise ConfigError(f"path={path} is not a run folder, a checkpoint or a prepared dataset; give one of these")
 
 
-def finish(problems: list[str]) -> None:
-    """End with exit code 4 if there are any problems."""
+def raise_problems(problems: list[str]) -> None:
+    """Raise a CheckpointError that lists the problems, if there are any."""
     if problems:
         raise CheckpointError("; ".join(problems))
 
@@ -82,7 +85,7 @@ def finish(problems: list[str]) -> None:
 
 
 @dataclass
-class Checkup:
+class Inspection:
     """A checkpoint's manifest (None if it cannot be read), a verdict for each file, and all that is wrong."""
 
     manifest: Manifest | None = None
@@ -91,13 +94,13 @@ class Checkup:
 
     @property
     def verdict(self) -> str:
-        """In a word, or the first of what is wrong."""
+        """`valid`, or the first problem."""
         return self.problems[0] if self.problems else "valid"
 
 
-def check(folder: Path) -> Checkup:
-    """Verify everything in a checkpoint folder and go on where something is wrong."""
-    found = Checkup()
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Verify everything in a checkpoint folder and collect the problems."""
+    found = Inspection()
     try:
         found.manifest = read_manifest(folder)
         for name, recorded in sorted(found.manifest.files.items()):
@@ -114,21 +117,21 @@ def check(folder: Path) -> Checkup:
     return found
 
 
-def show_checkpoint(page: Page, folder: Path) -> list[str]:
-    """Print a checkpoint; returns what is wrong with it."""
-    found = check(folder)
-    page.title(f"checkpoint {folder}")
+def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
+    """Print a checkpoint and return its problems."""
+    found = inspect_checkpoint(folder)
+    printer.title(f"checkpoint {folder}")
     if found.manifest:
-        page.facts(checkpoint_facts(found.manifest))
-        page.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
-        page.table("config", ("key", "value"), highlights(found.manifest.identity.config))
-    page.table("files", ("file", "bytes", "checksum"), file_rows(folder, found))
-    page.facts({"verdict": "damaged" if found.problems else "valid: every checksum matches"})
+        printer.facts(checkpoint_facts(found.manifest))
+        printer.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
+        printer.table("config", ("key", "value"), highlights(found.manifest.identity.config))
+    printer.table("files", ("file", "bytes", "checksum"), file_rows(folder, found))
+    printer.facts({"verdict": "damaged" if found.problems else "valid: every checksum matches"})
     return found.problems
 
 
 def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
-    """Where the run stood, and what wrote it."""
+    """Return the run's position and what wrote the checkpoint."""
     progress, identity, optimizer = manifest.progress, manifest.identity, manifest.counters.optimizer
     parameters = sum(math.prod(tensor.shape) for name, tensor in manifest.tensors.items() if name.startswith("model."))
     return {
@@ -146,7 +149,7 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:
-    """Tensors counted by kind and dtype."""
+    """Return a row for each kind and dtype of tensors, with their number and size."""
     counts: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
     for name, tensor in manifest.tensors.items():
@@ -166,12 +169,12 @@ def tensor_rows(manifest: Manifest) -> list[list[str]]:
     ]
 
 
-def file_rows(folder: Path, found: Checkup) -> list[list[str]]:
-    """The files on the disk and those the manifest lists."""
+def file_rows(folder: Path, found: Inspection) -> list[list[str]]:
+    """Return a row for each file that is on the disk or listed in the manifest."""
     rows = []
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in sorted(there | found.verdicts.keys()):
-        size = f"{(folder / name).stat().st_size:,}" if name in there else "missing"
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted(present | found.verdicts.keys()):
+        size = f"{(folder / name).stat().st_size:,}" if name in present else "missing"
         if name == MANIFEST:
             verdict = "ok" if found.manifest else "damaged"
         elif name in found.verdicts:
@@ -183,50 +186,44 @@ def file_rows(folder: Path, found: Checkup) -> list[list[str]]:
 
 
 def highlights(config: dict[str, Any]) -> list[list[str]]:
-    """The config's keys worth seeing, those that are there."""
-    rows = []
-    for name in HIGHLIGHTS:
-        value: Any = config
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            rows.append([name, str(value)])
-    return rows
+    """Return the keys of HIGHLIGHTS that the config has, with their values."""
+    flat = flatten(config)
+    return [[name, str(flat[name])] for name in HIGHLIGHTS if flat.get(name) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def show_run(page: Page, run: Path) -> None:
-    """Print a run: its checkpoints, where a resume would go on, its last metrics and its events."""
-    page.title(f"run {run}")
+def print_run(printer: Printer, run: Path) -> None:
+    """Print a run: its checkpoints, which of them a resume would load, its last metrics and its events."""
+    printer.title(f"run {run}")
     folder = checkpoints_folder(run)
-    found = {path: check(path) for path in list_checkpoints(folder)}
-    problems = [problem for checkup in found.values() for problem in checkup.problems]
-    newest = next((path for path, checkup in found.items() if not checkup.problems), None)
+    found = {path: inspect_checkpoint(path) for path in list_checkpoints(folder)}
+    problems = [problem for inspection in found.values() for problem in inspection.problems]
+    newest = next((path for path, inspection in found.items() if not inspection.problems), None)
     if newest is not None and (manifest := found[newest].manifest) is not None:
-        page.table("config", ("key", "value"), highlights(manifest.identity.config))
-    rows = [[path.name, f"{tokens_of(c)}", f"{size_of(path):,}", c.verdict] for path, c in found.items()]
-    page.table("checkpoints", ("checkpoint", "tokens", "bytes", "verdict"), rows)
+        printer.table("config", ("key", "value"), highlights(manifest.identity.config))
+    rows = [[path.name, f"{format_tokens(c)}", f"{folder_bytes(path):,}", c.verdict] for path, c in found.items()]
+    printer.table("checkpoints", ("checkpoint", "tokens", "bytes", "verdict"), rows)
     for path in sorted(folder.glob("*.writing")):
-        page.line(f"unfinished: {path.name} (a save in progress, or one that was cut short; no checkpoint)")
+        printer.line(f"unfinished: {path.name} (a save in progress, or one that was cut short; no checkpoint)")
     if found:
-        page.facts({"a resume takes": newest.name if newest else "none: all are damaged"})
+        printer.facts({"a resume takes": newest.name if newest else "none: all are damaged"})
     else:
-        page.facts({"a resume takes": "none: there is no checkpoint, so the run would start at its first step"})
-    problems += show_records(page, run)
+        printer.facts({"a resume takes": "none: there is no checkpoint, so the run would start at its first step"})
+    problems += print_records(printer, run)
     if (run / "tokenizer").is_dir():
         try:
             tokenizer = load_tokenizer(run / "tokenizer")
-            page.facts({"tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint}"})
+            printer.facts({"tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint}"})
         except (ConfigError, DataError) as error:
             problems.append(str(error))
-            page.facts({"tokenizer": "damaged"})
-    finish(problems)
+            printer.facts({"tokenizer": "damaged"})
+    raise_problems(problems)
 
 
-def show_records(page: Page, run: Path) -> list[str]:
-    """Print the last metrics and the events; returns what cannot be read."""
+def print_records(printer: Printer, run: Path) -> list[str]:
+    """Print the last metrics and the events, and return the problems."""
     problems = []
     if (run / "metrics.jsonl").is_file():
         try:
@@ -235,9 +232,9 @@ def show_records(page: Page, run: Path) -> list[str]:
             for last in iter_metrics(run / "metrics.jsonl"):
                 heldout = last.get("heldout_loss") or heldout
             shown = {name: last.get(name) for name in ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s")}
-            page.table("last metrics", ("metric", "value"), [[k, number(v)] for k, v in shown.items()])
+            printer.table("last metrics", ("metric", "value"), [[k, format_number(v)] for k, v in shown.items()])
             if heldout is not None:
-                page.facts({"last held-out loss": number(heldout)})
+                printer.facts({"last held-out loss": format_number(heldout)})
         except DataError as error:
             problems.append(str(error))
     if (run / "events.jsonl").is_file():
@@ -247,74 +244,74 @@ def show_records(page: Page, run: Path) -> list[str]:
             [kind, str(count), str(last_of[kind].get("step")), str(last_of[kind].get("time"))]
             for kind, count in Counter(event["kind"] for event in events).items()
         ]
-        page.table("events", ("kind", "times", "last step", "last time"), rows)
+        printer.table("events", ("kind", "times", "last step", "last time"), rows)
     return problems
 
 
-def tokens_of(checkup: Checkup) -> str:
-    """Tokens a checkpoint's run had seen, shortened."""
-    return short(checkup.manifest.progress.tokens) if checkup.manifest else "?"
+def format_tokens(inspection: Inspection) -> str:
+    """Return the tokens trained on up to a checkpoint, abbreviated."""
+    return short(inspection.manifest.progress.tokens) if inspection.manifest else "?"
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+def folder_bytes(folder: Path) -> int:
+    """Return the total size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def number(value: Any) -> str:
-    """A metric in a few digits."""
+def format_number(value: Any) -> str:
+    """Return a metric with six significant digits."""
     return f"{value:.6g}" if isinstance(value, float) else f"{value}"
 
 
 # ---------------------------------------------------------------------------------------------------- datasets
 
 
-def show_dataset(page: Page, folder: Path) -> None:
+def print_dataset(printer: Printer, folder: Path) -> None:
     """Print a prepared dataset's card, then verify every hash."""
     card = Card.load(folder)
-    page.title(f"dataset {folder}")
-    page.facts({"name": card.name, "fingerprint": card.fingerprint})
+    printer.title(f"dataset {folder}")
+    printer.facts({"name": card.name, "fingerprint": card.fingerprint})
     rows = [
         [name, f"{s.documents:,}", f"{s.bytes:,}" if s.bytes is not None else "unknown", f"{s.tokens:,}", s.dtype]
         for name, s in card.splits.items()
     ]
-    page.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
+    printer.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
     if card.tokenizer:
-        page.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
-    page.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
+        printer.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
+    printer.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
     try:
         verify_dataset(folder)
     except (ConfigError, DataError) as error:
-        page.facts({"verdict": "damaged"})
+        printer.facts({"verdict": "damaged"})
         raise DataError(str(error)) from error
-    page.facts({"verdict": "valid: every checksum matches"})
+    printer.facts({"verdict": "valid: every checksum matches"})
 
 
 # ---------------------------------------------------------------------------------------------------- printing
 
 
-class Page:
-    """Prints rich tables on a terminal and plain, aligned columns elsewhere."""
+class Printer:
+    """Print rich tables on a terminal and plain, aligned columns elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
 
     def title(self, text: str) -> None:
-        """The headline."""
+        """Print a headline."""
         self._console.print(Text(text, style="bold"))
 
     def line(self, text: str) -> None:
-        """One line as it is."""
+        """Print one line as it is."""
         self._console.print(Text(text))
 
     def facts(self, values: dict[str, Any]) -> None:
-        """A line for each value that is not None."""
+        """Print `name: value` for each value that is not None."""
         for name, value in values.items():
             if value is not None:
                 self.line(f"{name}: {value}")
 
     def table(self, title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-        """A table; nothing where there are no rows."""
+        """Print a table, or nothing if there are no rows."""
         if not rows:
             return
         if self._console.is_terminal:

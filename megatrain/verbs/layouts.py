@@ -1,7 +1,7 @@
-"""`megatrain layouts`: the legal layouts of a training job as a table, with what each rank holds. Imports no torch.
+"""`megatrain layouts`: print the legal layouts of a training job and the memory of a rank in each. Imports no torch.
 
-What is legal is parallel/layout.py's, what there is to try parallel/candidates.py's, the memory parallel/memory.py's; here
-stand the job that open keys make, the order of the rows, and how they are printed.
+`parallel/layout.py` decides what is legal, `planner/candidates.py` what to try, `planner/memory.py` what a rank holds.
+This file fills in the open keys of the job, and sorts and prints the rows.
 """
 
 from __future__ import annotations
@@ -36,51 +36,51 @@ AXIS_KEYS = {
     "cp_kinds": "parallel.cp_kind",
     "replicas": "parallel.dp_replicate",
 }
-"""The axes that one key alone fixes; `parallel.schedule` and `parallel.virtual_stages` fix one together."""
+"""The axes that a single key fixes; `parallel.schedule` and `parallel.virtual_stages` fix one together."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One legal layout and what its fullest rank holds."""
+    """One legal layout and the memory of its fullest rank."""
 
     candidate: Candidate
     layout: Layout
     memory: Memory
 
     def fits(self, limit_gib: float | None) -> bool:
-        """Whether a device of that size holds it."""
+        """Return whether the layout fits a device with `limit_gib` GiB of memory; None means no limit."""
         return limit_gib is None or self.memory.total <= limit_gib * GIB
 
 
 def layouts(config: LayoutsConfig) -> None:
-    """Print every legal layout. Raises ConfigError, with what stands in the way, where there is none."""
+    """Print every legal layout. Raises ConfigError with the reasons if there is none."""
     world_size = config.launch.world_size or config.launch.nproc_per_node * (config.launch.num_nodes or 1)
-    job, notes = job_of(config, world_size)
-    rows, refused = find(job, world_size, axes_of(config))
+    job, notes = fill_open_sizes(config, world_size)
+    rows, refused = find_legal(job, world_size, open_axes(config))
     if not rows:
-        raise ConfigError(nothing_legal(config, job, world_size, refused))
+        raise ConfigError(explain_no_layout(config, job, world_size, refused))
     limit = config.layouts.memory_gib
-    rows.sort(key=lambda row: _order(row, limit))
-    shown = shortened(rows, config.layouts.limit)
+    rows.sort(key=lambda row: _sort_key(row, limit))
+    shown = select_rows(rows, config.layouts.limit)
     if config.layouts.format == "json":
-        print(json.dumps([record(row, job, limit) for row in shown], indent=1))
+        print(json.dumps([row_record(row, job, limit) for row in shown], indent=1))
     elif config.layouts.format == "csv":
-        records = [record(row, job, limit) for row in shown]
+        records = [row_record(row, job, limit) for row in shown]
         writer = csv.DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
     else:
-        print("\n".join(header(job, world_size, notes, rows, limit)), end="\n\n")
+        print("\n".join(header_lines(job, world_size, notes, rows, limit)), end="\n\n")
         print_table(shown, limit)
         if len(shown) < len(rows):
             print(
-                f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them; here each engine and degrees stand once, as far as the limit goes; "
-                f"any key that is given narrows the list"
+                f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them; each engine and set of degrees "
+                f"is shown once first, as far as the limit allows; any key that is given narrows the list"
             )
 
 
-def shortened(rows: list[Row], limit: int) -> list[Row]:
-    """So many of the rows, in their order: the first of each engine and degrees, and what comes next where there is room."""
+def select_rows(rows: list[Row], limit: int) -> list[Row]:
+    """Return at most `limit` rows in their order: first one for each engine and set of degrees, then further ones."""
     if not limit or len(rows) <= limit:
         return rows
     firsts: list[int] = []
@@ -97,10 +97,13 @@ def shortened(rows: list[Row], limit: int) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------- the job
 
 
-def job_of(config: LayoutsConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
-    """The training job, open sizes filled in, and which they were. Raises ConfigError where its keys do not go together."""
+def fill_open_sizes(config: LayoutsConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
+    """Return the training job with its open sizes filled in, and notes that describe them.
+
+    Raises ConfigError if its keys disagree.
+    """
     job, notes = TrainConfig(), []
-    _copy_given(config, job)
+    _copy_given_keys(config, job)
     loop = job.train
     if config.model.vocab_size is None:
         job.model.vocab_size = config.tokenizer.vocab_size
@@ -120,18 +123,18 @@ def job_of(config: LayoutsConfig, world_size: int) -> tuple[TrainConfig, list[st
     return job, notes
 
 
-def _copy_given(source: Any, target: Any) -> None:
-    """Copy every key that `target` has too and that is not null, group by group."""
+def _copy_given_keys(source: Any, target: Any) -> None:
+    """Copy every non-null key that `target` has too, group by group."""
     for f in fields(target):
         value = getattr(source, f.name)
         if is_dataclass(value):
-            _copy_given(value, getattr(target, f.name))
+            _copy_given_keys(value, getattr(target, f.name))
         elif value is not None:
             setattr(target, f.name, value)
 
 
-def axes_of(config: LayoutsConfig) -> Axes:
-    """What varies: an axis whose key is given has that value alone."""
+def open_axes(config: LayoutsConfig) -> Axes:
+    """Return the axes to search. An axis whose key is given has only that value."""
     given = {axis: value for axis, key in AXIS_KEYS.items() if (value := _value(config, key)) is not None}
     schedule, virtual = config.parallel.schedule, config.parallel.virtual_stages
     pairs = [(name, virtual or usual) for name, usual in SCHEDULES if schedule in (None, name)]
@@ -143,6 +146,7 @@ def axes_of(config: LayoutsConfig) -> Axes:
 
 
 def _value(config: Any, key: str) -> Any:
+    """Return the value of a `group.name` key."""
     group, _, name = key.partition(".")
     return getattr(getattr(config, group), name)
 
@@ -150,8 +154,8 @@ def _value(config: Any, key: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- search
 
 
-def find(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Counter[str]]:
-    """The legal rows, and how often each message refused the others."""
+def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Counter[str]]:
+    """Return the legal rows, and how many candidates each refusal ruled out."""
     model, rows, refused = MemoryModel(job.model), [], Counter[str]()
     batches: dict[int, str | None] = {}
     for candidate, refusal, config in judge(job, world_size, axes):
@@ -160,20 +164,21 @@ def find(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Coun
             continue
         layout = Layout.of(config, world_size)
         if layout.dp not in batches:
-            batches[layout.dp] = _batch_fault(config, layout.dp)
+            batches[layout.dp] = _batch_error(config, layout.dp)
         if (fault := batches[layout.dp]) is not None:
             refused[fault] += 1
-        elif not _is_repeated(candidate, layout, axes):
+        elif not _is_duplicate(candidate, layout, axes):
             rows.append(Row(candidate, layout, model.largest(config, layout)))
     return rows, refused
 
 
-def _is_repeated(candidate: Candidate, layout: Layout, axes: Axes) -> bool:
-    """Whether it is another name of a layout that was listed: natively, ZeRO stages of a rank that shares with nobody."""
+def _is_duplicate(candidate: Candidate, layout: Layout, axes: Axes) -> bool:
+    """Return whether the layout equals one already listed: natively, ZeRO stages without any rank to shard over."""
     return candidate.engine == "native" and layout.dp * layout.cp == 1 and candidate.zero != axes.zeros[0]
 
 
-def _batch_fault(config: TrainConfig, dp: int) -> str | None:
+def _batch_error(config: TrainConfig, dp: int) -> str | None:
+    """Return why the batch sizes do not fit `dp` data-parallel ranks, or None if they do."""
     try:
         check_batches(config.train, dp)
     except ConfigError as error:
@@ -181,9 +186,12 @@ def _batch_fault(config: TrainConfig, dp: int) -> str | None:
     return None
 
 
-def _order(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
-    """What fits first, then what talks and repeats least: a smaller product of the degrees that cut a model, less recompute,
-    a lower ZeRO stage; then fewer bytes. What does not fit stands by its bytes alone."""
+def _sort_key(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
+    """Return the sort key: layouts that fit first, then those with less communication and recomputation.
+
+    In order: a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage, less memory.
+    Layouts that do not fit are sorted by memory alone.
+    """
     if not row.fits(limit_gib):
         return (1, row.memory.total)
     c = row.candidate
@@ -194,17 +202,19 @@ def _order(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------------------------------- printing
 
 
-def header(job: TrainConfig, world_size: int, notes: list[str], rows: list[Row], limit: float | None) -> Iterator[str]:
-    """What the table is about."""
+def header_lines(
+    job: TrainConfig, world_size: int, notes: list[str], rows: list[Row], limit: float | None
+) -> Iterator[str]:
+    """Yield the lines above the table."""
     loop = job.train
-    masters = "" if job.precision.name == "fp32" else " on fp32 masters"
-    yield f"{job.model.name}: {num_parameters(job.model):,} parameters, {job.precision.name}{masters}, {world_size:,} ranks"
+    precision = job.precision.name + ("" if job.precision.name == "fp32" else " on fp32 masters")
+    yield f"{job.model.name}: {num_parameters(job.model):,} parameters, {precision}, {world_size:,} ranks"
     yield (
         f"{loop.global_batch_size * loop.seq_len:,} tokens a step: {loop.global_batch_size:,} sequences of "
         f"{loop.seq_len:,}, {loop.micro_batch_size} a micro-batch"
     )
     if notes:
-        yield f"not given, so taken: {'; '.join(notes)}"
+        yield f"assumed, because not given: {'; '.join(notes)}"
     fitting = (
         ""
         if limit is None
@@ -216,8 +226,8 @@ def header(job: TrainConfig, world_size: int, notes: list[str], rows: list[Row],
 HEADINGS = ("engine", "dp", "tp", "pp", "cp", "zero", "pipeline", "recompute", *KINDS, "total", "fits")
 
 
-def cells(row: Row, limit: float | None) -> list[str]:
-    """One line of the table."""
+def table_cells(row: Row, limit: float | None) -> list[str]:
+    """Return the cells of one line of the table."""
     c, layout = row.candidate, row.layout
     pipeline = "" if c.pp == 1 else c.schedule + (f" x {c.virtual_stages}" if c.virtual_stages > 1 else "")
     groups = f"{c.zero} in {c.dp_replicate}" if c.dp_replicate > 1 else str(c.zero)
@@ -231,8 +241,8 @@ def cells(row: Row, limit: float | None) -> list[str]:
 
 
 def print_table(rows: list[Row], limit: float | None) -> None:
-    """The rows in columns; bold headings on a terminal."""
-    lines = [cells(row, limit) for row in rows]
+    """Print the rows in aligned columns, with bold headings on a terminal."""
+    lines = [table_cells(row, limit) for row in rows]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *lines, strict=True)]
     left = ("engine", "cp", "pipeline", "recompute", "fits")
     for index, line in enumerate([list(HEADINGS), *lines]):
@@ -243,8 +253,8 @@ def print_table(rows: list[Row], limit: float | None) -> None:
         print(f"\033[1m{text}\033[0m" if index == 0 and sys.stdout.isatty() else text)
 
 
-def record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:
-    """A row for programs: the keys to give `megatrain train`, and bytes; `fits` is null without a limit."""
+def row_record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:
+    """Return a row for programs: the keys for `megatrain train`, and sizes in bytes. `fits` is null without a limit."""
     c = row.candidate
     keys = {
         "train.global_batch_size": job.train.global_batch_size,
@@ -265,9 +275,9 @@ def record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:
     return {**keys, "dp": row.layout.dp, **bytes_, "fits": None if limit is None else row.fits(limit)}
 
 
-def nothing_legal(config: LayoutsConfig, job: TrainConfig, world_size: int, refused: Counter[str]) -> str:
-    """Why no layout is legal, most frequent reason first, and which of the given keys to leave open."""
-    axes, lines = axes_of(config), [f"no layout of {world_size} ranks is legal with these keys"]
+def explain_no_layout(config: LayoutsConfig, job: TrainConfig, world_size: int, refused: Counter[str]) -> str:
+    """Return the message for no legal layout: the most frequent reasons, and which given keys to leave open."""
+    axes, lines = open_axes(config), [f"no layout of {world_size} ranks is legal with these keys"]
     examples: dict[str, str] = {}
     for _, refusal, view in judge(job, world_size, axes):
         if refusal is not None and refusal.name not in examples:
@@ -278,28 +288,31 @@ def nothing_legal(config: LayoutsConfig, job: TrainConfig, world_size: int, refu
         opened = deepcopy(config)
         group, _, name = key.partition(".")
         setattr(getattr(opened, group), name, None)
-        other, _ = job_of(opened, world_size)
-        rows, _ = find(other, world_size, axes_of(opened))
+        opened_job, _ = fill_open_sizes(opened, world_size)
+        rows, _ = find_legal(opened_job, world_size, open_axes(opened))
         if rows:
             nearest = min(rows, key=lambda row: _distance(row, config))
             lines.append(
-                f"  without {key}={_value(config, key)} {len(rows):,} are legal, for example {nearest.layout.describe()}"
+                f"  without {key}={_value(config, key)}, {len(rows):,} are legal, for example "
+                f"{nearest.layout.describe()}"
             )
     return "\n".join(lines)
 
 
 def _given_keys(config: LayoutsConfig) -> list[str]:
+    """Return the keys of the search that are not null."""
     keys = [*AXIS_KEYS.values(), "parallel.schedule", "parallel.virtual_stages"]
     return [key for key in [*keys, "train.global_batch_size", "train.seq_len"] if _value(config, key) is not None]
 
 
 def _message(refusal: Refusal, config: TrainConfig, world_size: int) -> str:
+    """Return the refusal's message for this config, or else its summary."""
     return refusal.check(config, world_size) or refusal.summary
 
 
 def _distance(row: Row, config: LayoutsConfig) -> tuple[int, ...]:
-    """How far a row's degrees are from those given."""
+    """Return how far a row's degrees are from the given ones."""
     c, parallel = row.candidate, config.parallel
     wanted = (parallel.tp, parallel.pp, parallel.cp)
-    far = sum(abs(have - want) for have, want in zip((c.tp, c.pp, c.cp), wanted, strict=True) if want is not None)
-    return far, c.tp * c.pp * c.cp, row.memory.total
+    distance = sum(abs(have - want) for have, want in zip((c.tp, c.pp, c.cp), wanted, strict=True) if want is not None)
+    return distance, c.tp * c.pp * c.cp, row.memory.total

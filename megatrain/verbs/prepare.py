@@ -1,4 +1,4 @@
-"""`megatrain prepare`: make a dataset ready for training. The work is `data/preparation.py`'s."""
+"""`megatrain prepare`: make a dataset ready for training. `data/preparation.py` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megatrain report`: the page of a run or of a sweep. Imports no torch."""
+"""`megatrain report`: write the HTML page of a run or a sweep. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from megatrain.tracking.sweep_record import is_sweep_folder
 
 
 def report(config: ReportConfig) -> None:
-    """`megatrain report`."""
-
+    """Write the page and print its path."""
     path = Path(config.path)
     write = report_sweep if is_sweep_folder(path) else report_run
     print(write(path, Path(config.out) if config.out is not None else None))

@@ -1,6 +1,6 @@
-"""`megatrain train` as a person starts it: submit a Slurm job, or be this node's agent. Imports no torch.
+"""`megatrain train`: submit a Slurm job, or run this node's agent. Imports no torch.
 
-What a rank does is `train/rank.py`'s.
+A rank runs `train/rank.py` instead.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatrain.verbs import path_checks
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
     """Submit a training job (`launch=slurm`), or run this node's agent; return the exit code.
 
-    `flags` and `overrides` are the words of the command line, which every rank is started with too.
+    `flags` and `overrides` are the arguments of the command line, which every rank is started with too.
     """
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
         path_checks.check_paths(config)
-        words = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
-        return slurm.submit(config.launch, config.run.name, words, dry_run="--dry-run" in flags)
+        arguments = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
+        return slurm.submit(config.launch, config.run.name, arguments, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else SingleNode()
     try:
@@ -40,31 +40,34 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
         peers.close()
 
 
-def start_workers(config: TrainConfig, words: Sequence[str], peers: Peers) -> int:
-    """Run `megatrain train` with `words` as `launch.nproc_per_node` ranks on this node; return the job's exit code.
+def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -> int:
+    """Run `megatrain train` with `arguments` on `launch.nproc_per_node` ranks of this node; return the job's exit code.
 
-    Node 0's agent owns the run's folder, for all.
+    The agent of node 0 owns the run's folder on behalf of all nodes.
     """
-    command = [sys.executable, "-m", "megatrain", "train", *words]
+    command = [sys.executable, "-m", "megatrain", "train", *arguments]
     run_dir = Path(config.run.dir) / str(config.run.name)
     on_gpu = has_gpu(config.launch.device)
     limits = Limits(config.resilience.hang_timeout(on_gpu), config.launch.timeout_s)
-    taken = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
+    ownership = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
-        number = peers.all_gather(taken.number if taken else None)[0]
-        owner = taken or Ownership(run_dir / FOLDER, number)
+        number = peers.all_gather(ownership.number if ownership else None)[0]
+        owner = ownership or Ownership(run_dir / FOLDER, number)
         copies = config.checkpoint.copies_every(on_gpu) > 0
         since = time.monotonic() - process_age()
         modules = worker_modules(config)
         recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
         return agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
-        if taken is not None:
-            taken.release()
+        if ownership is not None:
+            ownership.release()
 
 
 def worker_modules(config: TrainConfig) -> list[str]:
-    """What a worker imports on its way to the first step, but for what may touch a GPU: forks cannot share that."""
+    """Return the modules that a worker imports before its first step and that are safe to import before a fork.
+
+    Modules that may initialise a GPU are left out, because a CUDA context does not survive a fork.
+    """
     modules = [
         "megatrain.cli",
         "megatrain.config.compose",
@@ -80,5 +83,5 @@ def worker_modules(config: TrainConfig) -> list[str]:
 
 
 def has_gpu(device: str) -> bool:
-    """Whether workers will run on NVIDIA GPUs, found without torch."""
+    """Return whether the workers will run on NVIDIA GPUs, without importing torch."""
     return device == "cuda" or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))

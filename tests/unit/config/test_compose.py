@@ -178,7 +178,7 @@ def test_a_key_like_no_other_is_refused_with_what_there_is():
         ("train", "train.steps=2.5", "expected a whole number, given a number"),
         ("train", "train.steps=true", "expected a whole number, given a boolean"),
         ("train", "train.steps=", "expected a whole number, given text"),
-        ("train", "train.steps=null", "train.steps cannot be null; expected a whole number"),
+        ("train", "train.steps=null", "train.steps cannot be null; give a whole number"),
         ("train", "data.workers=many", "expected a whole number or null, given text"),
         ("train", "optim.lr=fast", "optim.lr=fast: expected a number, given text"),
         ("train", "deterministic=1", "expected true or false, given a whole number"),

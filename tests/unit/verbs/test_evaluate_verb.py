@@ -52,7 +52,7 @@ def test_a_model_trained_document_by_document_is_evaluated_so(train_job, dataset
     shutil.copytree(dataset, tmp_path / "foreign")
     card = Card.load(dataset)
     replace(card, tokenizer=None).save(tmp_path / "foreign")
-    with pytest.raises(ConfigError, match=r"train.mask_documents=true, and .*foreign.* names no tokenizer"):
+    with pytest.raises(ConfigError, match=r"train.mask_documents=true, but .*foreign.* has no tokenizer"):
         result(capsys, run, data=str(tmp_path / "foreign"))
 
 
@@ -157,7 +157,7 @@ def test_a_dataset_that_changed_since_training_is_refused(finished, dataset, tmp
     card.save(moved)
     assert "no longer the dataset" in refusal(DataError, runs / "first")
     shutil.rmtree(moved)
-    assert "is not there" in refusal(ConfigError, runs / "first")
+    assert "does not exist" in refusal(ConfigError, runs / "first")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(finished, dataset, tmp_path, capsys, caplog):

@@ -124,4 +124,6 @@ def test_a_dataset_shows_its_card_and_is_verified_whole(inspect, dataset, tmp_pa
 
 def test_anything_else_is_refused(inspect, tmp_path):
     code, out, err = inspect(tmp_path)
-    assert code == ConfigError.exit_code and out == "" and "neither a run folder" in err
+    assert (
+        code == ConfigError.exit_code and out == "" and "is not a run folder, a checkpoint or a prepared dataset" in err
+    )

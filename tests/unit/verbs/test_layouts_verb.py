@@ -15,7 +15,7 @@ from megatrain import cli
 from megatrain.config.compose import compose
 from megatrain.parallel.rules import check
 from megatrain.planner.candidates import Candidate
-from megatrain.verbs.layouts import axes_of, find, job_of
+from megatrain.verbs.layouts import fill_open_sizes, find_legal, open_axes
 
 LLAMA = ["layouts", "model=llama_8b", "precision=bf16", "launch.world_size=64"]
 
@@ -28,7 +28,7 @@ def records(capsys, *arguments):
 def test_every_row_is_legal_and_kinds_add_up(capsys):
     """The rows are keys of train, and the table of layouts takes each."""
     config = compose("layouts", LLAMA[1:])
-    job, _ = job_of(config, 64)
+    job, _ = fill_open_sizes(config, 64)
     rows = records(capsys, "parallel.zero=3")
     assert len(rows) > 500 and len({tuple(sorted(row.items())) for row in rows}) == len(rows)
     for row in rows[::20]:
@@ -91,7 +91,7 @@ def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
             ["train.global_batch_size=7", "without train.global_batch_size=7"],
         ),
         (["parallel.tp=16"], ["model.num_kv_heads=8 is not divisible by parallel.tp=16; its divisors are 1, 2, 4, 8"]),
-        (["train.seq_len=100000"], ["is longer than the model takes"]),
+        (["train.seq_len=100000"], ["is longer than model.max_seq_len"]),
     ],
 )
 def test_where_nothing_is_legal_the_way_out_is_named(keys, says, capsys):
@@ -103,10 +103,10 @@ def test_where_nothing_is_legal_the_way_out_is_named(keys, says, capsys):
 def test_a_train_command_needs_only_another_verb():
     """Groups, experiments and keys of train are taken; a dataset is not asked for."""
     config = compose("layouts", ["experiment=quickstart", "launch.nproc_per_node=2", "optim.lr=1e-3", "data=files"])
-    job, notes = job_of(config, 2)
+    job, notes = fill_open_sizes(config, 2)
     assert job.train.global_batch_size == 16 and job.model.hidden_size == 96
     assert len(notes) == 1 and "tokenizer.vocab_size" in notes[0]
-    rows, _ = find(job, 2, axes_of(config))
+    rows, _ = find_legal(job, 2, open_axes(config))
     assert {row.candidate.engine for row in rows} == {"native", "deepspeed"}
 
 

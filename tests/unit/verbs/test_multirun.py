@@ -151,7 +151,7 @@ def test_a_name_that_needs_quotes_gets_them():
             "point 1 of 2 (data.name=nowhere): data.name=nowhere: there is no data",
         ),
         (["train", "-m", "seed=1,2", "launch.num_nodes=2"], "point 1 of 2 (seed=1): launch.num_nodes=2: a plain start"),
-        (["prepare", "-m", "seed=1,2"], "--multirun runs a sweep of training runs: megatrain train --multirun"),
+        (["prepare", "-m", "seed=1,2"], "--multirun runs a sweep of training runs: use megatrain train --multirun"),
         (["train", "seed=1,2"], "seed=1,2: several values make a sweep, which only megatrain train --multirun runs"),
     ],
 )
