@@ -28,7 +28,7 @@ def generate(config: GenerateConfig) -> None:
     longest = loaded.config.max_seq_len
     if len(ids) > longest:
         raise ConfigError(
-            f"prompt: it has {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
+            f"prompt: {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
         )
     sampled = sample(
         loaded.build(device_by_name(config.device)),
