@@ -1,4 +1,4 @@
-"""What every engine needs and none owns: dropout seeds, dtypes, token counts. No library of a particular engine here."""
+"""What every engine needs: dropout seeds, losses and their scaling, kernels, counters. No library of one engine here."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megatrain.checkpoint.manifest import EngineCounters, OptimizerGroup, Optimi
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.errors import EnvironmentFault
-from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.choice import Kernels, choose
 from megatrain.kernels.support import KernelError
 from megatrain.model.dtypes import DTYPES as DTYPES
 from megatrain.model.gpt import GPT
-from megatrain.optim.adamw import decays
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.optim.objective import LossMeter, NextToken
+from megatrain.optim.slots import decays
 from megatrain.parallel.stages import ZERO_BUBBLE
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor_rank: int = 0) -> int:
-    """Seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved.
+    """Return the seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved.
 
     `dp_cp_rank` differs between ranks that work on other tokens, `tensor_rank` between ranks that hold another slice of
     their activations; it is 0 where activations are whole.
@@ -33,65 +33,71 @@ def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
-def count_tokens(micro_batches: Sequence[MicroBatch]) -> int:
-    """Labels that count, over one rank's micro-batches (their weights, where there are any, left out)."""
-    return sum(int((micro_batch.labels != IGNORE_INDEX).sum()) for micro_batch in micro_batches)
-
-
-def sum_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None) -> Tensor:
-    """The model's summed loss over one micro-batch, fp32 scalar."""
+def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, meter: LossMeter, head: GPT) -> Tensor:
+    """Return the objective's summed loss of a micro-batch, an fp32 scalar. `model` may wrap `head`, the GPT inside it."""
     loss: Tensor = model(
         micro_batch.tokens,
-        micro_batch.labels,
-        loss_weights=micro_batch.loss_weights,
         positions=micro_batch.positions,
         document_ids=micro_batch.document_ids,
         dropout_seed=seed,
+        finish=lambda hidden: meter(head, hidden, micro_batch),
     )
     return loss
 
 
+def mean_scalars(names: Sequence[str], sums: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """Return an objective's scalars as means over the step's `count` terms, from their sums over the whole job."""
+    return {name: total.float() for name, total in zip(names, sums / count.clamp(min=1), strict=True)}
+
+
 def on_device(number: int, device: torch.device) -> Tensor:
-    """An int64 scalar, filled in there: a copy from the host would have it wait for the device."""
+    """Return an int64 scalar, filled on the device: a copy from the host would make it wait."""
     return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def loss_factor(scale: float, tokens: Tensor) -> Tensor:
-    """`scale / max(1, tokens)`, fp32 scalar: what a micro-batch's summed loss is multiplied by. The host does not wait."""
+    """Return `scale / max(1, tokens)`, an fp32 scalar that multiplies a micro-batch's summed loss. The host does not wait."""
     return (scale / tokens.clamp(min=1).double()).float()
 
 
 def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
-    """What a micro-batch runs backward: `factor` times its loss, and where that loss is not finite, NaN times it.
+    """Return `factor` times a micro-batch's loss, to be run backward; NaN times the loss where it is not finite.
 
-    Every gradient then is NaN, also where those of a loss that overflowed would have been finite, so that the one veto
-    on the gradient norm covers the loss too, on all ranks and without the host looking at it.
+    Then every gradient is NaN, even those that a loss which overflowed would leave finite. So the veto on the gradient
+    norm covers the loss too, on all ranks and without the host reading it.
     """
     return loss * factor.where(torch.isfinite(loss), torch.full_like(factor, float("nan")))
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Summed loss (float64) and counted tokens (int64) of this rank's `batches`, the model in evaluation mode meanwhile."""
+def evaluate(
+    model: GPT, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return summed loss (float64) and counted terms (int64) of this rank's `batches`, the model in evaluation mode.
+
+    Without a `meter` the loss is that of next-token prediction.
+    """
+    meter = meter or LossMeter(NextToken(), device)
     was_training = model.training
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    count = 0
     for batch in batches:
-        tokens += count_tokens([batch])
-        loss_sum += sum_loss(model, batch.to(device), None)
+        count += meter.count([batch])
+        loss_sum += summed_loss(model, batch.to(device), None, meter, model)
+    meter.take()
     model.train(was_training)
-    return loss_sum, on_device(tokens, device)
+    return loss_sum, on_device(count, device)
 
 
 def compile_blocks(model: GPT) -> None:
-    """torch.compile each block by itself: one graph for all of them, and short compile times."""
+    """Compile each block by itself: one graph serves all of them, and compiling is quick."""
     for block in model.blocks.children():
         block.compile()
 
 
 def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
-    """The operations that a run's model computes with.
+    """Return the operations that a run's model computes with.
 
     Raises:
         EnvironmentFault: `kernels=triton` where Triton cannot run.
@@ -106,7 +112,7 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
 
 
 def engine_counters(
-    groups: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]], step: int, scaler: LossScaler
+    optimizer: str, groups: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]], step: int, scaler: LossScaler
 ) -> EngineCounters:
     """Return `Engine.counters` from an optimizer's groups, the parameters' global shapes and the updates applied."""
     members: dict[str, list[str]] = {"decay": [], "no_decay": []}
@@ -119,4 +125,4 @@ def engine_counters(
         for group in groups
         if group.get("name") in members
     }
-    return EngineCounters(OptimizerState("adamw", step, saved), scaler.state())
+    return EngineCounters(OptimizerState(optimizer, step, saved), scaler.state())

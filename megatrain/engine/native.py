@@ -1,7 +1,7 @@
 """The native engine: torch alone. FSDP2 or replicas x tensor and sequence parallel x pipeline x context parallel.
 
-The optimizer updates fp32 master pieces, each a block of a parameter that this rank holds; gradients are summed, clipped
-and vetoed on the device, without the host waiting for them.
+The optimizer updates fp32 masters, each the block of a parameter that this rank holds. Gradients are summed, clipped and
+vetoed on the device, without the host waiting for them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from megatrain.engine.common import (
     DTYPES,
     choose_kernels,
     compile_blocks,
-    count_tokens,
     dropout_seed,
     engine_counters,
     loss_factor,
+    mean_scalars,
     on_device,
     scaled_loss,
 )
@@ -40,13 +40,16 @@ from megatrain.model.count import parameter_shapes
 from megatrain.model.fp8 import use_fp8
 from megatrain.model.gpt import LossFunction
 from megatrain.model.init import initial_block
-from megatrain.optim.adamw import MOMENTS, adamw, materialise, parameter_groups
+from megatrain.optim.adamw import parameter_groups
 from megatrain.optim.loss_scale import LossScaler
+from megatrain.optim.objective import LossMeter, Objective
+from megatrain.optim.optimizers import build_optimizer, create_slots
+from megatrain.optim.slots import Slot, slots_of
 from megatrain.parallel import plan
 from megatrain.parallel.context import local_slice, make_attend
 from megatrain.parallel.layout import Layout, head_in_chunks
 from megatrain.parallel.mesh import make_groups
-from megatrain.parallel.pipeline import Stage
+from megatrain.parallel.pipeline import Stage, StepInputs
 from megatrain.parallel.recompute import recompute_blocks
 from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
@@ -59,11 +62,12 @@ EVALUATED_AT_ONCE = 16
 
 
 @dataclass
-class Held:
+class LocalParameter:
     """One parameter as this rank holds it.
 
-    `master` (fp32) is the block of `sizes` at `origin` in the whole parameter of `shape`; it is the memory of `parameter`
-    itself where that rests in fp32. `counted` is false where another rank's copy stands for this one in the norm.
+    `master` (fp32) is the block of `sizes` at `origin` in the whole parameter of `shape`. It shares the memory of
+    `parameter` where that is fp32 too. `in_norm` is false where another rank's copy is counted in the gradient norm.
+    `slots` are the optimizer's states.
     """
 
     name: str
@@ -72,24 +76,30 @@ class Held:
     shape: tuple[int, ...]
     origin: tuple[int, ...]
     sizes: tuple[int, ...]
-    counted: bool
+    in_norm: bool
+    slots: tuple[Slot, ...]
 
     @property
     def first_element(self) -> int:
-        """The number of the first element here among those of the whole parameter."""
-        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        """The index of this block's first element in the flattened whole parameter."""
+        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
         return sum(start * stride for start, stride in zip(self.origin, strides, strict=True))
 
     @property
     def is_copied(self) -> bool:
-        """Whether the model computes with a lower-precision copy that this engine keeps up to date."""
+        """Whether the model computes with a lower-precision copy of the master."""
         return self.master.data_ptr() != local(self.parameter).data_ptr()
+
+    @property
+    def slot_shapes(self) -> list[tuple[Slot, tuple[int, ...]]]:
+        """The optimizer's states with the shapes that this rank holds of them."""
+        return [(slot, slot.block(self.shape, self.origin, self.sizes)[1]) for slot in self.slots]
 
 
 class NativeEngine:
     """`Engine` on torch's own parallelism, for every layout that the table allows."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, objective: Objective) -> None:
         self.config = config
         self.world = world
         self.layout = Layout.of(config, world.size)
@@ -103,7 +113,9 @@ class NativeEngine:
             and self.compute != torch.float32
             and DTYPES[config.precision.accumulate_dtype] == torch.float32
         )
-        self.travels_in_fp32 = config.precision.name == "fp32" or config.precision.reduce_dtype == "fp32"
+        self.reduces_in_fp32 = config.precision.name == "fp32" or config.precision.reduce_dtype == "fp32"
+        self.inputs = StepInputs()
+        self.meter = LossMeter(objective, world.device)
         self.stages = self._build_stages()
         self.held = [held for stage in self.stages.values() for held in self._hold(stage)]
         self.tied = self._tied()
@@ -111,8 +123,8 @@ class NativeEngine:
             self._accumulate_into_masters()
         groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.held), config.optim)
         places = {held.master: (held.name, held.first_element) for held in self.held}
-        self.optimizer = adamw(groups, config.optim, config.seed, places)
-        materialise(self.optimizer, step=0)
+        self.optimizer = build_optimizer(groups, config.optim, config.seed, places)
+        self._create_slots(step=0)
         self._initialise()
         if config.compile:
             for stage in self.stages.values():
@@ -124,13 +136,16 @@ class NativeEngine:
     # ------------------------------------------------------------------------------------------- construction
 
     def _build_stages(self) -> dict[int, Stage]:
-        """This rank's pipeline stages by number: cut, with memory for what this rank holds, without values."""
+        """Return this rank's pipeline stages by number: split, with memory for this rank's shards, without values."""
         layers = stage_layers(self.config, self.layout.num_stages)
         kernels = choose_kernels(self.config, self.world.device)
         stages: dict[int, Stage] = {}
         for index in self.layout.stages_of(self.place.pp):
             with torch.device("meta"):
-                stage = Stage(self.config.model, layers[index], self.layout.num_stages, index, kernels)
+                stage = Stage(
+                    *(self.config.model, layers[index], self.layout.num_stages, index, kernels),
+                    *(self.inputs, self.meter),
+                )
             stage.loss = self._loss(kernels)
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
@@ -149,14 +164,14 @@ class NativeEngine:
         return stages
 
     def _loss(self, kernels: Kernels) -> LossFunction | None:
-        """What the last stage computes from logits; None where the head computes the loss itself."""
+        """Return the loss over logits; None where the head computes the loss itself."""
         if self.groups is None or self.groups.tp is None:
             return None if head_in_chunks(self.config, self.layout) else cross_entropy_sum
         first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
         return partial(vocabulary_parallel_cross_entropy, first=first, group=self.groups.tp, kernels=kernels)
 
-    def _hold(self, stage: Stage) -> Iterator[Held]:
-        """A stage's parameters with their places in the whole model."""
+    def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
+        """Yield a stage's parameters with their places in the whole model."""
         shapes = parameter_shapes(self.config.model)
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         mesh = self.groups.mesh if self.groups else None
@@ -172,21 +187,22 @@ class NativeEngine:
             here = local(parameter).detach()
             assert tuple(here.shape) == sizes, (name, tuple(here.shape), sizes)
             whole_on_tp = plan.cut_dimension(name) is None
-            counted = not is_replica and not (whole_on_tp and self.place.tp > 0) and own_name == name
+            in_norm = not is_replica and not (whole_on_tp and self.place.tp > 0) and own_name == name
             master = nn.Parameter(here if here.dtype == torch.float32 else here.float())
-            yield Held(name, parameter, master, shape, origin, sizes, counted)
+            slots = slots_of(self.config.optim, name, shape)
+            yield LocalParameter(name, parameter, master, shape, origin, sizes, in_norm, slots)
 
-    def _tied(self) -> list[Held]:
-        """The copies of a weight that two pipeline stages share, this rank's one or two of them."""
+    def _tied(self) -> list[LocalParameter]:
+        """Return this rank's copies (none, one or two) of a tied weight that two pipeline stages share."""
         if not self.config.model.tie_embeddings or self.layout.num_stages == 1:
             return []
         return [held for held in self.held if held.name == "embed.weight"]
 
     def _accumulate_into_masters(self) -> None:
-        """Sum each micro-batch's low-precision gradient into the fp32 master as soon as autograd has it."""
+        """Add each micro-batch's low-precision gradient to the fp32 master's as soon as autograd has it."""
         for held in self.held:
 
-            def add(parameter: Tensor, held: Held = held) -> None:
+            def add(parameter: Tensor, held: LocalParameter = held) -> None:
                 gradient = self._local_gradient(held)
                 if held.master.grad is None:
                     held.master.grad = gradient.float()
@@ -198,7 +214,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Fill each master with the bits that one process would have, one block at a time."""
+        """Fill each master with the values that one process would have, bit for bit."""
         for held in self.held:
             values = initial_block(self.config.model, held.name, held.shape, self.config.seed, held.origin, held.sizes)
             held.master.copy_(values.view(held.sizes))
@@ -206,13 +222,13 @@ class NativeEngine:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Bring the compute copies up to the masters."""
+        """Copy the masters into the parameters that the model computes with."""
         copied = [held for held in self.held if held.is_copied]
         if copied:
             torch._foreach_copy_([local(held.parameter) for held in copied], [held.master for held in copied])
 
     def _examples(self) -> tuple[Tensor, Tensor]:
-        """Meta tensors shaped as a first stage's input and as what passes between stages."""
+        """Return meta tensors shaped as the first stage's input and as the activations between stages."""
         rows = self.config.train.micro_batch_size
         length = self.config.train.seq_len // self.layout.cp
         tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
@@ -225,23 +241,22 @@ class NativeEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
-        mine = self._mine(micro_batches)
+        mine = self._local_slices(micro_batches)
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
-        tokens = self._sum_over_data(on_device(count_tokens(mine), self.world.device))
+        tokens = self._sum_over_data(on_device(self.meter.count(mine), self.world.device))
         dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
         seeds = [
             dropout_seed(self.config.seed, step, index, dp_cp_rank, self.place.tp) for index in range(len(batches))
         ]
         factor = loss_factor(self.scaler.scale, tokens)
-        for stage in self.stages.values():
-            stage.take(batches, seeds)
+        self.inputs.load(batches, seeds)
         if self.pipeline:
-            self.world.heartbeat.enter("forward")  # and backward, as the schedule mixes them
+            self.world.heartbeat.enter("forward")  # and backward: the schedule mixes them
             loss_sum = self.pipeline.train(batches, lambda loss: scaled_loss(loss, factor))
         else:
             loss_sum = self._train_without_pipeline(batches, factor)
         self.world.heartbeat.enter("update")
-        loss_sum, grad_norm, finite = self._update(loss_sum, lr, step)
+        loss_sum, scalars, grad_norm, finite = self._update(loss_sum, lr, step)
         if self.scaler.enabled:
             self.scaler.update(overflow=not bool(finite))
         return StepResult(
@@ -249,31 +264,34 @@ class NativeEngine:
             tokens=tokens,
             grad_norm=grad_norm,
             updated=finite,
-            aux={"loss_scale": torch.tensor(self.scaler.scale)} if self.scaler.enabled else {},
+            aux={
+                **mean_scalars(self.meter.objective.scalar_names, scalars, tokens),
+                **({"loss_scale": torch.tensor(self.scaler.scale)} if self.scaler.enabled else {}),
+            },
         )
 
-    def _mine(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-        """This rank's slice of the sequences of micro-batches, where they are."""
+    def _local_slices(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+        """Return this rank's slice of the sequences of micro-batches, still on the host."""
         layout, place = self.layout, self.place
         if layout.cp == 1:
             return list(micro_batches)
         return [local_slice(micro_batch, layout.cp_kind, place.cp, layout.cp) for micro_batch in micro_batches]
 
     @property
-    def _speaks_for_its_data(self) -> bool:
-        """Whether this rank's sums over its share of the data count: ranks of a tensor group and stages share theirs."""
+    def _counts_its_data(self) -> bool:
+        """Whether this rank's token counts enter the job's: tensor ranks and pipeline stages share the same data."""
         return self.place.tp == 0 and self.place.pp == 0
 
     def _sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum over the whole job of what every rank has counted on its share of the data."""
-        return self.world.all_reduce_sum(values if self._speaks_for_its_data else torch.zeros_like(values))
+        """Return the sum over the job of what each rank counted on its share of the data."""
+        return self.world.all_reduce_sum(values if self._counts_its_data else torch.zeros_like(values))
 
     def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: Tensor) -> Tensor:
-        """Forward and backward of every micro-batch; the summed loss of this rank's tokens."""
+        """Run every micro-batch forward and backward; return the summed loss of this rank's tokens."""
         (stage,) = self.stages.values()
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
-            before_backward(stage, self.layout.zero, index == len(micro_batches) - 1, self.travels_in_fp32)
+            before_backward(stage, self.layout.zero, index == len(micro_batches) - 1, self.reduces_in_fp32)
             self.world.heartbeat.enter("forward")
             loss = stage(micro_batch.tokens, index)
             self.world.heartbeat.enter("backward")
@@ -281,39 +299,41 @@ class NativeEngine:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _local_gradient(self, held: Held) -> Tensor:
-        """This rank's block of a parameter's gradient."""
+    def _local_gradient(self, held: LocalParameter) -> Tensor:
+        """Return this rank's block of a parameter's gradient."""
         gradient = held.parameter.grad
         assert gradient is not None, f"{held.name} took no part in the step"
         if isinstance(gradient, DTensor):
             assert isinstance(held.parameter, DTensor)
-            if gradient.placements != held.parameter.placements:  # the embedding's comes whole: no rank has to be asked
+            if gradient.placements != held.parameter.placements:  # the embedding's is whole, so this is local
                 gradient = gradient.redistribute(placements=held.parameter.placements)
         return local(gradient)
 
     @torch.no_grad()
-    def _update(self, loss_sum: Tensor, lr: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip, veto and apply the gradients; the job's summed loss, the norm before clipping and whether it was finite.
+    def _update(self, loss_sum: Tensor, lr: float, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clip, veto and apply the gradients.
 
-        Clipping and the veto go through the fused optimizer's own `grad_scale` and `found_inf`: gradients are read once
-        more for the norm and not for clipping, and no host has to look at it.
+        Clipping and the veto use the fused optimizer's `grad_scale` and `found_inf`: gradients are read once more for the
+        norm but not for clipping, and the host does not wait. Returns the job's summed loss and summed scalars of the
+        objective, the norm before clipping, and whether the norm was finite.
         """
         for held in self.held:
             if not self.accumulate_in_master:
                 held.master.grad, held.parameter.grad = self._local_gradient(held).float(), None
         self._sum_gradients_of_slices()
         self._sum_tied_gradients()
-        counted = [held.master.grad for held in self.held if held.counted and held.master.grad is not None]
+        counted = [held.master.grad for held in self.held if held.in_norm and held.master.grad is not None]
         norm = torch.nn.utils.get_total_norm(counted).to(self.world.device) / self.scaler.scale
+        scalars = self.meter.take()
         if self.world.size > 1:
-            mine = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
-            totals = torch.stack([norm.double() ** 2, loss_sum.double() * mine])
-            squared, loss_sum = self.world.all_reduce_sum(totals)
-            norm, loss_sum = squared.sqrt().float(), loss_sum.float()
+            has_loss = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
+            totals = torch.cat([torch.stack([norm.double() ** 2, loss_sum.double() * has_loss]), scalars * has_loss])
+            totals = self.world.all_reduce_sum(totals)
+            norm, loss_sum, scalars = totals[0].sqrt().float(), totals[1].float(), totals[2:]
         finite = torch.isfinite(norm)
         limit = self.config.optim.grad_clip
         shrink = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
-        self.optimizer.grad_scale = self.scaler.scale / shrink  # type: ignore[attr-defined]  # what they are divided by
+        self.optimizer.grad_scale = self.scaler.scale / shrink  # type: ignore[attr-defined]  # their divisor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
@@ -322,10 +342,10 @@ class NativeEngine:
         for held in self.held:
             held.master.grad = None
         self._refresh()
-        return loss_sum, norm, finite
+        return loss_sum, scalars, norm, finite
 
     def _sum_gradients_of_slices(self) -> None:
-        """Sum over the tensor group what each of its ranks has from its slice of the sequence, all parameters at once."""
+        """All-reduce, at once, the gradients that each tensor rank has from its slice of the sequence."""
         if self.groups is None or self.groups.tp is None:
             return
         parts = [held.master.grad for held in self.held if plan.is_summed(held.name) and held.master.grad is not None]
@@ -335,9 +355,9 @@ class NativeEngine:
             part.copy_(total.view_as(part))
 
     def _sum_tied_gradients(self) -> None:
-        """Give the embedding and the head of a tied model, on two stages, the sum of both gradients: they stay equal."""
+        """Give a tied embedding and head on two stages the sum of both gradients, so that they stay equal."""
         gradients = [held.master.grad for held in self.tied if held.master.grad is not None]
-        if len(gradients) == 2:  # both ends of the model are on this rank
+        if len(gradients) == 2:  # this rank has both ends of the model
             gradients[0] += gradients[1]
             gradients[1].copy_(gradients[0])
         elif gradients:
@@ -369,20 +389,20 @@ class NativeEngine:
         return totals[0], totals[1].long()
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Summed loss and tokens that this rank counts, float64 `[2]`."""
-        mine = self._mine(micro_batches)
+        """Return the summed loss and the terms that this rank counts, float64 `[2]`."""
+        mine = self._local_slices(micro_batches)
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
-        for stage in self.stages.values():
-            stage.take(batches, [None] * len(batches))
+        self.inputs.load(batches, [None] * len(batches))
         if self.pipeline:
             loss_sum = self.pipeline.evaluate(batches)
         else:
             (stage,) = self.stages.values()
             losses = [stage(batch.tokens, index) for index, batch in enumerate(batches)]
             loss_sum = torch.stack(losses).double().sum()
-        loss_counts = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
-        tokens = count_tokens(mine) if self._speaks_for_its_data else 0
-        return torch.stack([loss_sum.double() * loss_counts, on_device(tokens, loss_sum.device).double()])
+        self.meter.take()
+        has_loss = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
+        tokens = self.meter.count(mine) if self._counts_its_data else 0
+        return torch.stack([loss_sum.double() * has_loss, on_device(tokens, loss_sum.device).double()])
 
     # ------------------------------------------------------------------------------------------- state
 
@@ -390,40 +410,49 @@ class NativeEngine:
         """See `Engine.state`."""
         state: dict[str, Tensor] = {}
         for held in self._saved():
-            slots = {f"model.{held.name}": held.master.detach()}
-            for moment in MOMENTS:
-                slots[f"optim.{moment}.{held.name}"] = self.optimizer.state[held.master][moment]
-            if held.sizes != held.shape:
-                slots = {
-                    key: Piece(tensor.view(-1), 0, held.shape, held.origin, held.sizes) for key, tensor in slots.items()
-                }
-            state.update(slots)
+            state[f"model.{held.name}"] = _piece(held.master.detach(), held.shape, held.origin, held.sizes)
+            for slot in held.slots:
+                tensor = self.optimizer.state[held.master][slot.name]
+                block = slot.block(held.shape, held.origin, held.sizes)
+                state[f"optim.{slot.name}.{held.name}"] = _piece(tensor, slot.shape, *block)
         return state
 
-    def _saved(self) -> list[Held]:
-        """What goes into a checkpoint: where both copies of a tied weight are on this rank, one of them."""
+    def _create_slots(self, step: int) -> None:
+        """Give every parameter the optimizer's states, zero where they are new, and the step count."""
+        create_slots(self.optimizer, ((held.master, held.slot_shapes) for held in self.held), step)
+
+    def _saved(self) -> list[LocalParameter]:
+        """Return the parameters that go into a checkpoint: of two copies of a tied weight on this rank, one."""
         return [held for held in self.held if len(self.tied) < 2 or held is not self.tied[1]]
 
     @torch.no_grad()
     def _match_tied(self) -> None:
-        """Give the copy that a checkpoint does not fill what the other one has."""
+        """Copy a tied weight and its states to the second copy, which a checkpoint does not fill."""
         if len(self.tied) == 2:
-            first, second = (held.master for held in self.tied)
-            second.copy_(first)
-            for moment in MOMENTS:
-                self.optimizer.state[second][moment].copy_(self.optimizer.state[first][moment])
+            first, second = self.tied
+            second.master.copy_(first.master)
+            for slot in first.slots:
+                states = self.optimizer.state
+                states[second.master][slot.name].copy_(states[first.master][slot.name])
 
     def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         step = int(next(iter(self.optimizer.state.values()))["step"])
-        return engine_counters(self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler)
+        return engine_counters(
+            self.config.optim.name, self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler
+        )
 
     def restore(self, counters: EngineCounters | None) -> None:
         """See `Engine.restore`."""
         step = counters.optimizer.step if counters and counters.optimizer else 0
-        materialise(self.optimizer, step)
+        self._create_slots(step)
         self._match_tied()
         for stage in self.stages.values():
             forget_gathered(stage)
         self.scaler.load(counters.loss_scale if counters else None)
         self._refresh()
+
+
+def _piece(tensor: Tensor, shape: tuple[int, ...], origin: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Return a block of a whole tensor with its place; the tensor itself where the block is all of it."""
+    return tensor if sizes == shape else Piece(tensor.view(-1), 0, shape, origin, sizes)

@@ -211,6 +211,7 @@ class GPT(nn.Module):
         document_ids: Tensor | None = None,
         dropout_seed: int | None = None,
         cache: KVCache | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits `[B, T, V]`, or with `labels` the summed loss: an fp32 scalar, in nats.
 
@@ -220,10 +221,12 @@ class GPT(nn.Module):
         with dropout: each layer's masks are a pure function of it, and torch's random state is reseeded.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
-        return self.head(x) if labels is None else self.loss_of(x, labels, loss_weights)
+        if finish is not None:
+            return finish(x)
+        return self.head(x) if labels is None else self.cross_entropy_sum(x, labels, loss_weights)
 
-    def loss_of(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """The summed loss of what `hidden` returned, an fp32 scalar."""
+    def cross_entropy_sum(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the summed cross-entropy of `labels` given what `hidden` returned, an fp32 scalar in nats."""
         if self.loss is None:
             loss: Tensor = self.head(x, labels, weights)
             return loss

@@ -12,20 +12,13 @@ from torch import Tensor, nn
 from megatrain.config import OptimConfig
 from megatrain.kernels.adamw_update import adamw_step_, fused_adamw_step_
 from megatrain.kernels.support import unsupported
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's per-parameter states, by torch's names; a checkpoint keeps them as `optim.<moment>.<parameter>`."""
-
-
-def decays(num_dims: int) -> bool:
-    """Whether a parameter of so many dimensions decays: matrices do, biases and norms do not."""
-    return num_dims >= 2
+from megatrain.optim.slots import decays
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups, `decay` and `no_decay`, from (name, parameter, number of dimensions of the whole parameter).
+    """Return two groups, `decay` and `no_decay`, from (name, parameter, number of dimensions of the whole parameter).
 
-    The dimensions are asked for because a sharded parameter no longer shows them.
+    A sharded parameter does not show its whole number of dimensions, so it is given.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for _, parameter, num_dims in parameters:
@@ -38,16 +31,16 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config
 
 
 Places = Mapping[nn.Parameter, tuple[str, int]]
-"""Each parameter's name in the whole model, and the number in there of the first element that this rank holds."""
+"""Each parameter's name in the whole model, and the index there of the first element that this rank holds."""
 
 
 def adamw(
     groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0, places: Places | None = None
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW: one pass over each tensor, on CPU as on CUDA. With `optim.moments=bf16`, `LowMomentsAdamW`.
+    """Return torch's fused AdamW, or with `optim.moments=bf16` a `LowMomentsAdamW`.
 
-    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes; `seed` and `places` are of the
-    latter's rounding.
+    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes. `seed` and `places` determine the
+    rounding of the latter.
     """
     first, second = config.betas
     if config.moments == "bf16":
@@ -59,8 +52,8 @@ class LowMomentsAdamW(torch.optim.Optimizer):
     """AdamW with both moments in less than fp32, rounded stochastically (kernels/adamw.py); parameters are fp32.
 
     The random bits are a function of the seed, `train_step` (set it before each `step`), the parameter's name and the
-    element's number in it: a run that resumes rounds as one that was never stopped, copies of a tied weight stay equal,
-    and where rows alone are cut any layout rounds alike.
+    element's index in it. So a resumed run rounds as one that was never stopped, copies of a tied weight stay equal, and
+    layouts that cut only rows round alike.
     """
 
     def __init__(
@@ -82,7 +75,10 @@ class LowMomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, unless `found_inf` is not 0. Where Triton runs, does not wait for a GPU."""
+        """Update every parameter that has a gradient, unless `found_inf` is not 0.
+
+        With Triton the host does not wait for the GPU.
+        """
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -97,8 +93,8 @@ class LowMomentsAdamW(torch.optim.Optimizer):
             update(
                 parameters,
                 [p.grad for p in parameters if p.grad is not None],
-                [state[MOMENTS[0]] for state in states],
-                [state[MOMENTS[1]] for state in states],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 steps[0],
                 group["lr"],
                 group["betas"],
@@ -112,20 +108,5 @@ class LowMomentsAdamW(torch.optim.Optimizer):
 
 
 def mixed(*parts: int | str) -> int:
-    """63 well-spread bits from some parts."""
+    """Return a 63-bit hash of the parts."""
     return xxhash.xxh3_64_intdigest(":".join(map(str, parts)).encode()) >> 1
-
-
-def materialise(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give every parameter its moments (zeros where it has none yet) and set its step count.
-
-    AdamW makes its states at the first step, but a checkpoint needs somewhere to load into before that.
-    """
-    dtype = optimizer.dtype if isinstance(optimizer, LowMomentsAdamW) else torch.float32
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)

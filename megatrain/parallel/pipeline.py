@@ -1,7 +1,7 @@
-"""Where the model is cut into pipeline stages, and what one stage computes. Which order they run in is schedules.py's.
+"""What one pipeline stage computes. The order in which stages run is `schedules.py`'s.
 
-A stage is the model with the other stages' layers left out: names stay those of the whole model. A job without a pipeline
-has one stage, which is the whole model.
+A stage is the model without the other stages' layers; its parameters keep their names in the whole model. A job without a
+pipeline has one stage, which is the whole model.
 """
 
 from __future__ import annotations
@@ -15,16 +15,42 @@ from megatrain.config import ModelConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.kernels.choice import Kernels
 from megatrain.model.gpt import GPT
+from megatrain.optim.objective import LossMeter
+
+
+class StepInputs:
+    """The micro-batches of a step (on this device, this rank's slice of their sequences) and their dropout seeds.
+
+    torch's schedules pass activations and a micro-batch's number between stages, so a stage looks up the rest here. All
+    stages of a rank share one; the engine loads it before each step.
+    """
+
+    def __init__(self) -> None:
+        self.micro_batches: Sequence[MicroBatch] = ()
+        self.seeds: Sequence[int | None] = ()
+
+    def load(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int | None]) -> None:
+        """Replace what the stages read by the next step's micro-batches and seeds."""
+        self.micro_batches, self.seeds = micro_batches, seeds
 
 
 class Stage(GPT):
-    """Blocks `layers` of a model, with the embedding where it is the first stage and norm and head where it is the last.
+    """Blocks `layers` of a model, with the embedding on the first stage and the final norm and the head on the last.
 
-    It reads what belongs to a micro-batch beside its activations (positions, documents, labels, the dropout seed) from
-    what `take` was given, by the micro-batch's number, on every stage.
+    On every stage `inputs` holds what belongs to a micro-batch beside its activations; the last one computes the loss
+    with `meter`.
     """
 
-    def __init__(self, config: ModelConfig, layers: range, num_stages: int, index: int, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        num_stages: int,
+        index: int,
+        kernels: Kernels,
+        inputs: StepInputs,
+        meter: LossMeter,
+    ) -> None:
         super().__init__(config, kernels)
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self.blocks = nn.ModuleDict({str(layer): self.blocks[layer] for layer in layers})  # type: ignore[assignment]
@@ -32,47 +58,44 @@ class Stage(GPT):
         for name in absent:
             setattr(self, name, None)
         self.detach_embedding = False
-        self.micro_batches: Sequence[MicroBatch] = ()
-        self.seeds: Sequence[int | None] = ()
-
-    def take(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int | None]) -> None:
-        """The micro-batches (on this device, this rank's slice of their sequences) and dropout seeds that come next."""
-        self.micro_batches, self.seeds = micro_batches, seeds
+        self.inputs, self.meter = inputs, meter
 
     def forward(self, x: Tensor, index: Tensor | int) -> Tensor:  # type: ignore[override]
-        """Token ids `[B, T]` (first stage) or activations `[B, T, D]` of micro-batch `index` (an int, or int64 of one element) to
-        activations, or on the last stage to the summed loss, an fp32 scalar."""
+        """Run the stage on micro-batch `index` (an int, or an int64 tensor of one element).
+
+        `x` are token ids `[B, T]` on the first stage, else activations `[B, T, D]`. Returns activations, or on the last
+        stage the summed loss, an fp32 scalar.
+        """
         number = int(index)
-        micro_batch, seed = self.micro_batches[number], self.seeds[number]
+        micro_batch, seed = self.inputs.micro_batches[number], self.inputs.seeds[number]
         positions = micro_batch.positions
         if positions is None:
             positions = torch.arange(micro_batch.tokens.shape[1], device=x.device)
         if self.is_first:
             x = self.embedded(x, positions, seed)
             if self.detach_embedding:
-                # compiled blocks right behind a tensor-parallel embedding gave it a wrong gradient
+                # Compiled blocks right after a tensor-parallel embedding gave it a wrong gradient.
                 x = x.clone()
         mask = self._mask(micro_batch.document_ids, x, 0)
         x = self.through_blocks(x, positions, mask, seed)
-        if not self.is_last:
-            return x
-        return self.loss_of(self.final_norm(x), micro_batch.labels, micro_batch.loss_weights)
+        return self.meter(self, self.final_norm(x), micro_batch) if self.is_last else x
 
     def tie(self) -> None:
-        """Only a stage that holds both ends shares a weight between them by itself."""
+        """Tie the head to the embedding where this stage holds both."""
         if self.embed is not None and self.head is not None:
             super().tie()
 
     def single_device_name(self, name: str) -> str:
-        """The name that a parameter of this stage has in the whole model: a tied head away from the embedding is the
-        embedding's weight."""
+        """Return a parameter's name in the whole model. A tied head on another stage is the embedding's weight."""
         if name == "head.weight" and self.config.tie_embeddings:
             return "embed.weight"
         return name
 
     def units(self) -> list[list[nn.Module]]:
-        """The modules that are gathered and reduced together, in the order of the forward pass: each block; each end,
-        unless a tied weight joins them."""
+        """Return the modules that FSDP2 gathers and reduces together, in the order of the forward pass.
+
+        Each block is a unit, and so is each end of the model unless a tied weight joins the two.
+        """
         units: list[list[nn.Module]] = [[block] for block in self.blocks.children()]
         if not (self.is_first and self.is_last and self.config.tie_embeddings):
             first: list[nn.Module] = [module for module in (self.embed, self.positions) if module is not None]

@@ -55,7 +55,7 @@ def _gather_in_reverse(modules: list[nn.Module]) -> None:
         module.set_modules_to_backward_prefetch([following])  # the last one names itself: it is gathered already
 
 
-def before_backward(stage: nn.Module, zero: int, last: bool, travels_in_fp32: bool) -> None:
+def before_backward(stage: nn.Module, zero: int, last: bool, reduces_in_fp32: bool) -> None:
     """Say before a micro-batch whether it is the step's last one.
 
     Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch; up to stage 2 the gathered parameters stay until
@@ -64,7 +64,7 @@ def before_backward(stage: nn.Module, zero: int, last: bool, travels_in_fp32: bo
     """
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(last or zero >= 2)
-        if travels_in_fp32 and zero >= 2:
+        if reduces_in_fp32 and zero >= 2:
             stage.set_requires_all_reduce(last)
         stage.set_is_last_backward(last)
         stage.set_reshard_after_backward(last or zero == 3)

@@ -7,15 +7,17 @@ operation inside a layer, and the data.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from math import ceil, prod
 from operator import ge, mul
 from typing import Any, NamedTuple
 
-from megatrain.config import ModelConfig, TrainConfig
+from megatrain.config import ModelConfig, OptimConfig, TrainConfig
 from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatrain.model.count import parameter_shapes
 from megatrain.model.formats import FORMAT_BYTES
+from megatrain.optim.slots import decays, slot_bytes
 from megatrain.parallel import plan
 from megatrain.parallel.layout import Coordinate, Layout, head_in_chunks
 from megatrain.parallel.stages import LOOPED, V_SHAPED, stage_layers
@@ -28,7 +30,7 @@ class Memory(NamedTuple):
     - `parameters`: everything that holds weights from step to step or through a whole step: fp32 masters, copies in the
       compute format, and what stays gathered until the step's end.
     - `gradients`: what micro-batches are summed into, and the fp32 form in which the optimizer reads it.
-    - `optimizer`: AdamW's two moments.
+    - `optimizer`: the optimizer's states (`optim/slots.py`).
     - `activations`: what the micro-batches whose backward pass is still to come have kept.
     - `working`: what is there for a moment: a unit of parameters gathered and its gradient before it is reduced,
       reduction buckets, the block that is recomputed, what the loss works with, messages between pipeline stages.
@@ -77,13 +79,15 @@ class _Cut(NamedTuple):
 class _Counts(NamedTuple):
     """Numbers of parameters in a part of the model, as one rank of a tensor group sees it.
 
-    `whole`: its blocks; `padded`: a shard of each, as large as the largest; `mine`: what this rank's shards really hold.
+    `whole`: its blocks; `padded`: a shard of each, as large as the largest; `mine`: what this rank's shards really hold;
+    `state_bytes`: bytes of the optimizer's states of those.
     """
 
     whole: int = 0
     padded: int = 0
     mine: int = 0
     tensors: int = 0
+    state_bytes: int = 0
 
     def plus(self, other: _Counts, times: int = 1) -> _Counts:
         """The sum with so many of another."""
@@ -102,10 +106,14 @@ class _States(NamedTuple):
 class MemoryModel:
     """The memory of jobs that train one model. Keeps what it has counted, so that thousands of layouts take a second."""
 
-    def __init__(self, model: ModelConfig, deepspeed: DeepSpeedSizes | None = None) -> None:
+    def __init__(
+        self, model: ModelConfig, optim: OptimConfig | None = None, deepspeed: DeepSpeedSizes | None = None
+    ) -> None:
+        optim = optim or OptimConfig()
         self.model = model
         self.sizes = deepspeed or DeepSpeedSizes()
         self.shapes = parameter_shapes(model)
+        self.state_bytes = {name: slot_bytes(optim, name, shape) for name, shape in self.shapes.items()}
         head = "embed.weight" if model.tie_embeddings else "head.weight"
         self.parts: dict[str, list[str]] = {
             "block": [name for name in self.shapes if name.startswith("blocks.0.")],
@@ -155,7 +163,7 @@ class MemoryModel:
             # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
             unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
-            dtypes = (formats.name, formats.reduce_dtype, config.optim.moments)
+            dtypes = (formats.name, formats.reduce_dtype)
             states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
         else:
             cut = _Cut(blocks, layout.dp_cp_size, place.dp * layout.cp + place.cp)
@@ -192,7 +200,6 @@ class MemoryModel:
         unreduced: bool,
         compute_dtype: str,
         reduce_dtype: str,
-        moments: str,
     ) -> _States:
         """Masters are fp32 shards. FSDP2 gathers them in the compute format, in fp32 too and at stage 0 too.
 
@@ -204,7 +211,7 @@ class MemoryModel:
         held = _Counts()
         for unit, number, _ in units:
             held = held.plus(unit, number)
-        optimizer = 2 * FORMAT_BYTES[moments] * held.mine + 4 * held.tensors
+        optimizer = held.state_bytes + 4 * held.tensors
         unsharded = 4 * held.whole
         if (w == 4 or sharded) and any(self._has_own_embedding(stage) for stage in stages):
             # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end
@@ -243,7 +250,9 @@ class MemoryModel:
             row = prod(sizes[1:])
             largest = plan.chunk(sizes[0], cut.shards, 0)[1]
             mine = plan.chunk(sizes[0], cut.shards, cut.shard_rank)[1]
-            found = found.plus(_Counts(sizes[0] * row, largest * row, mine * row, 1))
+            found = found.plus(
+                _Counts(sizes[0] * row, largest * row, mine * row, 1, mine * row * self.state_bytes[name])
+            )
         return found
 
     # ------------------------------------------------------------------------------------------- DeepSpeed
@@ -266,13 +275,12 @@ class MemoryModel:
         groups = self._groups(cut.blocks)
         whole = sum(map(sum, groups))
         if zero == 0:
-            optimizer = 8 * whole + 4 * sum(map(len, groups))
+            optimizer = self._group_state_bytes(map(sum, groups)) + 4 * sum(map(len, groups))
             # its unfused optimizer keeps the low-precision gradients beside their fp32 copies
             each = 4 if w == 4 else w + 4
             return _States(each * whole, each * whole, optimizer, 0)
         if zero == 3:
-            states = self._deepspeed_stage_3(cut, w, sums, FORMAT_BYTES[reduce_dtype], groups)
-            part = states.optimizer // 8
+            states, part = self._deepspeed_stage_3(cut, w, sums, FORMAT_BYTES[reduce_dtype], groups)
         else:
             states, part = self._deepspeed_stages_1_and_2(cut, zero, w, sums, compute_dtype, groups)
         if offload == "none":
@@ -286,7 +294,8 @@ class MemoryModel:
         """A flat copy in the compute format (fp32 too) padded to twice the ranks, and an fp32 partition of it."""
         parts = [2 * ceil(sum(group) / (2 * cut.shards)) for group in groups]
         part, whole, bucket = sum(parts), sum(map(sum, groups)), self.sizes.reduce_bucket
-        parameters, optimizer = w * part * cut.shards + 4 * part, 8 * part + 4 * len(groups)
+        parameters = w * part * cut.shards + 4 * part
+        optimizer = self._group_state_bytes(parts) + 4 * len(groups)
         if w < sums and zero == 1 and compute_dtype == "bf16":
             # BF16_Optimizer: every gradient whole in fp32, and the last micro-batch's in bf16 beside it
             gradients, working = (4 + w) * part * cut.shards, 4 * min(bucket, whole)
@@ -303,7 +312,7 @@ class MemoryModel:
 
     def _deepspeed_stage_3(
         self, cut: _Cut, w: int, sums: int, reduced: int, groups: tuple[tuple[int, ...], ...]
-    ) -> _States:
+    ) -> tuple[_States, int]:
         """Each parameter cut by itself; a copy in the compute format beside the master, in fp32 too."""
         sizes, ranks = self.sizes, cut.shards
         pieces = [[ceil(size / ranks) for size in group] for group in groups]
@@ -314,18 +323,28 @@ class MemoryModel:
         # parameters that are needed again soon stay gathered, up to a billion of them
         live = max(0, max(min(whole, sizes.max_live), max(map(max, groups))) - persistent)
         gathered = (w * persistent, w * live) if ranks > 1 else (0, 0)
-        return _States(
+        states = _States(
             (w + 4) * part + gathered[0],
             sums * part + 4 * copied,
-            8 * part + 4 * len(groups),
+            self._group_state_bytes(map(sum, pieces)) + 4 * len(groups),
             reduced * sizes.reduce_bucket + gathered[1],
         )
+        return states, part
+
+    def _group_state_bytes(self, elements: Iterable[int]) -> int:
+        """Return the bytes of the states of flat buffers, one for each parameter group, of these numbers of elements."""
+        groups: dict[bool, int] = {}
+        for name, shape in self.shapes.items():  # a buffer has every state that any of its parameters has
+            is_matrix = decays(len(shape))
+            groups[is_matrix] = max(groups.get(is_matrix, 0), self.state_bytes[name])
+        sizes = [groups[is_matrix] for is_matrix in (True, False) if is_matrix in groups]
+        return sum(count * size for count, size in zip(elements, sizes, strict=True))
 
     def _deepspeed_groups(self, blocks: tuple[plan.Share, ...]) -> tuple[tuple[int, ...], ...]:
         """Sizes of the parameters of each optimizer group (matrices decay, vectors do not) on a tensor rank, in order."""
         groups: dict[bool, list[int]] = {True: [], False: []}
         for name, shape in self.shapes.items():
-            groups[len(shape) >= 2].append(prod(plan.block(name, shape, blocks)[1]))
+            groups[decays(len(shape))].append(prod(plan.block(name, shape, blocks)[1]))
         return tuple(tuple(group) for group in groups.values() if group)
 
     # ------------------------------------------------------------------------------------------- activations

@@ -31,8 +31,6 @@ from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
-from megatrain.model.count import num_parameters
-from megatrain.model.formats import FORMAT_BYTES
 from megatrain.tracking.mlflow import tracking_uri, without_password
 
 ELEMENTS = 2**20
@@ -156,7 +154,10 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
     finally:
         with suppress(OSError):
             probe.unlink()
-    one = (4 + 2 * FORMAT_BYTES[config.optim.moments]) * num_parameters(config.model)  # fp32 masters and two moments
+    one = sum(  # fp32 masters and the optimizer's states
+        math.prod(shape) * (4 + slot_bytes(config.optim, name, shape))
+        for name, shape in parameter_shapes(config.model).items()
+    )
     there = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
     missing = max(1, config.checkpoint.keep + 1 - there)  # a new one is written before the oldest goes
     if free < missing * one:

@@ -156,7 +156,7 @@ def _value(config: Any, key: str) -> Any:
 
 def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Counter[str]]:
     """Return the legal rows, and how many candidates each refusal ruled out."""
-    model, rows, refused = MemoryModel(job.model), [], Counter[str]()
+    model, rows, refused = MemoryModel(job.model, job.optim), [], Counter[str]()
     batches: dict[int, str | None] = {}
     for candidate, refusal, config in judge(job, world_size, axes):
         if refusal is not None:

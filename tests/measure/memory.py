@@ -30,7 +30,7 @@ def main() -> None:
     for world, changes in CASES:
         config = job(**changes)
         layout = Layout.of(config, world)
-        model = MemoryModel(config.model, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
+        model = MemoryModel(config.model, config.optim, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
         held = run_ranks(held_in_a_step, world, config, PATCH, timeout_s=300)
         formula = [model.of_rank(config, layout, rank) for rank in range(world)]
         cells = []

@@ -63,7 +63,7 @@ def test_ranks_hold_what_the_formula_says(world, changes):
     """Every rank's bytes, summed from its tensors, against those of its place in the layout."""
     config = job(**changes)
     layout = Layout.of(config, world)
-    model = MemoryModel(config.model, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
+    model = MemoryModel(config.model, config.optim, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
     for rank, held in enumerate(run_ranks(held_in_a_step, world, config, PATCH)):
         memory = model.of_rank(config, layout, rank)
         for kind, within in (("parameters", 0.05), ("gradients", 0.05), ("optimizer", 0.05), ("activations", 0.03)):

@@ -105,7 +105,7 @@ def test_a_build_that_was_killed_does_not_block_for_ever(monkeypatch, tmp_path):
     """Its lock is named once it is older than the longest wait."""
     from deepspeed.accelerator import get_accelerator
 
-    from megatrain.engine.deepspeed import _wait_for_asynchronous_io
+    from megatrain.engine.deepspeed_config import wait_for_asynchronous_io as _wait_for_asynchronous_io
     from megatrain.errors import EnvironmentFault
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

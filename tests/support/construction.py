@@ -19,11 +19,12 @@ from support.ranks import run_ranks
 
 def construct(world, config):
     """Bytes a rank takes at its peak while ZeRO-3 constructs a model, and bytes of parameters it keeps."""
-    from megatrain.engine.deepspeed import DeepSpeedEngine, deepspeed_config, start_deepspeed
+    from megatrain.engine.deepspeed import DeepSpeedEngine
+    from megatrain.engine.deepspeed_config import deepspeed_config, start_deepspeed
 
     deepspeed = start_deepspeed(world)
     maker = DeepSpeedEngine.__new__(DeepSpeedEngine)
-    maker.config, maker.world, maker.stage = config, world, config.parallel.zero
+    maker.config, maker.world = config, world
     maker.layout, maker.tensor_group = Layout.of(config, world.size), None
     document = deepspeed_config(config, 1)
     maker._build_model(deepspeed, deepspeed_config(job(model=llama()), 1))  # DeepSpeed's own first-time costs

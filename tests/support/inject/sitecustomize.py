@@ -102,7 +102,7 @@ def watch_the_place(module):
 
 def spoil_the_loss(module):
     """The loss, and where it is multiplied its gradient too, is not what the model gave."""
-    true = module.GPT.loss_of
+    true = module.GPT.cross_entropy_sum
 
     def spoiled(*given):
         loss = true(*given)
@@ -110,7 +110,7 @@ def spoil_the_loss(module):
             loss = loss + float(fault["by"]) if fault["do"] == "add" else loss * float(fault["by"])
         return loss
 
-    module.GPT.loss_of = spoiled
+    module.GPT.cross_entropy_sum = spoiled
 
 
 class Finder:

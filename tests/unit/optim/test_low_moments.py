@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from megatrain.config import OptimConfig
-from megatrain.optim.adamw import MOMENTS, LowMomentsAdamW, adamw, materialise, parameter_groups
+from megatrain.optim.adamw import LowMomentsAdamW, adamw, parameter_groups
+from megatrain.optim.optimizers import create_slots
+from megatrain.optim.slots import slots_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"a.weight": (33, 20), "a.bias": (33,), "b.weight": (1, 7)}
@@ -24,7 +26,10 @@ def made(moments, seed=3, lr=1e-2):
     groups = parameter_groups(((name, p, p.dim()) for name, p in parameters.items()), config)
     places = {p: (name, 0) for name, p in parameters.items()}
     optimizer = adamw(groups, config, seed, places)
-    materialise(optimizer, step=0)
+    slots = (
+        (p, [(slot, slot.shape) for slot in slots_of(config, name, tuple(p.shape))]) for name, p in parameters.items()
+    )
+    create_slots(optimizer, slots, step=0)
     return list(parameters.values()), optimizer
 
 
@@ -55,8 +60,10 @@ def test_many_steps_stay_near_those_with_fp32_moments():
 def test_moments_are_bf16_and_parameters_are_not():
     parameters, optimizer = made("bf16")
     steps(parameters, optimizer, 1, 2)
-    assert all(optimizer.state[p][moment].dtype == torch.bfloat16 for p in parameters for moment in MOMENTS)
-    assert all(p.dtype == torch.float32 and optimizer.state[p][MOMENTS[1]].any() for p in parameters)
+    assert all(
+        optimizer.state[p][moment].dtype == torch.bfloat16 for p in parameters for moment in ("exp_avg", "exp_avg_sq")
+    )
+    assert all(p.dtype == torch.float32 and optimizer.state[p]["exp_avg_sq"].any() for p in parameters)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -103,6 +110,6 @@ def test_rounding_is_another_in_another_step():
             p.grad = g
         optimizer.train_step = train_step
         optimizer.step()
-        return torch.cat([optimizer.state[p][MOMENTS[0]].flatten() for p in parameters])
+        return torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in parameters])
 
     assert torch.equal(moments(4), moments(4)) and not torch.equal(moments(4), moments(5))

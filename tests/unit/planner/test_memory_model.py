@@ -28,7 +28,7 @@ def job():
 def test_the_largest_rank_is_found_without_asking_every_rank():
     """Native: exactly. Under DeepSpeed a rank's partition may touch larger parameters than the first rank's."""
     config = job()
-    model, draw, seen = MemoryModel(config.model), random.Random(0), 0
+    model, draw, seen = MemoryModel(config.model, config.optim), random.Random(0), 0
     for candidate, refusal, view in judge(config, 8, Axes()):
         if refusal is None and draw.random() < 0.2:
             layout = Layout.of(view, 8)
@@ -43,7 +43,7 @@ def test_sharding_and_cutting_never_cost_memory_of_optimizer_states():
     """More shards, or a higher stage, hold no more; one process holds everything: 8 bytes a parameter and its counts."""
     config = job()
     config.engine.name = "native"
-    model = MemoryModel(config.model)
+    model = MemoryModel(config.model, config.optim)
     found = []
     for world, zero in ((1, 0), (2, 0), (2, 1), (4, 1), (4, 3), (8, 3)):
         config.parallel.zero = zero

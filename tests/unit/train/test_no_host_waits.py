@@ -19,9 +19,9 @@ import megatrain
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
-from megatrain.engine.common import count_tokens
 from megatrain.engine.native import NativeEngine
 from megatrain.kernels.adamw_update import adamw_step_
+from megatrain.optim.objective import NextToken
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2}
 """Operators that hand values, or a size that depends on them, to the host."""
 
-ON_THE_HOST = {count_tokens.__name__, adamw_step_.__name__}
+ON_THE_HOST = {NextToken.count.__name__, adamw_step_.__name__}
 """Functions that may read: the labels before they are moved to the device, and what a kernel does on a GPU."""
 
 
@@ -77,7 +77,7 @@ def test_a_step_never_waits_for_the_device(norm, compiled, moments):
     config.engine.name, config.precision.name, config.compile = "native", "bf16", compiled
     config.optim.moments = moments
     config.train.micro_batch_size, config.train.global_batch_size, config.train.seq_len = 2, 4, 64
-    engine = NativeEngine(config, World(0, 1, 0, DEVICE, None))
+    engine = NativeEngine(config, World(0, 1, 0, DEVICE, None), NextToken())
     ids = torch.randint(0, 1003, (2, 65))
     batch = MicroBatch(*(t.contiguous().pin_memory() if HAS_GPU else t.contiguous() for t in (ids[:, :-1], ids[:, 1:])))
     losses = []

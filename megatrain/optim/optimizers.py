@@ -1,0 +1,49 @@
+"""Builds the optimizer that `optim.name` names, and gives it states before its first step. What it keeps: `slots.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from megatrain.config import OptimConfig
+from megatrain.model.dtypes import DTYPES
+from megatrain.optim.adamw import Places, adamw
+from megatrain.optim.slots import Slot
+
+Factory = Callable[[list[dict[str, Any]], OptimConfig, int, Places], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Factory] = {"adamw": adamw}
+"""Constructors by `optim.name`, called with the parameter groups, the config, the run's seed and the parameters' places."""
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0, places: Places | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer that `optim.name` names, over these parameter groups."""
+    return OPTIMIZERS[config.name](groups, config, seed, places or {})
+
+
+def create_slots(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[tuple[torch.nn.Parameter, Sequence[tuple[Slot, tuple[int, ...]]]]],
+    step: int,
+) -> None:
+    """Give every parameter the states that it lacks (zeros of the shape paired with each slot), and set its step count.
+
+    torch's optimizers create their states in the first step; a checkpoint has to be loaded before that.
+    """
+    for parameter, slots in parameters:
+        state = optimizer.state[parameter]
+        for slot, shape in slots:
+            if slot.name not in state:
+                state[slot.name] = _zeros(parameter, shape, DTYPES[slot.dtype])
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+
+
+def _zeros(parameter: torch.nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros laid out as the parameter where they have its shape: the fused kernels ask for that."""
+    if shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
