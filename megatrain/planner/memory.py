@@ -163,8 +163,7 @@ class MemoryModel:
             # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
             unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
-            dtypes = (formats.name, formats.reduce_dtype)
-            states = self._native(stages, cut, sharded, stays, unreduced, *dtypes)
+            states = self._native(stages, cut, sharded, stays, unreduced, formats.name, formats.reduce_dtype)
         else:
             cut = _Cut(blocks, layout.dp_cp_size, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)

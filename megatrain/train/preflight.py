@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import logging
+import math
 import os
 import platform
 import shutil
@@ -31,6 +32,8 @@ from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
+from megatrain.model.count import parameter_shapes
+from megatrain.optim.slots import slot_bytes
 from megatrain.tracking.mlflow import tracking_uri, without_password
 
 ELEMENTS = 2**20

@@ -65,7 +65,9 @@ def test_every_layout_gives_its_losses_and_scalars(ranks, changes, alone):
     (expected, heldout), _ = alone
     for seen, own_heldout in run_ranks(steps, ranks, layout_job(micro=2, **changes), Doubled()):
         assert own_heldout == pytest.approx(heldout, rel=1e-5)
-        for (loss, norm, tokens, aux), (true_loss, true_norm, true_tokens, true_aux) in zip(seen, expected, strict=True):
+        for (loss, norm, tokens, aux), (true_loss, true_norm, true_tokens, true_aux) in zip(
+            seen, expected, strict=True
+        ):
             assert (loss, tokens) == (pytest.approx(true_loss, rel=1e-5), true_tokens)
             assert norm == pytest.approx(true_norm, rel=1e-4)
             assert aux["plain_loss"] == pytest.approx(true_aux["plain_loss"], rel=1e-5)

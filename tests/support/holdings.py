@@ -90,17 +90,17 @@ def deepspeed_bytes(engine: Any) -> dict[str, int]:
     found, optimizer = Sum(), engine.optimizer
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         found.add("working", bucket.buffer)
-    found.add("optimizer", list(engine.inner.state.values()))
+    found.add("optimizer", list(engine.states.inner.state.values()))
     for name in ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"):
         found.add("gradients", getattr(optimizer, name, None))
-    masters = [p for group in engine.inner.param_groups for p in group["params"]]
-    for parameter in [*engine.engine.module.parameters(), *masters, *engine._flat_masters()]:
+    masters = [p for group in engine.states.inner.param_groups for p in group["params"]]
+    for parameter in [*engine.engine.module.parameters(), *masters, *engine.states.flat_masters()]:
         found.add("gradients", [parameter.grad, getattr(parameter, "grad_accum", None)])
     for parameter in engine.engine.module.parameters():
         partition = getattr(parameter, "ds_tensor", None)
         found.add("parameters", partition)
         found.add("parameters" if partition is None else "working", parameter.data)
-    found.add("parameters", [p.data for p in [*masters, *engine._flat_masters()]])
+    found.add("parameters", [p.data for p in [*masters, *engine.states.flat_masters()]])
     for name in ("bit16_groups_flat", "fp16_partitioned_groups_flat", "fp32_groups"):
         found.add("parameters", getattr(optimizer, name, None))
     return found.bytes
@@ -211,7 +211,7 @@ def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> di
     name = "_update" if is_native else "_finish_step"
     finish = getattr(engine, name)
     setattr(engine, name, lambda *arguments: (look(), finish(*arguments))[1])
-    (engine.optimizer if is_native else engine.inner).register_step_pre_hook(look)
+    (engine.optimizer if is_native else engine.states.inner).register_step_pre_hook(look)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.tensor):
         step(2)
     return {**largest, "activations": saved.peak}
