@@ -93,4 +93,4 @@ def test_optimizer_groups_are_those_of_the_formula():
     """DeepSpeed's flat partitions are cut by group: matrices, and the rest."""
     model = MemoryModel(job().model)
     matrices = [shape for shape in model.shapes.values() if decays(len(shape))]
-    assert len(model._groups(1, 0)[0]) == len(matrices)
+    assert len(model._groups(())[0]) == len(matrices)
