@@ -1,11 +1,11 @@
-"""Measures `megatrain prepare` against a plain single-process loop over the same files, interleaved in one run.
+"""Measure `megatrain prepare` against a plain single-process loop over the same files, interleaved in one run.
 
     python tools/bench_prepare.py [--megabytes 40] [--rounds 3] [--workers N]
 
-The plain loop is what one would write by hand: read a line of JSON, SentencePiece's `encode`, append an end token,
-`tofile`. It neither normalises, nor deduplicates, nor holds anything out, nor checks, nor hashes. Both use the same
-trained tokenizer. The table gives the median of the rounds in MB of text a second and in CPU seconds; the text is the
-standard library's source, repeated under changing first lines so that no two documents are equal.
+The plain loop is what one would write by hand: read a line of JSON, call SentencePiece's `encode`, append an end token,
+`tofile`. It does not normalise, deduplicate, hold out, check or hash anything. Both use the same trained tokenizer. The
+table gives the medians of the rounds, in MB of text per second and in CPU seconds. The text is the standard library's
+source, repeated with a different first line each time so that no two documents are equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatrain.distributed.rank_environment import usable_cores
 
 
 def corpus(path: Path, megabytes: float) -> int:
-    """Write a `.jsonl` of about so many MB of text; returns its text bytes."""
+    """Write a `.jsonl` with at least `megabytes` MB of text and return its text bytes."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + sorted(
         Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py")
     )
@@ -46,7 +46,7 @@ def corpus(path: Path, megabytes: float) -> int:
 
 
 def plain(path: Path, model: Path, out: Path) -> None:
-    """The loop by hand."""
+    """Tokenize a file with the plain loop."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     end = processor.eos_id()
     with open(path, encoding="utf-8") as lines, open(out, "wb") as file:
@@ -57,14 +57,14 @@ def plain(path: Path, model: Path, out: Path) -> None:
 
 
 def ours(path: Path, model: Path | None, folder: Path, name: str, workers: int) -> Path:
-    """`megatrain prepare` of the same file."""
+    """Tokenize the same file with `megatrain prepare`."""
     data = DataConfig(name=name, dir=str(folder), kind="files", paths=[str(path)], workers=workers, overwrite=True)
     tokenizer = TokenizerConfig(path=str(model) if model else None, train_bytes=8 * 2**20)
     return prepare(PrepareConfig(data=data, tokenizer=tokenizer))
 
 
 def timed(function: Callable[..., object], *arguments: object) -> tuple[float, float]:
-    """Seconds of one call, and seconds of CPU time in this process and the workers it waited for."""
+    """Return the wall-clock seconds of one call, and the CPU seconds of this process and its finished children."""
     start, cpu = time.perf_counter(), sum(os.times()[:4])
     function(*arguments)
     return time.perf_counter() - start, sum(os.times()[:4]) - cpu

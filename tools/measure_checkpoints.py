@@ -1,11 +1,15 @@
-"""What saving and loading cost, beside the plain copy, write and read of the same bytes: python
-tools/measure_checkpoints.py
+"""Measure saving and loading against plain copies, writes and reads of the same bytes.
 
-One process holds the fp32 masters and moments of a model. Each round measures, one after the other: a plain copy of the
-bytes in memory and how long a save in the background holds the caller up; a plain sequential write (flushed to the
-disk) and a whole save, checksums and manifest included; a plain sequential read and a whole load, every checksum
-verified. Medians of the rounds' ratios are printed. Reads come from the disk where this process may empty the page
-cache (root), else from memory.
+    python tools/measure_checkpoints.py
+
+One process has the fp32 master weights and moments of a model. Each round measures three pairs:
+
+- a plain copy in memory, and how long a background save blocks its caller;
+- a plain sequential write, flushed to disk, and a complete save with checksums and manifest;
+- a plain sequential read, and a complete load that verifies every checksum.
+
+It prints the medians of the rounds' ratios. Reads come from the disk if this process may empty the page cache (root),
+otherwise from memory.
 """
 
 from __future__ import annotations
@@ -34,13 +38,14 @@ BLOCK = 2**22
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def forget_files() -> bool:
-    """Empty the page cache; whether that was allowed."""
+def empty_page_cache() -> bool:
+    """Empty the page cache and return whether that was allowed."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -50,6 +55,7 @@ def forget_files() -> bool:
 
 
 def plain_write(path: Path, memory: memoryview) -> None:
+    """Write the bytes in large blocks and flush them to disk."""
     with path.open("wb", buffering=0) as file:
         for start in range(0, len(memory), BLOCK):
             file.write(memory[start : start + BLOCK])
@@ -57,6 +63,7 @@ def plain_write(path: Path, memory: memoryview) -> None:
 
 
 def plain_read(path: Path, memory: memoryview) -> None:
+    """Read the file into memory in large blocks."""
     with path.open("rb", buffering=0) as file:
         at = 0
         while count := file.readinto(memory[at : at + BLOCK]):
@@ -64,6 +71,7 @@ def plain_read(path: Path, memory: memoryview) -> None:
 
 
 def main() -> int:
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2_124m", help="preset whose parameters are saved")
     parser.add_argument("--rounds", type=int, default=7)
@@ -91,16 +99,16 @@ def main() -> int:
             stall = saver.save(state, RunRecord(Progress(step)))
             saver.finish()
             rows["stall"].append((stall, copy))
-            (folder / "plain").unlink(missing_ok=True)  # a new file, as a checkpoint's are
-            forget_files()  # both writes find the page cache empty
+            (folder / "plain").unlink(missing_ok=True)  # write a new file, as a checkpoint does
+            empty_page_cache()  # both writes start with an empty page cache
             write = seconds(lambda: plain_write(folder / "plain", memory))
-            forget_files()
+            empty_page_cache()
             took = seconds(lambda step=step: store.save(state, RunRecord(Progress(step + 1000))))  # type: ignore[misc]
             store.retire(1, 0)
             rows["save"].append((took, write))
-            emptied = forget_files()
+            emptied = empty_page_cache()
             read = seconds(lambda: plain_read(folder / "plain", memory))
-            forget_files()
+            empty_page_cache()
 
             def load() -> None:
                 found = store.newest_valid()
@@ -109,14 +117,14 @@ def main() -> int:
 
             rows["load"].append((seconds(load), read))
         print(f"{arguments.model}: {total / 1e9:.2f} GB of fp32 masters and moments, {arguments.rounds} rounds")
-        print(f"first stall {first:.3f} s (its memory is new)")
+        print(f"first stall {first:.3f} s (it allocates its memory)")
         print("| what | seconds | plain, same bytes | GB/s | ratio of the times (median of pairs) |")
         print("| --- | ---: | ---: | ---: | ---: |")
         names = {"stall": "stall of a save / copy in memory", "save": "save / write", "load": "verify and load / read"}
         for key, pairs in rows.items():
-            mine, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
+            own, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(a / b for a, b in pairs)
-            print(f"| {names[key]} | {mine:.3f} | {plain:.3f} | {total / mine / 1e9:.2f} | {ratio:.2f} |")
+            print(f"| {names[key]} | {own:.3f} | {plain:.3f} | {total / own / 1e9:.2f} | {ratio:.2f} |")
         print(f"reads came from {'the disk' if emptied else 'the page cache, which this user may not empty'}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,22 +1,28 @@
-"""A training job under random faults, against the same job left in peace: python tools/soak.py --minutes 30
+"""Run a training job under random faults and compare it with an undisturbed run: python tools/soak.py --minutes 30
 
-After each start's first step a fault comes, after an exponential time of 15 s in the mean: SIGKILL of a rank, at any
-moment or during a save; SIGSTOP of a rank; SIGUSR1 to the agent, after which the command is started again, as Slurm's
-requeue does; a disk that refuses for some seconds (as root, which it takes to mount one); an MLflow server that is
-gone, hangs or answers 500 for some seconds. After the given minutes SIGUSR1 ends it, and as many steps are done by a
-run that is left in peace. Exit code 0 if then
+Faults begin after a start's first step, at exponentially distributed intervals with a mean of 15 s:
 
-- metrics and the last checkpoint's files are those of the undisturbed run, bit for bit, and MLflow has every step once;
-- the goodput ledger adds up to the wall time measured here within 1%, or 2.5 s in a short run: no ledger sees the end
-  of an interpreter;
-- its goodput is within 5 points of what is predicted from this program's own stopwatch. Of N starts with a mean time M
-  from their first step to their fault, a mean time R from a fault to the next first step, and S seconds before the
-  first and after the last step,
+- SIGKILL of a rank, at any moment or during a save;
+- SIGSTOP of a rank;
+- SIGUSR1 to the agent, after which the command is started again, like a Slurm requeue;
+- a disk that is read-only for some seconds (only as root, because it has to be mounted);
+- an MLflow server that is gone, hangs or answers 500 for some seconds.
+
+After the given minutes SIGUSR1 ends the job, and an undisturbed run makes the same number of steps. The exit code is
+0 if
+
+- metrics and the last checkpoint's files equal those of the undisturbed run bit for bit, and MLflow has every step
+  once;
+- the goodput ledger adds up to the wall time measured here within 1%, or 2.5 s in a short run, because no ledger sees
+  the interpreter's own exit;
+- its goodput is within 5 percentage points of the prediction from this program's own timings. With N starts, a mean
+  time M from a start's first step to its fault, a mean time R from a fault to the next first step, and S seconds before
+  the first and after the last step,
 
       goodput = N (M - k L - d M / T) / (S + N M + (N - 1) R),    L = T / 2 + w,
 
-  where T is the time between two saves, d what a save holds the loop up, w how long one is written in the background,
-  and k the share of starts that were cut off without saving. That half an interval is lost in the mean is the
+  where T is the time between two saves, d the time that a save blocks the loop, w the time that writing one takes in
+  the background, and k the share of starts that ended without saving. The mean loss of half an interval is the
   first-order model of Young, "A first order approximation to the optimum checkpoint interval" (1974); see also Daly
   (2006).
 """
@@ -50,19 +56,19 @@ from megatrain.tracking.events import read_events
 EVERY = 20
 RANKS = 2
 JOB = [
-    "train", "model=tiny", "model.num_layers=2", "model.hidden_size=32", "data=files", "data.name=soak", "train.seq_len=32",
-    "train.global_batch_size=8", "train.micro_batch_size=2", "train.eval_every=0", "train.eval_steps=1", "optim.lr=1e-3",
-    "optim.schedule=constant", "train.steps=10000000", "launch.timeout_s=120",
-    f"launch.nproc_per_node={RANKS}", f"checkpoint.every={EVERY}", "checkpoint.retry_wait_s=0.5", "checkpoint.retries=10000",
-    "resilience.max_restarts=100000", "resilience.hang_timeout_s=10",
+    "train", "model=tiny", "model.num_layers=2", "model.hidden_size=32", "data=files", "data.name=soak",
+    "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.eval_every=0",
+    "train.eval_steps=1", "optim.lr=1e-3", "optim.schedule=constant", "train.steps=10000000", "launch.timeout_s=120",
+    f"launch.nproc_per_node={RANKS}", f"checkpoint.every={EVERY}", "checkpoint.retry_wait_s=0.5",
+    "checkpoint.retries=10000", "resilience.max_restarts=100000", "resilience.hang_timeout_s=10",
 ]  # fmt: skip
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "batch_hash", "updated")
 LONGEST_S = 400.0
-"""A start that makes no step within this time is a failure of the soak."""
+"""The soak fails if a start makes no step within this time."""
 
 
 class Proxy:
-    """Stands before the MLflow server: forwards, refuses connections, takes them and never answers, or answers 500."""
+    """A proxy for the MLflow server: forwards, closes connections, accepts them without answering, or answers 500."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -95,7 +101,7 @@ class Proxy:
                 self._copy(connection, onward)
 
     def _copy(self, source: socket.socket, target: socket.socket) -> None:
-        """Until one end closes, or the server fails."""
+        """Copy data until one end closes or the mode changes."""
         with contextlib.suppress(OSError):
             while self.mode == "forward" and (received := source.recv(1 << 16)):
                 target.sendall(received)
@@ -104,14 +110,14 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def recover(self) -> None:
-        """Forward again; what hung is closed."""
+        """Forward again, and close the connections that hang."""
         self.mode = "forward"
         while self._held:
             self._held.pop().close()
 
 
 class Soak:
-    """One disturbed run, and this program's own record of it."""
+    """One run under faults, and this program's own timings of it."""
 
     def __init__(
         self, folder: Path, words: list[str], proxy: Proxy | None, chance: random.Random, mean_s: float
@@ -127,7 +133,7 @@ class Soak:
         self.wall_s = self.edges_s = 0.0
 
     def run(self, minutes: float) -> None:
-        """Start the job, and again after each requeue, and disturb it. Raises AssertionError where it ends badly."""
+        """Start the job, and again after each requeue, and inject faults. Raises AssertionError if it ends badly."""
         if self.has_disk:
             self.disk.mkdir(parents=True)
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(self.disk)], check=True)
@@ -156,7 +162,7 @@ class Soak:
             process.wait()
 
     def close(self) -> None:
-        """Take the small disk away."""
+        """Unmount the small disk."""
         if self.has_disk:
             subprocess.run(["umount", "-l", str(self.disk)], check=False)
 
@@ -173,14 +179,14 @@ class Soak:
         return sum(e["kind"] in ("start", "resume") for e in read_events(path)) if path.exists() else 0
 
     def _last(self, name: str, kinds: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The last record of a file of the run, of these kinds."""
+        """Return the last record of a file of the run, of one of these kinds if any are given."""
         for record in reversed(_records(self.run_dir / name)):
             if not kinds or record["kind"] in kinds:
                 return record
         return {}
 
     def _first_step(self, process: subprocess.Popen[bytes], starts: int) -> bool:
-        """Wait for the first step of a start beyond the first `starts`; false where the run has ended."""
+        """Wait for the first step after start number `starts`; return False if the run has ended."""
         deadline = time.monotonic() + LONGEST_S
         while time.monotonic() < deadline:
             if self._num_starts() > starts:
@@ -193,8 +199,7 @@ class Soak:
         raise AssertionError(f"no step within {LONGEST_S:g} s after start {starts}")
 
     def _disturb(self, process: subprocess.Popen[bytes], until: float) -> tuple[subprocess.Popen[bytes], float]:
-        """Faults, until one ends this start of the ranks; the process that goes on then, and the moment of that
-        fault."""
+        """Inject faults until one ends the ranks; return the process that continues, and when that fault happened."""
         faults: list[Callable[[], bool]] = [self._kill, self._kill_in_save, self._stop]
         names = ["SIGKILL", "SIGKILL in a save", "SIGSTOP", "requeue"]
         others: dict[str, Callable[[], None]] = {}
@@ -218,7 +223,7 @@ class Soak:
                 struck = time.monotonic()
                 process.send_signal(signal.SIGUSR1)
                 if process.wait(timeout=LONGEST_S) != 75:
-                    return process, struck  # it failed
+                    return process, struck  # the run failed
                 self.counts[name] += 1
                 return self._start(), struck
             elif faults[names.index(name)]():
@@ -227,13 +232,13 @@ class Soak:
                 return process, time.monotonic()
 
     def _end_of_steps(self) -> float:
-        """When the last step was done, on this program's clock."""
+        """Return when the last step was done, on this program's clock."""
         last = time.time() - _seconds(self._last("metrics.jsonl")["time"])
         self.edges_s += last
         return time.monotonic() - last
 
     def _signal(self, number: int) -> bool:
-        """A signal to one of the ranks; false where there is none at the moment."""
+        """Send a signal to a random rank; return False if no rank is running."""
         pids = rank_pids(self.run_dir)
         if not pids:
             return False
@@ -249,7 +254,7 @@ class Soak:
         return self._signal(signal.SIGSTOP)
 
     def _kill_in_save(self) -> bool:
-        """When a checkpoint is being written, the next time."""
+        """Kill a rank the next time a checkpoint is being written."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if any(self.disk.glob("*.writing")):
@@ -259,11 +264,11 @@ class Soak:
         return False
 
     def _refuse(self) -> None:
-        """The checkpoints' disk is read-only for a while."""
+        """Make the checkpoints' disk read-only for a while."""
         deadline = time.monotonic() + 10
         remount = ["mount", "-o", "remount,ro", str(self.disk)]
         while subprocess.run(remount, capture_output=True, check=False).returncode and time.monotonic() < deadline:
-            time.sleep(0.02)  # while a file of it is being written
+            time.sleep(0.02)  # busy while a file is open for writing
         time.sleep(self.chance.uniform(1, 4))
         subprocess.run(["mount", "-o", "remount,rw", str(self.disk)], capture_output=True, check=True)
 
@@ -275,7 +280,7 @@ class Soak:
 
 
 def rank_pids(run_dir: Path) -> list[int]:
-    """The ranks' processes: leaders of their sessions that have a rank's log open."""
+    """Return the ranks' processes: session leaders that have a rank's log open."""
     logs = {str((run_dir / "logs" / f"rank_{rank:05d}.log").resolve()) for rank in range(RANKS)}
     found = []
     for entry in Path("/proc").iterdir():
@@ -288,7 +293,7 @@ def rank_pids(run_dir: Path) -> list[int]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be growing; of a long one the last."""
+    """Return the complete lines of a file that may be growing; only the last 64 KiB of a long one."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -309,26 +314,26 @@ def _seconds(moment: str) -> float:
 
 
 def run(folder: Path, *words: str) -> None:
-    """The command, to its end. Raises AssertionError where it fails."""
+    """Run the command to its end. Raises AssertionError if it fails."""
     command = [sys.executable, "-m", "megatrain", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    """A run's records."""
+    """Return a run's metrics records."""
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def last_files(folder: Path, name: str) -> tuple[int, dict[str, str]]:
-    """The last checkpoint's step and its files' checksums."""
+    """Return the last checkpoint's step and its files' checksums."""
     last = max((folder / "runs" / name / "checkpoints").glob("step_*"))
     manifest = json.loads((last / "manifest.json").read_text())
     return manifest["step"], {file: recorded["xxh3"] for file, recorded in manifest["files"].items()}
 
 
 def start_mlflow(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A real server of its own store, and its port."""
+    """Start a real MLflow server with its own store; return the process and its port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -346,7 +351,7 @@ def start_mlflow(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def steps_at(port: int) -> list[int]:
-    """The steps whose loss an MLflow server has, of all its runs."""
+    """Return the steps whose loss an MLflow server has, over all its runs."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"http://127.0.0.1:{port}")
@@ -355,7 +360,7 @@ def steps_at(port: int) -> list[int]:
 
 
 def predicted_goodput(soak: Soak, step_s: float, stall_s: float, save_s: float) -> float:
-    """See the module's docstring."""
+    """Return the goodput that the module's docstring predicts."""
     starts, between = len(soak.up), EVERY * step_s
     mean_up = statistics.mean(soak.up)
     mean_down = statistics.mean(soak.down) if soak.down else 0.0
@@ -365,7 +370,7 @@ def predicted_goodput(soak: Soak, step_s: float, stall_s: float, save_s: float) 
 
 
 def judge(soak: Soak, folder: Path, port: int | None) -> list[tuple[str, str, bool]]:
-    """What was found, and whether it is as it must be."""
+    """Compare the runs: what was checked, what was found, and whether it passes."""
     records, true = (metrics(folder, name) for name in ("soak", "undisturbed"))
     equal = [[record[key] for key in SAME] for record in records] == [[record[key] for key in SAME] for record in true]
     files = last_files(folder, "soak") == last_files(folder, "undisturbed")
@@ -373,7 +378,7 @@ def judge(soak: Soak, folder: Path, port: int | None) -> list[tuple[str, str, bo
     rows.append(("last checkpoint's files equal, bit for bit", f"step {last_files(folder, 'soak')[0]}", files))
     if port is not None:
         steps = steps_at(port)
-        # some may have been done, and sent, before the last fault that were not done again before the end
+        # MLflow may have steps from before the last fault that were not repeated before the end
         once = steps == list(range(1, len(steps) + 1)) and len(steps) >= len(true)
         rows.append(("every step once in MLflow", f"{len(steps)} steps", once))
     life = summarise(read_ledger(soak.run_dir / FILE))
@@ -385,8 +390,8 @@ def judge(soak: Soak, folder: Path, port: int | None) -> list[tuple[str, str, bo
     save_s = statistics.median(save["seconds"] for save in saves)
     step_s = statistics.mean(record["step_time_s"] for record in records)
     expected = predicted_goodput(soak, step_s, stall_s, save_s)
-    told = f"{life.goodput:.1%}, predicted {expected:.1%}"
-    rows.append(("goodput within 5 points of the prediction", told, abs(life.goodput - expected) <= 0.05))
+    goodput = f"{life.goodput:.1%}, predicted {expected:.1%}"
+    rows.append(("goodput within 5 points of the prediction", goodput, abs(life.goodput - expected) <= 0.05))
     rows.append(
         ("there were faults", ", ".join(f"{n} {name}" for name, n in sorted(soak.counts.items())), bool(soak.down))
     )
@@ -397,10 +402,13 @@ def judge(soak: Soak, folder: Path, port: int | None) -> list[tuple[str, str, bo
 
 
 def main() -> int:
+    """Run the soak, print what was found, and return 0 if everything passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="how long faults are injected")
     parser.add_argument("--mean", type=float, default=15, help="mean seconds to a fault")
-    parser.add_argument("--seed", type=int, default=None, help="of the faults and their times; random unless given")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="seed of the faults and their times; random unless given"
+    )
     parser.add_argument(
         "--folder", type=Path, help="where to work; a temporary folder, removed at the end, unless given"
     )

@@ -1,9 +1,9 @@
-"""Megatron-LM's `.bin/.idx` pair: writing, checking and reading it. No tokenizer, no card, no torch.
+"""Write, check and read Megatron-LM's `.bin/.idx` pairs. No tokenizer, no card, no torch.
 
 `.bin` holds the token ids of all documents one after another. `.idx` is, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
 version 1; u8 dtype code; u64 number of sequences; u64 number of document indices; int32 sequence lengths (tokens);
-int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). We write
-one sequence per document.
+int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). Here each
+document is written as one sequence.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 BLOCK_BYTES = 64 * 2**20
-"""Size of a block of `.bin` that has a hash of its own."""
-_STRIDE = 2**20  # entries of the index handled at once
+"""Size of the blocks of a `.bin` that are hashed separately."""
+_STRIDE = 2**20  # index entries processed at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Megatron's choice: uint16 when the vocabulary is under 65,500, else int32."""
+    """Return Megatron-LM's choice: uint16 for vocabularies below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def dtype_code(dtype: np.dtype) -> int:
-    """The `.idx` code of a dtype."""
+    """Return the `.idx` code of a dtype."""
     return next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
 
 
 class BlockHasher:
-    """xxh3-64 (16 hex digits) of each 64 MiB block of a byte stream."""
+    """Computes the xxh3-64 (16 hex digits) of each 64 MiB block of a byte stream."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
@@ -48,7 +48,7 @@ class BlockHasher:
         self._room = BLOCK_BYTES
 
     def update(self, data: memoryview) -> None:
-        """Take the stream's next bytes."""
+        """Hash the stream's next bytes."""
         while len(data):
             piece, data = data[: self._room], data[self._room :]
             self._hash.update(piece)
@@ -59,7 +59,7 @@ class BlockHasher:
                 self._room = BLOCK_BYTES
 
     def digests(self) -> list[str]:
-        """The hashes of all blocks, the last partial one included."""
+        """Return the hashes of all blocks, the last, partial one included."""
         return self._done + ([self._hash.hexdigest()] if self._room < BLOCK_BYTES else [])
 
 
@@ -77,7 +77,7 @@ class IndexedWriter:
         self._lengths: BinaryIO = open(self._lengths_path, "wb")  # noqa: SIM115
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their token ids one after another and the number of ids of each."""
+        """Append documents: their concatenated token ids, and the number of ids in each."""
         assert ids.dtype == self.dtype and int(lengths.sum()) == len(ids)
         data = memoryview(ids.tobytes())
         self._bin.write(data)
@@ -123,7 +123,7 @@ class IndexedWriter:
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What an `.idx` says, read without reading it whole."""
+    """The dtype and counts of an `.idx`."""
 
     dtype: np.dtype
     num_sequences: int
@@ -132,15 +132,15 @@ class IndexHeader:
 
 
 def pair(prefix: Path) -> tuple[Path, Path]:
-    """The `.bin` and `.idx` of a prefix (whose own name may hold dots)."""
+    """Return the `.bin` and `.idx` paths of a prefix, whose name may contain dots."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
 def read_header(prefix: Path) -> IndexHeader:
-    """Read and check an `.idx` against its `.bin`.
+    """Read an `.idx`'s header and check it against its `.bin`.
 
-    Raises `DataError` when the index is none, is cut short, holds no integer tokens, or names more bytes than the
-    `.bin` has.
+    Raises `DataError` if the file is not an index, is cut short, does not contain integer tokens, or describes more
+    bytes than the `.bin` has.
     """
     bin_path, idx_path = pair(prefix)
     for path in (bin_path, idx_path):
@@ -158,7 +158,7 @@ def read_header(prefix: Path) -> IndexHeader:
             )
         dtype = np.dtype(DTYPES[code])
         if dtype.kind == "f":
-            raise DataError(f"{idx_path}: holds {dtype} values, not token ids")
+            raise DataError(f"{idx_path}: contains {dtype} values, not token ids")
         if size < HEADER.size + 12 * sequences + 8 * documents:
             raise DataError(f"{idx_path}: {size} bytes, cut short: its header announces {sequences} sequences")
         end = 0
@@ -177,7 +177,7 @@ def read_header(prefix: Path) -> IndexHeader:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, 32 hex digits."""
+    """Return the xxh3-128 of a file, 32 hex digits."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while data := file.read(2**22):
@@ -186,7 +186,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_blocks(path: Path) -> list[str]:
-    """xxh3-64 of each 64 MiB block of a file, read once."""
+    """Return the xxh3-64 of each 64 MiB block of a file."""
     hasher = BlockHasher()
     with open(path, "rb") as file:
         while data := file.read(2**22):

@@ -1,6 +1,6 @@
-"""Raw bytes to clean text: decoding by policy, newlines, control characters, Unicode NFC. Opens no files.
+"""Turn raw bytes into clean text: decoding by policy, newlines, control characters, Unicode NFC. Opens no files.
 
-`normalise` is idempotent: clean text stays as it is. Every tokenizer of ours gives any clean text back exactly.
+`normalise` is idempotent. Tokenizers trained here decode the encoding of any clean text to exactly that text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def normalise(text: str) -> str:
-    """Newlines to `\\n`, leading byte order marks and all control characters but `\\n` and `\\t` removed, then NFC."""
+    """Convert newlines to `\\n`, remove leading byte order marks and control characters but tabs, apply NFC."""
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return unicodedata.normalize("NFC", text.lstrip("\ufeff"))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A document as it was read: `payload` is UTF-8 bytes (or text, from a column), `json` if it is a JSON object whose
-    `text_column` holds the text; `where` says where it stands (file, or file:line)."""
+    """A document as it was read.
+
+    `payload` is UTF-8 bytes, or text from a column. With `json` it is a JSON object whose `text_column` is the text.
+    `where` is its file, or file:line.
+    """
 
     payload: bytes | str
     where: str
@@ -34,16 +37,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Policy:
-    """What is done with bad records (the keys of the same name under `data.`)."""
+    """How to read records and what to do with bad ones: the keys of the same names under `data.`."""
 
     text_column: str
     undecodable: str
 
 
 def clean(record: Record, policy: Policy) -> tuple[str | None, bool]:
-    """The clean text of a record (None: skipped by policy) and whether it held undecodable bytes or lone surrogates.
+    """Return a record's clean text, and whether it had undecodable bytes or lone surrogates.
 
-    Raises `DataError` naming file and place when it is not JSON, lacks the column, or may not be undecodable.
+    The text is None if the policy skips the record. Raises `DataError` with the record's place if it is not JSON, lacks
+    the column, or is undecodable and the policy refuses that.
     """
     payload, bad, at = record.payload, False, ""
     if isinstance(payload, bytes):
@@ -73,7 +77,9 @@ def _json_text(line: str, where: str, column: str) -> str:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get(column), str):
-        have = f"it has {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else "it is no JSON object"
+        have = (
+            f"it has {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else "it is not a JSON object"
+        )
         raise DataError(f"{where}: no text under {column!r} ({have}); set data.text_column")
     text: str = value[column]
     return text

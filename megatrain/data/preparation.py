@@ -1,9 +1,9 @@
-"""`megatrain prepare`: read, clean, deduplicate, split, train or load a tokenizer, encode, write. The only writer of datasets.
+"""`megatrain prepare`: read, clean, deduplicate, split, train or load a tokenizer, encode, write.
 
-Three stages, each bounded in memory whatever the corpus: the source is cleaned by workers into a compressed spool on disk
-(duplicates and the held-out split decided as it is written); the tokenizer is trained on a sample of it; workers encode the
-spool, and the results are written in order. All happens in a hidden folder beside the target that becomes the dataset
-by one rename, so that what looks whole is whole.
+Three stages, each in bounded memory for a corpus of any size. Workers clean the source into a compressed spool on disk;
+duplicates are dropped and documents held out as it is written. The tokenizer is trained on a sample of the spool.
+Workers encode the spool, and the results are written in order. All of this happens in a hidden folder beside the
+target. One rename turns it into the dataset, so an incomplete dataset never has the dataset's name.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Prepare the dataset that the config describes and return its folder. A finished one with the same settings is kept.
+    """Prepare the dataset that the config describes and return its folder.
 
-    Raises `ConfigError` (settings, paths, another dataset of that name), `DataError` (the text itself) or
-    `EnvironmentFault` (a library or the hub is missing).
+    A finished dataset with the same settings is kept. Raises `ConfigError` (settings, paths, another dataset of that
+    name), `DataError` (the text itself) or `EnvironmentFault` (a missing library, an unreachable hub).
     """
     target = Path(config.data.dir) / config.data.name
     given = _given_tokenizer(config)
     opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
     identity = opened.identity if isinstance(opened, Source) else {s: str(prefix) for s, prefix in opened.items()}
     settings = _settings(config)
-    if _already(target, settings | {"source": identity}, given, config.data.overwrite):
+    if _already_prepared(target, settings | {"source": identity}, given, config.data.overwrite):
         print(
             f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
         )
         return target
     with StagingFolder(target) as staging:
         if isinstance(opened, Source):
-            card = _make(opened, config, given, staging.folder)
+            card = _prepare_text(opened, config, given, staging.folder)
         else:
             link(opened, staging.folder)
             card = make_card(staging.folder, config.data.name, given)
@@ -72,8 +72,8 @@ def prepare(config: PrepareConfig) -> Path:
     return target
 
 
-def _make(source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path) -> Card:
-    """Read, clean, tokenize and write; everything of the dataset but its card lies in `folder` afterwards."""
+def _prepare_text(source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path) -> Card:
+    """Read, clean, tokenize and write everything in `folder` except the card, and return the card."""
     with Workers(config.data.workers or usable_cores()) as pool, Spool(folder) as spool:
         cleaned = _clean(source, config, pool, spool, folder)
         tokenizer = given or _train_tokenizer(config.tokenizer, spool, cleaned)
@@ -93,19 +93,20 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
         return find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     if config.tokenizer.kind != "sentencepiece" and config.data.kind != "megatron":
         raise ConfigError(
-            f"tokenizer.path: missing; only sentencepiece is trained here, {config.tokenizer.kind} is loaded"
+            f"tokenizer.path: missing; tokenizer.kind={config.tokenizer.kind} is loaded from a path, "
+            "only sentencepiece can be trained here"
         )
     return None
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the dataset's content, as it stands in the card."""
+    """Return the settings that determine the dataset's content, as recorded in the card."""
     data = {key: value for key, value in asdict(config.data).items() if key not in _NOT_IDENTITY}
     return {"seed": config.seed, "data": data, "tokenizer": asdict(config.tokenizer)}
 
 
-def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
-    """Whether `target` is finished with these settings. Raises `ConfigError` when it is something else."""
+def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
+    """Return whether `target` was prepared with these settings. Raises `ConfigError` if it is anything else."""
     if not target.exists():
         return False
     if not (target / CARD).is_file():
@@ -135,34 +136,34 @@ def _already(target: Path, settings: dict[str, Any], given: Tokenizer | None, ov
 
 
 @dataclass
-class Clean:
-    """What cleaning learnt: counts, how many documents each split has, and which to train the tokenizer on."""
+class CleaningResult:
+    """Counts, the number of documents in each split, and the documents to train the tokenizer on."""
 
     sample: Sample
     counts: Counter[str] = field(default_factory=Counter)
     kept: Counter[int] = field(default_factory=Counter)
-    lowest: tuple[int, int] | None = None  # (held-out draw, document): the first to be held out
-    highest: tuple[int, int] | None = None
+    lowest: tuple[int, int] | None = None  # (held-out draw, document) of the document to hold out first
+    highest: tuple[int, int] | None = None  # the same for the one to hold out last
 
 
-def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> Clean:
-    """Fill the spool; raises `DataError` when nothing is left to train on."""
+def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> CleaningResult:
+    """Fill the spool. Raises `DataError` if nothing is left to train on."""
     policy = Policy(config.data.text_column, config.data.undecodable)
-    found = Clean(Sample(config.tokenizer.train_bytes))
+    result = CleaningResult(Sample(config.tokenizer.train_bytes))
     seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
     tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
     with Meter("reading", source.total_bytes) as meter:
         for cleaned in pool.map(clean_chunk, tasks):
-            _keep(cleaned, spool, found, seen, config)
+            _store_chunk(cleaned, spool, result, seen, config)
             meter.update(source.progress.bytes)
     if seen:
         seen.close()
-    found.counts["oversized"] = source.progress.oversized
-    if not sum(found.kept.values()):
-        raise DataError(f"data={config.data.kind}: the corpus is empty ({_counted(found.counts)})")
+    result.counts["oversized"] = source.progress.oversized
+    if not sum(result.kept.values()):
+        raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(result.counts)})")
     if config.data.heldout_fraction > 0:
-        _at_least_one(spool, found, config.data.heldout_fraction)
-    return found
+        _fill_both_splits(spool, result, config.data.heldout_fraction)
+    return result
 
 
 def _chunks(source: Source, max_documents: int | None) -> Iterator[list[Record]]:
@@ -178,9 +179,11 @@ def _chunks(source: Source, max_documents: int | None) -> Iterator[list[Record]]
         yield chunk
 
 
-def _keep(cleaned: Cleaned, spool: Spool, found: Clean, seen: Seen | None, config: PrepareConfig) -> None:
-    """Decide what becomes of each document of a chunk, and write the chunk."""
-    found.counts.update(cleaned.counts)
+def _store_chunk(
+    cleaned: Cleaned, spool: Spool, result: CleaningResult, seen: Seen | None, config: PrepareConfig
+) -> None:
+    """Assign each document of a chunk to a split or drop it, and write the chunk to the spool."""
+    result.counts.update(cleaned.counts)
     held_below = int(config.data.heldout_fraction * 2**64)
     flags = bytearray(len(cleaned.sizes))
     draws: list[int] = []
@@ -188,55 +191,55 @@ def _keep(cleaned: Cleaned, spool: Spool, found: Clean, seen: Seen | None, confi
         digest = cleaned.hashes[16 * i : 16 * i + 16]
         draws.append(xxhash.xxh3_64_intdigest(b"sample" + digest, seed=config.seed))
         if seen is not None and not seen.add(digest):
-            found.counts["duplicates"] += 1
+            result.counts["duplicates"] += 1
             continue
         held = xxhash.xxh3_64_intdigest(b"heldout" + digest, seed=config.seed)
         flags[i] = HELDOUT if held < held_below else TRAIN
-        found.kept[flags[i]] += 1
-        place = (held, spool.documents + i)
-        found.lowest = min(found.lowest or place, place)
-        found.highest = max(found.highest or place, place)
+        result.kept[flags[i]] += 1
+        drawn = (held, spool.documents + i)
+        result.lowest = min(result.lowest or drawn, drawn)
+        result.highest = max(result.highest or drawn, drawn)
     frame = spool.add(cleaned.frame, bytes(flags), sum(cleaned.sizes))
     for i, flag in enumerate(flags):
         if flag == TRAIN:
-            found.sample.offer(draws[i], cleaned.sizes[i], frame, i)
+            result.sample.offer(draws[i], cleaned.sizes[i], frame, i)
 
 
-def _at_least_one(spool: Spool, found: Clean, fraction: float) -> None:
-    """Give a small corpus something to train on and something held out; a corpus of one document is cut in two."""
-    assert found.lowest and found.highest
-    if sum(found.kept.values()) == 1:
-        _cut_in_two(spool, found, fraction)
-    elif not found.kept[HELDOUT]:
-        spool.set_flag(found.lowest[1], HELDOUT)
-        found.sample.forget(*spool.locate(found.lowest[1]))
-    elif not found.kept[TRAIN]:
-        spool.set_flag(found.highest[1], TRAIN)
-        frame, place = spool.locate(found.highest[1])
-        found.sample.offer(0, len(unpack(spool.path, frame)[place]), frame, place)
+def _fill_both_splits(spool: Spool, result: CleaningResult, fraction: float) -> None:
+    """Make sure that a small corpus has text in both splits; a single document is cut in two."""
+    assert result.lowest and result.highest
+    if sum(result.kept.values()) == 1:
+        _cut_in_two(spool, result, fraction)
+    elif not result.kept[HELDOUT]:
+        spool.set_flag(result.lowest[1], HELDOUT)
+        result.sample.forget(*spool.locate(result.lowest[1]))
+    elif not result.kept[TRAIN]:
+        spool.set_flag(result.highest[1], TRAIN)
+        frame, index = spool.locate(result.highest[1])
+        result.sample.offer(0, len(unpack(spool.path, frame)[index]), frame, index)
 
 
-def _cut_in_two(spool: Spool, found: Clean, fraction: float) -> None:
-    """Hold out the last share of the only document, from the start of a line where there is one."""
-    assert found.lowest
-    frame, place = spool.locate(found.lowest[1])
-    text = unpack(spool.path, frame)[place].decode()
+def _cut_in_two(spool: Spool, result: CleaningResult, fraction: float) -> None:
+    """Hold out the end of the only document, cut at the start of a line if possible."""
+    assert result.lowest
+    frame, index = spool.locate(result.lowest[1])
+    text = unpack(spool.path, frame)[index].decode()
     if len(text) < 2:
-        raise DataError("the corpus is a single character; it cannot be held out in part: set data.heldout_fraction=0")
+        raise DataError("the corpus is a single character, too short to be split; set data.heldout_fraction=0")
     middle = min(max(1, int(len(text) * (1 - fraction))), len(text) - 1)
     at = text.rfind("\n", 0, middle) + 1 or middle
-    spool.set_flag(found.lowest[1], DROPPED)
+    spool.set_flag(result.lowest[1], DROPPED)
     parts = [text[:at].encode(), text[at:].encode()]
     frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), sum(map(len, parts)))
-    found.counts["cut_in_two"] = 1
-    found.sample = Sample(found.sample.budget)
-    found.sample.offer(0, len(parts[0]), frame, 0)
+    result.counts["cut_in_two"] = 1
+    result.sample = Sample(result.sample.budget)
+    result.sample.offer(0, len(parts[0]), frame, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
-def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: Clean) -> Tokenizer:
+def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: CleaningResult) -> Tokenizer:
     start = time.monotonic()
     tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.vocab_size)
     print(f"tokenizer: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s", file=sys.stderr)
@@ -244,10 +247,10 @@ def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: Clean) -> T
 
 
 def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> dict[str, Any]:
-    """Write each split's pair in the order of the corpus; a split without documents is not written."""
+    """Write each split's `.bin/.idx` in corpus order and return the cards; splits without documents are skipped."""
     dtype = token_dtype(tokenizer.vocab_size)
-    how = (folder / "tokenizer", tokenizer.fingerprint, dtype.name)
-    tasks = (EncodeTask(spool.path, frame, flags, *how) for frame, flags in spool.frames())
+    encoding = (folder / "tokenizer", tokenizer.fingerprint, dtype.name)
+    tasks = (EncodeTask(spool.path, frame, flags, *encoding) for frame, flags in spool.frames())
     writers: dict[int, IndexedWriter] = {}
     text_bytes: Counter[int] = Counter()
     done = 0
@@ -267,7 +270,7 @@ def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> 
     return cards
 
 
-def _counted(counts: Counter[str] | dict[str, int]) -> str:
+def _format_counts(counts: Counter[str] | dict[str, int]) -> str:
     return (
         ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
         or "nothing read"
@@ -282,5 +285,5 @@ def _summary(target: Path, card: Card) -> str:
             f"  {name}: {split.documents:,} documents, {text / 1e6:.1f} MB of text, {split.tokens:,} tokens "
             f"({text / max(split.tokens, 1):.2f} bytes a token)"
         )
-    lines.append(f"  documents: {_counted(card.counts)}")
+    lines.append(f"  documents: {_format_counts(card.counts)}")
     return "\n".join(lines)

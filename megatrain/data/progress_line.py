@@ -1,4 +1,4 @@
-"""The progress of a preparation: a bar with MB/s on a terminal, plain lines elsewhere. Knows nothing of data."""
+"""Show progress in bytes: a bar with MB/s on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REDRAW_EVERY_S = 0.1
 
 
 class Meter:
-    """One stage's progress, in bytes. `total` is None where nobody knows it. Draws without a thread of its own."""
+    """The progress of one stage. `total` is in bytes, None if unknown. Drawn by `update`, not by a thread."""
 
     def __init__(self, label: str, total: int | None) -> None:
         self._label, self._total, self._done = label, total, 0
@@ -31,7 +31,7 @@ class Meter:
             self._task = self._bar.add_task(label, total=total, rate="")
 
     def update(self, done: int) -> None:
-        """Set the bytes done so far."""
+        """Set the number of bytes done so far."""
         self._done = done
         now = time.monotonic()
         if now - self._drawn >= (_REDRAW_EVERY_S if self._bar else _LINE_EVERY_S):
@@ -39,7 +39,7 @@ class Meter:
             self._draw()
 
     def rate(self) -> float:
-        """Bytes a second since the start."""
+        """Return bytes per second since the start."""
         return self._done / max(time.monotonic() - self._start, 1e-9)
 
     def _draw(self) -> None:

@@ -1,7 +1,7 @@
-"""Where documents come from: the standard library, files, Hugging Face datasets. Yields raw records, cleans nothing.
+"""Sources of documents: the standard library, files, Hugging Face datasets. Yield raw records, clean nothing.
 
-A source is opened (its places checked) before anything heavy happens, and read in an order that does not depend on the
-machine. Nothing here holds more than one document in memory.
+A source is opened, and its paths checked, before any expensive work. Documents come in the same order on every machine.
+Nothing here keeps more than one document in memory.
 """
 
 from __future__ import annotations
@@ -29,34 +29,37 @@ from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
 
 @dataclass
-class Read:
-    """How far reading got: bytes taken from the source so far (as stored), and documents refused as too long."""
+class Progress:
+    """Bytes read from the source so far (as stored, perhaps compressed), and documents skipped as too long."""
 
     bytes: int = 0
     oversized: int = 0
 
 
 class Source(ABC):
-    """`identity` is what must be equal for a prepared dataset to be of the same source; `total_bytes` is what reading all
-    of it will count in `progress.bytes` (None where unknown)."""
+    """A source of documents.
+
+    Two sources are the same if their `identity` is equal. `total_bytes` is the value of `progress.bytes` when all has
+    been read, None if unknown.
+    """
 
     identity: dict[str, Any]
     total_bytes: int | None
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.progress = Read()
+        self.progress = Progress()
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
-        """The documents, in a fixed order."""
+        """Yield the documents in a fixed order."""
 
     def _too_long(self, where: str) -> None:
         """Apply `data.oversized` to a document or line longer than `data.max_document_bytes`."""
         if self.config.oversized == "refuse":
             raise DataError(
-                f"{where}: longer than data.max_document_bytes={self.config.max_document_bytes}; raise it, split the document, "
-                "or set data.oversized=skip"
+                f"{where}: longer than data.max_document_bytes={self.config.max_document_bytes}; "
+                "raise it, split the document, or set data.oversized=skip"
             )
         self.progress.oversized += 1
 
@@ -79,15 +82,15 @@ class Source(ABC):
 
 # ---------------------------------------------------------------------------------------------------- standard library
 
-_TESTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_NOT_EVERYWHERE = {"idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "venv"}
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_OPTIONAL_PACKAGES = {"idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "venv"}
 
 
 class StdlibSource(Source):
-    """The `.py` files of the running Python's standard library; a file is a document.
+    """The `.py` files of the running Python's standard library, one document a file.
 
-    Left out, so that every machine with the same Python version has the same set: tests, installed packages, what
-    distributions package apart, and files generated for one platform.
+    To give the same files on every machine with the same Python version, it leaves out tests, installed packages, parts
+    that Linux distributions package separately, and files generated for one platform.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -105,7 +108,8 @@ class StdlibSource(Source):
             folders[:] = [
                 name
                 for name in folders
-                if name not in _TESTS and not (top and (name in _NOT_EVERYWHERE or name.startswith("config-")))
+                if name not in _SKIPPED_FOLDERS
+                and not (top and (name in _OPTIONAL_PACKAGES or name.startswith("config-")))
             ]
             for name in names:
                 path = Path(folder, name)
@@ -124,8 +128,10 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 class FilesSource(Source):
-    """Files that `data.paths` matches, in the order of their names. A `.txt` or `.md` file is a document, so is a line of
-    `.jsonl` and a row of `.parquet`."""
+    """Files that `data.paths` matches, sorted by path.
+
+    A document is a `.txt` or `.md` file, a line of `.jsonl` or a row of `.parquet`.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
@@ -155,7 +161,7 @@ class FilesSource(Source):
         return self._lines(path)
 
     def _lines(self, path: Path) -> Iterator[Record]:
-        """The lines of a `.jsonl`, compressed or not; none is held longer than `data.max_document_bytes`."""
+        """Yield the lines of a `.jsonl`, compressed or not, reading at most `data.max_document_bytes` into memory."""
         limit, before = self.config.max_document_bytes, self.progress.bytes
         with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
             try:
@@ -189,7 +195,7 @@ class FilesSource(Source):
                     getattr(pyarrow.types, f"is_{t}")(kind)
                     for t in ("string", "large_string", "binary", "large_binary")
                 ):
-                    raise DataError(f"{path}: column {column!r} holds {kind}, not text; set data.text_column")
+                    raise DataError(f"{path}: column {column!r} is {kind}, not text; set data.text_column")
                 row, rows = 0, max(file.metadata.num_rows, 1)
                 for batch in file.iter_batches(batch_size=64, columns=[column]):
                     for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
@@ -201,7 +207,7 @@ class FilesSource(Source):
 
 
 def _listing_hash(files: list[Path]) -> str:
-    """xxh3-128 over each file's name, size and time of last change: an edit shows, without a byte being read."""
+    """Return xxh3-128 over each file's name, size and modification time: detects edits without reading the files."""
     digest = xxhash.xxh3_128()
     for path in files:
         entry = path.stat()
@@ -210,7 +216,7 @@ def _listing_hash(files: list[Path]) -> str:
 
 
 def _matches(patterns: list[str]) -> list[Path]:
-    """The files that globs match. Raises `ConfigError` for a glob without a match and for a file of another kind."""
+    """Return the files that globs match. Raises `ConfigError` if a glob matches none or a suffix is not supported."""
     if not patterns:
         raise ConfigError("data.paths: empty; give globs, for example 'data.paths=[corpus/**/*.jsonl]'")
     found: set[Path] = set()
@@ -223,7 +229,7 @@ def _matches(patterns: list[str]) -> list[Path]:
         found.update(matched)
     for path in sorted(found):
         if not path.name.endswith(SUFFIXES):
-            raise ConfigError(f"data.paths: {path} is none of {', '.join(SUFFIXES)}; narrow the glob")
+            raise ConfigError(f"data.paths: {path} has none of the suffixes {', '.join(SUFFIXES)}; narrow the glob")
     return sorted(found, key=lambda path: path.as_posix())
 
 
@@ -231,7 +237,7 @@ def _matches(patterns: list[str]) -> list[Path]:
 
 
 class HuggingFaceSource(Source):
-    """A dataset of the Hugging Face hub, or a local folder of its files, streamed; a row is a document."""
+    """A streamed dataset of the Hugging Face hub, or of a local folder in its format, one document a row."""
 
     total_bytes = None
 
@@ -267,7 +273,8 @@ class HuggingFaceSource(Source):
                 text = row.get(column)
                 if not isinstance(text, str):
                     raise DataError(
-                        f"{path}, row {number}: no text under {column!r} (it has {', '.join(row)}); set data.text_column"
+                        f"{path}, row {number}: no text under {column!r} (it has {', '.join(row)}); "
+                        "set data.text_column"
                     )
                 self.progress.bytes += len(text)
                 yield from self._bounded(text, f"{path}, row {number}")
@@ -285,7 +292,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def require_library(name: str, what: str) -> Any:
-    """Import an optional library. Raises `EnvironmentFault` when it is not installed."""
+    """Import an optional library. Raises `EnvironmentFault` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -293,7 +300,10 @@ def require_library(name: str, what: str) -> Any:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `data.kind` names, its places checked. Raises `ConfigError`, `DataError` or `EnvironmentFault`."""
+    """Open the source that `data.kind` names and check its paths.
+
+    Raises `ConfigError`, `DataError` or `EnvironmentFault`.
+    """
     kinds: dict[str, Callable[[DataConfig], Source]] = {
         "python_stdlib": StdlibSource,
         "files": FilesSource,

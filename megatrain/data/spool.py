@@ -1,7 +1,7 @@
-"""The spool: clean text on its way from the source to the tokenizer, compressed, on disk beside the dataset to be.
+"""The spool: clean text, compressed on disk, between reading the source and encoding it.
 
-The corpus is read once however it is tokenized later; a frame holds one chunk of documents and is read back alone. One
-byte a document says what becomes of it. Nothing here is kept once the dataset is finished.
+The source is read only once. A frame contains one chunk of documents and can be read on its own. One byte a document is
+its split, or marks it as dropped. The spool is deleted when the dataset is finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FRAME = struct.Struct("<QQQ")
 
 @dataclass(frozen=True, order=True)
 class Frame:
-    """Where a frame lies in the spool (bytes) and how many documents it holds."""
+    """A frame's byte offset and size in the spool, and its number of documents."""
 
     offset: int
     size: int
@@ -34,13 +34,13 @@ class Frame:
 
 
 def pack(texts: list[bytes]) -> bytes:
-    """A frame of documents: their number, their sizes and their bytes, compressed."""
+    """Compress documents into a frame: their number, their sizes and their bytes."""
     sizes = np.array([len(texts), *map(len, texts)], dtype="<u8").tobytes()
     return zlib.compress(sizes + b"".join(texts), 1)
 
 
 def unpack(spool: Path, frame: Frame) -> list[bytes]:
-    """The documents of a frame."""
+    """Return the documents of a frame."""
     with open(spool, "rb") as file:
         file.seek(frame.offset)
         data = zlib.decompress(file.read(frame.size))
@@ -50,7 +50,7 @@ def unpack(spool: Path, frame: Frame) -> list[bytes]:
 
 
 class Spool:
-    """Frames, and a flag for each document, in files of a folder: memory does not grow with the corpus."""
+    """Frames and a flag for each document, in files of a folder: memory does not grow with the corpus."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "spool.z"
@@ -62,22 +62,22 @@ class Spool:
 
     def add(self, frame: bytes, flags: bytes, text_bytes: int) -> Frame:
         """Append a frame and the flags of its documents."""
-        place = Frame(self._data.tell(), len(frame), len(flags))
+        added = Frame(self._data.tell(), len(frame), len(flags))
         self._data.write(frame)
-        self._index.write(_FRAME.pack(place.offset, place.size, place.documents))
+        self._index.write(_FRAME.pack(added.offset, added.size, added.documents))
         self._flags.write(flags)
         self.documents += len(flags)
         self.text_bytes += text_bytes
-        return place
+        return added
 
     def set_flag(self, document: int, flag: int) -> None:
-        """Change the flag of the document of this number (from 0, over all frames)."""
+        """Change a document's flag; documents are numbered from 0 over all frames."""
         self._flags.seek(document)
         self._flags.write(bytes([flag]))
         self._flags.seek(0, 2)
 
     def frames(self) -> Iterator[tuple[Frame, bytes]]:
-        """All frames with their flags, in order."""
+        """Yield all frames with their flags, in order."""
         self.flush()
         with open(self._index.name, "rb") as index, open(self._flags.name, "rb") as flags:
             while entry := index.read(_FRAME.size):
@@ -85,12 +85,12 @@ class Spool:
                 yield frame, flags.read(frame.documents)
 
     def flush(self) -> None:
-        """Make what was added readable."""
+        """Flush the files, so that everything added can be read."""
         for file in (self._data, self._index, self._flags):
             file.flush()
 
     def locate(self, document: int) -> tuple[Frame, int]:
-        """The frame that holds the document of this number, and its place there."""
+        """Return the frame that contains a document, and the document's index in it."""
         for frame, _ in self.frames():
             if document < frame.documents:
                 return frame, document
@@ -110,47 +110,52 @@ class Spool:
 
 
 class Sample:
-    """Documents for the tokenizer: those with the smallest draws until `budget` bytes are full, whatever the order."""
+    """A random sample of documents to train the tokenizer on: those with the smallest draws, up to `budget` bytes.
+
+    The result does not depend on the order in which documents are offered.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._heap: list[tuple[int, int, Frame, int]] = []  # (-draw, bytes, frame, place in it)
+        self._heap: list[tuple[int, int, Frame, int]] = []  # (-draw, bytes, frame, index in it)
         self._bytes = 0
 
-    def offer(self, draw: int, size: int, frame: Frame, place: int) -> None:
-        """Consider a document."""
+    def offer(self, draw: int, size: int, frame: Frame, index: int) -> None:
+        """Add a document if its draw is small enough, and remove those that no longer fit."""
         if self._bytes >= self.budget and draw >= -self._heap[0][0]:
             return
-        heapq.heappush(self._heap, (-draw, size, frame, place))
+        heapq.heappush(self._heap, (-draw, size, frame, index))
         self._bytes += size
         while self._bytes - self._heap[0][1] >= self.budget:
             self._bytes -= heapq.heappop(self._heap)[1]
 
-    def forget(self, frame: Frame, place: int) -> None:
-        """Leave a document out, unless it is all there is."""
-        others = [entry for entry in self._heap if entry[2:] != (frame, place)]
+    def forget(self, frame: Frame, index: int) -> None:
+        """Remove a document, unless it is the only one."""
+        others = [entry for entry in self._heap if entry[2:] != (frame, index)]
         if others:
             heapq.heapify(others)
             self._heap, self._bytes = others, sum(entry[1] for entry in others)
 
     def texts(self, spool: Spool) -> Iterator[str]:
-        """The documents in the order of the corpus, in segments, `budget` bytes in all (one segment more at most)."""
+        """Yield the documents in corpus order, cut into segments, until `budget` bytes are reached."""
         spool.flush()
         left = self.budget
-        chosen = sorted(((frame.offset, place, frame) for _, _, frame, place in self._heap), key=lambda item: item[:2])
+        chosen = sorted(((frame.offset, index, frame) for _, _, frame, index in self._heap), key=lambda item: item[:2])
         for _, group in itertools.groupby(chosen, key=lambda item: item[0]):
             members = list(group)
             documents = unpack(spool.path, members[0][2])
-            for _, place, _ in members:
-                for segment in segments(documents[place].decode()):
+            for _, index, _ in members:
+                for segment in segments(documents[index].decode()):
                     if left > 0:
                         left -= len(segment.encode())
                         yield segment
 
 
 class Seen:
-    """The set of document hashes met so far, in a SQLite file with a 64 MiB cache: 16 bytes a document and a little more,
-    on disk; memory does not grow."""
+    """The set of document hashes so far, in a SQLite file with a 64 MiB cache.
+
+    It takes a little more than 16 bytes a document on disk; memory does not grow.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -161,10 +166,10 @@ class Seen:
         self._db.execute("BEGIN")
 
     def add(self, digest: bytes) -> bool:
-        """Add a hash; False if it was there already."""
+        """Add a hash and return whether it is new."""
         return self._db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
 
     def close(self) -> None:
-        """Close and remove the file."""
+        """Close and delete the file."""
         self._db.close()
         self._path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The folder a dataset is made in, and the rename that makes it one. Knows nothing of what the files hold.
+"""The folder that a dataset is prepared in, and its rename to the dataset's name. Ignores the files' contents.
 
-Work happens in `.<name>.preparing` beside the target, locked while a process works there. What an interrupted
-preparation left is removed by the next one; nothing of it ever carries the dataset's name.
+The staging folder is `.<name>.preparing` beside the target, locked while a process uses it. What an interrupted
+preparation leaves behind is removed by the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatrain.errors import ConfigError
 
 
 class StagingFolder:
-    """The locked, empty working folder of one preparation; `publish` makes it the target."""
+    """A locked, empty folder for one preparation; `publish` renames it to the target."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -29,10 +29,10 @@ class StagingFolder:
             self.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"data.dir={self.target.parent} cannot be made ({error.strerror}); give a folder"
+                f"data.dir={self.target.parent} cannot be created ({error.strerror}); give a folder"
             ) from error
-        self._lock = self._take_over()
-        if self._replaced.exists():  # stopped between the two renames of `publish`, or just after them
+        self._lock = self._lock_folder()
+        if self._replaced.exists():  # killed between the two renames of `publish`, or just after them
             if self.target.exists():
                 shutil.rmtree(self._replaced)
             else:
@@ -41,8 +41,8 @@ class StagingFolder:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return self
 
-    def _take_over(self) -> int:
-        """A lock on the folder itself: it dies with the process, and cannot be left behind."""
+    def _lock_folder(self) -> int:
+        """Lock the folder itself and return the descriptor; the lock ends with the process."""
         while True:
             self.folder.mkdir(exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY)
@@ -58,10 +58,10 @@ class StagingFolder:
                     return lock
             except FileNotFoundError:
                 pass
-            os.close(lock)  # the folder became the dataset between opening and locking
+            os.close(lock)  # between opening and locking, another process renamed the folder to its dataset
 
     def publish(self) -> None:
-        """Flush the folder and give it the target's name, replacing a dataset that is there."""
+        """Flush the folder to disk and rename it to the target, replacing an existing dataset."""
         for path in sorted(self.folder.rglob("*"), reverse=True):
             _flush(path)
         _flush(self.folder)

@@ -1,8 +1,8 @@
-"""Text to token ids and back: what every tokenizer offers. The two kinds are in tokenizer_sentencepiece.py and
-tokenizer_hf.py, loading is in tokenizer_loading.py. Runs no code from files.
+"""The interface of tokenizers: text to token ids and back.
 
-A saved tokenizer is a folder with `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), and
-`megatrain_tokenizer.json` that says which. Loading is always by data: no pickles, no remote code.
+The two kinds are in tokenizer_sentencepiece.py and tokenizer_hf.py, loading is in tokenizer_loading.py. A saved
+tokenizer is a folder with `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), and a
+`megatrain_tokenizer.json` that names the kind. No pickles are loaded and no code from files is run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatrain.errors import DataError
 
 META = "megatrain_tokenizer.json"
 SEGMENT = 4096
-"""Characters encoded at once. Text is cut there at fixed places, so that memory and time stay linear in its length."""
+"""Characters encoded at once. Cutting long text into segments keeps memory and time linear in its length."""
 
 
 class Tokenizer(ABC):
-    """`encode` and `decode` are inverse on clean text (a Hugging Face tokenizer only as far as it is lossless itself)."""
+    """A tokenizer. On clean text `decode` inverts `encode`, unless a Hugging Face tokenizer is itself lossy."""
 
     kind: str
     vocab_size: int
@@ -29,19 +29,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Nothing in the text becomes a control token; none is added."""
+        """Return the token ids of a text. No part of the text becomes a control token, and none is added."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; control tokens give none, broken UTF-8 gives U+FFFD."""
+        """Return the text of token ids. Control tokens are omitted; invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder that takes one id at a time."""
+        """Return a decoder that takes one id at a time."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into `folder` (made if missing)."""
+        """Write the tokenizer into `folder`, created if missing."""
 
     def save_meta(self, folder: Path) -> None:
         meta = {"kind": self.kind, "end_of_document": self.end_of_document, "fingerprint": self.fingerprint}
@@ -49,19 +49,19 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder(ABC):
-    """Text as it becomes certain: the pushed pieces and the finish together are the decoding of all ids."""
+    """Decodes ids one by one. The results of all `push` calls and `finish` add up to the decoding of all ids."""
 
     @abstractmethod
     def push(self, token: int) -> str:
-        """What this id makes certain (empty while a character is incomplete)."""
+        """Return the text that is complete with this id; empty while a character is incomplete."""
 
     @abstractmethod
     def finish(self) -> str:
-        """What is left."""
+        """Return the remaining text."""
 
 
 def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
-    """The text in pieces of at most `limit` characters, cut after a newline where there is one."""
+    """Yield the text in pieces of at most `limit` characters, cut after a newline if there is one."""
     start = 0
     while len(text) - start > limit:
         stop = text.rfind("\n", start, start + limit) + 1 or start + limit
@@ -72,6 +72,7 @@ def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a tokenizer's JSON file. Raises `DataError` if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""Hugging Face fast tokenizers, GPT-2's among them: found by path or hub name, read as JSON. Trains none.
+"""Hugging Face fast tokenizers, GPT-2's included: found by path or hub name. Trains none.
 
-Only the definition of the `tokenizers` library is read (`tokenizer.json`, or GPT-2's two files); code and pickles of a
-tokenizer's folder are never looked at.
+Only the JSON definition for the `tokenizers` library is read (`tokenizer.json`, or GPT-2's two files). Code and pickles
+in a tokenizer's folder are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A fast tokenizer of the `tokenizers` library, as lossless as it is itself (byte-level BPE is)."""
+    """A fast tokenizer of the `tokenizers` library. It is lossless if its definition is, as byte-level BPE is."""
 
     kind = "hf"
 
@@ -66,34 +66,34 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class _GrowingStream(StreamDecoder):
-    """Decodes a window of the last ids anew each time: what an id adds depends on its neighbours."""
+    """Decodes a window of the last ids again at each step, because an id's text depends on its neighbours."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._decode = tokenizer.decode
-        self._ids: list[int] = []  # from the last sure id on
-        self._sure = 0  # ids of these whose text is out
-        self._out = 0  # characters of their text
+        self._ids: list[int] = []  # the window
+        self._num_returned = 0  # its leading ids whose text has been returned
+        self._returned_chars = 0  # length of that text
 
     def push(self, token: int) -> str:
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
-        new = text[self._out :]
-        self._ids = self._ids[self._sure :]
-        self._sure = len(self._ids)
-        self._out = len(self._decode(self._ids))
+        new = text[self._returned_chars :]
+        self._ids = self._ids[self._num_returned :]
+        self._num_returned = len(self._ids)
+        self._returned_chars = len(self._decode(self._ids))
         return new
 
     def finish(self) -> str:
-        return self._decode(self._ids)[self._out :]
+        return self._decode(self._ids)[self._returned_chars :]
 
 
 def find_hugging_face(path: str) -> HuggingFaceTokenizer:
     """Load a `tokenizer.json`, a folder with one (or with GPT-2's `vocab.json` and `merges.txt`), or a hub name.
 
-    Raises `ConfigError` when it is not there, `DataError` when it cannot be used, `EnvironmentFault` without the hub.
-    Never runs code from it: only the definition in JSON is read.
+    Raises `ConfigError` if there is none, `DataError` if it cannot be used, `EnvironmentFault` if the hub cannot be
+    reached.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -104,8 +104,8 @@ def find_hugging_face(path: str) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(_gpt2_definition(place), _end_token(place), path)
     if place.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise ConfigError(
-            f"tokenizer.path: {path} is no Hugging Face tokenizer; give a tokenizer.json, a folder with one (or with vocab.json "
-            "and merges.txt), or a hub name such as openai-community/gpt2"
+            f"tokenizer.path: {path} is not a Hugging Face tokenizer; give a tokenizer.json, a folder with one (or "
+            "with vocab.json and merges.txt), or a hub name such as openai-community/gpt2"
         )
     return _from_hub(path)
 
@@ -129,7 +129,7 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ConfigError(
-            f"tokenizer.path: {name} is neither a path on this disk nor a tokenizer of the hub"
+            f"tokenizer.path: {name} is neither a path on this disk nor a tokenizer on the hub"
         ) from error
     except HfHubHTTPError as error:
         raise ConfigError(
@@ -139,7 +139,7 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
 
 
 def _gpt2_definition(folder: Path) -> str:
-    """The definition of a byte-level BPE from GPT-2's two files."""
+    """Return the definition of a byte-level BPE made from GPT-2's two files."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -160,7 +160,7 @@ _HF_SEGMENT = 2**20
 
 
 def _end_token(folder: Path) -> str | None:
-    """The end-of-document token that a tokenizer's folder names."""
+    """Return the end-of-document token that a tokenizer's folder names, None if it names none."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             try:

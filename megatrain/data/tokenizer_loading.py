@@ -1,4 +1,7 @@
-"""Find and load a tokenizer: a saved folder, a SentencePiece model or a Hugging Face tokenizer. No pickles, no remote code."""
+"""Find and load a tokenizer: a saved folder, a SentencePiece model or a Hugging Face tokenizer.
+
+No pickles, no remote code.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from megatrain.errors import ConfigError, DataError
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer that `save` wrote. Raises `ConfigError` if the folder holds none, `DataError` if it is damaged."""
+    """Load a tokenizer that `save` wrote. Raises `ConfigError` if there is none, `DataError` if it is damaged."""
     folder = Path(folder)
     if not (folder / META).is_file():
-        raise ConfigError(f"{folder}: no saved tokenizer there (it has no {META})")
+        raise ConfigError(f"{folder}: no saved tokenizer (it has no {META})")
     try:
         meta: dict[str, Any] = json.loads(read_text(folder / META))
         kind, fingerprint = meta["kind"], meta["fingerprint"]
@@ -29,9 +32,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_tokenizer(kind: str, path: str) -> Tokenizer:
-    """The tokenizer that `tokenizer.kind` and `tokenizer.path` name.
+    """Load the tokenizer that `tokenizer.kind` and `tokenizer.path` name.
 
-    Raises `ConfigError` when it is not there, `DataError` when it cannot be used.
+    Raises `ConfigError` if it does not exist, `DataError` if it cannot be used.
     """
     if kind == "hf":
         return find_hugging_face(path)
@@ -39,5 +42,5 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
     if place.is_dir() and (place / "tokenizer.model").is_file():
         place /= "tokenizer.model"
     if not place.is_file():
-        raise ConfigError(f"tokenizer.path: {path} is not there; give a SentencePiece .model file")
+        raise ConfigError(f"tokenizer.path: {path} does not exist; give a SentencePiece .model file")
     return SentencePieceTokenizer(place.read_bytes(), str(place))

@@ -1,4 +1,4 @@
-"""SentencePiece: training a lossless BPE model with byte fallback, and using one. Chooses no texts, splits no data."""
+"""SentencePiece: train and use lossless BPE models with byte fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatrain.errors import DataError
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with byte fallback, used losslessly.
 
-    SentencePiece writes a space as U+2581; a U+2581 of the text itself therefore goes through its three byte pieces.
+    SentencePiece writes a space as U+2581. A U+2581 in the text itself is therefore encoded as its three byte pieces.
     """
 
     kind = "sentencepiece"
@@ -42,13 +42,16 @@ class SentencePieceTokenizer(Tokenizer):
         for index, byte_id in enumerate(byte_ids):
             self._bytes[byte_id] = bytes([index])
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise DataError(f"{origin}: does not give text back exactly (it normalises); a lossless model is needed")
+            raise DataError(
+                f"{origin}: decoding does not return the text exactly (the model normalises); use a lossless model"
+            )
 
     def _piece_bytes(self, token: int) -> bytes:
         processor = self._processor
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token):
             return b""
-        return processor.id_to_piece(token).replace("▁", " ").encode()
+        piece: str = processor.id_to_piece(token)
+        return piece.replace("▁", " ").encode()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -76,7 +79,7 @@ _PROBE = "  \uff21 \ufb01\t\n\n   x▁▁ é\U0001f600 <s></s><unk><0x41>\n "
 
 
 class _ByteStream(StreamDecoder):
-    """Decodes pieces that are byte strings."""
+    """Decodes pieces that are byte strings, keeping incomplete characters back."""
 
     def __init__(self, table: list[bytes]) -> None:
         self._table = table
@@ -90,11 +93,10 @@ class _ByteStream(StreamDecoder):
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a BPE model with byte fallback on clean texts, read once. The same texts in the same order give the same
-    model on any machine.
+    """Train a BPE model with byte fallback on clean texts, read once.
 
-    Pieces may be runs of spaces and may join letters with signs (`(self,`), both of which code rewards. Raises
-    `DataError` when the texts cannot fill anything.
+    The same texts in the same order give the same model on every machine. Pieces may be runs of spaces and may join
+    letters with punctuation (`(self,`), which makes code shorter. Raises `DataError` if the texts are too few.
     """
     import sentencepiece
 
@@ -108,7 +110,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9999,
-            required_chars="▁",  # a space seen in no text would be spelt like a U+2581 otherwise
+            required_chars="▁",  # or a space that occurs in no text is encoded like a U+2581
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -1,7 +1,7 @@
-"""What worker processes do to a chunk of documents, and the bounded, ordered map that drives them.
+"""The work of prepare's worker processes on a chunk of documents, and the bounded, ordered map that runs it.
 
-Everything here is a pure function of its arguments, so the number of workers changes the speed and nothing else. Writing
-files is spool.py's and prepare.py's.
+The results are pure functions of the arguments, so the number of workers affects nothing but speed. Files are written
+in spool.py and preparation.py.
 """
 
 from __future__ import annotations
@@ -35,34 +35,35 @@ R = TypeVar("R")
 
 
 class Workers:
-    """`count` worker processes (none for 1: the work is then done here)."""
+    """`count` worker processes; with a count of 1 the work is done in this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         # "spawn" inherits no threads or locks of this process.
         context = multiprocessing.get_context("spawn")
         self._pool = (
-            ProcessPoolExecutor(count, mp_context=context, initializer=_live_and_die_with, initargs=(os.getpid(),))
+            ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent, initargs=(os.getpid(),))
             if count > 1
             else None
         )
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function` of each item, in order; at most `2 * count` items are under way at a time."""
+        """Yield `function` of each item, in order, with at most `2 * count` items in flight."""
         if self._pool is None:
             yield from map(function, items)
             return
-        under_way: deque[Future[R]] = deque()
+        in_flight: deque[Future[R]] = deque()
         try:
             for item in items:
-                under_way.append(self._pool.submit(function, item))
-                if len(under_way) >= 2 * self.count:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                in_flight.append(self._pool.submit(function, item))
+                if len(in_flight) >= 2 * self.count:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         except BrokenProcessPool as error:
             raise EnvironmentFault(
-                "a worker process of prepare died (out of memory?); try a smaller data.workers or data.max_document_bytes"
+                "a worker process of prepare died (out of memory?); "
+                "try a smaller data.workers or data.max_document_bytes"
             ) from error
 
     def __enter__(self) -> Workers:
@@ -75,9 +76,8 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _live_and_die_with(parent: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the parent ends the workers, which then have nothing to say. Nor do
-    they outlive a parent that was killed (on Linux)."""
+def _follow_parent(parent: int) -> None:
+    """Ignore Ctrl-C, which reaches all processes of a terminal but is the parent's to handle; on Linux, die with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         set_parent_death_signal(parent)
@@ -96,7 +96,7 @@ class CleanTask:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean documents as a spool frame, the xxh3-128 (16 bytes) of each one after another, the text bytes of each, counts."""
+    """Clean documents as a spool frame, their concatenated xxh3-128 hashes (16 bytes each), text bytes, and counts."""
 
     frame: bytes
     hashes: bytes
@@ -105,7 +105,7 @@ class Cleaned:
 
 
 def clean_chunk(task: CleanTask) -> Cleaned:
-    """Decode and normalise records; empty ones and ones skipped by policy are left out and counted."""
+    """Decode and normalise records; empty records and those that the policy skips are left out and counted."""
     texts: list[bytes] = []
     counts = {"read": len(task.records), "empty": 0, "undecodable": 0, "skipped_undecodable": 0}
     for record in task.records:
@@ -126,7 +126,7 @@ def clean_chunk(task: CleanTask) -> Cleaned:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A frame of the spool, one flag a document (`DROPPED`, or the number of its split), and how to encode."""
+    """A spool frame, one flag a document (`DROPPED` or the number of its split), and the tokenizer and dtype to use."""
 
     spool: Path
     frame: Frame
@@ -138,7 +138,7 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Per split: token ids of its documents one after another, ids of each, and the bytes of text they stand for."""
+    """Per split: its documents' concatenated token ids, the number of ids in each, and their bytes of text."""
 
     splits: dict[int, tuple[np.ndarray, np.ndarray, int]]
     text_bytes: int
@@ -146,7 +146,7 @@ class Encoded:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, fingerprint: str) -> Tokenizer:
-    """One tokenizer a process; the fingerprint keeps another one from the same folder apart."""
+    """Load the tokenizer once a process; the fingerprint is in the cache key because the folder may be rewritten."""
     tokenizer = load_tokenizer(folder)
     assert tokenizer.fingerprint == fingerprint
     return tokenizer

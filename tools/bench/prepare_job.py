@@ -1,8 +1,8 @@
-"""Writes what all contenders of a comparison share into a folder: random tokens as a dataset, and `job.json`.
+"""Write what all programs in a comparison share: a dataset of random tokens in a folder, and the job as JSON.
 
-A process of its own, so that the one that starts the contenders imports neither torch nor the config. `job.json` holds
-the checked config (model, optimizer, sizes), where the tokens are, and the words of the train command that mean the
-same.
+This runs as its own process, so that the process that starts the programs imports neither torch nor the config. The
+JSON has the checked config (model, optimizer, sizes), the path of the tokens, and the equivalent arguments of
+`megatrain train`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from megatrain.data.indexed import IndexedWriter, token_dtype
 from megatrain.model.count import flops_per_token, num_parameters
 
 VOCABULARY = 8192
-"""Where the model leaves its vocabulary to a tokenizer."""
+"""The vocabulary if the config leaves it to a tokenizer."""
 
 DOCUMENT = 1000
 """Tokens a document."""
 
 MOST_TOKENS = 2**25
-"""A longer job reads the same tokens again."""
+"""The dataset's size limit; a longer job reads the tokens more than once."""
 
 
 def main() -> None:
-    """Write the folder."""
+    """Write the folder and print the job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chain", action="store_true", help="tokens that a model can learn to predict")
@@ -71,13 +71,12 @@ def prepare(folder: Path, overrides: list[str], chain: bool = False) -> dict[str
 
 
 def uniform(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
-    """Independent tokens: nothing in them can be learned."""
+    """Return independent random tokens, in which nothing can be learned."""
     return np.random.default_rng(seed).integers(0, vocab, num_tokens).astype(token_dtype(vocab))
 
 
 def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
-    """Of every eight tokens the first is drawn, and each other one follows from the one before by a fixed
-    permutation."""
+    """Return tokens of which every eighth is random and each other one is a fixed permutation of its predecessor."""
     generator = np.random.default_rng(seed)
     follows = generator.permutation(vocab)
     rows = [generator.integers(0, vocab, -(-num_tokens // 8))]
@@ -87,7 +86,7 @@ def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
 
 
 def write(folder: Path, ids: np.ndarray) -> Path:
-    """A prepared dataset of these tokens (docs/reference/data_format.md), without a tokenizer; returns its `.bin`."""
+    """Write a prepared dataset without a tokenizer (docs/reference/data_format.md) and return its `.bin`."""
     folder.mkdir(parents=True)
     with IndexedWriter(folder / "train", ids.dtype) as writer:
         for start in range(0, len(ids), DOCUMENT * 1000):

@@ -45,7 +45,7 @@ def all_text(folder):
 def test_a_glob_without_a_match_and_a_file_of_another_kind_are_refused_by_key(run, tmp_path):
     with pytest.raises(ConfigError, match=r"data.paths: '.*nothing.*' matches no file"):
         run("a.txt", b"x", paths=[str(tmp_path / "in" / "*"), "nothing/*.txt"])
-    with pytest.raises(ConfigError, match=r"data.paths: .*a.docx is none of .txt"):
+    with pytest.raises(ConfigError, match=r"data.paths: .*a.docx has none of the suffixes .txt"):
         run("a.docx", b"x")
     with pytest.raises(ConfigError, match=r"data.paths: empty"):
         run("a.txt", b"x", paths=[])
@@ -64,7 +64,7 @@ def test_an_empty_corpus_is_refused_with_what_was_read(run, name, content):
     "content, message",
     [
         (b'{"text": "ok"}\n{"text": \n', r"a.jsonl:2: not a line of JSON"),
-        (b'{"text": "ok"}\n\n["text"]\n', r"a.jsonl:3: no text under 'text' \(it is no JSON object\)"),
+        (b'{"text": "ok"}\n\n["text"]\n', r"a.jsonl:3: no text under 'text' \(it is not a JSON object\)"),
         (b'{"body": "x", "id": 3}\n', r"a.jsonl:1: no text under 'text' \(it has 'body', 'id'\); set data.text_column"),
         (b'{"text": 5}\n', r"a.jsonl:1: no text under 'text'"),
         (b"[" * 100000, r"a.jsonl:1: not a line of JSON"),
@@ -141,7 +141,7 @@ def test_a_cut_or_damaged_parquet_or_one_without_the_column_is_named(run, tmp_pa
     whole = path.read_bytes()
     with pytest.raises(DataError, match=r"a.parquet: no column 'text' \(it has body, n\); set data.text_column"):
         run("", None)
-    with pytest.raises(DataError, match=r"a.parquet: column 'n' holds int64, not text"):
+    with pytest.raises(DataError, match=r"a.parquet: column 'n' is int64, not text"):
         run("", None, text_column="n")
     damaged = bytearray(whole)
     damaged[200:2000] = bytes(1800)

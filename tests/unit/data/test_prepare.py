@@ -316,7 +316,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus, overwrite
 
 def test_a_data_dir_that_is_a_file_is_refused_by_name(tmp_path, corpus):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match=r"data.dir=.*out cannot be made \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"data.dir=.*out cannot be created \(File exists\)"):
         make(tmp_path)
 
 
@@ -352,7 +352,7 @@ prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=40
 )
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_killed_preparation_leaves_nothing_half_made_and_starts_again_cleanly(tmp_path, corpus, place, existing):
-    """With an old dataset in place (being overwritten), the old one or the new one stands at every moment that lasts."""
+    """When a dataset is overwritten, either the old or the new one is in place after every kill."""
     out = tmp_path / "out"
     old = Card.load(make(tmp_path, data=dict(max_documents=50))).fingerprint if existing else None
     if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "1")):

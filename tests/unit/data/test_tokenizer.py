@@ -211,7 +211,7 @@ def test_a_lossy_or_byteless_sentencepiece_model_is_refused(tmp_path):
 
     for options, message in [
         ({"byte_fallback": False}, "byte fallback"),
-        ({"byte_fallback": True, "normalization_rule_name": "nmt_nfkc"}, "does not give text back exactly"),
+        ({"byte_fallback": True, "normalization_rule_name": "nmt_nfkc"}, "decoding does not return the text exactly"),
     ]:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -232,7 +232,7 @@ def test_a_lossy_or_byteless_sentencepiece_model_is_refused(tmp_path):
     [
         ("sentencepiece", "{}/none.model", ConfigError, "tokenizer.path"),
         ("hf", "{}/none/tokenizer.json", ConfigError, "tokenizer.path"),
-        ("hf", "{}", ConfigError, "no Hugging Face tokenizer"),
+        ("hf", "{}", ConfigError, "is not a Hugging Face tokenizer"),
         ("sentencepiece", "{}/junk", DataError, "not a SentencePiece model"),
         ("hf", "{}/junk", DataError, "not a Hugging Face tokenizer"),
     ],
