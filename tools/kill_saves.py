@@ -47,7 +47,7 @@ def save_forever(folder: Path, rendezvous: Path, rank: int, written: int) -> Non
     """Run one rank: save step after step, and write to the pipe `written` which steps the saver reports as saved."""
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(str(rendezvous), RANKS),  # type: ignore[attr-defined]
+        store=dist.FileStore(str(rendezvous), RANKS),
         rank=rank,
         world_size=RANKS,
         timeout=datetime.timedelta(seconds=20),
