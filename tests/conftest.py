@@ -18,10 +18,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what pytest-xdist (--dist loadgroup) must keep in one process.
+    """Mark the tests that pytest-xdist (--dist loadgroup) must keep in one process.
 
-    Whole jobs share a dataset, a run to compare with and a cluster; the unit tests of a file share its fixtures. Parity
-    tests share only runs that are cheap to repeat, and go to whichever process is free.
+    Tests of whole jobs share a dataset, a reference run and a cluster; the unit tests of a file share its fixtures.
+    Parity tests share only runs that are cheap to repeat, so any free process takes them.
     """
     for item in items:
         parts = item.path.parts
@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with a small prepared dataset, shared by all tests: each uses run names of its own."""
+    """Return a folder with a small prepared dataset, shared by all tests: each uses its own run names."""
     from support.commands import megatrain
 
     folder = tmp_path_factory.mktemp("work")
@@ -64,7 +64,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(workplace):
-    """The metrics of an undisturbed run of two ranks under ZeRO-3. The run's name is `undisturbed`."""
+    """Return the metrics of an undisturbed run of two ranks under ZeRO-3. The run's name is `undisturbed`."""
     from support.commands import TRAIN, megatrain, metrics
 
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
@@ -74,7 +74,7 @@ def undisturbed(workplace):
 
 @pytest.fixture(scope="session")
 def undisturbed_native(workplace):
-    """The same on the native engine, which starts in half the time. The run's name is `undisturbed-native`."""
+    """Return the same on the native engine, which starts in half the time. The run's name is `undisturbed-native`."""
     from support.commands import TWO_NATIVE, megatrain, metrics
 
     done = megatrain(workplace, *TWO_NATIVE, "run.name=undisturbed-native")

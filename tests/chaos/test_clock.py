@@ -1,4 +1,4 @@
-"""A wall clock that somebody sets while a job runs. The oracle is the run whose clock nobody touched."""
+"""The wall clock is changed while a job runs. The oracle is a run whose clock was left alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def when(record):
 
 
 def test_a_wall_clock_that_jumps_by_an_hour_changes_nothing(workplace, undisturbed_native, tmp_path):
-    """An hour ahead, then two back, of all processes of the job, files' times included; then a rank dies.
+    """The clock of every process jumps an hour ahead, then two back, file times included; then a rank dies.
 
-    Nobody hangs or loses the folder, records stay in order, and the restart takes the checkpoint of the latest step,
-    which is not that of the latest time.
+    No process hangs or loses the run folder, records stay in order, and the restart takes the checkpoint of the latest
+    step, not the one with the latest time.
     """
     clock = tmp_path / "clock"
     clock.write_text("+0000")
     environ = {**preloaded("clock.c", tmp_path), "CLOCK_SHIFT": str(clock)}
     saved = workplace / "runs" / "clock" / "checkpoints"
-    set_to = f"printf %s {{}} | dd of={clock} conv=notrunc status=none"  # in one write: nobody reads half of it
+    set_to = f"printf %s {{}} | dd of={clock} conv=notrunc status=none"  # one write: no process reads half of it
     age = f"LD_PRELOAD= touch -d '1 hour' {saved}/step_*"
     faults = [
         fault(0, 8, "forward", "run", by=set_to.format("+3600")),

@@ -1,4 +1,4 @@
-"""Copies of the state in memory: what a fault costs is the steps since the last copy, not since the last save."""
+"""Copies of the state in memory: a fault costs the steps since the last copy, not since the last save."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FAR = ["checkpoint.every=1000", "checkpoint.memory_every=3"]
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "native"])
-def test_a_restart_goes_on_from_the_copy_in_memory(workplace, engine, request):
-    """No checkpoint on the disk but the last: each of two deaths costs the steps since the last copy."""
+def test_a_restart_continues_from_the_copy_in_memory(workplace, engine, request):
+    """Only the last checkpoint is on disk: each of two deaths costs the steps since the last copy."""
     expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
     name = f"copies-{engine}"
     done = run_with(
@@ -32,9 +32,8 @@ def test_a_restart_goes_on_from_the_copy_in_memory(workplace, engine, request):
     assert final_files(workplace, name) == final_files(workplace, whole)
 
 
-def test_a_job_that_ends_leaves_its_copy_on_the_disk_for_any_layout(workplace, undisturbed):
-    """No restarts allowed: the agent brings the copy to the disk, and another engine on another number of ranks goes
-    on."""
+def test_a_job_that_fails_leaves_its_copy_on_disk_for_any_layout(workplace, undisturbed):
+    """Without restarts the agent writes the copy to disk, and another engine on another number of ranks continues."""
     died = run_with(
         workplace,
         [fault(1, 14, "backward", "SIGKILL")],
@@ -51,7 +50,7 @@ def test_a_job_that_ends_leaves_its_copy_on_the_disk_for_any_layout(workplace, u
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(records, undisturbed, strict=True)) < 1e-5
 
 
-def test_a_memory_too_small_is_said_once_and_stops_nothing(workplace, undisturbed_native):
+def test_too_little_memory_is_reported_once_and_stops_nothing(workplace, undisturbed_native):
     if os.geteuid() != 0:
         pytest.skip("mounting a small memory takes root")
     small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]

@@ -1,6 +1,6 @@
-"""Checkpoints damaged on the disk, and real jobs that start on them; the oracle is the run that nothing disturbed.
+"""Real jobs that start on damaged checkpoints; the oracle is an undisturbed run.
 
-Every kind of damage that `verify` knows is in tests/unit/checkpoint/test_damage.py.
+tests/unit/checkpoint/test_damage.py covers every kind of damage that `verify` detects.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def killed(workplace):
-    """The folder of a run killed at step 22, whole, with checkpoints of steps 15 and 20. `damage-whole` was not
-    killed."""
+    """Return the intact folder of a run killed at step 22, with checkpoints of steps 15 and 20.
+
+    The run `damage-whole` is the oracle: it was not killed.
+    """
     whole = start(workplace, *JOB, "run.name=damage-whole")
     died = run_with(
         workplace,
@@ -55,7 +57,7 @@ def killed(workplace):
 
 
 def copy_of(killed, name):
-    """Another run, in the state of the killed one."""
+    """Return another run in the state of the killed one."""
     return shutil.copytree(killed, killed.with_name(name))
 
 
@@ -64,9 +66,9 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_is_named_and_the_checkpoint_before_used_or_refused(workplace, killed, kind):
-    """Left to itself the job goes on from the checkpoint before and ends bit for bit as ever; told to take the damaged
-    one, it refuses and changes nothing."""
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(workplace, killed, kind):
+    """By default the job resumes from the previous checkpoint and ends with the same bits. With the damaged checkpoint
+    as `checkpoint.resume`, it refuses and changes nothing."""
     file, damage = DAMAGES[kind]
     name, told = f"damage-{kind}", f"damage-{kind}-told"
     for folder in (copy_of(killed, name), copy_of(killed, told)):
@@ -92,7 +94,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_used_or_refused(workp
     assert metrics(workplace, told) == metrics(workplace, "damage"), "no step was done"
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_from_nothing(workplace, killed):
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_scratch(workplace, killed):
     folder = copy_of(killed, "damage-all")
     flip(folder / "checkpoints" / NEWEST / SHARD)
     cut(folder / "checkpoints" / BEFORE / MANIFEST, 0.7)

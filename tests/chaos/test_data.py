@@ -1,4 +1,4 @@
-"""A dataset that changes under a running job. The oracle is the run whose data nobody touched."""
+"""A dataset that changes under a running job. The oracle is a run whose data was left alone."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def copy_of_the_data(workplace, name):
     return folder
 
 
-def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, undisturbed_native):
-    """Replaced by its copy, which stops nothing; then cut, written to, its held-out part cut: each time exit code 3,
-    the file and the bytes, and no step with what was not prepared. With the data put back the run ends as the one that
-    nothing disturbed."""
+def test_data_that_changes_during_a_run_ends_the_run_until_the_data_is_restored(workplace, undisturbed_native):
+    """Replacing the data by an identical copy stops nothing. Cutting it, changing it or cutting its held-out part ends
+    the job with exit code 3, names the file and the bytes, and trains on none of it. Once the data is restored, the
+    run ends like the undisturbed one."""
     folder = copy_of_the_data(workplace, "changing")
     good = workplace / "data" / "tiny"
     size = (folder / "train.bin").stat().st_size
@@ -46,18 +46,18 @@ def test_data_that_changes_during_a_run_ends_it_until_it_is_put_back(workplace, 
         assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
         seen = metrics(workplace, "changing")
         same(seen, undisturbed_native[: len(seen)])
-        assert len(seen) >= step - 1, "what is the same to the byte stops nothing"
+        assert len(seen) >= step - 1, "an identical copy stops nothing"
         for name in ("train.bin", "heldout.bin"):
             shutil.copy(good / name, folder / name)
     done = run_with(workplace, [], *words)
     assert done.returncode == 0, done.stderr
     same(metrics(workplace, "changing"), undisturbed_native)
     assert final_files(workplace, "changing") == final_files(workplace, "undisturbed-native")
-    assert not events(workplace, "changing", "failure"), "nothing was answered by a restart"
+    assert not events(workplace, "changing", "failure"), "no fault led to a restart"
 
 
-def test_an_id_that_the_model_has_no_place_for_is_named_though_every_hash_is_right(workplace):
-    """In the second step's data of the job, with a card made for the file as it is."""
+def test_an_id_outside_the_vocabulary_is_named_even_if_every_hash_matches(workplace):
+    """The id is in the data of the job's second step, and the card was made for the file as it is."""
     folder = copy_of_the_data(workplace, "foreign")
     old = Card.load(folder)
     tokens = old.splits["train"].tokens

@@ -1,5 +1,7 @@
-"""Losses that overflow or leap in a real job. The oracles: the other engine under the same fault, and the run that was
-told by hand to leave out the samples that a rollback left out."""
+"""Losses that overflow or spike in a real job.
+
+The oracles are the other engine under the same fault, and a run configured to skip the samples that a rollback skips.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,12 @@ def steps(records, start, stop):
 
 
 def leap(step, times=1):
-    """Both ranks' losses are ten times what they are at a step, each of the two micro-batches, so many times over."""
+    """Multiply both ranks' losses by ten at a step, in each of the two micro-batches, the given number of times."""
     return [fault(rank, step, "forward", "multiply", times=2 * times, by=10) for rank in (0, 1)]
 
 
-def test_a_loss_that_overflows_on_one_rank_updates_nothing_on_any(workplace, undisturbed):
-    """That step says so and moves nothing, the next ones go on, and both engines end in the same place."""
+def test_a_loss_that_overflows_on_one_rank_updates_nothing_on_any_rank(workplace, undisturbed):
+    """The step is recorded as skipped and moves nothing, training continues, and both engines end in the same state."""
     runs = {}
     for name, words in {
         "deepspeed": [],
@@ -55,10 +57,11 @@ def test_a_loss_that_overflows_on_one_rank_updates_nothing_on_any(workplace, und
 
 
 def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(workplace, undisturbed_native):
-    """Bit for bit from the checkpoint on; the data of the three steps up to the spike is left out, and all of it told.
+    """The records are equal bit for bit from the checkpoint on. The data of the three steps up to the spike is skipped,
+    and an event reports it.
 
-    A rank is killed on its way back the first time: the job resumes from a later checkpoint, which holds the losses to
-    judge by, meets the spike again and decides the same.
+    A rank is killed during the first rollback: the job resumes from a later checkpoint, which has the loss window,
+    meets the spike again and makes the same decision.
     """
     guarded = ["resilience.spike_window=16", "resilience.spike_skip_steps=3"]
     faults = [*leap(37, times=2), fault(1, 37, "load", "SIGKILL")]
@@ -90,8 +93,9 @@ def test_a_spike_rolls_back_and_ends_where_the_run_without_its_samples_ends(work
     assert again.returncode == 4 and "train.skip_ranges was [] and is now [[0, 8]]" in again.stderr
 
 
-def test_a_run_that_spikes_every_time_is_given_up(workplace):
-    """Exit code 5 after so many rollbacks, started again too; the report names each spike and what was tried."""
+def test_a_run_that_spikes_every_time_gives_up(workplace):
+    """The exit code is 5 after the allowed number of rollbacks, also after a restart; the report names each spike and
+    what was tried."""
     words = [*TWO_NATIVE, "run.name=diverged", "resilience.spike_window=8"]
     words += ["resilience.spike_skip_steps=2", "resilience.max_rollbacks=2"]
     done = run_with(workplace, leap(12, times=99), *words)
@@ -108,7 +112,7 @@ def test_a_run_that_spikes_every_time_is_given_up(workplace):
 
 
 def test_real_losses_raise_no_alarm(undisturbed):
-    """A small run's, which fall fast and differ much from step to step, with the shortest window there may be."""
+    """The losses of a small run fall fast and vary a lot between steps; the window is the shortest allowed."""
     guard = LossGuard.from_config(ResilienceConfig(spike_window=8))
     losses = [record["loss"] for record in undisturbed]
     assert losses[-1] < losses[0] - 0.5

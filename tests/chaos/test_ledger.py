@@ -1,4 +1,4 @@
-"""The goodput ledger of real jobs, beside a clock that was outside and what their events tell."""
+"""The goodput ledger of real jobs, compared with an outside clock and the run's events."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def timed(*arguments):
     return done, time.monotonic() - started
 
 
-def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_booked(workplace):
-    """Two ranks killed, the job stopped by its signal as before a time limit, and started again a little later."""
+def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_accounted_for(workplace):
+    """Two ranks are killed; the job is stopped by a signal, as before a time limit, and restarted a little later."""
     deaths = [fault(1, 8, "forward", "SIGKILL"), fault(0, 17, "backward", "SIGKILL"), fault(0, 24, "data", "SIGUSR1")]
     words = [*TWO_NATIVE, "run.name=booked", "checkpoint.every=5"]
     began = time.monotonic()

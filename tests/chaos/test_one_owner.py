@@ -9,9 +9,9 @@ from support.commands import TRAIN, events, megatrain, metrics, same, start
 WORDS = [*TRAIN, "engine=native", "train.steps=2000", "train.eval_every=0", "train.eval_steps=1", "checkpoint.every=50"]
 
 
-def test_a_second_job_is_refused_and_the_owner_goes_on(workplace):
-    """Exit code 7, with the owner's process; nothing of the first job's is touched. Once it is dead, the next takes
-    over."""
+def test_a_second_job_is_refused_and_the_owner_continues(workplace):
+    """The second job exits with 7, names the owner's process and touches nothing of the first job. Once the owner is
+    dead, the next job takes over."""
     first = start(workplace, *WORDS, "run.name=owned")
     deadline = time.monotonic() + 120
     while len(metrics(workplace, "owned")) < 100:
@@ -26,7 +26,7 @@ def test_a_second_job_is_refused_and_the_owner_goes_on(workplace):
     third = megatrain(workplace, *WORDS, "run.name=owned", "train.steps=" + str(seen + 60))
     assert third.returncode == 0, third.stderr
     (resumed,) = events(workplace, "owned", "resume")
-    assert resumed["step"] >= seen - 100, "the refused job cost nothing"
+    assert resumed["step"] >= seen - 100, "the refused job cost no step"
     whole = megatrain(workplace, *WORDS, "run.name=alone", "train.steps=" + str(seen + 60))
     assert whole.returncode == 0, whole.stderr
     same(metrics(workplace, "owned")[:50], metrics(workplace, "alone")[:50], ("step", "batch_hash", "tokens"))

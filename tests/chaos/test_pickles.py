@@ -1,6 +1,6 @@
-"""A pickle that would run code, put wherever something is read: it is never run, and its file is named.
+"""A pickle that would run code replaces each kind of file that is read: it never runs, and its file is named.
 
-The strongest case is a checkpoint by somebody who knows the format, with every checksum right.
+The strongest case is a checkpoint made by an attacker who knows the format, with correct checksums.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NATIVE = [*TRAIN, "engine=native", "train.eval_every=0", "train.eval_steps=1"]
 
 
 class Attack:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -32,7 +32,7 @@ class Attack:
 
 
 class Pickles:
-    """The ways in which a pickle comes along, and the file that shows that one of them ran."""
+    """Pickles in several file formats, and the marker file that shows that one of them ran."""
 
     def __init__(self, folder):
         self.marker = folder / "the pickle ran"
@@ -49,14 +49,14 @@ class Pickles:
 def pickles(tmp_path):
     made = Pickles(tmp_path)
     yield made
-    assert not made.marker.exists(), "a pickle was run"
+    assert not made.marker.exists(), "a pickle ran"
     pickle.loads(made.plain)
-    assert made.marker.exists(), "it would have told"
+    assert made.marker.exists(), "the attack itself does not work"
 
 
 @pytest.fixture(scope="module")
 def trained(workplace):
-    """The folder of a short run, and its Hugging Face export; not to be changed."""
+    """Return the folder of a short run and its Hugging Face export. Tests must not change them."""
     run = workplace / "runs" / "pickles"
     assert megatrain(workplace, *NATIVE, "run.name=pickles", "train.steps=5").returncode == 0
     assert cli.main(["export", f"path={run}", f"out={workplace / 'pickles-hf'}"]) == 0
@@ -65,12 +65,12 @@ def trained(workplace):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of it, to be spoilt; in it each kind of file that other programs would unpickle."""
+    """Return a copy of the run that a test may spoil, with each kind of file that other programs would unpickle."""
     return Path(shutil.copytree(trained, tmp_path / "spoilt"))
 
 
 def refused(capsys, code, says, *words):
-    """The command ends with this code and names the file."""
+    """Check that the command exits with this code and names the file."""
     capsys.readouterr()
     assert cli.main([str(word) for word in words]) == code, capsys.readouterr().err
     error = capsys.readouterr().err
@@ -88,7 +88,7 @@ def with_right_checksums(checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["plain", "torch", "numpy", "numpy_zip"])
-def test_as_a_checkpoints_shard(run, pickles, kind, capsys, tmp_path):
+def test_a_pickle_as_a_checkpoint_shard_never_runs(run, pickles, kind, capsys, tmp_path):
     checkpoint = run / "checkpoints" / "step_00000005"
     (shard,) = checkpoint.glob("*.safetensors")
     shard.write_bytes(getattr(pickles, kind))
@@ -98,11 +98,12 @@ def test_as_a_checkpoints_shard(run, pickles, kind, capsys, tmp_path):
         (checkpoint / name).write_bytes(pickles.torch if name.endswith(("pt", "bin")) else pickles.plain)
     for verb in (["evaluate"], ["generate", "prompt=def"], ["export", f"out={tmp_path / 'out'}"]):
         refused(capsys, 4, shard.name, verb[0], f"path={checkpoint}", *verb[1:])
-    assert cli.main(["inspect", f"path={run}"]) == 0, "it looks at no tensor, and unpickles none"
+    assert cli.main(["inspect", f"path={run}"]) == 0, "inspect reads no tensor and unpickles nothing"
 
 
-def test_as_a_checkpoint_that_a_run_starts_from(workplace, run, pickles):
-    """In the job's own ranks: continued, or for its weights; its shard, its manifest, and the run's own newest."""
+def test_a_pickle_in_the_checkpoint_that_a_run_starts_from_never_runs(workplace, run, pickles):
+    """The ranks of a job refuse it: as a checkpoint to resume, as initial weights, as a shard, as a manifest, and as
+    the run's own newest checkpoint."""
     checkpoint = run / "checkpoints" / "step_00000005"
     (shard,) = checkpoint.glob("*.safetensors")
     shard.write_bytes(pickles.torch)
@@ -118,7 +119,7 @@ def test_as_a_checkpoint_that_a_run_starts_from(workplace, run, pickles):
     assert "Traceback" not in done.stderr
 
 
-def test_as_a_manifest_a_config_or_a_record(run, pickles, capsys, tmp_path):
+def test_a_pickle_as_a_manifest_a_config_or_a_record_never_runs(run, pickles, capsys, tmp_path):
     manifest = run / "checkpoints" / "step_00000005" / "manifest.json"
     for content in (pickles.plain, pickles.torch):
         manifest.write_bytes(content)
@@ -130,8 +131,8 @@ def test_as_a_manifest_a_config_or_a_record(run, pickles, capsys, tmp_path):
     cli.main(["report", str(run)])
 
 
-def test_as_a_tokenizer(workplace, run, pickles, capsys, tmp_path):
-    """Of a run, and of a dataset that is to be prepared with it."""
+def test_a_pickle_as_a_tokenizer_never_runs(workplace, run, pickles, capsys, tmp_path):
+    """The tokenizer of a run, and one given to `prepare`."""
     model, meta = run / "tokenizer" / "tokenizer.model", run / "tokenizer" / "megatrain_tokenizer.json"
     whole = model.read_bytes()
     model.write_bytes(pickles.plain)
@@ -153,16 +154,15 @@ def test_as_a_tokenizer(workplace, run, pickles, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["card.json", "train.idx", "train.bin"])
-def test_as_a_part_of_a_dataset(workplace, pickles, capsys, tmp_path, name):
+def test_a_pickle_as_a_part_of_a_dataset_never_runs(workplace, pickles, capsys, tmp_path, name):
     folder = Path(shutil.copytree(workplace / "data" / "tiny", tmp_path / "data" / "tiny"))
     (folder / name).write_bytes(pickles.numpy)
     refused(capsys, 3, name, "inspect", f"path={folder}")
     refused(capsys, 3, name, *NATIVE, "run.name=none", f"run.dir={tmp_path}", f"data.dir={tmp_path / 'data'}")
 
 
-def test_as_the_source_of_a_dataset(workplace, pickles, capsys, tmp_path):
-    """Text, tables and Megatron's pairs are read as what they are; files that hold pickles by their name are no
-    source."""
+def test_a_pickle_as_the_source_of_a_dataset_never_runs(workplace, pickles, capsys, tmp_path):
+    """Text, tables and Megatron's pairs are parsed as their own format; files with a pickle's suffix are no source."""
     words = ["prepare", "data.name=x", f"data.dir={tmp_path / 'data'}", "tokenizer.vocab_size=300"]
     source = tmp_path / "source"
     source.mkdir()
@@ -184,7 +184,7 @@ def test_as_the_source_of_a_dataset(workplace, pickles, capsys, tmp_path):
     )
 
 
-def test_as_a_file_of_a_hugging_face_folder(workplace, trained, pickles, capsys, tmp_path):
+def test_a_pickle_in_a_hugging_face_folder_never_runs(workplace, trained, pickles, capsys, tmp_path):
     folder = Path(shutil.copytree(workplace / "pickles-hf", tmp_path / "hf"))
     words = ["import", f"path={folder}", f"out={tmp_path / 'out'}"]
     (folder / "training_args.bin").write_bytes(pickles.torch)

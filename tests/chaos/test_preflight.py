@@ -1,4 +1,4 @@
-"""What is wrong on one rank or node before training ends the job on all, with the host, the rank and what it is."""
+"""A fault that one rank or node finds before training ends the job everywhere and names the host, rank and cause."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small(**checkpoint):
 
 
 def look(world, folder, fault=None):
-    """What a rank is told; `fault` breaks something on rank 1."""
+    """Return the message that a rank gets; `fault` breaks something on rank 1."""
     if fault is not None and world.rank == 1:
         fault(world)
     folder.mkdir(exist_ok=True)
@@ -73,12 +73,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_on_one_rank_is_told_to_all(tmp_path, fault):
-    told = run_ranks(look, 3, tmp_path, fault)
-    assert told == [f"preflight: {FAULTS[fault]} (launch.preflight=false skips this)"] * 3
+def test_a_fault_on_one_rank_is_reported_on_all(tmp_path, fault):
+    messages = run_ranks(look, 3, tmp_path, fault)
+    assert messages == [f"preflight: {FAULTS[fault]} (launch.preflight=false skips this)"] * 3
 
 
-def test_what_is_measured(tmp_path):
+def test_preflight_measures_devices_disks_and_the_network(tmp_path):
     started = time.perf_counter()
     found = run_ranks(look, 2, tmp_path)[0]
     assert 0 < found["all_reduce_s"] < found["seconds"] < time.perf_counter() - started
@@ -87,7 +87,7 @@ def test_what_is_measured(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused_and_named(workplace):
+def test_a_disk_too_small_for_the_checkpoints_is_refused_by_name(workplace):
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk takes root")
     folder = workplace / "runs-small"
@@ -101,7 +101,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_and_named(workplace)
     assert "step " not in done.stderr
 
 
-def test_a_server_that_does_not_answer_is_only_warned_of(workplace):
+def test_a_server_that_does_not_answer_only_causes_a_warning(workplace):
     with socket.socket() as silent:  # accepts, and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -119,13 +119,13 @@ def test_a_server_that_does_not_answer_is_only_warned_of(workplace):
 @pytest.mark.parametrize(
     "uri", ["http://somebody:s3cret@localhost", "http://localhost:abc", "http://a b", "http://[::1"]
 )
-def test_an_address_that_is_none_is_only_warned_of_without_its_password(uri, caplog):
+def test_an_invalid_address_only_causes_a_warning_without_its_password(uri, caplog):
     module.check_server(uri)
     assert "does not answer" in caplog.text and "s3cret" not in caplog.text
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
-def test_a_server_gets_user_and_password_and_may_talk_nonsense(answer, caplog):
+def test_a_server_gets_user_and_password_and_may_answer_with_garbage(answer, caplog):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -145,7 +145,7 @@ def test_a_server_gets_user_and_password_and_may_talk_nonsense(answer, caplog):
     assert ("does not answer" in caplog.text) == answer.startswith(b"SSH")
 
 
-def test_a_server_that_drips_does_not_hold_up_the_start(monkeypatch, caplog):
+def test_a_server_that_answers_byte_by_byte_does_not_delay_the_start(monkeypatch, caplog):
     monkeypatch.setattr(module, "SERVER_S", 0.1)
     monkeypatch.setattr(module, "_asked", lambda uri: time.sleep(5))
     started = time.monotonic()

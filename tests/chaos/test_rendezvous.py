@@ -1,5 +1,4 @@
-"""Ranks that cannot meet, or should not: started as torchrun starts them, each ends with exit code 8 and says why, in
-time."""
+"""Ranks that cannot connect, or must not: started as by torchrun, each exits with code 8 and the reason, in time."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def start_rank(folder, rank, port, address="127.0.0.1", name="rendezvous", envir
 
 
 def end(process):
-    """Exit code and messages; a rank that hangs is killed."""
+    """Return exit code and messages; kill a rank that hangs."""
     try:
         return process.communicate(timeout=240)[1], process.returncode
     finally:
@@ -46,7 +45,7 @@ def free_port():
 
 @contextlib.contextmanager
 def listener():
-    """A port that somebody else has: who connects is never answered."""
+    """Listen on a port that belongs to another program, and answer no connection."""
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
@@ -57,7 +56,7 @@ def listener():
     ("rank", "what"),
     [(0, "taken"), (1, "somebody else's"), (0, "nobody comes"), (1, "nobody answers"), (1, "no route"), (1, "no name")],
 )
-def test_ranks_that_cannot_meet_say_so_in_time(workplace, rank, what):
+def test_ranks_that_cannot_connect_report_it_in_time(workplace, rank, what):
     address = {"no route": "192.0.2.1", "no name": "nowhere.invalid"}.get(what, "127.0.0.1")
     with listener() if what in ("taken", "somebody else's") else contextlib.nullcontext(free_port()) as port:
         started = time.monotonic()
@@ -69,8 +68,8 @@ def test_ranks_that_cannot_meet_say_so_in_time(workplace, rank, what):
     assert time.monotonic() - started < 200
 
 
-def test_ranks_with_other_versions_name_them(workplace, tmp_path):
-    """Another DeepSpeed lies first on rank 1's path; both end, before anything was trained."""
+def test_ranks_with_different_versions_name_them(workplace, tmp_path):
+    """Rank 1 finds another DeepSpeed first on its path; both ranks end before training."""
     other = tmp_path / "deepspeed-0.1.2.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.1.2\n")

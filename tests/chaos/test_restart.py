@@ -1,4 +1,4 @@
-"""Ranks that die, hang or crash again and again in a real job; the oracle is the run that nothing disturbed."""
+"""Ranks that die, hang or crash again and again in a real job; the oracle is an undisturbed run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ EVERY = 5
 
 
 def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed):
-    """SIGKILL of each rank in forward, backward, update, evaluation and while saving, one after the other in one
-    job."""
+    """One job survives SIGKILL of each rank in forward, backward, update, evaluation and during a save."""
     places = [(2, "forward"), (7, "backward"), (13, "update")]
     deaths = [fault(rank, step + rank, phase, "SIGKILL") for step, phase in places for rank in (0, 1)]
     deaths += [fault(0, 20, "evaluate", "SIGKILL"), fault(0, 25, "save", "SIGKILL")]
@@ -37,7 +36,7 @@ def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, u
     )
 
 
-def test_the_same_failure_at_the_same_step_ends_the_job_the_third_time(workplace):
+def test_the_third_identical_failure_at_the_same_step_ends_the_job(workplace):
     done = run_with(
         workplace,
         [fault(1, 8, "forward", "SIGSEGV", times=9)],
@@ -55,9 +54,10 @@ def test_the_same_failure_at_the_same_step_ends_the_job_the_third_time(workplace
     [("SIGSTOP", "is stopped (SIGSTOP)", "deepspeed"), ("sleep", "waits for no one", "native")],
 )
 def test_a_rank_that_hangs_is_named_and_the_job_restarted(workplace, do, says, engine, request):
-    """Detected within twice the limit, stacks and the collective of every rank written down, bit-identical end."""
+    """The hang is detected within twice the limit, every rank's stack and collective are recorded, and the run ends
+    bit-identical."""
     expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
-    limit = 8.0  # a busy machine was seen to stand still for 4 seconds
+    limit = 8.0  # a busy machine once stalled for 4 seconds
     name = f"hang-{do}"
     done = run_with(
         workplace,

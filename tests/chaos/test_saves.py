@@ -1,4 +1,4 @@
-"""Faults of checkpoints and of the disk they are on, in real processes."""
+"""Faults during saves and of the checkpoints' disk, in real processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
-    """A short one of `tools/kill_saves.py --n 1000`."""
+    """A short version of `tools/kill_saves.py --n 1000`."""
     command = [sys.executable, str(TOOLS / "kill_saves.py"), "--n", "30", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ PATIENCE = ["checkpoint.retry_wait_s=0.2", "checkpoint.retries=4"]
 
 @pytest.fixture
 def small_disk(workplace):
-    """The checkpoints' folder of the run `disk` on a disk of its own, with room for three of them."""
+    """Mount a disk with room for three checkpoints as the checkpoint folder of the run `disk`."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk takes root")
     folder = workplace / "runs" / "disk" / "checkpoints"
@@ -58,9 +58,9 @@ def wait_until(true, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk):
-    """Read-only for a while: saving is tried again, training goes on. Full for good: a clear end, the last checkpoint
-    whole; started again with room, the run ends as the undisturbed one."""
+def test_a_disk_that_fails_stops_training_only_if_it_keeps_failing(workplace, small_disk):
+    """While the disk is read-only, saving is retried and training continues. On a full disk the job ends with a clear
+    message and an intact last checkpoint; restarted with free space, it ends like the undisturbed run."""
     assert megatrain(workplace, *LONG, "run.name=whole").returncode == 0
     process = start(workplace, *LONG, *PATIENCE, "run.name=disk")
     saved = lambda kind="save": events(workplace, "disk", kind)  # noqa: E731
@@ -76,9 +76,9 @@ def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 8, stderr
     assert "5 saves in a row have failed (checkpoint.retries=4)" in stderr and "No space left on device" in stderr
-    assert len(metrics(workplace, "disk")) > saved("save_failed")[-5]["step"], "training went on meanwhile"
+    assert len(metrics(workplace, "disk")) > saved("save_failed")[-5]["step"], "training continued meanwhile"
     left = [path for path in small_disk.iterdir() if path != filler]
-    assert left and all(verify(path) for path in left), "what was saved is whole, and nothing partial is in the way"
+    assert left and all(verify(path) for path in left), "saved checkpoints are intact, and no partial one is left"
     filler.unlink()
     done = megatrain(workplace, *LONG, *PATIENCE, "run.name=disk")
     assert done.returncode == 0, done.stderr
@@ -86,8 +86,8 @@ def test_a_disk_that_fails_stops_nothing_until_it_stays_so(workplace, small_disk
     assert final_files(workplace, "disk") == final_files(workplace, "whole")
 
 
-def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undisturbed_native, tmp_path):
-    """A write, a flush and a rename of one rank fail once each; then every write of the other's, for good."""
+def test_a_disk_with_io_errors_stops_training_only_if_they_persist(workplace, undisturbed_native, tmp_path):
+    """One write, one flush and one rename of one rank fail; then every write of the other rank fails."""
     flag = tmp_path / "eio"
     words = [*TWO_NATIVE, "run.name=eio", "checkpoint.retry_wait_s=0.1", "checkpoint.retries=4"]
     environ = {**preloaded("eio.c", tmp_path), "EIO_PATH": ".writing", "EIO_FLAG": str(flag)}
@@ -105,7 +105,7 @@ def test_a_disk_that_answers_eio_stops_nothing_until_it_stays_so(workplace, undi
     assert [event["failures"] for event in failed][-5:] == [1, 2, 3, 4, 5]
     seen = metrics(workplace, "eio")
     same(seen, undisturbed_native[: len(seen)])
-    assert len(seen) > 35, "training went on meanwhile"
+    assert len(seen) > 35, "training continued meanwhile"
     left = list((workplace / "runs" / "eio" / "checkpoints").iterdir())
     assert max(left).name == "step_00000030" and all(verify(path) for path in left), left
     Path(f"{flag}.1").unlink()

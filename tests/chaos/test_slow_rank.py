@@ -1,4 +1,4 @@
-"""A rank that is slower than the others, in a real job: named, while the run stays what it is."""
+"""A rank that is slower than the others in a real job is named; the run's results do not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SLOW_FROM = 60
 
 
 def test_a_rank_slowed_by_30_percent_is_named_within_50_steps(workplace):
-    """Rank 1's process is stopped and continued all the time; nobody is named in the run whose ranks are alike."""
+    """Rank 1's process is repeatedly stopped and continued; in a run of equal ranks none is named."""
     assert run_with(workplace, [], *LONG, "run.name=alike").returncode == 0
     assert events(workplace, "alike", "slow_rank") == []
     slow = [fault(1, SLOW_FROM, "forward", "slow", by=0.3)]

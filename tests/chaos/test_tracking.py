@@ -26,7 +26,7 @@ def server(tmp_path):
 
 
 class Job:
-    """A training job of two ranks, tracked at `uri`, that waits at the beginning of each of `stops` to be let go on."""
+    """A training job of two ranks, tracked at `uri`, that pauses at the beginning of each step of `stops`."""
 
     def __init__(self, folder, name, uri, stops, faults):
         self.folder, self.name = folder, name
@@ -45,7 +45,7 @@ class Job:
         return (self.folder / f"{self.name}.txt").read_text()
 
     def log(self):
-        """What the helper process wrote down."""
+        """Return the helper process's log."""
         path = self.folder / "runs" / self.name / "logs" / "mlflow.log"
         return path.read_text() if path.exists() else ""
 
@@ -63,13 +63,13 @@ class Job:
         (self.folder / f"faults_{self.name}" / f"go_{step}").touch()
 
     def mlflow_run(self, mlflow):
-        """The job's run on the server, None before there is one. The server must answer."""
+        """Return the job's run on the server, None before it exists. The server must answer."""
         path = self.folder / "runs" / self.name / "mlflow.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         return mlflow.get_run(next(iter(known.values()))["run_id"]) if known else None
 
     def sent(self, mlflow):
-        """The last step that the server has."""
+        """Return the last step that the server has."""
         run = self.mlflow_run(mlflow)
         return run.data.metrics.get("progress/step", 0) if run else 0
 
@@ -77,9 +77,10 @@ class Job:
 def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record_once(
     workplace, undisturbed_native, server
 ):
-    """The server is killed, hangs, answers 500, returns and pauses, each at its own step.
+    """The server is killed, hangs, answers 500, comes back and pauses, each at its own step.
 
-    A rank is killed while the server fails and again after it returned, so some repeated steps are already there.
+    A rank is killed while the server is down and again after it came back, so the server already has some repeated
+    steps.
     """
     from mlflow.tracking import MlflowClient
 
@@ -109,13 +110,13 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
         server.signal(signal.SIGSTOP)
         so_far = job.log().count("Read timed out")
         job.go(25)
-        job.wait_at(31)  # on the way rank 0 is killed, and all are started again
+        job.wait_at(31)  # on the way rank 0 is killed, and all ranks restart
         job.wait_until(lambda: job.log().count("Read timed out") > so_far)
         server.signal(signal.SIGCONT)
         job.go(31)
         job.wait_at(34)
         job.wait_until(lambda: job.sent(mlflow) == 33)
-        job.go(34)  # and then rank 1, with steps done anew that the server has
+        job.go(34)  # then rank 1 is killed; the server already has some repeated steps
         assert job.process.wait(LIMIT_S) == 0, job.said()
     finally:
         job.process.kill()
@@ -147,4 +148,4 @@ def test_a_server_that_fails_in_every_way_disturbs_nothing_and_gets_every_record
     for tag, death, step in zip(sorted(tags), deaths, resumes, strict=True):
         assert tags[tag].startswith(f"SIGKILL of rank {death['rank']} on ")
         assert f" at step {death['step']}; from step {step} (" in tags[tag]
-    assert resumes[1] < 33, "steps were done anew that the server had"
+    assert resumes[1] < 33, "the job repeated steps that the server already had"

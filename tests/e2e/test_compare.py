@@ -1,4 +1,4 @@
-"""tools/bench/compare.py as a user calls it, with the peers that need nothing installed."""
+"""tools/bench/compare.py as a user calls it, with the peers that need no installation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 COMPARE = Path(__file__).parents[2] / "tools" / "bench" / "compare.py"
 SMALL = [
-    "--pairs=2", "--steps=6", "--warmup=2", "--threads=1", "--batch=2", "--micro-batch=1", "--seq-len=16", "--device=cpu",
+    "--pairs=2", "--steps=6", "--warmup=2", "--threads=1", "--batch=2", "--micro-batch=1", "--seq-len=16",
+    "--device=cpu",
     "model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "model.num_kv_heads=1", "model.ffn_size=32",
     "model.vocab_size=64", "tracking=none",
 ]  # fmt: skip
@@ -23,9 +24,8 @@ def compare(tmp_path, *words):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_two_rounds_against_the_bare_loop(tmp_path):
-    """Turns alternate; every figure of the JSON is there; the ratios are those of the turns; both train the same
-    model."""
+def test_two_rounds_are_compared_with_the_bare_loop(tmp_path):
+    """Turns alternate, the JSON has every figure, its ratios are those of the turns, and both train the same model."""
     done = compare(tmp_path, "--peers=bare-eager", "--markdown=-", *SMALL)
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((tmp_path / "out.json").read_text())
@@ -59,8 +59,8 @@ def test_two_rounds_against_the_bare_loop(tmp_path):
     assert done.stdout.count("| bare-eager |") == 2 and "commit" in done.stdout
 
 
-def test_what_is_missing_or_refused_is_said(tmp_path):
-    """A word that train refuses ends with 2 and train's message; an unknown peer with the peers there are."""
+def test_a_refused_key_and_an_unknown_peer_are_named(tmp_path):
+    """A key that train refuses ends with 2 and train's message; an unknown peer with the list of peers."""
     done = compare(tmp_path, "--peers=bare-eager", *SMALL, "train.stepz=1")
     assert done.returncode == 2 and "train.stepz" in done.stderr and "train.steps" in done.stderr
     done = compare(tmp_path, "--peers=nanogpt")

@@ -1,4 +1,4 @@
-"""The same command under somebody else's launcher, and a fault of the data that one rank of two meets."""
+"""The same command under torchrun, and a data fault that only one of two ranks meets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def values(folder, name):
 
 
 def processes_with(word: str) -> list[str]:
-    """Command lines of running processes that hold a word."""
+    """Return the command lines of running processes that contain a word."""
     lines = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -36,7 +36,7 @@ def processes_with(word: str) -> list[str]:
 
 
 def test_torchrun_trains_as_our_own_agent_does(workplace):
-    """Two ranks each way: every recorded number is equal, and only rank 0 writes the run's folder."""
+    """With two ranks each, every recorded number is equal, and only rank 0 writes the run folder."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatrain"]
     theirs = subprocess.run(
         [*torchrun, *SHORT, "run.name=torchrun", "launch.nproc_per_node=4", "train.micro_batch_size=1"],
@@ -55,14 +55,13 @@ def test_torchrun_trains_as_our_own_agent_does(workplace):
     assert sorted(path.name for path in logs.iterdir()) == ["rank_00000.log", "rank_00001.log"]
 
 
-def test_a_fault_of_the_data_that_one_rank_meets_ends_all_with_one_message(workplace):
-    """An id outside the vocabulary among rank 1's samples of step 3: exit code 3, the file and the byte, nobody
-    left."""
+def test_a_data_fault_on_one_rank_ends_all_ranks_with_one_message(workplace):
+    """Rank 1 meets an id outside the vocabulary in step 3: exit code 3, the file and the byte, no process left."""
     folder = workplace / "faulty" / "tiny"
     shutil.copytree(workplace / "data" / "tiny", folder)
     dataset = IndexedDataset.open(folder, "train", verify=False)
     order = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, 1234)
-    sample = 2 * 8 + 2  # step 3; of its samples two a rank in turn, so this one is rank 1's
+    sample = 2 * 8 + 2  # in step 3; ranks take two samples each in turn, so this one is rank 1's
     token = int(order.windows(np.array([sample]))[0]) * 32 + 7
     with (folder / "train.bin").open("r+b") as file:
         file.seek(2 * token)  # uint16

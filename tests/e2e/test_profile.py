@@ -1,4 +1,4 @@
-"""`profile=true`: the trace, the table, and that the run is the same to the bit."""
+"""`profile=true`: the trace, the table, and results that do not change by a bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PHASES = ("data", "exchange", "forward", "backward", "update")
 
 
 def spans(folder, name, rank):
-    """The complete events of a rank's trace."""
+    """Return the complete events of a rank's trace."""
     trace = json.loads(
         gzip.decompress((folder / "runs" / name / "profile" / f"trace_rank_{rank:05d}.json.gz").read_bytes())
     )
@@ -21,7 +21,7 @@ def spans(folder, name, rank):
 
 
 def check(folder, name, num_ranks, printed):
-    """Every rank's trace has the phases and a matrix product; the table's phases add up to the steps' own time."""
+    """Check that every trace has the phases and a matrix product, and that the table adds up to the steps' time."""
     for rank in range(num_ranks):
         found = spans(folder, name, rank)
         names = [event["name"] for event in found]
@@ -39,14 +39,14 @@ def check(folder, name, num_ranks, printed):
     assert set(milliseconds) == {*PHASES, "step"}
     assert sum(milliseconds[phase] for phase in PHASES) == pytest.approx(milliseconds["step"], abs=0.01)
     traced = [record["step_time_s"] * 1e3 for record in metrics(folder, name) if record["step"] in (6, 7, 8)]
-    # the table's also has what follows until the next step begins (the record, the trackers), but not the start of the
-    # tracing, which the first step's own time has
+    # the table's time also covers what follows a step (the record, the trackers) but not the start of tracing, which
+    # the first step's own time covers
     assert 0.75 * min(traced) <= milliseconds["step"] <= 1.5 * sum(traced) / 3 + 20
     assert "aten::mm" in table and "memory, MiB" in table
 
 
-def test_a_profiled_run_of_two_ranks_is_the_same_run(workplace, undisturbed):
-    """DeepSpeed, ZeRO-3, two ranks: a trace each, one table, and all records of a run without."""
+def test_profiling_two_deepspeed_ranks_changes_no_record(workplace, undisturbed):
+    """With DeepSpeed and ZeRO-3, two ranks write a trace each and one table; records equal those without a profile."""
     done = megatrain(workplace, *TRAIN, "run.name=profiled", "launch.nproc_per_node=2", "profile=true")
     assert done.returncode == 0, done.stderr
     same(metrics(workplace, "profiled"), undisturbed)
@@ -54,7 +54,7 @@ def test_a_profiled_run_of_two_ranks_is_the_same_run(workplace, undisturbed):
 
 
 def test_profiling_changes_no_bit_of_the_native_engine(workplace):
-    """The same, native; the run without has no such folder, and a resume may ask for a profile."""
+    """Records equal those without a profile; a run without one has no profile folder; a resume may add a profile."""
     words = [*TRAIN, "engine=native", "train.steps=10", "train.eval_every=0"]
     for name, asked in (("plain", "false"), ("traced", "true")):
         done = megatrain(workplace, *words, f"run.name={name}", f"profile={asked}")

@@ -1,4 +1,4 @@
-"""The quickstart's own story, shortened: it prepares, trains, is stopped and resumes, scores, samples and reports."""
+"""The quickstart, shortened: it prepares, trains, stops and resumes, scores, samples and reports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "tools" / "quickstart.py"
 
 
-def test_the_quickstart_does_what_it_says(tmp_path):
-    """One run folder with a start, a signal, a resume and an end; the scores beside the compressors'; everything
-    named."""
+def test_the_quickstart_runs_every_step_that_it_announces(tmp_path):
+    """One run folder has a start, a signal, a resume and an end; the output has the scores beside the compressors' and
+    names every result."""
     short = ["train.steps=30", "optim.warmup_steps=5", "train.eval_every=0", "train.eval_steps=1"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *short], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False

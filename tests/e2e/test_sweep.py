@@ -19,12 +19,12 @@ POINTS = ["model.num_layers=1,2", "optim.lr=1e-3,1e-2"]
 
 @pytest.fixture
 def folder(workplace, tmp_path):
-    """A folder of this test's own, with the shared dataset."""
+    """Return a new folder with the shared dataset."""
     (tmp_path / "data").symlink_to(workplace / "data")
     return tmp_path
 
 
-def test_one_failing_point_does_not_end_the_others_and_the_same_command_goes_on(folder):
+def test_a_failing_point_does_not_end_the_others_and_the_same_command_continues(folder):
     command = [*SHORT, "--multirun", *POINTS, "run.name=scan"]
     names = [f"scan-num_layers{layers}-lr{lr}" for layers in (1, 2) for lr in ("0.001", "0.01")]
     other_job = Ownership.take(folder / "runs" / names[1])
@@ -59,22 +59,22 @@ def test_one_failing_point_does_not_end_the_others_and_the_same_command_goes_on(
 
 
 def until_step(process, folder, name, step):
-    """Waits until a run has written this step down."""
+    """Wait until a run has recorded this step."""
     deadline = time.monotonic() + 120
     while len(metrics(folder, name)) < step:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 
-def test_a_killed_sweep_takes_its_point_with_it_a_signal_saves_and_the_same_command_goes_on(folder):
+def test_a_killed_or_stopped_sweep_ends_its_point_and_the_same_command_continues(folder):
     command = [*SHORT, "train.steps=200", "train.eval_every=0", "-m", "seed=1,2", "run.name=stops"]
     process = start(folder, *command)
     until_step(process, folder, "stops-seed1", 7)
     process.kill()
-    process.communicate(timeout=60)  # until nobody holds its output any more
+    process.communicate(timeout=60)  # until no process holds its output
     killed_at = len(metrics(folder, "stops-seed1"))
     assert killed_at < 200
-    Ownership.take(folder / "runs" / "stops-seed1").release()  # its owner is gone
+    Ownership.take(folder / "runs" / "stops-seed1").release()  # as if its owner had ended
 
     process = start(folder, *command)
     until_step(process, folder, "stops-seed1", killed_at + 7)

@@ -19,7 +19,7 @@ def wait_for(folder, name, steps, process):
 
 
 def test_a_run_writes_what_it_promises(workplace, undisturbed):
-    """One record a step with every key, the run's files, and a checkpoint at the end; old ones are retired."""
+    """A run writes one record a step with every key, its files and a last checkpoint, and retires old checkpoints."""
     assert [record["step"] for record in undisturbed] == list(range(1, 41))
     keys = {"loss", "grad_norm", "lr", "tokens", "updated", "step_time_s", "tokens_per_s", "mfu", "batch_hash"}
     assert all(keys <= record.keys() for record in undisturbed)
@@ -33,8 +33,8 @@ def test_a_run_writes_what_it_promises(workplace, undisturbed):
 
 
 def test_a_killed_run_continues_bit_for_bit(workplace, undisturbed):
-    """SIGKILL of the agent ends its workers too; the same command continues, and every record is the undisturbed
-    one's."""
+    """SIGKILL of the agent ends its workers too; the same command continues, and every record equals the undisturbed
+    run's."""
     words = [*TRAIN, "run.name=killed", "launch.nproc_per_node=2"]
     process = start(workplace, *words)
     wait_for(workplace, "killed", 13, process)
@@ -48,12 +48,12 @@ def test_a_killed_run_continues_bit_for_bit(workplace, undisturbed):
     same(metrics(workplace, "killed"), undisturbed)
     resumed = events(workplace, "killed", "resume")[0]["step"]
     cut = list((workplace / "runs" / "killed").glob("metrics.cut-*.jsonl"))
-    assert bool(cut) == (seen > resumed), "what lay beyond the checkpoint is kept aside"
+    assert bool(cut) == (seen > resumed), "records beyond the checkpoint are kept aside"
 
 
 def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, undisturbed):
-    """Begun as ZeRO-3 on two ranks, continued as ZeRO-1 on one and ended by the native engine: the same samples, the
-    losses within 1e-5."""
+    """A run that begins as ZeRO-3 on two ranks, continues as ZeRO-1 on one and ends on the native engine reads the same
+    samples; its losses agree within 1e-5."""
     words = [*TRAIN, "run.name=moved"]
     process = start(workplace, *words, "launch.nproc_per_node=2")
     wait_for(workplace, "moved", 12, process)
@@ -71,7 +71,7 @@ def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_with_75(workplace, undisturbed, number):
+def test_a_signal_saves_and_ends_with_75(workplace, undisturbed, number):
     """The signal stops all ranks at the same step, no step is lost, and the same command continues bit for bit."""
     name = f"stopped_{number.name}"
     words = [*TRAIN, f"run.name={name}", "launch.nproc_per_node=2"]
@@ -94,8 +94,8 @@ def test_a_finished_run_has_nothing_to_do(workplace, undisturbed):
 
 
 def test_going_back_to_an_earlier_checkpoint_leaves_one_history(workplace):
-    """From step 10 back to 5 and cut short there: the plain command goes on from 5, every step once and in order, and
-    what was left behind is kept aside."""
+    """A run goes back from step 10 to 5 and is interrupted: the plain command continues from 5, every step is recorded
+    once and in order, and the replaced records are kept aside."""
     words = [*TRAIN, "run.name=rewound", "engine=native", "train.eval_steps=1"]
     assert megatrain(workplace, *words, "train.steps=10").returncode == 0
     run = workplace / "runs" / "rewound"
@@ -123,7 +123,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("words", "code", "message"), REFUSALS)
 def test_mistakes_get_one_clear_message(workplace, undisturbed, words, code, message):
-    """The exit code of the mistake's kind, one message that names it, no stack trace, nothing changed on disk."""
+    """A mistake gives its exit code and one message that names it, no stack trace, and changes nothing on disk."""
     before = sorted((workplace / "runs" / "undisturbed" / "checkpoints").rglob("*"))
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2", *words)
     assert done.returncode == code, done.stderr
@@ -134,8 +134,8 @@ def test_mistakes_get_one_clear_message(workplace, undisturbed, words, code, mes
 
 
 def test_any_layout_of_either_engine_trains_the_same_run(workplace, undisturbed):
-    """Tensor x pipeline ranks, killed and continued by data x context ranks, then by DeepSpeed's tensor ranks: the same
-    samples to the hash, the losses of the undisturbed run within 1e-5, evaluation too."""
+    """A run of tensor x pipeline ranks is killed and continued by data x context ranks, then by DeepSpeed's tensor
+    ranks: the same batch hashes; losses and held-out losses within 1e-5 of the undisturbed run."""
     words = [*TRAIN, "run.name=split"]
     native = [*words, "engine=native", "launch.nproc_per_node=4"]
     process = start(workplace, *native, "parallel.tp=2", "parallel.pp=2")

@@ -26,7 +26,7 @@ def run(*command: object, cwd: Path, **environ: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel that pip builds from a copy of the sources (a build leaves files beside them)."""
+    """Return the wheel that pip builds from a copy of the sources (a build leaves files beside them)."""
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """A fresh environment with the wheel alone; its dependencies are this environment's."""
+    """Return a fresh environment with only the wheel; its dependencies are this environment's."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"

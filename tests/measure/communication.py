@@ -1,10 +1,10 @@
-"""Counts what the ranks of a layout communicate in one optimizer step and prints it beside the theory, as a table.
+"""Count what the ranks of a layout communicate in one optimizer step, and print a table beside the theory.
 
     python tests/measure/communication.py
     python tests/measure/communication.py --only deepspeed
 
-The layouts are those of tests/parity/test_communication.py, on small models in fp32 over gloo. All ranks are compared, the
-table shows rank 0. Exit code 1 where a count is not the theory's.
+The layouts are those of tests/parity/test_communication.py, on small models in fp32 over gloo. All ranks are compared;
+the table shows rank 0. The exit code is 1 if a count differs from the theory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatrain.planner.communication import Traffic, step_traffic
 
 
 def main() -> int:
-    """Run the layouts that were asked for; 1 where one differs from the theory."""
+    """Run the requested layouts; return 1 if one differs from the theory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="layouts whose row has this text in its name")
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def rows(counted: dict[Kind, Count], theory: list[Traffic]) -> list[str]:
-    """A line for each group, collective and dtype; an axis is named by every reason that uses it."""
+    """Return a line for each group, collective and dtype; an axis is named by every reason that uses it."""
     reasons: dict[Kind, list[Traffic]] = defaultdict(list)
     for part in theory:
         reasons[Kind(part.collective, part.members, part.dtype)].append(part)

@@ -1,9 +1,9 @@
-"""Prints what ranks hold, summed from their tensors, beside the formula of megatrain/parallel/memory.py, as a table.
+"""Print a table of the memory that ranks hold, summed from their tensors, beside the formula of megatrain/planner.
 
     python tests/measure/memory.py
 
-The layouts are those of tests/parity/test_memory.py, which holds the deviations within bounds. A cell is the bytes of the
-rank that holds most, and the largest deviation of the formula over all ranks.
+The layouts are those of tests/parity/test_memory.py, which bounds the deviations. A cell has the bytes of the rank that
+holds most, and the largest deviation of the formula over all ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations")
 
 
 def main() -> None:
-    """One line a layout."""
+    """Print one line a layout."""
     print("| ranks | model, layout | " + " | ".join(KINDS) + " |")
     print("| ---: | --- | " + "---: | " * len(KINDS))
     for world, changes in CASES:
@@ -37,8 +37,8 @@ def main() -> None:
         for kind in KINDS:
             off = [getattr(memory, kind) / rank[kind] - 1 for rank, memory in zip(held, formula, strict=True)]
             cells.append(f"{max(rank[kind] for rank in held):,} ({max(off, key=abs):+.1%})")
-        told = [f"{key}={changes[key]}" for key in ("cp_kind", "dp_replicate", "recompute") if key in changes]
-        name = " ".join([changes.get("family", "llama"), layout.describe(), *told])
+        parts = [f"{key}={changes[key]}" for key in ("cp_kind", "dp_replicate", "recompute") if key in changes]
+        name = " ".join([changes.get("family", "llama"), layout.describe(), *parts])
         print(f"| {world} | {name} | {' | '.join(cells)} |", flush=True)
 
 

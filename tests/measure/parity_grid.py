@@ -1,10 +1,10 @@
-"""Compares every legal layout with one process, on CPU in fp32, and prints a table of the deviations.
+"""Compare every legal layout with one process, on CPU in fp32, and print a table of the deviations.
 
     python tests/measure/parity_grid.py --world 2 4 --family gpt2
     python tests/measure/parity_grid.py --world 8 --sample 40
 
-The cells come from the table of layouts; a cell is what tests/parity/test_layouts.py runs: ten steps with unevenly many
-ignored labels. Exit code 1 where a cell deviates, fails or hangs.
+The cells come from the table of layouts. A cell is what tests/parity/test_layouts.py runs: ten steps with an uneven
+number of ignored labels. The exit code is 1 if a cell deviates, fails or hangs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from megatrain.planner.candidates import Axes, judge
 
 
 def cells(world: int, compiled: bool = False) -> list[dict[str, Any]]:
-    """Every legal combination of the axes on so many ranks, as arguments of `layout_job`. Hybrid sharding in two groups."""
+    """Return every legal combination of the axes on `world` ranks as arguments of `layout_job`.
+
+    Hybrid sharding uses two groups.
+    """
     job = layout_job(compile=compiled)
     found = []
     for engine in ("native", "deepspeed"):
@@ -48,7 +51,7 @@ def cells(world: int, compiled: bool = False) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Run the cells that were asked for; 1 where any is not as it should be."""
+    """Run the requested cells; return 1 if any is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default 1 2 4)")
     parser.add_argument("--family", nargs="+", choices=("llama", "gpt2"), default=["llama", "gpt2"])

@@ -1,5 +1,6 @@
-"""A Slurm of four nodes for the tests of this folder. They skip where there is none, unless
-MEGATRAIN_REQUIRE_SLURM=1."""
+"""A Slurm cluster of four nodes for the tests of this folder.
+
+Without Slurm the tests skip, unless MEGATRAIN_REQUIRE_SLURM=1."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expected(workplace):
-    """The metrics of the same job as two local ranks that nothing disturbed; the run is called `expected`."""
+    """Return the metrics of the same job on two local ranks, undisturbed; the run is called `expected`."""
     from support.commands import megatrain, metrics
     from support.jobs_on_slurm import JOB
 

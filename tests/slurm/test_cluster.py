@@ -1,4 +1,4 @@
-"""The cluster that the other tests stand on."""
+"""The cluster that the other tests of this folder use."""
 
 
 def test_nodes_have_names_and_process_trees_of_their_own_and_can_be_powered_off(cluster, tmp_path):

@@ -1,5 +1,4 @@
-"""Jobs on a real Slurm: two nodes, a rank on each; the oracle is the same run on this machine that nothing
-disturbed."""
+"""Jobs on a real Slurm: two nodes, one rank on each; the oracle is the same run on this machine, undisturbed."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from support.faults import fault, injected
 from support.jobs_on_slurm import JOB, SCRIPT, Job
 
 
-def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplace, expected):
+def test_a_submitted_job_gives_the_records_of_a_local_run(cluster, workplace, expected):
     out = workplace / "nodes.out"
     words = ["launch=slurm", "launch.num_nodes=2", "launch.time=20", f"launch.sbatch_options=['--output={out}']"]
     asked = [*JOB, "run.name=nodes", *words]
@@ -30,7 +29,7 @@ def test_a_job_submitted_by_the_command_is_the_run_on_one_node(cluster, workplac
     assert final_files(workplace, "nodes") == final_files(workplace, "expected")
 
 
-def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplace):
+def test_a_mistake_ends_the_job_with_its_code_and_is_reported_once(cluster, workplace):
     job = Job(cluster, workplace, "mistake", "data.name=none_such")
     assert job.wait() == "FAILED", job.log
     found = cluster.job(job.number)
@@ -41,7 +40,7 @@ def test_a_mistake_ends_the_job_with_its_code_and_is_said_once(cluster, workplac
     assert "launch.num_nodes=3, but Slurm gave this job step 2 nodes (n[1-2])" in wrong.log
 
 
-def test_machines_that_fail_again_and_again_are_not_requeued_for_ever(cluster, workplace):
+def test_a_job_whose_machines_keep_failing_is_not_requeued_forever(cluster, workplace):
     job = Job(cluster, workplace, "no-gpu", "launch.device=cuda", faults={"MEGATRAIN_MAX_FAULTS": "1"})
     assert job.wait() == "FAILED", job.log
     found = cluster.job(job.number)
@@ -49,7 +48,7 @@ def test_machines_that_fail_again_and_again_are_not_requeued_for_ever(cluster, w
     assert job.log.count("a fault of the machines; requeued") == 1 and "as in the 1 starts before" in job.log
 
 
-def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, workplace):
+def test_each_array_task_is_a_run_and_the_profile_sets_the_number_of_ranks(cluster, workplace):
     profile = workplace / "site.sh"
     profile.write_text(
         "export SBATCH_TIMELIMIT=7\nMEGATRAIN_RANKS_PER_NODE=2\nmegatrain_setup() { export OMP_NUM_THREADS=1; }\n"
@@ -67,8 +66,8 @@ def test_an_array_is_a_run_a_task_and_a_profile_says_how_many_ranks(cluster, wor
         assert f"\nseed: {task}\n" in (workplace / "runs" / f"array-{task}" / "config.yaml").read_text()
 
 
-def test_a_sweep_is_a_job_a_point_under_one_mlflow_run(cluster, workplace):
-    """Submitted again, what is in the queue stays there, and what is done is left alone."""
+def test_each_point_of_a_sweep_is_a_job_under_one_mlflow_run(cluster, workplace):
+    """Submitting again leaves queued points in the queue and finished points alone."""
     from mlflow.tracking import MlflowClient
 
     environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"], "MLFLOW_TRACKING_URI": ""}
@@ -110,7 +109,7 @@ def test_usr1_saves_and_requeues_and_no_step_is_lost(cluster, workplace, expecte
     assert logged == [(step,) for step in range(1, 41)], "every step once"
 
 
-def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workplace, expected):
+def test_an_operators_requeue_continues_the_run_and_scancel_ends_it(cluster, workplace, expected):
     job = Job(cluster, workplace, "again")
     job.wait_for_step(7)
     cluster.command("scontrol", "requeue", job.number)
@@ -128,7 +127,7 @@ def test_an_operators_requeue_goes_on_and_scancel_ends_for_good(cluster, workpla
 
 def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, workplace, expected):
     deaths = [fault(1, 8, "backward", "SIGKILL"), fault(0, 23, "forward", "SIGKILL")]
-    copies = ["checkpoint.every=1000", "checkpoint.memory_every=2"]  # each node's ranks go on from its own memory
+    copies = ["checkpoint.every=1000", "checkpoint.memory_every=2"]  # each node's ranks continue from its own memory
     job = Job(cluster, workplace, "rank-killed", *copies, faults=injected(workplace, "rank-killed", deaths))
     assert job.wait() == "COMPLETED", job.log
     assert cluster.job(job.number)["Restarts"] == "0"
@@ -142,7 +141,7 @@ def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, wo
     assert all(0 < at - event["step"] <= 4 for at, event in zip((8, 23), resumes, strict=True))
 
 
-def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workplace, expected):
+def test_all_nodes_find_a_hang_on_one_node_and_name_the_culprit(cluster, workplace, expected):
     stopped = injected(workplace, "hangs", [fault(1, 8, "backward", "SIGSTOP")])
     job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=10", faults=stopped)
     assert job.wait() == "COMPLETED", job.log
@@ -159,7 +158,7 @@ def test_a_hang_on_one_node_is_found_by_all_and_the_culprit_named(cluster, workp
     ("which", "saves"), [("n2", []), ("n1", ["checkpoint.every=1000", "checkpoint.memory_every=2"])]
 )
 def test_a_node_powered_off_is_requeued_and_never_reported_completed(cluster, workplace, expected, which, saves):
-    """With copies in memory, the node that is left brings its own part and the lost node's to the disk."""
+    """With copies in memory, the surviving node writes its own part and the lost node's to disk."""
     name = f"power-{which}"
     job = Job(cluster, workplace, name, *saves)
     job.wait_for_step(8)
