@@ -1,8 +1,8 @@
-"""A real Slurm of a few nodes on this machine, for the tests: started as root, without systemd or cgroups.
+"""A real Slurm cluster of a few nodes on this machine, for the tests: started as root, without systemd or cgroups.
 
-Every node is one slurmd in its own host name, mount and process namespace, so that killing the namespace's first
-process is what pulling a node's plug is to the others. Everything lives in one folder, and every process dies with the
-one that started it, whatever kills that. Nothing is installed here: `missing()` says what is not there.
+Every node is one slurmd in its own host name, mount and process namespace, so killing the namespace's first process
+looks like a power cut to the other nodes. Everything lives in one folder, and every process dies with the process that
+started it, even after SIGKILL. Nothing is installed here: `missing()` names what is not installed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETTINGS = {
     "SlurmdTimeout": SILENT_NODE_S,
     "InactiveLimit": 0,
     "KillWait": 20,  # seconds from TERM to KILL: a save of the test's job on a busy machine fits
-    "MinJobAge": 3600,  # ended jobs stay to be asked about
+    "MinJobAge": 3600,  # ended jobs can still be queried
     "PropagateResourceLimits": "NONE",
 }
 
@@ -58,7 +58,7 @@ slurmd -D -N "$1" -f "$2/slurm.conf" & wait $!
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, in one line; None where one can."""
+    """Return in one line why no cluster can be started here, or None."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"no Slurm here ({', '.join(absent)} missing); Debian: slurmctld slurmd slurm-client munge"
@@ -66,10 +66,10 @@ def missing() -> str | None:
 
 
 def wait_until(condition, seconds: float, what: str):
-    """The first true value of `condition()`."""
+    """Return the first true value of `condition()`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"timed out after {seconds:g} s: {what}"
         time.sleep(0.1)
     return value
 
@@ -97,24 +97,24 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nodes first, so that nobody is left to complain; SIGKILL, for the folder goes too."""
+        """Stop the nodes first, so that none reports a lost controller; use SIGKILL, because the folder is removed."""
         for name in reversed(list(self._processes)):
             self._kill(name)
 
     # ------------------------------------------------------------------------------------------------ nodes
 
     def power_on(self, name: str) -> None:
-        """Start a node; it takes jobs once the controller has heard of it."""
+        """Start a node; it takes jobs once it has registered with the controller."""
         (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
         namespaces = ("unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
         self._start(name, *namespaces, "bash", "-c", NODE, "node", name, str(self.folder))
 
     def power_off(self, name: str) -> None:
-        """Every process of a node is gone at once, slurmd included."""
+        """Kill every process of a node at once, slurmd included."""
         self._kill(name)
 
     def wait_idle(self, seconds: float = 60.0) -> None:
-        """Until every node waits for work."""
+        """Wait until every node is idle."""
 
         def states() -> list[str]:
             return self.command("sinfo", "-h", "-N", "-o", "%T", check=False).split()
@@ -124,7 +124,7 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------ commands
 
     def command(self, *words: str, check: bool = True, cwd: Path | None = None, **environ: str) -> str:
-        """What one of Slurm's commands prints, both streams."""
+        """Return what one of Slurm's commands prints on both streams."""
         done = subprocess.run(
             words,
             cwd=cwd,
@@ -139,7 +139,7 @@ class Cluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller knows of a job: `JobState`, `Restarts`, `ExitCode` and so on."""
+        """Return the controller's record of a job: `JobState`, `Restarts`, `ExitCode` and so on."""
         text = self.command("scontrol", "--oneliner", "show", "job", number)
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
@@ -206,7 +206,7 @@ def _die_with_parent() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on now."""
+    """Return TCP ports that no process listens on now."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

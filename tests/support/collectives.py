@@ -1,4 +1,4 @@
-"""Counts what a rank really communicates: every collective and message, beneath both engines and all libraries.
+"""Count what a rank really communicates: every collective and message, below both engines and all libraries.
 
 FSDP2, DTensor, torch's pipelines and DeepSpeed all end in the operators of `c10d` and `_c10d_functional`, which a
 dispatch mode sees in the forward and, on a CPU, in the backward pass. An operator that is not in `PAYLOADS` is an
@@ -82,7 +82,7 @@ SILENT = (
 
 
 class Kind(NamedTuple):
-    """What is counted together: a collective over a group's ranks (in rank order), of a dtype."""
+    """The key of a count: a collective, its group's ranks (in rank order) and a dtype."""
 
     collective: str
     members: tuple[int, ...]
@@ -90,14 +90,14 @@ class Kind(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Calls, and bytes of payload as `megatrain.planner.communication` defines them."""
+    """Number of calls, and bytes of payload as `megatrain.planner.communication` defines them."""
 
     calls: int
     num_bytes: int
 
 
 class CountTraffic(TorchDispatchMode):
-    """Counts, while entered, this process's collectives and messages into `counts`."""
+    """A context that counts this process's collectives and messages in `counts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class CountTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor takes its turn, and what it communicates comes by here
+            return NotImplemented  # let DTensor dispatch; its communication comes back here
         result = func(*args, **(kwargs or {}))
         if getattr(func, "namespace", None) in NAMESPACES:
             name = f"{func.namespace}.{func._overloadpacket.__name__}"
@@ -122,7 +122,7 @@ class CountTraffic(TorchDispatchMode):
             group = dist.distributed_c10d._resolve_process_group(given["group_name"])
         members = tuple(sorted(dist.get_process_group_ranks(group)))
         if len(members) == 1:
-            return  # nobody to talk to
+            return  # a group of one rank communicates nothing
         tensors = list(_tensors(result if payload == RESULT else args[payload]))
         kind = Kind(collective, members, str(tensors[0].dtype).removeprefix("torch."))
         calls, num_bytes = self.counts[kind]
@@ -139,7 +139,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def expected(traffic: Iterable[Traffic]) -> dict[Kind, Count]:
-    """The theory, added up as `CountTraffic` counts."""
+    """Return the theory's traffic, added up as `CountTraffic` counts."""
     counts: dict[Kind, Count] = defaultdict(lambda: Count(0, 0))
     for part in traffic:
         kind = Kind(part.collective, part.members, part.dtype)
@@ -149,9 +149,9 @@ def expected(traffic: Iterable[Traffic]) -> dict[Kind, Count]:
 
 
 def second_step(world: Any, config: TrainConfig, zero3: Zero3Settings, profiled: bool = False) -> Any:
-    """Runs two optimizer steps on this rank and returns what the second communicated, as `CountTraffic.counts`.
+    """Run two optimizer steps on this rank and return what the second communicated, as `CountTraffic.counts`.
 
-    With `profiled`, also what torch's profiler saw of a third: how often gloo was asked for what.
+    With `profiled`, also return how often torch's profiler saw each gloo operation in a third step.
     """
     _set_zero3(zero3)
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
@@ -160,7 +160,7 @@ def second_step(world: Any, config: TrainConfig, zero3: Zero3Settings, profiled:
         mine = batches(config, number, layout.dp_rank(world.rank), layout.dp)
         engine.train_step(mine, config.optim.lr, number)
 
-    step(1)  # DeepSpeed's ZeRO 3 learns the order of the parameters in it, and pipelines agree on shapes
+    step(1)  # in it DeepSpeed's ZeRO-3 records the order of the parameters, and pipelines agree on shapes
     with CountTraffic() as counter:
         step(2)
     if not profiled:
@@ -172,7 +172,7 @@ def second_step(world: Any, config: TrainConfig, zero3: Zero3Settings, profiled:
 
 
 def _set_zero3(settings: Zero3Settings) -> None:
-    """Give DeepSpeed these settings in this process, which the command offers no keys for."""
+    """Give DeepSpeed in this process settings that have no config key."""
     if settings == Zero3Settings():
         return
     original = megatrain.engine.deepspeed.deepspeed_config
@@ -221,7 +221,7 @@ CELLS: list[tuple[int, dict[str, Any]]] = [
 
 
 def cell(changes: dict[str, Any]) -> tuple[TrainConfig, Zero3Settings]:
-    """The job of a cell, four sequences a micro-batch unless it says otherwise."""
+    """Return the job of a cell, with four sequences a micro-batch by default."""
     rest = dict(changes)
     zero3 = Zero3Settings(**{key: rest.pop(key) for key in asdict(Zero3Settings()) if key in rest})
     precision, reduce_dtype = rest.pop("precision", "fp32"), rest.pop("reduce_dtype", "fp32")

@@ -57,7 +57,10 @@ def same(records, expected, keys=("step", "loss", "grad_norm", "lr", "tokens", "
 
 
 def final_files(folder, name):
-    """Checksums of the last checkpoint's files: equal where all tensors are, to the bit (for one layout and engine)."""
+    """Return checksums of the last checkpoint's files.
+
+    For one layout and engine they are equal exactly if all tensors are bit-equal.
+    """
     last = max((folder / "runs" / name / "checkpoints").glob("step_*"))
     manifest = json.loads((last / "manifest.json").read_text())
     return manifest["step"], {file: recorded["xxh3"] for file, recorded in manifest["files"].items()}

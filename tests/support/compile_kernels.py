@@ -1,7 +1,7 @@
-"""Compiles every fused kernel for an H100 as its operation would launch it, down to machine code; needs no GPU.
+"""Compile every fused kernel for an H100 as its operation would launch it, down to machine code, without a GPU.
 
-A program of its own (test_compiles.py runs it), for where the interpreter is on, nothing can be compiled. It takes a
-dtype, and prints a line for each kernel and set of constants.
+This is a separate program, run by test_compiles.py, because nothing can be compiled while the interpreter is on. It
+takes a dtype and prints a line for each kernel and set of constants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILED: set[str] = set()
 
 
 def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Stands in for `support.launch`."""
+    """Compile a kernel in place of `support.launch`."""
     options = {"num_warps": constants.pop("num_warps")}
     signature = {}
     for name, value in zip(kernel.arg_names, args, strict=False):

@@ -1,4 +1,4 @@
-"""How much memory four ranks take while ZeRO-3 constructs a model; prints JSON. Run by test_conformance.py."""
+"""Print as JSON how much memory four ranks take while ZeRO-3 constructs a model. Run by test_conformance.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.ranks import run_ranks
 
 
 def construct(world, config):
-    """Bytes a rank takes at its peak while ZeRO-3 constructs a model, and bytes of parameters it keeps."""
+    """Return a rank's peak bytes while ZeRO-3 constructs a model, and the bytes of parameters it keeps."""
     from megatrain.engine.deepspeed import DeepSpeedEngine
     from megatrain.engine.deepspeed_config import deepspeed_config, start_deepspeed
 
@@ -41,7 +41,7 @@ def _resident(field="VmRSS"):
 
 
 if __name__ == "__main__":
-    # large enough that what a fork copies while it works does not decide
+    # large enough that the pages which a fork copies do not matter
     model = llama(num_layers=28, hidden_size=512, head_size=None, num_heads=8, ffn_size=1536)
     config = job(model=model)
     config.parallel.zero = 3

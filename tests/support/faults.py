@@ -15,7 +15,7 @@ def fault(rank, step, phase, do, times=1, by=None):
 
 
 def injected(folder, name, faults):
-    """The environment in which the ranks of run `name` fail as the `faults` say, each so many times over all starts."""
+    """Return the environment in which ranks of run `name` fail as `faults` says, counted over all starts."""
     done = folder / f"faults_{name}"
     done.mkdir(exist_ok=True)
     paths = [str(Path(__file__).parent / "inject"), os.environ.get("PYTHONPATH")]
@@ -27,13 +27,14 @@ def injected(folder, name, faults):
 
 
 def run_with(folder, faults, *words, environ=None):
-    """`megatrain` in `folder`, its ranks failing as the `faults` say."""
+    """Run `megatrain` in `folder` with ranks that fail as `faults` says."""
     name = next(word.partition("=")[2] for word in words if word.startswith("run.name="))
     return megatrain(folder, *words, environ={**injected(folder, name, faults), **(environ or {})}, timeout=480)
 
 
 def preloaded(source, folder):
-    """The environment that has every process of a job use the C functions of `inject/<source>` before the system's."""
+    """Return the environment in which every process of a job calls the C functions of `inject/<source>` instead of the
+    system's."""
     library = folder / Path(source).with_suffix(".so").name
     source = Path(__file__).parent / "inject" / source
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)

@@ -1,7 +1,7 @@
-"""How every fused operation is tested: against float64, against PyTorch's own error, as an operator, and twice.
+"""Checks of every fused operation: against float64, against PyTorch's own error, as an operator, and repeated.
 
-Without a GPU Triton's interpreter runs the kernels, a NumPy call for each of their operations: few rows, then. With
-one, the same tests run them compiled.
+Without a GPU Triton's interpreter runs the kernels with a NumPy call for each operation, so the inputs have few rows.
+With a GPU the same tests run the compiled kernels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """float64 on the CPU, a function of shape and seed."""
+    """Return float64 values on the CPU that depend only on shape and seed."""
     generator = torch.Generator().manual_seed(seed * 1000 + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest exact value: norm-wise, for elements near 0 have no relative precision."""
+    """Return the largest difference over the largest exact value, because elements near 0 have no relative precision."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if exact.numel() == 0:
         return 0.0
@@ -35,7 +35,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def values_and_gradients(function: Callable[..., Any], inputs: Sequence[Any], gs: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs, then the gradient of every input that wants one, for gradients `gs` of the outputs."""
+    """Return all outputs, then the gradient of every input that requires one, for gradients `gs` of the outputs."""
     outputs = function(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
@@ -44,7 +44,7 @@ def values_and_gradients(function: Callable[..., Any], inputs: Sequence[Any], gs
 
 
 def leaf(x: Any, dtype: torch.dtype, device: str) -> Any:
-    """A floating tensor as a leaf that wants a gradient, with its strides; anything else on the device."""
+    """Return a floating tensor as a leaf that requires a gradient, with its strides; move anything else."""
     if not isinstance(x, Tensor):
         return x
     if not x.is_floating_point():
@@ -54,7 +54,7 @@ def leaf(x: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 def cross_entropy_case(num_tokens: int, vocab: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """float64 logits `[N, V]`; labels, the second one ignored; float weights or None."""
+    """Return float64 logits `[N, V]`, labels whose second one is ignored, and float weights or None."""
     generator = torch.Generator().manual_seed(vocab)
     labels = torch.randint(0, vocab, (num_tokens,), generator=generator)
     labels[0] = vocab - 1
@@ -65,7 +65,7 @@ def cross_entropy_case(num_tokens: int, vocab: int, weighted: bool) -> tuple[Ten
 
 
 def exact_losses_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy by its formula: float64 losses `[N]`, and the gradient `[N, V]` of their sum."""
+    """Return cross-entropy by its formula: float64 losses `[N]` and the gradient `[N, V]` of their sum."""
     logits, labels = logits.detach().cpu().double().requires_grad_(), labels.cpu()
     picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     losses = (logits.logsumexp(-1) - picked) * (1 if weights is None else weights.cpu().double())
@@ -74,7 +74,7 @@ def exact_losses_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor | 
 
 
 def wants(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as inputs whose gradient is checked."""
+    """Return the tensors as inputs whose gradients are checked."""
     return [t.requires_grad_() for t in tensors]
 
 
@@ -87,10 +87,10 @@ def check_accuracy(
     constants: Sequence[Any] = (),
     fp32_error: float = 1e-5,
 ) -> None:
-    """Values and gradients in `dtype` against `formula` in float64 on the same rounded inputs.
+    """Check values and gradients in `dtype` against `formula` in float64 on the same rounded inputs.
 
-    fp32: a relative error under `fp32_error`. 16 bits: no larger than PyTorch's own, plus a hundredth of a rounding for
-    sums in another order. `constants` are further arguments, not rounded.
+    In fp32 the relative error must be under `fp32_error`. In 16 bits it must not exceed PyTorch's own error plus a
+    hundredth of a rounding, for sums in another order. `constants` are further arguments and are not rounded.
     """
     given = [leaf(x, dtype, DEVICE) for x in inputs] + [leaf(c, torch.float32, DEVICE) for c in constants]
     exact_in = [
@@ -114,9 +114,10 @@ def check_accuracy(
 def check_operator(
     function: Callable[..., Any], operator: Any, inputs: Sequence[Any], operator_inputs: Sequence[Any] | None = None
 ) -> None:
-    """Two runs are equal bit for bit; torch.library accepts the operator; torch.compile traces it in one graph.
+    """Check that two runs are equal bit for bit, that torch.library accepts the operator, and that torch.compile traces
+    it in one graph.
 
-    `operator_inputs` are the operator's own, where they are not the function's.
+    `operator_inputs` are the operator's inputs if they differ from the function's.
     """
     given = [leaf(x, torch.float32, DEVICE) for x in inputs]
 

@@ -1,9 +1,8 @@
-"""What a rank really holds during a step, summed from the tensors themselves: the other side of
-megatrain/parallel/memory.py.
+"""Sum what a rank really holds during a step from its tensors, to compare with megatrain/planner/memory.py.
 
-Every storage is counted once, with its padding. The instants looked at are: before and after each forward pass of each
-stage and each block, after the last backward pass, and before each update of a parameter group; of each kind the
-largest is kept. Activations are what autograd saves for one micro-batch, parameters excepted.
+Every storage is counted once, with its padding. Memory is measured before and after each forward pass of each stage and
+each block, after the last backward pass, and before each update of a parameter group; the largest value of each kind is
+kept. Activations are what autograd saves for one micro-batch, without parameters.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ KINDS = ("parameters", "gradients", "optimizer", "working")
 
 
 class Sum:
-    """Bytes by kind, each storage once: the kind that names it first has it."""
+    """Bytes by kind. Each storage counts once, for the first kind that has it."""
 
     def __init__(self) -> None:
         self.bytes = dict.fromkeys(KINDS, 0)
         self.seen: set[int] = set()
 
     def add(self, kind: str, value: Any) -> None:
-        """A tensor, or whatever lists and dictionaries of tensors there are."""
+        """Add a tensor, or nested lists and dictionaries of tensors."""
         if isinstance(value, Tensor):
             value = plain(value)
             storage = value.untyped_storage()
@@ -51,8 +50,7 @@ class Sum:
 
 
 def native_bytes(engine: Any) -> dict[str, int]:
-    """The native engine: masters and compute copies; FSDP2's shards, gathered parameters and both forms of
-    gradients."""
+    """Sum the native engine's masters, compute copies, FSDP2 shards, gathered parameters and both forms of gradients."""
     found = Sum()
     for parameter in fsdp_parameters(engine.stages.values()):
         found.add("parameters", parameter._sharded_param_data)
@@ -68,7 +66,7 @@ def native_bytes(engine: Any) -> dict[str, int]:
 
 
 def fsdp_parameters(stages: Iterable[nn.Module]) -> Iterable[Any]:
-    """FSDP2's own record of each parameter it shards or replicates."""
+    """Yield FSDP2's own record of each parameter that it shards or replicates."""
     for stage in stages:
         for module in stage.modules():
             if hasattr(module, "_get_fsdp_state"):
@@ -79,14 +77,13 @@ def fsdp_parameters(stages: Iterable[nn.Module]) -> Iterable[Any]:
 
 
 def gathered(parameter: Any) -> list[Tensor]:
-    """What a parameter has been gathered into."""
+    """Return the tensors into which a parameter was gathered."""
     unsharded = [parameter._unsharded_param.data] if hasattr(parameter, "_unsharded_param") else []
     return [*parameter.all_gather_outputs, *unsharded]
 
 
 def deepspeed_bytes(engine: Any) -> dict[str, int]:
-    """DeepSpeed: flat copies and partitions, masters, what accumulates and what is averaged, the reduction's
-    buckets."""
+    """Sum DeepSpeed's flat copies, partitions, masters, accumulated and averaged gradients, and reduction buckets."""
     found, optimizer = Sum(), engine.optimizer
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         found.add("working", bucket.buffer)
@@ -107,8 +104,7 @@ def deepspeed_bytes(engine: Any) -> dict[str, int]:
 
 
 class Saved:
-    """The bytes that autograd keeps at once: storages of saved tensors, and what selective recompute keeps beside
-    them."""
+    """The bytes that autograd keeps at once: storages of saved tensors, and the caches of selective recompute."""
 
     def __init__(self, excluded: Callable[[], set[int]]) -> None:
         self.excluded, self.peak = excluded, 0
@@ -116,7 +112,7 @@ class Saved:
         self.caches: list[Any] = []
 
     def pack(self, tensor: Tensor) -> _Packed:
-        """What stands for a saved tensor; once it is gone the tensor is no longer needed."""
+        """Return a stand-in for a saved tensor; once it is freed the tensor is no longer needed."""
         packed, storage = _Packed(tensor), plain(tensor).untyped_storage()
         key = storage.data_ptr()
         if storage.nbytes() and key not in self.excluded():
@@ -131,7 +127,7 @@ class Saved:
             del self.alive[key]
 
     def look(self) -> None:
-        """Take note of what is kept now."""
+        """Record what is kept now."""
         kept = {key: size for key, (size, _) in self.alive.items()}
         for cache in self.caches:
             for tensor in tensors_in(cache.storage):
@@ -139,7 +135,7 @@ class Saved:
         self.peak = max(self.peak, sum(kept.values()))
 
     def watch_selective(self) -> None:
-        """Have the caches of selective recompute shown to this object. One micro-batch at a time."""
+        """Register the caches of selective recompute with this object, for one micro-batch at a time."""
         make = SelectivelyRecomputed.make_contexts
 
         def made() -> Any:
@@ -156,13 +152,13 @@ class _Packed:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor with memory inside torch's wrappers of it."""
+    """Return the tensor with memory inside torch's wrappers."""
     tensor = local(tensor)
     return tensor.elem if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors inside containers and torch's own wrappers."""
+    """Yield the tensors inside containers and torch's own wrappers."""
     if isinstance(value, Tensor):
         yield plain(value)
     elif isinstance(value, dict):
@@ -176,8 +172,10 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> dict[str, int]:
-    """The largest bytes of each kind that a rank holds in its second step; `patch` goes into DeepSpeed's
-    zero_optimization."""
+    """Return the largest bytes of each kind that a rank holds in its second step.
+
+    `patch` changes DeepSpeed's zero_optimization section.
+    """
     patch_deepspeed(patch)
     engine: Any = build_engine(config, world)
     layout = Layout.of(config, world.size)

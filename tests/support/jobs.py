@@ -1,5 +1,4 @@
-"""Small training jobs that the parity tests run on several ranks: a config, random batches that depend on the step
-alone."""
+"""Small training jobs that the parity tests run on several ranks: a config, and batches that depend only on the step."""
 
 from __future__ import annotations
 
@@ -17,20 +16,20 @@ from megatrain.kernels import IGNORE_INDEX
 from megatrain.parallel.layout import Layout
 from support.records import at
 
-VOCAB = 101  # does not divide by any number of ranks
+VOCAB = 101  # not divisible by any number of ranks
 SEQ_LEN = 16
 END_OF_DOCUMENT = 5
 GLOBAL_BATCH = 16
 
 
 def llama(**changes: Any) -> ModelConfig:
-    """A Llama-shaped model of odd sizes."""
+    """Return a Llama-shaped model of odd sizes."""
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 24, "head_size": 6, "ffn_size": 37}
     return ModelConfig(**{**shape, "vocab_size": VOCAB, "max_seq_len": SEQ_LEN, **changes})
 
 
 def gpt2(**changes: Any) -> ModelConfig:
-    """A GPT-2-shaped model: learned positions, biases, LayerNorm, tied embeddings."""
+    """Return a GPT-2-shaped model: learned positions, biases, LayerNorm, tied embeddings."""
     shape = {"num_layers": 3, "num_heads": 3, "hidden_size": 24, "norm": "layernorm", "position": "learned"}
     # at this width the usual 0.02 leaves some gradients near Adam's epsilon, where it would amplify rounding
     family = {"activation": "gelu", "bias": True, "tie_embeddings": True, "init_std": 0.1}
@@ -46,7 +45,7 @@ def job(
     accumulate: str = "fp32",
     **train: Any,
 ) -> TrainConfig:
-    """The config of a job over `GLOBAL_BATCH` sequences a step."""
+    """Return the config of a job over `GLOBAL_BATCH` sequences a step."""
     config = TrainConfig()
     config.model = model or llama()
     config.engine.name, config.launch.device = engine, "cpu"
@@ -61,7 +60,7 @@ def job(
 
 
 def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool = False) -> list[MicroBatch]:
-    """One rank's micro-batches of a step; with `ignored`, unevenly many labels do not count."""
+    """Return one rank's micro-batches of a step; with `ignored`, an uneven number of labels is ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
     labels = ids[:, 1:].clone()
@@ -83,7 +82,7 @@ def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool
 def train(
     engine: Engine, config: TrainConfig, rank: int, ranks: int, first: int, last: int, ignored: bool = False
 ) -> list[tuple[float, float]]:
-    """Steps `first` to `last`; their (loss, gradient norm)."""
+    """Run steps `first` to `last` and return their (loss, gradient norm)."""
     seen = []
     for step in range(first, last + 1):
         result = engine.train_step(batches(config, step, rank, ranks, ignored), config.optim.lr, step)
@@ -93,7 +92,7 @@ def train(
 
 
 def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
-    """An engine's whole state, through a checkpoint: every tensor by name, whole."""
+    """Return an engine's whole state through a checkpoint: every tensor by name, whole."""
     from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 
     store = CheckpointStore(folder, world)
@@ -105,13 +104,13 @@ def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
 
 
 def wide_llama(**changes: Any) -> ModelConfig:
-    """A Llama-shaped model that 2 and 4 tensor ranks can share; its vocabulary and its 5 blocks divide by nothing."""
+    """Return a Llama-shaped model for 2 and 4 tensor ranks, with an indivisible vocabulary and 5 blocks."""
     shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "hidden_size": 32, "head_size": 4, "ffn_size": 40}
     return llama(**{**shape, "init_std": 0.1, **changes})
 
 
 def wide_gpt2(**changes: Any) -> ModelConfig:
-    """A GPT-2-shaped model (tied, biases, learned positions) that 2, 4 and 8 tensor ranks can share."""
+    """Return a GPT-2-shaped model (tied, biases, learned positions) for 2, 4 and 8 tensor ranks."""
     return gpt2(**{"num_layers": 5, "num_heads": 8, "hidden_size": 32, **changes})
 
 
@@ -123,10 +122,10 @@ def layout_job(
     recompute: str = "none",
     **parallel: Any,
 ) -> TrainConfig:
-    """The config of a job whose `parallel.*` keys are given.
+    """Return the config of a job with the given `parallel.*` keys.
 
-    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is nothing but rounding into a step of the
-    whole learning rate, on one process with other micro-batches just as well.
+    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is only rounding error into a step of the
+    whole learning rate, even on one process with other micro-batches.
     """
     model = wide_llama() if family == "llama" else wide_gpt2()
     config = job(engine, parallel.pop("zero", 0), micro, model, recompute=recompute)
@@ -160,37 +159,37 @@ LIMITS = {
 
 
 def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) -> Any:
-    """Ten steps, or so many, with unevenly many ignored labels; what each rank was told, and the gathered state on the
-    way."""
+    """Run ten steps, or `steps`, with an uneven number of ignored labels; return what each rank's engine reported, the
+    held-out loss, and the gathered states."""
     engine = build_engine(config, world)
     layout = Layout.of(config, world.size)
 
     def data(step: int) -> list[MicroBatch]:
         return batches(config, step, layout.dp_rank(world.rank), layout.dp, ignored=True)
 
-    told, states = [], [gather(engine, Path(folder) / "start", world)]
+    reported, states = [], [gather(engine, Path(folder) / "start", world)]
     for step in range(1, steps + 1):
         result = engine.train_step(data(step), config.optim.lr, step)
-        told.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm), int(result.tokens)))
+        reported.append((float(result.loss_sum) / int(result.tokens), float(result.grad_norm), int(result.tokens)))
         if step in (1, steps):
             states.append(gather(engine, Path(folder) / str(step), world))
     loss_sum, tokens = engine.evaluate(data(99))
-    return told, (float(loss_sum) / int(tokens), int(tokens)), states if world.rank == 0 else None
+    return reported, (float(loss_sum) / int(tokens), int(tokens)), states if world.rank == 0 else None
 
 
 def deviations(results: list[Any], expected: Any) -> dict[str, float]:
-    """How far `ten_steps` of a layout are from one process.
+    """Return how far `ten_steps` of a layout deviate from one process.
 
     `loss`, `grad_norm` and `heldout_loss`: the largest relative difference; `first_gradient`: of each parameter
     relative to its largest element (the first moment after one step is the clipped gradient times 1 - beta1);
     `parameter`: absolute, after the last step; `start`: absolute, 0 where all initial bits are equal. Key biases are
-    left out: their true gradient is zero. Ranks that were told different numbers, or other token counts, deviate
-    infinitely.
+    left out: their true gradient is zero. If ranks report different numbers or token counts, the deviation is
+    infinite.
     """
-    told, held_out, states = results[0]
-    true_told, true_held_out, true_states = expected
-    tokens = [[entry[2] for entry in run] for run in (told, true_told)]
-    agreed = all(other[:2] == (told, held_out) for other in results[1:]) and tokens[0] == tokens[1]
+    reported, held_out, states = results[0]
+    true_reported, true_held_out, true_states = expected
+    tokens = [[entry[2] for entry in run] for run in (reported, true_reported)]
+    agreed = all(other[:2] == (reported, held_out) for other in results[1:]) and tokens[0] == tokens[1]
     if not agreed or held_out[1] != true_held_out[1] or states[0].keys() != true_states[0].keys():
         return dict.fromkeys(LIMITS, float("inf"))
 
@@ -207,8 +206,8 @@ def deviations(results: list[Any], expected: Any) -> dict[str, float]:
 
     return {
         "start": furthest(0, ""),
-        "loss": relative([entry[0] for entry in told], [entry[0] for entry in true_told]),
-        "grad_norm": relative([entry[1] for entry in told], [entry[1] for entry in true_told]),
+        "loss": relative([entry[0] for entry in reported], [entry[0] for entry in true_reported]),
+        "grad_norm": relative([entry[1] for entry in reported], [entry[1] for entry in true_reported]),
         "first_gradient": furthest(1, "optim.exp_avg.", scaled=True),
         "parameter": furthest(2, "model."),
         "heldout_loss": relative([held_out[0]], [true_held_out[0]]),
@@ -216,6 +215,6 @@ def deviations(results: list[Any], expected: Any) -> dict[str, float]:
 
 
 def compare(results: list[Any], expected: Any) -> None:
-    """Every deviation is within `LIMITS`."""
+    """Check that every deviation is within `LIMITS`."""
     for name, value in deviations(results, expected).items():
         assert value <= LIMITS[name], (name, value)

@@ -16,7 +16,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEM
 
 
 class Job:
-    """One job on two nodes, a rank on each, submitted here unless it has a number; its output is `<name>.out`."""
+    """One job on two nodes, one rank on each, submitted unless a job number is given; its output is `<name>.out`."""
 
     def __init__(self, cluster, folder, name, *words, number=None, options=(), faults=None):
         self.cluster, self.folder, self.name = cluster, folder, name
@@ -39,11 +39,11 @@ class Job:
         return metrics(self.folder, self.name)
 
     def wait_for_step(self, step, seconds=120):
-        """Until the run has written this step down."""
+        """Wait until the run has recorded this step."""
         wait_until(lambda: len(self.metrics) >= step, seconds, f"step {step} of {self.name}; {self.log}")
 
     def wait(self, seconds=150):
-        """Until the job has ended for good: its state."""
+        """Wait until the job has ended without a requeue, and return its state."""
         deadline = time.monotonic() + seconds
         while (job := self.cluster.job(self.number))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"{job['JobState']} after {seconds} s: {self.log}"
@@ -51,5 +51,5 @@ class Job:
         return job["JobState"]
 
     def send(self, name):
-        """What Slurm does before the time limit (--signal=B:...)."""
+        """Send a signal as Slurm does before the time limit (--signal=B:...)."""
         self.cluster.command("scancel", f"--signal={name}", "--batch", self.number)

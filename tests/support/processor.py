@@ -1,5 +1,4 @@
-"""Which arithmetic this machine does: recorded figures are equal to the bit only where it is the one they were recorded
-on."""
+"""The arithmetic of this machine: recorded figures are bit-equal only on the processor and torch that recorded them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ KEYS = ("model name", "cpu family", "model", "stepping", "cache size", "flags")
 
 
 def processor() -> str:
-    """Return a name for (torch's build, its instruction set, the processor): kernels are chosen by all three."""
+    """Return a name for torch's build, its instruction set and the processor: all three choose the kernels."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     found = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
     features = hashlib.sha256(repr([found.get(key) for key in KEYS]).encode()).hexdigest()[:16]

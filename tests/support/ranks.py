@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, forked from a parent that has already imported torch and DeepSpeed.
+"""Run a function on several gloo ranks, forked from a parent that has already imported torch and DeepSpeed.
 
 A fork costs 0.2 to 0.5 s where a fresh interpreter costs tens; each test case still gets clean processes. The parent
 must not hold a process group or start threads in torch.
@@ -50,20 +50,20 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def preload() -> None:
-    """Import what the ranks will need, once: both engines, and what DeepSpeed and torch import only when first used."""
+    """Import both engines once, and what DeepSpeed and torch import only on first use."""
     for module in PRELOADED:
         importlib.import_module(module)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
-    gc.freeze()  # or every rank's first collection walks the parent's heap
+    gc.freeze()  # otherwise every rank's first collection walks the parent's heap
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """`function(world, *args)` on `size` ranks; their results in rank order.
+    """Run `function(world, *args)` on `size` ranks and return their results in rank order.
 
     Raises:
         AssertionError: a rank failed; its stack trace is in the message.
-        TimeoutError: the time is up; the message names the ranks that still ran.
+        TimeoutError: the time is up; the message names the ranks that are still running.
     """
     preload()
     with tempfile.TemporaryDirectory() as name:
@@ -82,7 +82,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
                             killed.append(f"--- rank {rank} was killed by {signal.Signals(os.WTERMSIG(status)).name}")
             time.sleep(0.002)
         if failed:
-            time.sleep(0.5)  # the others fail too, and say why
+            time.sleep(0.5)  # let the others fail too and report why
         for pid in children:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -1,4 +1,4 @@
-"""What checkpoints in tests keep beside their tensors."""
+"""The records that checkpoints in tests keep beside their tensors."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from megatrain.checkpoint.manifest import EngineCounters, Identity, Progress, Ru
 def at(
     step: int, counters: EngineCounters | None = None, identity: Identity | None = None, **progress: Any
 ) -> RunRecord:
-    """Return the record of a run that stands at `step`."""
+    """Return the record of a run at `step`."""
     return RunRecord(Progress(step, **progress), counters or EngineCounters(), identity or Identity())

@@ -36,7 +36,7 @@ class MlflowServer:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
     def address(self):
-        """Its address, once it answers."""
+        """Return its address once it answers."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
@@ -45,7 +45,7 @@ class MlflowServer:
         raise TimeoutError((self.folder / "server.log").read_text())
 
     def signal(self, number):
-        """To it and its workers."""
+        """Send a signal to the server and its workers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -55,7 +55,7 @@ class MlflowServer:
 
 
 class Hung:
-    """Accepts connections on `port` and never answers; `requests` counts those that sent one."""
+    """Accepts connections on `port` and never answers; `requests` counts those that sent a request."""
 
     def __init__(self, port):
         self.requests = 0

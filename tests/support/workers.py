@@ -1,4 +1,4 @@
-"""Tiny Python programs in the place of training workers, for the tests of agents."""
+"""Tiny Python programs that stand in for training workers in the tests of agents."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SAVE_ON_TERM = """
 
 
 def worker(code: str, *arguments: object) -> list[str]:
-    """The command of a worker that runs `code`."""
+    """Return the command of a worker that runs `code`."""
     return [*PYTHON, "-c", textwrap.dedent(code), *map(str, arguments)]
 
 
 def exit_with(*codes: str) -> list[str]:
-    """A worker whose rank r ends as `codes[r]` says: an expression, evaluated there."""
+    """Return a worker whose rank r exits with `codes[r]`, an expression that the worker evaluates."""
     return worker(
         """
         import os, signal, sys, time
@@ -44,7 +44,7 @@ def exit_with(*codes: str) -> list[str]:
 
 
 def wait_for(*paths: Path, seconds: float = 20.0) -> None:
-    """Until the files are there."""
+    """Wait until the files exist."""
     deadline = time.monotonic() + seconds
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < deadline, f"none of {[str(path) for path in paths]} came"
@@ -52,7 +52,7 @@ def wait_for(*paths: Path, seconds: float = 20.0) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process lives (a zombie does not)."""
+    """Return whether a process is alive (a zombie is not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,11 +1,11 @@
-"""Makes ranks of a job under test fail, for real, at an exact place. Every Python process with this folder on its path
-reads it.
+"""Make ranks of a job under test really fail at an exact place.
+
+Every Python process with this folder on its path imports this module.
 
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`),
-how many `times` it strikes (1 unless given; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a
-signal's name; `sleep`; `wait`, until the test makes the file `by` in `FAULTS_DONE`; `slow`, from then on, with `by` 0.3
-for 30 %; `run` with a shell command `by`; or `add` or `multiply` with a number `by`: to the loss of a micro-batch, as
-the model computes it.
+how many `times` it strikes (default 1; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a signal's
+name; `sleep`; `wait` until the test creates the file `by` in `FAULTS_DONE`; `slow` from then on, with `by` 0.3 for
+30 %; `run` the shell command `by`; or `add` or `multiply` the loss of a micro-batch by the number `by`.
 """
 
 import importlib.util
@@ -37,14 +37,14 @@ while True:
         break
     stopped += time.monotonic() - began
 """
-"""A process that stops and continues another one, so that this needs `share` more time for whatever it does."""
+"""A process that stops and continues another one, so that the other one takes `share` more time."""
 
 place = (None, None, None)
 """The rank, step and phase that this process is in."""
 
 
 def first_time(number, times):
-    """Whether fault `number` has struck less often than it may; counts this time."""
+    """Return whether fault `number` may strike once more, and count it."""
     for time_ in range(times):
         try:
             os.close(os.open(f"{os.environ['FAULTS_DONE']}/{number}.{time_}", os.O_CREAT | os.O_EXCL))
@@ -55,7 +55,7 @@ def first_time(number, times):
 
 
 def due(to_the_loss):
-    """The faults that strike here and now; they count as done."""
+    """Return the faults that strike now; they count as done."""
     return [
         fault
         for number, fault in enumerate(FAULTS)
@@ -75,7 +75,7 @@ def strike(fault):
         deadline = time.monotonic() + 300
         while not os.path.exists(f"{os.environ['FAULTS_DONE']}/{fault['by']}"):
             if time.monotonic() > deadline:
-                sys.exit(f"nobody made {fault['by']}")
+                sys.exit(f"{fault['by']} was never created")
             time.sleep(0.02)
         return
     if fault["do"] == "sleep":
@@ -87,7 +87,7 @@ def strike(fault):
 
 
 def watch_the_place(module):
-    """Each mark of the heartbeat is a place to fail at."""
+    """Make each mark of the heartbeat a place to fail."""
     enter = module.Heartbeat.enter
 
     def enter_and_fail(heartbeat, phase, step=None):
@@ -101,7 +101,7 @@ def watch_the_place(module):
 
 
 def spoil_the_loss(module):
-    """The loss, and where it is multiplied its gradient too, is not what the model gave."""
+    """Change the loss that the model computes, and also its gradient when the loss is multiplied."""
     true = module.GPT.cross_entropy_sum
 
     def spoiled(*given):
@@ -114,7 +114,7 @@ def spoil_the_loss(module):
 
 
 class Finder:
-    """Lets some modules be imported as ever, and then changes them."""
+    """Imports some modules as usual, then changes them."""
 
     def __init__(self, changes):
         self.changes = changes
