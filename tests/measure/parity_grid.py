@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.jobs import LIMITS, deviations, layout_job, ten_steps
+from support.jobs import LIMITS, deviations, layout_job, parity_steps
 from support.ranks import run_ranks
 
 from megatrain.parallel.layout import Layout
@@ -83,13 +83,13 @@ def main() -> int:
                     continue
                 if expected is None:
                     with tempfile.TemporaryDirectory() as folder:
-                        expected = run_ranks(ten_steps, 1, layout_job(family=family, micro=8), folder)[0]
+                        expected = run_ranks(parity_steps, 1, layout_job(family=family, micro=8), folder, 10)[0]
                 started = time.monotonic()
                 try:
                     with tempfile.TemporaryDirectory() as folder:
                         config = layout_job(family=family, **cell)
                         found = deviations(
-                            run_ranks(ten_steps, world, config, folder, timeout_s=arguments.timeout), expected
+                            run_ranks(parity_steps, world, config, folder, 10, timeout_s=arguments.timeout), expected
                         )
                     bad = [key for key, value in found.items() if not value <= LIMITS[key]]
                     shown = [f"**{found[key]:.1e}**" if key in bad else f"{found[key]:.1e}" for key in LIMITS]

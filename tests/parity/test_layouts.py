@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import jobs
-from support.jobs import batches, compare, gpt2, layout_job, rows, ten_steps
+from support.jobs import batches, compare, gpt2, layout_job, parity_steps, rows
 from support.ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -70,7 +70,7 @@ def one_process(tmp_path_factory):
     def get(family):
         if family not in known:
             folder = str(tmp_path_factory.mktemp("one"))
-            known[family] = run_ranks(ten_steps, 1, layout_job(family=family, micro=8), folder)[0]
+            known[family] = run_ranks(parity_steps, 1, layout_job(family=family, micro=8), folder)[0]
         return known[family]
 
     return get
@@ -80,7 +80,7 @@ def one_process(tmp_path_factory):
 def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_process, tmp_path):
     config = layout_job(family=family, micro=rows(changes), **changes)
     check(config, ranks)
-    compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
+    compare(run_ranks(parity_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes,
     )
     fused.kernels, plain.kernels = "triton", "reference"
     fused.model.num_layers = plain.model.num_layers = 4 if "pp" in changes else 1
-    expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
-    compare(run_ranks(ten_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
+    expected = run_ranks(parity_steps, 1, plain, str(tmp_path / "plain"), 3)[0]
+    compare(run_ranks(parity_steps, ranks, fused, str(tmp_path / "fused"), 3, timeout_s=300), expected)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp
     config, alone = layout_job(family=family, micro=rows(changes), **changes), layout_job(family=family, micro=8)
     config.train.mask_documents = alone.train.mask_documents = True
     check(config, ranks)
-    expected = run_ranks(ten_steps, 1, alone, str(tmp_path / "alone"))[0]
-    compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=300), expected)
+    expected = run_ranks(parity_steps, 1, alone, str(tmp_path / "alone"))[0]
+    compare(run_ranks(parity_steps, ranks, config, str(tmp_path), timeout_s=300), expected)
     monkeypatch.setattr(jobs, "with_documents", lambda tokens, labels, end: MicroBatch(tokens, labels))
-    unmasked = run_ranks(ten_steps, 1, alone, str(tmp_path / "unmasked"))[0]
+    unmasked = run_ranks(parity_steps, 1, alone, str(tmp_path / "unmasked"))[0]
     assert abs(expected[0][-1][0] / unmasked[0][-1][0] - 1) > 1e-3, "the mask made no difference"
 
 
@@ -160,8 +160,8 @@ def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, mo
     config.compile, plain.kernels = compiled, "reference"
     cut = changes.get("tp", 1) > 1 or changes.get("schedule") == "zbv_zero_bubble"
     assert choose_kernels(config, torch.device("cpu")) is (choice.CHUNKED if cut else choice.ONEDNN)
-    expected = run_ranks(ten_steps, 1, plain, str(tmp_path / "plain"))[0]
-    compare(run_ranks(ten_steps, ranks, config, str(tmp_path / "onednn"), timeout_s=300), expected)
+    expected = run_ranks(parity_steps, 1, plain, str(tmp_path / "plain"))[0]
+    compare(run_ranks(parity_steps, ranks, config, str(tmp_path / "onednn"), timeout_s=300), expected)
 
 
 @pytest.mark.parametrize(("recompute", "forward"), [("none", 1), ("selective", 1), ("full", 2)])
@@ -212,8 +212,8 @@ def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
     """Query and key norms are whole on every tensor rank and act on its heads alone: their gradients are summed."""
     one, two = layout_job(micro=8), layout_job(engine=engine, micro=2, tp=2, zero=3)
     one.model.qk_norm = two.model.qk_norm = True
-    expected = run_ranks(ten_steps, 1, one, str(tmp_path / "one"))[0]
-    compare(run_ranks(ten_steps, 2, two, str(tmp_path / "two"), timeout_s=300), expected)
+    expected = run_ranks(parity_steps, 1, one, str(tmp_path / "one"))[0]
+    compare(run_ranks(parity_steps, 2, two, str(tmp_path / "two"), timeout_s=300), expected)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
 def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_process, tmp_path):
     """A compiled block behind a tensor-parallel embedding once gave silently wrong gradients."""
     config = layout_job(compile=True, micro=rows(changes), **changes)
-    compare(run_ranks(ten_steps, ranks, config, str(tmp_path), timeout_s=500), one_process("llama"))
+    compare(run_ranks(parity_steps, ranks, config, str(tmp_path), timeout_s=500), one_process("llama"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
     """Two runs of one layout with dropout are the same to the bit, and not those without."""
     config = layout_job(micro=rows(changes), **changes)
     config.model.dropout = 0.2
-    first, again = (run_ranks(ten_steps, ranks, config, str(tmp_path / name))[0] for name in ("first", "again"))
+    first, again = (run_ranks(parity_steps, ranks, config, str(tmp_path / name))[0] for name in ("first", "again"))
     assert first[:2] == again[:2]
     assert all(torch.equal(tensor, again[2][-1][key]) for key, tensor in first[2][-1].items())
     assert first[0] != one_process("llama")[0]

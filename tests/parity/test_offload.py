@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import batches, compare, gather, gpt2, layout_job, ten_steps
+from support.jobs import batches, compare, gather, gpt2, layout_job, parity_steps
 from support.ranks import run_ranks
 from support.records import at
 
@@ -45,7 +45,7 @@ def job(place, zero, parameters, folder):
 def one_process(tmp_path_factory):
     config = layout_job(micro=8)
     config.model = gpt2(hidden_size=192, num_heads=4, num_layers=4)
-    return run_ranks(ten_steps, 1, config, str(tmp_path_factory.mktemp("one")))[0]
+    return run_ranks(parity_steps, 1, config, str(tmp_path_factory.mktemp("one")))[0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def one_process(tmp_path_factory):
 def test_offloaded_it_is_the_same(place, zero, parameters, one_process, tmp_path):
     """Losses, norms, gradients and parameters of one process; under nvme what is swapped is on the disk."""
     config = job(place, zero, parameters, tmp_path / "nvme")
-    compare(run_ranks(ten_steps, 2, config, str(tmp_path), timeout_s=BUILD_S), one_process)
+    compare(run_ranks(parity_steps, 2, config, str(tmp_path), timeout_s=BUILD_S), one_process)
     swapped = sum(path.stat().st_size for path in (tmp_path / "nvme").rglob("*.swp"))
     if place == "nvme":
         assert swapped >= 3 * 4 * 1.5e6, "masters and both moments of 1.8 million parameters"

@@ -1,7 +1,7 @@
 """Results and checkpoints of commit 4e48b57 hold: ten steps of four layouts, and a run continued from an old
 checkpoint.
 
-`recorded/ten_steps.json` was written at that commit by `support.jobs.ten_steps` (numbers as hexadecimal floats). On the
+`recorded/ten_steps.json` was written at that commit by `support.jobs.parity_steps` (numbers as hexadecimal floats). On the
 processor and torch that they were recorded with, results are equal to the bit; elsewhere other kernels round otherwise,
 and the figures are held to the tolerance of the parity tests. `recorded/old_run/` is a dataset and two runs of two
 ranks (native, ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import events, megatrain, metrics
-from support.jobs import layout_job, ten_steps
+from support.jobs import layout_job, parity_steps
 from support.processor import processor
 from support.ranks import run_ranks
 
@@ -34,7 +34,9 @@ def same(value: float, recorded: float) -> bool:
 @pytest.mark.parametrize("layout", TEN_STEPS["layouts"])
 def test_ten_steps_give_the_recorded_losses(layout, tmp_path):
     recorded = TEN_STEPS["layouts"][layout]
-    steps, heldout, states = run_ranks(ten_steps, recorded["ranks"], layout_job(**recorded["job"]), str(tmp_path))[0]
+    steps, heldout, states = run_ranks(
+        parity_steps, recorded["ranks"], layout_job(**recorded["job"]), str(tmp_path), 10
+    )[0]
     for number, ((loss, norm, tokens), line) in enumerate(zip(steps, recorded["steps"], strict=True), start=1):
         true_loss, true_norm, true_tokens = line.split()
         assert tokens == int(true_tokens), number

@@ -146,7 +146,7 @@ def rows(changes: dict[str, Any]) -> int:
     return 4 if exchanging else 2
 
 
-STEPS = 10
+STEPS = 5
 LIMITS = {
     "start": 0.0,
     "loss": 1e-5,
@@ -158,8 +158,8 @@ LIMITS = {
 """Largest deviation from one process that a layout may have; see `deviations`."""
 
 
-def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) -> Any:
-    """Run ten steps, or `steps`, with an uneven number of ignored labels; return what each rank's engine reported, the
+def parity_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) -> Any:
+    """Run `steps` steps with an uneven number of ignored labels; return what each rank's engine reported, the
     held-out loss, and the gathered states."""
     engine = build_engine(config, world)
     layout = Layout.of(config, world.size)
@@ -178,7 +178,7 @@ def ten_steps(world: Any, config: TrainConfig, folder: str, steps: int = STEPS) 
 
 
 def deviations(results: list[Any], expected: Any) -> dict[str, float]:
-    """Return how far `ten_steps` of a layout deviate from one process.
+    """Return how far `parity_steps` of a layout deviate from one process.
 
     `loss`, `grad_norm` and `heldout_loss`: the largest relative difference; `first_gradient`: of each parameter
     relative to its largest element (the first moment after one step is the clipped gradient times 1 - beta1);
