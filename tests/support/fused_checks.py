@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Return the largest difference over the largest exact value, because elements near 0 have no relative precision."""
+    """Return the largest difference over the largest exact value: elements near 0 have no relative precision."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if exact.numel() == 0:
         return 0.0

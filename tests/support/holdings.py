@@ -50,7 +50,7 @@ class Sum:
 
 
 def native_bytes(engine: Any) -> dict[str, int]:
-    """Sum the native engine's masters, compute copies, FSDP2 shards, gathered parameters and both forms of gradients."""
+    """Sum the native engine's masters, compute copies, shards, gathered parameters and both forms of gradients."""
     found = Sum()
     for parameter in fsdp_parameters(engine.stages.values()):
         found.add("parameters", parameter._sharded_param_data)

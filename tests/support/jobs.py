@@ -1,4 +1,4 @@
-"""Small training jobs that the parity tests run on several ranks: a config, and batches that depend only on the step."""
+"""Small training jobs that the parity tests run on several ranks: configs, and batches that depend only on the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process reads about its place among the ranks from its environment."""
+"""How a process reads its rank from its environment."""
 
 import pytest
 
@@ -15,12 +15,12 @@ FULL = {
 }
 
 
-def test_a_process_that_nobody_launched_is_rank_0_of_1():
+def test_a_process_without_a_launcher_is_rank_0_of_1():
     assert RankEnvironment.from_environ({}) == RankEnvironment(0, 0, 1, 1, None, None)
     assert not is_launched({})
 
 
-def test_a_launched_process_reads_its_place():
+def test_a_launched_process_reads_its_ranks_and_sizes():
     assert RankEnvironment.from_environ(FULL) == RankEnvironment(3, 1, 4, 2, "node0", 29500)
     assert is_launched(FULL)
 
@@ -39,7 +39,7 @@ def test_a_launched_process_reads_its_place():
         ("MASTER_ADDR", ""),
     ],
 )
-def test_a_variable_that_cannot_be_right_is_named(name, value):
+def test_an_invalid_variable_is_named(name, value):
     environ = {key: text for key, text in {**FULL, name: value}.items() if text is not None}
     with pytest.raises(EnvironmentFault, match=name):
         RankEnvironment.from_environ(environ)

@@ -1,4 +1,4 @@
-"""The ranks as one of them sees them: its device, and what it makes of a peer that is gone."""
+"""A rank's view of the world: its device, and its message about a peer that ended."""
 
 import subprocess
 import sys
@@ -33,8 +33,8 @@ os._exit(1)
 """
 
 
-def test_an_exchange_with_a_rank_that_ended_is_known_for_what_it_is(tmp_path, monkeypatch):
-    """The other rank's end is told from a defect of ours, so that nobody is asked to report it."""
+def test_an_exchange_with_a_rank_that_ended_reports_a_lost_peer(tmp_path, monkeypatch):
+    """The error is classified as a lost peer, not as a defect that the user should report."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-c", TWO_RANKS]
     other = subprocess.Popen([*command, "1", str(tmp_path / "store")])
@@ -50,8 +50,8 @@ def test_an_exchange_with_a_rank_that_ended_is_known_for_what_it_is(tmp_path, mo
         ("cuda", 0, None), ("cpu", 4, "cpu"),
     ],
 )  # fmt: skip
-def test_too_few_devices_are_never_made_up_for_by_the_cpu(asked, available, chosen, monkeypatch):
-    """For the second of two ranks: its own device, the CPU where there is none at all or it was asked for, or a refusal."""
+def test_too_few_devices_are_refused_instead_of_using_the_cpu(asked, available, chosen, monkeypatch):
+    """The second of two ranks gets its own device, the CPU if there is no device or the user chose it, or an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
     config, second = LaunchConfig(device=asked), RankEnvironment(1, 1, 2, 2, "x", 1)

@@ -17,7 +17,7 @@ from megatrain.launch import rank_process
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
-    """An agent in a process of its own, with the signals as a terminal leaves them (a shell's `&` ignores some)."""
+    """Start an agent in a new process with default signal handlers (a shell's `&` ignores some signals)."""
     program = (
         "import sys, json, pathlib, signal; from megatrain.launch import agent as agent_module; "
         "[signal.signal(number, signal.SIG_DFL) for number in agent_module.FORWARDED_SIGNALS]; "
@@ -28,7 +28,7 @@ def start_agent(command: list[str], num_workers: int, folder: Path) -> subproces
     return subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
 
 
-def test_each_worker_finds_its_rank_and_one_meeting_place(tmp_path, monkeypatch):
+def test_each_worker_gets_its_rank_and_the_same_rendezvous_address(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     code = """
@@ -46,7 +46,7 @@ def test_each_worker_finds_its_rank_and_one_meeting_place(tmp_path, monkeypatch)
     assert {environ["GLOO_SOCKET_IFNAME"] for environ in seen} == {"lo"}
 
 
-def test_what_the_user_set_in_the_environment_is_kept(tmp_path, monkeypatch):
+def test_environment_variables_that_the_user_set_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     code = (
@@ -88,20 +88,20 @@ def test_a_rank_killed_by_a_signal_is_named_with_its_signal_and_log(tmp_path, ca
     assert str(tmp_path / "rank_00001.log") in shown and "about to go" in shown
 
 
-def test_a_mistake_that_every_rank_reports_is_shown_once(tmp_path, capfd):
+def test_a_mistake_reported_by_every_rank_is_shown_once(tmp_path, capfd):
     code = "print('megatrain: error: no such thing', file=sys.stderr) or 2"
     assert agent_module.launch(exit_with(f"sleep(0.3) or {code}", code, code), 3, tmp_path) == 2
     assert capfd.readouterr().err.count("no such thing") == 1
     assert "no such thing" in (tmp_path / "rank_00001.log").read_text()
 
 
-def test_a_failure_of_another_rank_is_shown_though_rank_0_failed_differently(tmp_path, capfd):
+def test_a_failure_of_another_rank_is_shown_even_if_rank_0_failed_differently(tmp_path, capfd):
     code = "print('the true cause', file=sys.stderr) or 3"
     assert agent_module.launch(exit_with("sleep(0.3) or 8", code), 2, tmp_path) == 3
     assert "the true cause" in capfd.readouterr().err
 
 
-def test_a_worker_that_ignores_the_end_is_killed_within_ten_seconds(tmp_path):
+def test_a_worker_that_ignores_termination_is_killed_within_ten_seconds(tmp_path):
     code = """
         import os, signal, sys, time
         if os.environ["RANK"] == "1":
@@ -119,7 +119,7 @@ def test_a_worker_that_ignores_the_end_is_killed_within_ten_seconds(tmp_path):
     ("sent", "received"),
     [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "SIGTERM"), (signal.SIGHUP, "SIGTERM")],
 )
-def test_a_signal_reaches_every_worker_and_their_save_is_waited_for(tmp_path, sent, received):
+def test_a_signal_reaches_every_worker_and_the_agent_waits_for_their_save(tmp_path, sent, received):
     agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 1.0), 2, tmp_path)
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
     agent.send_signal(sent)
@@ -130,7 +130,7 @@ def test_a_signal_reaches_every_worker_and_their_save_is_waited_for(tmp_path, se
 
 
 def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
-    """The save takes longer than a failed job's patience (1 s here), while another rank has ended already."""
+    """The save takes longer than the grace period of a failed job (1 s here), and another rank has already ended."""
     code = """
         import os, signal, sys, time
         rank = os.environ["RANK"]
@@ -161,7 +161,7 @@ def test_a_second_ctrl_c_ends_a_save_at_once(tmp_path):
     assert not is_running(int((tmp_path / "pid_0").read_text()))
 
 
-def test_a_signal_before_the_workers_can_save_still_asks_to_be_started_again(tmp_path):
+def test_a_signal_before_the_workers_can_save_still_asks_for_a_restart(tmp_path):
     code = "import os, sys, time; open(f'{sys.argv[1]}/pid_' + os.environ['RANK'], 'w').write('x'); time.sleep(60)"
     agent = start_agent(worker(code, tmp_path), 2, tmp_path)
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
@@ -170,7 +170,7 @@ def test_a_signal_before_the_workers_can_save_still_asks_to_be_started_again(tmp
     assert "before training began" in agent.stderr.read()
 
 
-def test_workers_die_with_an_agent_that_is_killed_outright(tmp_path):
+def test_workers_die_with_an_agent_that_gets_sigkill(tmp_path):
     agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 0), 2, tmp_path)
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
     pids = [int((tmp_path / f"pid_{rank}").read_text()) for rank in (0, 1)]
@@ -183,7 +183,7 @@ def test_workers_die_with_an_agent_that_is_killed_outright(tmp_path):
         time.sleep(0.02)
 
 
-def test_a_rank_that_the_kernel_does_not_let_go_is_not_waited_for_without_end(tmp_path, monkeypatch):
+def test_the_agent_does_not_wait_forever_for_a_rank_that_cannot_be_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_process, "GONE_S", 0.2)
     held = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
@@ -191,13 +191,13 @@ def test_a_rank_that_the_kernel_does_not_let_go_is_not_waited_for_without_end(tm
         rank = rank_process.RankProcess(3, 0, held, None)
         with pytest.raises(EnvironmentFault, match=f"rank 3, process {held.pid}"):
             rank.kill()
-        assert rank.killed, "nobody waits for it again"
+        assert rank.killed, "the agent waited for it again"
     finally:
         held.kill()
         held.wait()
 
 
-def test_what_a_worker_started_dies_with_it_when_the_job_fails(tmp_path, monkeypatch):
+def test_a_workers_child_processes_die_with_it_when_the_job_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(agent_module, "KILL_S", 0.5)
     code = """
         import os, subprocess, sys, time

@@ -1,4 +1,4 @@
-"""Agents of several nodes, as threads here: what they hear of one another, and who is named when one is gone."""
+"""Agents of several nodes, run as threads: what they learn from one another, and which lost node is named."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from megatrain.launch.nodes import DONE, FAILED, RUNNING
 
 
 def key():
-    """A job of this test's own."""
+    """Return a job key that no other test uses."""
     return f"{os.getpid()}.{time.monotonic_ns()}"
 
 
@@ -34,7 +34,7 @@ def team(pool, size, job=None, timeout_s=10.0):
 
 
 def heard(agent, state, seconds=5.0):
-    """What an agent knows once it has heard of this state."""
+    """Wait until an agent knows of this state, and return all the states that it knows."""
     deadline = time.monotonic() + seconds
     while state not in (states := agent.states()):
         assert time.monotonic() < deadline, states
@@ -42,7 +42,7 @@ def heard(agent, state, seconds=5.0):
     return states
 
 
-def test_alone_one_hears_oneself():
+def test_a_single_agent_sees_its_own_state():
     alone = nodes.connect("job", 0, 1, "nowhere.invalid", 1.0)
     alone.report_state(FAILED)
     assert alone.states() == [FAILED]
@@ -50,7 +50,7 @@ def test_alone_one_hears_oneself():
     assert alone.states() == [RUNNING]
 
 
-def test_all_hear_what_one_tells_until_they_share_again(pool):
+def test_all_agents_see_a_state_until_the_next_all_gather(pool):
     agents = team(pool, 3)
     agents[1].report_state(DONE)
     agents[0].states()  # node 0 passes it on when it looks
@@ -66,8 +66,8 @@ def test_all_hear_what_one_tells_until_they_share_again(pool):
         agent.close()
 
 
-def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool):
-    """A node whose ranks end at once says so once; who overheard it would wait for that node for ever."""
+def test_a_state_sent_right_after_an_all_gather_reaches_a_slow_agent(pool):
+    """A node whose ranks end at once sends its state once; an agent that missed it would wait for that node forever."""
     agents = team(pool, 3)
     agents[2]._send_all({"value": 2, "node": 2})  # it has said its value, and looks at its connection only later
     for shared in [pool.submit(agent.all_gather, agent.node) for agent in agents[:2]]:
@@ -83,11 +83,11 @@ def test_what_is_told_right_after_a_share_is_heard_by_who_was_slow_to_look(pool)
         agent.close()
 
 
-def test_what_is_gathered_reaches_node_0_alone(pool):
-    """The stacks of all ranks of a thousand nodes are not sent to each of them."""
+def test_gathered_values_reach_only_node_0(pool):
+    """Otherwise the stacks of all ranks of a thousand nodes would be sent to every node."""
     agents = team(pool, 3)
-    told = [pool.submit(agent.gather_to_first, agent.node) for agent in agents]
-    assert [one.result(10) for one in told] == [[0, 1, 2], [], []]
+    gathered = [pool.submit(agent.gather_to_first, agent.node) for agent in agents]
+    assert [one.result(10) for one in gathered] == [[0, 1, 2], [], []]
     for agent in agents:
         agent.close()
 
@@ -96,29 +96,33 @@ def test_node_0_may_hold_a_connection_to_each_of_a_thousand_nodes():
     program = (
         "import resource as r; from megatrain.launch.nodes import _raise_file_limit; "
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); "
-        "_raise_file_limit(200); print(r.getrlimit(r.RLIMIT_NOFILE)[0]); _raise_file_limit(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+        "_raise_file_limit(200); print(r.getrlimit(r.RLIMIT_NOFILE)[0]); "
+        "_raise_file_limit(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["200", "200"], done.stderr
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_whoever_is_gone_is_named_to_all(pool, gone):
+def test_every_agent_names_the_node_that_is_gone(pool, gone):
     agents = team(pool, 3)
     agents[gone].close()
-    told = [agent for agent in agents if agent.node != gone]
+    remaining = [agent for agent in agents if agent.node != gone]
     if gone != 0:
         with pytest.raises(EnvironmentFault, match=f"node {gone}, {socket.gethostname()}, is gone"):
             heard(agents[0], FAILED)
-        told.remove(agents[0])
-    for agent in told:
+        remaining.remove(agents[0])
+    for agent in remaining:
         with pytest.raises(EnvironmentFault, match=rf"node {gone}, .* is gone"):
             agent.all_gather(1)
 
 
 def test_a_killed_agent_is_noticed_at_once(pool):
     job = key()
-    program = "import sys, time; from megatrain.launch import nodes; nodes.connect(sys.argv[1], 1, 2, '127.0.0.1', 20).all_gather(0); time.sleep(60)"
+    program = (
+        "import sys, time; from megatrain.launch import nodes; "
+        "nodes.connect(sys.argv[1], 1, 2, '127.0.0.1', 20).all_gather(0); time.sleep(60)"
+    )
     other = subprocess.Popen([sys.executable, "-c", program, job])
     agent = nodes.connect(job, 0, 2, "127.0.0.1", 20)
     assert agent.all_gather("hello") == ["hello", 0]
@@ -130,7 +134,7 @@ def test_a_killed_agent_is_noticed_at_once(pool):
     other.wait()
 
 
-def test_who_never_comes_is_named_with_the_place_where_one_waits(pool):
+def test_a_node_that_never_connects_is_named_with_the_address_that_waits_for_it(pool):
     job = key()
     waiting = pool.submit(nodes.connect, job, 0, 3, "127.0.0.1", 1.5)
     early = nodes.connect(job, 1, 3, "127.0.0.1", 1.5)
@@ -146,8 +150,8 @@ def test_a_head_node_that_cannot_be_reached_is_named_with_its_ports():
         nodes.connect(job, 1, 2, "127.0.0.1", 0.5)
 
 
-def test_ports_taken_by_others_are_passed_over(pool):
-    """One by a program that says nothing, one by another job's agent."""
+def test_ports_of_other_programs_are_skipped(pool):
+    """One port belongs to a program that never answers, one to another job's agent."""
     job = key()
     with socket.socket() as silent, socket.socket() as stranger:
         for taken, port in ((silent, nodes.ports(job)[0]), (stranger, nodes.ports(job)[1])):
@@ -172,7 +176,7 @@ def test_ports_taken_by_others_are_passed_over(pool):
         assert [one.result(5) for one in shared] == [[0, 1]] * 2
 
 
-def test_strangers_who_call_in_are_sent_away(pool):
+def test_connections_from_strangers_are_closed(pool):
     job = key()
     head = pool.submit(nodes.connect, job, 0, 2, "127.0.0.1", 10)
     hello = b'{"job": "other", "node": 1}\n'

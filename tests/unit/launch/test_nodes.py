@@ -1,4 +1,4 @@
-"""Agents of two nodes, as two processes here: their workers start, restart and end together, whatever befalls one."""
+"""Agents of two nodes, run as two processes: their workers start, restart and end together, whatever fails."""
 
 import json
 import os
@@ -33,7 +33,7 @@ except EnvironmentFault as error:
 
 
 def start_nodes(command, folder, hang_s=60.0):
-    """The agents of two nodes with two ranks each."""
+    """Start the agents of two nodes with two ranks each."""
     key = f"{os.getpid()}.{time.monotonic_ns()}"
     words = [str(folder), key, json.dumps(command), str(hang_s)]
     return [
@@ -43,7 +43,7 @@ def start_nodes(command, folder, hang_s=60.0):
 
 
 def ends(agents, seconds=30):
-    """Exit codes and what was said."""
+    """Return the agents' exit codes and output."""
     said = [agent.communicate(timeout=seconds)[1] for agent in agents]
     return [agent.returncode for agent in agents], said
 
@@ -61,7 +61,7 @@ def ends(agents, seconds=30):
 def test_all_nodes_end_with_one_code(codes, expected, tmp_path):
     found, said = ends(start_nodes(exit_with(*codes), tmp_path))
     assert found == [expected] * 2, said
-    assert not said[1], "node 0 speaks for all"
+    assert not said[1], "only node 0 prints the message"
     own_words = expected in (0, 75) or codes[0] == str(expected)
     assert bool(said[0]) != own_words, said
 
@@ -87,7 +87,7 @@ def test_a_killed_rank_restarts_the_ranks_of_all_nodes(tmp_path):
         assert len({one["MASTER_PORT"] for one in seen}) == 1
 
 
-def test_the_last_restart_is_the_same_for_all(tmp_path):
+def test_all_nodes_stop_restarting_at_the_same_time(tmp_path):
     found, said = ends(start_nodes(exit_with("sleep(9)", "sleep(9)", "die('SIGSEGV')", "sleep(9)"), tmp_path))
     assert found == [6, 6], said  # the same failure at the same place three times
     assert "the same 3 times in a row" in said[0]
@@ -118,8 +118,8 @@ def test_a_signal_to_every_agent_saves_everywhere(tmp_path):
     assert all((tmp_path / f"saved_{rank}").exists() for rank in range(4))
 
 
-def test_a_hang_is_one_only_when_no_rank_of_any_node_moves(tmp_path):
-    """Node 0's ranks stand still all the time; node 1's move at first."""
+def test_a_job_hangs_only_when_no_rank_of_any_node_makes_progress(tmp_path):
+    """Node 0's ranks make no progress at all; node 1's do at first."""
     code = """
         import os, time
         from megatrain.distributed.rank_environment import RankEnvironment

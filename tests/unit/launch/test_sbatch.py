@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch makes of an exit code, with an srun and an scontrol of the test's own."""
+"""How slurm/train.sbatch handles exit codes, with a fake srun and scontrol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[3] / "slurm" / "train.sbatch"
 
 
 def start(folder, code, **environ):
-    """One start of a job whose srun ends with `code`: its exit code and what its output file holds by then."""
+    """Start a job whose srun ends with `code`; return its exit code and the content of its output file."""
     out = folder / "job.out"
     for name, body in {
         "srun": f"exit {code}",
@@ -28,7 +28,7 @@ def start(folder, code, **environ):
 
 
 @pytest.mark.parametrize("code", [8, 137, 139])
-def test_a_fault_that_comes_back_at_every_start_is_not_requeued_for_ever(code, tmp_path):
+def test_a_fault_that_returns_at_every_start_is_not_requeued_forever(code, tmp_path):
     for number in (1, 2):
         found, log = start(tmp_path, code, MEGATRAIN_MAX_FAULTS="2")
         assert found == code and log.count("; requeued") == number
@@ -37,6 +37,6 @@ def test_a_fault_that_comes_back_at_every_start_is_not_requeued_for_ever(code, t
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 6, 7, 75])
-def test_what_a_new_start_cannot_mend_is_not_requeued(code, tmp_path):
+def test_a_failure_that_a_restart_cannot_fix_is_not_requeued(code, tmp_path):
     found, log = start(tmp_path, code)
     assert found == code and "requeued" not in log and f"exit code {code}" in log

@@ -1,4 +1,4 @@
-"""What srun's variables say of a node's place, and the command that submits a job; no Slurm needed."""
+"""A node's place as read from srun's variables, and the command that submits a job; no Slurm needed."""
 
 import os
 import sys
@@ -29,7 +29,9 @@ STEP = {
 
 def test_a_task_of_srun_is_a_node_of_its_step():
     assert Step.from_environ(STEP) == Step("17.0.0", 1, 2, "n[1-2]")
-    assert Step.from_environ({**STEP, "SLURM_RESTART_COUNT": "4"}).key == "17.0.4", "starts do not meet former ones"
+    assert Step.from_environ({**STEP, "SLURM_RESTART_COUNT": "4"}).key == "17.0.4", (
+        "a restart must not connect to agents of the previous start"
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,16 +44,16 @@ def test_a_task_of_srun_is_a_node_of_its_step():
     ],
     ids=["no Slurm", "batch script", "torchrun under srun", "srun --pty"],
 )
-def test_elsewhere_there_is_no_step(environ):
+def test_outside_srun_there_is_no_step(environ):
     assert Step.from_environ(environ) is None
 
 
-def test_a_task_a_rank_is_refused_with_what_to_ask_for():
+def test_one_task_per_rank_is_refused_with_the_options_that_work():
     with pytest.raises(EnvironmentFault, match=r"8 tasks on 2 nodes.*--ntasks-per-node=1"):
         Step.from_environ({**STEP, "SLURM_STEP_NUM_TASKS": "8"})
 
 
-def test_the_number_of_nodes_is_the_steps_and_another_is_refused():
+def test_the_number_of_nodes_is_the_steps_and_any_other_is_refused():
     step = Step.from_environ(STEP)
     assert num_nodes(LaunchConfig(), None) == 1
     assert num_nodes(LaunchConfig(num_nodes=4), None) == 4
@@ -60,7 +62,7 @@ def test_the_number_of_nodes_is_the_steps_and_another_is_refused():
         num_nodes(LaunchConfig(num_nodes=4), step)
 
 
-def test_the_head_is_the_first_node_or_what_the_site_says(tmp_path, monkeypatch):
+def test_the_head_is_the_first_node_or_the_one_the_site_sets(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames n[1-2]' ] && printf 'n1\\nn2\\n'\n")
@@ -76,7 +78,7 @@ def test_the_head_is_the_first_node_or_what_the_site_says(tmp_path, monkeypatch)
 
 
 class Team(SingleNode):
-    """Node 1 of two; what node 0 shares is given."""
+    """Node 1 of two; the test sets what node 0 sends."""
 
     node, size = 1, 2
 
@@ -88,7 +90,7 @@ class Team(SingleNode):
         return [self.other, value]
 
 
-def test_what_fails_on_one_node_ends_all_alike():
+def test_a_failure_on_one_node_ends_all_nodes_alike():
     def refuse():
         raise DataError("no data")
 
@@ -97,13 +99,13 @@ def test_what_fails_on_one_node_ends_all_alike():
         together(Team(None), refuse)
     with pytest.raises(DataError, match=r"^no data"):
         together(SingleNode(), refuse)
-    for act in (refuse, lambda: 5):  # node 0 says why
+    for act in (refuse, lambda: 5):  # node 0 reports why
         with pytest.raises(SystemExit) as ended:
             together(Team([7, "owned"]), act)
         assert ended.value.code == 7
 
 
-def test_the_command_that_submits():
+def test_the_submission_command_has_every_option():
     config = LaunchConfig(name="slurm", num_nodes=4, partition="gpu", time="1:00:00", sbatch_options=["--qos=high"])
     assert sbatch_command(config, "my run", Path("s/train.sbatch"), ["model=tiny", "seed=2"]) == [
         "sbatch", "--parsable", "--nodes=4", "--job-name=my run", "--partition=gpu", "--time=1:00:00", "--qos=high",
@@ -121,7 +123,7 @@ def test_a_profile_is_a_path_or_a_name(tmp_path):
 
 @pytest.fixture
 def fake_sbatch(tmp_path, monkeypatch):
-    """An sbatch that writes down how it was called and answers as Slurm does; what it wrote, when called."""
+    """Install an sbatch that records its call and answers like Slurm; return a function that reads the record."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         f'#!/bin/sh\necho "$SBATCH_PARTITION|$MEGATRAIN_PYTHON|$@" >{tmp_path}/called\necho "42;cluster"\n'
@@ -155,12 +157,12 @@ def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_pat
         (["--dry-run"], "--dry-run"),
     ],
 )
-def test_what_cannot_run_is_not_submitted(words, says, fake_sbatch, capsys):
+def test_a_job_that_cannot_run_is_not_submitted(words, says, fake_sbatch, capsys):
     assert cli.main(["train", "model=tiny", *words]) == 2
     assert says in capsys.readouterr().err and not fake_sbatch.exists()
 
 
-def test_slurms_own_refusal_is_passed_on(fake_sbatch, tmp_path, capsys):
+def test_slurms_own_refusal_is_shown(fake_sbatch, tmp_path, capsys):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2; exit 1\n")
     assert cli.main(["train", "model=tiny", "launch=slurm", "launch.partition=x"]) == 2
     assert "invalid partition" in capsys.readouterr().err
@@ -171,7 +173,7 @@ SWEEP = ["train", "-m", "model=tiny", "launch=slurm", "seed=1,2,3", "run.name=sc
 
 @pytest.fixture
 def fake_cluster(fake_sbatch, tmp_path, monkeypatch):
-    """Beside that sbatch, which numbers its jobs here, a squeue that shows the jobs it is given; and an empty folder."""
+    """Install an sbatch that numbers its jobs and a squeue that lists given jobs; return the test's empty folder."""
     (tmp_path / "sbatch").write_text(
         f'#!/bin/sh\necho "$@" >>{tmp_path}/called\nexpr 40 + $(wc -l <{tmp_path}/called)\n'
     )
@@ -202,7 +204,7 @@ def test_a_dry_run_of_a_sweep_shows_every_job_and_the_script_once(fake_cluster, 
     assert not (fake_cluster / "called").exists() and not any((fake_cluster / "here").iterdir())
 
 
-def test_what_is_done_or_queued_is_not_submitted_again(fake_cluster, capsys):
+def test_points_that_are_done_or_queued_are_not_submitted_again(fake_cluster, capsys):
     here = fake_cluster / "here"
     (fake_cluster / "queue").write_text(f"17|{here}|scan-seed1\n18|/elsewhere|scan-seed2\n19|{here}|other\n")
     run_dir = here / "runs" / "scan-seed3"
@@ -214,7 +216,7 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake_cluster, capsys):
     log.emit("stop", 100, status="done")
     assert cli.main(SWEEP) == 0
     assert capsys.readouterr().out == "17  scan-seed1 (in the queue already)\n41  scan-seed2\ndone  scan-seed3\n"
-    for word in ("train.steps=101", "optim.lr=1"):  # longer; or not the run that it was, which it will say itself
+    for word in ("train.steps=101", "optim.lr=1"):  # a longer run; or a changed one, which the job itself will refuse
         assert cli.main([*SWEEP, word]) == 0
         assert "done" not in capsys.readouterr().out
     log.emit("resume", 100)  # as of a run that was made longer and then killed
@@ -224,7 +226,8 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake_cluster, capsys):
 
 def test_slurms_refusal_of_a_point_names_it(fake_cluster, capsys):
     (fake_cluster / "sbatch").write_text(
-        '#!/bin/sh\ncase "$*" in *seed=2*) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;; *) echo 41; esac\n'
+        '#!/bin/sh\ncase "$*" in *seed=2*) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;;'
+        " *) echo 41; esac\n"
     )
     assert cli.main(SWEEP) == 2
     shown = capsys.readouterr()
@@ -233,7 +236,7 @@ def test_slurms_refusal_of_a_point_names_it(fake_cluster, capsys):
     assert "point 1 of 3 (seed=1): launch.profile=none is neither" in capsys.readouterr().err
 
 
-def test_the_script_is_found_wherever_we_are_installed():
+def test_the_script_is_found_wherever_megatrain_is_installed():
     from importlib import resources
 
     assert (resources.files("megatrain.slurm") / "train.sbatch").is_file() and slurm

@@ -1,4 +1,4 @@
-"""When starting again can no longer help."""
+"""When another restart cannot help."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def event(kind, step, **detail):
     return {"kind": kind, "step": step, **detail}
 
 
-def test_the_same_failure_is_counted_over_starts_and_jobs():
-    """By what happened and where, whichever rank it met; another failure, or another step, begins anew."""
+def test_the_same_failure_is_counted_across_restarts_and_jobs():
+    """A failure is identified by what happened and where, on any rank; another failure or step starts a new count."""
     met = [event("start", 0), event("failure", 7, how="SIGKILL", rank=1), event("resume", 5)]
     assert times_seen(failure(), []) == 1
     assert times_seen(failure(), met) == 2
@@ -25,11 +25,11 @@ def test_the_same_failure_is_counted_over_starts_and_jobs():
 
 
 def test_a_checkpoint_beyond_a_failure_is_progress():
-    """Killed at a start, days apart, the run going on each time: not a crash loop."""
+    """A run killed at a start, days apart, with progress in between, is not in a crash loop."""
     met = [event("failure", 0, how="SIGKILL"), event("resume", 100), event("save", 200)]
     assert times_seen(failure(step=0), [*met, *met]) == 1
     met = [event("resume", 5), event("save", 6), event("failure", 7, how="SIGKILL")]
-    assert times_seen(failure(), [*met, *met]) == 3, "a checkpoint before it, saved anew each time, is none"
+    assert times_seen(failure(), [*met, *met]) == 3, "saving the same earlier checkpoint again is no progress"
 
 
 def test_a_failure_says_what_and_where():

@@ -1,4 +1,4 @@
-"""What the loss guard takes for a spike, and what it does not."""
+"""What the loss guard counts as a spike, and what it does not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatrain.resilience.guard import ENOUGH, LossGuard, report
 
 @pytest.fixture
 def guard():
-    """With the keys' defaults."""
+    """Return a guard with the default settings."""
     return LossGuard.from_config(ResilienceConfig())
 
 
 def alarms(guard, losses):
-    """The spikes that a run with these losses would meet, if it went on after each."""
+    """Return the spikes that a run with these losses would meet if it continued after each."""
     before, found = [], []
     for step, loss in enumerate(losses, start=1):
         if spike := guard.judge(before, step, loss):
@@ -46,13 +46,13 @@ CLEAN = {
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_runs_raise_no_alarm(guard, name):
-    """Ten thousand steps of what losses do in runs where nothing is wrong."""
+    """Ten thousand steps of losses as in healthy runs."""
     assert alarms(guard, CLEAN[name].tolist()) == []
 
 
 @pytest.mark.parametrize("level", [0.01, 1.0, 3.0, 11.0])
-def test_a_leap_is_found_whatever_the_level(guard, level):
-    """Also out of losses without any noise, where the deviation is zero; and what is told of it is right."""
+def test_a_spike_is_found_at_any_level(guard, level):
+    """Also after losses without any noise, whose deviation is zero; and the reported numbers are right."""
     (spike,) = alarms(guard, [level] * 50 + [level + 2.0] + [level] * 50)
     assert (spike.step, spike.loss, spike.median) == (51, level + 2.0, level)
     assert spike.zscore == pytest.approx(2.0 / (0.01 * max(1.0, level)))
@@ -66,26 +66,26 @@ def test_the_score_is_of_robust_standard_deviations(guard):
     assert guard.judge(losses, 129, 3.0 + 0.1 * 20).zscore == pytest.approx(20, rel=0.3)
 
 
-def test_only_upward_leaps_count(guard):
+def test_only_upward_jumps_count(guard):
     assert alarms(guard, [5.0] * 60 + [0.5] * 60) == []
 
 
-def test_a_new_level_is_got_used_to(guard):
-    """Where a run goes on after a spike that lasts, the alarms end once the new losses are most of the window."""
+def test_the_guard_adapts_to_a_new_level(guard):
+    """If a run continues after a lasting spike, the alarms end once most of the window has the new losses."""
     found = alarms(guard, [3.0] * 200 + [5.0] * 200)
     assert [spike.step for spike in found] == list(range(201, 201 + guard.window // 2))
 
 
-def test_nothing_is_judged_before_enough_losses_are_there(guard):
-    """32 of them, or the window where that is shorter."""
+def test_nothing_is_a_spike_before_there_are_enough_losses(guard):
+    """The guard needs 32 losses, or a full window if that is shorter."""
     assert guard.judge([3.0] * (ENOUGH - 1), 32, 99.0) is None
     assert guard.judge([3.0] * ENOUGH, 33, 99.0) is not None
     assert LossGuard(12.0, 8).judge([3.0] * 7, 8, 99.0) is None
     assert LossGuard(12.0, 8).judge([3.0] * 8, 9, 99.0) is not None
 
 
-def test_the_window_is_the_last_losses_alone():
-    """What lies before it changes no verdict, so a resumed run that has the window's losses judges as the undisturbed."""
+def test_the_window_holds_only_the_last_losses():
+    """Earlier losses change no decision, so a resumed run with the window's losses decides like the undisturbed one."""
     guard = LossGuard(12.0, 16)
     before = [9.0] * 500
     for loss in [2.0] * 16:
@@ -94,13 +94,13 @@ def test_the_window_is_the_last_losses_alone():
     assert guard.judge([9.0] * 500 + before, 517, 4.0) == guard.judge(before, 517, 4.0) is not None
 
 
-def test_zero_switches_it_off():
+def test_a_threshold_of_zero_switches_the_guard_off():
     assert alarms(LossGuard.from_config(ResilienceConfig(spike_zscore=0)), [3.0] * 60 + [1e6]) == []
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_what_is_not_finite_is_the_vetos_affair(guard, loss):
-    """It is neither a spike nor kept."""
+def test_non_finite_losses_are_left_to_the_veto(guard, loss):
+    """A non-finite loss is neither a spike nor added to the window."""
     assert guard.judge([3.0] * 60, 61, loss) is None and guard.remember([3.0], loss) == [3.0]
 
 

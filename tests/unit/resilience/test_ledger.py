@@ -1,4 +1,4 @@
-"""The goodput ledger: that all time is booked, and what is reckoned as lost."""
+"""The goodput ledger: all time is accounted for, and lost work is counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(tmp_path, heartbeats, since=None, may_write=lambda: None):
 
 
 def train(heartbeat, *steps, nap=0.004):
-    """What a trainer and its engine mark, each phase for a little while."""
+    """Mark the phases of a trainer and its engine, each for a short time."""
     for step in steps:
         for phase in ("data", "exchange", "forward", "backward", "update"):
             heartbeat.enter(phase, step)
@@ -33,7 +33,7 @@ def train(heartbeat, *steps, nap=0.004):
 
 
 def check(document):
-    """No time is missing, none is there twice."""
+    """Check that no time is missing or counted twice."""
     life = summarise(document)
     assert sum(life.seconds.values()) == pytest.approx(life.wall_s, rel=0.01, abs=0.002)
     assert min(life.seconds.values()) >= 0
@@ -44,7 +44,8 @@ def check(document):
 
 
 def test_a_job_with_a_death_adds_up_to_its_wall_time(tmp_path, heartbeats):
-    """Killed in the middle of a phase; the agent notices later; what is done again is lost, what comes between is downtime."""
+    """The rank is killed in the middle of a phase and the agent notices later: repeated steps count as lost work, the
+    time between as downtime."""
     began = time.monotonic()
     ledger = make(tmp_path, heartbeats)
     time.sleep(0.05)
@@ -83,15 +84,15 @@ def test_a_job_with_a_death_adds_up_to_its_wall_time(tmp_path, heartbeats):
     assert (second["first"], second["done"], second["finished"], second["ended"]) == (5, 8, 4, "done")
     assert (life.lost_steps, life.num_starts, life.failures) == (3, 2, 1)
     seconds = life.seconds
-    assert seconds["lost work"] >= 0.1 + 3 * 5 * 0.004, "three finished steps and the one that was not"
-    assert sum(seconds[name] for name in EFFECTIVE) >= 8 * 5 * 0.004, "eight steps are there in the end"
+    assert seconds["lost work"] >= 0.1 + 3 * 5 * 0.004, "three finished steps and an unfinished one"
+    assert sum(seconds[name] for name in EFFECTIVE) >= 8 * 5 * 0.004, "eight steps count in the end"
     assert seconds["downtime"] >= 0.08 and seconds["load"] >= 0.03 and seconds["save"] >= 0.02
     assert seconds["start-up"] >= 0.1 and seconds["end"] >= 0.04
     assert life.mtbf_s == pytest.approx(first["to_s"] - first["from_s"] + second["to_s"] - second["from_s"])
     assert life.goodput == pytest.approx(sum(seconds[name] for name in EFFECTIVE) / life.wall_s)
 
 
-def test_waits_are_booked_as_communication(tmp_path, heartbeats):
+def test_waits_count_as_communication(tmp_path, heartbeats):
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
     ledger.begin()
@@ -124,8 +125,8 @@ def test_waits_are_booked_as_communication(tmp_path, heartbeats):
     assert waited - forward - slack < seconds["compute"] + 0.03 < exchange - before + slack
 
 
-def test_since_a_hang_nothing_is_done(tmp_path, heartbeats):
-    """From the last sign of life on it is downtime, not work."""
+def test_the_time_of_a_hang_is_downtime(tmp_path, heartbeats):
+    """The time after the last sign of life counts as downtime, not as work."""
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
     ledger.begin()
@@ -139,7 +140,7 @@ def test_since_a_hang_nothing_is_done(tmp_path, heartbeats):
     assert life.seconds["downtime"] >= 0.2 and life.seconds["compute"] < 0.1 and life.failures == 1
 
 
-def test_steps_that_a_rollback_does_again_are_lost(tmp_path, heartbeats):
+def test_steps_repeated_after_a_rollback_are_lost_work(tmp_path, heartbeats):
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
     ledger.begin()
@@ -160,7 +161,7 @@ def test_steps_that_a_rollback_does_again_are_lost(tmp_path, heartbeats):
 
 
 def test_a_stop_by_a_signal_loses_nothing(tmp_path, heartbeats):
-    """The batch that was fetched for the next step is not trained on, and the last step counts once."""
+    """The batch fetched for the next step is not trained on, and the last step counts once."""
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
     ledger.begin()
@@ -179,8 +180,8 @@ def test_a_stop_by_a_signal_loses_nothing(tmp_path, heartbeats):
     )
 
 
-def test_an_agent_that_lost_its_power_costs_what_was_not_yet_written(tmp_path, heartbeats, monkeypatch):
-    """The gap to the next agent is downtime, of the wall clock; a clock that went back makes it 0, never less."""
+def test_a_power_cut_costs_only_the_time_not_yet_written(tmp_path, heartbeats, monkeypatch):
+    """The gap to the next agent is downtime by the wall clock; if the clock was set back, it is 0, never negative."""
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
@@ -192,7 +193,7 @@ def test_an_agent_that_lost_its_power_costs_what_was_not_yet_written(tmp_path, h
     ledger.watch()
     written = (tmp_path / "ledger.json").read_text()
     ledger.watch()
-    assert (tmp_path / "ledger.json").read_text() == written, "not at every look"
+    assert (tmp_path / "ledger.json").read_text() == written, "the ledger is not written at every look"
     time.sleep(0.3)  # the power goes, and comes back
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
@@ -207,7 +208,7 @@ def test_an_agent_that_lost_its_power_costs_what_was_not_yet_written(tmp_path, h
     assert check(document).wall_s == pytest.approx(sum(agent["seconds"] for agent in document["agents"]))
 
 
-def test_a_run_that_goes_on_has_lost_nothing_yet(tmp_path, heartbeats):
+def test_a_running_job_has_lost_nothing_yet(tmp_path, heartbeats):
     ledger = make(tmp_path, heartbeats)
     heartbeats.clear()
     ledger.begin()
@@ -218,7 +219,7 @@ def test_a_run_that_goes_on_has_lost_nothing_yet(tmp_path, heartbeats):
     assert life.failures == 0 and life.seconds["lost work"] == 0 and life.mtbf_s is None
 
 
-def test_an_agent_that_owns_the_run_no_more_writes_nothing(tmp_path, heartbeats):
+def test_an_agent_that_no_longer_owns_the_run_writes_nothing(tmp_path, heartbeats):
     def refuse():
         raise OwnedError("another job")
 
@@ -246,24 +247,24 @@ def test_a_damaged_ledger_is_set_aside(tmp_path, heartbeats):
         None,
     ],
 )
-def test_a_ledger_that_cannot_be_added_up_is_set_aside_and_said(tmp_path, heartbeats, capsys, text):
+def test_an_inconsistent_ledger_is_set_aside_with_a_warning(tmp_path, heartbeats, capsys, text):
     if text is None:
         (tmp_path / "ledger.json").mkdir()
     else:
         (tmp_path / "ledger.json").write_text(text)
-    make(tmp_path, heartbeats, since=time.monotonic() - 5).close()  # a life of no time has no span
+    make(tmp_path, heartbeats, since=time.monotonic() - 5).close()  # an agent without any time has no span
     assert len(check(read_ledger(tmp_path / "ledger.json")).spans) == 1
     assert "ledger.json is damaged and was renamed to ledger.json.damaged" in capsys.readouterr().err
 
 
-def test_an_agent_that_started_nothing_is_start_up(tmp_path, heartbeats):
+def test_the_time_of_an_agent_without_ranks_is_start_up(tmp_path, heartbeats):
     make(tmp_path, heartbeats, since=time.monotonic() - 5).close()
     life = check(read_ledger(tmp_path / "ledger.json"))
     assert life.seconds["start-up"] == pytest.approx(5, abs=0.2) and set(life.seconds) == set(CATEGORIES)
     assert summarise({"format": 1, "agents": []}).wall_s == 0
 
 
-def test_the_age_of_a_process():
+def test_the_age_of_a_process_is_the_time_since_its_start():
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""One writer a run folder: at once, after a crash, across machines, and for an owner that wakes again."""
+"""A run folder has one writer: in simultaneous starts, after a crash, across machines, after an owner wakes up."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ time.sleep(60)
 
 
 def holder(folder):
-    """Another process that owns the folder."""
+    """Start another process that owns the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "mine\n"
     return process
 
 
 def elsewhere(folder, number=1, **changes):
-    """The mark of an owner on another machine."""
+    """Write the mark of an owner on another machine."""
     (folder / "owner").mkdir(exist_ok=True)
     path = folder / "owner" / f"{number:08d}.json"
     mark = {"host": "far", "job": None, "pid": 77, "since": "2026-01-01T00:00:00Z", "machine": "far x y"} | changes
@@ -61,7 +61,7 @@ def test_a_stopped_process_still_owns_its_run(tmp_path):
     process.wait()
 
 
-def test_of_many_that_start_at_once_one_becomes_the_owner(tmp_path):
+def test_of_many_simultaneous_starts_one_becomes_the_owner(tmp_path):
     def take(_):
         try:
             return Ownership.take(tmp_path)
@@ -72,8 +72,8 @@ def test_of_many_that_start_at_once_one_becomes_the_owner(tmp_path):
         assert len([mine for mine in pool.map(take, range(64)) if mine]) == 1
 
 
-def test_an_owner_that_was_replaced_may_write_no_more(tmp_path):
-    """Whatever it was doing meanwhile, and though its own process lives."""
+def test_a_replaced_owner_may_no_longer_write(tmp_path):
+    """Even if its own process is still alive."""
     sleeper = Ownership.take(tmp_path)
     sleeper.check()
     elsewhere(tmp_path, number=2)
@@ -83,7 +83,7 @@ def test_an_owner_that_was_replaced_may_write_no_more(tmp_path):
     assert last_owner(tmp_path / "owner")[0] == 2 and "released" not in last_owner(tmp_path / "owner")[1]
 
 
-def test_one_whose_marks_were_removed_may_write_no_more(tmp_path, monkeypatch):
+def test_an_owner_whose_marks_were_removed_may_no_longer_write(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     first = Ownership.take(run_dir)
     shutil.rmtree(run_dir / "owner")
@@ -102,9 +102,7 @@ def test_one_whose_marks_were_removed_may_write_no_more(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, EnvironmentFault), (errno.EACCES, ConfigError)])
-def test_a_disk_that_refuses_is_the_machines_fault_and_a_forbidden_folder_the_users(
-    tmp_path, monkeypatch, number, kind
-):
+def test_a_failing_disk_is_a_machine_fault_and_a_forbidden_folder_a_user_error(tmp_path, monkeypatch, number, kind):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -113,7 +111,7 @@ def test_a_disk_that_refuses_is_the_machines_fault_and_a_forbidden_folder_the_us
         Ownership.take(tmp_path)
 
 
-def test_one_that_ended_in_order_is_followed_at_once(tmp_path):
+def test_an_owner_that_released_the_run_is_replaced_at_once(tmp_path):
     first = Ownership.take(tmp_path)
     first.release()
     started = time.monotonic()
@@ -121,8 +119,9 @@ def test_one_that_ended_in_order_is_followed_at_once(tmp_path):
     assert time.monotonic() - started < 1
 
 
-def test_an_owner_elsewhere_is_watched(tmp_path, capsys):
-    """Taken over once it gives no sign of life, refused while it does; clocks of other machines are not looked at."""
+def test_an_owner_on_another_machine_is_watched_for_signs_of_life(tmp_path, capsys):
+    """The run is taken over once its owner shows no sign of life, and refused before; other machines' clocks do not
+    matter."""
     path = elsewhere(tmp_path)
     os.utime(path, (4e9, 4e9))
     assert Ownership.take(tmp_path, watch_s=0.5).number == 2
@@ -135,7 +134,7 @@ def test_an_owner_elsewhere_is_watched(tmp_path, capsys):
         beats.result()
 
 
-def test_a_requeued_job_follows_itself(tmp_path, monkeypatch):
+def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch):
     elsewhere(tmp_path, job="41")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     started = time.monotonic()
@@ -143,12 +142,12 @@ def test_a_requeued_job_follows_itself(tmp_path, monkeypatch):
     assert time.monotonic() - started < 1
 
 
-def test_a_mark_that_cannot_be_read_is_watched_like_a_stranger(tmp_path):
+def test_an_unreadable_mark_is_watched_like_an_unknown_owner(tmp_path):
     elsewhere(tmp_path).write_text("{half")
     assert Ownership.take(tmp_path, watch_s=0.3).number == 2
 
 
-def test_signs_of_life_are_given_in_time(tmp_path, monkeypatch):
+def test_signs_of_life_are_written_in_time(tmp_path, monkeypatch):
     mine = Ownership.take(tmp_path)
     path = tmp_path / "owner" / "00000001.json"
     os.utime(path, (1, 1))

@@ -1,4 +1,4 @@
-"""What counts as a hang, and who is to blame for it."""
+"""What counts as a hang, and which rank caused it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def witness(rank, step=7, state="S", stacks=WAITING, phase="forward"):
     return Witness(rank, Beat(step, 1, phase, 9.0), state, *read_stacks(stacks), stacks)
 
 
-def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
+def test_a_stack_shows_the_collective_and_where_it_was_called():
     assert read_stacks(WAITING) == ("all_gather (distributed_c10d.py)", "megatrain/distributed/world.py:47 gather")
     assert read_stacks(IDLE) == (None, "megatrain/data/loader.py:5 __next__")
     assert read_stacks("") == (None, None)
@@ -51,11 +51,11 @@ def test_a_stack_tells_what_is_waited_for_and_where_it_was_called():
         ([witness(0, state="T", stacks=""), witness(1, state="T", stacks="")], []),
     ],
 )
-def test_the_culprit_is_who_does_not_answer_or_waits_for_no_one(witnesses, guilty):
+def test_the_culprit_is_the_rank_that_does_not_answer_or_is_in_no_collective(witnesses, guilty):
     assert [found.rank for found in culprits(witnesses)] == guilty
 
 
-def test_a_job_hangs_when_no_rank_moves():
+def test_a_job_hangs_when_no_rank_makes_progress():
     heartbeats = Heartbeats(2)
     first, second = Heartbeat(heartbeats.file, 0), Heartbeat(heartbeats.file, 1)
     limits = Limits(training_s=0.2, starting_s=30)
@@ -71,7 +71,7 @@ def test_a_job_hangs_when_no_rank_moves():
     assert hangs(heartbeats, [0, 1], limits)
     second.enter("save")
     time.sleep(0.3)
-    assert not hangs(heartbeats, [0, 1], limits), "a slow disk is no hang, and a save is not cut short"
+    assert not hangs(heartbeats, [0, 1], limits), "a slow disk is not a hang, and a save is not cut short"
     second.enter("data")
     first.enter("end")
     time.sleep(0.3)

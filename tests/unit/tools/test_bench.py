@@ -1,4 +1,4 @@
-"""The arithmetic of tools/bench: the interval of a median, ratios from turns, and what is said where a peer is missing."""
+"""The arithmetic of tools/bench: the interval of a median, ratios of turns, and the message about a missing peer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = Path(__file__).parents[3] / "tools" / "bench"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """tools/bench as its scripts see it."""
+    """Put tools/bench on the import path, as for its scripts."""
     monkeypatch.syspath_prepend(str(TOOLS))
     import compare
     import intervals
@@ -35,8 +35,8 @@ def test_the_interval_of_ten_values_is_the_textbooks(bench):
     assert (found.low, found.high, found.coverage) == (1, 6, 1 - 2 / 64)
 
 
-def test_too_few_values_say_so(bench):
-    """Five values reach no 95%: their ends, with the 93.75% those have; one value has no interval; none has no median."""
+def test_too_few_values_are_reported(bench):
+    """Five values reach 93.75%, not 95%: the interval is their range. One value has no interval; none has no median."""
     _, intervals, _ = bench
     found = intervals.median_interval([1.0, 2, 3, 4, 5])
     assert (found.low, found.high, found.coverage) == (1, 5, 0.9375)
@@ -48,7 +48,7 @@ def test_too_few_values_say_so(bench):
 
 @pytest.mark.parametrize("num_values", [6, 10, 25])
 def test_the_interval_holds_the_median_as_often_as_it_says(bench, num_values):
-    """Drawn from a skewed distribution with a known median, over and over: coverage within three standard errors."""
+    """Over many draws from a skewed distribution with a known median, coverage is within three standard errors."""
     _, intervals, _ = bench
     generator, times, hits = random.Random(5), 2000, 0
     for _ in range(times):
@@ -58,8 +58,8 @@ def test_the_interval_holds_the_median_as_often_as_it_says(bench, num_values):
     assert found.coverage >= 0.95 and abs(hits / times - found.coverage) < 3 * error
 
 
-def test_ratios_are_of_turns_in_one_round(bench):
-    """A peer that missed a round is compared in the others; above 1 means that megatrain is faster."""
+def test_ratios_compare_turns_of_the_same_round(bench):
+    """A peer that missed a round is compared in the other rounds; above 1 means that megatrain is faster."""
     compare, _, turns = bench
 
     def turn(contender, number, step_s):
@@ -78,8 +78,8 @@ def test_ratios_are_of_turns_in_one_round(bench):
 
 
 def test_a_turn_leaves_its_warm_up_out(bench):
-    """The median is over the steps after the warm-up, the whole time from the last warm-up step's end; a turn with steps
-    missing is none."""
+    """The median covers the steps after the warm-up, the total time starts at the end of the last warm-up step, and a
+    turn with missing steps does not count."""
     _, _, turns = bench
     job = {"steps": 5, "global_batch": 2, "seq_len": 10}
     times, ends = [50.0, 1, 2, 3, 4], [160.0, 162, 165, 169, 175]
@@ -90,8 +90,8 @@ def test_a_turn_leaves_its_warm_up_out(bench):
         turns.figures("a", 1, job, 2, times[1:], ends[1:], 100.0, 7, None, [])
 
 
-def test_a_missing_peer_says_how_to_make_it(bench, tmp_path, monkeypatch):
-    """Before its environment exists, and where a package is not in it."""
+def test_the_message_about_a_missing_peer_says_how_to_install_it(bench, tmp_path, monkeypatch):
+    """Both before its environment exists and when a package is missing from it."""
     _, _, turns = bench
     monkeypatch.setattr(turns, "ROOT", tmp_path)
     monkeypatch.setattr(turns, "HERE", tmp_path / "tools" / "bench")

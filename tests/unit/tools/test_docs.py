@@ -19,7 +19,7 @@ def name_of(page: Path) -> str:
 
 
 def lines_outside_code(page: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not in a fenced block."""
+    """Yield number and text of each line that is not in a fenced block."""
     fenced = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if FENCE.match(line):
@@ -53,7 +53,7 @@ def test_relative_links_and_images_resolve(page):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
 def test_the_files_that_a_page_names_exist(page):
-    """`megatrain/parallel/layout.py` and the like; the changelog may name what is gone."""
+    """Paths such as `megatrain/parallel/layout.py`; only the changelog may name deleted files."""
     text = page.read_text(encoding="utf-8")
     named = set(
         re.findall(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)}|docs)/[\w/.-]*\w\.(?:py|sh|sbatch|yaml|md|svg|png)\b", text)
@@ -62,7 +62,7 @@ def test_the_files_that_a_page_names_exist(page):
 
 
 def test_the_pages_that_code_names_exist():
-    """docs/... in a docstring, a comment or a message."""
+    """Paths such as docs/... in a docstring, a comment or a message."""
     missing = []
     for folder in ROOMS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -74,6 +74,6 @@ def test_the_pages_that_code_names_exist():
     assert not missing, "\n".join(missing)
 
 
-def test_every_room_has_a_page_of_the_api():
+def test_every_room_has_an_api_page():
     rooms = {path.parent.name for path in (ROOT / "megatrain").glob("*/__init__.py")} - {"conf", "slurm"}
     assert {page.stem for page in (ROOT / "docs" / "reference" / "api").glob("*.md")} - {"index"} == rooms
