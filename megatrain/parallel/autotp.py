@@ -1,14 +1,15 @@
-"""The tensor-parallel plan, translated to DeepSpeed's AutoTP layers for the deepspeed engine. What is cut is plan.py's.
+"""The tensor-parallel plan as DeepSpeed's AutoTP layers, for the deepspeed engine. plan.py says what is cut.
 
-The layers are put in directly, one at a time while the model is still without memory: AutoTP's own walk over a model cuts
-tensors that exist, so that every rank would hold the whole model first. Imports DeepSpeed, which reads its accelerator from
-the environment then.
+Layers are replaced one at a time, while the model is still on the meta device. AutoTP's own pass over a model cuts
+tensors that already have memory, so every rank would first hold the whole model. Importing this module imports
+DeepSpeed, which then reads its accelerator from the environment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,14 @@ from megatrain.parallel import plan
 from megatrain.parallel.context import Attend
 from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
+if TYPE_CHECKING:  # DeepSpeed carries no types
+    RowLinearBase = nn.Module
+else:
+    RowLinearBase = LinearAllreduce
+
 
 def make_tensor_group(tp: int) -> dist.ProcessGroup:
-    """This rank's tensor group, the one DeepSpeed's engine will use too. Every rank of the job must call it."""
+    """Return this rank's tensor group, the one that DeepSpeed's engine uses too. Collective over all ranks."""
     set_autotp_mode(training=True)
     groups._init_tp_mesh_device(tensor_model_parallel_size=tp)
     group: dist.ProcessGroup = groups.get_tensor_model_parallel_group()
@@ -43,9 +49,9 @@ def make_tensor_group(tp: int) -> dist.ProcessGroup:
 def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> None:
     """Cut the layers of a model on the meta device over a tensor group and give it memory, one layer at a time.
 
-    Between layers activations are whole on every rank, `[B, T, D]`; the logits stay cut, `[B, T, V / tp]` (Shoeybi et al.,
-    2019, arXiv:1909.08053). Four all-reduces of `[B, T, D]` a block: one at the end of each of its two layers, and one at
-    their start in the backward pass.
+    Between layers activations are whole on every rank, `[B, T, D]`; the logits stay cut, `[B, T, V / tp]` (Shoeybi et
+    al., 2019, arXiv:1909.08053). A block needs four all-reduces of `[B, T, D]`: one at the end of each of its two
+    layers in the forward pass, and one at the start of each in the backward pass.
     """
     kernels = model.head.kernels
     for name, module in reversed(list(model.named_modules())):  # the head before the embedding that shares its weight
@@ -56,54 +62,72 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
         if isinstance(module, Attention | MLP) or module is model.head:
-            module.register_forward_pre_hook(lambda _, inputs: (_Enter.apply(inputs[0], group), *inputs[1:]))
+            module.register_forward_pre_hook(lambda _, inputs: (_enter(inputs[0], group), *inputs[1:]))
         if isinstance(module, Attention):
             module.attend = _OwnMasks(module.attend, group.rank())  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         if plan.cut(name) == plan.HEADWISE:
-            parameter.register_hook(partial(_summed, group=group))
+            add_hook: Callable[..., Any] = parameter.register_hook
+            add_hook(partial(_all_reduced, group=group))
     first, _ = plan.chunk(model.config.vocab, group.size(), group.rank())
     model.loss = partial(vocabulary_parallel_cross_entropy, first=first, group=group, kernels=kernels)
-    model.ds_autotp_parsed = True  # type: ignore[assignment]  # tells DeepSpeed's engine that nothing is left to cut
+    model.ds_autotp_parsed = True  # type: ignore[assignment]  # DeepSpeed's engine then cuts nothing itself
 
 
 def _layer(name: str, module: nn.Module, model: GPT, group: dist.ProcessGroup, device: torch.device) -> nn.Module:
-    """The AutoTP layer that takes a layer's place: this rank's block of its parameters, on `device`, without values."""
+    """Return the AutoTP layer that replaces `module`: this rank's block of its parameters, on `device`, unfilled."""
     kind = plan.cut(f"{name}.weight")
+    layer: nn.Module
     if isinstance(module, nn.Embedding) and model.config.tie_embeddings:
-        return VocabParallelEmbedding(module, group, tied_vocab_parallel_linear=model.head, name=name)
+        layer = VocabParallelEmbedding(module, group, tied_vocab_parallel_linear=model.head, name=name)
+        return layer
     module.to_empty(device=device)
     size = module.weight.shape[plan.cut_dimension(f"{name}.weight")]  # type: ignore[index]
-    # in grains of this size AutoTP cuts as the plan does, the last rank's block the smallest
+    # With this grain size AutoTP cuts as the plan does: the last rank's block is the smallest.
     meta = AutoTPMeta(tp_grain_size=-(-size // group.size()))
     if isinstance(module, nn.Embedding):
-        return VocabParallelEmbedding(module, group, name=name, tp_meta=meta)
+        layer = VocabParallelEmbedding(module, group, name=name, tp_meta=meta)
+        return layer
     if kind == plan.ROW:
         return _RowLinear(module, group, name=name, tp_meta=meta)
     layer = (VocabParallelLinear if kind == plan.VOCAB else LinearLayer)(module, group, name=name, tp_meta=meta)
-    # or query, key and value would each sum the gradient of the input they share; _Enter does, once
-    layer.mp_group = None
+    # Query, key and value would each all-reduce the gradient of the input they share. _Enter does it once for all.
+    layer.mp_group = None  # type: ignore[assignment]
     return layer
 
 
-class _RowLinear(LinearAllreduce):
-    """AutoTP's row-cut layer, but for where its sums land.
+class _RowLinear(RowLinearBase):
+    """AutoTP's row-cut layer, with its sums in a new tensor.
 
-    AutoTP writes them over the matrix product, which selective recompute keeps: the second forward pass would sum sums.
+    AutoTP overwrites the matrix product, which selective recompute keeps: the second forward pass would sum again.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    mp_group: dist.ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:
-        """`x` `[B, T, F / tp]` to `[B, T, D]`, whole."""
-        y = _Leave.apply(F.linear(x, self.weight), self.mp_group)
+        """Return `[B, T, D]`, whole, given `x` `[B, T, F / tp]`."""
+        y = _leave(F.linear(x, self.weight), self.mp_group)
         return y if self.bias is None else y + self.bias
 
 
+def _leave(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    apply: Callable[..., Tensor] = _Leave.apply
+    return apply(x, group)
+
+
+def _enter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    apply: Callable[..., Tensor] = _Enter.apply
+    return apply(x, group)
+
+
 class _Leave(torch.autograd.Function):
-    """The sum of the ranks' parts."""
+    """All-reduce in the forward pass, identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(x.clone(), group)
+        return _all_reduced(x.clone(), group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -111,7 +135,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Enter(torch.autograd.Function):
-    """What every rank reads whole: the ranks' gradients of it are summed."""
+    """Identity in the forward pass, all-reduce in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -120,29 +144,29 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _summed(gradients[0], ctx.group), None
+        return _all_reduced(gradients[0], ctx.group), None
 
 
-def _summed(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
-    gradient = gradient.contiguous()
-    dist.all_reduce(gradient, group=group)
-    return gradient
+def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class _OwnMasks:
-    """Attention whose dropout masks differ between tensor ranks, which hold different heads.
+    """Attention whose dropout masks differ between tensor ranks, because these hold different heads.
 
-    Everything else draws the same masks on each of them, because activations there are whole.
+    All other dropout draws the same masks on every tensor rank, because its activations are whole.
     """
 
     def __init__(self, attend: Attend, tensor_rank: int) -> None:
         self.attend, self.tensor_rank = attend, tensor_rank
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """As `Attend`."""
+        """Attend, as `context.Attend` describes."""
         if dropout == 0.0:
             return self.attend(q, k, v, mask, dropout)
-        seed = int(torch.randint(2**31, ())) + self.tensor_rank  # drawn from the state that all ranks share
+        seed = int(torch.randint(2**31, ())) + self.tensor_rank  # drawn from the random state that tensor ranks share
         devices = [q.device] if q.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """Context parallelism: the sequence cut over ranks, and attention across the cut.
 
-Everything but attention works on a token by itself, so that a rank runs the whole model on its slice of each sequence and
-only what mixes tokens is replaced. Ulysses exchanges the slice of the sequence for a slice of the heads; the ring keeps the
-heads and passes keys and values round.
+Everything except attention works on each token alone, so a rank runs the whole model on its slice of each sequence,
+and only attention is replaced. Ulysses exchanges the slice of the sequence for a slice of the heads. The ring keeps
+all heads and passes keys and values from rank to rank.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from megatrain.data.batch import MicroBatch
 from megatrain.kernels.attention import attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""`kernels.attention.attention`, where queries, keys and values hold this rank's slice of the sequence and the mask is the
-whole sequence's."""
+"""`kernels.attention.attention` on this rank's slice of queries, keys and values, with the whole sequence's mask."""
 
 
 def make_attend(kind: str, group: dist.ProcessGroup) -> Attend:
-    """What takes attention's place on the ranks of a context group: `kind` is `ulysses` or `ring`."""
+    """Return the attention for the ranks of a context group: `kind` is `ulysses` or `ring`."""
     return Ulysses(group) if kind == "ulysses" else Ring(group)
 
 
 def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
-    """The positions in the sequence of a rank's tokens, int64 `[T / cp]`, in the order it holds them.
+    """Return the positions in the sequence of a rank's tokens, int64 `[T / cp]`, in the order it holds them.
 
-    Ulysses: one contiguous slice. Ring: the sequence is cut into 2 cp chunks and rank i holds chunks i and 2 cp - 1 - i,
-    so that every rank has as many pairs of query and key below the diagonal as any other.
+    Ulysses: one contiguous slice. Ring: the sequence is cut into 2 cp chunks, and rank i holds chunks i and
+    2 cp - 1 - i, which gives every rank the same number of query-key pairs below the diagonal.
     """
     if kind == "ulysses":
         return torch.arange(seq_len).chunk(cp_size)[cp_rank]
@@ -42,18 +41,21 @@ def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) -> MicroBatch:
-    """A rank's tokens of a micro-batch, with the positions they have in the whole; document ids stay whole, for the mask."""
+    """Return a rank's tokens of a micro-batch with their positions in the whole sequence.
+
+    Document ids stay whole, because the mask needs them.
+    """
     tokens = micro_batch.tokens
-    mine = positions_of(kind, tokens.shape[1], cp_rank, cp_size).to(tokens.device)
+    own = positions_of(kind, tokens.shape[1], cp_rank, cp_size).to(tokens.device)
 
     def cut(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:, mine].contiguous()
+        return None if values is None else values[:, own].contiguous()
 
-    positions = mine if micro_batch.positions is None else cut(micro_batch.positions)
+    positions = own if micro_batch.positions is None else cut(micro_batch.positions)
     return replace(
         micro_batch,
-        tokens=tokens[:, mine].contiguous(),
-        labels=micro_batch.labels[:, mine].contiguous(),
+        tokens=tokens[:, own].contiguous(),
+        labels=micro_batch.labels[:, own].contiguous(),
         positions=positions,
         loss_weights=cut(micro_batch.loss_weights),
     )
@@ -69,7 +71,10 @@ class Ulysses:
         self.group = group
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """`q` `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`, to `[B, H, T / cp, K]`; `mask` over the whole sequence."""
+        """Return `[B, H, T / cp, K]`, given `q` `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`.
+
+        `mask` covers the whole sequence.
+        """
         q, k, v = (exchange(x, self.group, scatter=1, gather=2) for x in (q, k, v))
         if mask is not None and mask.shape[1] > 1:
             mask = mask.chunk(self.group.size(), dim=1)[self.group.rank()]
@@ -78,9 +83,9 @@ class Ulysses:
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
-    """Cuts `x` along `scatter`, gives each rank its part and joins what comes back along `gather`; differentiable."""
-    result: Tensor = _Exchange.apply(x, group, scatter, gather)
-    return result
+    """Cut `x` along `scatter`, send each rank its part and join the received parts along `gather`; differentiable."""
+    apply: Callable[..., Tensor] = _Exchange.apply
+    return apply(x, group, scatter, gather)
 
 
 class _Exchange(torch.autograd.Function):
@@ -105,10 +110,9 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) 
 
 
 class Ring:
-    """Each rank keeps its queries while keys and values pass round (Liu et al., 2023, arXiv:2310.01889).
+    """Each rank keeps its queries while keys and values travel round the ring (Liu et al., 2023, arXiv:2310.01889).
 
-    Partial results are merged by their log-sum-exp, in fp32. Which blocks causality leaves is decided by chunk: what lies
-    above the diagonal is never computed.
+    Partial results are merged by their log-sum-exp, in fp32. Blocks of chunks above the diagonal are never computed.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -116,43 +120,43 @@ class Ring:
         self.blocks_computed = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """As `Ulysses`; the slice of the sequence is in `positions_of("ring", ...)` order."""
+        """Attend with the shapes of `Ulysses`; tokens are in the order of `positions_of("ring", ...)`."""
         assert dropout == 0.0, "the layout table refuses ring attention with dropout"
-        result: Tensor = _RingAttention.apply(q, k, v, mask, self)
-        return result
+        apply: Callable[..., Tensor] = _RingAttention.apply
+        return apply(q, k, v, mask, self)
 
     def pass_on(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Send to the next rank, receive from the one before."""
+        """Send tensors to the next rank and return those of the previous rank."""
         size, rank = self.group.size(), self.group.rank()
         tensors = [tensor.contiguous() for tensor in tensors]
         received = [torch.empty_like(tensor) for tensor in tensors]
         operations = []
         for tag, (out, into) in enumerate(zip(tensors, received, strict=True)):
-            following, before = (rank + 1) % size, (rank - 1) % size
+            following, previous = (rank + 1) % size, (rank - 1) % size
             operations.append(dist.P2POp(dist.isend, out, group=self.group, group_peer=following, tag=tag))
-            operations.append(dist.P2POp(dist.irecv, into, group=self.group, group_peer=before, tag=tag))
+            operations.append(dist.P2POp(dist.irecv, into, group=self.group, group_peer=previous, tag=tag))
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         return received
 
     def blocks(self, owner: int) -> list[tuple[int, int, int, int]]:
-        """The pairs of this rank's query halves and the owner's key halves on or below the diagonal.
+        """Return the blocks on or below the diagonal between this rank's queries and the owner's keys.
 
-        (query half, key half, query chunk, key chunk).
+        Each is (query half, key half, query chunk, key chunk).
         """
         size, rank = self.group.size(), self.group.rank()
-        mine, theirs = (rank, 2 * size - 1 - rank), (owner, 2 * size - 1 - owner)
-        return [(i, j, a, b) for i, a in enumerate(mine) for j, b in enumerate(theirs) if b <= a]
+        query_chunks, key_chunks = (rank, 2 * size - 1 - rank), (owner, 2 * size - 1 - owner)
+        return [(i, j, a, b) for i, a in enumerate(query_chunks) for j, b in enumerate(key_chunks) if b <= a]
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, query_chunk: int, key_chunk: int) -> Tensor:
-    """Masked, scaled scores of one block, fp32 `[B, Hkv, H / Hkv, t, t]`; `q` is `[B, Hkv, H / Hkv, t, K]`."""
+    """Return one block's masked, scaled scores, fp32 `[B, Hkv, H / Hkv, t, t]`; `q` is `[B, Hkv, H / Hkv, t, K]`."""
     length = q.shape[-2]
     scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
         rows, columns = (slice(chunk * length, (chunk + 1) * length) for chunk in (query_chunk, key_chunk))
         part = mask[..., rows, columns]
-        part = part.unflatten(1, (k.shape[1], -1)) if part.shape[1] > 1 else part.unsqueeze(1)
+        part = torch.unflatten(part, 1, (k.shape[1], -1)) if part.shape[1] > 1 else part.unsqueeze(1)
         return scores + part
     if query_chunk == key_chunk:
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
@@ -161,12 +165,12 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, query_chunk: int, key_chu
 
 
 def _halves(x: Tensor, heads: int) -> list[Tensor]:
-    """The two chunks of a rank's slice, query heads grouped by the key-value head they read: `[B, Hkv, H / Hkv, t, K]`."""
-    return list(_wide(x).unflatten(1, (heads, -1)).chunk(2, dim=-2))
+    """Return the two chunks of a rank's slice, each `[B, Hkv, H / Hkv, t, K]`, heads grouped by key-value head."""
+    return list(torch.unflatten(_wide(x), 1, (heads, -1)).chunk(2, dim=-2))
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """Return `x` in fp32, or in float64 if it is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -183,9 +187,8 @@ class _RingAttention(torch.autograd.Function):
             for i, j, a, b in ring.blocks((rank - turn) % size):
                 scores = _scores(queries[i], key_halves[j], mask, a, b)
                 ring.blocks_computed += 1
-                here = scores.logsumexp(dim=-1)
-                merged = torch.logaddexp(logsumexps[i], here)
-                safe = merged.masked_fill(merged == -torch.inf, 0.0)  # a row with nothing to see yet
+                merged = torch.logaddexp(logsumexps[i], scores.logsumexp(dim=-1))
+                safe = merged.masked_fill(merged == -torch.inf, 0.0)  # rows whose keys so far are all masked
                 weights = (scores - safe[..., None]).exp()
                 kept = (logsumexps[i] - safe).exp()[..., None]
                 outputs[i] = outputs[i] * kept + weights @ value_halves[j].unsqueeze(2)
@@ -221,7 +224,7 @@ class _RingAttention(torch.autograd.Function):
                 d_value_halves[j].add_((probabilities.transpose(-1, -2) @ upstream[i]).sum(2))
                 d_key_halves[j].add_((d_scores.transpose(-1, -2) @ queries[i]).sum(2))
                 d_queries[i] += d_scores @ key_halves[j].unsqueeze(2)
-            # the sums travel with their keys and values, all the way round to their owner
+            # gradients travel with their keys and values, round the ring and back to their owner
             if turn + 1 < size:
                 keys, values, d_keys, d_values = ring.pass_on([keys, values, d_keys, d_values])
             else:

@@ -1,8 +1,8 @@
 """How a job is split: the axes of its ranks, their sizes, and each rank's coordinate. Imports no torch.
 
 A new axis is one field of `Coordinate`, which gives the order of the axes, and one of `Layout`, which gives its size.
-Grids, process groups and the planner's groups follow from these. rules.py says what may be combined, stages.py how layers
-are dealt to stages.
+Grids, process groups and the planner's groups follow from these. rules.py says what may be combined; stages.py assigns
+layers to stages.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def describe(config: TrainConfig, layout: Layout) -> str:
 
 
 def head_in_chunks(config: TrainConfig, layout: Layout) -> bool:
-    """Return whether head and loss are computed together, some tokens at a time, with their gradients.
+    """Return whether head, loss and their gradients are computed together, a chunk of tokens at a time.
 
-    They are not where the vocabulary is cut over ranks, nor under a schedule that splits the backward pass.
+    A vocabulary cut over ranks rules it out, as does a schedule that splits the backward pass.
     """
     split = layout.pp > 1 and layout.schedule in ZERO_BUBBLE
     return config.kernels != "reference" and layout.tp == 1 and not split

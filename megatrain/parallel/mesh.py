@@ -1,4 +1,4 @@
-"""A layout's axes as torch device meshes: who reduces, gathers and exchanges with whom."""
+"""A layout's axes as torch device meshes, and the process groups of its collectives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Groups:
     pp: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
     tp: dist.ProcessGroup | None
-    ends: dist.ProcessGroup | None  # of the ranks with the first and the last pipeline stage
+    ends: dist.ProcessGroup | None  # the ranks with the first and the last pipeline stage
 
     @property
     def tensor_mesh(self) -> DeviceMesh:
@@ -48,7 +48,7 @@ def _device_mesh(grid: Grid, device: torch.device) -> DeviceMesh:
 
 
 def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:
-    """Make the groups of the ranks with the first and the last stage; return this rank's, None where it has none."""
+    """Make the groups of the ranks with the first and the last stage. Return this rank's, or None if it is in none."""
     first, last = layout.pp_rank_of(0), layout.pp_rank_of(layout.num_stages - 1)
     if first == last:
         return None

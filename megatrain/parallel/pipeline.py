@@ -1,7 +1,7 @@
-"""What one pipeline stage computes. The order in which stages run is `schedules.py`'s.
+"""What one pipeline stage computes. schedules.py runs the stages.
 
-A stage is the model without the other stages' layers; its parameters keep their names in the whole model. A job without a
-pipeline has one stage, which is the whole model.
+A stage is the model without the other stages' layers. Its parameters keep the names they have in the whole model. A job
+without a pipeline has one stage, the whole model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatrain.optim.objective import LossMeter
 
 
 class StepInputs:
-    """The micro-batches of a step (on this device, this rank's slice of their sequences) and their dropout seeds.
+    """The micro-batches of a step and their dropout seeds; sequences are this rank's slice, on its device.
 
-    torch's schedules pass activations and a micro-batch's number between stages, so a stage looks up the rest here. All
-    stages of a rank share one; the engine loads it before each step.
+    torch's schedules give a stage only activations and a micro-batch's number; it looks up the rest here. All stages of
+    a rank share one object, and the engine loads it before each step.
     """
 
     def __init__(self) -> None:
@@ -30,15 +30,14 @@ class StepInputs:
         self.seeds: Sequence[int | None] = ()
 
     def load(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int | None]) -> None:
-        """Replace what the stages read by the next step's micro-batches and seeds."""
+        """Set the micro-batches and seeds of the next step."""
         self.micro_batches, self.seeds = micro_batches, seeds
 
 
 class Stage(GPT):
     """Blocks `layers` of a model, with the embedding on the first stage and the final norm and the head on the last.
 
-    On every stage `inputs` holds what belongs to a micro-batch beside its activations; the last one computes the loss
-    with `meter`.
+    `inputs` holds the step's micro-batches. The last stage computes the loss with `meter`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The tensor-parallel plan as data: along which axes of ranks each parameter is cut, and in which dimension.
 
-`tensor.py` translates it into DTensor styles (native engine), `autotp.py` into DeepSpeed's layers. `block` says which part
-of the whole parameter a rank works with. Imports no torch.
+tensor.py translates it into DTensor styles (native engine), autotp.py into DeepSpeed's layers. `block` gives a rank's
+part of a parameter. Imports no torch.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ PLAN: Rules = (
     ("blocks.*.mlp.down.weight", ROW),
     ("*", REPLICATED),
 )
-"""Parameter patterns and their cuts. The first match counts."""
+"""Parameter patterns and their cuts. The first match wins."""
 
 
 class Share(NamedTuple):
-    """Which part of what is cut along an axis a rank has: part `rank` of `size`."""
+    """A rank's part of anything cut along an axis: part `rank` of `size`."""
 
     axis: str
     size: int
@@ -71,8 +71,8 @@ def cut_dimension(name: str, axis: str = "tp", rules: Rules = PLAN) -> int | Non
 def is_summed(name: str) -> bool:
     """Return whether a parameter is whole on each tensor rank but its gradient is the sum over the tensor ranks.
 
-    It is where the parameter is applied to each rank's slice of the sequence, or its heads, alone. Biases of row-cut
-    layers are added to the whole sequence.
+    That is so where each rank applies the parameter to its own slice of the sequence or its own heads. Biases of
+    row-cut layers are added to the whole sequence, so their gradients need no sum.
     """
     layer, _, kind = name.rpartition(".")
     return cut_dimension(name) is None and not (kind == "bias" and cut(f"{layer}.weight") == ROW)
@@ -89,7 +89,7 @@ def _axes(rules: Rules) -> tuple[str, ...]:
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Return start and length of chunk `index` of `size`, cut as by `torch.chunk`: the last are shorter, or empty."""
+    """Return start and length of chunk `index` of `size`, cut like `torch.chunk`: the last are shorter, or empty."""
     length = -(-size // parts)
     start = min(index * length, size)
     return start, min(start + length, size) - start
@@ -98,7 +98,7 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
 def block(
     name: str, shape: tuple[int, ...], shares: Iterable[Share], rules: Rules = PLAN
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return origin and shape of the block of a parameter (of global `shape`) that a rank with these shares works with."""
+    """Return origin and shape of the block of a parameter, of global `shape`, that a rank with these shares holds."""
     origin, sizes = [0] * len(shape), list(shape)
     by_axis = {share.axis: share for share in shares}
     for axis, dimension in cut(name, rules).dimensions:

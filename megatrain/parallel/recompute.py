@@ -1,6 +1,6 @@
-"""Activation recompute, applied to a model's blocks from outside: a block's inside is computed again in the backward pass.
+"""Activation recompute, applied to a model's blocks from outside: the backward pass computes each block again.
 
-The model does not know of it. A block keeps its parameters, their names and its hooks; only its class changes, to a
+The model has no code for it. A block keeps its parameters, their names and its hooks. Only its class changes, to a
 subclass whose call goes through `torch.utils.checkpoint` (Chen et al., 2016, arXiv:1604.06174).
 """
 
@@ -61,8 +61,9 @@ _CLASSES = {"none": Block, "full": FullyRecomputed, "selective": SelectivelyReco
 def recompute_blocks(blocks: nn.Module, policy: str) -> None:
     """Apply the policy of `train.recompute` to every child of `blocks`, in place.
 
-    `none` keeps everything that the backward pass needs, `full` only each block's input; `selective` also keeps the results
-    of matrix products and of attention. Call it before FSDP2's `fully_shard`, which derives its own class from the block's.
+    `none` keeps everything that the backward pass needs and `full` only each block's input; `selective` also keeps the
+    results of matrix products and of attention. Call it before FSDP2's `fully_shard`, which subclasses the block's
+    class.
     """
     for block in blocks.children():
         block.__class__ = _CLASSES[policy]

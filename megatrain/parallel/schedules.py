@@ -1,7 +1,6 @@
-"""In which order the stages of a pipeline run: what lies between a layout and `torch.distributed.pipelining`.
+"""Running the stages of a pipeline through `torch.distributed.pipelining`. pipeline.py says what a stage computes.
 
-What a stage computes is pipeline.py's. Gradients are summed over micro-batches, never averaged: the caller divides the
-summed loss by the step's tokens.
+Gradients are summed over micro-batches, never averaged: the caller divides the summed loss by the step's tokens.
 """
 
 from __future__ import annotations
@@ -37,20 +36,22 @@ SEVERAL_STAGES_A_RANK: dict[str, type[PipelineScheduleMulti]] = {
 
 
 class SplitBackwardStage(PipelineStage):
-    """A stage whose gradients stay whole where the backward pass is split into the inputs' and the weights' part.
+    """A stage with correct gradients where the backward pass is split into the inputs' part and the weights' part.
 
-    The split walks `submod.parameters()` and asks autograd for these very tensors. Torch's own stage goes wrong, silently:
-    - where FSDP2 has resharded the parameters after the forward pass they are not in the graph, and that micro-batch's
-      gradients are dropped. Here they are gathered before either part.
-    - the weights' part writes `.grad` itself instead of going through autograd's accumulation, so that neither
-      post-accumulate hooks run nor FSDP2 adds a low-precision gradient to its sum in the reduction's format. Here both do.
+    To split it, torch asks autograd for the gradients of the tensors in `submod.parameters()`. Its own stage silently
+    computes wrong gradients in two cases:
+    - FSDP2 has resharded the parameters after the forward pass. The resharded tensors are not in the graph, so the
+      micro-batch's gradients are dropped. Here parameters are gathered before either part.
+    - The weights' part writes `.grad` itself instead of using autograd's accumulation. Then no post-accumulate hook
+      runs, and FSDP2 does not add the low-precision gradient to its sum in the reduction's format. Here both happen.
     """
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_maybe_with_nosync(*args, **kwargs)
-        # the inputs' part detaches the output in place, which autograd forbids for views
+        forward: Callable[..., Tensor] = super().forward_maybe_with_nosync
+        output = forward(*args, **kwargs)
+        # The inputs' part detaches the output in place, which autograd forbids for views.
         output = output.clone() if output._is_view() else output
-        return output.contiguous()  # or it could not be sent
+        return output.contiguous()  # required for sending
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -66,7 +67,7 @@ class SplitBackwardStage(PipelineStage):
         return tuple(None if g is None else g.contiguous() for g in gradients), groups
 
     def _accumulate(self) -> None:
-        """What autograd does after it has added to a parameter's gradient."""
+        """Do what autograd does after it has added to a parameter's gradient."""
         for parameter in self.submod.parameters():
             if parameter.grad is not None:
                 for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
@@ -81,16 +82,16 @@ class SplitBackwardStage(PipelineStage):
 
 
 class Pipeline:
-    """The stages of this rank and the neighbours it runs them with.
+    """The pipeline stages of this rank, and the schedule that runs them.
 
     Args:
-        layout: `schedule`, `pp` and `virtual_stages` of it count.
+        layout: gives `schedule`, `pp` and `virtual_stages`.
         stages: this rank's stages by their number in the pipeline, each called as `stage(x, index)`: `x` is token ids
-            int64 `[B, T]` on the first stage and activations `[B, T', D]` on the others, `index` an int64 tensor of one
-            element, the micro-batch's number. The last one returns the micro-batch's summed loss, an fp32 scalar.
+            int64 `[B, T]` on the first stage and activations `[B, T', D]` on the others; `index`, an int64 tensor of
+            one element, is the micro-batch's number. The last stage returns the summed loss, an fp32 scalar.
         group: the pipeline group, whose rank r holds `layout.stages_of(r)`.
-        examples: tensors (meta ones will do) with the shape and dtype of a first stage's input and of what passes between
-            stages, so that no forward pass has to be spent on finding them out.
+        examples: tensors (meta ones will do) with the shape and dtype of the first stage's input and of the activations
+            between stages. They save torch a forward pass to find out.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Pipeline:
         group: dist.ProcessGroup,
         examples: tuple[Tensor, Tensor],
     ) -> None:
-        # a failing step logs the order of every rank's actions, on each rank; the exception says what failed
+        # When a step fails, torch logs every rank's actions on each rank. The exception alone says what failed.
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
         self.layout = layout
         self.stages = dict(sorted(stages.items()))
@@ -109,7 +110,7 @@ class Pipeline:
         self.device = next(next(iter(stages.values())).parameters()).device
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         members = dist.get_process_group_ranks(group)
-        # a pair of ranks that sends in both directions needs a channel for each: one alone may block itself on a GPU
+        # Two ranks that send in both directions need a group for each direction: on a GPU a single one may deadlock.
         self.backward_group = (
             dist.new_group(members, use_local_synchronization=True) if layout.virtual_stages > 1 else group
         )
@@ -119,10 +120,10 @@ class Pipeline:
         self.losses: list[Tensor] = []
 
     def train(self, micro_batches: Sequence[MicroBatch], scaled: Callable[[Tensor], Tensor]) -> Tensor:
-        """Forward and backward of a step's micro-batches; gradients of `scaled(loss)` of each are added up.
+        """Run forward and backward of a step's micro-batches and sum the gradients of each one's `scaled(loss)`.
 
-        Their number may differ from step to step. Every rank of the group is given the same micro-batches. Returns the
-        summed loss as it was before `scaled`, fp32, on the rank with the last stage, and 0 on the others.
+        Their number may differ from step to step. Every rank of the group must pass the same micro-batches. Returns the
+        summed loss before `scaled`, fp32, on the rank with the last stage, and 0 on the others.
         """
         if self.schedule is None or self.num_micro_batches != len(micro_batches):
             self.schedule = self._build(len(micro_batches))
@@ -130,30 +131,30 @@ class Pipeline:
         self.scaled = scaled
         inputs = [torch.cat([batch.tokens for batch in micro_batches])] if 0 in self.stages else []
         index = torch.arange(len(micro_batches))
-        # torch wants a target for each micro-batch; ours reach the last stage by their number
+        # torch requires a target for each micro-batch; the last stage looks its labels up by the micro-batch's number
         self.schedule.step(*inputs, index=index, target=torch.zeros(len(micro_batches)), return_outputs=False)
         return self._total()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Forward only, of any number of micro-batches, of any size as long as they are of one; returns as `train` does.
+        """Run the forward pass of any number of micro-batches of one size, and return what `train` does.
 
-        In rounds of as many micro-batches as there are ranks, each round through all stages of a rank before the next.
+        It runs rounds of `pp` micro-batches, each through all stages of a rank before the next round.
         """
         sends: list[tuple[Tensor, dist.Work | None]] = []
         for start in range(0, len(micro_batches), self.layout.pp):
             numbers = range(start, min(start + self.layout.pp, len(micro_batches)))
-            here: dict[int, Tensor] = {}  # what passes between two stages of this rank
+            between: dict[int, Tensor] = {}  # activations between two stages of this rank
             for number, stage in self.stages.items():
                 for micro_batch in numbers:
-                    x = here.pop(micro_batch, None)
+                    x = between.pop(micro_batch, None)
                     if x is None:
                         x = self._receive(number, micro_batches[micro_batch].tokens)
                     output = stage(x, torch.tensor([micro_batch]))
                     if number + 1 == self.layout.num_stages:
                         self.losses.append(output)
                     elif number + 1 in self.stages:
-                        here[micro_batch] = output
+                        between[micro_batch] = output
                     else:
                         output = output.contiguous()
                         peer, group = self._channel(number, number + 1)
@@ -164,7 +165,7 @@ class Pipeline:
         return self._total()
 
     def _receive(self, stage: int, tokens: Tensor) -> Tensor:
-        """A stage's input: token ids, or what the stage before it has sent."""
+        """Return a stage's input: token ids, or the activations that the previous stage sent."""
         if stage == 0:
             return tokens
         rows, length = tokens.shape
@@ -175,7 +176,7 @@ class Pipeline:
         return x
 
     def _channel(self, stage: int, other: int) -> tuple[int, dist.ProcessGroup]:
-        """The rank of another stage, and the group through which activations pass between the two."""
+        """Return the rank of another stage, and the group that carries activations between the two."""
         source, target = self.rank_of[min(stage, other)], self.rank_of[max(stage, other)]
         return self.rank_of[other], self.group if source < target else self.backward_group
 
@@ -188,7 +189,7 @@ class Pipeline:
         return self.scaled(output)
 
     def _build(self, num_micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """Torch's schedule for a number of micro-batches. Torch's stages hold buffers for that number, so they are new too."""
+        """Return torch's schedule for a number of micro-batches, with new stages, whose buffers depend on it."""
         num_stages = self.layout.num_stages
         hidden = self.hidden.clone().requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)

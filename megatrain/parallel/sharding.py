@@ -1,4 +1,4 @@
-"""ZeRO over data and context ranks, natively: FSDP2 for the stages 1 to 3, its replicating form for stage 0."""
+"""ZeRO over data and context ranks in the native engine: FSDP2 for stages 1 to 3, its replicating form for stage 0."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatrain.parallel.mesh import Groups
 def shard(
     stage: nn.Module, units: list[list[nn.Module]], zero: int, groups: Groups, precision: PrecisionConfig
 ) -> None:
-    """Cut the parameters of a stage over the ranks that share them, each of `units` gathered and reduced as one.
+    """Shard the parameters of a stage over its data and context ranks; each of `units` is gathered and reduced as one.
 
-    Gradients are summed over those ranks, never averaged: the loss is divided by the step's tokens beforehand. Parameters
-    stay fp32 where they rest; they are gathered in the compute format, and gradients travel in `reduce_dtype`.
+    Gradients are summed over those ranks, never averaged: the loss is already divided by the step's tokens. Shards are
+    fp32; they are gathered in the compute format, and gradients are reduced in `reduce_dtype`.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision.name == "fp32" else DTYPES[precision.name],
@@ -45,22 +45,22 @@ def shard(
 
 
 def _gather_in_reverse(modules: list[nn.Module]) -> None:
-    """Have each of `modules`, which are in the order of the backward pass, gather the next one ahead of its turn.
+    """Let each of `modules`, given in the order of the backward pass, prefetch the next one.
 
-    Left to itself FSDP2 takes the order from the forward passes that it remembers, and after a micro-batch's first unit goes
-    on to the micro-batch before: the last one of a step then gathers the head, mostly its largest unit, for nothing.
+    By default FSDP2 takes the order from the forward passes it recorded. After a micro-batch's first unit it goes on
+    to the previous micro-batch: the step's last one then gathers the head, often the largest unit, for nothing.
     """
     for module, following in pairwise([*modules, modules[-1]]):
         assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
-        module.set_modules_to_backward_prefetch([following])  # the last one names itself: it is gathered already
+        module.set_modules_to_backward_prefetch([following])  # the last prefetches itself, which is a no-op
 
 
 def before_backward(stage: nn.Module, zero: int, last: bool, reduces_in_fp32: bool) -> None:
-    """Say before a micro-batch whether it is the step's last one.
+    """Tell FSDP2 before a micro-batch's backward pass whether it is the step's last.
 
-    Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch; up to stage 2 the gathered parameters stay until
-    the step's end. Replicas of hybrid sharding are summed once a step, unless gradients travel in less than fp32: FSDP2
-    sums what waits for that in the format in which it travels.
+    Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch. Up to stage 2 the gathered parameters stay
+    until the step's end. Replicas of hybrid sharding are all-reduced once a step, but after every micro-batch if gradients are
+    reduced in less than fp32, because FSDP2 would sum the micro-batches in that format.
     """
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(last or zero >= 2)
@@ -71,12 +71,12 @@ def before_backward(stage: nn.Module, zero: int, last: bool, reduces_in_fp32: bo
 
 
 def forget_gathered(stage: nn.Module) -> None:
-    """Let go of parameters that are still gathered from the last forward pass: what they rest as has been overwritten."""
+    """Free parameters still gathered from the last forward pass, after their shards were overwritten."""
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, whether it is a DTensor or a plain one; shares its memory."""
+    """Return this rank's part of a DTensor, or a plain tensor itself; shares its memory."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""How the layers of a model are dealt to pipeline stages, and the stages to ranks. Imports no torch."""
+"""Which layers each pipeline stage has, and which stages each rank has. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from megatrain.config import ModelConfig, TrainConfig
 
 LOOPED = ("interleaved_1f1b", "interleaved_zero_bubble")
-"""Schedules that deal several stages to each rank in turn: rank r holds stages r, r + pp, r + 2 pp, ..."""
+"""Schedules with several stages a rank, dealt in turn: rank r holds stages r, r + pp, r + 2 pp, ..."""
 
 V_SHAPED = ("zbv_zero_bubble",)
 """Schedules with two stages a rank, down and up again: rank r holds stages r and 2 pp - 1 - r."""

@@ -1,4 +1,4 @@
-"""The tensor-parallel plan, translated to DTensor styles for the native engine."""
+"""The tensor-parallel plan as DTensor styles, for the native engine. plan.py says what is cut."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut
 def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
     """Cut a stage's layers over the ranks of a tensor group, by the plan, with sequence parallelism between them.
 
-    Between layers a rank holds `[B, T / tp, D]`: norms, residual additions and dropout work on that slice of the sequence
-    (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers gather the sequence at their entry and
-    scatter it at their exit; the head leaves its rows of the vocabulary on each rank. What works on a slice (norms, learned
-    positions) stays as it is, with parameters whose gradients are parts of a sum: see
-    `plan.is_summed`.
+    Between layers a rank holds `[B, T / tp, D]`: norms, residual additions and dropout work on that slice of the
+    sequence (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers all-gather the sequence at
+    their start and reduce-scatter it at their end. The head leaves each rank the logits of its rows of the vocabulary.
+    Norms and learned positions work on a slice with whole parameters; their gradients must be summed over the ranks
+    (`plan.is_summed`).
     """
     sequence, whole = Shard(1), Replicate()
     styles: dict[str, ParallelStyle] = {}
@@ -54,6 +54,6 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
 
 
 def _slice_of_sequence(mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    """A hook that gives a module this rank's slice of its input's last dimension."""
+    """Return a hook that passes a module this rank's slice of its input's last dimension."""
     size, rank = mesh.size(), mesh.get_local_rank()
     return lambda module, arguments: (arguments[0].chunk(size, dim=-1)[rank],)

@@ -1,7 +1,8 @@
-"""Cross-entropy over a vocabulary that is cut over a tensor group: no rank ever gathers a token's logits."""
+"""Cross-entropy over a vocabulary that is cut over a tensor group, without gathering any logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from megatrain.kernels.choice import Kernels
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, group: dist.ProcessGroup, kernels: Kernels
 ) -> Tensor:
-    """`kernels.cross_entropy.cross_entropy_sum` where `logits` `[..., V_local]` hold the vocabulary's rows from `first` on.
+    """Return `kernels.cross_entropy.cross_entropy_sum`, where `logits` `[..., V_local]` are the rows from `first` on.
 
-    `labels` (whole vocabulary's ids) and `weights` are `[...]`, equal on all ranks of the group, as is the result. Three
-    reductions of one number a token: the largest logit, the sum of exponentials, the label's logit (Shoeybi et al.,
-    2019, arXiv:1909.08053, section 3). Keeps the logits alone, which the backward pass OVERWRITES with their gradient: it
-    runs once.
+    `labels` (ids of the whole vocabulary) and `weights` are `[...]`. They are equal on all ranks of the group, as is
+    the result. It reduces three numbers a token: the largest logit, the sum of exponentials and the label's logit
+    (Shoeybi et al., 2019, arXiv:1909.08053, section 3). Only the logits are kept. The backward pass OVERWRITES them
+    with their gradient, so it can run only once.
     """
-    result: Tensor = _CrossEntropy.apply(logits, labels, weights, first, group, kernels)
-    return result
+    apply: Callable[..., Tensor] = _CrossEntropy.apply
+    return apply(logits, labels, weights, first, group, kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -38,16 +39,15 @@ class _CrossEntropy(torch.autograd.Function):
         kernels: Kernels,
     ) -> Tensor:
         scores, targets = logits.flatten(0, -2), labels.flatten()
-        mine, sums, label_logits = kernels.vocabulary_statistics(scores, targets, first)
-        largest = mine.clone()
+        own_largest, sums, label_logits = kernels.vocabulary_statistics(scores, targets, first)
+        largest = own_largest.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        both = torch.stack([sums * (mine - largest).exp(), label_logits])
+        both = torch.stack([sums * (own_largest - largest).exp(), label_logits])
         dist.all_reduce(both, group=group)
         log_sum = both[0].log()
         valid = targets != IGNORE_INDEX
-        losses = (log_sum - (both[1] - largest)).where(
-            valid, 0.0
-        )  # in this order: `largest` may be far larger than the loss
+        # Subtract in this order: `largest` may be far larger than the loss.
+        losses = (log_sum - (both[1] - largest)).where(valid, 0.0)
         flat_weights = None if weights is None else weights.flatten().float()
         ctx.save_for_backward(scores, targets, largest + log_sum, flat_weights)
         ctx.first, ctx.shape, ctx.kernels, ctx.is_spent = first, logits.shape, kernels, False
