@@ -59,8 +59,8 @@ def before_backward(stage: nn.Module, zero: int, last: bool, reduces_in_fp32: bo
     """Tell FSDP2 before a micro-batch's backward pass whether it is the step's last.
 
     Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch. Up to stage 2 the gathered parameters stay
-    until the step's end. Replicas of hybrid sharding are all-reduced once a step, but after every micro-batch if gradients are
-    reduced in less than fp32, because FSDP2 would sum the micro-batches in that format.
+    until the step's end. Replicas of hybrid sharding are all-reduced once a step. If gradients are reduced in less than
+    fp32, replicas are all-reduced after every micro-batch, because FSDP2 would sum micro-batches in that format.
     """
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(last or zero >= 2)
