@@ -24,7 +24,7 @@ from megatrain.verbs.value_checks import check_values
 
 @pytest.fixture
 def action(monkeypatch):
-    """Replaces what a verb calls with a function of the test's."""
+    """Return a function that replaces a verb's action."""
 
     def replace(verb, function):
         module: Any = types.ModuleType("stand_in")
@@ -62,7 +62,7 @@ def test_every_example_in_the_help_is_a_command_that_composes(line):
         check_values(compose(arguments.verb, arguments.overrides))
 
 
-def test_version(capsys):
+def test_version_prints_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"megatrain {megatrain.__version__}\n"
 
@@ -107,7 +107,7 @@ def test_a_first_argument_without_equals_is_the_path_taken_as_typed(action, tmp_
     assert seen == ["007", "it's, (odd) \\ name", "1e3"]
 
 
-def test_an_actions_result_is_the_exit_code(action, tmp_path):
+def test_the_result_of_an_action_is_the_exit_code(action, tmp_path):
     action("inspect", lambda config: 75)
     assert cli.main(["inspect", str(tmp_path)]) == 75
     action("inspect", lambda config: None)
@@ -165,8 +165,8 @@ def test_a_launched_train_is_a_worker(monkeypatch, action):
 
 
 @pytest.mark.parametrize(("rank", "speaker"), [("0", ""), ("1", "rank 1: ")])
-def test_under_a_foreign_launcher_each_rank_says_what_is_wrong(rank, speaker, monkeypatch, capsys):
-    """One that alone has the mistake would else leave the others waiting, and nobody would know for what."""
+def test_under_another_launcher_each_rank_reports_the_mistake(rank, speaker, monkeypatch, capsys):
+    """Otherwise a mistake on one rank would leave the others waiting without an explanation."""
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "train.stepz=2"]) == 2
@@ -211,7 +211,7 @@ def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
 
 
 def test_shutdown_does_not_change_the_exit_code_of_a_rank_that_failed():
-    """Gloo was seen to abort in the interpreter's shutdown; the exit code and the last message are out before it."""
+    """Gloo may abort in the interpreter's shutdown; the exit code and the last message are out before that."""
     program = (
         "import atexit, logging, os, sys\n"
         "import torch.distributed as dist\n"
@@ -226,8 +226,8 @@ def test_shutdown_does_not_change_the_exit_code_of_a_rank_that_failed():
     assert "unknown verb none_such" in done.stderr
 
 
-def test_a_full_disk_is_the_machines_fault_and_a_missing_file_of_ours_a_defect(action, capsys, tmp_path):
-    """One message and exit code 8 for what no code can help; anything else keeps its stack trace."""
+def test_a_full_disk_is_a_machine_fault_and_a_missing_file_of_megatrain_a_defect(action, capsys, tmp_path):
+    """Faults of the machine give one message and exit code 8; anything else keeps its stack trace."""
 
     def full(_config):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
@@ -267,8 +267,8 @@ sys.exit(cli.main(["report", "."]))
 
 
 @pytest.mark.parametrize(("pipe", "lines", "code"), [("stdout", 1000, 0), ("stdout", 1, 0), ("other", 1, 1)])
-def test_only_a_reader_of_our_output_that_left_is_no_fault(pipe, lines, code, tmp_path):
-    """`| head` ends a verb quietly with 0, much or little output left; any other pipe that breaks is a defect."""
+def test_only_a_closed_reader_of_standard_output_is_no_fault(pipe, lines, code, tmp_path):
+    """`| head` ends a verb quietly with 0, however much output is left; any other broken pipe is a defect."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     if pipe == "stdout":

@@ -1,4 +1,4 @@
-"""From overrides to a checked dataclass: defaults, precedence, types, bounds and the messages of what is refused."""
+"""From overrides to a checked dataclass: defaults, precedence, types, bounds and error messages."""
 
 import re
 
@@ -13,7 +13,7 @@ PATHS |= {"export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}
 
 
 def refusal(verb: str, *overrides: str) -> str:
-    """The message that the overrides are refused with."""
+    """Return the message with which the overrides are refused."""
     with pytest.raises(ConfigError) as caught:
         compose(verb, list(overrides))
     return str(caught.value)
@@ -27,7 +27,9 @@ def test_every_verb_composes_to_its_dataclass(verb):
 def test_every_choice_of_every_group_composes_and_carries_its_own_name():
     choices = {group: choices_of(group) for group in GROUPS["train"]}
     assert all(choices.values())
-    for turn in range(max(len(names) for names in choices.values())):  # several groups a turn: composing is slow
+    for turn in range(
+        max(len(names) for names in choices.values())
+    ):  # several groups at once, because composing is slow
         chosen = {group: names[turn % len(names)] for group, names in choices.items() if group != "experiment"}
         config = compose("train", [*(f"{group}={choice}" for group, choice in chosen.items()), "data.name=some"])
         for group in ("model", "engine", "optim", "precision", "launch", "tracking"):
@@ -81,7 +83,7 @@ def test_the_names_of_a_run_and_its_dataset_may_look_like_numbers():
     assert (config.run.name, config.data.name) == ("1e3", "007")
 
 
-def test_text_may_stand_in_quotes():
+def test_text_may_be_quoted():
     assert compose("train", ["run.name='a,b'"]).run.name == "a,b"
     assert compose("train", ['run.name="null"']).run.name == "null"
 
@@ -146,7 +148,7 @@ def test_a_key_that_does_not_exist_is_refused_with_the_nearest_one(key, meant):
     assert refusal("train", f"+{key}=1") == f"unknown key {key}; did you mean {meant}?"
 
 
-def test_a_key_like_no_other_is_refused_with_what_there_is():
+def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
     message = refusal("train", "parallel.xq=2")
     assert "unknown key parallel.xq" in message and "parallel.zero" in message
     message = refusal("train", "xyzzy=2")
@@ -202,7 +204,7 @@ def test_a_key_like_no_other_is_refused_with_what_there_is():
         ("evaluate", "split=heldout", r"path is not set; give path=... \(run folder"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_key_given_and_expected(verb, override, says):
+def test_an_unreadable_value_is_refused_with_its_key_and_the_expected_type(verb, override, says):
     assert re.search(says, refusal(verb, override))
 
 
@@ -223,7 +225,7 @@ def test_what_cannot_be_read_is_refused_with_key_given_and_expected(verb, overri
         ("optim.schedule=cosin", "optim.schedule=cosin is not one of .*; did you mean cosine"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, says):
+def test_a_value_out_of_range_is_refused_with_the_allowed_range(override, says):
     assert re.search(says, refusal("train", override))
 
 

@@ -1,4 +1,4 @@
-"""docs/reference/config.md is what the schema says."""
+"""docs/reference/config.md matches the schema."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "config_reference.py"
 
 
 def test_the_config_reference_is_current():
-    """When red: python tools/config_reference.py"""
+    """If this fails, run python tools/config_reference.py."""
     spec = importlib.util.spec_from_file_location("config_reference", TOOL)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Bad text gets one clear message that names the place, the policy's way, and never more memory than it may have."""
+"""Bad text gives one clear message with its place, is treated by the policy, and never exceeds the memory limit."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ GOOD = "".join(json.dumps({"text": f"a good document, number {i}\n"}) + "\n" for
 
 @pytest.fixture
 def run(tmp_path):
-    """Prepare one file of given name and bytes (files of GOOD text beside it on request); returns the folder."""
+    """Prepare a file with this name and content, on request beside files of GOOD text; return the dataset folder."""
 
     def go(file, content, /, beside=False, **data):
         source = tmp_path / "in"
@@ -70,7 +70,7 @@ def test_an_empty_corpus_is_refused_with_what_was_read(run, name, content):
         (b"[" * 100000, r"a.jsonl:1: not a line of JSON"),
     ],
 )
-def test_a_line_that_is_no_record_is_named_by_file_and_line(run, content, message):
+def test_a_line_that_is_not_a_record_is_named_by_file_and_line(run, content, message):
     with pytest.raises(DataError, match=message):
         run("a.jsonl", content)
 
@@ -119,14 +119,14 @@ def compress(kind, data):
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("cut", [1, 5, 40, 150])
-def test_a_compressed_file_that_is_cut_short_is_named(run, kind, cut):
+def test_a_truncated_compressed_file_is_named(run, kind, cut):
     data = "".join(json.dumps({"text": f"{i} {i**9}"}) + "\n" for i in range(500)).encode()
     with pytest.raises(DataError, match=rf"a.jsonl.{kind}: cut short or damaged"):
         run(f"a.jsonl.{kind}", compress(kind, data)[:-cut])
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_compressed_file_that_is_damaged_or_none_is_named(run, kind):
+def test_a_damaged_or_wrongly_named_compressed_file_is_named(run, kind):
     data = bytearray(compress(kind, GOOD.encode()))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
     for content in (bytes(data), GOOD.encode()):
@@ -154,7 +154,7 @@ LIMIT = 100_000
 
 
 def huge(name, tmp_path):
-    """A file with one huge record between two good ones; its size in bytes."""
+    """Write a file with one huge record between two good ones; return its size in bytes."""
     path = tmp_path / "in" / name
     path.parent.mkdir()
     good = b'{"text": "a short document"}\n'
@@ -173,7 +173,7 @@ def huge(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_line_of_a_gigabyte_is_refused_or_skipped_without_being_read_into_memory(run, tmp_path, name):
-    """1 GiB plain (64 MiB compressed) against a limit of 100 kB: at no time are 24 MiB held."""
+    """A line of 1 GiB (64 MiB compressed) against a limit of 100 kB: memory stays below 24 MiB."""
     huge(name, tmp_path)
     run("good2.jsonl", GOOD.encode(), name="warm", paths=[str(tmp_path / "in" / "good2.jsonl")])
     tracemalloc.start()
@@ -189,7 +189,7 @@ def test_a_line_of_a_gigabyte_is_refused_or_skipped_without_being_read_into_memo
     assert peak < 24 * 2**20, peak
 
 
-def test_a_line_of_exactly_the_limit_is_taken_and_one_byte_more_is_not(run):
+def test_a_line_of_exactly_the_limit_is_accepted_and_one_byte_more_is_not(run):
     line = json.dumps({"text": "z" * 100}).encode()
     assert "z" * 100 in all_text(
         run("a.jsonl", line + b"\r\n" + GOOD.encode(), name="ok", max_document_bytes=len(line))

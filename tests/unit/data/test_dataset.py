@@ -1,4 +1,4 @@
-"""The stream and held-out evaluation work with any `Dataset`, whatever holds its token ids."""
+"""The stream and held-out evaluation work with any `Dataset`, wherever its token ids are stored."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from megatrain.errors import DataError
 
 
 class Counting:
-    """The numbers from 0 on, stored nowhere."""
+    """A dataset of the numbers from 0 on, computed instead of stored."""
 
     name = "counting"
 

@@ -1,4 +1,4 @@
-"""The `.bin/.idx` pair against bytes that Megatron-LM's own builder wrote."""
+"""The `.bin/.idx` pair, compared with bytes that Megatron-LM's own builder wrote."""
 
 import struct
 
@@ -35,7 +35,7 @@ def write(prefix, dtype, documents=DOCUMENTS):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_the_pair_is_what_megatrons_builder_writes_byte_for_byte(tmp_path, dtype):
+def test_the_pair_equals_the_output_of_megatrons_builder_byte_for_byte(tmp_path, dtype):
     write(tmp_path / "a.b", dtype)
     assert (tmp_path / "a.b.bin").read_bytes().hex() == MEGATRON[dtype][0]
     assert (tmp_path / "a.b.idx").read_bytes().hex() == MEGATRON[dtype][1]
@@ -51,7 +51,7 @@ def test_a_pair_of_megatrons_builder_is_read(tmp_path, dtype):
 
 
 def test_an_index_of_many_strides_equals_one_built_in_memory(tmp_path, monkeypatch):
-    """Lengths pass through disk in strides; where a stride ends must not show."""
+    """Lengths are written in strides; the boundaries between strides must not matter."""
     monkeypatch.setattr(indexed, "_STRIDE", 7)
     lengths = np.random.default_rng(0).integers(1, 9, 40).astype(np.int32)
     writer = IndexedWriter(tmp_path / "x", np.dtype(np.uint16))
@@ -69,7 +69,7 @@ def test_ids_are_uint16_below_65500_and_int32_from_there_as_in_megatron():
     assert token_dtype(65500) == np.int32
 
 
-def test_blocks_hashed_on_the_way_equal_blocks_hashed_from_the_file(tmp_path, monkeypatch):
+def test_hashes_made_while_writing_equal_hashes_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "BLOCK_BYTES", 100)
     data = np.random.default_rng(1).bytes(250)
     hasher = BlockHasher()
@@ -102,7 +102,7 @@ def damage(name, change):
         (lambda folder: (folder / "x.idx").unlink(), "x.idx: no such file"),
     ],
 )
-def test_a_damaged_pair_is_named_with_its_fault(tmp_path, change, message):
+def test_a_damaged_pair_is_named_with_the_kind_of_damage(tmp_path, change, message):
     write(tmp_path / "x", "uint16")
     change(tmp_path)
     with pytest.raises(DataError) as error:

@@ -1,4 +1,4 @@
-"""A dataset is checked by sizes when opened, by hashes when first read, and completely by `verify_dataset`."""
+"""A dataset's sizes are checked when it is opened, its hashes on first read, and all of it by `verify_dataset`."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_a_changed_block_is_found_when_it_is_first_read_and_not_before(make_data
         assert "train.bin: bytes 512 to 768" in str(error.value)
 
 
-def test_without_verification_a_changed_block_is_read_as_it_is(make_dataset):
+def test_without_verification_a_changed_block_is_read(make_dataset):
     folder = make_dataset(train=np.arange(1000))
     flip(folder / "train.bin", 600)
     assert IndexedDataset.open(folder, "train", verify=False).read(300, 1)[0] == 301
@@ -80,7 +80,7 @@ def write_and_restore_times(path, data):
 
 @pytest.mark.parametrize("change", [write_in_place, replace_file, write_and_restore_times])
 def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, small_blocks, monkeypatch, change):
-    """Written in place, replaced, or its times restored: unchanged blocks are still read, changed ones are refused."""
+    """Even if it is replaced or its times are restored: unchanged blocks are read, changed blocks are refused."""
     monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
@@ -93,8 +93,8 @@ def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, sm
         dataset.read(300, 1)
 
 
-def test_a_file_that_is_cut_while_it_is_open_says_where_it_ends(make_dataset, small_blocks, monkeypatch):
-    """With and without hashes. Touching a memory map of the file would kill the process instead."""
+def test_the_error_about_a_file_truncated_while_open_says_where_it_ends(make_dataset, small_blocks, monkeypatch):
+    """With and without hashes. Reading through a memory map would kill the process instead."""
     monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     for verify in (True, False):
@@ -172,7 +172,7 @@ def test_an_incomplete_dataset_is_refused_before_it_is_read(make_dataset, change
         assert message in str(error.value)
 
 
-def test_what_is_missing_is_named_with_its_remedy(make_dataset, tmp_path):
+def test_a_missing_file_is_named_with_its_remedy(make_dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"no dataset at .*none; make it with: megatrain prepare"):
         check_dataset(tmp_path / "none")
     folder = make_dataset(train=np.arange(10))
@@ -231,7 +231,7 @@ def test_inspecting_compares_the_cards_tokenizer_with_the_one_in_the_folder(make
         verify_dataset(folder)
 
 
-def test_the_card_made_for_foreign_files_is_the_one_their_writer_would_have_made(make_dataset):
+def test_the_card_of_foreign_files_equals_the_card_of_their_writer(make_dataset):
     folder = make_dataset(train=np.arange(100), heldout=[5, 6])
     made = make_card(folder, "x", None)
     written = Card.load(folder)

@@ -19,7 +19,7 @@ T = 8
 
 @pytest.fixture
 def stream(train_set):
-    """Make a `TrainStream` over 1,000 ids; closed at the end."""
+    """Make a `TrainStream` over 1,000 ids; close it at the end."""
     made = []
 
     def make(dataset=train_set, seed=7, **also):
@@ -35,7 +35,7 @@ def stream(train_set):
 
 
 def rows(batches):
-    """The samples of one rank's step as T+1 ids, in micro-batch order."""
+    """Return the samples of one rank's step as T+1 ids, in micro-batch order."""
     found = []
     for micro in batches:
         assert (micro.tokens[:, 1:] == micro.labels[:, :-1]).all()
@@ -46,7 +46,7 @@ def rows(batches):
 
 
 def whole_step(make, step_index, dp_size, micro_batch_size, **also):
-    """All samples of a step in sample order, put together from its ranks by the rule of the contract."""
+    """Return all samples of a step in sample order, assembled from its ranks by the documented rule."""
     size = None
     parts = []
     for rank in range(dp_size):
@@ -80,7 +80,7 @@ def test_every_layout_reads_the_same_samples_in_the_same_step(stream, dp_size, m
 
 
 @pytest.mark.parametrize("dp_size, micro_batch_size, num_micro_batches", [(1, 4, 3), (3, 1, 2), (4, 2, 1), (2, 3, 5)])
-def test_what_the_ranks_read_goes_back_into_sample_order(dp_size, micro_batch_size, num_micro_batches):
+def test_the_batches_of_all_ranks_can_be_put_back_into_sample_order(dp_size, micro_batch_size, num_micro_batches):
     samples = 100 + np.arange(dp_size * micro_batch_size * num_micro_batches)
     shares = [samples_of_rank(samples, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
     for j, sample in enumerate(samples):
@@ -90,7 +90,7 @@ def test_what_the_ranks_read_goes_back_into_sample_order(dp_size, micro_batch_si
     assert in_sample_order(by_rank, micro_batch_size).tolist() == samples.tolist()
 
 
-def test_a_resumed_stream_goes_on_where_the_first_stopped(stream):
+def test_a_resumed_stream_continues_where_the_first_stopped(stream):
     first = stream()
     steps = [next(first) for _ in range(12)]
     assert [step.cursor for step in steps] == [16 * i for i in range(1, 13)]
@@ -136,7 +136,7 @@ def test_a_negative_id_of_foreign_data_is_refused(stream, make_dataset):
         next(stream(dataset, batch_size=lambda step: 2))
 
 
-def test_a_fault_of_the_thread_is_raised_in_the_consumer_and_ends_the_stream(stream):
+def test_an_error_of_the_thread_is_raised_in_the_consumer_and_ends_the_stream(stream):
     def batch_size(step):
         if step == 3:
             raise OSError("the disk is gone")
@@ -150,14 +150,14 @@ def test_a_fault_of_the_thread_is_raised_in_the_consumer_and_ends_the_stream(str
         next(broken)
 
 
-def test_the_stream_reads_ahead_of_its_consumer_but_no_further_than_told(stream):
+def test_the_stream_prefetches_no_further_than_configured(stream):
     asked = []
     ahead = stream(batch_size=lambda step: asked.append(step) or 2, prefetch=3)
     deadline = time.monotonic() + 5
     while len(asked) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert asked == [1, 2, 3, 4]  # three wait in the queue, the fourth is in the thread's hand
+    assert asked == [1, 2, 3, 4]  # three are in the queue, the thread holds the fourth
     assert next(ahead).cursor == 2
 
 
@@ -173,7 +173,7 @@ def test_close_ends_the_thread_even_while_its_queue_is_full(stream):
 @pytest.mark.parametrize(
     "tokens, dp_size, micro_batch_size", [(100, 1, 4), (101, 2, 3), (97, 4, 2), (9, 2, 1), (5, 2, 2), (2, 1, 1)]
 )
-def test_held_out_batches_score_each_token_once_and_are_as_many_on_every_rank(
+def test_held_out_batches_score_each_token_once_and_are_equally_many_on_every_rank(
     make_dataset, tokens, dp_size, micro_batch_size
 ):
     ids = np.arange(tokens) + 10
@@ -199,8 +199,8 @@ def test_max_samples_bounds_the_held_out_windows(make_dataset):
     assert sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) == 3 * T
 
 
-def test_documents_are_told_apart_by_the_token_that_ends_them(stream):
-    """The token that ends a document is the last of it, in whatever place of a window."""
+def test_documents_are_separated_by_the_token_that_ends_them(stream):
+    """The token that ends a document belongs to it, wherever it is in a window."""
     end = int(next(stream()).micro_batches[0].tokens[0, 3])
     batches = next(stream(end_of_document=end)).micro_batches
     assert batches[0].document_ids[0].max() > 0
@@ -211,7 +211,7 @@ def test_documents_are_told_apart_by_the_token_that_ends_them(stream):
     assert next(stream()).micro_batches[0].document_ids is None
 
 
-def test_held_out_documents_are_told_apart_too(make_dataset):
+def test_held_out_documents_are_separated_too(make_dataset):
     end = 7
     heldout = IndexedDataset.open(make_dataset(heldout=np.array([1, 2, 7, 3, 7, 7, 4, 5, 6, 7, 8, 9])), "heldout")
     options = dict(seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1)
@@ -226,8 +226,8 @@ def test_held_out_ids_outside_the_vocabulary_are_refused(make_dataset):
         list(heldout_batches(dataset, seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1, vocab_size=99))
 
 
-def test_a_stream_that_is_restarted_is_the_one_that_was_begun_there(stream):
-    """What was read ahead is gone, the new ranges hold, and it may go back."""
+def test_a_restarted_stream_equals_a_stream_that_begins_there(stream):
+    """Prefetched batches are dropped, the new skip ranges apply, and the stream may go back."""
     moved = stream(batch_size=lambda step: 2 * (1 + step), micro_batch_size=2)
     for _ in range(5):
         next(moved)
@@ -241,8 +241,8 @@ def test_a_stream_that_is_restarted_is_the_one_that_was_begun_there(stream):
         assert mine.sample_hashes.tolist() == other.sample_hashes.tolist()
 
 
-def test_a_thread_that_outlives_a_restart_disturbs_nothing(stream, train_set, monkeypatch):
-    """A read that hangs (a slow disk) and comes back late puts its batch nowhere."""
+def test_a_thread_that_outlives_a_restart_changes_nothing(stream, train_set, monkeypatch):
+    """The batch of a read that hangs on a slow disk and returns late is dropped."""
     moved, let_go, read = stream(), threading.Event(), TrainStream._read_step
 
     def slow(self, step, cursor, skip_ranges):

@@ -1,4 +1,4 @@
-"""The order of samples: a bijection of every epoch, cheap at any size, and cursors that pass over skipped ranges."""
+"""The order of samples: a bijection in every epoch, cheap at any size, and cursors that skip ranges."""
 
 import tracemalloc
 
@@ -21,14 +21,14 @@ def test_large_epochs_stay_in_range_and_never_collide(n):
     assert len(np.unique(windows)) == len(index)
 
 
-def test_the_order_is_the_one_written_down_in_the_docs():
-    """Pinned: another order under the same dataset and seed would silently break every resumed run."""
+def test_the_order_is_the_documented_one():
+    """Recorded values: another order under the same dataset and seed would silently break every resumed run."""
     order = SampleOrder("0123456789abcdef0123456789abcdef", "train", 8, 1000, 1234)
     assert order.samples_per_epoch == 124
     assert order.windows(np.arange(8)).tolist() == [90, 63, 27, 114, 32, 107, 20, 72]
 
 
-def test_any_sample_can_be_asked_for_alone_and_across_epochs():
+def test_any_sample_can_be_computed_alone_in_any_epoch():
     order = SampleOrder("f", "train", 16, 16 * 50 + 7, 3)
     run = order.windows(np.arange(175))
     assert np.array_equal(order.windows(np.array([49, 50, 174, 0, 101])), run[[49, 50, 174, 0, 101]])
@@ -50,7 +50,7 @@ def test_epochs_are_shuffled_differently_from_one_another():
 
 
 def test_the_order_looks_random():
-    """Against a uniform permutation, over 50 keys: fixed points (1 expected a key), steps of +1, correlation with the
+    """Like a uniform permutation, over 50 keys: fixed points (1 expected a key), steps of +1, correlation with the
     index, and how evenly the first eighth of an epoch covers the eighths of the data (chi-square, 7 degrees)."""
     n, fixed, adjacent, correlations, chi = 4000, 0, 0, [], []
     for key in range(50):
@@ -99,7 +99,7 @@ def slow_take(cursor, count, ranges):
     return taken, cursor
 
 
-def test_steps_pass_over_skip_ranges_as_a_walk_one_by_one_does():
+def test_steps_skip_ranges_like_a_walk_sample_by_sample():
     rng = np.random.default_rng(5)
     for _ in range(500):
         ranges = [(int(a), int(a + b)) for a, b in zip(rng.integers(0, 60, 5), rng.integers(0, 12, 5), strict=True)]

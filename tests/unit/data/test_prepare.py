@@ -1,4 +1,4 @@
-"""Preparing: the text goes in and comes out, once, the same on any number of workers, whole or not at all."""
+"""Preparing keeps every text exactly once, gives the same bytes on any number of workers, and is all or nothing."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def make(tmp_path, **also):
 
 
 def documents(folder, split):
-    """The texts of a split, decoded from its ids."""
+    """Return the texts of a split, decoded from its ids."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = []
     for ids in IndexedDataset.open(folder, split).documents():
@@ -60,7 +60,7 @@ def lines(of):
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """300 documents over every file format, read in chunks of 16 at most; their texts."""
+    """Write 300 documents over every file format, read in chunks of at most 16; return their texts."""
     monkeypatch.setattr("megatrain.data.preparation.CHUNK_RECORDS", 16)
     (tmp_path / "in").mkdir()
     all_texts = texts(300)
@@ -92,7 +92,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, corpus):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-def test_text_is_normalised_on_the_way(tmp_path):
+def test_text_is_normalised(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes("\ufeffe\u0301\r\nb\x00\x1b\rc".encode())
     folder = make(tmp_path, data=dict(heldout_fraction=0.0))
@@ -146,7 +146,7 @@ def test_a_single_document_is_cut_at_a_line_near_the_held_out_share(tmp_path):
     assert Card.load(folder).counts["cut_in_two"] == 1
 
 
-def test_nothing_is_held_out_when_nothing_is_asked_for(tmp_path, corpus):
+def test_a_held_out_fraction_of_zero_holds_out_nothing(tmp_path, corpus):
     folder = make(tmp_path, data=dict(heldout_fraction=0.0))
     assert list(Card.load(folder).splits) == ["train"] and not (folder / "heldout.bin").exists()
     assert len(documents(folder, "train")) == 300
@@ -174,7 +174,7 @@ def test_the_standard_library_is_prepared_without_its_tests(tmp_path):
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_a_dataset_in_the_shape_of_the_hub_is_streamed(tmp_path, form, monkeypatch):
-    """A folder of shards with a split and further columns, as the hub's datasets are."""
+    """The folder has shards, a split and further columns, like the datasets of the hub."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "hub" / "data"
     folder.mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_a_dataset_in_the_shape_of_the_hub_is_streamed(tmp_path, form, monkeypat
         make(tmp_path, data=data | dict(name="x", hf_path=str(tmp_path / "none")))
 
 
-def test_a_given_tokenizer_is_used_as_it_is(tmp_path, corpus):
+def test_a_given_tokenizer_is_used_unchanged(tmp_path, corpus):
     first = make(tmp_path)
     second = make(tmp_path, data=dict(name="e"), tokenizer=dict(path=str(first / "tokenizer" / "tokenizer.model")))
     assert (first / "train.bin").read_bytes() == (second / "train.bin").read_bytes()
@@ -296,7 +296,7 @@ def test_a_changed_corpus_under_the_same_name_is_refused_and_overwritten_on_requ
 
 
 def test_an_edit_that_keeps_every_size_is_seen(tmp_path, corpus):
-    """One letter changed in one file, as many files and bytes as before: another corpus."""
+    """One changed letter in one file, with equal file and byte counts, makes another corpus."""
     make(tmp_path)
     path = next(path for path in sorted((tmp_path / "in").iterdir()) if path.name.endswith(".txt"))
     text = path.read_bytes()
@@ -351,8 +351,8 @@ prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=40
     ],
 )
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_killed_preparation_leaves_nothing_half_made_and_starts_again_cleanly(tmp_path, corpus, place, existing):
-    """When a dataset is overwritten, either the old or the new one is in place after every kill."""
+def test_a_killed_preparation_leaves_nothing_partial_and_restarts_cleanly(tmp_path, corpus, place, existing):
+    """After a kill during an overwrite, either the old or the new dataset is in place."""
     out = tmp_path / "out"
     old = Card.load(make(tmp_path, data=dict(max_documents=50))).fingerprint if existing else None
     if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "1")):
@@ -412,7 +412,7 @@ def test_the_tokenizers_sample_does_not_depend_on_the_order_of_offers():
     assert chosen[0] == chosen[1] == chosen[2] == expected
 
 
-def test_the_set_of_hashes_on_disk_is_a_set(tmp_path):
+def test_the_set_of_hashes_on_disk_behaves_like_a_set(tmp_path):
     seen, mirror = Seen(tmp_path / "s"), set()
     for value in np.random.default_rng(0).integers(0, 2000, 5000):
         digest = int(value).to_bytes(16, "big")
@@ -422,7 +422,7 @@ def test_the_set_of_hashes_on_disk_is_a_set(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_ctrl_c_is_the_parents_affair():
-    """A terminal sends it to the workers as well, which would each print a stack trace."""
+def test_workers_ignore_ctrl_c():
+    """A terminal sends Ctrl-C to the workers as well, and each would print a stack trace."""
     with Workers(2) as pool:
         assert list(pool.map(signal.getsignal, [signal.SIGINT] * 3)) == [signal.SIG_IGN] * 3

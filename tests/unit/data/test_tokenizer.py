@@ -1,4 +1,4 @@
-"""Tokenizers give every clean text back exactly, run no foreign code, and are the same on every machine."""
+"""Tokenizers decode every clean text exactly, run no foreign code, and are the same on every machine."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A byte-level BPE in GPT-2's shape, as a folder of vocab.json and merges.txt, with the library's own object."""
+    """Return a folder with vocab.json and merges.txt of a GPT-2-like byte-level BPE, and the library's own object."""
     folder = tmp_path_factory.mktemp("gpt2")
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,11 +87,11 @@ def random_text(rng):
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_hard_texts_come_back_exactly(tokenizer, text):
+def test_hard_texts_are_decoded_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_random_clean_texts_come_back_exactly(tokenizer):
+def test_random_clean_texts_are_decoded_exactly(tokenizer):
     rng = random.Random(0)
     for _ in range(400):
         text = random_text(rng)
@@ -118,14 +118,14 @@ def test_streamed_pieces_add_up_to_the_whole_and_show_no_broken_characters(token
             assert "\ufffd" not in "".join(pieces)
 
 
-def test_a_broken_character_at_the_end_is_shown_by_finish(tokenizer):
+def test_finish_shows_a_broken_character_at_the_end(tokenizer):
     ids = tokenizer.encode("ab\U0001f600")[:-1]
     decoder = tokenizer.stream_decoder()
     assert "".join(map(decoder.push, ids)) == "ab"
     assert set(decoder.finish()) == {"\ufffd"}
 
 
-def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t")
     again = load_tokenizer(tmp_path / "t")
     assert (again.kind, again.fingerprint, again.vocab_size) == (
@@ -147,7 +147,7 @@ def test_a_saved_tokenizer_whose_file_changed_is_refused(tmp_path, gpt2):
 
 
 def test_training_gives_the_same_model_with_one_thread_and_with_eight(ours, monkeypatch):
-    """The thread count itself stands in the model file, so it is compared without."""
+    """The model file contains the thread count, so it is compared without it."""
     import sentencepiece
 
     pieces = []
@@ -237,13 +237,13 @@ def test_a_lossy_or_byteless_sentencepiece_model_is_refused(tmp_path):
         ("hf", "{}/junk", DataError, "not a Hugging Face tokenizer"),
     ],
 )
-def test_a_tokenizer_that_is_not_there_or_is_none_is_named(tmp_path, kind, path, error, message):
+def test_a_missing_or_invalid_tokenizer_is_named(tmp_path, kind, path, error, message):
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(error, match=message):
         find_tokenizer(kind, path.format(tmp_path))
 
 
-def test_segments_join_to_the_text_are_bounded_and_end_at_newlines():
+def test_segments_are_bounded_end_at_newlines_and_join_to_the_text():
     rng = random.Random(2)
     text = "".join(rng.choice(["a", "b\n", "\n", "é"]) for _ in range(3000))
     pieces = list(segments(text, 100))
@@ -271,10 +271,10 @@ def test_normalising_is_idempotent_and_leaves_clean_nfc_text(text):
     assert not [c for c in clean if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
-def test_normalising_does_what_it_says_and_no_more():
+def test_normalising_changes_only_what_is_documented():
     assert normalise("\ufeffa\r\nb\rc\x00\x0cd\te\u0301 ﬁ  ") == "a\nb\ncd\té ﬁ  "
 
 
 def test_every_probe_of_the_load_time_check_is_clean_text():
-    """A model is refused for changing text it would never be given otherwise."""
+    """Otherwise a model could be refused for changing text that it never gets."""
     assert normalise(tokenizer_sentencepiece._PROBE) == tokenizer_sentencepiece._PROBE

@@ -1,4 +1,4 @@
-"""The report: one page, drawn by a real browser, of any state a run's folder can be in."""
+"""The run report: one page, drawn by a real browser, for any state of a run folder."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_text_of_the_run_cannot_end_the_script(tmp_path):
 
 
 def test_a_long_run_gives_a_small_page_that_keeps_extremes_and_means(tmp_path):
-    """Every stretch carries its mean and its extremes: no spike is lost."""
+    """Every interval keeps its mean and extremes, so no spike is lost."""
     run_dir = tmp_path / "long"
     run_dir.mkdir()
     values = [2 + math.sin(step) + (50 if step == 31_234 else 0) for step in range(1, 50_001)]
@@ -111,7 +111,7 @@ def test_a_long_run_gives_a_small_page_that_keeps_extremes_and_means(tmp_path):
 
 
 def add_life(run_dir):
-    """Two agents: one whose second start of the ranks was cut off with the machine, and one an hour later."""
+    """Add two agents: one whose machine failed during the second start of the ranks, and one an hour later."""
 
     def start(from_s, to_s, first, done, ended, **seconds):
         steps = {"first": first, "done": done, "finished": done - first + 1}
@@ -131,14 +131,14 @@ def add_life(run_dir):
     (run_dir / "ledger.json").write_text(json.dumps({"format": 1, "agents": agents}))
 
 
-def test_the_ledger_is_added_up(tmp_path):
+def test_the_page_adds_up_the_ledger(tmp_path):
     run_dir = make_run(tmp_path, 20)
-    assert collect(run_dir)["life"] is None, "a run without an agent has none"
+    assert collect(run_dir)["life"] is None, "a run without an agent has no ledger"
     add_life(run_dir)
     data = collect(run_dir)
     life = data["life"]
     spent = dict(zip(life["categories"], life["seconds"], strict=True))
-    kept = 15 * 148 / 20 + 15 * 148 / 20 + 150  # of 20 steps 15 each time, and all of the last ones
+    kept = 15 * 148 / 20 + 15 * 148 / 20 + 150  # 15 of 20 steps each time, and all of the last ones
     assert spent["data"] + spent["compute"] + spent["communication"] == pytest.approx(kept, rel=1e-4)
     assert spent["lost work"] == pytest.approx(2 * (5 * 148 / 20 + 2), rel=1e-4)
     assert spent["downtime"] == 10 + 3600 and spent["start-up"] == 10 + 30 + 25 + 10 + 5 and spent["end"] == 16
@@ -152,7 +152,7 @@ def test_the_ledger_is_added_up(tmp_path):
 
 
 @needs_browser
-def test_a_browser_draws_the_runs_life(tmp_path):
+def test_a_browser_draws_the_runs_ledger(tmp_path):
     run_dir = make_run(tmp_path, 20)
     add_life(run_dir)
     document = drawn(report(run_dir))
@@ -166,7 +166,7 @@ def test_a_browser_draws_the_runs_life(tmp_path):
     assert sum(float(share) for share in re.findall(r"flex:([\d.e-]+) ", shares)) == pytest.approx(1.0, abs=0.01)
 
 
-def test_a_damaged_ledger_is_said(tmp_path):
+def test_a_damaged_ledger_is_reported(tmp_path):
     run_dir = make_run(tmp_path, 5)
     for text in ("{", '{"format": 1, "agents": [{"began": 3}]}'):
         (run_dir / "ledger.json").write_text(text)
@@ -174,14 +174,14 @@ def test_a_damaged_ledger_is_said(tmp_path):
         assert data["life"] is None and "ledger.json is damaged" in data["notices"][0]
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere: no such folder"):
         report(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"not a run's folder; it has none of metrics\.jsonl"):
         report(tmp_path)
 
 
-def test_a_crashed_run_gives_a_page_of_what_there_is(tmp_path):
+def test_a_crashed_run_gives_a_page_of_its_records(tmp_path):
     run_dir = make_run(tmp_path, 12)
     lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_bytes(
@@ -195,7 +195,7 @@ def test_a_crashed_run_gives_a_page_of_what_there_is(tmp_path):
     assert data["status"]["text"] == "no end recorded"
 
 
-def test_the_numbers_at_the_top_are_those_of_the_run(tmp_path):
+def test_the_numbers_at_the_top_match_the_run(tmp_path):
     run_dir = make_run(tmp_path, 60)
     EventLog(run_dir / "events.jsonl").emit("stop", 60, status="done")
     data = collect(run_dir)

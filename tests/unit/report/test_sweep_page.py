@@ -1,4 +1,4 @@
-"""The report of a sweep: one page, drawn by a real browser, whatever its points have come to."""
+"""The sweep report: one page, drawn by a real browser, for points in any state."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def make_point(runs, name, model, num_steps, lr="0.001", status=None, heldout=Tr
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four points: done, failed, still running, and one that has not started."""
+    """Write a sweep of four points: done, failed, still running, and not started."""
     points = {}
     for model in "ab":
         for lr in ("0.001", "0.01"):
@@ -50,7 +50,7 @@ def sweep(tmp_path):
     return tmp_path / "scan"
 
 
-def test_a_points_numbers_are_its_runs(sweep):
+def test_the_numbers_of_a_point_are_those_of_its_run(sweep):
     first, failed, running, waiting = collect(sweep)["points"]
     compute = 256 * flops_per_token(MODELS["a"], 32)
     assert (first["values"], first["tokens"], first["compute"]) == (
@@ -86,7 +86,7 @@ def test_a_browser_draws_table_and_curves(sweep):
 
 
 def along(points):
-    """Both axes are logarithmic: equal factors are equal distances."""
+    """Return positions along an axis, on which equal factors must be equal distances."""
     return [[float(number) for number in pair.split()] for pair in re.split("[ML]", points)[1:]]
 
 
@@ -104,8 +104,8 @@ def test_both_axes_are_logarithmic(tmp_path):
 
 
 @needs_browser
-def test_pointing_brings_out_one_point_and_a_click_sorts(sweep):
-    """The page with a pointer and a click added to the end of its script."""
+def test_hovering_highlights_one_point_and_a_click_sorts(sweep):
+    """The test appends a pointer event and a click to the page's script."""
     page = report_sweep(sweep)
     script = """build();
       const c = document.querySelectorAll('path.curve')[2].getPointAtLength(1e9);
@@ -125,7 +125,7 @@ def test_pointing_brings_out_one_point_and_a_click_sorts(sweep):
 
 
 @needs_browser
-def test_a_browser_draws_a_sweep_that_has_not_begun(tmp_path):
+def test_a_browser_draws_a_sweep_that_has_not_started(tmp_path):
     (tmp_path / "scan").mkdir()
     SweepRecord([SweepPoint("scan-1", {"seed": "1"})]).save(tmp_path / "scan")
     document = drawn(report_sweep(tmp_path / "scan"))
@@ -143,7 +143,7 @@ def test_the_page_fetches_nothing_and_no_name_ends_its_script(sweep):
     assert not re.search(r"https?:|@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
 
 
-def test_a_key_that_a_point_was_not_given_is_taken_from_its_config(sweep):
+def test_a_key_without_an_override_is_read_from_the_points_config(sweep):
     record = SweepRecord.load(sweep)
     record.add([SweepPoint("scan-seed8", {"seed": "8"})])
     record.save(sweep)
@@ -153,7 +153,7 @@ def test_a_key_that_a_point_was_not_given_is_taken_from_its_config(sweep):
     assert data["points"][4]["values"] == [None, None, "8"]
 
 
-def test_damage_is_shown_beside_what_can_be_read(sweep):
+def test_damage_is_shown_beside_readable_points(sweep):
     with open(sweep.parent / "scan-a-lr0.001" / "metrics.jsonl", "ab") as file:
         file.write(b"\0\0\n{}\n")
     (sweep.parent / "scan-b-lr0.001" / "config.yaml").write_text("model: [")
@@ -177,7 +177,7 @@ def test_a_long_run_gives_few_points(tmp_path):
     assert point["tokens"] == 10_000
 
 
-def test_the_verb_tells_a_sweep_from_a_run(sweep, capsys):
+def test_the_report_verb_distinguishes_a_sweep_from_a_run(sweep, capsys):
     assert cli.main(["report", str(sweep), f"out={sweep}/page.html"]) == 0
     assert capsys.readouterr().out == f"{sweep}/page.html\n"
     assert "loss against compute" in (sweep / "page.html").read_text()

@@ -20,7 +20,7 @@ def steps(count, ranks, seed=0, common=0.3):
 
 
 def recorded():
-    """Return own times in ms of 1,000 steps of two ranks (model=tiny, ZeRO-3) on two cores shared with other programs."""
+    """Return own times in ms of 1,000 steps of two ranks (model=tiny, ZeRO-3) on two cores that were also busy."""
     return np.loadtxt(Path(__file__).with_name("own_times.txt"))
 
 

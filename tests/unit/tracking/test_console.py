@@ -1,4 +1,4 @@
-"""The console and the composite of trackers."""
+"""The console and the composite tracker."""
 
 import io
 import logging
@@ -28,7 +28,7 @@ def info(tmp_path, **changes):
     return RunInfo(**{"run_name": "demo", "run_dir": tmp_path, "config": {}, "num_parameters": 12345678, **changes})
 
 
-def test_a_file_gets_plain_lines_every_so_many_steps_or_seconds(tmp_path, clock_at):
+def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, clock_at):
     out = io.StringIO()
     shown = Console(40, stream=out, every_steps=10, every_s=5.0)
     shown.start(info(tmp_path, resumed_from_step=3))
@@ -43,7 +43,7 @@ def test_a_file_gets_plain_lines_every_so_many_steps_or_seconds(tmp_path, clock_
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
 
 
-def test_evaluations_always_show_and_their_loss_stays(tmp_path):
+def test_evaluations_are_always_shown_and_their_loss_stays(tmp_path):
     out = io.StringIO()
     shown = Console(100, stream=out)
     for step in range(1, 5):
@@ -54,7 +54,7 @@ def test_evaluations_always_show_and_their_loss_stays(tmp_path):
 
 
 def test_the_time_left_follows_recent_steps(clock_at):
-    """A slow start and what went before do not count once enough steps went by."""
+    """A slow start and earlier runs no longer count after enough steps."""
     shown = Console(1000, stream=io.StringIO())
     clock_at[0] = 100.0
     shown.step({"step": 1, "loss": 1.0, "step_time_s": 60.0})
@@ -78,7 +78,7 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path):
     assert "loss 2.2500" in text and "\x1b[" in out.getvalue()
 
 
-def test_a_skipped_step_is_said_to_be_one(tmp_path):
+def test_a_skipped_step_is_marked(tmp_path):
     shown = Console(20, stream=io.StringIO())
     assert "loss not finite  skipped" in shown.status({"step": 7, "loss": None, "updated": False})
 
@@ -140,8 +140,8 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(tmp_path):
     assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_a_long_list_is_shown_by_its_beginning(tmp_path):
-    """A rollback's event lists every window that it leaves out."""
+def test_only_the_beginning_of_a_long_list_is_shown(tmp_path):
+    """A rollback's event lists every window that it skips."""
     out = io.StringIO()
     Console(20, stream=out).event(
         {"time": "", "kind": "rollback", "step": 7, "windows": [*range(9)], "skip_range": [8, 16]}

@@ -54,7 +54,7 @@ def info(run_dir, first=1, lr=1e-3):
 
 
 class Training:
-    """A run as the trainer makes it: the log is cut, the tracker started, steps are written and noted."""
+    """A run as the trainer makes it: it cuts the log, starts the tracker, writes steps and notifies the tracker."""
 
     def __init__(self, run_dir, first=1, lr=1e-3, **settings):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def points(mlflow, run_id, name):
 
 @pytest.fixture(autouse=True, scope="module")
 def server(tmp_path_factory):
-    """A real `mlflow server`, starting while other tests run; returns its address once it answers."""
+    """Start a real `mlflow server` while other tests run; return a function that waits for its address."""
     running = MlflowServer(tmp_path_factory.mktemp("server"), free_port())
     yield running.address
     running.kill()
@@ -109,8 +109,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Two runs begin at the same moment on a store that does not exist yet; then one of them goes back five steps
-    and on, with another learning rate. A third one's trainer was killed before its helper had even connected."""
+    """Two runs begin at the same moment on a store that does not exist yet; then one of them goes back five steps and
+    continues with another learning rate. The trainer of a third run was killed before its helper had connected."""
     runs = tmp_path_factory.mktemp("runs")
     code = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
@@ -140,8 +140,8 @@ def test_two_runs_that_begin_at_once_share_one_new_store(story):
     assert (one.info.status, two.info.status, two.info.run_name) == ("FINISHED", "KILLED", "two")
 
 
-def test_a_resumed_run_goes_on_without_duplicate_points(story):
-    """Redone steps keep value and time of their first doing; every other point is that of metrics.jsonl."""
+def test_a_resumed_run_continues_without_duplicate_points(story):
+    """Repeated steps keep the value and time of their first run; every other point equals metrics.jsonl."""
     runs, mlflow, first = story
     loss = points(mlflow, run_id_of(runs / "one"), "loss")
     assert [step for step, _, _ in loss] == list(range(1, 31))
@@ -171,7 +171,7 @@ def test_a_parameter_that_a_resume_changed_becomes_a_tag(story):
     assert len(run.data.params["data.paths"]) == 500 and run.data.params["data.paths"].endswith("x...")
 
 
-def test_tags_dataset_and_artifacts_are_there(story):
+def test_a_run_has_tags_a_dataset_and_artifacts(story):
     runs, mlflow, _ = story
     run = mlflow.get_run(run_id_of(runs / "one"))
     expected = {
@@ -191,7 +191,7 @@ def test_tags_dataset_and_artifacts_are_there(story):
     assert run.info.artifact_uri.startswith((runs / "mlartifacts").as_uri())
 
 
-def test_what_was_known_of_a_killed_trainer_is_sent_and_the_run_marked_as_failed(story):
+def test_the_records_of_a_killed_trainer_are_sent_and_the_run_is_marked_as_failed(story):
     runs, mlflow, _ = story
     run = None
     deadline = time.monotonic() + 60
@@ -205,7 +205,7 @@ def test_what_was_known_of_a_killed_trainer_is_sent_and_the_run_marked_as_failed
     assert [step for step, _, _ in points(mlflow, run.info.run_id, "loss")] == list(range(1, 13))
 
 
-def test_a_server_that_never_answers_costs_a_step_nothing(tmp_path, monkeypatch, caplog, capsys):
+def test_a_server_that_never_answers_delays_no_step(tmp_path, monkeypatch, caplog, capsys):
     """Starting and stepping never wait for the server; finishing waits a bounded time and names unsent steps."""
     waits, messages = [], []
     ends_within = MlflowTracker._ends_within
@@ -223,8 +223,8 @@ def test_a_server_that_never_answers_costs_a_step_nothing(tmp_path, monkeypatch,
     assert "MLflow did not receive steps 1 to 25. They are in metrics.jsonl" in caplog.text
 
 
-def test_what_a_dead_server_missed_it_gets_at_the_next_start(tmp_path, monkeypatch, server, caplog):
-    """The user and password of a server are written nowhere."""
+def test_records_that_a_dead_server_missed_are_sent_at_the_next_start(tmp_path, monkeypatch, server, caplog):
+    """The server's user name and password are never written."""
     run_dir = tmp_path / "run"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{free_port()}")
     with caplog.at_level(logging.WARNING):
@@ -246,6 +246,6 @@ def test_what_a_dead_server_missed_it_gets_at_the_next_start(tmp_path, monkeypat
     assert "secret" not in caplog.text + (run_dir / "mlflow.json").read_text()
 
 
-def test_passwords_are_left_out_of_what_is_shown():
+def test_passwords_are_never_shown():
     assert without_password("https://me:pa:ss@host:5000/a") == "https://host:5000/a"
     assert without_password("sqlite:////runs/a@b/mlflow.db") == "sqlite:////runs/a@b/mlflow.db"

@@ -1,4 +1,4 @@
-"""The sender inside this process, on a real embedded store, with faults put between the two."""
+"""The sender inside this process, on a real embedded store, with injected faults between them."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
 
 
 class Quiet:
-    """A trainer that lives and keeps what it is told."""
+    """A live trainer that collects the messages it gets."""
 
     gone = False
 
@@ -83,8 +83,8 @@ class Fails:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_request_that_fails_loses_and_doubles_nothing(runs, monkeypatch, at, after):
-    """Also where the server had done the work and only its answer was lost."""
+def test_a_failed_request_loses_and_duplicates_nothing(runs, monkeypatch, at, after):
+    """Also if the server had done the work and only its answer was lost."""
     monkeypatch.setattr(mlflow_sender, "MAX_METRICS", 11)
     run_dir = runs / f"fails-{at}-{after}"
     one = sender(run_dir)
@@ -102,8 +102,8 @@ def test_a_request_that_fails_loses_and_doubles_nothing(runs, monkeypatch, at, a
     assert steps_at(one) == list(range(1, 18))
 
 
-def test_a_log_that_is_cut_while_the_run_goes_on_gives_no_duplicates(runs):
-    """Whether the cut is seen at once or only after the file has grown past where it was read to."""
+def test_a_log_that_is_cut_during_the_run_gives_no_duplicates(runs):
+    """Whether the cut is noticed at once or only after the file has grown past the position read so far."""
     one = sender(runs / "cut")
     log = MetricsLog(runs / "cut" / "metrics.jsonl")
     write(log, 1, 20)
@@ -119,8 +119,8 @@ def test_a_log_that_is_cut_while_the_run_goes_on_gives_no_duplicates(runs):
     assert steps_at(one) == list(range(1, 41))
 
 
-def test_a_log_that_was_cut_and_grew_to_the_very_byte_gives_no_gap(runs):
-    """The line that begins where reading had ended belongs to a later step than the next one."""
+def test_a_log_that_was_cut_and_grew_to_the_same_size_gives_no_gap(runs):
+    """The line at the position where reading ended belongs to a later step than the next one."""
     one = sender(runs / "aligned")
     path = runs / "aligned" / "metrics.jsonl"
 
@@ -135,7 +135,7 @@ def test_a_log_that_was_cut_and_grew_to_the_very_byte_gives_no_gap(runs):
     assert steps_at(one) == [1, 2, 3, 4]
 
 
-def test_a_line_is_sent_once_it_is_whole(runs):
+def test_a_line_is_sent_once_it_is_complete(runs):
     one = sender(runs / "half")
     path = runs / "half" / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 1.0, "time": "2026-01-01T00:00:00.000Z"}\n{"step": 2, "lo')
@@ -146,7 +146,7 @@ def test_a_line_is_sent_once_it_is_whole(runs):
     assert steps_at(one) == [1, 2]
 
 
-def test_a_run_that_was_deleted_on_the_server_is_made_anew_with_all_steps(runs):
+def test_a_run_deleted_on_the_server_is_created_again_with_all_steps(runs):
     one = sender(runs / "deleted")
     write(MetricsLog(runs / "deleted" / "metrics.jsonl"), 1, 5)
     one.catch_up()
@@ -158,8 +158,8 @@ def test_a_run_that_was_deleted_on_the_server_is_made_anew_with_all_steps(runs):
     assert "was deleted there" in again.parent.told[0]["warning"]
 
 
-def test_a_new_beginning_is_another_mlflow_run_only_with_another_config(runs):
-    """A run that fell before its first checkpoint begins again at step 1 and stays the same run."""
+def test_a_fresh_start_is_another_mlflow_run_only_with_another_config(runs):
+    """A run that fails before its first checkpoint starts again at step 1 and stays the same run."""
     ids = []
     for config in ({"seed": 1}, {"seed": 1}, {"seed": 2}):
         one = sender(runs / "anew", config=config)
@@ -246,14 +246,14 @@ def point_of(runs, sweep, name):
 
 
 def family(one, sweep):
-    """The ids of a sweep's own MLflow runs, and what each run with a parent names as it."""
+    """Return the ids of a sweep's own MLflow runs, and the parent that each child run names."""
     found = one.client.search_runs([one.client.get_run(one.run_id).info.experiment_id], max_results=1000)
     parents = {run.info.run_id: run.info.status for run in found if run.info.run_name == sweep}
     tags = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in found}
     return parents, {name: parent for name, parent in tags.items() if parent is not None and name.startswith(sweep)}
 
 
-def test_points_of_a_sweep_are_under_one_run_also_after_a_restart(runs):
+def test_points_of_a_sweep_share_one_parent_run_also_after_a_restart(runs):
     make_sweep(runs, "scan", "scan-1", "scan-2")
     senders = [point_of(runs, "scan", name) for name in ("scan-1", "scan-2")]
     for one in senders:
@@ -268,7 +268,7 @@ def test_points_of_a_sweep_are_under_one_run_also_after_a_restart(runs):
 
 
 def test_points_that_start_at_once_make_one_parent(runs):
-    """All let go at the same moment. The lock is one between open files, so threads do for processes."""
+    """All start at the same moment. The lock works between open files, so threads can stand in for processes."""
     names = [f"race-{number}" for number in range(4)]
     make_sweep(runs, "race", *names)
     together = threading.Barrier(len(names))
@@ -291,8 +291,8 @@ def test_points_that_start_at_once_make_one_parent(runs):
     assert len(parents) == 1 and under == dict.fromkeys(names, *parents)
 
 
-def test_sweeps_of_the_same_name_are_told_apart(runs):
-    """As where several people track theirs on one server."""
+def test_sweeps_of_the_same_name_are_kept_apart(runs):
+    """For example, when several people track their sweeps on one server."""
     make_sweep(runs, "twice", "twice-1")
     first = point_of(runs, "twice", "twice-1")
     first.connect()
@@ -303,7 +303,7 @@ def test_sweeps_of_the_same_name_are_told_apart(runs):
     assert len(parents) == 2 and set(under.values()) == set(parents)
 
 
-def test_a_sweep_whose_folder_is_gone_costs_a_warning_only(runs):
+def test_a_sweep_whose_folder_is_gone_only_causes_a_warning(runs):
     one = point_of(runs, "gone", "gone-1")
     one.connect()
     assert one.run_id and family(one, "gone") == ({}, {})
@@ -314,14 +314,14 @@ def test_a_sweep_whose_folder_is_gone_costs_a_warning_only(runs):
 
 
 def restarts_of(one):
-    """What the server has: the tags, and the metric's points."""
+    """Return the restart tags and metric points that the server has."""
     tags = one.client.get_run(one.run_id).data.tags
     told = {name: value.partition(" (")[0] for name, value in tags.items() if name.startswith("restart_")}
     return told, [(int(point.value), point.step) for point in one.client.get_metric_history(one.run_id, "restarts")]
 
 
 def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
-    """Within a job, after a signal and after a kill that left no word; a helper that begins again sends none twice."""
+    """Within a job, after a signal and after a kill without a record; a restarted helper sends no restart twice."""
     one = sender(runs / "restarts")
     log = EventLog(runs / "restarts" / "events.jsonl")
     log.emit("start", 0)
@@ -353,7 +353,7 @@ def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
     assert [what["tags"][0].key for what in sent] == ["restart_2", "restart_3"]
 
 
-def test_restarts_before_a_new_beginning_are_not_the_new_runs(runs):
+def test_restarts_before_a_fresh_start_do_not_count_for_the_new_run(runs):
     """Another config at step 1 makes a new MLflow run; a rank that died before the first save makes a restart."""
     run_dir = runs / "beginning"
     run_dir.mkdir()

@@ -15,7 +15,7 @@ from megatrain.tracking.profile import device_times, phase_rows, profiled_steps
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that advances only when a test moves it."""
 
     now_ns = 0
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: what a run writes can be read back, continued and cut."""
+"""metrics.jsonl and events.jsonl: a run's records can be read back, continued and cut."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_floats_keep_every_bit(tmp_path):
     assert [record["loss"] for record in read_metrics(log.path)] == values
 
 
-def test_values_that_json_lacks_become_null(tmp_path):
+def test_values_that_json_cannot_express_become_null(tmp_path):
     """A strict parser reads the file; `updated` says why the numbers are missing."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "parts": [-math.inf], "updated": False})
@@ -57,7 +57,7 @@ def test_a_step_has_one_line(tmp_path):
 
 
 def test_a_line_is_in_the_file_when_append_returns(tmp_path):
-    """A process that is killed right after `append` has lost nothing."""
+    """A process that is killed right after `append` loses nothing."""
     path = tmp_path / "metrics.jsonl"
     code = (
         "import os, signal, sys; from pathlib import Path; from megatrain.tracking.metrics import MetricsLog\n"
@@ -69,7 +69,7 @@ def test_a_line_is_in_the_file_when_append_returns(tmp_path):
 
 @pytest.mark.parametrize("first_window", [16, 100, 1 << 16])
 @pytest.mark.parametrize("step", [0, 1, 7, 19, 20, 25])
-def test_resuming_cuts_what_lies_beyond_the_step_and_keeps_it_aside(tmp_path, monkeypatch, step, first_window):
+def test_resuming_cuts_records_beyond_the_step_and_keeps_them_aside(tmp_path, monkeypatch, step, first_window):
     monkeypatch.setattr(metrics, "FIRST_WINDOW", first_window)
     path = tmp_path / "metrics.jsonl"
     fill(path, range(1, 21))
@@ -94,7 +94,7 @@ def test_each_cut_gets_a_file_of_its_own(tmp_path):
     assert steps_of(tmp_path / "metrics.cut-2.jsonl") == [4, 5]
 
 
-def test_a_half_written_last_line_is_passed_over_and_then_moved_aside(tmp_path):
+def test_a_partial_last_line_is_skipped_and_then_moved_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     fill(path, range(1, 4))
     with open(path, "ab") as file:
@@ -122,7 +122,7 @@ def test_a_damaged_line_is_named(tmp_path):
         read_metrics(path)
 
 
-def test_events_of_many_threads_and_writers_are_all_whole(tmp_path):
+def test_events_of_many_threads_and_writers_are_complete(tmp_path):
     path = tmp_path / "events.jsonl"
     logs = [EventLog(path), EventLog(path)]
 

@@ -1,4 +1,4 @@
-"""A dataset with a real tokenizer, a run trained on it by one native process, and random models of both families as checkpoints."""
+"""A dataset with a real tokenizer, a run of one native process on it, and checkpoints of random models."""
 
 import logging
 import random
@@ -40,7 +40,7 @@ MODELS = {
 
 
 def texts(count: int, seed: int) -> list[str]:
-    """Documents of words, accents and signs among them."""
+    """Return documents of words with some accents and symbols."""
     words = ["the", "naïve", "model", "reads", "東京", "and", "writes", "(self,", "value)", "->", "None:", "zürich\n"]
     chooser = random.Random(seed)
     return [" ".join(chooser.choices(words, k=40)) for _ in range(count)]
@@ -53,7 +53,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory, tokenizer) -> Path:
-    """A prepared dataset of documents of words."""
+    """Return a prepared dataset of documents of words."""
     folder = tmp_path_factory.mktemp("data") / "words"
     folder.mkdir()
     cards = {}
@@ -71,7 +71,7 @@ def dataset(tmp_path_factory, tokenizer) -> Path:
 
 
 def train(config: TrainConfig) -> int:
-    """Run a job in this process, and leave nothing of it behind here."""
+    """Run a job in this process and clean up after it."""
     caught = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     log = logging.getLogger("megatrain")
     handlers = list(log.handlers)
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> int:
 
 
 def job(dataset: Path, runs: Path, **changes) -> TrainConfig:
-    """A run of four steps that saves every second and evaluates at the end."""
+    """Return the config of a run of four steps that saves every second step and evaluates at the end."""
     config = TrainConfig()
     config.run.name, config.run.dir = "first", str(runs)
     config.model = ModelConfig(**MODELS["llama"], max_seq_len=64, init_std=0.1)
@@ -104,13 +104,13 @@ def job(dataset: Path, runs: Path, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def train_job(dataset):
-    """Trains a changed `job` under a folder; returns its exit code."""
+    """Return a function that trains a changed `job` under a folder and returns its exit code."""
     return lambda runs, **changes: train(job(dataset, runs, **changes))
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, train_job) -> Path:
-    """The folder of a finished run; not to be changed."""
+    """Return the folder of a finished run. Tests must not change it."""
     runs = tmp_path_factory.mktemp("runs")
     assert train_job(runs) == 0
     return runs / "first"
@@ -118,7 +118,7 @@ def finished(tmp_path_factory, train_job) -> Path:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory, tokenizer):
-    """A random model of a family, as a checkpoint with its tokenizer: its folder, its config and its model."""
+    """Save a random model of a family with its tokenizer; return the checkpoint's folder, its config and the model."""
     known = {}
 
     def make(name: str):

@@ -1,4 +1,4 @@
-"""What is refused because two keys disagree, or because something named is not on the disk."""
+"""Configs that are refused because keys contradict each other or because a path does not exist."""
 
 import copy
 import re
@@ -17,12 +17,12 @@ SIZES = ["train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_len
 
 @pytest.fixture(scope="module")
 def base():
-    """A train config whose keys agree, composed once."""
+    """Return a valid train config, composed once."""
     return compose("train", SHAPE + SIZES)
 
 
 def changed(base, overrides):
-    """A copy of a config with some keys changed."""
+    """Return a copy of a config with some keys changed."""
     config = copy.deepcopy(base)
     for name, value in read_overrides("train", list(overrides)).values.items():
         group, _, key = name.rpartition(".")
@@ -31,7 +31,7 @@ def changed(base, overrides):
 
 
 def refusal(check, config) -> str:
-    """The message that a config is refused with."""
+    """Return the message with which a config is refused."""
     with pytest.raises(ConfigError) as caught:
         check(config)
     return str(caught.value)
@@ -105,23 +105,23 @@ def test_keys_that_agree_pass(base, overrides):
         (["data.name=../x"], "data.name='../x' cannot"),
     ],
 )
-def test_keys_that_disagree_are_refused_with_the_nearest_that_works(base, overrides, says):
+def test_contradicting_keys_are_refused_with_the_nearest_values_that_work(base, overrides, says):
     assert re.search(says, refusal(check_values, changed(base, overrides)))
 
 
-def test_a_launchers_world_size_counts_instead_of_ours(base, monkeypatch):
+def test_another_launchers_world_size_takes_precedence(base, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert "x 3 data-parallel ranks = 12" in refusal(check_values, changed(base, ["launch.nproc_per_node=2"]))
 
 
-def test_a_source_without_anything_to_read_is_refused():
+def test_an_empty_source_is_refused():
     assert "data.paths=[]" in refusal(check_values, compose("prepare", ["data=files"]))
     assert "data.hf_path=null" in refusal(check_values, compose("prepare", ["data.kind=huggingface"]))
     check_values(compose("prepare", ["data=files", "data.paths=[a.txt]"]))
 
 
-def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(base, tmp_path, monkeypatch):
+def test_a_missing_dataset_is_refused_with_the_command_that_makes_it(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(check_paths, changed(base, ["data.name=python_stdlib"]))
     assert "no dataset at data/python_stdlib" in message and "megatrain prepare data=python_stdlib" in message
@@ -137,7 +137,7 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_command_that_makes_it(b
         (["kernels=triton"], "triton", "kernels=triton needs Triton.*kernels=auto"),
     ],
 )
-def test_a_library_that_a_choice_needs_is_asked_for_before_anything_starts(base, words, missing, says, monkeypatch):
+def test_a_missing_library_is_reported_before_anything_starts(base, words, missing, says, monkeypatch):
     config = changed(base, words)
     monkeypatch.setattr("megatrain.verbs.path_checks.find_spec", lambda name: object())
     check_installed(config)
@@ -176,14 +176,14 @@ def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, t
         ("prepare", ["tokenizer.kind=hf", "tokenizer.path=./gpt2"], "tokenizer.path=gpt2: no such"),
     ],
 )
-def test_a_path_that_is_not_there_is_refused_with_what_is_nearby(base, verb, overrides, says, tmp_path, monkeypatch):
+def test_a_missing_path_is_refused_with_similar_paths(base, verb, overrides, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     config = changed(base, overrides) if verb == "train" else compose(verb, overrides)
     assert re.search(says, refusal(check_paths, config))
 
 
-def test_a_hugging_face_name_is_not_taken_for_a_path(tmp_path, monkeypatch):
+def test_a_hugging_face_name_is_not_mistaken_for_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "org/name-2.5"):
         check_paths(compose("prepare", ["tokenizer.kind=hf", f"tokenizer.path={name}"]))

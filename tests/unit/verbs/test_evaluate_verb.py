@@ -1,4 +1,4 @@
-"""`megatrain evaluate`: the loop's own figure, transformers' figure in float64, and refusals that say what to do."""
+"""`megatrain evaluate`: its loss equals the training loop's and transformers', and errors name a remedy."""
 
 import json
 import math
@@ -23,7 +23,7 @@ SEQ_LEN = 16
 
 
 def result(capsys, path, **keys) -> dict:
-    """What the verb prints on standard output, read back."""
+    """Parse what the verb prints on standard output."""
     capsys.readouterr()
     assert not evaluate(EvaluateConfig(path=str(path), device="cpu", **keys))
     out = capsys.readouterr().out
@@ -31,8 +31,8 @@ def result(capsys, path, **keys) -> dict:
     return json.loads(out)
 
 
-def test_it_gives_the_final_heldout_loss_of_training(finished, capsys):
-    """The run's own dataset, the run's own windows; bits per byte too, whatever the batch size."""
+def test_evaluate_gives_the_final_heldout_loss_of_training(finished, capsys):
+    """With the run's dataset and windows, also in bits per byte and for any batch size."""
     trained = read_metrics(finished / "metrics.jsonl")[-1]["heldout_loss"]
     events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
     logged = [event for event in events if event["kind"] == "evaluate"][-1]
@@ -44,7 +44,9 @@ def test_it_gives_the_final_heldout_loss_of_training(finished, capsys):
         assert found["perplexity"] == pytest.approx(math.exp(trained))
 
 
-def test_a_model_trained_document_by_document_is_evaluated_so(train_job, dataset, tokenizer, tmp_path, capsys):
+def test_a_model_trained_document_by_document_is_evaluated_document_by_document(
+    train_job, dataset, tokenizer, tmp_path, capsys
+):
     assert train_job(tmp_path, train__mask_documents=True) == 0
     run = tmp_path / "first"
     trained = read_metrics(run / "metrics.jsonl")[-1]["heldout_loss"]
@@ -57,7 +59,7 @@ def test_a_model_trained_document_by_document_is_evaluated_so(train_job, dataset
 
 
 def test_documents_that_do_not_end_with_the_tokenizers_token_cannot_be_kept_apart(train_job, dataset, tmp_path):
-    """An empty document in front says nothing; the first that holds tokens does."""
+    """The first document with tokens decides; an empty one before it does not."""
     folder = tmp_path / dataset.name
     shutil.copytree(dataset, folder)
     cards = {}
@@ -81,7 +83,7 @@ def test_an_older_checkpoint_has_a_worse_loss(finished, capsys):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_loss_of_a_text_is_that_of_transformers_in_float64(name, family, tokenizer, tmp_path, capsys):
-    """Windows of `seq_len`, each token of the text and its end predicted once, the end of a document in front."""
+    """In windows of `seq_len` each token of the text and its end is predicted once, after an end of document."""
     folder, _, _ = family(name)
     file = tmp_path / "text.txt"
     file.write_text("the naïve model sleeps; 東京 writes\n" * 9, encoding="utf-8")
@@ -101,7 +103,7 @@ def test_the_loss_of_a_text_is_that_of_transformers_in_float64(name, family, tok
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / file.stat().st_size, rel=1e-5)
 
 
-def test_max_batches_reads_no_more(finished, capsys):
+def test_max_batches_limits_the_batches_read(finished, capsys):
     found = result(capsys, finished, max_batches=2, batch_size=3)
     assert found["tokens"] == 6 * SEQ_LEN and found["bytes"] < result(capsys, finished)["bytes"]
 
@@ -137,7 +139,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(finished, dataset, tmp_path):
     assert "another tokenizer" in refusal(ConfigError, finished, data=str(foreign))
 
 
-def test_what_cannot_be_evaluated_is_refused_with_the_way_out(finished, family, tmp_path):
+def test_a_model_that_cannot_be_evaluated_is_refused_with_a_remedy(finished, family, tmp_path):
     binary, empty = tmp_path / "binary", tmp_path / "empty.txt"
     binary.write_bytes(b"abc\xff")
     empty.write_text("\x00")
@@ -160,7 +162,7 @@ def test_a_dataset_that_changed_since_training_is_refused(finished, dataset, tmp
     assert "does not exist" in refusal(ConfigError, runs / "first")
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_loudly(finished, dataset, tmp_path, capsys, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(finished, dataset, tmp_path, capsys, caplog):
     run = shutil.copytree(finished, tmp_path / "run")
     newest = run / "checkpoints" / "step_00000004" / "0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -179,7 +181,7 @@ def test_paths_that_hold_no_model_are_refused(finished, dataset, tmp_path):
     assert "no checkpoint yet" in refusal(CheckpointError, tmp_path / "run")
 
 
-def test_looking_at_a_run_does_not_disturb_a_save_in_progress(finished, tmp_path, capsys):
+def test_evaluating_a_run_does_not_disturb_a_save_in_progress(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     saving = run / "checkpoints" / "step_00000006.writing"
     saving.mkdir()

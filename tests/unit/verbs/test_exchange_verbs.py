@@ -1,4 +1,4 @@
-"""`megatrain export` and `megatrain import`: a round trip changes no bit, and a run starts from what was imported."""
+"""`megatrain export` and `megatrain import`: a round trip changes no bit, and a run starts from an import."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ from megatrain.verbs.import_ import import_
 
 @pytest.fixture
 def imported(finished, tmp_path):
-    """A finished run, exported and imported again."""
+    """Export a finished run and import it again."""
     export_(ExportConfig(path=str(finished), out=str(tmp_path / "hf")))
     import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
     return tmp_path / "imported"
 
 
 def test_a_round_trip_keeps_every_bit_the_shape_and_the_tokenizer(finished, imported):
-    """And leaves nothing else behind."""
+    """It also leaves no other files behind."""
     assert sorted(path.name for path in imported.parent.iterdir()) == ["hf", "imported"]
     before, after = load(finished), load(imported)
     assert before.weights.keys() == after.weights.keys()
@@ -56,7 +56,7 @@ def test_half_precision_is_widened_exactly(family, tmp_path):
 
 
 def test_a_new_run_starts_from_an_imported_checkpoint(finished, imported, tmp_path, train_job):
-    """The first loss is that of trained weights, not of fresh ones, and two steps train."""
+    """The first loss is that of trained weights, not of random ones, and two steps train."""
     assert train_job(tmp_path / "runs", checkpoint__init_from=str(imported), train__steps=2) == 0
     fresh = read_metrics(finished / "metrics.jsonl")[0]["loss"]
     started = read_metrics(tmp_path / "runs" / "first" / "metrics.jsonl")
@@ -92,14 +92,14 @@ def test_an_import_that_fails_leaves_nothing_behind(imported, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_what_is_no_hugging_face_folder_is_refused(finished, imported, tmp_path):
+def test_a_folder_that_is_not_from_hugging_face_is_refused(finished, imported, tmp_path):
     with pytest.raises(ConfigError, match="not a Hugging Face folder"):
         import_(ImportConfig(path=str(finished), out=str(tmp_path / "new")))
     with pytest.raises(ConfigError, match="is a Hugging Face folder already"):
         export_(ExportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "new")))
 
 
-def test_a_folder_without_a_tokenizer_is_imported_and_says_so(imported, tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_is_imported_with_a_warning(imported, tmp_path, capsys):
     bare = shutil.copytree(tmp_path / "hf", tmp_path / "bare")
     for file in bare.glob("*token*"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""The reference of the checkpoint format: its snippets read and write our files; its tables name what is there."""
+"""The checkpoint format reference: its snippets read and write our files, and its tables match them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "checkpoint_format.md
 
 @pytest.fixture(scope="module")
 def snippets():
-    """The page's Python, run once: its functions by name."""
+    """Run the page's Python code once and return its functions by name."""
     names: dict = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(code, names)
@@ -39,7 +39,7 @@ def test_the_page_reads_a_checkpoint_of_a_run(finished, snippets):
 
 
 def save_pieces(world, folder):
-    """Each of three ranks holds a third of a flat tensor that rows do not divide, and all hold the same scalar."""
+    """Save a flat tensor split over three ranks, not along rows, and a scalar that all ranks have."""
     whole = torch.arange(7 * 5 * 3, dtype=torch.float32)
     piece = Piece(whole[world.rank * 35 : (world.rank + 1) * 35], world.rank * 35, (7, 5, 3))
     CheckpointStore(Path(folder), world).save({"model.x": piece, "model.scale": torch.tensor(2.5)}, at(1))
@@ -59,7 +59,7 @@ def test_the_page_reads_pieces_of_several_ranks(snippets, tmp_path):
     assert snippets["damaged"](folder) == ["manifest.json"]
 
 
-def test_what_the_page_writes_is_a_checkpoint_of_ours(family, snippets, tmp_path):
+def test_the_page_writes_a_valid_checkpoint(family, snippets, tmp_path):
     _, config, model = family("gpt2")
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     snippets["write_weights"](tmp_path / "written", asdict(config), weights)
@@ -70,7 +70,7 @@ def test_what_the_page_writes_is_a_checkpoint_of_ours(family, snippets, tmp_path
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_the_example_and_the_table_have_the_keys_of_a_real_manifest(finished):
+def test_the_pages_example_and_table_have_the_keys_of_a_real_manifest(finished):
     real = json.loads((finished / "checkpoints" / "step_00000004" / "manifest.json").read_text())
     example = json.loads(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
     assert list(example) == list(real)

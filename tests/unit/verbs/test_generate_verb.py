@@ -1,4 +1,4 @@
-"""`megatrain generate`: what transformers generates from the exported folder, streamed as it is drawn."""
+"""`megatrain generate`: the text that transformers generates from the exported folder, streamed token by token."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ PROMPT = "the naïve model"
 
 
 def text_of(capsys, path, **keys) -> str:
-    """What the verb prints."""
+    """Return what the verb prints."""
     capsys.readouterr()
     keys = {"prompt": PROMPT, "max_new_tokens": 20, "temperature": 0.0, **keys}
     assert not generate(GenerateConfig(path=str(path), device="cpu", **keys))
@@ -28,8 +28,8 @@ def text_of(capsys, path, **keys) -> str:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_greedy_text_is_that_of_transformers_on_the_exported_folder(name, family, tokenizer, tmp_path, capsys):
-    """Same ids; decoded by our tokenizer, because theirs shows a whole run of bytes as U+FFFD where one of them is broken
-    UTF-8, which a random model draws and a trained one hardly ever."""
+    """The ids are the same. Our tokenizer decodes them, because theirs shows a whole run of bytes as U+FFFD if one of
+    them is invalid UTF-8, which a random model samples often."""
     folder, _, _ = family(name)
     export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf")))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -43,7 +43,7 @@ def test_greedy_text_is_that_of_transformers_on_the_exported_folder(name, family
     assert text_of(capsys, tmp_path / "hf") == expected
 
 
-def test_the_seed_decides_what_is_sampled(family, capsys):
+def test_the_seed_determines_the_sample(family, capsys):
     folder, _, _ = family("llama")
     first, again, other = (text_of(capsys, folder, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -51,7 +51,7 @@ def test_the_seed_decides_what_is_sampled(family, capsys):
 
 
 def test_text_appears_token_by_token(family, tokenizer, monkeypatch):
-    """Every whole character is written before the next token is drawn, the prompt before the first."""
+    """Every complete character is written before the next token is sampled, and the prompt before the first."""
     written = []
     seen = []
 
@@ -81,7 +81,7 @@ def test_an_empty_prompt_starts_after_an_end_of_document(family, tokenizer, monk
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_prompt_longer_than_the_model_takes_is_refused_with_both_lengths(name, family, capsys):
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(name, family, capsys):
     with pytest.raises(ConfigError, match=r"prompt: \d+ tokens.*at most 64 \(model\.max_seq_len\)"):
         text_of(capsys, family(name)[0], prompt=PROMPT * 30)
     assert capsys.readouterr().out == "", "nothing is echoed before the refusal"

@@ -1,4 +1,4 @@
-"""`megatrain inspect`: prints what is there, verifies every checksum, and ends with the exit code of what is damaged."""
+"""`megatrain inspect`: prints the contents, verifies every checksum, and its exit code tells what is damaged."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from megatrain.model.count import num_parameters
 
 @pytest.fixture
 def inspect(capsys):
-    """Runs the command; returns its exit code, what it printed and its error."""
+    """Run the command; return its exit code, output and error message."""
 
     def run(path) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -32,7 +32,7 @@ def words(line: str) -> list[str]:
     return line.split()
 
 
-def test_a_checkpoint_shows_where_the_run_stood_and_what_it_holds(inspect, finished, family):
+def test_a_checkpoint_shows_the_runs_progress_and_its_tensors(inspect, finished, family):
     code, out, err = inspect(finished / "checkpoints" / "step_00000004")
     manifest = json.loads((finished / "checkpoints" / "step_00000004" / "manifest.json").read_text())
     _, config, _ = family("llama")
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_printed_and_then_refused_by_file(inspect, run_c
     assert "0.safetensors" in out and "unknown" in out
 
 
-def test_files_that_no_manifest_lists_are_pointed_out(inspect, run_copy):
+def test_files_missing_from_the_manifest_are_listed(inspect, run_copy):
     folder = run_copy / "checkpoints" / "step_00000004"
     (folder / "extra.bin").write_bytes(b"")
     code, out, _ = inspect(folder)
@@ -116,7 +116,7 @@ def test_a_dataset_shows_its_card_and_is_verified_whole(inspect, dataset, tmp_pa
     (damaged / "train.bin").write_bytes(ids)
     code, out, err = inspect(damaged)
     assert code == DataError.exit_code and str(damaged / "train.bin") in err
-    assert row in [words(line) for line in out.splitlines()], "the card is printed all the same"
+    assert row in [words(line) for line in out.splitlines()], "the card is printed anyway"
     (damaged / "train.bin").unlink()
     code, _, err = inspect(damaged)
     assert code == DataError.exit_code and "train.bin" in err

@@ -1,4 +1,4 @@
-"""`megatrain layouts`: what is listed is legal and complete, what is printed adds up, and nothing heavy is imported."""
+"""`megatrain layouts`: the list is legal and complete, its numbers add up, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def records(capsys, *arguments):
 
 
 def test_every_row_is_legal_and_kinds_add_up(capsys):
-    """The rows are keys of train, and the table of layouts takes each."""
+    """The columns are keys of train, and the table of layouts accepts each row."""
     config = compose("layouts", LLAMA[1:])
     job, _ = fill_open_sizes(config, 64)
     rows = records(capsys, "parallel.zero=3")
@@ -48,7 +48,7 @@ def test_a_given_key_is_fixed_and_others_vary(capsys):
     assert {row["parallel.schedule"] for row in rows} == {"1f1b"}
 
 
-def test_what_fits_comes_first_and_what_talks_least_leads(capsys):
+def test_layouts_that_fit_come_first_ordered_by_communication(capsys):
     rows = records(capsys, "layouts.memory_gib=40")
     fits = [row["fits"] for row in rows]
     assert fits == sorted(fits, reverse=True) and True in fits and False in fits
@@ -56,7 +56,7 @@ def test_what_fits_comes_first_and_what_talks_least_leads(capsys):
     assert degrees == sorted(degrees)
 
 
-def test_the_table_says_what_it_is_about(capsys):
+def test_the_table_names_its_job(capsys):
     assert cli.main([*LLAMA, "layouts.limit=3"]) == 0
     shown = capsys.readouterr().out
     assert "llama_8b: 8,030,261,248 parameters, bf16 on fp32 masters, 64 ranks" in shown
@@ -73,7 +73,7 @@ def test_csv_has_the_same_rows(capsys):
 
 
 def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
-    """And is in the order of the long one."""
+    """It has the order of the long list."""
     every = records(capsys)
     rows = records(capsys, "layouts.limit=12")
     assert [every.index(row) for row in rows] == sorted(every.index(row) for row in rows)
@@ -94,14 +94,14 @@ def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
         (["train.seq_len=100000"], ["is longer than model.max_seq_len"]),
     ],
 )
-def test_where_nothing_is_legal_the_way_out_is_named(keys, says, capsys):
+def test_if_nothing_is_legal_a_remedy_is_named(keys, says, capsys):
     assert cli.main([*LLAMA, *keys]) == 2
     error = capsys.readouterr().err
     assert all(text in error for text in says), error
 
 
 def test_a_train_command_needs_only_another_verb():
-    """Groups, experiments and keys of train are taken; a dataset is not asked for."""
+    """Groups, experiments and keys of train are accepted, and no dataset is needed."""
     config = compose("layouts", ["experiment=quickstart", "launch.nproc_per_node=2", "optim.lr=1e-3", "data=files"])
     job, notes = fill_open_sizes(config, 2)
     assert job.train.global_batch_size == 16 and job.model.hidden_size == 96

@@ -1,4 +1,4 @@
-"""`megatrain train --multirun`, up to the moment when points would start: values, names, and what is refused."""
+"""`megatrain train --multirun` up to the start of the points: values, names and refusals."""
 
 import os
 import time
@@ -71,7 +71,7 @@ def test_every_combination_is_a_point_and_what_is_not_swept_stays_as_typed():
 
 
 def test_a_point_is_the_run_that_its_overrides_start():
-    """Also its name, and the sweep that it belongs to."""
+    """So are its name and its sweep."""
     points = compose_points([*TINY, "optim.lr=1e-3,3e-4", "train.seq_len=32,64", "run.name=scan"])
     assert names(points) == [
         "scan-lr0.001-seq_len32", "scan-lr0.001-seq_len64", "scan-lr0.0003-seq_len32", "scan-lr0.0003-seq_len64",
@@ -100,11 +100,11 @@ def test_a_point_is_the_run_that_its_overrides_start():
         (["model=tiny", "data.name=books", "data.dir=a/b,c"], "tiny-books-dir-dir_a_b"),
     ],
 )
-def test_a_runs_name_is_readable_stable_and_a_folders(words, expected):
+def test_a_runs_name_is_readable_stable_and_valid_as_a_folder(words, expected):
     assert names(compose_points(["data=files", "data.name=books", "data.paths=[x]", *words]))[0] == expected
 
 
-def test_keys_of_the_same_last_part_are_told_apart_and_long_values_cut():
+def test_keys_with_the_same_last_part_stay_distinct_and_long_values_are_cut():
     assert point_suffix({"data.name": "a", "engine.name": "b"}) == "data.name_a-engine.name_b"
     one, other = (point_suffix({"tokenizer.path": "x" * 300 + end}) for end in "ab")
     assert len(one) == len(other) == MAX_SUFFIX and one != other
@@ -155,7 +155,7 @@ def test_a_name_that_needs_quotes_gets_them():
         (["train", "seed=1,2"], "seed=1,2: several values make a sweep, which only megatrain train --multirun runs"),
     ],
 )
-def test_a_mistake_is_said_before_anything_starts(words, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_reported_before_anything_starts(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("subprocess.Popen", None)
     assert cli.main(words) == 2
@@ -164,7 +164,7 @@ def test_a_mistake_is_said_before_anything_starts(words, says, tmp_path, monkeyp
     assert not any(tmp_path.iterdir())
 
 
-def test_inside_a_job_there_is_no_sweep(monkeypatch, capsys):
+def test_a_sweep_inside_a_job_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -198,7 +198,7 @@ def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     assert "runs/run is a run's folder; give the sweep another run.name" in capsys.readouterr().err
 
 
-def test_the_record_grows_and_keeps_who_it_is(tmp_path):
+def test_the_record_grows_and_keeps_its_identity(tmp_path):
     record = SweepRecord([SweepPoint("s-a_b", {"data.dir": "a/b"})])
     record.save(tmp_path)
     again = SweepRecord.load(tmp_path)
@@ -208,8 +208,8 @@ def test_the_record_grows_and_keeps_who_it_is(tmp_path):
         again.add([SweepPoint("s-a_b", {"data.dir": "a_b"})])
 
 
-def test_commands_at_once_lose_none_of_their_points(tmp_path, monkeypatch):
-    """Two shells make the same sweep larger; whoever reads the record first has to be done before the other reads."""
+def test_simultaneous_commands_lose_no_points(tmp_path, monkeypatch):
+    """Two shells extend the same sweep; the first reader of the record must finish before the other reads it."""
     monkeypatch.chdir(tmp_path)
     sweeps = [compose_points([*TINY, "run.name=scan", f"seed={2 * n},{2 * n + 1}"]) for n in range(4)]
     load = SweepRecord.load
