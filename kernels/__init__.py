@@ -1,18 +1,18 @@
-"""One operation a file: the plain reference of each piece of mathematics the model is made of, and its fused form.
+"""The operations that the model is made of, one a file: the plain reference and the fused version.
 
-Which of them a model computes with is choice.py's. Imports no torch here: the memory estimate asks for a size.
+choice.py chooses between them. This file imports no torch, because the memory estimate reads its sizes.
 """
 
 CHUNK_BYTES = 256 * 2**20
-"""Logits that exist at once where head and loss are computed in chunks (linear_cross_entropy.py), in bytes: a thousand
-rows of a vocabulary of 50,257 in fp32, with which the matrix products run at full speed on two CPU cores."""
+"""Size in bytes of one chunk of logits where head and loss are computed in chunks (linear_cross_entropy.py). It holds
+about a thousand rows of a vocabulary of 50,257 in fp32, enough for matrix products at full speed on two CPU cores."""
 
 CUDA_CHUNK_BYTES = 512 * 2**20
-"""The same on a GPU, where each chunk reads and writes the weight's whole gradient once
+"""The same on a GPU. Larger, because each chunk reads and writes the whole gradient of the weight once
 (docs/measurements/kernels.md)."""
 
 IGNORE_INDEX = -100
-"""Label that the loss leaves out: torch's own default."""
+"""Label that the loss ignores; torch's default."""
 
 MAX_ROW = 16384
-"""Widest row that a fused norm takes, in numbers: what registers hold. A wider one would spill to memory."""
+"""Most elements in a row of a fused norm. A wider row would not fit in registers and would spill to memory."""

@@ -1,12 +1,12 @@
-"""AdamW's update of a list of tensors: the plain reference, and one launch for the whole list.
+"""AdamW's update of a list of tensors: the plain reference, and a fused version with one launch for the whole list.
 
-Only the arithmetic: which parameters decay, the schedule, and where states live are the optimizer's and the engine's.
+This file has only the arithmetic. The optimizer and the engine decide which parameters decay, the learning rate, and
+where states are kept.
 
-Moments may be kept in bf16, which halves their memory. Rounded to nearest, an average that changes by less than half a
-unit in its last place stays where it is (with beta2 = 0.999 most do); with stochastic rounding it moves by the right
-amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step, tensor,
-element), so a run that resumes rounds as one that was never stopped, and ranks that hold copies or pieces round as one
-would.
+Moments may be kept in bf16, which halves their memory. With rounding to nearest, an average that changes by less than
+half a unit in its last place never moves (with beta2 = 0.999 most are like this). With stochastic rounding it moves by
+the right amount on average (Gupta et al., 2015, arXiv:1502.02551). The random bits are a function of (seed, step,
+tensor, element), so rounding is the same in a resumed run, and on any number of ranks with replicas or shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatrain.kernels.support import KernelError, ceil_div, launch, require, rounded, tl, triton, triton_type
+from megatrain.kernels.support import KernelError, ceil_div, jit, launch, require, rounded, tl, triton_type
 
 _BLOCK = 1024
 _MIX1, _MIX2, _GOLDEN = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9
@@ -39,19 +39,19 @@ def adamw_step_(
     grad_scale: Tensor | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """One AdamW update in place (Loshchilov and Hutter, 2019, arXiv:1711.05101), with torch's order of operations.
+    """Update in place by one AdamW step (Loshchilov and Hutter, 2019, arXiv:1711.05101), in torch's order of operations.
 
     With `m = exp_avg`, `v = exp_avg_sq`, `g` the gradient and `t = step` (1 for the first update):
     `p *= 1 - lr * weight_decay`, `m += (1 - beta1) (g - m)`, `v = beta2 v + (1 - beta2) g^2`,
     `p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)`.
 
-    The lists are equally long; `params` are fp32, `grads` of any floating dtype, the moments fp32, or bf16 (computed in
-    fp32, rounded when stored). `found_inf`, an fp32 scalar on the device, stops the update unless it is 0, and
-    gradients are divided by `grad_scale`, another one (reading them here waits for the device).
-    `stochastic_rounding_seed` rounds bf16 moments stochastically, else to nearest; where `step` is a scalar on the
-    device, which the host does not know, that seed must be another one for each step. `places` are, for each tensor, a
-    number that stands for it (its place in the list unless given) and that of its first element (0). In fp32 the result
-    is torch.optim.AdamW's, bit for bit.
+    The lists have the same length. `params` are fp32, `grads` any floating-point dtype, the moments fp32 or bf16
+    (computed in fp32, rounded when stored). `found_inf` and `grad_scale` are fp32 scalars on the device, and reading
+    them here waits for the device. There is no update if `found_inf` is not 0; gradients are divided by `grad_scale`.
+    With a `stochastic_rounding_seed`, bf16 moments are rounded stochastically, otherwise to nearest. If `step` is a
+    scalar on the device, the host does not know its value, so the seed must differ from step to step. `places` gives
+    for each tensor the number that identifies it (default: its index in the list) and the index of its first element
+    (default: 0). In fp32 the result equals that of torch.optim.AdamW, bit for bit.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -62,7 +62,7 @@ def adamw_step_(
         grads = [grad.to(p.dtype) / grad_scale for grad, p in zip(grads, params, strict=True)]
     lists = zip(params, grads, exp_avgs, exp_avg_sqs, _places(places, len(params)), strict=True)
     for p, grad, exp_avg, exp_avg_sq, (place, first) in lists:
-        g, m, v = grad.to(p.dtype), exp_avg.to(p.dtype), exp_avg_sq.to(p.dtype)  # themselves where they are fp32
+        g, m, v = grad.to(p.dtype), exp_avg.to(p.dtype), exp_avg_sq.to(p.dtype)  # no copies if they are fp32
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -77,27 +77,27 @@ def adamw_step_(
 
 
 def _places(given: Sequence[tuple[int, int]] | None, count: int) -> Sequence[tuple[int, int]]:
-    """What random bits know a list's tensors by."""
+    """Return the numbers by which random bits identify each tensor of a list, and its first element's index."""
     return [(place, 0) for place in range(count)] if given is None else given
 
 
 def _known(step: int | Tensor) -> int:
-    """The step as far as the host knows it: what random bits depend on."""
+    """Return the step on which random bits depend: 0 if only the device knows it."""
     return step if isinstance(step, int) else 0
 
 
 def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 `x` as bf16: up or down to a neighbour, each with the probability that makes the mean `x`.
+    """Round fp32 `x` to bf16, up or down to a neighbour, with probabilities that make the mean `x`.
 
-    `random` are integers of 16 uniform bits, in `x`'s shape. They are added to the 16 bits that bf16 lacks, and those
-    are cut off; inf and NaN stay what they are.
+    `random` has 16 uniform bits per element, in `x`'s shape. They are added to the 16 bits that bf16 lacks, which are
+    then cut off. Inf and NaN are unchanged.
     """
     cut = ((x.view(torch.int32) + random.to(torch.int32)) & -0x10000).view(torch.float32)
     return cut.where(x.isfinite(), x).bfloat16()
 
 
 def random_bits(count: int, seed: int, step: int, place: int, device: torch.device, first: int = 0) -> Tensor:
-    """32 random bits for each element `first..first+count-1` of the tensor `place`, int64 `[count]`.
+    """Return 32 random bits for each element `first..first+count-1` of the tensor `place`, int64 `[count]`.
 
     Two rounds of MurmurHash3's 32-bit finaliser (Appleby, 2011) over the element's index and a 64-bit key.
     """
@@ -107,7 +107,7 @@ def random_bits(count: int, seed: int, step: int, place: int, device: torch.devi
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser, on integers modulo 2^32 in int64: products stay exact in their low 32 bits."""
+    """Apply the finaliser to integers modulo 2^32 held in int64, where the low 32 bits of products are exact."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * _MIX1) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * _MIX2) & 0xFFFFFFFF
@@ -115,7 +115,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _key(seed: int, step: int, place: int) -> tuple[int, int]:
-    """Low and high half of 64 bits from the three, well spread: splitmix64's finaliser (Steele et al., 2014)."""
+    """Hash the three to 64 bits, returned as low and high half: splitmix64's finaliser (Steele et al., 2014)."""
     state = 0
     for part in (seed, step, place):
         state = (state + part + 0x9E3779B97F4A7C15) % 2**64
@@ -141,14 +141,15 @@ def fused_adamw_step_(
     grad_scale: Tensor | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """`adamw_step_` in one launch for all tensors that share the dtypes of gradient and moments: usually one in all.
+    """Compute `adamw_step_` with one launch per pair of gradient and moment dtypes, so usually one launch in all.
 
-    A table on the device says where each tensor lies and which blocks are its own; every program looks its tensor up by
-    bisection. So a step costs one small copy and one launch, however many tensors there are and whatever their sizes,
-    and nothing is flattened or kept between steps. Never waits for the device; with `found_inf` the moments and
-    parameters are not even read.
+    A table on the device holds each tensor's address and first block; every program finds its tensor by bisection. A
+    step therefore costs one small copy and one launch, whatever the number and sizes of the tensors, and nothing is
+    flattened or kept between steps. It never waits for the device. If `found_inf` is not 0, moments and parameters are
+    not read.
 
-    Parameters and moments must be contiguous. Raises `KernelError` where Triton cannot take the tensors.
+    Raises:
+        KernelError: Triton cannot take the tensors, or parameters or moments are not contiguous.
     """
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     grads = [g.contiguous() for g in grads]
@@ -201,8 +202,10 @@ def fused_adamw_step_(
 def _scalars(
     step: int | Tensor, lr: float, betas: tuple[float, float], grad_scale: Tensor | None, device: torch.device
 ) -> Tensor:
-    """fp32 `[3]` on the device, which alone may know what they depend on: the step size, the correction of the root of
-    the second moment, and what gradients are multiplied by."""
+    """Return fp32 `[3]` on the device: step size, correction of the second moment's root, and the gradients' factor.
+
+    Only the device may know the values that they depend on.
+    """
     if isinstance(step, int):
         both = torch.tensor([lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)], dtype=torch.float32)
         both = _moved(both, device)
@@ -214,29 +217,29 @@ def _scalars(
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on the device, without waiting for it."""
+    """Copy host values to the device without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
-@triton.jit
+@jit
 def _mixed_kernel(x: tl.tensor, MIX1: tl.constexpr, MIX2: tl.constexpr) -> tl.tensor:
-    """`_mixed` on uint32."""
+    """Compute `_mixed` on uint32."""
     x = (x ^ (x >> 16)) * tl.full(x.shape, MIX1, tl.uint32)
     x = (x ^ (x >> 13)) * tl.full(x.shape, MIX2, tl.uint32)
     return x ^ (x >> 16)
 
 
-@triton.jit
+@jit
 def _stochastic_round_kernel(x: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """`stochastic_round`; the bits cut off, so that the conversion to bf16 that follows is exact.
+    """Compute `stochastic_round`, but return fp32 with the low bits cleared, which converts to bf16 exactly.
 
-    A GPU's own NaN has all its bits set: with anything added it would come out as -0.
+    NaN is left alone: a GPU's NaN has all bits set, so adding to it would overflow to -0.
     """
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
 
 
-@triton.jit
+@jit
 def _update(
     p_at: tl.tensor,
     g_at: tl.tensor,
@@ -260,8 +263,10 @@ def _update(
     MIX2: tl.constexpr,
     GOLDEN: tl.constexpr,
 ) -> None:
-    """The elements at the addresses where `inside`, or without it all of them; `index` are their numbers in the whole
-    tensor."""
+    """Update the elements at the addresses: those `inside`, or all if it is None.
+
+    `index` holds the elements' indices in the whole tensor.
+    """
     p = tl.load(p_at, mask=inside)
     g = tl.load(g_at, mask=inside).to(tl.float32) * gain
     m = tl.load(m_at, mask=inside).to(tl.float32)
@@ -279,7 +284,7 @@ def _update(
     tl.store(v_at, rounded(v, MOMENT), mask=inside)
 
 
-@triton.jit
+@jit
 def _adamw_kernel(
     table: tl.tensor,
     scalars: tl.tensor,
@@ -301,11 +306,14 @@ def _adamw_kernel(
     GOLDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of one tensor. A row of `table`: four pointers, the size, the first block, the key's halves, the first
-    element's number."""
+    """Update one block of one tensor.
+
+    A row of `table` holds four pointers, the size, the first block, the two halves of the key, and the first element's
+    index.
+    """
     block = tl.program_id(0)
     tensor, end = 0, NUM_TENSORS
-    for _ in tl.static_range(BISECTIONS):  # the last tensor that does not begin after this block
+    for _ in tl.static_range(BISECTIONS):  # find the last tensor that begins at or before this block
         middle = (tensor + end) // 2
         begun = tl.load(table + middle * 9 + 5) <= block
         tensor, end = tl.where(begun, middle, tensor), tl.where(begun, end, middle)
@@ -314,12 +322,12 @@ def _adamw_kernel(
     g = tl.load(row + 1).to(tl.pointer_type(GRAD))
     m = tl.load(row + 2).to(tl.pointer_type(MOMENT))
     v = tl.load(row + 3).to(tl.pointer_type(MOMENT))
-    if ALIGNED:  # lets whole blocks move in 16-byte pieces
+    if ALIGNED:  # allows 16-byte loads and stores
         p, g, m, v = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16), tl.multiple_of(v, 16)
     start = (block - tl.load(row + 5)) * BLOCK
     size = tl.load(row + 4)
     if HAS_FOUND_INF:
-        size = tl.where(tl.load(found_inf) == 0, size, 0)  # otherwise nothing is inside
+        size = tl.where(tl.load(found_inf) == 0, size, 0)  # size 0: nothing is inside
     low, high = tl.load(row + 6).to(tl.uint32), tl.load(row + 7).to(tl.uint32)
     step_size, correction, gain = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     index = start + tl.arange(0, BLOCK)
@@ -328,5 +336,6 @@ def _adamw_kernel(
         _update(p + index, g + index, m + index, v + index, number, None, low, high, decay, one_minus_beta1, beta2,
                 one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
     else:
-        _update(p + index, g + index, m + index, v + index, number, index < size, low, high, decay, one_minus_beta1, beta2,
-                one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2, GOLDEN)  # fmt: skip
+        _update(p + index, g + index, m + index, v + index, number, index < size, low, high, decay, one_minus_beta1,
+                beta2, one_minus_beta2, eps, step_size, correction, gain, STOCHASTIC, MOMENT, MIX1, MIX2,
+                GOLDEN)  # fmt: skip

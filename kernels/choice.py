@@ -1,4 +1,4 @@
-"""Choose the form of each operation of a model, plain or fused, by device, dtype and shape."""
+"""Choose the implementation of each operation of a model, plain or fused, by device, dtype and shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations of a model. Each field has the signature and meaning of the plain function that is its default."""
+    """The operations of a model. Each field has the signature and meaning of its default, the plain function."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -77,22 +77,21 @@ def choose(
     splits_backward: bool = False,
     cuts_tensors: bool = False,
 ) -> Kernels:
-    """The operations for a model of hidden size `width` that computes in `dtype` on `device`, logged in a line.
+    """Return the operations for a model of hidden size `width` that computes in `dtype` on `device`; log the choice.
 
-    `reference`: the plain ones. `triton`: the fused ones. `auto`: the fused ones where Triton can run them, the plain
-    ones where it cannot, with the reason in the log, or where the blocks are `compiled`, since torch.compile fuses
-    pointwise operations itself and with their neighbours; and always the head and its loss in chunks, which need no
-    Triton. On a CPU whose fp32 products oneDNN makes faster (`linear.prefers_onednn`), linear layers by it (the head in
-    chunks asks by itself).
+    Mode `reference` gives the plain operations and `triton` the fused ones. Mode `auto` gives the fused ones where
+    Triton can run them, and otherwise the plain ones, with the reason in the log. If the blocks are `compiled`, `auto`
+    also gives the plain ones, because torch.compile fuses pointwise operations itself. With `auto`, head and loss are
+    always computed in chunks, which needs no Triton. On a CPU where oneDNN is faster in fp32
+    (`linear.prefers_onednn`), linear layers use it; the chunked head decides for itself.
 
-    Under a schedule that `splits_backward` residual addition and norm stay apart: torch before 2.13 adds up the
-    gradients of an operation's two results when it takes the backward pass apart. There linear layers stay torch's own
-    too, whose input's and weight's gradients come one by one; and where tensor parallelism `cuts_tensors`, since
-    DTensor knows them.
+    A pipeline schedule that `splits_backward` keeps residual addition and norm apart: torch before 2.13 adds up the
+    gradients of an operation's two results when it splits the backward pass. Such a schedule also keeps torch's linear
+    layers, which can compute the gradients of input and weight separately. So does tensor parallelism
+    (`cuts_tensors`), because DTensor supports only torch's.
 
     Raises:
-        KernelError: `triton`, and Triton is missing, the device has none or is too old, or the shape or dtype is not
-        taken.
+        KernelError: the mode is `triton`, and Triton is missing or does not support the device, shape or dtype.
     """
     if mode == "reference":
         _LOG.info("kernels=reference: the plain operations")

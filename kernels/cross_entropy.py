@@ -1,7 +1,7 @@
-"""Cross-entropy of next-token prediction. It sums and never averages: the step divides, over all ranks.
+"""Cross-entropy of next-token prediction, always summed: the training step divides by the tokens of all ranks.
 
-Two forms: the summed loss, differentiated by autograd; and the losses with their gradient written over the logits,
-plain and fused. Where the vocabulary is cut over ranks, see vocabulary_cross_entropy.py, which builds on this file.
+There are two forms: the summed loss, differentiated by autograd; and the losses with their gradient written over the
+logits, plain and fused. vocabulary_cross_entropy.py builds on this file and shards the vocabulary over ranks.
 
 Shapes: N tokens, V vocabulary; `logits` `[N, V]`, `labels` `[N]`, `weights` `[N]`.
 
@@ -13,7 +13,7 @@ The derivative of `lse` by `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So t
 
     d_s[j] = w (p[j] - onehot(y)[j]).
 
-**Without overflow.** `exp(s[j])` overflows in fp32 from 89 on. Relative to the row's largest logit `m` nothing does:
+**Without overflow.** `exp(s[j])` overflows in fp32 from 89 on. Relative to the row's largest logit `m`, it cannot:
 
     total = sum over j of exp(s[j] - m),
     loss = w ((m - s[y]) + log(total)),
@@ -21,9 +21,9 @@ The derivative of `lse` by `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So t
 
 The order in `loss` matters: `m` and `s[y]` may be far larger than their difference, so they are subtracted first.
 
-**In one pass: online softmax** (Milakov and Gimelshein, 2018, arXiv:1805.02867). `m` first and `total` second would
-read the row twice. Instead keep, after `k` logits, the largest so far, `m_k`, and `t_k =
-sum over j <= k of exp(s[j] - m_k)`. The next logit `x` may raise the largest, and then `t_k` is rescaled:
+**In one pass: online softmax** (Milakov and Gimelshein, 2018, arXiv:1805.02867). Computing `m` and then `total` would
+read the row twice. Instead keep, after `k` logits, the largest so far, `m_k`, and
+`t_k = sum over j <= k of exp(s[j] - m_k)`. The next logit `x` may raise the largest, and then `t_k` is rescaled:
 
     m_{k+1} = max(m_k, x),
     t_{k+1} = t_k exp(m_k - m_{k+1}) + exp(x - m_{k+1}).
@@ -33,8 +33,8 @@ Two such pairs, of different parts of a row, merge in the same way:
 
     m = max(m_a, m_b),  t = t_a exp(m_a - m) + t_b exp(m_b - m).
 
-Each lane of a kernel keeps a pair of its own, and the lanes merge at the end of the row. Ranks with a part of the
-vocabulary each merge in this way too. A logit of -inf adds nothing, and NaN or +inf makes the loss NaN.
+Each lane of a kernel keeps a pair of its own, and the lanes merge at the end of the row. Ranks that each hold a part of
+the vocabulary merge in the same way. A logit of -inf adds nothing, and NaN or +inf makes the loss NaN.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.support import (
     compute_dtype,
     compute_type,
+    jit,
     launch,
     next_power_of_2,
     num_warps,
     require,
     rounded,
     tl,
-    triton,
 )
 
 _CPU_CHUNK = 2**18
-"""Logits that the references handle at once: 1 MiB in fp32, so that all passes but the first find them in the cache."""
+"""Logits that the references handle at once: 1 MiB in fp32, so that only the first pass reads them from memory."""
 _CUDA_CHUNK = 2**27
-"""The same on a GPU, where launches cost more than a temporary of 512 MiB."""
+"""The same on a GPU: 512 MiB in fp32, because a temporary of that size costs less than many launches."""
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -82,12 +82,11 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = N
 
 @torch.no_grad()
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return each token's weighted loss, fp32 `[N]`, and OVERWRITE `logits` with the gradient of their sum, in their
-    dtype.
+    """Return each token's weighted loss, fp32 `[N]`, and OVERWRITE `logits` with the gradient of the sum of losses.
 
     `logits` are `[N, V]`, `labels` integers `[N]`, `weights` float `[N]` or None for 1 each. A label of `IGNORE_INDEX`
-    has loss and gradient 0. Computed in fp32, a few rows at a time, so that no second array of the logits' size exists;
-    fp32 logits are changed in place. Autograd does not see it.
+    has loss and gradient 0. Computed in fp32, a few rows at a time, so there is never a second array of the logits'
+    size; the gradient is stored in the logits' dtype. Autograd does not track this function.
     """
     losses = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     factors, valid = label_weights(labels, weights)
@@ -109,8 +108,8 @@ def label_weights(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _rows_with_gradient_(logits: Tensor, labels: Tensor, factors: Tensor, valid: Tensor) -> Tensor:
-    """`cross_entropy_with_gradient_` of a few rows; `factors` and `valid` as `label_weights` returns them."""
-    scores = logits.float()  # itself where it is fp32: then everything happens in place
+    """Compute `cross_entropy_with_gradient_` for a few rows; `factors` and `valid` as `label_weights` returns them."""
+    scores = logits.float()  # fp32 logits are not copied, so all of this is in place
     index = labels.where(valid, 0)[:, None]
     label_scores = scores.gather(1, index)[:, 0]
     largest = scores.amax(dim=-1)
@@ -123,17 +122,18 @@ def _rows_with_gradient_(logits: Tensor, labels: Tensor, factors: Tensor, valid:
 
 
 def fused_cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`cross_entropy_with_gradient_` in one launch: two reads of the logits, one write and no temporary.
+    """Compute `cross_entropy_with_gradient_` in one launch: two reads of the logits, one write, no temporary.
 
     Each row of `logits` must be contiguous. Computed in fp32 (fp64 for fp64). A label outside the vocabulary gives NaN.
 
     Raises:
         KernelError: Triton cannot take these tensors (`support.unsupported(logits, labels, weights)`).
     """
-    return _cross_entropy_with_gradient_(logits, labels, weights)
+    losses: Tensor = _cross_entropy_with_gradient_(logits, labels, weights)
+    return losses
 
 
-@triton.jit
+@jit
 def online_softmax_update(largest: tl.tensor, total: tl.tensor, scores: tl.tensor) -> tl.tensor:
     """Return each lane's pair (largest, total) after one more logit, `scores`."""
     below = largest - scores
@@ -142,13 +142,13 @@ def online_softmax_update(largest: tl.tensor, total: tl.tensor, scores: tl.tenso
     return tl.maximum(largest, scores, propagate_nan=tl.PropagateNan.ALL), total
 
 
-@triton.jit
+@jit
 def row_statistics(row_start: tl.tensor, width: tl.tensor, COMPUTE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """Return a row's largest logit and its sum of exponentials relative to it, in one pass; NaN if a logit is NaN.
 
-    Each of BLOCK lanes keeps its own pair, and they merge after the loop: no reduction over threads inside it. All
-    blocks but the last are loaded without a mask. With one they would be loaded number by number wherever a row's
-    length is not a multiple of 16 bytes.
+    Each of BLOCK lanes keeps its own pair, and they merge after the loop, so the loop has no reduction over
+    threads. All blocks except the last are loaded without a mask. A masked load would read one element at a time if a
+    row's length is not a multiple of 16 bytes.
     """
     largest = tl.full([BLOCK], float("-inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
@@ -166,15 +166,15 @@ def row_statistics(row_start: tl.tensor, width: tl.tensor, COMPUTE: tl.constexpr
     return tl.where(num_nan > 0, float("nan"), highest), total
 
 
-@triton.jit
+@jit
 def _gradient_of(
     scores: tl.tensor, columns: tl.tensor, origin: tl.tensor, gain: tl.tensor, factor: tl.tensor, local: tl.tensor
 ) -> tl.tensor:
-    """`exp(score - origin) * gain`, minus `factor` at the label's column `local`."""
+    """Return `exp(score - origin) * gain`, minus `factor` at the label's column `local`."""
     return tl.exp(scores - origin) * gain - tl.where(columns == local, factor, 0.0)
 
 
-@triton.jit
+@jit
 def row_gradient_(
     row_start: tl.tensor,
     origin: tl.tensor,
@@ -185,7 +185,7 @@ def row_gradient_(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Overwrite a row with its `_gradient_of`; all blocks but the last without a mask."""
+    """Overwrite a row with its `_gradient_of`. All blocks except the last need no mask."""
     whole = width // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -198,7 +198,7 @@ def row_gradient_(
     tl.store(row_start + columns, rounded(gradient, row_start.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def label_factor(
     label: tl.tensor,
     weights: tl.tensor,
@@ -214,7 +214,7 @@ def label_factor(
     return factor
 
 
-@triton.jit
+@jit
 def _with_gradient_kernel(
     logits: tl.tensor,
     labels: tl.tensor,
@@ -227,12 +227,12 @@ def _with_gradient_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row: store its loss, then overwrite its logits with their gradient."""
+    """Store one row's loss, then overwrite its logits with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     row_start = logits + row * stride
     label = tl.load(labels + row).to(tl.int64)
     factor = label_factor(label, weights, row, HAS_WEIGHTS, IGNORE, COMPUTE)
-    # Read before anything is overwritten: the reductions below keep all threads in step.
+    # Read this before anything is overwritten: the reductions below synchronise all threads.
     label_logit = tl.load(row_start + label, mask=(label >= 0) & (label < width), other=float("nan")).to(COMPUTE)
     largest, total = row_statistics(row_start, width, COMPUTE, BLOCK)
     loss = (largest - label_logit) + tl.log(total)
@@ -247,7 +247,7 @@ def row_blocks(width: int) -> dict[str, int]:
 
 
 def check_rows(logits: Tensor) -> None:
-    """Assert that `logits` is `[N, V]` with contiguous rows, which may lie any distance apart."""
+    """Assert that `logits` is `[N, V]` with contiguous rows, which may be any distance apart."""
     assert logits.dim() == 2 and (logits.stride(1) == 1 or logits.shape[1] <= 1), (logits.shape, logits.stride())
 
 

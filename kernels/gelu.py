@@ -11,20 +11,20 @@ from megatrain.kernels.support import (
     as_rows,
     ceil_div,
     compute_type,
+    jit,
     launch,
     next_power_of_2,
     num_warps,
     require,
     rounded,
     tl,
-    triton,
 )
 
 
 def gelu(x: Tensor) -> Tensor:
     """`0.5 x (1 + tanh(u))`, `u = sqrt(2/pi) (x + 0.044715 x^3)` (Hendrycks and Gimpel, 2016, arXiv:1606.08415).
 
-    Elementwise, any shape, dtype kept.
+    Elementwise; `x` has any shape, and the result has its shape and dtype.
 
     Gradient, with `t = tanh(u)`: `d_x = g * (0.5 (1 + t) + 0.5 x (1 - t^2) sqrt(2/pi) (1 + 3 * 0.044715 x^2))`.
     """
@@ -32,17 +32,19 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def fused_gelu(x: Tensor) -> Tensor:
-    """`gelu` in one pass, computed in fp32 (fp64 for fp64). Keeps only its input for backward.
+    """Compute `gelu` in one pass, in fp32 (fp64 for fp64 input). Only the input is saved for backward.
 
-    The same numbers in other words: `0.5 (1 + tanh(u)) = sigmoid(2u) = s` and `1 - tanh(u)^2 = 4 s (1 - s)`, so
-    `y = x s` and `d_x = g * (s + x s (1 - s) 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2))`.
+    With `s = sigmoid(2u)`, `0.5 (1 + tanh(u)) = s` and `1 - tanh(u)^2 = 4 s (1 - s)`, so `y = x s` and
+    `d_x = g * (s + x s (1 - s) 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2))`.
 
-    Raises `KernelError` where Triton cannot take this tensor (`support.unsupported(x)`).
+    Raises:
+        KernelError: Triton cannot take this tensor (`support.unsupported(x)`).
     """
-    return _gelu(x)
+    result: Tensor = _gelu(x)
+    return result
 
 
-@triton.jit
+@jit
 def _gelu_kernel(
     x: tl.tensor,
     g: tl.tensor,
@@ -54,14 +56,14 @@ def _gelu_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A block of one row: gelu(x), or with BACKWARD its gradient."""
+    """Compute gelu(x), or with BACKWARD its gradient, for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     values = tl.load(x + row * x_stride + columns, mask=inside).to(COMPUTE)
     square = values * values
     twice_u = 1.5957691216057308 * values * (1.0 + 0.044715 * square)  # 2 sqrt(2/pi)
-    # exp of what is not positive: neither it nor s (1 - s) can overflow, and 1 - s loses nothing where s is near 1.
+    # The exponent is at most 0, so exp and s (1 - s) cannot overflow, and 1 - s stays accurate where s is near 1.
     e = tl.exp(-tl.abs(twice_u))
     s = tl.where(twice_u < 0, e, 1.0) / (1.0 + e)
     if BACKWARD:
@@ -117,7 +119,8 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _gradient(ctx: Any, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _gelu_backward(g, x)
+    d_x: Tensor = _gelu_backward(g, x)
+    return d_x
 
 
 _gelu.register_autograd(_gradient, setup_context=_save)

@@ -1,6 +1,6 @@
-"""LayerNorm, alone and after a residual addition: the plain references, and each in one fused pass over memory.
+"""LayerNorm, alone and after a residual addition: the plain references, and the versions fused into one pass.
 
-No module, no parameters: those belong to the model.
+The modules and their parameters are in megatrain/model/gpt.py.
 """
 
 from __future__ import annotations
@@ -10,27 +10,15 @@ from typing import Any
 from torch import Tensor, library
 from torch.nn import functional as F
 
-from megatrain.kernels.support import (
-    as_rows,
-    ceil_div,
-    compute_dtype,
-    compute_type,
-    launch,
-    next_power_of_2,
-    num_programs,
-    num_warps,
-    require,
-    rounded,
-    tl,
-    triton,
-)
+from megatrain.kernels.norms import empty_statistic, launch_backward, launch_forward, partial_gradients
+from megatrain.kernels.support import jit, rounded, tl
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension (Ba et al., 2016, arXiv:1607.06450).
 
-    `x` is `[..., D]`, `weight` and `bias` `[D]`; returns `[..., D]` in `x`'s dtype. `var` is the biased variance; mean
-    and variance are accumulated in fp32 whatever `x`'s dtype.
+    `x` is `[..., D]`, `weight` and `bias` `[D]`; returns `[..., D]` in `x`'s dtype. `var` is the biased variance. Mean
+    and variance are accumulated in fp32, whatever the dtype of `x`.
 
     Gradients, with `r = 1/sqrt(var + eps)`, `n = (x - mean) * r`, `g` the gradient of the output and `h = g * weight`:
     `d_bias = sum(g)` and `d_weight = sum(g * n)` over all but the last dimension, and
@@ -42,35 +30,36 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`(layer_norm(total), total)` with `total = x + residual`: what a block does to the residual stream.
+    """Return `(layer_norm(total), total)` with `total = x + residual`, the residual stream's update in a block.
 
     `x` and `residual` are `[..., D]` of one dtype, `weight` and `bias` `[D]`; both results are `[..., D]`.
 
-    Gradients, with `d_norm` what `layer_norm` gives for its input and `g_total` the gradient of `total`:
-    `d_x = d_residual = d_norm + g_total`; those of weight and bias are `layer_norm`'s.
+    Gradients, with `d_norm` the gradient of `layer_norm`'s input and `g_total` the gradient of `total`:
+    `d_x = d_residual = d_norm + g_total`; those of weight and bias are as for `layer_norm`.
     """
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """`layer_norm` in one pass forward and one backward. Sums in fp32 (fp64 for fp64).
+    """Compute `layer_norm` in one pass forward and one backward. Sums are fp32 (fp64 for fp64 inputs).
 
-    Raises `KernelError` where Triton cannot take these tensors (`support.unsupported(x, weight, bias, row=D)`).
+    Raises:
+        KernelError: Triton cannot take these tensors (`support.unsupported(x, weight, bias, row=D)`).
     """
-    normed, _, _ = _layer_norm(x, weight, bias, eps)
+    normed: Tensor = _layer_norm(x, weight, bias, eps)[0]
     return normed
 
 
 def fused_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` in one pass forward, and one backward for the gradients of both results together."""
+    """Compute `add_layer_norm` in one pass forward and one backward, which handles the gradients of both results."""
     normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return normed, total
 
 
-@triton.jit
+@jit
 def _forward(
     x: tl.tensor,
     residual: tl.tensor,
@@ -91,7 +80,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Normalises ROWS whole rows; `mean` and `scale` get each row's mean and r."""
+    """Normalise ROWS whole rows; store each row's mean in `mean` and its r in `scale`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -101,8 +90,8 @@ def _forward(
         values += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(COMPUTE)
         stored = rounded(values, total.dtype.element_ty)
         tl.store(total + rows * width + columns, stored, mask=inside)
-        values = stored.to(COMPUTE)  # the norm reads what the residual stream holds
-    # The row is in registers, so the variance is that of the centred values: a large mean costs no precision.
+        values = stored.to(COMPUTE)  # the norm reads the rounded total
+    # The row is in registers, so the variance comes from the centred values: a large mean costs no precision.
     middle = tl.sum(values, axis=1) / width
     centred = tl.where(inside, values - middle[:, None], 0.0)
     r = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + EPS)
@@ -115,7 +104,7 @@ def _forward(
     tl.store(normed + rows * width + columns, rounded(y, normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _backward(
     g: tl.tensor,
     g_total: tl.tensor,
@@ -137,8 +126,10 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """d_x of every num_programs-th group of ROWS rows, and those rows' share of d_weight and d_bias: one row of
-    each."""
+    """Compute d_x of every num_programs-th group of ROWS rows, and those rows' part of d_weight and d_bias.
+
+    Each program writes one row of `d_weight` and `d_bias`.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + columns, mask=columns < width, other=0.0).to(COMPUTE)
@@ -166,89 +157,53 @@ def _backward(
         tl.store(d_bias + program * width + columns, tl.sum(bias_share, axis=0)[None, :], mask=columns < width)
 
 
-def _blocks(width: int) -> dict[str, int]:
-    """Whole rows in a program; narrow ones several at a time."""
-    block = next_power_of_2(width)
-    rows = max(1, 2048 // block)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": num_warps(block * rows)}
-
-
-def _run_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> list[Tensor]:
-    """The normalised rows, the total (an empty tensor without `residual`), every row's mean and `r`."""
-    require(x, residual, weight, bias, row=x.shape[-1])
-    rows, weight, blocks = as_rows(x), weight.contiguous(), _blocks(x.shape[-1])
-    others = rows if residual is None else as_rows(residual)
-    normed, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
-    mean, scale = (x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight)) for _ in range(2))
-    num_rows, width = rows.shape
-    launch(
-        _forward,
-        (ceil_div(num_rows, blocks["ROWS"]),),
-        *(rows, others, weight, weight if bias is None else bias.contiguous(), normed, total, mean, scale),
-        *(rows.stride(0), others.stride(0), num_rows, width),
-        EPS=eps,
-        ADD=residual is not None,
-        HAS_BIAS=bias is not None,
-        COMPUTE=compute_type(x, weight),
-        **blocks,
-    )
-    return [normed, total, mean, scale]
+def _run_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the normalised rows, the total (meaningless without `residual`), and each row's mean and `r`."""
+    normed, weight = x.new_empty(x.shape), weight.contiguous()
+    mean, scale = empty_statistic(x, weight), empty_statistic(x, weight)
+    parameters = (weight, weight if bias is None else bias.contiguous())
+    total = launch_forward(_forward, x, residual, parameters, normed, (mean, scale), eps, HAS_BIAS=bias is not None)
+    return normed, total, mean, scale
 
 
 @library.custom_op("megatrain::layer_norm", mutates_args=())
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised `x`, and every row's mean and `r` for the backward pass."""
+    """Return the normalised `x`, and each row's mean and `r` for the backward pass."""
     normed, _, mean, scale = _run_forward(x, None, weight, bias, eps)
     return normed, mean, scale
 
 
 @_layer_norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean, scale = (x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight)) for _ in range(2))
-    return x.new_empty(x.shape), mean, scale
+    return x.new_empty(x.shape), empty_statistic(x, weight), empty_statistic(x, weight)
 
 
 @library.custom_op("megatrain::add_layer_norm", mutates_args=())
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normalised total, the total, and every row's mean and `r` for the backward pass."""
-    assert x.shape == residual.shape and x.dtype == residual.dtype, (x.shape, residual.shape, x.dtype, residual.dtype)
-    normed, total, mean, scale = _run_forward(x, residual, weight, bias, eps)
-    return normed, total, mean, scale
+    """Return the normalised total, the total, and each row's mean and `r` for the backward pass."""
+    return _run_forward(x, residual, weight, bias, eps)
 
 
 @_add_layer_norm.register_fake
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, scale = (x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight)) for _ in range(2))
-    return x.new_empty(x.shape), x.new_empty(x.shape), mean, scale
+    return x.new_empty(x.shape), x.new_empty(x.shape), empty_statistic(x, weight), empty_statistic(x, weight)
 
 
 @library.custom_op("megatrain::layer_norm_backward", mutates_args=())
 def _layer_norm_backward(
     g: Tensor, g_total: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`d_x`, `d_weight` and `d_bias` (empty without one); `g_total` is added to `d_x` where there is one."""
-    require(g, g_total, x, weight, row=x.shape[-1])
-    rows, gradients, weight, blocks = as_rows(x), as_rows(g), weight.contiguous(), _blocks(x.shape[-1])
-    others = gradients if g_total is None else as_rows(g_total)
-    num_rows, width = rows.shape
-    programs = min(num_programs(x), ceil_div(num_rows, blocks["ROWS"]))
-    d_x = x.new_empty(x.shape)
-    shares = scale.new_empty(2 if has_bias else 1, programs, width)
-    launch(
-        _backward,
-        (programs,),
-        *(gradients, others, rows, weight, mean, scale, d_x, shares[0], shares[-1]),
-        *(gradients.stride(0), others.stride(0), rows.stride(0), num_rows, width),
-        ADD=g_total is not None,
-        HAS_BIAS=has_bias,
-        COMPUTE=compute_type(x, weight),
-        **blocks,
-    )
-    sums = shares.sum(1).to(weight.dtype)
+    """Return `d_x`, which includes `g_total` if given, `d_weight`, and `d_bias` (empty without a bias)."""
+    partials = partial_gradients(x, scale, 2 if has_bias else 1)
+    ends = (partials[0], partials[-1])  # without a bias the kernel does not touch the second
+    d_x = launch_backward(_backward, g, g_total, x, weight, (mean, scale), ends, HAS_BIAS=has_bias)
+    sums = partials.sum(1).to(weight.dtype)
     return d_x, sums[0].clone(), sums[1].clone() if has_bias else weight.new_empty(0)
 
 
@@ -260,7 +215,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # a missing gradient costs no pass over zeros
+    ctx.set_materialize_grads(False)  # a missing gradient stays None, which saves a pass over zeros
     source = inputs[0] if len(inputs) == 4 else output[1]
     ctx.save_for_backward(source, inputs[-3], *output[-2:])
     ctx.has_bias = inputs[-2] is not None

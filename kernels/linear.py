@@ -1,12 +1,13 @@
-"""Matrix products: torch's own, and on a CPU in fp32 oneDNN's where those are faster.
+"""Matrix products: torch's default, and oneDNN's in fp32 on CPUs where it is faster.
 
-torch multiplies fp32 matrices on x86 with MKL, which uses no more than AVX2 on processors of other makers than Intel.
-oneDNN, part of the same torch, uses AVX-512 wherever the processor has it: on an AMD EPYC it took half the time
+On x86, torch multiplies fp32 matrices with MKL, which uses at most AVX2 on processors that Intel did not make. oneDNN,
+which is part of torch, uses AVX-512 wherever the processor has it: on an AMD EPYC it took half the time
 (docs/measurements/kernels.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from torch.nn import functional as F
 from megatrain.kernels.support import as_rows
 
 _SMALLEST = 2**22
-"""Multiplications in a product below which calling oneDNN costs what it gains."""
+"""Multiplications in a product below which the cost of calling oneDNN exceeds the gain."""
 
 _BLOCK = 512
-"""Rows of a tall result that are computed at a time: what is copied of a transposed factor for them stays in the
-cache."""
+"""Rows of a tall result computed at a time, so that the copied part of a transposed factor stays in the cache."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,19 +34,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` with its three products by `product`: any device and dtype, tensors that are not distributed."""
-    if x.numel() * len(weight) < _SMALLEST:  # the operator has its price too
+    """Compute `linear` with `product`, forward and backward. Any device and dtype, but no distributed tensors."""
+    if x.numel() * len(weight) < _SMALLEST:  # calling a custom operator has a cost too
         return F.linear(x, weight, bias)
-    return _linear(x, weight, bias)
+    result: Tensor = _linear(x, weight, bias)
+    return result
 
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products on this CPU are oneDNN's: there is AVX-512, and MKL would not use it.
+    """Return whether oneDNN should compute fp32 products on this CPU: it has AVX-512, and MKL would not use it.
 
-    Asks the machine and not a clock, which noise could turn: the same run must give the same bits again.
+    The processor decides, not a timing: noise could change a timing, and a repeated run must give the same bits.
     """
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available  # typed here: torch does not
+    if not is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
@@ -55,28 +57,30 @@ def prefers_onednn() -> bool:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a b` of two matrices, into `out` where given: by oneDNN where that `prefers_onednn`, for large ones in fp32."""
+    """Return the matrix product `a b`, in `out` if given. Large fp32 ones use oneDNN where `prefers_onednn`."""
     if not _is_onednn(a, b):
         return torch.mm(a, b, out=out)
     return _onednn(a, b) if out is None else out.copy_(_onednn(a, b))
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -> Tensor:
-    """`total += a b`, or `total = a b`, of matrices, computed in `total`'s dtype: `product` for many rows. Returns
-    `total`."""
+    """Add the matrix product `a b` to `total`, or without `accumulate` overwrite it; return `total`.
+
+    Computed in `total`'s dtype. Like `product`, but for results with many rows.
+    """
     b = b.to(total.dtype)
     if not _is_onednn(a, b, total.dtype):
         return torch.addmm(total, a.to(total.dtype), b, beta=int(accumulate), out=total)
     for start in range(0, len(a), _BLOCK):
         rows = total[start : start + _BLOCK]
-        factor = a[start : start + _BLOCK].t().contiguous().t()  # oneDNN turns faster what is dense
+        factor = a[start : start + _BLOCK].t().contiguous().t()  # oneDNN transposes a dense matrix faster
         part = _onednn(factor.to(total.dtype), b)
         rows.add_(part) if accumulate else rows.copy_(part)
     return total
 
 
 def _is_onednn(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether oneDNN multiplies these, in `dtype` (theirs unless given)."""
+    """Return whether oneDNN should multiply `a` and `b` in `dtype` (by default that of `a`)."""
     return (
         (dtype or a.dtype) == torch.float32
         and a.device.type == "cpu"
@@ -87,7 +91,7 @@ def _is_onednn(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b + bias`. The second factor must be dense: with gaps between its rows oneDNN falls back to plain loops."""
+    """Return `a b + bias`. Copies `b` if its rows have gaps, because oneDNN would then fall back to plain loops."""
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
@@ -111,7 +115,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward(
     g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, `weight` and the bias; empty, where nobody needs one."""
+    """Return the gradients of `x`, `weight` and the bias; one that is not needed is empty."""
     rows = as_rows(g)
     d_x = product(rows, weight).view(x.shape) if need_x else g.new_empty(0)
     d_weight = product(rows.t(), as_rows(x)) if need_weight else g.new_empty(0)

@@ -1,5 +1,4 @@
-"""The head's projection and the cross-entropy behind it: the plain reference, and in chunks that never hold all
-logits."""
+"""The head's projection and its cross-entropy: the plain reference, and in chunks, which never holds all logits."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ from megatrain.kernels.linear import add_product_, product
 
 
 def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`cross_entropy_sum(x weight^T, labels, weights)`: an fp32 scalar, in nats.
+    """Return `cross_entropy_sum(x weight^T, labels, weights)`, an fp32 scalar in nats.
 
     `x` is `[..., D]`, `weight` `[V, D]` of the same dtype, `labels` integers `[...]`, `weights` float `[...]` or None.
 
-    Gradients, with `d` `[N, V]` what `cross_entropy_sum` gives for its logits: `d_x = d weight`, `d_weight = d^T x`.
+    Gradients, with `d` `[N, V]` the gradient of `cross_entropy_sum`'s logits: `d_x = d weight`, `d_weight = d^T x`.
     """
     return cross_entropy_sum(F.linear(x, weight), labels, weights)
 
@@ -36,16 +35,16 @@ def chunked_linear_cross_entropy_sum(
     chunk_bytes: int | None = None,
     fused: bool = False,
 ) -> Tensor:
-    """`linear_cross_entropy_sum` over chunks of rows, loss and gradients together; any device, any dtype.
+    """Compute `linear_cross_entropy_sum` over chunks of rows, loss and gradients together. Any device, any dtype.
 
-    A chunk's logits become their own gradient in place, which is multiplied into `d_x` and `d_weight` at once; backward
-    only scales these two. Memory: `chunk_bytes` of logits (by the device unless given; one row at least) and the two
-    gradients, where the reference keeps `[N, V]` several times. The same three matrix products, by linear.py; on a GPU,
-    with a vocabulary like 50,257, over rows padded to a whole number of 128 bytes, for unaligned ones take several
-    times as long. In 16 bits `d_weight` is summed over chunks in fp32, and then rounded. The loss of a chunk is a few
-    passes over rows that stay in the cache, or where `fused` one Triton kernel.
+    The gradient overwrites a chunk's logits and is multiplied into `d_x` and `d_weight` at once; backward only scales
+    these two. Memory: one chunk of logits of `chunk_bytes` (default by device; at least one row) and the two gradients.
+    The reference keeps `[N, V]` several times. linear.py computes the same three matrix products. On a GPU with an
+    unaligned vocabulary (50,257, for example), rows of logits are padded to a multiple of 128 bytes, because unaligned
+    products take several times as long. In 16 bits, `d_weight` is summed over chunks in fp32 and then rounded. The loss
+    of a chunk takes a few passes over rows that stay in the cache, or with `fused` one Triton kernel.
 
-    No second derivative, and one backward: it scales the gradient of `weight` where forward left it.
+    There is no second derivative, and backward runs only once, because it scales the gradient of `weight` in place.
     """
     needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if chunk_bytes is None:
@@ -72,10 +71,10 @@ def _chunked(
     fused: bool,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the gradients of `x` and `weight` (empty, where nobody needs them)."""
+    """Return the loss and the gradients of `x` and `weight`; without `with_gradients` these two are empty."""
     num_rows, vocab = len(x), len(weight)
     padding = _padding(weight)
-    table = F.pad(weight, (0, 0, 0, padding)) if padding else weight  # by nothing it would copy
+    table = F.pad(weight, (0, 0, 0, padding)) if padding else weight  # F.pad copies even without padding
     rows = max(1, min(num_rows, chunk_bytes // (max(1, len(table)) * x.element_size())))
     in_place = fused_cross_entropy_with_gradient_ if fused else cross_entropy_with_gradient_
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -85,19 +84,19 @@ def _chunked(
         d_table = torch.zeros_like(weight, dtype=_accumulated(weight))
     for start in range(0, num_rows, rows):
         part = slice(start, min(start + rows, num_rows))
-        chunk = product(x[part], table.t())  # 0 in the padding, and its gradient too
+        chunk = product(x[part], table.t())  # 0 in the padded columns, and their gradient is too
         loss += in_place(chunk[:, :vocab], labels[part], None if weights is None else weights[part]).sum()
         if with_gradients:
             product(chunk, table, out=d_x[part])
             d_table = _add_product(None if start == 0 else d_table, chunk.t(), x[part])
-        del chunk  # before the next one is made
+        del chunk  # free it before the next chunk is allocated
     return loss, d_x, d_table[:vocab]
 
 
 def _padding(weight: Tensor) -> int:
-    """Rows of zeros behind a GPU's weight, so that rows of logits begin at multiples of 16 bytes.
+    """Return how many rows of zeros to append to a GPU's weight, so that rows of logits are aligned to 16 bytes.
 
-    On an H200 products over 50,257 columns in bf16 took 7 times as long as over 50,304 (docs/measurements/kernels.md).
+    On an H200, products over 50,257 columns in bf16 took 7 times as long as over 50,304 (docs/measurements/kernels.md).
     """
     if not weight.is_cuda or len(weight) * weight.element_size() % 16 == 0:
         return 0
@@ -105,13 +104,15 @@ def _padding(weight: Tensor) -> int:
 
 
 def _accumulated(tensor: Tensor) -> torch.dtype:
-    """In which the weight's gradient is summed over chunks."""
+    """Return the dtype in which the weight's gradient is summed over chunks."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a b`, in place where there is a total, in what gradients are summed in: rounded to 16 bits for each
-    chunk, their sum would lose half a bit."""
+    """Return `total + a b`, computed in place if there is a total, in the dtype that `_accumulated` returns.
+
+    If each chunk were rounded to 16 bits, the sum would lose half a bit.
+    """
     if a.is_cuda and a.dtype != _accumulated(a):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)

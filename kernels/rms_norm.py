@@ -1,6 +1,6 @@
-"""RMSNorm, alone and after a residual addition: the plain references, and each in one fused pass over memory.
+"""RMSNorm, alone and after a residual addition: the plain references, and the versions fused into one pass.
 
-No module, no parameters: those belong to the model.
+The modules and their parameters are in megatrain/model/gpt.py.
 """
 
 from __future__ import annotations
@@ -11,27 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatrain.kernels.support import (
-    as_rows,
-    ceil_div,
-    compute_dtype,
-    compute_type,
-    launch,
-    next_power_of_2,
-    num_programs,
-    num_warps,
-    require,
-    rounded,
-    tl,
-    triton,
-)
+from megatrain.kernels.norms import empty_statistic, launch_backward, launch_forward, partial_gradients
+from megatrain.kernels.support import jit, rounded, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, 2019, arXiv:1910.07467).
 
     `x` is `[..., D]`, `weight` `[D]`; returns `[..., D]` in `x`'s dtype. For 16-bit `x` the mean and the division are
-    taken in fp32 and the result is rounded to `x`'s dtype before the weight multiplies it, as Llama does.
+    computed in fp32, and the result is rounded to `x`'s dtype before it is multiplied by the weight, as in Llama.
 
     Gradients, with `r = 1/sqrt(mean(x^2) + eps)`, `n = x * r` and `g` the gradient of the output:
     `d_weight = sum(g * n)` over all but the last dimension, and
@@ -43,33 +31,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`(rms_norm(total), total)` with `total = x + residual`: what a block does to the residual stream.
+    """Return `(rms_norm(total), total)` with `total = x + residual`, the residual stream's update in a block.
 
     `x` and `residual` are `[..., D]` of one dtype, `weight` `[D]`; both results are `[..., D]`.
 
-    Gradients, with `d_norm` what `rms_norm` gives for its input and `g_total` the gradient of `total`:
-    `d_x = d_residual = d_norm + g_total`; `d_weight` is `rms_norm`'s.
+    Gradients, with `d_norm` the gradient of `rms_norm`'s input and `g_total` the gradient of `total`:
+    `d_x = d_residual = d_norm + g_total`; `d_weight` is as for `rms_norm`.
     """
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in one pass forward and one backward. Sums in fp32 (fp64 for fp64), one rounding less in `d_x`.
+    """Compute `rms_norm` in one pass forward and one backward.
 
-    Raises `KernelError` where Triton cannot take these tensors (`support.unsupported(x, weight, row=D)`).
+    Sums are fp32 (fp64 for fp64 inputs), and `d_x` is rounded once less than in the reference.
+
+    Raises:
+        KernelError: Triton cannot take these tensors (`support.unsupported(x, weight, row=D)`).
     """
-    normed, _ = _rms_norm(x, weight, eps)
+    normed: Tensor = _rms_norm(x, weight, eps)[0]
     return normed
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in one pass forward, and one backward for the gradients of both results together."""
+    """Compute `add_rms_norm` in one pass forward and one backward, which handles the gradients of both results."""
     normed, total, _ = _add_rms_norm(x, residual, weight, eps)
     return normed, total
 
 
-@triton.jit
+@jit
 def _forward(
     x: tl.tensor,
     residual: tl.tensor,
@@ -87,7 +78,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Normalises ROWS whole rows; `scale` gets each row's r."""
+    """Normalise ROWS whole rows; store each row's r in `scale`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -97,7 +88,7 @@ def _forward(
         values += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(COMPUTE)
         stored = rounded(values, total.dtype.element_ty)
         tl.store(total + rows * width + columns, stored, mask=inside)
-        values = stored.to(COMPUTE)  # the norm reads what the residual stream holds
+        values = stored.to(COMPUTE)  # the norm reads the rounded total
     r = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / width + EPS)
     tl.store(scale + row, r, mask=row < num_rows)
     n = rounded(values * r[:, None], x.dtype.element_ty).to(COMPUTE)
@@ -105,7 +96,7 @@ def _forward(
     tl.store(normed + rows * width + columns, rounded(n * w, normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _backward(
     g: tl.tensor,
     g_total: tl.tensor,
@@ -124,7 +115,10 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """d_x of every num_programs-th group of ROWS rows, and those rows' share of d_weight: one row of `d_weight`."""
+    """Compute d_x of every num_programs-th group of ROWS rows, and those rows' part of d_weight.
+
+    Each program writes one row of `d_weight`.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + columns, mask=columns < width, other=0.0).to(COMPUTE)
@@ -141,98 +135,54 @@ def _backward(
         if ADD:
             d += tl.load(g_total + rows * g_total_stride + columns, mask=inside, other=0.0).to(COMPUTE)
         tl.store(d_x + rows * width + columns, rounded(d, d_x.dtype.element_ty), mask=inside)
-        share += gradient * rounded(n, x.dtype.element_ty).to(COMPUTE)  # the weight multiplied the rounded n
+        share += gradient * rounded(n, x.dtype.element_ty).to(COMPUTE)  # forward multiplied the weight by the rounded n
     tl.store(d_weight + program * width + columns, tl.sum(share, axis=0)[None, :], mask=columns < width)
 
 
-def _blocks(width: int) -> dict[str, int]:
-    """Whole rows in a program; narrow ones (a head's) several at a time."""
-    block = next_power_of_2(width)
-    rows = max(1, 2048 // block)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": num_warps(block * rows)}
-
-
 def _normed_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The reference's: 16-bit values times an fp32 weight are fp32."""
+    """Return the dtype of the reference's result: 16-bit values times an fp32 weight are fp32."""
     return torch.promote_types(x.dtype, weight.dtype)
+
+
+def _run_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised rows, the total (meaningless without `residual`), and each row's `r`."""
+    normed, scale = x.new_empty(x.shape, dtype=_normed_dtype(x, weight)), empty_statistic(x, weight)
+    total = launch_forward(_forward, x, residual, (weight.contiguous(),), normed, (scale,), eps)
+    return normed, total, scale
 
 
 @torch.library.custom_op("megatrain::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised `x`, and every row's `r` for the backward pass."""
-    require(x, weight, row=x.shape[-1])
-    rows, weight, blocks = as_rows(x), weight.contiguous(), _blocks(x.shape[-1])
-    normed = x.new_empty(x.shape, dtype=_normed_dtype(x, weight))
-    scale = x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
-    num_rows, width = rows.shape
-    launch(
-        _forward,
-        (ceil_div(num_rows, blocks["ROWS"]),),
-        *(rows, rows, weight, normed, normed, scale, rows.stride(0), 0, num_rows, width),
-        EPS=eps,
-        ADD=False,
-        COMPUTE=compute_type(x, weight),
-        **blocks,
-    )
+    """Return the normalised `x`, and each row's `r` for the backward pass."""
+    normed, _, scale = _run_forward(x, None, weight, eps)
     return normed, scale
 
 
 @_rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed = x.new_empty(x.shape, dtype=_normed_dtype(x, weight))
-    return normed, x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
+    return x.new_empty(x.shape, dtype=_normed_dtype(x, weight)), empty_statistic(x, weight)
 
 
 @torch.library.custom_op("megatrain::add_rms_norm", mutates_args=())
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised total, the total, and every row's `r` for the backward pass."""
-    require(x, residual, weight, row=x.shape[-1])
-    assert x.shape == residual.shape and x.dtype == residual.dtype, (x.shape, residual.shape, x.dtype, residual.dtype)
-    rows, others, weight, blocks = as_rows(x), as_rows(residual), weight.contiguous(), _blocks(x.shape[-1])
-    normed = x.new_empty(x.shape, dtype=_normed_dtype(x, weight))
-    total = x.new_empty(x.shape)
-    scale = x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
-    num_rows, width = rows.shape
-    launch(
-        _forward,
-        (ceil_div(num_rows, blocks["ROWS"]),),
-        *(rows, others, weight, normed, total, scale, rows.stride(0), others.stride(0), num_rows, width),
-        EPS=eps,
-        ADD=True,
-        COMPUTE=compute_type(x, weight),
-        **blocks,
-    )
-    return normed, total, scale
+    """Return the normalised total, the total, and each row's `r` for the backward pass."""
+    return _run_forward(x, residual, weight, eps)
 
 
 @_add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     normed = x.new_empty(x.shape, dtype=_normed_dtype(x, weight))
-    return normed, x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
+    return normed, x.new_empty(x.shape), empty_statistic(x, weight)
 
 
 @torch.library.custom_op("megatrain::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
     g: Tensor, g_total: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`d_x` and `d_weight`; `g_total` is added to `d_x` where there is one."""
-    require(g, g_total, x, weight, row=x.shape[-1])
-    rows, gradients, weight, blocks = as_rows(x), as_rows(g), weight.contiguous(), _blocks(x.shape[-1])
-    others = gradients if g_total is None else as_rows(g_total)
-    num_rows, width = rows.shape
-    programs = min(num_programs(x), ceil_div(num_rows, blocks["ROWS"]))
-    d_x = x.new_empty(x.shape)
-    shares = scale.new_empty(programs, width)
-    launch(
-        _backward,
-        (programs,),
-        *(gradients, others, rows, weight, scale, d_x, shares),
-        *(gradients.stride(0), others.stride(0), rows.stride(0), num_rows, width),
-        ADD=g_total is not None,
-        COMPUTE=compute_type(x, weight),
-        **blocks,
-    )
-    return d_x, shares.sum(0).to(weight.dtype)
+    """Return `d_x`, which includes `g_total` if given, and `d_weight`."""
+    (partials,) = partial_gradients(x, scale, 1)
+    d_x = launch_backward(_backward, g, g_total, x, weight, (scale,), (partials,))
+    return d_x, partials.sum(0).to(weight.dtype)
 
 
 @_rms_norm_backward.register_fake
@@ -241,7 +191,7 @@ def _(g: Tensor, g_total: Tensor | None, x: Tensor, weight: Tensor, scale: Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # a missing gradient costs no pass over zeros
+    ctx.set_materialize_grads(False)  # a missing gradient stays None, which saves a pass over zeros
     source = inputs[0] if len(inputs) == 3 else output[1]
     ctx.save_for_backward(source, inputs[-2], output[-1])
 

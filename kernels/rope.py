@@ -1,6 +1,6 @@
 """Rotary position embedding, in the rotate-half convention of Hugging Face checkpoints.
 
-The angles, the plain references, and the fused rotation of queries and keys together.
+The angles, the plain references, and the fused rotation of queries and keys in one launch.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from megatrain.kernels.support import compute_type, launch, next_power_of_2, num_warps, require, rounded, tl, triton
+from megatrain.kernels.support import compute_type, jit, launch, next_power_of_2, num_warps, require, rounded, tl
 
 _BLOCK = 4096
-"""Pairs that a program turns at once."""
+"""Pairs that a program rotates at once."""
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotation angles, fp32.
+    """Return the cosine and sine of every position's rotation angles, fp32.
 
-    `positions` are integers `[..., T]`; returns two tensors `[..., T, K/2]`. Pair `i` of a head turns by
-    `position * theta^(-2i/K)` (Su et al., 2021, arXiv:2104.09864). Constants of the model: no gradient.
+    `positions` are integers `[..., T]`; returns two tensors `[..., T, K/2]`. Pair `i` of a head is rotated by
+    `position * theta^(-2i/K)` (Su et al., 2021, arXiv:2104.09864). The angles are constants and get no gradient.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
     angles = positions.unsqueeze(-1).float() * (1.0 / theta**exponents)
@@ -28,20 +28,20 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair `(x[i], x[i + K/2])` of a head by its angle.
+    """Rotate each pair `(x[i], x[i + K/2])` of a head by its angle.
 
     `x` is `[B, H, T, K]`; `cos` and `sin` are `[T, K/2]` or `[B, 1, T, K/2]`, fp32. Computed in fp32, returned in `x`'s
-    dtype: `y1 = x1 cos - x2 sin`, `y2 = x2 cos + x1 sin`. With pairs half a head apart, not neighbours, Hugging Face
-    weights need no permutation.
+    dtype: `y1 = x1 cos - x2 sin`, `y2 = x2 cos + x1 sin`. Because pairs are half a head apart instead of adjacent,
+    Hugging Face weights need no permutation.
 
-    Gradient: a rotation's transpose is the rotation back, so `d_x = apply_rope(d_y, cos, -sin)`.
+    Gradient: the transpose of a rotation is its inverse, so `d_x = apply_rope(d_y, cos, -sin)`.
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`apply_rope` to queries and to keys.
+    """Apply `apply_rope` to queries and keys.
 
     `q` is `[B, H, T, K]`, `k` `[B, Hkv, T, K]`, `cos` and `sin` as for `apply_rope`; gradients as there.
     """
@@ -49,17 +49,19 @@ def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def fused_rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope_qk` in one launch. Takes any strides without a copy, and answers in the order of dimensions of its inputs.
+    """Compute `rope_qk` in one launch. Takes any strides without a copy; results have the memory layout of the inputs.
 
-    Computed in fp32 (fp64 for fp64). No gradient goes to `cos` and `sin`. Raises `KernelError` where Triton cannot take
-    these tensors (`support.unsupported(q, k, cos, sin)`).
+    Computed in fp32 (fp64 for fp64 inputs). `cos` and `sin` get no gradient.
+
+    Raises:
+        KernelError: Triton cannot take these tensors (`support.unsupported(q, k, cos, sin)`).
     """
-    turned_q, turned_k = _rope_qk(q, k, cos, sin, False)
-    return turned_q, turned_k
+    rotated_q, rotated_k = _rope_qk(q, k, cos, sin, False)
+    return rotated_q, rotated_k
 
 
-@triton.jit
-def _turn(
+@jit
+def _rotate(
     x: tl.tensor,
     y: tl.tensor,
     c: tl.tensor,
@@ -74,7 +76,7 @@ def _turn(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Turns all heads of one token, HEADS at a time; `c` and `s` `[1, BLOCK]` are its angles."""
+    """Rotate all heads of one token, HEADS at a time; `c` and `s` `[1, BLOCK]` are the cosines and sines."""
     pairs = tl.arange(0, BLOCK)[None, :]
     for first in range(0, num_heads, HEADS):
         heads = first + tl.arange(0, HEADS)[:, None].to(tl.int64)
@@ -87,7 +89,7 @@ def _turn(
         tl.store(y_first + half * y_element, rounded(b * c + a * s, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _rope_qk_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -122,7 +124,7 @@ def _rope_qk_kernel(
     K_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One token of one sequence: its angles are read once for all its heads."""
+    """Rotate one token of one sequence; its angles are read once for all heads."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pairs = tl.arange(0, BLOCK)[None, :]
     angles = b * angle_batch + t * angle_token + pairs
@@ -130,7 +132,7 @@ def _rope_qk_kernel(
     s = tl.load(sin + angles, mask=pairs < half).to(COMPUTE)
     if INVERSE:
         s = -s
-    _turn(
+    _rotate(
         q + b * q_batch + t * q_token,
         q_out + b * q_out_batch + t * q_out_token,
         c,
@@ -145,7 +147,7 @@ def _rope_qk_kernel(
         Q_HEADS,
         BLOCK,
     )
-    _turn(
+    _rotate(
         k + b * k_batch + t * k_token,
         k_out + b * k_out_batch + t * k_out_token,
         c,
@@ -163,7 +165,7 @@ def _rope_qk_kernel(
 
 
 def _angle_strides(cos: Tensor, batch: int, num_tokens: int, half: int) -> tuple[int, int]:
-    """Steps of the angles from one sequence and from one token to the next; shared angles stand still."""
+    """Return the angles' strides from one sequence and one token to the next; 0 if all sequences share the angles."""
     allowed = [(num_tokens, half), (1, 1, num_tokens, half), (batch, 1, num_tokens, half)]
     assert tuple(cos.shape) in allowed, (tuple(cos.shape), allowed)
     return (0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0)), cos.stride(-2)
@@ -171,7 +173,7 @@ def _angle_strides(cos: Tensor, batch: int, num_tokens: int, half: int) -> tuple
 
 @library.custom_op("megatrain::rope_qk", mutates_args=())
 def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Both turned, back if `inverse`."""
+    """Rotate both, backwards if `inverse`."""
     require(q, k, cos, sin)
     batch, num_q_heads, num_tokens, head_dim = q.shape
     num_k_heads, half = k.shape[1], head_dim // 2

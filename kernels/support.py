@@ -1,32 +1,51 @@
-"""What the fused kernels share: Triton if it is installed, what it does not support, and a few sizes. No mathematics.
+"""What the fused kernels share: Triton if it is installed, checks of what it supports, and block sizes. No mathematics.
 
-The other files import `triton` and `tl` from here. Without Triton they still import, and calling a fused operation
-raises `KernelError`. Whether the interpreter (TRITON_INTERPRET=1) or a GPU runs a kernel is decided when these files
-are imported.
+The other files import `jit` and `tl` from here. They can be imported without Triton; calling a fused operation then
+raises `KernelError`. The environment variable TRITON_INTERPRET=1, which selects Triton's interpreter instead of a GPU,
+is read on import.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatrain.kernels import MAX_ROW
 
+__all__ = [
+    "HAVE_TRITON",
+    "INTERPRETED",
+    "KernelError",
+    "as_rows",
+    "ceil_div",
+    "compute_dtype",
+    "compute_type",
+    "jit",
+    "launch",
+    "next_power_of_2",
+    "num_programs",
+    "num_warps",
+    "require",
+    "rounded",
+    "tl",
+    "triton_type",
+    "unsupported",
+]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class KernelError(RuntimeError):
-    """A fused operation was called where it cannot run; the message says why."""
+    """Raised when a fused operation cannot run; the message says why."""
 
 
 class _Absent:
-    """A stand-in for `triton` where it cannot be imported: kernels can be defined, and launching one raises."""
-
-    def jit(self, function: Any) -> Any:
-        return function
+    """A stand-in for `triton` where it cannot be imported: any use of it raises `KernelError`."""
 
     def __getattr__(self, name: str) -> Any:
         raise KernelError(f"{_MISSING} (triton.{name})")
@@ -41,15 +60,25 @@ try:
     HAVE_TRITON = True
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     _IN_INTERPRETER: Any = tl.constexpr(INTERPRETED)
-except (ImportError, AttributeError):  # missing, or older than its settings
+except (ImportError, AttributeError):  # missing, or too old to have `knobs`
     triton = tl = _Absent()
     HAVE_TRITON = INTERPRETED = _IN_INTERPRETER = False
 
 
-@triton.jit
+def jit(function: _Function) -> _Function:
+    """Return `triton.jit(function)`, or the function itself without Triton, so that kernels can still be defined."""
+    if not HAVE_TRITON:
+        return function
+    kernel: _Function = triton.jit(function)
+    return kernel
+
+
+@jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """`x` in `dtype`, to nearest even. Inside kernels, in place of `x.to(DTYPE)`: Triton's interpreter cuts bf16
-    off."""
+    """Return `x` in `dtype`, rounded to nearest even.
+
+    Kernels use it instead of `x.to(dtype)`, because Triton's interpreter truncates to bf16.
+    """
     if _IN_INTERPRETER and dtype == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
@@ -61,8 +90,8 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
     """Return the reason why Triton cannot take these tensors, or None if it can.
 
-    `row` is the width of a row that must fit into one block, for the norms. Reads no values, so it is cheap enough for
-    every call.
+    `row` is the width of a row that must fit in one block (the norms). No values are read, so this is cheap enough to
+    run on every call.
     """
     if not HAVE_TRITON:
         return _MISSING
@@ -77,12 +106,12 @@ def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
         if t.device.type == "cuda" and torch.cuda.get_device_capability(t.device) < (8, 0):
             return f"{torch.cuda.get_device_name(t.device)} is too old: Triton needs compute capability 8.0"
     if row is not None and not 0 < row <= MAX_ROW:
-        return f"a row of {row} does not fit into one block (1 to {MAX_ROW})"
+        return f"a row of {row} does not fit in one block (1 to {MAX_ROW})"
     return None
 
 
 def require(*tensors: Tensor | None, row: int | None = None) -> None:
-    """Raise `KernelError` if `unsupported` gives a reason."""
+    """Raise `KernelError` with the reason that `unsupported` returns, if any."""
     reason = unsupported(*tensors, row=row)
     if reason is not None:
         raise KernelError(reason)
@@ -98,17 +127,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def compute_type(*tensors: Tensor) -> Any:
-    """The type in which a kernel computes: Triton's float64 if one of these is float64, else its float32."""
+    """Return the Triton type in which a kernel computes: float64 if any tensor is float64, else float32."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """`compute_type` in torch's words: the dtype of what a kernel accumulates."""
+    """Return `compute_type` as a torch dtype."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def triton_type(dtype: torch.dtype) -> Any:
-    """Triton's name of a floating dtype."""
+    """Return the Triton type of a floating-point dtype."""
     return {
         torch.float32: tl.float32,
         torch.bfloat16: tl.bfloat16,
@@ -118,24 +147,24 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 def next_power_of_2(n: int) -> int:
-    """Smallest power of two that is at least `n`: Triton's blocks have such sizes."""
+    """Return the smallest power of two that is at least `n`. Triton's block sizes must be powers of two."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def ceil_div(n: int, size: int) -> int:
-    """How many blocks of `size` hold `n`."""
+    """Return how many blocks of `size` hold `n` elements."""
     return -(-n // size)
 
 
 def num_warps(block: int) -> int:
-    """Warps for a block of so many elements: one for each 512, at least 4 and at most 16."""
+    """Return the number of warps for a block of this many elements: one per 512, at least 4 and at most 16."""
     return min(max(next_power_of_2(ceil_div(block, 512)), 4), 16)
 
 
 def num_programs(tensor: Tensor) -> int:
-    """How many programs share the rows where each keeps a partial sum: a few for every multiprocessor.
+    """Return the number of programs of a kernel in which each keeps a partial sum: a few per multiprocessor.
 
-    A constant of the device, so that the order of summation, and with it the result's bits, is one too.
+    It depends on the device alone, so the order of summation does too, and results are reproducible bit for bit.
     """
     if tensor.device.type == "cuda":
         return 4 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
@@ -143,7 +172,6 @@ def num_programs(tensor: Tensor) -> int:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` `[..., D]` as `[N, D]` with neighbours in a row adjacent in memory; copies only where strides leave no
-    choice."""
+    """Return `x` `[..., D]` as `[N, D]`, each row contiguous in memory. Copies only if the strides require it."""
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()

@@ -11,18 +11,20 @@ from megatrain.kernels.support import (
     as_rows,
     ceil_div,
     compute_type,
+    jit,
     launch,
     next_power_of_2,
     num_warps,
     require,
     rounded,
     tl,
-    triton,
 )
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` (Shazeer, 2020, arXiv:2002.05202), elementwise; any equal shapes, dtype kept.
+    """`silu(gate) * up` (Shazeer, 2020, arXiv:2002.05202), elementwise.
+
+    `gate` and `up` have the same shape and dtype, and so has the result.
 
     Gradients, with `s = sigmoid(gate)` and `g` the gradient of the output: `d_up = g * gate * s` and
     `d_gate = g * up * s * (1 + gate * (1 - s))`.
@@ -31,14 +33,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def fused_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu` in one pass, computed in fp32 (fp64 for fp64) and rounded once. Keeps only its inputs for backward.
+    """Compute `swiglu` in one pass, in fp32 (fp64 for fp64 inputs), and round once. Only the inputs are saved.
 
-    Raises `KernelError` where Triton cannot take these tensors (`support.unsupported(gate, up)`).
+    Raises:
+        KernelError: Triton cannot take these tensors (`support.unsupported(gate, up)`).
     """
-    return _swiglu(gate, up)
+    result: Tensor = _swiglu(gate, up)
+    return result
 
 
-@triton.jit
+@jit
 def _forward(
     gate: tl.tensor,
     up: tl.tensor,
@@ -49,7 +53,7 @@ def _forward(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A block of one row."""
+    """Compute `swiglu` for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -58,7 +62,7 @@ def _forward(
     tl.store(out + row * width + columns, rounded(a / (1.0 + tl.exp(-a)) * b, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _backward(
     g: tl.tensor,
     gate: tl.tensor,
@@ -72,7 +76,7 @@ def _backward(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A block of one row."""
+    """Compute both gradients for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

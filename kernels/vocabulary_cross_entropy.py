@@ -1,9 +1,9 @@
-"""Cross-entropy where the vocabulary is cut over ranks: each rank's statistics, and its part of the gradient.
+"""Cross-entropy with the vocabulary sharded over ranks: each rank's statistics, and its part of the gradient.
 
 No communication here: megatrain/parallel/vocabulary.py merges the ranks' statistics (Shoeybi et al., 2019,
-arXiv:1909.08053, section 3). The mathematics is cross_entropy.py's; a rank is one part of each row.
+arXiv:1909.08053, section 3). The mathematics is in cross_entropy.py; a rank holds one part of each row.
 
-Shapes: N tokens, V columns of the vocabulary on this rank, the first of which is number `first`. `lse` is the logarithm
+Shapes: N tokens, V columns of the vocabulary on this rank, starting with token id `first`. `lse` is the logarithm
 of the sum of exponentials over the whole vocabulary.
 """
 
@@ -22,16 +22,16 @@ from megatrain.kernels.cross_entropy import (
     row_gradient_,
     row_statistics,
 )
-from megatrain.kernels.support import as_rows, compute_dtype, compute_type, launch, require, tl, triton
+from megatrain.kernels.support import as_rows, compute_dtype, compute_type, jit, launch, require, tl
 
 
 @torch.no_grad()
 def vocabulary_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what this rank knows of each token's loss, fp32 `[N]` each, from its `logits` `[N, V]`.
+    """Return this rank's part of each token's loss from its `logits` `[N, V]`: three tensors, fp32 `[N]`.
 
-    The largest logit; the sum of `exp(logit - largest)`; and the label's logit, 0 where the label is on another rank.
-    `labels` are integers `[N]` in the whole vocabulary. Where all logits are -inf, or V is 0, the largest is -inf and
-    the sum 0. With `m` the largest of all ranks, `lse = m + log(sum over ranks of sum * exp(largest - m))`.
+    They are the largest logit; the sum of `exp(logit - largest)`; and the label's logit, 0 if it is on another rank.
+    `labels` are integers `[N]` in the whole vocabulary. If all logits are -inf, or V is 0, the largest is -inf and
+    the sum 0. With `m` the largest over all ranks, `lse = m + log(sum over ranks of sum * exp(largest - m))`.
     """
     largest = torch.full(labels.shape, -torch.inf, device=logits.device)
     sums, label_logits = torch.zeros_like(largest), torch.zeros_like(largest)
@@ -54,7 +54,7 @@ def vocabulary_gradient_(
     """OVERWRITE this rank's `logits` `[N, V]` with the gradient of the sum of weighted losses, in their dtype.
 
     `logsumexp` (fp32 `[N]`) is `lse`; `labels` and `first` as in `vocabulary_statistics`; `weights` float `[N]` or None
-    for 1 each. Where the gradient of the sum is not 1, multiply it into the weights.
+    for 1 each. If the gradient of the sum is not 1, multiply it into the weights.
     """
     if logits.shape[-1] == 0:
         return
@@ -62,7 +62,7 @@ def vocabulary_gradient_(
     columns, is_local = _local_columns(labels, first, logits.shape[-1])
     at_label = -factors.where(is_local, 0.0)
     for rows in row_chunks(logits):
-        scores = logits[rows].float()  # itself where it is fp32: then everything happens in place
+        scores = logits[rows].float()  # fp32 logits are not copied, so all of this is in place
         scores.sub_(logsumexp[rows, None]).exp_().mul_(factors[rows, None]).scatter_add_(
             1, columns[rows, None], at_label[rows, None]
         )
@@ -71,14 +71,14 @@ def vocabulary_gradient_(
 
 
 def _local_columns(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the labels' columns on this rank, 0 where a label is on another rank; and a mask of those on this one."""
+    """Return the labels' columns on this rank (0 for a label on another rank), and a mask of those on this one."""
     columns = labels - first
     is_local = (columns >= 0) & (columns < width)
     return columns.where(is_local, 0), is_local
 
 
 def fused_vocabulary_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`vocabulary_statistics` in one read of the logits, by online softmax.
+    """Compute `vocabulary_statistics` in one read of the logits, by online softmax.
 
     Raises:
         KernelError: Triton cannot take these tensors (`support.unsupported(logits, labels)`).
@@ -90,7 +90,7 @@ def fused_vocabulary_statistics(logits: Tensor, labels: Tensor, first: int) -> t
 def fused_vocabulary_gradient_(
     logits: Tensor, labels: Tensor, first: int, logsumexp: Tensor, weights: Tensor | None = None
 ) -> None:
-    """`vocabulary_gradient_` in one read and one write of the logits; each row of them must be contiguous.
+    """Compute `vocabulary_gradient_` in one read and one write of the logits, whose rows must be contiguous.
 
     Raises:
         KernelError: Triton cannot take these tensors (`support.unsupported(logits, labels, logsumexp, weights)`).
@@ -98,7 +98,7 @@ def fused_vocabulary_gradient_(
     _vocabulary_gradient_(logits, labels, first, logsumexp, weights)
 
 
-@triton.jit
+@jit
 def _statistics_kernel(
     logits: tl.tensor,
     labels: tl.tensor,
@@ -111,7 +111,7 @@ def _statistics_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row of `vocabulary_statistics`."""
+    """Compute one row of `vocabulary_statistics`."""
     row = tl.program_id(0).to(tl.int64)
     row_start = logits + row * stride
     local = tl.load(labels + row).to(tl.int64) - first
@@ -122,7 +122,7 @@ def _statistics_kernel(
     tl.store(label_logits + row, label_logit)
 
 
-@triton.jit
+@jit
 def _gradient_kernel(
     logits: tl.tensor,
     labels: tl.tensor,
@@ -136,7 +136,7 @@ def _gradient_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row of `vocabulary_gradient_`."""
+    """Compute one row of `vocabulary_gradient_`."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row).to(tl.int64)
     factor = label_factor(label, weights, row, HAS_WEIGHTS, IGNORE, COMPUTE)
@@ -145,7 +145,7 @@ def _gradient_kernel(
 
 
 def _empty_row_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for the three statistics of each row."""
+    """Return uninitialised memory for the three statistics of each row."""
     largest, sums, label_logits = (logits.new_empty(len(logits), dtype=compute_dtype(logits)) for _ in range(3))
     return largest, sums, label_logits
 

@@ -289,7 +289,7 @@ def from_theirs(config: ModelConfig, tensors: dict[str, Tensor], origin: Path) -
     weights = {}
     for place in layout(config):
         tensor = tensors[place.name].t() if place.transposed else tensors[place.name]
-        pieces = tensor.split([shapes[part][0] for part in place.parts])
+        pieces = torch.split(tensor, [shapes[part][0] for part in place.parts])
         weights.update({part: piece.contiguous() for part, piece in zip(place.parts, pieces, strict=True)})
     return {name: weights[name] for name in shapes}
 

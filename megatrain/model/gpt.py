@@ -141,7 +141,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).flatten(-2))
+        output: Tensor = self.o(y.transpose(1, 2).flatten(-2))
+        return output
 
 
 class MLP(nn.Module):
@@ -157,8 +158,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(self.kernels.swiglu(self.gate(x), self.up(x)))
-        return self.down(self.kernels.gelu(self.up(x)))
+            activated = self.kernels.swiglu(self.gate(x), self.up(x))
+        else:
+            activated = self.kernels.gelu(self.up(x))
+        output: Tensor = self.down(activated)
+        return output
 
 
 class Block(nn.Module):
@@ -248,7 +252,8 @@ class GPT(nn.Module):
         x = self.embedded(tokens, positions, dropout_seed)
         mask = self._mask(document_ids, x, past)
         x = self.through_blocks(x, positions, mask, dropout_seed, cache)
-        return self.final_norm(x)
+        normed: Tensor = self.final_norm(x)
+        return normed
 
     def embedded(self, tokens: Tensor, positions: Tensor, dropout_seed: int | None) -> Tensor:
         """Return the input of the first block, `[B, T, D]`."""
@@ -281,7 +286,8 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to_empty` and other moves off the meta device make new parameters for each module: tie them again."""
-        result = super()._apply(fn, recurse)
+        apply: Callable[..., Any] = super()._apply  # typed here: torch does not
+        result = apply(fn, recurse)
         self.tie()
         return result
 

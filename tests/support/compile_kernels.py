@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatrain.kernels import adamw_update as adamw
-from megatrain.kernels import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu, vocabulary_cross_entropy
+from megatrain.kernels import cross_entropy, gelu, layer_norm, norms, rms_norm, rope, swiglu, vocabulary_cross_entropy
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -50,7 +50,7 @@ def forward_and_backward(function: Any, *inputs: Any) -> None:
 
 
 def main(dtype: torch.dtype) -> None:
-    for module in (adamw, cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu, vocabulary_cross_entropy):
+    for module in (adamw, cross_entropy, gelu, norms, rope, swiglu, vocabulary_cross_entropy):
         vars(module).update(launch=compile_only, require=lambda *_, **__: None)
 
     def ones(*shape: int) -> Tensor:

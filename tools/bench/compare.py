@@ -102,8 +102,8 @@ def parse() -> argparse.Namespace:
         parser.error("--steps must be more than --warmup, and --warmup at least 1")
     if arguments.pairs < 1 or arguments.batch % arguments.micro_batch:
         parser.error(
-            f"--pairs {arguments.pairs} --batch {arguments.batch} --micro-batch {arguments.micro_batch}: pairs must be at least "
-            f"1, and the batch a multiple of the micro-batch"
+            f"--pairs {arguments.pairs} --batch {arguments.batch} --micro-batch {arguments.micro_batch}: "
+            f"pairs must be at least 1, and the batch a multiple of the micro-batch"
         )
     return arguments
 
@@ -171,7 +171,8 @@ def compare(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
             memory = turn.peak_device_bytes or turn.peak_rss_bytes or 0
             say(
                 f"round {number}/{arguments.pairs}: {contender:<14} {turn.step_s * 1e3:9.1f} ms a step "
-                f"{turn.tokens_per_s:12,.0f} tokens/s {turn.first_step_s:7.1f} s to the first step {memory / 2**20:8,.0f} MiB"
+                f"{turn.tokens_per_s:12,.0f} tokens/s {turn.first_step_s:7.1f} s to the first step "
+                f"{memory / 2**20:8,.0f} MiB"
             )
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -251,9 +252,10 @@ def caption(result: dict[str, Any]) -> str:
     told = ", ".join(f"{name} {value}" for name, value in versions.items())
     return (
         f"`{result['command']}`, {result['date'][:10]}, commit {result['commit']}: {job['model']['name']} "
-        f"({job['num_parameters']:,} parameters), {job['global_batch']} x {job['seq_len']} tokens a step, micro-batches of "
-        f"{job['micro_batch']}, {job['precision']}, {rounds} rounds of {job['steps']} steps, the first {result['warmup']} left "
-        f"out. {where['gpu'] or where['cpu']}, {where['cores']} cores, {result['threads']} threads a process; {told}. "
+        f"({job['num_parameters']:,} parameters), {job['global_batch']} x {job['seq_len']} tokens a step, "
+        f"micro-batches of {job['micro_batch']}, {job['precision']}, {rounds} rounds of {job['steps']} steps, "
+        f"the first {result['warmup']} left out. {where['gpu'] or where['cpu']}, {where['cores']} cores, "
+        f"{result['threads']} threads a process; {told}. "
         f"Ratios: median [95% interval]."
     )
 

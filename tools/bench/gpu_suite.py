@@ -182,7 +182,8 @@ class Suite:
                 self.turn("megatrain", self.job(f"losses-{name}", [*sizes, *words, "optim.lr=1e-3"], True), 5).losses
             )
         apart = [abs(low / high - 1) for high, low in zip(*found, strict=True)]
-        shown = f"mean {statistics.mean(apart):.2e}, largest {max(apart):.2e} (loss {found[0][0]:.2f} to {found[0][-1]:.2f})"
+        losses = f"loss {found[0][0]:.2f} to {found[0][-1]:.2f}"
+        shown = f"mean {statistics.mean(apart):.2e}, largest {max(apart):.2e} ({losses})"
         return [Line(f"bf16 losses off the fp32 reference's, {steps} steps, relative", max(apart), shown)]
 
     def rows(self) -> list[tuple[str, Callable[[], list[Line]]]]:

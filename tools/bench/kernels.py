@@ -272,7 +272,8 @@ def kernels() -> None:
     if bandwidth:
         print(f"copy: {bandwidth / 1e9:,.0f} GB/s on {torch.cuda.get_device_name()}")
     print(
-        "| operation | fp32 error (PyTorch's) | bf16 error (PyTorch's) | ms | of the copy's bandwidth | plain | compiled | Liger |"
+        "| operation | fp32 error (PyTorch's) | bf16 error (PyTorch's) | ms | of the copy's bandwidth "
+        "| plain | compiled | Liger |"
     )
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for small, operation in zip(operations(True), operations(False), strict=True):
@@ -350,7 +351,8 @@ def linear_layers(tokens: int, sizes: Sequence[tuple[int, int]], turns: int) -> 
     """Linear layers on a CPU, forward and backward, the forms in turns; errors against float64."""
     print(f"linear layers, {tokens} tokens, {torch.get_num_threads()} threads; oneDNN preferred: {prefers_onednn()}")
     print(
-        "| inputs x outputs | torch, ms | oneDNN, ms | torch in bf16, ms | torch's over oneDNN's | errors, torch, oneDNN |"
+        "| inputs x outputs | torch, ms | oneDNN, ms | torch in bf16, ms | torch's over oneDNN's "
+        "| errors, torch, oneDNN |"
     )
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     forms = {

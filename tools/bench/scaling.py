@@ -40,8 +40,8 @@ def main() -> int:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     found = median_interval(result["each"])
     print(
-        f"efficiency of 2 ranks (zero={arguments.zero}): {found} with {found.coverage:.1%} coverage over {found.num_values} "
-        f"pairs; goal {GOAL}: {'reached' if found.value >= GOAL else 'missed'}"
+        f"efficiency of 2 ranks (zero={arguments.zero}): {found} with {found.coverage:.1%} coverage "
+        f"over {found.num_values} pairs; goal {GOAL}: {'reached' if found.value >= GOAL else 'missed'}"
     )
     return 0
 
@@ -97,7 +97,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         turns += alone + together
         each.append(statistics.mean(turn.step_s for turn in alone) / together[0].step_s)
         print(
-            f"pair {number}/{arguments.pairs}: independent {' and '.join(f'{t.step_s * 1e3:.1f}' for t in alone)} ms a step, "
+            f"pair {number}/{arguments.pairs}: "
+            f"independent {' and '.join(f'{t.step_s * 1e3:.1f}' for t in alone)} ms a step, "
             f"two ranks {together[0].step_s * 1e3:.1f} ms, efficiency {each[-1]:.3f}",
             flush=True,
         )

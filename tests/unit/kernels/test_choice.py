@@ -90,7 +90,7 @@ def test_a_cpu_that_prefers_onednn_gets_its_products_where_layers_are_whole(
 
 
 def test_triton_where_it_cannot_run_is_an_error_that_names_the_key(monkeypatch):
-    with pytest.raises(KernelError, match="does not fit into one block"):
+    with pytest.raises(KernelError, match="does not fit in one block"):
         choose("triton", CPU, torch.float32, 2 * MAX_ROW, False)
     monkeypatch.setattr("megatrain.kernels.support.INTERPRETED", False)
     config = TrainConfig()

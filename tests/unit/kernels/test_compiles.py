@@ -11,8 +11,9 @@ import torch
 
 KERNELS = set(
     """
-adamw_update._adamw_kernel cross_entropy._with_gradient_kernel gelu._gelu_kernel layer_norm._backward layer_norm._forward
-rms_norm._backward rms_norm._forward rope._rope_qk_kernel swiglu._backward swiglu._forward
+adamw_update._adamw_kernel cross_entropy._with_gradient_kernel gelu._gelu_kernel
+layer_norm._backward layer_norm._forward rms_norm._backward rms_norm._forward
+rope._rope_qk_kernel swiglu._backward swiglu._forward
 vocabulary_cross_entropy._gradient_kernel vocabulary_cross_entropy._statistics_kernel
 """.split()  # noqa: SIM905  a list of names reads best as one
 )

@@ -12,17 +12,17 @@ from megatrain.kernels.support import (
     KernelError,
     as_rows,
     ceil_div,
+    jit,
     launch,
     next_power_of_2,
     num_warps,
     rounded,
     tl,
-    triton,
     unsupported,
 )
 
 
-@triton.jit
+@jit
 def _round_kernel(x: tl.tensor, y: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     index = tl.arange(0, BLOCK)
     tl.store(y + index, rounded(tl.load(x + index, mask=index < count), y.dtype.element_ty), mask=index < count)
