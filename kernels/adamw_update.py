@@ -39,7 +39,7 @@ def adamw_step_(
     grad_scale: Tensor | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Update in place by one AdamW step (Loshchilov and Hutter, 2019, arXiv:1711.05101), in torch's order of operations.
+    """Update in place by one AdamW step (Loshchilov and Hutter, 2019, arXiv:1711.05101), in torch's order of steps.
 
     With `m = exp_avg`, `v = exp_avg_sq`, `g` the gradient and `t = step` (1 for the first update):
     `p *= 1 - lr * weight_decay`, `m += (1 - beta1) (g - m)`, `v = beta2 v + (1 - beta2) g^2`,
