@@ -1,4 +1,4 @@
-"""A cache of keys and values, so that generation computes each token once."""
+"""A cache of keys and values, with which generation computes each token only once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next `T` tokens' keys and values `[B, Hkv, T, K]`; return all so far, `[B, Hkv, length, K]`."""
+        """Store the keys and values `[B, Hkv, T, K]` of `T` new tokens; return all so far, `[B, Hkv, length, K]`."""
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[2], f"{end} tokens do not fit a cache of {self.keys.shape[2]}"
         self.keys[:, :, self.length : end] = keys
@@ -27,7 +27,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The cache of a whole model: `layers[i]` belongs to block `i`; room for `capacity` tokens of `batch_size` rows."""
+    """The cache of a whole model: `batch_size` rows of up to `capacity` tokens. `layers[i]` belongs to block `i`."""
 
     def __init__(
         self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype

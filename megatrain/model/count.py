@@ -1,4 +1,4 @@
-"""What a model's shape implies, by arithmetic alone: parameter shapes and counts, and FLOPs.
+"""Parameter shapes and counts, and FLOPs, computed from a model's config.
 
 Imports no torch. `python -m megatrain.model.count` prints the table of presets in docs/reference/models.md.
 """
@@ -12,7 +12,7 @@ from megatrain.config import ModelConfig, TokenizerConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape by its single-device name, in the model's own order; a tied weight once."""
+    """Return every parameter's shape by its single-device name, in the model's order; a tied weight appears once."""
     width, head_dim = config.hidden_size, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab, width)}
 
@@ -49,17 +49,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Trainable parameters, exactly; a tied weight once."""
+    """Return the exact number of trainable parameters; a tied weight counts once."""
     return sum(prod(shape) for shape in parameter_shapes(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> int:
-    """FLOPs of training on one token of a sequence of `seq_len`: forward and backward, every matrix product, exactly.
+    """Return the exact FLOPs of all matrix products, forward and backward, per token of a sequence of `seq_len`.
 
-    A product of `[m, k]` by `[k, n]` counts 2mkn; the backward pass has two such products for each of the forward.
-    Look-ups, norms, activations and softmax are not counted, nor is what recompute repeats. Attention counts the full
+    A product of `[m, k]` by `[k, n]` counts 2mkn, and the backward pass has two such products for each one forward.
+    Look-ups, norms, activations, softmax and recomputation are not counted. Attention counts the full
     `T x T` square, the convention of published MFU figures (Chowdhery et al., 2022, arXiv:2204.02311, appendix B);
-    `causal=True` counts only what lies on and below the diagonal, `(T + 1) / 2` keys a query, rounded down.
+    `causal=True` counts only the part on and below the diagonal, `(T + 1) / 2` keys per query, rounded down.
     """
     per_head_width = config.num_heads * config.head_dim
     attention_weights = 2 * config.hidden_size * (per_head_width + config.kv_heads * config.head_dim)
@@ -73,7 +73,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
 
 
 def presets() -> dict[str, ModelConfig]:
-    """Every preset of conf/model, smallest first. A vocabulary that is the tokenizer's is set to the default size."""
+    """Return every preset of conf/model, smallest first. An unset vocabulary size becomes the default tokenizer's."""
     import yaml
 
     found = []
@@ -86,7 +86,7 @@ def presets() -> dict[str, ModelConfig]:
 
 
 def preset_table() -> str:
-    """The presets as a Markdown table, with parameters and training FLOPs per token at the longest sequence."""
+    """Return the presets as a Markdown table, with parameters and training FLOPs per token at the longest sequence."""
     lines = [
         "| preset | layers | width | heads (kv) | ffn | vocabulary | sequence | tied | parameters | FLOPs/token |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",

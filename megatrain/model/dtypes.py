@@ -1,4 +1,4 @@
-"""The number formats of the config as torch dtypes. Their names and sizes, without torch, are in formats.py."""
+"""The config's number formats as torch dtypes. formats.py has their names and sizes, and imports no torch."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import torch
 from megatrain.model.formats import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
-"""The dtype that each format computes in."""
+"""The torch dtype that each format computes in."""

@@ -1,8 +1,8 @@
-"""`precision=fp8`: the linear layers inside blocks multiply in fp8, everything else computes in bf16.
+"""`precision=fp8`: the linear layers inside blocks multiply in fp8; everything else computes in bf16.
 
-torchao's dynamic scaling (Micikevicius et al., 2022, arXiv:2209.05433): before each product both factors are scaled by
-the largest number of the whole tensor and rounded, to e4m3, gradients to e5m2; sums are fp32. Parameters, their
-gradients, masters and checkpoints are what they are in bf16. The head, embeddings, norms and attention stay in bf16.
+torchao's dynamic scaling (Micikevicius et al., 2022, arXiv:2209.05433) is used. Before each product, both factors are
+scaled by their largest absolute value and rounded, gradients to e5m2 and all others to e4m3; sums are fp32. Parameters,
+gradients, master weights and checkpoints are the same as with bf16. Head, embeddings, norms and attention stay in bf16.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _LOG = logging.getLogger("megatrain")
 
 
 def use_fp8(blocks: nn.Module, device: torch.device) -> None:
-    """Replaces every linear layer in `blocks` that fp8 products take (both sizes multiples of 16), in place.
+    """Replace, in place, every linear layer in `blocks` that fp8 supports: both sizes must be multiples of 16.
 
-    Parameters and their names stay. On a CPU the products are emulated: for tests.
+    Parameters and their names are unchanged. On a CPU the products are emulated, for tests.
 
     Raises:
         EnvironmentFault: torchao is missing, or the device has no fp8.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise EnvironmentFault(
-            f"precision=fp8 needs a GPU of compute capability 8.9 (Ada) or newer, not {torch.cuda.get_device_name(device)}; "
-            f"use precision=bf16"
+            f"precision=fp8 needs a GPU of compute capability 8.9 (Ada) or newer, "
+            f"not {torch.cuda.get_device_name(device)}; use precision=bf16"
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of extensions that are not used here
+            logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about extensions that are not used here
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise EnvironmentFault(

@@ -1,8 +1,8 @@
-"""The GPT, as mathematics on one device: the GPT-2 family and the Llama family from one config.
+"""The GPT model on one device: the GPT-2 and Llama families from one config.
 
-Initial values are in init.py, single operations in megatrain.kernels. Splitting over ranks, recompute and training are
-applied from outside. Parameters are created on the current default device and
-left unfilled, so that building costs nothing on the meta device or where an engine partitions them at construction.
+Initial values are in init.py and single operations in megatrain.kernels. Sharding over ranks, recomputation and
+training are applied from outside. Parameters are created uninitialised on the default device, so building a model is
+free on the meta device, and cheap where an engine partitions parameters at construction.
 
 Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head size, V vocabulary.
 """
@@ -23,11 +23,11 @@ from megatrain.kernels.rope import rope_angles
 from megatrain.model.cache import KVCache, LayerCache
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Logits, labels and weights to the summed loss, an fp32 scalar."""
+"""Maps logits, labels and weights to the summed loss, an fp32 scalar."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that leaves its values unfilled; given an embedding, it shares its weight."""
+    """`nn.Linear` that leaves its values uninitialised. If `shared` is given, it uses that embedding's weight."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, kernels: Kernels, shared: Embedding | None = None
@@ -49,27 +49,27 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` that leaves its values unfilled."""
+    """`nn.Embedding` that leaves its values uninitialised."""
 
     def reset_parameters(self) -> None:
         """Do nothing: init.py fills the values."""
 
 
 class Head(Linear):
-    """The projection onto the vocabulary, with the loss behind it where there are labels: fused, it needs both."""
+    """The projection onto the vocabulary, and the loss if labels are given: one operation may fuse the two."""
 
     def __init__(self, width: int, vocab: int, kernels: Kernels, shared: Embedding | None) -> None:
         super().__init__(width, vocab, False, kernels, shared)
 
     def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """`x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar."""
+        """Map `x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar."""
         if labels is None:
             return super().forward(x)
         return self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension; with a `residual`, of their sum, which it returns too."""
+    """RMSNorm over the last dimension. With a `residual`, it normalises the sum, and returns the sum too."""
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension; with a `residual`, of their sum, which it returns too."""
+    """LayerNorm over the last dimension. With a `residual`, it normalises the sum, and returns the sum too."""
 
     def __init__(self, size: int, eps: float, bias: bool, kernels: Kernels) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def make_norm(config: ModelConfig, kernels: Kernels) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Counts its heads on its own projections, so a tensor-parallel shard is the same code."""
+    """Causal self-attention. The head count comes from the projections, so a tensor-parallel shard works the same."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -126,9 +126,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """`x` `[B, T, D]`, `positions` `[T]` or `[B, T]`, `mask` as in `kernels.attention`; returns `[B, T, D]`."""
-        # The head count is the output width over K: what the local weight's shape gives, also where the weight itself
-        # is visible only inside the projection's forward (partitioned parameters).
+        """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
+        # The head count is the local output width over K. The weight's shape would give it too, but partitioned
+        # parameters are whole only inside the projection's forward.
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -179,7 +179,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """`x` `[B, T, D]` to `[B, T, D]`; `positions`, integers `[T]` or `[B, T]`; `mask` as in `kernels.attention`."""
+        """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         attended = F.dropout(self.attn(self.attn_norm(x), positions, mask, cache), self.dropout, self.training)
         normed, x = self.mlp_norm(attended, x)
         return x + F.dropout(self.mlp(normed), self.dropout, self.training)
@@ -188,9 +188,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
-    `config` is a checked one: its vocabulary is known and its sizes fit together (megatrain/checks.py). `kernels` are
-    the operations it computes with. Set `loss` where the vocabulary is cut over ranks: it then takes what the head
-    returns.
+    `config` must be checked: its vocabulary size is known and its sizes fit together (megatrain/checks.py). `kernels`
+    are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then computed
+    from the head's output.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
@@ -217,12 +217,13 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Logits `[B, T, V]`, or with `labels` the summed loss: an fp32 scalar, in nats.
+        """Return logits `[B, T, V]`, or with `labels` the summed loss, an fp32 scalar in nats.
 
         `tokens` and `labels` are integers `[B, T]`; a label of `IGNORE_INDEX` does not count, and `loss_weights`
-        (`[B, T]`) multiply each label's loss. `positions` (`[T]` or `[B, T]`) default to 0..T-1, or to what follows the
-        `cache`. With `document_ids` `[B, T]` a token sees only its own document. `dropout_seed` is needed when training
-        with dropout: each layer's masks are a pure function of it, and torch's random state is reseeded.
+        (`[B, T]`) multiply each label's loss. `positions` (`[T]` or `[B, T]`) default to 0..T-1, or continue the
+        `cache`. With `document_ids` `[B, T]` a token sees only its own document. `finish` replaces the head and loss.
+        `dropout_seed` is required when training with dropout: each layer's masks are a pure function of it, and torch's
+        random state is reseeded.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
         if finish is not None:
@@ -230,7 +231,7 @@ class GPT(nn.Module):
         return self.head(x) if labels is None else self.cross_entropy_sum(x, labels, loss_weights)
 
     def cross_entropy_sum(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Return the summed cross-entropy of `labels` given what `hidden` returned, an fp32 scalar in nats."""
+        """Return the summed cross-entropy of `labels` given the result of `hidden`, an fp32 scalar in nats."""
         if self.loss is None:
             loss: Tensor = self.head(x, labels, weights)
             return loss
@@ -245,7 +246,7 @@ class GPT(nn.Module):
         dropout_seed: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What the head reads: the last block's output after the final norm, `[B, T, D]`. Arguments as in `forward`."""
+        """Return the head's input: the last block's output after the final norm, `[B, T, D]`. See `forward`."""
         num_tokens, past = tokens.shape[1], 0 if cache is None else cache.length
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
@@ -271,8 +272,10 @@ class GPT(nn.Module):
         dropout_seed: int | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return `x` `[B, T, D]` after every block of this model. A block's name is its layer's number in the whole
-        model."""
+        """Return `x` `[B, T, D]` after every block of this model.
+
+        A block's name is its index in the whole model, of which a pipeline stage holds a part.
+        """
         for name, block in self.blocks.named_children():
             layer = int(name)
             self._seed_dropout(dropout_seed, layer)
@@ -285,14 +288,14 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`to_empty` and other moves off the meta device make new parameters for each module: tie them again."""
+        """Tie the weights again: `to_empty` and other moves off the meta device make new parameters for each module."""
         apply: Callable[..., Any] = super()._apply  # typed here: torch does not
         result = apply(fn, recurse)
         self.tie()
         return result
 
     def _mask(self, document_ids: Tensor | None, x: Tensor, past: int) -> Tensor | None:
-        """Return the mask that attention to `x` `[B, T, D]` needs, or None where plain causality is enough."""
+        """Return the mask that attention to `x` `[B, T, D]` needs, or None if plain causal attention is enough."""
         if document_ids is not None:
             assert past == 0, "document_ids are for training; a cache holds one document"
             return document_mask(document_ids, x.dtype)
@@ -310,9 +313,9 @@ class GPT(nn.Module):
 
 
 def mix_seed(seed: int, layer: int) -> int:
-    """A well-spread 32-bit seed from (seed, layer): two rounds of splitmix64's finaliser (Steele et al., 2014).
+    """Hash (seed, layer) to a 32-bit seed: two rounds of splitmix64's finaliser (Steele et al., 2014).
 
-    32 bits, because that is all that torch's CPU generator keeps of a seed.
+    torch's CPU generator keeps only 32 bits of a seed.
     """
     state = (seed * 0x9E3779B97F4A7C15 + layer + 1) % 2**64
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""Initial values, as a pure function of (seed, parameter name, flat index): equal bits however a model is split.
+"""Initial values, as a pure function of (seed, parameter name, flat index): the same bits however a model is sharded.
 
-An engine asks for the range it owns.
+An engine asks for the range that it owns.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from megatrain.config import ModelConfig
 from megatrain.model.gpt import GPT
 
 BLOCK = 2**20
-"""Elements that share a random generator. Reaching a range draws at most this many values that are then discarded."""
+"""Elements that share a random generator. To reach the start of a range, fewer values than this are discarded."""
 
 
 def initial_values(
     config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """Elements `[start, stop)` of one parameter's flattened initial value, fp32 on the CPU.
+    """Return elements `[start, stop)` of one parameter's flattened initial value, fp32 on the CPU.
 
-    `name` is the single-device name and `shape` the whole parameter's. Norm weights are 1, biases 0, all else normal
-    with mean 0 and deviation `config.init_std`; the two projections that write to the residual stream (`attn.o`,
-    `mlp.down`) are scaled by `1/sqrt(2 * num_layers)` (Radford et al., 2019, section 2.3, with a
-    projection counted as a residual layer). Token and position embeddings are alike in this.
+    `name` is the single-device name and `shape` that of the whole parameter. Norm weights are 1 and biases 0. All
+    other values, embeddings included, are normal with mean 0 and standard deviation `config.init_std`. The two
+    projections that write to the residual stream (`attn.o`, `mlp.down`) are scaled by `1/sqrt(2 * num_layers)`
+    (Radford et al., 2019, section 2.3, with each projection counted as a residual layer).
     """
     stop = math.prod(shape) if stop is None else stop
     assert 0 <= start <= stop <= math.prod(shape), (name, shape, start, stop)
@@ -52,15 +52,15 @@ def initial_block(
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
-    """Elements `[start, stop)` of the flattened block of shape `block` that stands at `origin` in a parameter.
+    """Return elements `[start, stop)` of the flattened block of shape `block` that begins at `origin` in a parameter.
 
-    Fp32 on the CPU, the bits that `initial_values` has there. No more than the rows that the range touches are made.
+    The values are fp32 on the CPU, bit for bit those of `initial_values`. Only the rows in the range are generated.
     """
     stop = math.prod(block) if stop is None else stop
     if start >= stop:
         return torch.empty(0)
-    row = math.prod(block[1:])  # elements of the block's rows, and of the whole parameter's
-    whole_row = math.prod(shape[1:])
+    row = math.prod(block[1:])  # elements in a row of the block
+    whole_row = math.prod(shape[1:])  # and of the whole parameter
     first, last = start // row, -(-stop // row)
     base = (origin[0] + first) * whole_row
     rows = initial_values(config, name, shape, seed, base, base + (last - first) * whole_row)
@@ -71,13 +71,13 @@ def initial_block(
 
 
 def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
-    """Standard normal values `[start, stop)` of the endless stream that belongs to (seed, name)."""
+    """Return standard normal values `[start, stop)` of the endless stream for (seed, name)."""
     values = np.empty(stop - start, dtype=np.float32)
 
     def fill(block: int) -> None:
         first, last = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
-        # NumPy's generator, because it takes the whole hash: torch's on the CPU keeps 32 bits of a seed, and the
-        # million blocks of a large model would then share some streams.
+        # NumPy's generator takes the whole hash. torch's CPU generator keeps 32 bits of a seed, so some of the million
+        # blocks of a large model would share a stream.
         digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
         generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
         drawn = generator.standard_normal(last, dtype=np.float32)
@@ -100,9 +100,9 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> GPT:
-    """A whole model on one device, filled with its initial values.
+    """Return a whole model on one device, filled with its initial values.
 
-    With `seed=None` the values are left unfilled, for a caller who loads all of them.
+    With `seed=None` the values are left uninitialised, for a caller that loads all of them.
     """
     with torch.device("meta"):
         model = GPT(config)

@@ -1,4 +1,4 @@
-"""Sampling text ids from a model, one at a time, with a cache of keys and values. Knows no tokenizer and no files."""
+"""Sample token ids from a model, one at a time, with a cache of keys and values. Knows no tokenizer and no files."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def generate(
 ) -> Iterator[int]:
     """Yield the ids that continue `prompt_ids`: at most `max_new_tokens`, ending before `stop_id`.
 
-    `temperature=0` is greedy. Otherwise logits are divided by it, cut to the `top_k` likeliest (0 keeps all), then to
-    the likeliest that hold `top_p` of the probability together (Holtzman et al., 2019, arXiv:1904.09751), and drawn
-    from by a generator seeded with `seed`, on the CPU wherever the model is. The model is put into eval mode.
+    `temperature=0` is greedy. Otherwise logits are divided by the temperature and restricted to the `top_k` likeliest
+    ids (0 keeps all), then to the likeliest ids that together have a probability of `top_p` (Holtzman et al., 2019,
+    arXiv:1904.09751). A CPU generator seeded with `seed` draws from them, whatever the model's device. The model is put
+    in eval mode. With rotary positions, generation past `max_seq_len` logs a warning and continues.
 
-    Raises `ConfigError` at once for an empty prompt, an id outside the vocabulary, or more tokens than a model with
-    learned positions has positions. A model with rotary positions goes on past `max_seq_len`, with a logged warning.
+    Raises:
+        ConfigError: at once, for an empty prompt, an id outside the vocabulary, or more tokens than a model with
+            learned positions has positions.
     """
     check_request(model, prompt_ids, max_new_tokens)
     model.eval()
@@ -42,7 +44,7 @@ def generate(
 
 
 def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> None:
-    """Raise `ConfigError` where the model cannot take the prompt, or that many tokens after it."""
+    """Raise `ConfigError` if the model cannot take the prompt, or cannot generate that many tokens after it."""
     config = model.config
     if not prompt_ids:
         raise ConfigError("prompt: no tokens to continue; give some text, or the end-of-document token to start afresh")
@@ -53,7 +55,7 @@ def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> Non
     longest = config.max_seq_len - len(prompt_ids) + 1
     if max_new_tokens <= longest:
         return
-    asked = f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} pass model.max_seq_len="
+    asked = f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} exceed model.max_seq_len="
     if config.position == "rope":
         log.warning("%s%d: the model was not trained at such positions", asked, config.max_seq_len)
     elif longest > 0:
@@ -76,7 +78,7 @@ def _sample(
     cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens - 1, weight.device, weight.dtype)
     tokens = prompt_ids
     for _ in range(max_new_tokens):
-        # Gradients are off for the model only: a generator that yields inside the guard would leave them off outside.
+        # The guard covers only the model: a yield inside it would leave gradients off in the caller.
         with torch.no_grad():
             last = model.hidden(torch.tensor([tokens], device=weight.device), cache=cache)[:, -1]
             logits = model.head(last)[0].float().cpu()
@@ -88,7 +90,7 @@ def _sample(
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One id drawn from fp32 logits `[V]`; the arguments as in `generate`."""
+    """Draw one id from fp32 logits `[V]`; arguments as in `generate`."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = distribution(logits, temperature, top_k, top_p)
@@ -96,7 +98,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The probabilities `[V]` that `draw` draws from: what is cut away is 0, the rest adds up to 1."""
+    """Return the probabilities `[V]` that `draw` draws from: 0 for excluded ids; the rest sum to 1."""
     logits = logits / temperature
     if 0 < top_k < logits.numel():
         smallest_kept = logits.topk(top_k).values[-1]
@@ -104,7 +106,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     if top_p < 1:
         ordered, ids = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # held by likelier ids; the likeliest is always kept
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier ids; the likeliest id is always kept
         logits = logits.masked_fill(
             torch.zeros_like(logits, dtype=torch.bool).scatter(0, ids, before >= top_p), -torch.inf
         )
