@@ -1,6 +1,6 @@
-"""A saved tokenizer's place in a Hugging Face folder: our SentencePiece models as an equal tokenizer.json.
+"""Export a saved tokenizer to a Hugging Face folder; a SentencePiece model becomes an equivalent tokenizer.json.
 
-The model's mathematics does not live here, nor does tokenization itself (megatrain/data/tokenizer.py).
+Tokenization itself is in megatrain/data/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from megatrain.data.tokenizer import SEGMENT
 from megatrain.errors import ConfigError, EnvironmentFault
 
 SPACE = "▁"
-"""SentencePiece's sign for a space inside a piece."""
+"""The character that stands for a space in a SentencePiece piece."""
 
 
 def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
-    """Copies a saved tokenizer into the folder `out`, and makes it one that `AutoTokenizer` loads.
+    """Copy a saved tokenizer to the folder `out`, in a form that `AutoTokenizer` loads.
 
-    A tokenizer that is Hugging Face's own already is copied as it is. Raises `ConfigError` if `tokenizer_dir` is no
-    saved tokenizer, or a SentencePiece model that tokenizer.json cannot express.
+    A Hugging Face tokenizer is copied unchanged.
+
+    Raises:
+        ConfigError: `tokenizer_dir` is not a saved tokenizer, or tokenizer.json cannot express its SentencePiece model.
     """
     model = tokenizer_dir / "tokenizer.model"
     if not model.is_file() and not (tokenizer_dir / "tokenizer.json").is_file():
-        raise ConfigError(f"{tokenizer_dir}: no tokenizer there (neither tokenizer.model nor tokenizer.json)")
+        raise ConfigError(f"{tokenizer_dir}: not a saved tokenizer; it has neither tokenizer.model nor tokenizer.json")
     for file in sorted(tokenizer_dir.iterdir()):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
@@ -33,11 +35,12 @@ def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
 
 
 def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
-    """The `PreTrainedTokenizerFast` that gives the same ids as our use of a SentencePiece BPE model with byte fallback.
+    """Return a `PreTrainedTokenizerFast` that gives the same ids as ours for a SentencePiece BPE model.
 
-    Pieces keep their ids, with plain spaces for `▁`; a `▁` of the text itself is then in no piece and falls back to its
-    three bytes, as it does in ours. Text is cut where ours is: around `▁` and into segments of at most `SEGMENT`
-    characters. Control pieces are never read from text (`split_special_tokens`).
+    The model must use byte fallback. Pieces keep their ids, and `▁` in them becomes a plain space. A `▁` in the text
+    then matches no piece and falls back to its three bytes, as in our tokenizer. Text is split as ours is: around `▁`
+    and into segments of at most `SEGMENT` characters. Control pieces in the text are not recognised
+    (`split_special_tokens`).
     """
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -55,7 +58,7 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
         vocab, _merges({pieces[i]: rank for i, rank in ranks.items()}), unk_token=unknown, byte_fallback=True
     )
     backend = Tokenizer(bpe)
-    # `segments` of megatrain/data/tokenizer.py as a pattern: all of what is left, or up to the last newline, or full.
+    # `segments` of megatrain/data/tokenizer.py as a pattern: the rest, or up to the last newline, or a full segment.
     cut = rf"[\s\S]{{1,{SEGMENT}}}\z|[\s\S]{{0,{SEGMENT - 1}}}\n|[\s\S]{{{SEGMENT}}}"
     around = pre_tokenizers.Split(SPACE, "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([around, pre_tokenizers.Split(Regex(cut), "isolated")])
@@ -73,7 +76,7 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
 
 
 def _merge_order(processor: Any, model: Path) -> dict[int, int]:
-    """Each mergeable piece's id with its place in the order of merging: a BPE model scores them 0, -1, -2, …"""
+    """Return the merge order by piece id, for each mergeable piece. A BPE model scores these 0, -1, -2, …"""
     ranks: dict[int, int] = {}
     for i in range(processor.vocab_size()):
         if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)):
@@ -84,7 +87,7 @@ def _merge_order(processor: Any, model: Path) -> dict[int, int]:
 
 
 def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order in which the pieces are made."""
+    """Return every pair of pieces that merges into a piece, in merge order."""
     merges = []
     for piece in sorted(ranks, key=ranks.__getitem__):
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
@@ -94,7 +97,7 @@ def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _check_equal(processor: Any, fast: Any, ranks: dict[int, int], model: Path) -> None:
-    """Both tokenizers agree on the text of every piece."""
+    """Raise `ConfigError` unless both tokenizers encode the text of every piece in the same way."""
     for i in ranks:
         text = processor.id_to_piece(i).replace(SPACE, " ")
         if processor.encode(text) != fast.encode(text, add_special_tokens=False):

@@ -1,9 +1,8 @@
-"""Hugging Face folders, written and read: config.json and safetensors (the tokenizer: hf_tokenizer.py). Knows nothing
-of our own checkpoints.
+"""Write and read Hugging Face folders: config.json and safetensors. hf_tokenizer.py handles the tokenizer.
 
-Three classes of transformers compute exactly what our GPT computes: `GPT2LMHeadModel`, `LlamaForCausalLM`, and with
-`qk_norm` `Qwen3ForCausalLM`. What none of them can express is refused by name, in both directions. One table
-(`layout`) says where each weight goes; export and import read it forwards and backwards.
+Three transformers classes compute exactly what our GPT computes: `GPT2LMHeadModel`, `LlamaForCausalLM`, and
+`Qwen3ForCausalLM` (with `qk_norm`). In both directions, an option that none of them can express is an error that names
+it. One table (`layout`) maps our weights to theirs, for export and import. This file knows nothing of our checkpoints.
 """
 
 from __future__ import annotations
@@ -58,11 +57,15 @@ HARMLESS_FIELDS = frozenset({
     "summary_first_dropout",
 })
 # fmt: on
-"""Fields of a config.json that do not change what the model computes."""
+"""Fields of a config.json that do not affect what the model computes."""
 
 
 def hf_config(config: ModelConfig, end_of_document: int | None) -> PretrainedConfig:
-    """The transformers config that computes what `config` does. Raises `ConfigError` naming the key that has none."""
+    """Return the transformers config equivalent to `config`.
+
+    Raises:
+        ConfigError: no class of transformers can express a key, which the message names.
+    """
     if config.position == "learned":
         return _gpt2_config(config, end_of_document)
     _require(config, LLAMA_FAMILY, "Llama")
@@ -70,8 +73,8 @@ def hf_config(config: ModelConfig, end_of_document: int | None) -> PretrainedCon
         raise ConfigError("model.bias=true with model.qk_norm=true has no Hugging Face class; set one of them to false")
     if config.hidden_size % config.num_heads and not config.qk_norm:
         raise ConfigError(
-            f"model.head_size={config.head_size}: LlamaForCausalLM needs model.hidden_size={config.hidden_size} to be a "
-            f"multiple of model.num_heads={config.num_heads}"
+            f"model.head_size={config.head_size}: LlamaForCausalLM needs model.hidden_size={config.hidden_size} "
+            f"to be divisible by model.num_heads={config.num_heads}"
         )
     shape = {
         "vocab_size": config.vocab,
@@ -99,9 +102,11 @@ def hf_config(config: ModelConfig, end_of_document: int | None) -> PretrainedCon
 def _gpt2_config(config: ModelConfig, end_of_document: int | None) -> PretrainedConfig:
     _require(config, GPT2_FAMILY, "GPT-2")
     if config.kv_heads != config.num_heads:
-        raise ConfigError(f"model.num_kv_heads={config.kv_heads}: GPT2LMHeadModel has one key-value head a query head")
+        raise ConfigError(
+            f"model.num_kv_heads={config.kv_heads}: GPT2LMHeadModel has one key-value head per query head"
+        )
     if config.head_dim * config.num_heads != config.hidden_size:
-        raise ConfigError(f"model.head_size={config.head_size}: in GPT2LMHeadModel it is hidden_size / num_heads")
+        raise ConfigError(f"model.head_size={config.head_size}: GPT2LMHeadModel needs hidden_size / num_heads")
     return _transformers().GPT2Config(
         vocab_size=config.vocab,
         n_positions=config.max_seq_len,
@@ -132,9 +137,12 @@ def _require(config: ModelConfig, family: dict[str, Any], name: str) -> None:
 
 
 def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
-    """Our config for the contents of a config.json. Raises `CheckpointError` naming the field that we cannot honour.
+    """Return our config for the contents of a config.json.
 
-    Whatever the fields are called, none is overlooked: the config found is turned back into theirs and compared.
+    The result is converted back and compared with the original, so no field is overlooked.
+
+    Raises:
+        CheckpointError: our GPT cannot honour a field, which the message names.
     """
     transformers = _transformers()
     kind = fields.get("model_type")
@@ -147,7 +155,7 @@ def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
         rebuilt = hf_config(config, None).to_dict()
     except ConfigError as error:
         raise CheckpointError(f"{origin}: {error}") from error
-    except Exception as error:  # transformers validates with exceptions of several libraries
+    except Exception as error:  # transformers raises exceptions of several libraries
         raise CheckpointError(f"{origin}: not a valid {kind} config ({error})") from error
     given = theirs.to_dict()
     if kind == "gpt2":
@@ -206,7 +214,7 @@ def _from_llama(theirs: Any) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of theirs: our `parts` below one another, and transposed where it is GPT-2's `Conv1D`."""
+    """A Hugging Face tensor: our `parts`, concatenated along dimension 0, and transposed for GPT-2's `Conv1D`."""
 
     name: str
     parts: tuple[str, ...]
@@ -214,7 +222,7 @@ class Place:
 
 
 def layout(config: ModelConfig) -> list[Place]:
-    """Where every parameter goes; each stands in one place, a tied one in the embedding's."""
+    """Return the place of every parameter. Each has exactly one; a tied weight is stored as the embedding."""
     gpt2 = config.position == "learned"
     renamed = GPT2_NAMES if gpt2 else LLAMA_NAMES
     places = []
@@ -266,8 +274,11 @@ LLAMA_NAMES = {
 
 
 def to_theirs(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our weights by their names and in their shapes. Raises `CheckpointError` where the weights are not the
-    config's."""
+    """Return our weights with Hugging Face names and shapes.
+
+    Raises:
+        CheckpointError: the weights do not match the config.
+    """
     _check_tensors({name: tuple(w.shape) for name, w in weights.items()}, parameter_shapes(config), "weights")
     tensors = {}
     for place in layout(config):
@@ -277,8 +288,11 @@ def to_theirs(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtyp
 
 
 def from_theirs(config: ModelConfig, tensors: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
-    """The inverse of `to_theirs`, in the dtypes they have. Raises `CheckpointError` for a missing, extra or misshapen
-    one."""
+    """Return Hugging Face tensors with our names and shapes, dtypes unchanged: the inverse of `to_theirs`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
+    """
     shapes = parameter_shapes(config)
     expected: dict[str, tuple[int, ...]] = {}
     for place in layout(config):
@@ -298,10 +312,10 @@ def _check_tensors(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[
     for name in expected.keys() - given.keys():
         raise CheckpointError(f"{origin}: tensor {name} is missing")
     for name in given.keys() - expected.keys():
-        raise CheckpointError(f"{origin}: tensor {name} has no place in the model its config describes")
+        raise CheckpointError(f"{origin}: tensor {name} has no place in the model that the config describes")
     for name, shape in expected.items():
         if given[name] != shape:
-            raise CheckpointError(f"{origin}: tensor {name} has shape {given[name]}, its config says {shape}")
+            raise CheckpointError(f"{origin}: tensor {name} has shape {given[name]}; the config needs {shape}")
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -316,17 +330,20 @@ def export_model(
     tokenizer_dir: Path | None = None,
     end_of_document: int | None = None,
 ) -> None:
-    """Writes the folder `out` for transformers' `from_pretrained`; it appears whole or not at all.
+    """Write the folder `out` for transformers' `from_pretrained`. It appears complete or not at all.
 
-    `weights` go by single-device names, a tied one once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
-    saved tokenizer (its files come along, so that our own verbs read the folder too); generation stops at
-    `end_of_document`. Raises `ConfigError` for a config no class of theirs expresses or an `out` that exists,
-    `CheckpointError` for weights that do not fit the config.
+    `weights` has single-device names, a tied weight once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
+    saved tokenizer; its files are copied too, so that our own verbs can read the folder. Generation stops at
+    `end_of_document`.
+
+    Raises:
+        ConfigError: no class of transformers can express the config, or `out` exists.
+        CheckpointError: the weights do not match the config.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")
     if out.exists():
-        raise ConfigError(f"out={out}: exists already; name a folder that does not")
+        raise ConfigError(f"out={out} already exists; name a new folder")
     theirs = hf_config(config, end_of_document)
     theirs.dtype = DTYPES[dtype]
     tensors = to_theirs(config, weights, DTYPES[dtype])
@@ -348,10 +365,11 @@ def export_model(
 
 
 def import_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and the weights, by single-device names and in their stored dtype, of a Hugging Face folder.
+    """Return the config and weights of a Hugging Face folder, with single-device names and stored dtypes.
 
-    Raises `ConfigError` if there is no such folder; `CheckpointError` for anything in it that is damaged, that our GPT
-    cannot honour, or that would need a pickle to be read.
+    Raises:
+        ConfigError: there is no such folder.
+        CheckpointError: a file is damaged, is a pickle, or has something that our GPT cannot honour.
     """
     if not folder.is_dir():
         raise ConfigError(f"path={folder}: no such folder")
@@ -372,7 +390,7 @@ def import_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; a Hugging Face folder has one")
+        raise CheckpointError(f"{path} is missing; every Hugging Face folder has one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -383,7 +401,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, listed by the index where there is one."""
+    """Read all tensors of a folder's safetensors files: those in the index if there is one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

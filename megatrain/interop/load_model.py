@@ -1,7 +1,8 @@
-"""A trained model from a path: a run, one of its checkpoints, an imported checkpoint or a Hugging Face folder.
+"""Load a trained model from a path: a run, one of its checkpoints, an imported checkpoint or a Hugging Face folder.
 
-What the verbs after training share. Nothing is used before its checksum was verified (Hugging Face folders have none);
-nothing is written, so a run may go on meanwhile. How bytes are stored is `storage.py`'s and `huggingface.py`'s.
+The verbs that use a trained model share this. Checksums are verified before anything is used (Hugging Face folders have
+none). Nothing is written, so a run may continue meanwhile. The file formats are in megatrain/checkpoint/ and
+huggingface.py.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and where it came from.
+    """A model and its origin.
 
-    `weights` are whole, on the CPU, by single-device name. `tokenizer_dir` is the folder that `tokenizer` was read from.
-    `manifest` is the checkpoint's, None for a Hugging Face folder.
+    `weights` are whole tensors on the CPU, by single-device name. `tokenizer` was read from the folder
+    `tokenizer_dir`. `manifest` is the checkpoint's, or None for a Hugging Face folder.
     """
 
     folder: Path
@@ -46,52 +47,52 @@ class Loaded:
     tokenizer_dir: Path | None
 
     def describe(self) -> str:
-        """Where it came from, in words."""
+        """Return the origin as text."""
         if self.manifest is None:
             return f"{self.folder} (Hugging Face)"
         return f"{self.folder} (step {self.manifest.step})"
 
     def run_config(self) -> dict[str, Any]:
-        """The resolved config of the run that made it; for imported weights only `model`, for Hugging Face's nothing."""
+        """Return the config of its run: only `model` for imported weights, empty for a Hugging Face folder."""
         return self.manifest.identity.config if self.manifest else {}
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Return the tokenizer.
 
         Raises:
-            ConfigError: none was found, or it makes ids that the model does not have.
+            ConfigError: there is none, or it has more ids than the model.
         """
         if self.tokenizer is None:
             raise ConfigError(
-                f"path: {self.folder} comes without a tokenizer (looked for in the folder, in its run's folder and in its "
+                f"path: {self.folder} comes without a tokenizer (looked in the folder, its run's folder and its "
                 f"dataset); copy the one that made the data to {self.folder / 'tokenizer'}"
             )
         if self.tokenizer.vocab_size > self.config.vocab:
             raise ConfigError(
-                f"{self.tokenizer_dir}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only {self.config.vocab}: "
-                f"it is not the one that made the model's data"
+                f"{self.tokenizer_dir}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only "
+                f"{self.config.vocab}: it is not the one that made the model's data"
             )
         return self.tokenizer
 
     def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
-        """The model on `device` in fp32, ready to evaluate (dropout off), computing with `kernels`."""
+        """Return the model on `device` in fp32 and eval mode, with `kernels` as its operations."""
         with torch.device("meta"):
             model = GPT(self.config, kernels)
         model = model.to_empty(device=device).float()
         names = dict(model.named_parameters())
         if names.keys() != self.weights.keys():
             first = sorted(names.keys() ^ self.weights.keys())[0]
-            raise CheckpointError(f"{self.folder}: the weights are not those of its config's model, see {first}")
+            raise CheckpointError(f"{self.folder}: the weights do not match the config's model; see {first}")
         with torch.no_grad():
             for name, parameter in names.items():
                 if parameter.shape != self.weights[name].shape:
-                    raise CheckpointError(f"{self.folder}: {name} has another shape than its config says")
+                    raise CheckpointError(f"{self.folder}: the shape of {name} does not match the config")
                 parameter.copy_(self.weights[name])
         return model.eval()
 
 
 def kind_of(path: Path) -> str:
-    """What a path holds: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`. Looks at names alone."""
+    """Return what a path holds: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`. Looks only at names."""
     if (path / MANIFEST).exists() or checkpoint_step(path) is not None:
         return "checkpoint"
     if (path / CARD).exists():
@@ -104,16 +105,16 @@ def kind_of(path: Path) -> str:
 
 
 def checkpoints_folder(run: Path) -> Path:
-    """Where a run keeps its checkpoints; the folder itself where it is that one."""
+    """Return the folder of a run's checkpoints: `run` itself if it has no `checkpoints/`."""
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 
 def load(path: Path) -> Loaded:
-    """The model at a path: of a run its newest checkpoint that verifies, with a warning for each damaged one before it.
+    """Load the model at a path. Of a run, load the newest valid checkpoint, and warn of each damaged newer one.
 
     Raises:
-        ConfigError: nothing of the kind is at the path.
-        CheckpointError: it is damaged, or a run has no checkpoint that is not.
+        ConfigError: the path holds no model.
+        CheckpointError: the checkpoint is damaged, or a run has no valid one.
     """
     kind = kind_of(path)
     if kind == "huggingface":
@@ -125,8 +126,8 @@ def load(path: Path) -> Loaded:
     if kind == "dataset":
         raise ConfigError(f"path={path} is a prepared dataset; give a run, a checkpoint or a Hugging Face folder")
     raise ConfigError(
-        f"path={path} is neither a run folder (it would hold checkpoints/), nor a checkpoint ({MANIFEST}), nor a Hugging "
-        f"Face folder (config.json)"
+        f"path={path} is neither a run folder (it would hold checkpoints/), nor a checkpoint ({MANIFEST}), "
+        f"nor a Hugging Face folder (config.json)"
     )
 
 
@@ -139,7 +140,7 @@ def _newest(run: Path) -> tuple[Path, Manifest]:
 
     def skip(_folder: Path, error: CheckpointError) -> None:
         damaged.append(str(error))
-        _LOG.warning("warning: a damaged checkpoint is passed over: %s", error)
+        _LOG.warning("warning: skipping a damaged checkpoint: %s", error)
 
     found = first_valid(candidates, None, skip)
     if found is None:
@@ -148,7 +149,11 @@ def _newest(run: Path) -> tuple[Path, Manifest]:
 
 
 def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
-    """The model's config in a manifest, its vocabulary known. Raises CheckpointError where there is none."""
+    """Return the model's config from a manifest.
+
+    Raises:
+        CheckpointError: there is none that this version reads, or its vocabulary size is unknown.
+    """
     try:
         config = ModelConfig(**manifest.identity.config["model"])
     except (KeyError, TypeError) as error:
@@ -166,7 +171,7 @@ def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
 
 
 def _tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
-    """Inside the checkpoint, in its run's folder, or in its dataset as long as that is still the same."""
+    """Find the tokenizer in the checkpoint, in its run's folder, or in its dataset if that is unchanged."""
     whole = folder.resolve()
     places = [whole / "tokenizer"]
     if checkpoint_step(whole) is not None:
@@ -177,7 +182,7 @@ def _tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
 
 
 def own_dataset(manifest: Manifest) -> Path | None:
-    """The dataset folder that a checkpoint's run was trained on, if it is there and still the same."""
+    """Return the dataset folder that a checkpoint's run was trained on, if it exists and is unchanged."""
     data = manifest.identity.config.get("data")
     if not data:
         return None
