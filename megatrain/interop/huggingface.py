@@ -343,7 +343,7 @@ def export_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")
     if out.exists():
-        raise ConfigError(f"out={out} already exists; name a new folder")
+        raise ConfigError(f"out={out} exists already; name a new folder")
     theirs = hf_config(config, end_of_document)
     theirs.dtype = DTYPES[dtype]
     tensors = to_theirs(config, weights, DTYPES[dtype])

@@ -262,7 +262,7 @@ def test_pickles_and_damaged_files_are_refused_and_never_loaded(tmp_path, monkey
     with pytest.raises(CheckpointError, match="not JSON"):
         import_model(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         import_model(tmp_path / "hf")
     with pytest.raises(ConfigError, match="no such folder"):
         import_model(tmp_path / "nowhere")

@@ -87,7 +87,7 @@ def test_each_token_is_computed_once():
 def test_learned_positions_are_used_to_the_last_and_not_beyond():
     model = make_model(**GPT2, num_kv_heads=None)
     assert len(list(generate(model, [1] * 10, max_new_tokens=7))) == 7
-    with pytest.raises(ConfigError, match=r"max_new_tokens=8 pass model\.max_seq_len=16.*try max_new_tokens=7"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=8 exceed model\.max_seq_len=16.*try max_new_tokens=7"):
         generate(model, [1] * 10, max_new_tokens=8)
     with pytest.raises(ConfigError, match="prompt must be shorter"):
         generate(model, [1] * 17, max_new_tokens=1)
