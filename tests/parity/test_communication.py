@@ -1,4 +1,4 @@
-"""A rank communicates what the theory says and nothing more: calls and bytes of each collective, equal as integers."""
+"""A rank communicates exactly what the theory says: calls and bytes of each collective are equal as integers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatrain.planner.communication import (
 )
 
 GLOO = {
-    "all_reduce": (ALL_REDUCE, REDUCE_SCATTER),  # gloo makes a reduce-scatter out of an all-reduce
+    "all_reduce": (ALL_REDUCE, REDUCE_SCATTER),  # gloo implements reduce-scatter as an all-reduce
     "all_gather": (ALL_GATHER,),
     "all_to_all": (ALL_TO_ALL,),
     "send": (SEND,),
@@ -48,7 +48,7 @@ def test_a_step_communicates_what_the_theory_says(ranks, changes):
     ids=str,
 )
 def test_nothing_escapes_the_counter(ranks, changes):
-    """Torch's profiler, which sees the process groups from below, saw as many calls of each kind."""
+    """Torch's profiler, which observes the process groups at a lower level, counts as many calls of each kind."""
     config, zero3 = cell(changes)
     for counted, profiled in run_ranks(second_step, ranks, config, zero3, True):
         calls = {
@@ -59,9 +59,9 @@ def test_nothing_escapes_the_counter(ranks, changes):
 
 
 def test_zero_3_gathers_twice_and_reduces_once_a_micro_batch():
-    """The theory itself, in the terms of Rajbhandari et al. (2020, arXiv:1910.02054, section 7)."""
+    """The theory agrees with Rajbhandari et al. (2020, arXiv:1910.02054, section 7)."""
     config, _ = cell({"zero": 3})
-    config.model.vocab_size = 102  # every first dimension but the feed-forward layer's divides by 2
+    config.model.vocab_size = 102  # every first dimension except the feed-forward layer's is divisible by 2
     config.model.ffn_size = 40
     totals = {part.collective: part for part in step_traffic(config, 2, 0) if part.axis == "shard"}
     micro_batches = 16 // (4 * 2)

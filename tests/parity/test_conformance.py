@@ -1,4 +1,4 @@
-"""What every engine owes the trainer and the store beyond equal losses: evaluation, state, counters, fp16, memory."""
+"""What every engine guarantees beyond equal losses: evaluation, state, counters, fp16 and memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def score(world, config):
 
 @pytest.mark.parametrize(("engine", "zero", "ranks"), ENGINES)
 def test_evaluation_is_global_and_leaves_training_alone(engine, zero, ranks):
-    """Sums over all ranks and counts only real labels; dropout is off in it and on again after it."""
+    """It sums over all ranks and counts only real labels; dropout is off during it and on again afterwards."""
     config = job(engine, zero, micro=4, model=llama(dropout=0.3))
     results = run_ranks(score, ranks, config)
     assert len(set(results)) == 1, "ranks disagree"
@@ -84,7 +84,7 @@ def test_state_has_single_device_names_and_whole_shapes(engine, zero, ranks, tmp
 
 
 def decay_only(world, config, folder):
-    """One step without any gradient to speak of: only the decay moves a parameter."""
+    """Run one step with negligible gradients, so that only the decay moves a parameter."""
     engine = build_engine(config, world)
     before = gather(engine, Path(folder) / "before", world)
     zeroed = [replace(b, loss_weights=torch.zeros(b.labels.shape)) for b in batches(config, 1, world.rank, world.size)]
@@ -103,8 +103,8 @@ def test_only_matrices_decay(engine, zero, ranks, tmp_path):
 
 
 def overflow(world, config, allow):
-    """fp16 at a scale that overflows at first; the scale, whether each step updated, and the losses."""
-    # what the CPU at hand has decides nothing: without fast fp16 DeepSpeed refuses it, though the arithmetic itself works
+    """Train in fp16 at a scale that overflows at first; return the scale, whether each step updated, and the losses."""
+    # do not depend on this CPU: without fast fp16 DeepSpeed refuses it, although the arithmetic works
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: allow
@@ -139,7 +139,7 @@ def test_fp16_follows_one_loss_scale_rule(engine, zero, ranks):
 
 
 def test_fp16_without_a_device_for_it_is_refused():
-    """DeepSpeed on a CPU without fp16 arithmetic: the message names what works."""
+    """On a CPU without fp16 arithmetic DeepSpeed's refusal names what works."""
     config = job("deepspeed", 1, precision="fp16")
 
     with pytest.raises(AssertionError, match=r"EnvironmentFault.*precision=bf16") as caught:
@@ -151,7 +151,7 @@ def test_zero3_never_holds_the_whole_model():
     """Construction cuts each parameter as soon as it exists: a rank of four peaks at well under the model's size."""
     program = (
         Path(__file__).parents[1] / "support" / "construction.py"
-    )  # in a new interpreter: memory that others left would count
+    )  # in a new interpreter, because memory left by other tests would count
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

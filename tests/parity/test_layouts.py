@@ -64,7 +64,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """The same steps on one process, for each family."""
+    """Run the same steps on one process, for each family."""
     known = {}
 
     def get(family):
@@ -95,8 +95,8 @@ def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_pr
     ids=str,
 )
 def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes, tmp_path):
-    """Triton's, interpreted on a CPU, between layers that DTensor, FSDP2 or ZeRO-3 hold; one block and few steps, for
-    the interpreter takes a second for each block of each micro-batch."""
+    """Triton kernels, interpreted on a CPU, run between layers of DTensor, FSDP2 or ZeRO-3. One block and few steps,
+    because the interpreter takes a second for each block of each micro-batch."""
     fused, plain = (
         layout_job(family=family, micro=4 if "pp" in changes else 8, **changes),
         layout_job(family=family, micro=16),
@@ -121,8 +121,8 @@ def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes,
     ],
     ids=str,
 )
-def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp_path):
-    """`train.mask_documents` gives in a layout what it gives on one process, and there something else than without."""
+def test_documents_are_separated_as_on_one_process(ranks, family, changes, monkeypatch, tmp_path):
+    """`train.mask_documents` gives the same result in a layout as on one process, and it changes the result."""
     config, alone = layout_job(family=family, micro=rows(changes), **changes), layout_job(family=family, micro=8)
     config.train.mask_documents = alone.train.mask_documents = True
     check(config, ranks)
@@ -148,8 +148,8 @@ def test_documents_are_kept_apart_alike(ranks, family, changes, monkeypatch, tmp
     ids=str,
 )
 def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, monkeypatch, tmp_path):
-    """At every size, and whatever the processor is; layers that are cut, or whose two gradients come one by one, keep
-    torch's."""
+    """At every size and on any processor. Layers that are split, or whose two gradients are computed separately, keep
+    torch's products."""
     for module in (linear, choice):
         monkeypatch.setattr(module, "prefers_onednn", lambda: True)
     monkeypatch.setattr(linear, "_SMALLEST", 1)
@@ -166,7 +166,8 @@ def test_products_by_onednn_give_the_result_of_torchs(ranks, family, changes, mo
 
 @pytest.mark.parametrize(("recompute", "forward"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_selective_recompute_keeps_onednns_products(recompute, forward, monkeypatch):
-    """Forward, twice where all is recomputed, and two for the gradients of each layer; the head has its three."""
+    """Each layer has one product in the forward pass, another with full recompute, and two for its gradients; the head
+    has three."""
     for module in (linear, choice):
         monkeypatch.setattr(module, "prefers_onednn", lambda: True)
     monkeypatch.setattr(linear, "_SMALLEST", 1)
@@ -177,7 +178,7 @@ def test_selective_recompute_keeps_onednns_products(recompute, forward, monkeypa
 
 
 def onednn_products(world, config):
-    """How many products of a step oneDNN made."""
+    """Return the number of a step's products that oneDNN computed."""
     count, multiply = [0], linear._onednn
 
     def counted(*factors):
@@ -191,7 +192,7 @@ def onednn_products(world, config):
 
 
 def first_norm(world, config):
-    """The gradient norm of one step."""
+    """Return the gradient norm of one step."""
     engine = build_engine(config, world)
     micro_batches = batches(config, 1, 0, 1)
     return float(engine.train_step(micro_batches, config.optim.lr, 1).grad_norm)
@@ -199,7 +200,7 @@ def first_norm(world, config):
 
 @pytest.mark.parametrize(("engine", "zero"), [("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
 def test_the_norm_counts_every_tensor_rank_in_low_precision(engine, zero):
-    """In bf16, where other optimizers are at work than in fp32: the norm of one process, but for bf16's rounding."""
+    """bf16 uses other optimizers than fp32; the norm is that of one process up to bf16's rounding."""
     one, two = layout_job(), layout_job(engine=engine, tp=2, zero=zero)
     one.precision.name = two.precision.name = "bf16"
     check(two, 2)
@@ -208,8 +209,8 @@ def test_the_norm_counts_every_tensor_rank_in_low_precision(engine, zero):
 
 
 @pytest.mark.parametrize("engine", ["native", "deepspeed"])
-def test_norms_of_heads_that_are_cut_learn_from_all_of_them(engine, tmp_path):
-    """Query and key norms are whole on every tensor rank and act on its heads alone: their gradients are summed."""
+def test_query_and_key_norms_learn_from_the_heads_of_all_tensor_ranks(engine, tmp_path):
+    """Query and key norms are whole on every tensor rank but act only on its heads, so their gradients are summed."""
     one, two = layout_job(micro=8), layout_job(engine=engine, micro=2, tp=2, zero=3)
     one.model.qk_norm = two.model.qk_norm = True
     expected = run_ranks(parity_steps, 1, one, str(tmp_path / "one"))[0]
@@ -244,7 +245,7 @@ def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_proc
     ids=str,
 )
 def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
-    """Two runs of one layout with dropout are the same to the bit, and not those without."""
+    """Two runs of one layout with dropout are bit-identical and differ from runs without."""
     config = layout_job(micro=rows(changes), **changes)
     config.model.dropout = 0.2
     first, again = (run_ranks(parity_steps, ranks, config, str(tmp_path / name))[0] for name in ("first", "again"))
@@ -254,7 +255,7 @@ def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
 
 
 def masked(world, engine):
-    """What dropout leaves of two heads that are alike, on each of two tensor ranks, and of a residual branch."""
+    """Return what dropout leaves of two equal heads, one on each tensor rank, and of a residual branch."""
     config = layout_job(engine=engine, tp=2)
     config.model = gpt2(num_heads=2, num_layers=1, dropout=0.5, tie_embeddings=False)
     built: Any = build_engine(config, world)
@@ -273,8 +274,8 @@ def masked(world, engine):
 
 
 @pytest.mark.parametrize("engine", ["native", "deepspeed"])
-def test_dropout_differs_between_heads_and_agrees_on_what_is_whole(engine):
-    """Tensor ranks hold different heads, which draw different masks; what all of them hold is masked alike."""
+def test_dropout_differs_between_heads_and_agrees_on_replicated_activations(engine):
+    """Tensor ranks have different heads, which draw different masks; replicated activations get the same mask."""
     (mine, whole), (theirs, also_whole) = run_ranks(masked, 2, engine)
     assert not torch.equal(mine, theirs) and mine.std() > 0.1
     assert torch.equal(whole, also_whole)

@@ -1,4 +1,4 @@
-"""Less than fp32 in moments, less than bf16 in products: near the run without, the same bits after a resume."""
+"""bf16 moments and fp8 products: results close to higher precision, and the same bits after a resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatrain.parallel.rules import check
 
 
 def losses(world, config, folder=None, first=1, last=12):
-    """A run's losses and norms; with a folder it is saved there at its end, or begun from there."""
+    """Return a run's losses and norms; with a folder, save the run there at its end or start from there."""
     engine: Any = build_engine(config, world)
     if first > 1:
         source = folder / f"step_{first - 1:08d}"
@@ -26,7 +26,7 @@ def losses(world, config, folder=None, first=1, last=12):
     seen = train(engine, config, world.rank, world.size, first, last)
     if folder is not None and first == 1:
         CheckpointStore(folder, world).save(engine.state(), at(last, engine.counters()))
-    assert getattr(engine.optimizer, "train_step", last) == last  # what rounding depends on
+    assert getattr(engine.optimizer, "train_step", last) == last  # the rounding depends on it
     dtypes = {name.split(".")[1]: tensor.dtype for name, tensor in engine.state().items() if name.startswith("optim.")}
     return seen, dtypes
 
@@ -50,7 +50,7 @@ def test_moments_in_bf16_stay_near_fp32_ones(ranks, changes):
 
 
 def tied_copies(world, config):
-    """Every copy of the tied weight's masters and moments that this rank holds, after some steps."""
+    """Return every copy of the tied weight's masters and moments on this rank after some steps."""
     engine: Any = build_engine(config, world)
     train(engine, config, 0, 1, 1, 4)
     copies = [held.master for held in engine.held if held.name == "embed.weight"]
@@ -59,8 +59,8 @@ def tied_copies(world, config):
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
-def test_both_copies_of_a_tied_weight_round_alike(schedule):
-    """On two stages, of two ranks or of one (the V): else they would part, and a checkpoint keeps one."""
+def test_both_copies_of_a_tied_weight_are_rounded_equally(schedule):
+    """On two stages, of two ranks or of one (the V): otherwise they would diverge, and a checkpoint keeps only one."""
     config = layout_job(family="gpt2", pp=2, schedule=schedule, virtual_stages=1 + (schedule != "1f1b"))
     config.precision.name, config.optim.moments = "bf16", "bf16"
     check(config, 2)
@@ -72,7 +72,7 @@ def test_both_copies_of_a_tied_weight_round_alike(schedule):
 
 
 def moments(world, config):
-    """This rank's state as it goes into a checkpoint, after a step whose gradients are the same in any layout."""
+    """Return this rank's checkpoint state after a step whose gradients are the same in any layout."""
     engine: Any = build_engine(config, world)
     for held in engine.held:
         numbers = torch.arange(held.first_element, held.first_element + held.master.numel()).view(held.sizes)
@@ -85,8 +85,8 @@ def moments(world, config):
     }
 
 
-def test_pieces_of_rows_round_as_the_whole():
-    """Two ranks of ZeRO-3, pieces of unequal size."""
+def test_pieces_of_rows_are_rounded_like_whole_rows():
+    """Two ranks of ZeRO-3 with pieces of unequal size."""
     (whole,) = run_ranks(moments, 1, low("bf16"))
     for part in run_ranks(moments, 2, low("bf16", zero=3)):
         for name, (first, values) in part.items():
@@ -98,11 +98,10 @@ NUDGES = 50
 
 
 def nudged(world, config):
-    """Return this rank's second moments after many steps, each of which asks for less than half a unit in the last
-    place.
+    """Return this rank's second moments after many steps that each add less than half a unit in the last place.
 
-    They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where bf16's neighbours lie 0.0078
-    apart.
+    They start at 1, every gradient is 2 and beta2 is 0.999, so each step adds 0.003 where neighbouring bf16
+    values are 0.0078 apart.
     """
     engine: Any = build_engine(config, world)
     for held in engine.held:
@@ -117,7 +116,7 @@ def nudged(world, config):
 
 @pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"zero": 3})], ids=str)
 def test_changes_too_small_for_bf16_add_up_over_the_steps(ranks, changes):
-    """The mean is that of exact arithmetic. Rounded to nearest, every moment would stay at 1 for ever."""
+    """The mean equals that of exact arithmetic. Rounded to nearest, every moment would stay at 1 forever."""
     config = low("bf16", **changes)
     config.optim.betas = [0.9, 0.999]
     exact = 4.0 - 3.0 * 0.999**NUDGES
@@ -149,7 +148,7 @@ def test_a_run_may_change_the_format_of_its_moments(saved, resumed, tmp_path):
     ids=str,
 )
 def test_losses_in_fp8_stay_near_those_in_bf16(ranks, changes):
-    """Emulated on a CPU; not equal, or nothing would have been rounded."""
+    """fp8 is emulated on a CPU; the losses must differ, or nothing was rounded."""
     config = low(precision="fp8", **changes)
     check(config, ranks)
     (found, _), *_ = run_ranks(losses, ranks, config, timeout_s=300)
@@ -159,8 +158,8 @@ def test_losses_in_fp8_stay_near_those_in_bf16(ranks, changes):
     assert found[0][0] == pytest.approx(expected[0][0], rel=2e-3)
 
 
-def test_layers_that_fp8_products_do_not_take_stay_in_bf16():
-    """A feed-forward layer 37 wide."""
+def test_layers_unsuitable_for_fp8_products_stay_in_bf16():
+    """A feed-forward layer of width 37."""
     from megatrain.model.fp8 import use_fp8
     from megatrain.model.init import build_model
 

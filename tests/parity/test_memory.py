@@ -1,4 +1,4 @@
-"""The memory model against the tensors that the engines hold: parallel/memory.py's formulas, rank by rank.
+"""The memory model compared with the tensors that the engines hold: planner/memory.py's formulas, rank by rank.
 
 Parameters, gradients and optimizer states within 5% (in fact they are exact), activations within 3%. What is
 there for a moment is only bounded: the instants that a test can look at need not be its largest.
@@ -61,7 +61,7 @@ def job(precision="fp32", **changes):
 
 @pytest.mark.parametrize(("world", "changes"), CASES, ids=str)
 def test_ranks_hold_what_the_formula_says(world, changes):
-    """Every rank's bytes, summed from its tensors, against those of its place in the layout."""
+    """Every rank's bytes, summed from its tensors, agree with the formula for its coordinate in the layout."""
     config = job(**changes)
     layout = Layout.of(config, world)
     model = MemoryModel(config.model, config.optim, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
@@ -72,9 +72,8 @@ def test_ranks_hold_what_the_formula_says(world, changes):
         assert held["working"] <= memory.working, (rank, held, memory)
 
 
-def test_the_sizes_are_deepspeeds():
-    """The buffer sizes that the formula counts are the defaults of DeepSpeed's own config, and none is set by the
-    engine."""
+def test_the_buffer_sizes_are_deepspeeds_defaults():
+    """The buffer sizes in the formula are DeepSpeed's defaults, and the engine sets none of them."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     from megatrain.engine.deepspeed import deepspeed_config
@@ -90,8 +89,8 @@ def test_the_sizes_are_deepspeeds():
     assert not [key for key in given if "bucket" in key or "threshold" in key or "live" in key or "sub_group" in key]
 
 
-def test_optimizer_groups_are_those_of_the_formula():
-    """DeepSpeed's flat partitions are cut by group: matrices, and the rest."""
+def test_the_formula_counts_the_engines_optimizer_groups():
+    """DeepSpeed partitions each group separately: matrices, and the rest."""
     model = MemoryModel(job().model)
     matrices = [shape for shape in model.shapes.values() if decays(len(shape))]
     assert len(model._groups(plan.shares({"tp": 1}, {"tp": 0}))[0]) == len(matrices)

@@ -1,4 +1,4 @@
-"""An objective of one's own trains in every engine and layout, and its scalars are the whole job's."""
+"""A custom objective trains in every engine and layout, and its scalars cover the whole job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Doubled(NextToken):
 
 
 def steps(world, config, objective):
-    """Three steps and an evaluation: losses, norms and the objective's scalars."""
+    """Run three steps and an evaluation; return losses, norms and the objective's scalars."""
     engine, layout = build_engine(config, world, objective), Layout.of(config, world.size)
     seen = []
     for step in (1, 2, 3):
@@ -45,13 +45,13 @@ def steps(world, config, objective):
 
 @pytest.fixture(scope="module")
 def alone():
-    """One process under the doubled and under the plain objective."""
+    """Run one process with the doubled and with the plain objective."""
     config = layout_job(micro=2)
     return [run_ranks(steps, 1, config, objective)[0] for objective in (Doubled(), NextToken())]
 
 
-def test_it_is_the_objective_that_is_minimised(alone):
-    """Loss and gradient double at the first step, evaluation too; the plain loss is a scalar beside them."""
+def test_the_objective_is_minimised(alone):
+    """Loss, gradient and evaluation double at the first step; the plain loss is one of the scalars."""
     (doubled, doubled_heldout), (plain, plain_heldout) = alone
     (loss, norm, tokens, aux), (plain_loss, plain_norm, plain_tokens, nothing) = doubled[0], plain[0]
     assert loss == pytest.approx(2 * plain_loss, rel=1e-6) and norm == pytest.approx(2 * plain_norm, rel=1e-5)

@@ -1,5 +1,4 @@
-"""Masters, moments and parameters in host memory or on a disk: DeepSpeed's own paths, with the result of one
-process."""
+"""Masters, moments and parameters in host memory or on a disk: DeepSpeed's offload gives the result of one process."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ on_disk = pytest.mark.skipif(
 
 
 def job(place, zero, parameters, folder):
-    """A model whose shards on two ranks are above the megabyte from which DeepSpeed swaps."""
+    """Return a job whose shards on two ranks exceed one megabyte, DeepSpeed's threshold for swapping."""
     config = layout_job("deepspeed", micro=4, zero=zero)
     config.model = gpt2(hidden_size=192, num_heads=4, num_layers=4)
     config.engine.offload, config.engine.offload_parameters = place, parameters
@@ -58,8 +57,8 @@ def one_process(tmp_path_factory):
         pytest.param("nvme", 3, False, marks=on_disk),
     ],
 )
-def test_offloaded_it_is_the_same(place, zero, parameters, one_process, tmp_path):
-    """Losses, norms, gradients and parameters of one process; under nvme what is swapped is on the disk."""
+def test_offload_gives_the_result_of_one_process(place, zero, parameters, one_process, tmp_path):
+    """Losses, norms, gradients and parameters are those of one process; with nvme the swapped tensors are on disk."""
     config = job(place, zero, parameters, tmp_path / "nvme")
     compare(run_ranks(parity_steps, 2, config, str(tmp_path), timeout_s=BUILD_S), one_process)
     swapped = sum(path.stat().st_size for path in (tmp_path / "nvme").rglob("*.swp"))
@@ -68,7 +67,8 @@ def test_offloaded_it_is_the_same(place, zero, parameters, one_process, tmp_path
 
 
 def move(world, first, second, folder):
-    """Two steps and a save under `first`, then two more under `second` from its checkpoint; states and losses."""
+    """Run two steps and a save under `first`, then two more under `second` from its checkpoint; return losses and
+    states."""
     told = []
     for config in (first, second):
         engine = build_engine(config, world)
@@ -91,8 +91,8 @@ def move(world, first, second, folder):
 
 @on_disk
 @pytest.mark.parametrize("order", ["to the disk", "from the disk"])
-def test_a_checkpoint_moves_to_and_from_the_disk(order, tmp_path):
-    """Saved by shards in memory and continued by shards on a disk, or the other way: bit-equal, and the same losses."""
+def test_a_checkpoint_moves_between_memory_and_disk_offload(order, tmp_path):
+    """A run saved with shards in memory continues with shards on disk, and the reverse: bit-equal, the same losses."""
     configs = [job("none", 3, False, tmp_path), job("nvme", 3, False, tmp_path / "nvme")]
     first, second = configs if order == "to the disk" else reversed(configs)
     (losses, (_, saved)), (again, (loaded,)) = run_ranks(move, 2, first, second, str(tmp_path), timeout_s=BUILD_S)[0]
@@ -101,8 +101,8 @@ def test_a_checkpoint_moves_to_and_from_the_disk(order, tmp_path):
 
 
 @on_disk
-def test_a_build_that_was_killed_does_not_block_for_ever(monkeypatch, tmp_path):
-    """Its lock is named once it is older than the longest wait."""
+def test_a_killed_build_does_not_block_forever(monkeypatch, tmp_path):
+    """Its lock file is named once it is older than the longest wait."""
     from deepspeed.accelerator import get_accelerator
 
     from megatrain.engine.deepspeed_config import wait_for_asynchronous_io as _wait_for_asynchronous_io

@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 class Momentum(torch.optim.Optimizer):
-    """SGD with momentum. Matrices also keep their mean squared gradient and, if they have the slot, a count by row."""
+    """SGD with momentum. Matrices also have a mean squared gradient and optionally a count by row."""
 
     def __init__(self, groups, lr):
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.9), "eps": 0.0, "weight_decay": 0.0})
@@ -58,7 +58,7 @@ def elementwise(config, name, shape):
 
 
 def reduced(config, name, shape):
-    """The mean square in bf16, and a state of one column."""
+    """Return slots with the mean square in bf16 and a state of one column."""
     if len(shape) < 2:
         return (Slot("momentum", shape),)
     return Slot("momentum", shape), Slot("mean_square", shape, "bf16"), Slot("row_count", (shape[0], 1))
@@ -73,7 +73,7 @@ def job(rule, **changes):
 
 
 def save(world, rule, changes, folder):
-    """Two steps, a save, two more: the gathered state at the save, and the losses after it."""
+    """Run two steps, save, run two more; return the gathered state at the save and the losses after it."""
     config = job(rule, **changes)
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
     place = layout.dp_rank(world.rank), layout.dp
@@ -95,7 +95,7 @@ def load(world, rule, changes, folder, scratch):
 
 
 def check(rule, saved, loaded, tmp_path):
-    """The state is bit-equal once gathered, holds just the slots of each parameter, and training goes on alike."""
+    """Check that the gathered state is bit-equal with exactly each parameter's slots, and that the losses continue."""
     (ranks, changes), (other_ranks, others) = LAYOUTS[saved], LAYOUTS[loaded]
     whole, losses = run_ranks(save, ranks, rule, changes, str(tmp_path))[0]
     again, later = run_ranks(load, other_ranks, rule, others, str(tmp_path), str(tmp_path / "again"))[0]

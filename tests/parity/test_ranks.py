@@ -1,4 +1,4 @@
-"""The runner of ranks itself: a hang reads as a hang, a failure as a failure."""
+"""The helper that runs ranks: a hang is reported as a hang, a failure as a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fail(world):
 
 
 def test_ranks_that_hang_are_ended_and_named():
-    """Not as ranks that failed, with nothing to say."""
+    """They are not reported as failed ranks without a message."""
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] still ran after 1 s"):
         run_ranks(sleep, 2, timeout_s=1)
@@ -27,6 +27,6 @@ def test_ranks_that_hang_are_ended_and_named():
 
 
 def test_a_rank_that_fails_ends_the_others_and_shows_its_stack_trace():
-    """The rank, its error, and no waiting for the rest."""
+    """The rank and its error are reported at once, without waiting for the rest."""
     with pytest.raises(AssertionError, match=r"(?s)ranks \[1\] did not end well.*ValueError: one of two"):
         run_ranks(fail, 2, timeout_s=40)

@@ -1,10 +1,9 @@
-"""Results and checkpoints of commit 4e48b57 hold: ten steps of four layouts, and a run continued from an old
-checkpoint.
+"""Results and checkpoints of commit 4e48b57 still hold: ten steps of four layouts, and a resume from a checkpoint.
 
 `recorded/ten_steps.json` was written at that commit by `support.jobs.parity_steps` (numbers as hexadecimal floats). On the
-processor and torch that they were recorded with, results are equal to the bit; elsewhere other kernels round otherwise,
-and the figures are held to the tolerance of the parity tests. `recorded/old_run/` is a dataset and two runs of two
-ranks (native, ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
+processor and torch that they were recorded with, results are equal to the bit; elsewhere kernels round differently,
+and the tolerance of the parity tests applies. `recorded/old_run/` is a dataset and two runs of two ranks (native,
+ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ IS_EXACT = TEN_STEPS["processor"] == processor()
 
 
 def same(value: float, recorded: float) -> bool:
-    """Whether two results are equal, as far as this machine can tell."""
+    """Return whether two results are equal, bit for bit on the recording machine, otherwise within tolerance."""
     return value == recorded if IS_EXACT else value == pytest.approx(recorded, rel=1e-5)
 
 

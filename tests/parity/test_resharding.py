@@ -65,7 +65,7 @@ def train(engine, config, world, first, last):
 
 
 def begin(world, config, folder):
-    """Train, save, go on undisturbed: the losses after the save, and the gathered state at it."""
+    """Train, save and continue; return the losses after the save and the gathered state at the save."""
     engine = build_engine(config, world)
     train(engine, config, world, 1, SAVED_AT)
     CheckpointStore(Path(folder) / "checkpoints", world).save(engine.state(), at(SAVED_AT, engine.counters()))
@@ -74,7 +74,7 @@ def begin(world, config, folder):
 
 
 def go_on(world, config, folder, whole_folder):
-    """Load into a fresh engine: the gathered state right after, its counters, and the losses that follow."""
+    """Load into a fresh engine; return the gathered state right after, its counters, and the losses that follow."""
     engine = build_engine(config, world)
     saved = Path(folder) / "checkpoints" / f"step_{SAVED_AT:08d}"
     manifest = verify(saved, world)
@@ -87,7 +87,7 @@ def go_on(world, config, folder, whole_folder):
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory):
-    """The runs that saved, each made once."""
+    """Return a function that makes each run with a checkpoint once."""
     made = {}
 
     def get(name, family):
@@ -103,7 +103,7 @@ def origins(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("saved", "resumed", "family"), PAIRS)
-def test_another_layout_goes_on(saved, resumed, family, origins, tmp_path):
+def test_another_layout_continues_with_bit_equal_state_and_losses(saved, resumed, family, origins, tmp_path):
     """Parameters and both moments bit-equal once gathered, the step count and groups kept, four losses within 1e-5."""
     folder, expected, whole = origins(saved, family)
     ranks, changes = LAYOUTS[resumed]

@@ -17,7 +17,7 @@ SAVED_AT, LAST = 4, 9
 
 
 def begin(world, config, folder):
-    """Train to `SAVED_AT`, save, go on undisturbed; the losses after the save and the whole state at it."""
+    """Train to `SAVED_AT`, save and continue; return the losses after the save and the whole state at the save."""
     engine = build_engine(config, world)
     train(engine, config, world.rank, world.size, 1, SAVED_AT)
     store = CheckpointStore(Path(folder) / "checkpoints", world)
@@ -27,7 +27,7 @@ def begin(world, config, folder):
 
 
 def go_on(world, config, folder, whole_folder):
-    """Load the checkpoint into a fresh engine; the whole state right after, and the losses of the steps that follow."""
+    """Load the checkpoint into a fresh engine; return the whole state right after and the losses that follow."""
     engine = build_engine(config, world)
     saved = Path(folder) / "checkpoints" / f"step_{SAVED_AT:08d}"
     manifest = verify(saved, world)
@@ -40,7 +40,7 @@ def go_on(world, config, folder, whole_folder):
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory):
-    """The runs that saved, each made once."""
+    """Return a function that makes each run with a checkpoint once."""
     made = {}
 
     def get(ranks, config, name):
@@ -98,7 +98,7 @@ def test_another_layout_continues_with_bit_equal_state(saved, resumed, origins, 
 
 @pytest.mark.parametrize("layout", SAME)
 def test_the_same_layout_continues_bit_for_bit(layout, origins, tmp_path):
-    """Every loss and norm after the resume is the one of the run that was never stopped."""
+    """Every loss and norm after the resume equals that of the run that was never stopped."""
     folder, expected, _ = origins(*at(layout), layout)
     losses, _ = run_ranks(go_on, *at(layout), folder, str(tmp_path))[0]
     assert losses == expected
@@ -108,7 +108,7 @@ def test_the_same_layout_continues_bit_for_bit(layout, origins, tmp_path):
     ("saved", "resumed"), [((2, "deepspeed", 3), (1, "native", 0)), ((1, "native", 0), (2, "deepspeed", 2))]
 )
 def test_a_tied_model_with_biases_crosses_engines(saved, resumed, tmp_path):
-    """GPT-2's family: a tied weight is stored once, biases and norms have moments of their own."""
+    """In GPT-2's family a tied weight is stored once, and biases and norms have their own moments."""
     (ranks, *kind), (other_ranks, *other) = saved, resumed
     expected, whole = run_ranks(begin, ranks, job(*kind, model=gpt2()), str(tmp_path))[0]
     assert "model.head.weight" not in whole and "optim.exp_avg.blocks.0.attn.k.bias" in whole

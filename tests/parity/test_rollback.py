@@ -1,5 +1,4 @@
-"""An engine that has trained goes back to a checkpoint in place, and from there on is the one that was saved, to the
-bit."""
+"""An engine that has trained returns to a checkpoint in place and is then bit-equal to the engine that saved it."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ LAYOUTS = [
 
 
 def there_and_back(world, config, folder):
-    """Three steps, a save, five more; then back in place, and the first three of them again: both histories."""
+    """Run three steps, save, run five more, go back in place and repeat three of them; return both histories."""
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
     store = CheckpointStore(Path(folder) / "checkpoints", world)
 
@@ -55,7 +54,7 @@ def there_and_back(world, config, folder):
 
 @pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
 def test_going_back_in_place_leaves_no_trace(ranks, changes, tmp_path):
-    """Losses, gradient norms, parameters, moments, the optimizer's step and the loss scale, of three steps after it."""
+    """Three steps later, losses, norms, parameters, moments, the optimizer's step and the loss scale are equal."""
     changes = dict(changes)
     precision = changes.pop("precision", "fp32")
     config = layout_job(**changes)

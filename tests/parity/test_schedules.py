@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks `numbers` of a small model, embedding and head at its ends; labels reach the last stage by number."""
+    """Blocks `numbers` of a small model, with embedding and head at its ends."""
 
     def __init__(self, numbers, first, last):
         super().__init__()
@@ -67,7 +67,7 @@ class Stage(nn.Module):
 
 
 def fill(stage):
-    """Values that depend on a parameter's name alone."""
+    """Fill parameters with values that depend only on their names."""
     with torch.no_grad():
         for name, parameter in sorted(stage.named_parameters()):
             generator = torch.Generator().manual_seed(sum(map(ord, name)) * 7919)
@@ -75,7 +75,7 @@ def fill(stage):
 
 
 def micro_batches(step, data_rank, count, rows=ROWS):
-    """Data rank r ignores about r of 4 labels."""
+    """Return micro-batches in which data rank r ignores about r of 4 labels."""
     generator = torch.Generator().manual_seed(1000 * step + data_rank)
     batches = []
     for _ in range(count):
@@ -132,7 +132,7 @@ def make_pipeline(world, schedule, pp, dp, wrap, policy=None, dtype=torch.float6
 
 
 def train(world, schedule, pp, dp, wrap, counts, policy=None, dtype=torch.float64, hidden=None):
-    """Plain gradient descent, one step for each of `counts`; per step the loss and this rank's gradients."""
+    """Run gradient descent, one step for each of `counts`; return the loss and this rank's gradients of each step."""
     place, stages, pipeline = make_pipeline(world, schedule, pp, dp, wrap, policy, dtype, hidden)
     seen = []
     for step, count in enumerate(counts):
@@ -152,7 +152,7 @@ def train(world, schedule, pp, dp, wrap, counts, policy=None, dtype=torch.float6
 
 
 def reference(num_stages, dp, counts):
-    """The same in float64 on one process, without micro-batches."""
+    """Return the same in float64 on one process, without micro-batches."""
     model = Stage(range(num_stages), True, True)
     fill(model)
     model = model.double()
@@ -194,8 +194,8 @@ CELLS += [("1f1b", 4, 1, None), ("zbv_zero_bubble", 4, 1, None), ("interleaved_z
 
 @pytest.mark.parametrize(("schedule", "pp", "dp", "wrap"), CELLS)
 def test_gradients_of_each_schedule_equal_one_process(schedule, pp, dp, wrap):
-    """Two steps with unevenly many counted tokens on the data ranks; torch's own stage drifts from the second step on
-    where zero-bubble meets parameters that are resharded after the forward pass."""
+    """Two steps with an uneven number of counted tokens on the data ranks. Torch's own stage deviates from the second
+    step on if zero-bubble is combined with parameters that are resharded after the forward pass."""
     counts = [2 * pp, 2 * pp]
     results = run_ranks(train, pp * dp, schedule, pp, dp, wrap, counts)
     compare(results, reference(pp * SCHEDULES[schedule], dp, counts), dp)
@@ -207,7 +207,7 @@ def sharded_in_bf16(world, schedule):
 
 
 def summed_by_hooks(world, schedule):
-    """Unsharded bf16 parameters whose gradients hooks add up in fp32, as an engine with fp32 masters does."""
+    """Return gradients of unsharded bf16 parameters, summed by hooks in fp32 as in an engine with fp32 masters."""
     _, stages, pipeline = make_pipeline(world, schedule, 2, 1, None, None, torch.bfloat16)
     sums = {}
     for stage in stages.values():
@@ -226,7 +226,7 @@ def summed_by_hooks(world, schedule):
 @pytest.mark.parametrize("run", [sharded_in_bf16, summed_by_hooks])
 @pytest.mark.parametrize("schedule", ZERO_BUBBLE)
 def test_a_split_backward_keeps_the_sums_of_micro_batches_in_fp32(schedule, run):
-    """The gradients of 8 bf16 micro-batches are those of interleaved 1F1B to fp32 rounding, not to bf16's."""
+    """The gradients of 8 bf16 micro-batches equal those of interleaved 1F1B up to fp32 rounding."""
     split, full = (run_ranks(run, 2, name) for name in (schedule, "interleaved_1f1b"))
     whole = [{name: g for rank in ranks for name, g in rank[0][1].items()} for ranks in (split, full)]
     assert whole[0].keys() == whole[1].keys() and whole[0]
@@ -243,7 +243,7 @@ def test_the_number_of_micro_batches_may_change_from_step_to_step(schedule):
 
 
 def what_ran(world, schedule, pp, count):
-    """This rank's actions in a step, written down as torch's schedule calls its stages."""
+    """Return this rank's actions in a step, recorded as torch's schedule calls its stages."""
     ran = []
 
     class Watched(schedules.SplitBackwardStage):

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite on one rank moves no parameter on any; the run goes on after it."""
+"""A non-finite loss or gradient on one rank moves no parameter on any rank; the run continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ ENGINES = [
 
 
 def poison(world, config, folder):
-    """Step, then a step whose loss is NaN on the last rank alone, then a clean one; the state around the middle one."""
+    """Run a clean step, one whose loss is NaN only on the last rank, and a clean one; return the states around the
+    middle one."""
     engine = build_engine(config, world)
     engine.train_step(batches(config, 1, world.rank, world.size), 1e-3, 1)
     before = gather(engine, Path(folder) / "before", world)
@@ -57,7 +58,7 @@ def poison(world, config, folder):
 
 @pytest.mark.parametrize(("engine", "zero", "ranks", "precision", "accumulate"), ENGINES)
 def test_a_nan_on_one_rank_is_vetoed_on_all(engine, zero, ranks, precision, accumulate, tmp_path):
-    """Parameters, moments and the step count are bit-unchanged, all ranks say so, and the next step moves them."""
+    """Parameters, moments and the step count keep their bits, all ranks report it, and the next step moves them."""
     config = job(engine, zero, precision=precision, accumulate=accumulate)
     for before, after, end, (first, second), (updated, norm), recovered in run_ranks(
         poison, ranks, config, str(tmp_path)
@@ -96,7 +97,7 @@ class Shifted(NextToken):
 
 
 def lose(engine, layout, world, amount):
-    """Add `amount` to the loss of one rank's micro-batches: its gradients stay as they were."""
+    """Add `amount` to the loss of one rank's micro-batches; its gradients do not change."""
     last_stage = layout.num_stages - 1
     if world.rank != max(r for r in range(world.size) if last_stage in layout.stages_of(layout.coordinate(r).pp)):
         return
@@ -104,8 +105,7 @@ def lose(engine, layout, world, amount):
 
 
 def overflow(world, config, folder):
-    """A clean step, a step with an infinite loss on one rank, a clean one; what each said and the states around
-    them."""
+    """Run a clean step, one with an infinite loss on one rank, and a clean one; return the results and states."""
     engine, layout = build_engine(config, world), Layout.of(config, world.size)
     told, states = [], []
     for step, amount in enumerate((0.0, float("inf"), float("-inf")), start=1):
@@ -119,12 +119,12 @@ def overflow(world, config, folder):
 
 @pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
 def test_an_infinite_loss_with_finite_gradients_is_vetoed_on_all(ranks, changes, tmp_path):
-    """One rank's loss overflows, its gradients do not: no parameter of any rank moves, and all say so."""
+    """One rank's loss overflows, its gradients do not: no parameter of any rank moves, and all ranks report it."""
     results = run_ranks(overflow, ranks, layout_job(**changes), str(tmp_path))
     for told, states in results:
         assert [updated for updated, _, _ in told] == [True, False, False]
         (_, loss, norm), (_, bad_loss, bad_norm), _ = told
         assert math.isfinite(loss + norm) and not math.isfinite(bad_norm)
-        assert not math.isfinite(bad_loss) or "tp" in changes  # which counts the loss of one tensor rank alone
+        assert not math.isfinite(bad_loss) or "tp" in changes  # tensor parallelism counts only one tensor rank's loss
         for later in states[1:]:
             assert all(torch.equal(tensor, later[key]) for key, tensor in states[0].items())

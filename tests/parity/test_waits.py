@@ -1,8 +1,7 @@
-"""The time a rank spends in communication, on every kind of collective: the others wait for a slow rank, and it does
-not.
+"""The time a rank spends in each kind of collective: the others wait for a slow rank, which itself does not wait.
 
-No test here compares durations of computation. The slow rank goes on only after it has seen the other one stuck in one
-and the same wait for `NAP_S`, so that the least waiting time is known, however busy the machine is.
+No test here compares durations of computation. The slow rank continues only after it has seen the other one in the
+same wait for `NAP_S`, so the minimum waiting time is known on a busy machine too.
 """
 
 from __future__ import annotations
@@ -157,8 +156,8 @@ def test_only_waits_of_the_training_thread_count_and_only_while_they_are_timed(t
     assert booked == pytest.approx(first, abs=1e-6), "the exchange is booked as a phase of its own"
 
 
-def test_time_without_a_core_is_held_up_once(monkeypatch):
-    """Being ready without a core counts, but not a second time inside a wait."""
+def test_time_without_a_core_counts_once(monkeypatch):
+    """The time a rank is ready but has no core counts, but not again inside a wait."""
     clock = SimpleNamespace(now=0, delay=0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic_ns=lambda: clock.now))
     monkeypatch.setattr(Waits, "_delay", lambda self: clock.delay)
@@ -176,8 +175,8 @@ def test_time_without_a_core_is_held_up_once(monkeypatch):
     assert waits.held_up() - start == 3.0 + 5.0
 
 
-def test_the_kernel_tells_how_long_a_rank_was_without_a_core():
-    """Four ranks compute on one core, so each is without it for a while."""
+def test_the_kernel_reports_how_long_a_rank_waited_for_a_core():
+    """Four ranks compute on one core, so each waits for the core some of the time."""
     for wall, held_up in run_ranks(compete, 4):
         assert 0.0 < held_up <= wall
 

@@ -26,7 +26,7 @@ def run(world, config, folder=None, steps=STEPS, ignored=False):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """One native process with micro-batches of 8, for each model."""
+    """Run one native process with micro-batches of 8, for each model."""
     known = {}
 
     def get(name, ignored=False):
@@ -63,7 +63,7 @@ def test_any_stage_on_any_ranks_equals_one_process(ranks, zero, name, reference,
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_the_loss_is_the_mean_over_all_tokens_of_the_step(zero, reference):
-    """Unevenly many ignored labels on the ranks change nothing: the mean is over tokens, not over ranks."""
+    """An uneven number of ignored labels on the ranks changes nothing: the mean is over tokens, not over ranks."""
     seen, _, _ = run_ranks(run, 2, job(zero=zero, micro=2), None, 5, True)[0]
     for (loss, norm), (true_loss, true_norm) in zip(seen, reference("llama", True)[0][:5], strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
@@ -79,7 +79,7 @@ def test_accumulation_equals_one_large_micro_batch(reference):
 
 @pytest.mark.parametrize(("engine", "zero", "ranks"), [("native", 0, 1), ("deepspeed", 2, 2), ("deepspeed", 3, 2)])
 def test_recompute_changes_nothing(engine, zero, ranks):
-    """Full and selective recompute give the same bits as none, with dropout too."""
+    """Full and selective recompute give the same bits as no recompute, also with dropout."""
     model = llama(dropout=0.2)
     plain = run_ranks(run, ranks, job(engine, zero, model=model), None, 3)[0][0]
     again = run_ranks(run, ranks, job(engine, zero, model=model), None, 3)[0][0]
@@ -94,7 +94,7 @@ def test_recompute_changes_nothing(engine, zero, ranks):
 
 @pytest.mark.parametrize(("engine", "zero", "ranks"), [("native", 0, 1), ("deepspeed", 0, 2), ("deepspeed", 2, 2)])
 def test_compiled_blocks_give_the_same_losses(engine, zero, ranks):
-    """Compiling each block moves a loss by no more than rounding does."""
+    """Compiling each block changes a loss by no more than rounding."""
     plain, _, _ = run_ranks(run, ranks, job(engine, zero), None, 3)[0]
     config = job(engine, zero)
     config.compile = True
@@ -148,7 +148,7 @@ def test_clipping_uses_the_global_norm(engine, zero, ranks):
 
 
 def ramp(world, config):
-    """Three steps of one micro-batch a rank, then three of four: a ramp's smallest and its full batch."""
+    """Run three steps of one micro-batch a rank, then three of four: the smallest and the full batch of a ramp."""
     engine = build_engine(config, world)
     seen = []
     for step in range(1, 7):
@@ -160,7 +160,7 @@ def ramp(world, config):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_growing_batch_gives_the_steps_of_one_process(zero):
-    """The number of micro-batches may change from step to step, whatever the library was told at the start."""
+    """The number of micro-batches may change from step to step, whatever DeepSpeed's config said at the start."""
     expected = run_ranks(ramp, 1, job("native", 0, micro=4))[0]
     seen = run_ranks(ramp, 2, job("deepspeed", zero, micro=2))[0]
     for (loss, norm), (true_loss, true_norm) in zip(seen, expected, strict=True):
