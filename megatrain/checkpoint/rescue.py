@@ -166,11 +166,11 @@ def _merge(folder: Path) -> Manifest:
             raise CheckpointError(f"{path} is a whole checkpoint, not a node's part of one")
         numbers[manifest.part.node] = manifest.part.num_nodes
     if not parts:
-        raise CheckpointError(f"the copies of {folder.name} lack the part of node every (counted from 0)")
+        raise CheckpointError(f"the copies of {folder.name} hold no node's part")
     first = next(iter(parts.values()))
     assert first.part is not None
     if missing := sorted(set(range(first.part.num_nodes)) - set(numbers)):
-        raise CheckpointError(f"the copies of {folder.name} lack the part of node {missing} (counted from 0)")
+        raise CheckpointError(f"the copies of {folder.name} lack the parts of nodes {', '.join(map(str, missing))} (counted from 0)")
     files: dict[str, FileEntry] = {}
     chunks: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk]] = {}
     entries: dict[str, TensorEntry] = {}

@@ -34,7 +34,7 @@ class RunData:
         """The token that ends a document; None where the run does not mask documents."""
         if not self.config.train.mask_documents:
             return None
-        assert self.card.tokenizer is not None, "verbs/checks.py refuses a dataset without one"
+        assert self.card.tokenizer is not None, "verbs/path_checks.py refuses a dataset without one"
         return self.card.tokenizer.end_of_document
 
 

@@ -1,4 +1,4 @@
-"""The training loop: batch → engine → metrics → checkpoint. `rank.py` assembles its collaborators (`protocols.py`)."""
+"""The training loop: batch → engine → metrics → checkpoint. `job.py` assembles its collaborators (`protocols.py`)."""
 
 from __future__ import annotations
 
