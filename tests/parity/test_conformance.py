@@ -78,9 +78,9 @@ def test_state_has_single_device_names_and_whole_shapes(engine, zero, ranks, tmp
     assert shapes == {f"{kind}{name}": shape for kind in kinds for name, shape in expected.items()}
     assert counters.optimizer.step == 2 and counters.loss_scale is None
     groups = counters.optimizer.groups
-    assert set(groups["decay"]["parameters"]) == {name for name, shape in expected.items() if len(shape) > 1}
-    assert set(groups["no_decay"]["parameters"]) == {name for name, shape in expected.items() if len(shape) == 1}
-    assert groups["decay"]["weight_decay"] == 0.1 and groups["no_decay"]["weight_decay"] == 0.0
+    assert set(groups["decay"].parameters) == {name for name, shape in expected.items() if len(shape) > 1}
+    assert set(groups["no_decay"].parameters) == {name for name, shape in expected.items() if len(shape) == 1}
+    assert groups["decay"].settings["weight_decay"] == 0.1 and groups["no_decay"].settings["weight_decay"] == 0.0
 
 
 def decay_only(world, config, folder):
