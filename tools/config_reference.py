@@ -1,6 +1,6 @@
-"""Writes docs/reference/config.md, the reference of every config key, from the schema: python tools/config_reference.py
+"""Write docs/reference/config.md, the reference of every config key, from the schema: python tools/config_reference.py
 
-`tests/unit/config/test_config_reference.py` fails when the page is not what this would write.
+`tests/unit/config/test_config_reference.py` fails when the page differs from this program's output.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ code 2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the r
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join([HEAD, *(section(verb) for verb in VERBS)]) + "\n"
 
 
 def section(verb: str) -> str:
-    """One verb: its examples, groups and keys."""
+    """Return the section of a verb: its examples, groups and keys."""
     schema = VERBS[verb]
     lines = [f"## megatrain {verb}", "", _sentence(summary(schema)), "", "```"]
     lines += [*EXAMPLES[verb], "```", ""]
@@ -78,7 +78,7 @@ def _first_clause(text: str) -> str:
 
 
 def _note(name: str, meaning: str) -> str:
-    """The whole meaning of a key as an item of the list below the table."""
+    """Return the full description of a key as an item of the list below the table."""
     text = f"- `{name}`: {meaning}".replace("<", "&lt;")
     return textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 

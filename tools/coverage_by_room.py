@@ -1,9 +1,9 @@
-"""Prints the test coverage in .coverage: one line for the rooms below a share, and the total.
+"""Print the test coverage in .coverage: one line for the rooms below a threshold, and the total.
 
     python tools/coverage_by_room.py
 
-`bash tools/test.sh --all` calls it after the unit tier, the only one that is measured: the ranks of the other tiers are
-forked processes that end without writing their coverage.
+`bash tools/test.sh --all` calls it. Only the unit tier is measured, because the ranks of the other tiers are forked
+processes that end without writing their coverage.
 """
 
 from __future__ import annotations

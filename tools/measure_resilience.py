@@ -1,9 +1,9 @@
-"""What fault tolerance costs when nothing fails: python tools/measure_resilience.py
+"""Measure what fault tolerance costs when nothing fails: python tools/measure_resilience.py
 
-Runs a real job of two ranks, copies of the state in memory included, in which every function that is there for the sake
-of faults is timed inside the ranks (heartbeat, timed waits, loss guard, slow ranks, the owner's mark), and reads the
-agent's processor time. Each cost is shown as a share of the median step. Timing a call costs some tenths of a
-microsecond itself, which are taken off.
+It runs a real job of two ranks with copies of the state in memory. Every function that serves fault tolerance is timed
+inside the ranks (heartbeat, timed waits, loss guard, slow ranks, the owner's mark), and the agent's processor time is
+read. Each cost is shown as a share of the median step. Timing a call itself costs some tenths of a microsecond, which
+are subtracted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cost_of_timing() -> float:
-    """Seconds that a timed call of nothing seems to take."""
+    """Return the seconds that a timed call of an empty function seems to take."""
     nothing = timed("nothing", lambda: None)
     for _ in range(10000):
         nothing()
@@ -65,8 +65,7 @@ def cost_of_timing() -> float:
 
 
 class Finder:
-    """Times the methods of `TIMED` once their module is imported, and has the trainer write the times down at its
-    end."""
+    """Times the methods of `TIMED` once their module is imported, and makes the trainer write the times at its end."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in TIMED and name != "megatrain.train.trainer":
@@ -100,7 +99,7 @@ class Finder:
 
 
 def cost_of_a_timed_wait() -> float:
-    """Seconds that timing a wait takes, where the wait itself takes none."""
+    """Return the seconds that timing an empty wait takes."""
     from megatrain.distributed.waits import Waits
 
     waits = Waits(lambda nanoseconds: None)
@@ -116,7 +115,9 @@ def cost_of_a_timed_wait() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("overrides", nargs="*", help="of megatrain train, for example model=small engine=native")
+    parser.add_argument(
+        "overrides", nargs="*", help="overrides of megatrain train, for example model=small engine=native"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
@@ -158,7 +159,7 @@ def main() -> int:
 
 
 def tell(found: dict[str, Any], step: float, steps: int, agent_s: float, training_s: float) -> None:
-    """The table, of rank 0."""
+    """Print the table of rank 0."""
     print(f"median step {step * 1e3:.1f} ms; peak memory of a rank {peak_gb():.2f} GB")
     print("| rank 0 | calls a step | us a step | share of a step |")
     print("| --- | ---: | ---: | ---: |")
@@ -175,7 +176,7 @@ def tell(found: dict[str, Any], step: float, steps: int, agent_s: float, trainin
 
 
 def peak_gb() -> float:
-    """The largest resident size of any process of the job."""
+    """Return the largest resident size of any process of the job."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
 
 

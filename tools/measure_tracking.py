@@ -43,7 +43,7 @@ RECORD = {
 
 
 def backlog(folder: Path, num_steps: int) -> dict[str, float]:
-    """The helper's own processor time for a run that has `num_steps` steps to send."""
+    """Return the helper's own processor time for a run that has `num_steps` steps to send."""
     run_dir = folder / "run"
     run_dir.mkdir(parents=True)
     time_text = "2026-01-01T00:00:00.000Z"
@@ -58,7 +58,7 @@ def backlog(folder: Path, num_steps: int) -> dict[str, float]:
 
 
 def turn(kind: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Steps for `seconds`; times in seconds."""
+    """Run steps for `seconds` and return their times in seconds."""
     run_dir = folder / "run"
     trackers: list[Tracker] = (
         [MlflowTracker(TrackingConfig(), run_dir, "megatrain.train.mlflow_helper")] if kind == "mlflow" else []
@@ -113,7 +113,7 @@ BLOCK_S = 1.5
 
 @contextlib.contextmanager
 def server(kind: str) -> Iterator[int]:
-    """The port of a server that is `dead`, `hung` (connects, never answers) or answers `errors`."""
+    """Yield the port of a server that is `dead`, `hung` (connects, never answers) or answers `errors`."""
     if kind == "errors":
         command = [sys.executable, "-c", ANSWERS_500]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

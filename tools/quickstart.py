@@ -1,5 +1,4 @@
-"""The main job in five minutes: prepare real text, pretrain with ZeRO-3 on two processes, stop and resume once, score,
-sample.
+"""Show the main job in five minutes: prepare text, pretrain with ZeRO-3 on two processes, stop, resume, score, sample.
 
 Started by tools/quickstart.sh. Everything it does is a `megatrain` command that it prints first; the comparison with
 general-purpose compressors is the only code of its own.
@@ -29,7 +28,7 @@ PREPARE = ["data=python_stdlib", "data.name=quickstart", "tokenizer.vocab_size=2
 
 
 def main() -> int:
-    """Run the whole of it; returns the first exit code that is not 0."""
+    """Run all steps; return the first exit code that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="further overrides of the training command, e.g. train.steps=50")
     arguments = parser.parse_args()
@@ -56,12 +55,12 @@ def main() -> int:
 
 
 def say(text: str) -> None:
-    """A heading."""
+    """Print a heading."""
     print(f"\n== {text}", flush=True)
 
 
 def num_processes() -> int:
-    """One process a GPU, or two on the CPU."""
+    """Return one process per GPU, or two on the CPU."""
     listed = (
         subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if which("nvidia-smi")
@@ -72,12 +71,12 @@ def num_processes() -> int:
 
 
 def which(program: str) -> bool:
-    """Whether a program is on the path."""
+    """Return whether a program is on the path."""
     return any((Path(folder) / program).exists() for folder in os.environ.get("PATH", "").split(os.pathsep))
 
 
 def command(*words: str) -> list[str]:
-    """A megatrain command under this interpreter, printed as one would type it."""
+    """Return a megatrain command for this interpreter, and print it as a user would type it."""
     print("$ megatrain " + shlex.join(words), flush=True)
     return [sys.executable, "-m", "megatrain", *words]
 
@@ -109,7 +108,7 @@ def train_with_a_stop(train: list[str]) -> int:
 
 
 def total_steps(train: list[str]) -> int | None:
-    """`train.steps` of the resolved config."""
+    """Return `train.steps` of the resolved config."""
     import yaml
 
     shown = subprocess.run(
@@ -122,13 +121,13 @@ def total_steps(train: list[str]) -> int | None:
 
 
 def steps_done() -> int:
-    """Lines of the run's metrics so far."""
+    """Return the number of lines in the run's metrics so far."""
     metrics = RUN / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def evaluate() -> float | None:
-    """Bits per byte of the whole held-out split."""
+    """Return the bits per byte of the whole held-out split."""
     result = subprocess.run(command("evaluate", str(RUN)), stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         return None
@@ -136,7 +135,7 @@ def evaluate() -> float | None:
 
 
 def heldout_files() -> list[bytes]:
-    """The held-out files, decoded from the dataset: what the model was scored on."""
+    """Return the held-out files, decoded from the dataset: the text that the model was scored on."""
     from megatrain.data.tokenizer_loading import load_tokenizer
 
     tokenizer = load_tokenizer(DATASET / "tokenizer")
@@ -148,7 +147,7 @@ def heldout_files() -> list[bytes]:
 
 
 def summary(bits: float, seconds: float) -> None:
-    """The scores side by side, and where everything is."""
+    """Print the scores side by side and where every result is."""
     files = heldout_files()
     size = sum(map(len, files))
     whole = b"".join(files)

@@ -1,5 +1,5 @@
-# Makes .venv and installs the project into it. Sourced by test.sh and quickstart.sh, which say what runs then.
-# A second start finds .venv as it should be and installs nothing.
+# Makes .venv and installs the project into it. Sourced by test.sh and quickstart.sh.
+# If .venv is up to date, it installs nothing.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

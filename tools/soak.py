@@ -434,7 +434,7 @@ def main() -> int:
             words.append("tracking=none")
         soak = Soak(folder, [*words, "run.name=soak"], proxy, random.Random(seed), arguments.mean)
         if not soak.has_disk:
-            print("not root: no disk that refuses")
+            print("not root: the read-only disk is left out")
         soak.run(arguments.minutes)
         steps = len(metrics(folder, "soak"))
         print(f"{steps} steps in {soak.wall_s:.0f} s; now the same undisturbed", flush=True)

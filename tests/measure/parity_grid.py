@@ -3,8 +3,8 @@
     python tests/measure/parity_grid.py --world 2 4 --family gpt2
     python tests/measure/parity_grid.py --world 8 --sample 40
 
-The cells come from the table of layouts. A cell is what tests/parity/test_layouts.py runs: ten steps with an uneven
-number of ignored labels. The exit code is 1 if a cell deviates, fails or hangs.
+The cells come from the table of layouts. A cell is what tests/parity/test_layouts.py runs: a few steps with an
+uneven number of ignored labels. The exit code is 1 if a cell deviates, fails or hangs.
 """
 
 from __future__ import annotations

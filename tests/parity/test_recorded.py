@@ -1,6 +1,6 @@
 """Results and checkpoints of commit 4e48b57 still hold: ten steps of four layouts, and a resume from a checkpoint.
 
-`recorded/ten_steps.json` was written at that commit by `support.jobs.parity_steps` (numbers as hexadecimal floats). On the
+`support.jobs.parity_steps` wrote `recorded/ten_steps.json` at that commit (numbers as hexadecimal floats). On the
 processor and torch that they were recorded with, results are equal to the bit; elsewhere kernels round differently,
 and the tolerance of the parity tests applies. `recorded/old_run/` is a dataset and two runs of two ranks (native,
 ZeRO-2; DeepSpeed, ZeRO-3), each with its checkpoint of step 4 and the metrics of all eight steps.
