@@ -6,7 +6,7 @@
 
 Peers: `bare-eager` and `bare-compiled`, the least PyTorch that trains megatrain's own model class; `huggingface`, the
 Trainer of transformers over its model of the same shape; `litgpt`, its own pretraining loop over its model of the same
-shape. Each turn is a process of its own, on random tokens in a temporary folder. A turn's figure is the median time of
+shape. Each turn is a separate process, on random tokens in a temporary folder. A turn's figure is the median time of
 its steps without the warm-up; the verdict is the median, over the rounds, of the ratios of megatrain's turn to the
 peer's in the same round, with an interval that holds the true median with 95% probability.
 
@@ -48,7 +48,7 @@ from turns import (
 
 
 def main() -> int:
-    """Compare; 1 where a turn failed or megatrain could be compared with nobody, 2 where the job is refused."""
+    """Compare. Return 1 if a turn failed or there was no peer to compare with, 2 if the job is refused."""
     arguments = parse()
     if arguments.setup:
         return setup(arguments.peers)
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="preset of conf/model (default tiny)")
     parser.add_argument(
@@ -109,12 +109,12 @@ def parse() -> argparse.Namespace:
 
 
 def words(text: str) -> list[str]:
-    """A comma-separated list."""
+    """Split a comma-separated list."""
     return [word for word in text.split(",") if word]
 
 
 def setup(peers: list[str]) -> int:
-    """Make the environments of the foreign ones among the peers."""
+    """Make the environments of those peers that need their own."""
     failed = 0
     for peer in (peer for peer in peers if peer in FOREIGN):
         try:
@@ -127,7 +127,7 @@ def setup(peers: list[str]) -> int:
 
 
 def train_words(arguments: argparse.Namespace, device: str) -> list[str]:
-    """Overrides of the train command: native engine, one process, nothing saved or evaluated inside the timed steps."""
+    """Return overrides of the train command: native engine, one process, no save or evaluation in the timed steps."""
     return [
         f"model={arguments.model}", "engine=native", f"precision={arguments.precision}", f"launch.device={device}",
         f"compile={str(arguments.compile).lower()}", f"train.steps={arguments.steps}",
@@ -137,7 +137,7 @@ def train_words(arguments: argparse.Namespace, device: str) -> list[str]:
 
 
 def compare(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Take all turns; everything there is to write down.
+    """Take all turns and return the whole result.
 
     Raises:
         TurnFailed: the job is refused, or megatrain itself fails.
@@ -192,7 +192,7 @@ def compare(arguments: argparse.Namespace, folder: Path, say: Callable[[str], No
 
 
 def same_build(peer: str, own: dict[str, Any]) -> dict[str, str]:
-    """A peer's versions. Raises `TurnFailed` where it is missing or runs on another build of torch."""
+    """Return a peer's versions. Raise `TurnFailed` if it is missing or has another build of torch."""
     versions: dict[str, str] = probe(peer)["versions"]
     if versions["torch"] != own["versions"]["torch"]:
         raise TurnFailed(
@@ -203,8 +203,10 @@ def same_build(peer: str, own: dict[str, Any]) -> dict[str, str]:
 
 
 def ratios(turns: list[Turn], peer: str) -> dict[str, Any]:
-    """megatrain's tokens/s over a peer's, for the median step and for the whole time between steps: each round's ratio
-    and their median with its interval."""
+    """Return the ratios of megatrain's tokens/s to a peer's, for the median step and for the whole time between steps.
+
+    Each is given as every round's ratio, and the median of these with its interval.
+    """
     ours = {turn.round: turn for turn in turns if turn.contender == "megatrain"}
     theirs = [turn for turn in turns if turn.contender == peer]
     found = {}
@@ -218,7 +220,7 @@ def ratios(turns: list[Turn], peer: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line a contender: medians over its turns, and megatrain's tokens/s over its."""
+    """Return one line per contender: medians over its turns, and the ratio of megatrain's tokens/s to its own."""
     on_gpu = result["device"] == "cuda"
     lines = [
         f"| | ms a step | tokens/s | s to the end of the first step | peak {'GPU memory' if on_gpu else 'RSS'}, MiB "
@@ -239,13 +241,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def interval(found: dict[str, Any]) -> str:
-    """A ratio with its interval, and how sure that is where it is not 95%."""
+    """Format a ratio with its interval, and the interval's coverage if it is below 95%."""
     median = Median(**{name: value for name, value in found.items() if name != "each"})
     return str(median) + (f" ({median.coverage:.0%})" if median.coverage < 0.95 else "")
 
 
 def caption(result: dict[str, Any]) -> str:
-    """What was measured, where and when."""
+    """Describe what was measured, where and when."""
     job, where = result["job"], result["machine"]
     rounds = max(turn["round"] for turn in result["turns"])
     versions = {name: value for found in result["versions"].values() for name, value in found.items()}

@@ -1,8 +1,8 @@
-"""Everything that one GPU can tell, in under ten minutes, and a table against the goals: see gpu_suite.sh.
+"""Measure all goals that need one GPU, in under ten minutes, and print a table of results (see gpu_suite.sh).
 
-Each row is measured by itself: what fails, does not fit, is not built yet or has no time left is a line "not measured:
-why". What a row runs stands in `rows`; `--small` runs the rows at toy sizes on the CPU, where the GPU's goals mean
-nothing.
+Each row is measured independently. One that fails, does not fit, is not built yet or has no time left becomes a line
+"not measured: why". `rows` lists them. `--small` runs them at toy sizes on the CPU, where the GPU's goals do not
+apply.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from turns import (
 )
 
 PEAK = 989e12
-"""FLOP/s that the goals' MFU is of: an H100 SXM's dense bf16."""
+"""FLOP/s to which the MFU goals refer: dense bf16 on an H100 SXM."""
 
 
 @dataclass
 class Line:
-    """A line of the table; `value` is None where nothing was measured, and `note` says why."""
+    """A line of the table. If nothing was measured, `value` is None and `note` says why."""
 
     what: str
     value: float | None
@@ -52,14 +52,14 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is reached; empty where there is none or nothing was measured."""
+        """Return whether the goal is reached; empty if there is no goal or no measurement."""
         if self.value is None or self.goal is None:
             return ""
         return "reached" if self.value >= self.goal else "missed"
 
 
 class Suite:
-    """The rows, one after another, within a budget of time."""
+    """Runs the rows one after another within a time budget."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.small, self.folder, self.rounds = arguments.small, folder, arguments.rounds
@@ -69,7 +69,7 @@ class Suite:
         self.turns: list[Turn] = []
 
     def run(self, name: str, measure: Callable[[], list[Line]]) -> list[Line]:
-        """A row's lines, or one that says why there are none."""
+        """Return a row's lines, or one line that says why there are none."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             return [Line(name, None, "", note="the time was up")]
@@ -80,7 +80,7 @@ class Suite:
             return [Line(name, None, "", note=str(error))]
 
     def job(self, name: str, words: list[str], chain: bool = False) -> dict[str, Any]:
-        """Prepare a job in a folder of its own."""
+        """Prepare a job in its own folder."""
         place = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
         defaults = ["engine=native", f"launch.device={self.device}", "optim.schedule=constant", "checkpoint.every=0"]
         if find_spec("mlflow") is None:  # its absence would be waited for
@@ -88,7 +88,7 @@ class Suite:
         return prepare(place, [*defaults, *words], self.device, chain)
 
     def turn(self, contender: str, job: dict[str, Any], warmup: int) -> Turn:
-        """One turn, said and kept."""
+        """Take one turn, print it and keep it."""
         turn = take_turn(contender, 1 + len(self.turns), job, self.folder, usable_cores(), warmup)
         self.turns.append(turn)
         print(
@@ -99,14 +99,14 @@ class Suite:
         return turn
 
     def need_gpu(self) -> None:
-        """Raises `TurnFailed` on a CPU, unless toy sizes are asked for."""
+        """Raise `TurnFailed` on a CPU, unless toy sizes were requested."""
         if self.device == "cpu" and not self.small:
             raise TurnFailed("torch finds no GPU here")
 
     # ------------------------------------------------------------------------------------------- rows
 
     def against_bare(self) -> list[Line]:
-        """gpt2_124m: tokens/s, and megatrain beside a bare loop that is compiled as a whole."""
+        """Measure gpt2_124m: tokens/s, and megatrain against a bare loop with the whole model compiled."""
         self.need_gpu()
         sizes = ["model=gpt2_124m", "precision=bf16", "compile=true", *loop(30, 64, 32, 1024)]
         if self.small:
@@ -133,7 +133,7 @@ class Suite:
     def utilisation(
         self, name: str, words: list[str], goal: float | None, rate_goal: float | None = None
     ) -> list[Line]:
-        """MFU (of PEAK) or tokens/s of one model."""
+        """Measure the MFU (relative to PEAK) or the tokens/s of one model."""
         self.need_gpu()
         if self.small:
             raise TurnFailed("only on a GPU")
@@ -147,14 +147,14 @@ class Suite:
         return [Line(f"{name}: MFU", mfu, f"{mfu:.1%} ({turn.tokens_per_s:,.0f} tokens/s{memory})", goal)]
 
     def eight_billion(self, fp8: bool) -> list[Line]:
-        """llama_8b with bf16 moments, and in fp8."""
+        """Measure llama_8b with bf16 moments, and in fp8."""
         name = f"llama_8b{' in fp8' if fp8 else ''}, T=2048, bf16 moments"
         words = ["model=llama_8b", f"precision={'fp8' if fp8 else 'bf16'}", "compile=true", "optim.moments=bf16"]
         words += ["checkpoint.memory_every=0", *loop(5, 16, 2, 2048)]
         return self.utilisation(name, words, 0.46, 10_900.0 if fp8 else None)
 
     def kernels(self) -> list[Line]:
-        """The kernels' own benchmark, if it is there: its output is shown above the table."""
+        """Run the kernels' benchmark, if it exists; its output is printed above the table."""
         script = HERE / "kernels.py"
         if not script.exists():
             raise TurnFailed("tools/bench/kernels.py does not exist yet")
@@ -168,7 +168,7 @@ class Suite:
         return [Line("kernels: see above", 1.0, last_line(done.stdout)[:60])]
 
     def losses(self) -> list[Line]:
-        """The losses of a small Llama in bf16 with all that is fast, against fp32 and the reference operations."""
+        """Compare a small Llama's losses in bf16, with every fast option on, with fp32 and the reference operations."""
         self.need_gpu()
         steps = 12 if self.small else 200
         sizes = [
@@ -187,7 +187,7 @@ class Suite:
         return [Line(f"bf16 losses off the fp32 reference's, {steps} steps, relative", max(apart), shown)]
 
     def rows(self) -> list[tuple[str, Callable[[], list[Line]]]]:
-        """Name and measurement of each row, the most wanted first."""
+        """Return each row's name and measurement, the most important first."""
         large = [
             "model=gpt2_1558m",
             "precision=bf16",
@@ -206,7 +206,7 @@ class Suite:
 
 
 def loop(steps: int, batch: int, micro_batch: int, seq_len: int) -> list[str]:
-    """The loop's sizes as overrides."""
+    """Return the loop's sizes as overrides."""
     return [
         f"train.steps={steps}", f"train.global_batch_size={batch}", f"train.micro_batch_size={micro_batch}",
         f"train.seq_len={seq_len}",
@@ -214,7 +214,7 @@ def loop(steps: int, batch: int, micro_batch: int, seq_len: int) -> list[str]:
 
 
 def table(lines: list[Line]) -> str:
-    """The short table."""
+    """Format the table."""
     rows = ["| what | measured | goal | |", "| --- | ---: | ---: | --- |"]
     for line in lines:
         goal = "" if line.goal is None else f"{line.goal:,.0f}" if line.goal > 100 else f"{line.goal:g}"

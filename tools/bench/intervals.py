@@ -1,5 +1,4 @@
-"""The median of a few measurements and an interval for it that assumes nothing about their distribution. Imports no
-torch."""
+"""The median of a few measurements, with a distribution-free confidence interval. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Median:
-    """A median between two of the measured values; `coverage` is the probability with which such an interval holds the
-    true median."""
+    """A median with an interval between two measured values.
+
+    `coverage` is the probability that such an interval contains the true median.
+    """
 
     value: float
     low: float
@@ -25,12 +26,12 @@ class Median:
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> Median:
-    """The median of independent measurements with its interval by order statistics.
+    """Return the median of independent measurements, with an interval from order statistics.
 
-    Each value lies below the true median with probability 1/2, so that the k-th smallest and the k-th largest of n hold
-    it between them with probability `1 - 2 P(Binomial(n, 1/2) < k)` (David and Nagaraja, Order Statistics, 2003, 7.1).
-    The narrowest such pair that reaches `level` is taken. Fewer than six values reach 95% with none: then it is the
-    smallest and the largest, and `coverage` says how little that is.
+    Each value is below the true median with probability 1/2, so the k-th smallest and the k-th largest of n enclose it
+    with probability `1 - 2 P(Binomial(n, 1/2) < k)` (David and Nagaraja, Order Statistics, 2003, 7.1).
+    The narrowest such pair that reaches `level` is used. With fewer than six values no pair reaches 95%; then the
+    interval is from the smallest to the largest, and `coverage` is lower.
 
     Raises:
         ValueError: no values.
@@ -43,6 +44,6 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> Median:
 
 
 def coverage(n: int, k: int) -> float:
-    """Probability that the median lies between the k-th smallest and the k-th largest of n values."""
+    """Return the probability that the median lies between the k-th smallest and the k-th largest of n values."""
     below = sum(math.comb(n, i) for i in range(k))
     return max(0.0, 1 - 2 * below / 2**n)

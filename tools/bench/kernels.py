@@ -1,17 +1,13 @@
-"""The fused kernels beside the plain operations, torch.compile's and Liger-Kernel's: errors, time, share of the copy
-bandwidth.
+"""Compare the fused kernels with the plain operations, torch.compile and Liger-Kernel: errors, time and bandwidth.
 
-    python tools/bench/kernels.py                 # a GPU: times at a Llama 8B's sizes, and errors
-    python tools/bench/kernels.py --head          # a CPU too: head and loss in chunks against the plain form, time and
-    memory
-    python tools/bench/kernels.py --linear        # a CPU: linear layers in fp32 by oneDNN against torch's own, and in
-    bf16
+    python tools/bench/kernels.py             # GPU: times at the sizes of a Llama 8B, and errors
+    python tools/bench/kernels.py --head      # GPU or CPU: time and memory of head and loss, in chunks and plain
+    python tools/bench/kernels.py --linear    # CPU: linear layers in fp32 by oneDNN and by torch's default, and in bf16
 
 Errors are norm-wise (largest difference over the largest exact value) against float64, outputs and gradients together.
-Times are of forward and backward together, of a CUDA graph that holds both (so that the host's share is left out), each
-form in turns, medians; the floor is what a kernel must read and write at the bandwidth that a copy of 1 GiB reaches in
-the same run. Without a GPU Triton's interpreter gives the errors, at small sizes, and no time is measured: it would be
-the interpreter's.
+Times are medians of forward and backward together, in one CUDA graph (which leaves out the host's time), with the forms
+in turns. The bandwidth column compares what a kernel must at least read and write with the bandwidth of a 1 GiB copy in
+the same run. Without a GPU, Triton's interpreter gives the errors at small sizes, and no times are measured.
 """
 
 from __future__ import annotations
@@ -67,9 +63,9 @@ class FusedLossInPlace(torch.autograd.Function):
 class Operation:
     """One operation at one size.
 
-    `inputs` are made anew for each dtype; `numbers` is how many of them, in units of the largest input, forward and
-    backward must read and write at least; `liger` is Liger-Kernel's form, if it has one. `constants` come behind the
-    inputs, fp32 and without gradients; `exact` is the formula for float64, where the plain form rounds to fp32 inside.
+    `inputs` are made anew for each dtype. `numbers` is the least that forward and backward must read and write, in
+    units of the largest input. `liger` is Liger-Kernel's form, if any. `constants` follow the inputs, in fp32 and
+    without gradients. `exact` is the formula for float64, if the plain form rounds to fp32 inside.
     """
 
     name: str
@@ -83,7 +79,7 @@ class Operation:
 
 
 def operations(small: bool) -> list[Operation]:
-    """What is measured: a Llama 8B's sizes, 8,192 tokens; or small ones."""
+    """Return the operations to measure, at the sizes of a Llama 8B with 8,192 tokens, or at small sizes."""
     rows, width, ffn, vocab = (64, 1000, 1000, 5003) if small else (8192, 4096, 14336, 128256)
     heads, kv_heads, head_dim = (4, 2, 16) if small else (32, 8, 128)
     some = rows // 4
@@ -172,13 +168,13 @@ def operations(small: bool) -> list[Operation]:
 
 
 def ready(operation: Operation, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Arguments on the device; floating inputs in `dtype`, wanting gradients."""
+    """Return the arguments on the device; floating-point inputs in `dtype`, with gradients."""
     moved = [t.to(DEVICE, dtype, copy=True).requires_grad_() if t.is_floating_point() else t.to(DEVICE) for t in inputs]
     return [*moved, *(t.to(DEVICE) for t in operation.constants())]
 
 
 def run(form: Callable[..., Any], given: Sequence[Tensor], grads: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Outputs and gradients, for `grads` of the outputs (ones unless given)."""
+    """Return outputs and gradients, for `grads` of the outputs (default: ones)."""
     outputs = form(*given)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [t for t in given if t.requires_grad]
@@ -187,7 +183,7 @@ def run(form: Callable[..., Any], given: Sequence[Tensor], grads: Sequence[Tenso
 
 
 def graphed(form: Callable[..., Any], given: Sequence[Tensor]) -> Callable[[], None]:
-    """Forward and backward as a CUDA graph; call it to have it done once."""
+    """Capture forward and backward in a CUDA graph; each call of the result runs it once."""
     with torch.no_grad():
         outputs = form(*given)
     grads = [torch.randn_like(y) for y in ([outputs] if isinstance(outputs, Tensor) else outputs)]
@@ -204,7 +200,7 @@ def graphed(form: Callable[..., Any], given: Sequence[Tensor]) -> Callable[[], N
 
 
 def error(operation: Operation, form: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """Of a form in `dtype` against float64 on the same rounded inputs."""
+    """Return a form's error in `dtype` against float64 on the same rounded inputs."""
     given = ready(operation, inputs, dtype)
     doubled = [t.detach().double().requires_grad_() if t.requires_grad else t for t in given]
     exact, found = run(operation.exact or operation.plain, doubled), run(form, given)
@@ -215,7 +211,7 @@ def error(operation: Operation, form: Callable[..., Any], inputs: Sequence[Tenso
 
 
 def median_ms(forms: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Milliseconds of each form, in turns, by the device's own clock."""
+    """Return the milliseconds of each form, in turns, by CUDA events."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():
         for _ in range(3):
@@ -233,14 +229,14 @@ def median_ms(forms: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes."""
+    """Return the bytes per second that a copy of 1 GiB reads and writes."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * 2**30 / (median_ms({"copy": lambda: target.copy_(source)})["copy"] / 1e3)
 
 
 def speed(operation: Operation, bandwidth: float) -> list[str]:
-    """bf16: milliseconds of each form and the fused one's share of the bandwidth."""
+    """Return the milliseconds of each form in bf16, and the fused form's share of the bandwidth."""
     torch.compiler.reset()
     with DEVICE:  # drawing them on the host takes seconds
         given = ready(operation, operation.inputs(), torch.bfloat16)
@@ -267,7 +263,7 @@ def speed(operation: Operation, bandwidth: float) -> list[str]:
 
 
 def kernels() -> None:
-    """The table of all operations."""
+    """Print the table of all operations."""
     bandwidth = copy_bandwidth() if HAS_GPU else None
     if bandwidth:
         print(f"copy: {bandwidth / 1e9:,.0f} GB/s on {torch.cuda.get_device_name()}")
@@ -290,7 +286,7 @@ def kernels() -> None:
 
 
 def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int) -> tuple[float, int]:
-    """One form of head and loss: median seconds, and the peak of what it adds to the memory."""
+    """Measure one form of head and loss: median seconds, and the peak of additional memory."""
     dtype = torch.bfloat16 if HAS_GPU else torch.float32
     x = torch.randn(rows, width, device=DEVICE, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, device=DEVICE, dtype=dtype).div_(width**0.5).requires_grad_()
@@ -317,7 +313,7 @@ def head_turn(name: str, rows: int, width: int, vocab: int, rounds: int) -> tupl
 
 
 def head_turn_apart(*arguments: Any) -> tuple[float, int]:
-    """`head_turn`; on a CPU in a process of its own, for only a new one tells its peak."""
+    """Run `head_turn`, on a CPU in a new process, because peak memory is per process."""
     if HAS_GPU:
         return head_turn(*arguments)
     spawn = multiprocessing.get_context("spawn")
@@ -326,7 +322,7 @@ def head_turn_apart(*arguments: Any) -> tuple[float, int]:
 
 
 def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
-    """Head and loss, forward and backward, the forms in turns."""
+    """Measure head and loss, forward and backward, the forms in turns."""
     print(
         f"head and loss, {rows} tokens, width {width}, vocabulary {vocab}, {DEVICE}, {torch.get_num_threads()} threads"
     )
@@ -348,7 +344,7 @@ def head(rows: int, width: int, vocab: int, turns: int, rounds: int) -> None:
 
 
 def linear_layers(tokens: int, sizes: Sequence[tuple[int, int]], turns: int) -> None:
-    """Linear layers on a CPU, forward and backward, the forms in turns; errors against float64."""
+    """Measure linear layers on a CPU, forward and backward, the forms in turns; errors against float64."""
     print(f"linear layers, {tokens} tokens, {torch.get_num_threads()} threads; oneDNN preferred: {prefers_onednn()}")
     print(
         "| inputs x outputs | torch, ms | oneDNN, ms | torch in bf16, ms | torch's over oneDNN's "
@@ -395,7 +391,7 @@ def linear_layers(tokens: int, sizes: Sequence[tuple[int, int]], turns: int) -> 
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", action="store_true", help="head and loss alone")
     parser.add_argument("--linear", action="store_true", help="linear layers alone, on a CPU")

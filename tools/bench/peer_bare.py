@@ -1,6 +1,6 @@
-"""The least that trains megatrain's model: batches from memory, forward, backward, clip, fused AdamW, the loss read
-once a step. `form` of the job is `eager`, or `compiled` for torch.compile over the whole model. bf16 is autocast over
-fp32 parameters."""
+"""A minimal loop that trains megatrain's model: batches from memory, forward, backward, clip, fused AdamW, and the loss
+read once per step. The job's `form` is `eager`, or `compiled` for torch.compile over the whole model. bf16 is autocast
+over fp32 parameters."""
 
 from __future__ import annotations
 

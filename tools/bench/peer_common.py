@@ -1,5 +1,5 @@
-"""What the peers' processes share: the job they are given, the tokens, and how they report. Imports nothing of
-megatrain, for a peer may live in an environment of its own."""
+"""What the peers' processes share: the job, the tokens, and the report. Imports nothing of megatrain, because a peer
+may have its own environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Job:
-    """`job.json`: what to train, on what and how long."""
+    """The contents of `job.json`: the model, the data and the number of steps."""
 
     def __init__(self, path: Path) -> None:
         self.values: dict[str, Any] = json.loads(path.read_text())
@@ -29,11 +29,11 @@ class Job:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches a step."""
+        """Return the number of micro-batches per step."""
         return int(self.global_batch // self.micro_batch)
 
     def window(self, number: int) -> Tensor:
-        """The `seq_len + 1` tokens of a sample, int64."""
+        """Return the `seq_len + 1` tokens of a sample, int64."""
         start = number % self.num_windows * self.seq_len
         return torch.from_numpy(np.asarray(self.ids[start : start + self.seq_len + 1], dtype=np.int64))
 
@@ -52,7 +52,7 @@ def run(loop: Callable[[Job], dict[str, Any]]) -> None:
 
 
 def now(device: str) -> float:
-    """time.monotonic(), once the device has done what it was given."""
+    """Return time.monotonic() once the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.monotonic()

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 
 class Tokens(torch.utils.data.Dataset):
-    """The job's samples, in order."""
+    """The job's samples in order."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -27,7 +27,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 class Clock(TrainerCallback):
-    """When each step ended, and its loss."""
+    """Records when each step ended, and its loss."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -43,8 +43,8 @@ class Clock(TrainerCallback):
 
 
 def build(shape: dict[str, Any]) -> torch.nn.Module:
-    """GPT2LMHeadModel where positions are learned, LlamaForCausalLM where they rotate, Qwen3ForCausalLM with query
-    norms."""
+    """Return a GPT2LMHeadModel for learned positions, a LlamaForCausalLM for rotary ones, with query norms a
+    Qwen3ForCausalLM."""
     common = {
         "vocab_size": shape["vocab_size"],
         "tie_word_embeddings": shape["tie_embeddings"],

@@ -1,8 +1,8 @@
-"""litgpt's own pretraining (`litgpt.pretrain.setup`) over its model of the same shape: its loop, its Fabric, its
-optimizer set-up and its CSV logger; only the data module is ours, and the checkpoint at the end is left out.
+"""litgpt's own pretraining (`litgpt.pretrain.setup`) over its model of the same shape: its loop, Fabric, optimizer
+set-up and CSV logger. Only the data module is ours, and the checkpoint at the end is left out.
 
-It compiles its model always; where the job does not compile, TORCHDYNAMO_DISABLE=1 is set for it. bf16 is its
-`bf16-mixed` (autocast over fp32 parameters). It has no learned positions: the GPT-2 family's are rotary here.
+litgpt always compiles its model; if the job does not compile, TORCHDYNAMO_DISABLE=1 is set. bf16 is its `bf16-mixed`
+(autocast over fp32 parameters). It has no learned positions, so the GPT-2 family uses rotary ones here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Samples from one on; notes when the first sample of each step is asked for, which is when the step before
-    ended."""
+    """Samples from a given one on. Records when each step's first sample is requested: the previous step ended then."""
 
     def __init__(self, job: Job, num_samples: int) -> None:
         self.job = job
@@ -40,7 +39,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 class Random(DataModule):
-    """The job's samples in order, a step more than are trained on: its beginning is the last one's end."""
+    """The job's samples in order, and one more step, whose first request marks the end of the last trained step."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class Random(DataModule):
         self.samples = Tokens(job, (job.steps + 1) * job.global_batch)
 
     def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
-        """Nothing: the job says it all."""
+        """Do nothing: the job has all that is needed."""
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.samples, batch_size=self.job.micro_batch)
@@ -58,7 +57,7 @@ class Random(DataModule):
 
 
 def shape(model: dict[str, Any], seq_len: int) -> Config:
-    """litgpt's config for our model."""
+    """Return litgpt's config for our model."""
     gated = model["activation"] == "swiglu"
     return Config(
         name="bench",

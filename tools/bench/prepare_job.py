@@ -23,7 +23,7 @@ VOCABULARY = 8192
 """The vocabulary if the config leaves it to a tokenizer."""
 
 DOCUMENT = 1000
-"""Tokens a document."""
+"""Tokens per document."""
 
 MOST_TOKENS = 2**25
 """The dataset's size limit; a longer job reads the tokens more than once."""

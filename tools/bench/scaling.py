@@ -1,10 +1,12 @@
-"""What data parallelism costs on one machine: two independent one-thread jobs side by side, half of the batch each and
-nothing communicated, against `megatrain train` on two ranks with the whole batch, a thread each. In turns, A B A B …
+"""Measure what data parallelism costs on one machine.
+
+Two independent one-thread jobs run side by side, each with half of the batch and without communication. They alternate
+(A B A B …) with `megatrain train` on two ranks with the whole batch and one thread each.
 
     python tools/bench/scaling.py --model small --seq-len 256 --batch 16 --micro-batch 4 --zero 1
 
-Both load the machine alike, so that the ratio of step times, the efficiency, is what communication and splitting cost.
-A turn's figure is the median step time; of the two independent jobs, the mean of both medians.
+Both load the machine equally, so the ratio of step times, the efficiency, shows the cost of communication and sharding.
+A turn's figure is the median step time; for the two independent jobs it is the mean of both medians.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ GOAL = 0.85
 
 
 def main() -> int:
-    """Measure; 2 where the job is refused or fails."""
+    """Measure. Return 2 if the job is refused or fails."""
     arguments = parse()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
@@ -47,7 +49,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="preset of conf/model (default small)")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of turns (default 10)")
@@ -77,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Take all turns; everything there is to write down. Raises `TurnFailed`."""
+    """Take all turns and return the whole result. Raise `TurnFailed` if one fails."""
     own = probe("megatrain")
     words = [
         f"model={arguments.model}", "engine=native", f"precision={arguments.precision}", "launch.device=cpu",
@@ -126,7 +128,7 @@ def side_by_side(
     number: int,
     name: str,
 ) -> list[Turn]:
-    """So many jobs at once; a turn each. Raises `TurnFailed`."""
+    """Run several jobs at once and return a turn for each. Raise `TurnFailed` if one fails."""
     places = [Path(tempfile.mkdtemp(dir=folder)) for _ in range(count)]
     started = [MegatrainProcess(job, place, arguments.threads, extra) for place in places]
     turns, failure = [], None

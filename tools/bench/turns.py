@@ -1,6 +1,6 @@
-"""Contenders of a comparison, each turn a process of its own: how it is started, what it is asked, what came of it.
+"""The contenders of a comparison: start each turn as a separate process, and collect its figures.
 
-Imports no torch: the process that starts the others stays small, or its size would show in their peak memory.
+Imports no torch, so the parent process stays small; its size would show in the children's peak memory.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ import psutil
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / ".venv-bench"
-"""Environments of the peers that do not live in megatrain's own, one each: they ask for different versions of the
-same."""
+"""Environments of the peers that cannot share megatrain's, one each: they need different versions of the same
+packages."""
 
 BARE = ("bare-eager", "bare-compiled")
 FOREIGN = {"huggingface": ("transformers", "accelerate"), "litgpt": ("litgpt", "lightning", "torchmetrics")}
-"""Peers with an environment of their own, and the packages they need beside torch."""
+"""Peers with their own environment, and the packages that they need besides torch."""
 
 PEERS = (*BARE, *FOREIGN)
-"""What megatrain is compared with."""
+"""The peers that megatrain is compared with."""
 
 PROBE = """
 import importlib.metadata as metadata, json, sys, torch
@@ -52,7 +52,7 @@ print(json.dumps({"versions": versions, "missing": missing, "gpu": gpu, "cuda": 
 
 
 class TurnFailed(Exception):
-    """A turn that gave no figures; the message says why."""
+    """Raised when a turn gave no figures; the message says why."""
 
 
 @dataclass
@@ -60,9 +60,8 @@ class Turn:
     """One process's figures. Times in seconds, memory in bytes.
 
     `step_s` is the median over the timed steps; `whole_step_s` is their mean with everything between them (metrics
-    written, copies, saves). `first_step_s` reaches from the start of the process to the end of the first step.
-    `peak_rss_bytes` is of its largest process, up to where it was cut short; None where nobody
-    could tell. `step_times` leaves nothing out.
+    written, copies, saves). `first_step_s` is from the start of the process to the end of the first step.
+    `peak_rss_bytes` is that of its largest process, until it was stopped; None if unknown. `step_times` has every step.
     """
 
     contender: str
@@ -81,17 +80,17 @@ class Turn:
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter that runs a contender."""
+    """Return the interpreter that runs a contender."""
     if peer not in FOREIGN:
         return Path(sys.executable)
     return ENVIRONMENTS / peer / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
 def probe(peer: str) -> dict[str, Any]:
-    """What a contender's environment has: `versions`, `gpu` (its name, or None) and `cuda`.
+    """Return what a contender's environment has: `versions`, `gpu` (its name, or None) and `cuda`.
 
     Raises:
-        TurnFailed: the environment or one of its packages is missing, and how to make it.
+        TurnFailed: the environment or one of its packages is missing; the message says how to make it.
     """
     python = python_of(peer)
     how = f"make its environment with: python {(HERE / 'compare.py').relative_to(ROOT)} --setup --peers {peer}"
@@ -110,7 +109,7 @@ def make_environment(peer: str) -> None:
     """Make a foreign peer's environment from its requirements, with the build of torch that megatrain runs on.
 
     Raises:
-        TurnFailed: pip failed; the end of its output.
+        TurnFailed: pip failed; the message is the end of its output.
     """
     folder, torch = ENVIRONMENTS / peer, metadata.version("torch")
     print(f"making {folder.relative_to(ROOT)} with torch {torch} and {HERE.name}/peers_{peer}.txt", flush=True)
@@ -130,7 +129,7 @@ def make_environment(peer: str) -> None:
 
 
 def prepare(folder: Path, words: list[str], device: str, chain: bool = False) -> dict[str, Any]:
-    """Have the tokens and the job written into a folder; the words are overrides of the train command.
+    """Write the tokens and the job to a folder; `words` are overrides of the train command.
 
     Raises:
         TurnFailed: the train command would refuse the words.
@@ -143,7 +142,7 @@ def prepare(folder: Path, words: list[str], device: str, chain: bool = False) ->
 
 
 def environ(threads: int, device: str, **more: str) -> dict[str, str]:
-    """The environment of a turn: its threads, and no GPU where the CPU is measured."""
+    """Return the environment variables of a turn: its threads, and no GPU if the CPU is measured."""
     number = str(threads)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH")) if part)
@@ -161,10 +160,10 @@ def environ(threads: int, device: str, **more: str) -> dict[str, str]:
 
 
 def take_turn(contender: str, number: int, job: dict[str, Any], folder: Path, threads: int, warmup: int) -> Turn:
-    """Run one contender once. With `cut` in the job megatrain is killed once the steps are done: it does not save then.
+    """Run one contender once. With `cut` in the job, megatrain is killed after the last step, before it saves.
 
     Raises:
-        TurnFailed: its process failed, or gave too few steps.
+        TurnFailed: its process failed, or reported too few steps.
     """
     scratch = Path(tempfile.mkdtemp(prefix=f"{contender}-", dir=folder))
     try:
@@ -177,7 +176,7 @@ def take_turn(contender: str, number: int, job: dict[str, Any], folder: Path, th
 
 @dataclass
 class MegatrainProcess:
-    """`megatrain train` of a job, started; `turn` waits for it."""
+    """A running `megatrain train` of a job; `turn` waits for it."""
 
     job: dict[str, Any]
     scratch: Path
@@ -194,7 +193,7 @@ class MegatrainProcess:
         self.process = Started(command, self.scratch, environ(self.threads, self.job["device"]))
 
     def turn(self, number: int, warmup: int) -> Turn:
-        """Its figures: what metrics.jsonl says of each step. `tokens_per_s` is of this process's own job."""
+        """Return its figures, from metrics.jsonl. `tokens_per_s` is that of this process's job only."""
         run = self.scratch / "run"
         cut = self.job.get("cut") and self._cut(run / "metrics.jsonl")
         peak = self.process.wait("megatrain", killed=bool(cut))
@@ -208,7 +207,7 @@ class MegatrainProcess:
         )  # fmt: skip
 
     def _cut(self, metrics: Path) -> bool:
-        """Kill the run once its steps are written; whether that was needed. Its ranks die with it."""
+        """Kill the run, and with it its ranks, once its steps are written; return whether that was necessary."""
         try:
             while self.process.is_running():
                 if metrics.exists() and len(metrics.read_bytes().splitlines()) > self.job["steps"]:
@@ -224,12 +223,12 @@ class MegatrainProcess:
 
 
 def megatrain_turn(number: int, job: dict[str, Any], scratch: Path, threads: int, warmup: int) -> Turn:
-    """`megatrain train`, everything switched on that a user has on."""
+    """Run `megatrain train` with everything on that a user has on."""
     return MegatrainProcess(job, scratch, threads).turn(number, warmup)
 
 
 def peer_turn(contender: str, number: int, job: dict[str, Any], scratch: Path, threads: int, warmup: int) -> Turn:
-    """A peer's loop in its own environment."""
+    """Run a peer's loop in its own environment."""
     kind, _, form = contender.partition("-")
     file = scratch / "job.json"
     file.write_text(json.dumps({**job, "form": form, "scratch": str(scratch)}))
@@ -251,7 +250,7 @@ def figures(
     contender: str, number: int, job: dict[str, Any], warmup: int, times: list[float], ends: list[float], began: float,
     peak_rss: int | None, peak_device: int | None, losses: list[float],
 ) -> Turn:  # fmt: skip
-    """A turn from its steps' durations and the moments they ended at (of one clock with `began`)."""
+    """Return a turn from its steps' durations and end times (on the same clock as `began`)."""
     if len(times) != job["steps"] or len(ends) != job["steps"]:
         raise TurnFailed(f"{contender} reported {len(times)} of {job['steps']} steps")
     step = statistics.median(times[warmup:])
@@ -261,7 +260,7 @@ def figures(
 
 
 class Started:
-    """A process whose output goes into its folder, and whose peak memory is asked for when it has ended."""
+    """A process whose output goes to its folder, and whose peak memory is read when it has ended."""
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -269,14 +268,14 @@ class Started:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
 
     def is_running(self) -> bool:
-        """Whether it has not ended; it stays to be waited for."""
+        """Return whether it is still running, without reaping it."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait(self, name: str, killed: bool = False) -> int:
-        """Peak resident memory in bytes, of the largest of the process and those it started and waited for.
+        """Wait for the end; return the peak resident memory in bytes of the largest process, children included.
 
         Raises:
-            TurnFailed: it failed, other than by having been `killed` by us.
+            TurnFailed: it failed, unless `killed` by us.
         """
         try:
             _, status, usage = os.wait4(self.process.pid, 0)
@@ -294,7 +293,7 @@ class Started:
 
 
 def last_line(text: str) -> str:
-    """What a process said last, or that it said nothing."""
+    """Return the last line of a process's output, or a note that there was none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 
@@ -303,7 +302,7 @@ def last_line(text: str) -> str:
 
 
 def machine(found: dict[str, Any]) -> dict[str, Any]:
-    """Where the figures come from; `found` is what `probe` says of megatrain's own environment."""
+    """Return where the figures come from; `found` is the result of `probe` for megatrain's environment."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -316,7 +315,7 @@ def machine(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def used_device_bytes() -> int | None:
-    """Memory in use on the first GPU, by its driver: torch gives none back, so of one process it is the most it had."""
+    """Return the memory in use on the first GPU, from the driver. Torch frees none, so for one process it is the peak."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
@@ -326,7 +325,7 @@ def used_device_bytes() -> int | None:
 
 
 def peak_resident_bytes(pid: int) -> int | None:
-    """The most memory that a process that still runs, or one that it started, has had (Linux; None elsewhere)."""
+    """Return the peak memory of the largest of a running process and its children (Linux; None elsewhere)."""
     peaks = []
     with contextlib.suppress(OSError, psutil.Error):
         for process in (started := psutil.Process(pid), *started.children(recursive=True)):
@@ -336,7 +335,7 @@ def peak_resident_bytes(pid: int) -> int | None:
 
 
 def cpu_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
+    """Return the processor's name from /proc/cpuinfo."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -345,12 +344,12 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with `+` where files differ from it."""
+    """Return the commit that is checked out, with `+` if files differ from it."""
     git = ["git", "-C", str(ROOT)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
