@@ -315,7 +315,7 @@ def machine(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def used_device_bytes() -> int | None:
-    """Return the memory in use on the first GPU, from the driver. Torch frees none, so for one process it is the peak."""
+    """Return the memory in use on the first GPU, from the driver. Torch frees none: for one process it is the peak."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
