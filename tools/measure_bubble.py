@@ -34,7 +34,7 @@ ROWS, LENGTH, WIDTH = 1, 4, 8
 
 
 class SleepInBackward(torch.autograd.Function):
-    """Its input, at the price of a sleep when the gradient comes through."""
+    """Identity that sleeps in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float, action: Action, spans: list[Span]) -> Tensor:
@@ -48,7 +48,7 @@ class SleepInBackward(torch.autograd.Function):
 
 
 def sleep(seconds: float, action: Action, spans: list[Span]) -> None:
-    """Sleep and write down when (CLOCK_MONOTONIC, one clock for all processes)."""
+    """Sleep and record the span (CLOCK_MONOTONIC, one clock for all processes)."""
     start = time.monotonic()
     time.sleep(seconds)
     spans.append(Span(action, start, time.monotonic()))
@@ -122,7 +122,7 @@ def run_rank(rank: int, folder: str, schedule: str, options: argparse.Namespace,
 
 
 def whole_backwards(spans: list[Span]) -> list[Span]:
-    """Both parts of a backward pass as one action."""
+    """Merge both parts of each backward pass into one action."""
     whole: list[Span] = []
     for action, start, end in spans:
         last = whole[-1].action if whole else None
@@ -136,7 +136,7 @@ def whole_backwards(spans: list[Span]) -> list[Span]:
 
 
 def measure(schedule: str, pp: int, options: argparse.Namespace) -> list[Timeline]:
-    """The measured steps of a schedule, times from each step's first action."""
+    """Return the measured steps of a schedule, with times from each step's first action."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(run_rank, (folder, schedule, options, pp), nprocs=pp, start_method="fork")
         ranks = [pickle.loads(Path(folder, f"rank{rank}").read_bytes()) for rank in range(pp)]
@@ -157,7 +157,9 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=8, help="a step; a multiple of each --pp (default: 8)")
     parser.add_argument("--forward-ms", type=float, default=20.0, help="a rank's forward, all its stages (default: 20)")
     parser.add_argument("--backward-ms", type=float, default=40.0, help="a rank's whole backward (default: 40)")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps, the median counts (default: 5)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="measured steps, of which the median is reported (default: 5)"
+    )
     parser.add_argument("--svg", type=Path, help="draw a measured step of each schedule with the last --pp")
     options = parser.parse_args()
     if any(options.micro_batches % pp or options.micro_batches < pp for pp in options.pp):

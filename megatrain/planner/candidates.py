@@ -1,4 +1,4 @@
-"""Every layout that a number of ranks allows: the axes multiplied out, and each combination judged by the table of layout.py.
+"""Every layout that a number of ranks allows: all combinations of the axes, each checked against the table of rules.py.
 
 `megatrain layouts` lists them, tests/measure/parity_grid.py compares them with one process. Imports no torch.
 """
@@ -23,11 +23,11 @@ SCHEDULES = (
     ("interleaved_zero_bubble", 2),
     ("zbv_zero_bubble", 2),
 )
-"""Pipeline schedules with the virtual stages that are tried with them."""
+"""Pipeline schedules, each with the number of virtual stages to try."""
 
 
 class Candidate(NamedTuple):
-    """One combination of the axes. Without a pipeline or context ranks their keys stand at values that mean nothing."""
+    """One combination of the axes. Pipeline keys mean nothing at pp=1, and `cp_kind` means nothing at cp=1."""
 
     engine: str
     zero: int
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     dp_replicate: int
 
     def apply(self, config: TrainConfig) -> None:
-        """Write it into a config."""
+        """Write the candidate into a config."""
         config.engine.name, config.train.recompute = self.engine, self.recompute
         parallel = config.parallel
         parallel.zero, parallel.tp, parallel.pp, parallel.cp = self.zero, self.tp, self.pp, self.cp
@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Axes:
-    """The values that each axis takes; None means every one that the ranks can be divided by."""
+    """The values to try on each axis; None means every divisor of the number of ranks."""
 
     engines: tuple[str, ...] = ("native", "deepspeed")
     zeros: tuple[int, ...] = (0, 1, 2, 3)
@@ -65,11 +65,10 @@ class Axes:
     replicas: tuple[int, ...] | None = None
 
     def candidates(self, world_size: int) -> Iterator[Candidate]:
-        """The combinations that differ from one another, legal or not."""
+        """Yield the distinct combinations, legal or not."""
         every = list(product(*(values or divisors(world_size) for values in (self.tps, self.pps, self.cps))))
-        degrees = [degree for degree in every if world_size % prod(degree) == 0] or every[
-            :1
-        ]  # or nothing could be said
+        fitting = [degrees for degrees in every if world_size % prod(degrees) == 0]
+        degrees = fitting or every[:1]  # where none fits, the first is refused with a message
         for engine, zero, (tp, pp, cp), recompute in product(self.engines, self.zeros, degrees, self.recomputes):
             schedules = self.schedules if pp > 1 else self.without_pipeline
             kinds = self.cp_kinds if cp > 1 else self.cp_kinds[:1]
@@ -78,16 +77,16 @@ class Axes:
                     yield Candidate(engine, zero, tp, pp, cp, recompute, schedule, virtual, kind, replicas)
 
     def _replicas(self, dp: int, engine: str, zero: int) -> tuple[int, ...]:
-        """Numbers of groups for hybrid sharding: all that leave a group something to shard, where an engine has it."""
+        """Return the numbers of replicas to try; native hybrid sharding needs at least two shards in each."""
         if self.replicas is not None:
             return self.replicas
         return (1, *divisors(dp)[1:-1]) if zero and engine == "native" else (1,)
 
 
 def judge(config: TrainConfig, world_size: int, axes: Axes) -> Iterator[tuple[Candidate, Refusal | None, TrainConfig]]:
-    """Each candidate with the row that refuses it, or None, and the job's config with it written in.
+    """Yield each candidate, the row that refuses it or None, and the job's config with the candidate written in.
 
-    The config is one and the same object each time, a copy of the one given.
+    Every item has the same config object, a copy of the given one.
     """
     config = deepcopy(config)
     for candidate in axes.candidates(world_size):

@@ -1,10 +1,10 @@
 """What an optimizer step has to communicate, by arithmetic alone: calls and bytes of each collective on a rank.
 
-The theory that tests/parity/test_communication.py holds the counted traffic against, integer by integer, and
-docs/reference/communication.md explains. Imports no torch.
+tests/parity/test_communication.py compares it with counted traffic, which must be equal; docs/reference/communication.md
+explains it. Imports no torch.
 
-Bytes are the payload as the collective sees it: all-gather, the whole output; reduce-scatter, the whole input; all-reduce,
-the tensor; all-to-all, the input; send and receive, the message. `Traffic.wire_bytes` turns them into what a rank sends.
+Bytes are a collective's payload: all-gather, the whole output; reduce-scatter, the whole input; all-reduce, the tensor;
+all-to-all, the input; send and receive, the message. `Traffic.wire_bytes` converts them to the bytes that a rank sends.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Traffic:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that the rank itself sends, where a collective is a ring: (n - 1) / n of the payload, twice for an
-        all-reduce (Thakur et al., 2005, section 4)."""
+        """Bytes that the rank itself sends in ring collectives.
+
+        (n - 1) / n of the payload, twice that for an all-reduce (Thakur et al., 2005, section 4).
+        """
         n = len(self.members)
         if self.collective in (SEND, RECEIVE):
             return self.num_bytes if self.collective == SEND else 0
@@ -54,9 +56,9 @@ class Traffic:
 class Zero3Settings:
     """DeepSpeed's ZeRO 3 keys that decide how often a parameter is gathered. The defaults are DeepSpeed's.
 
-    Parameters of fewer than `persistence_threshold` elements stay gathered and are gathered once after the update. The
-    others are let go after each pass if `releases`; else they stay from a micro-batch's forward to its backward pass, as
-    long as no more than 1e9 elements are live.
+    Parameters of fewer than `persistence_threshold` elements stay gathered and are gathered once after the update. If
+    `releases`, the others are freed after each pass. Otherwise they stay gathered from a micro-batch's forward pass to
+    its backward pass, as long as no more than 1e9 elements are live.
     """
 
     persistence_threshold: int = 100_000
@@ -66,7 +68,7 @@ class Zero3Settings:
 def step_traffic(
     config: TrainConfig, world_size: int, rank: int, zero3: Zero3Settings = Zero3Settings()
 ) -> list[Traffic]:
-    """Everything that `rank` must communicate in one optimizer step, reason by reason."""
+    """Return everything that `rank` must communicate in one optimizer step, by reason."""
     step = _Step(config, world_size, rank)
     found = [*step.attention(), *(step.deepspeed(zero3) if config.engine.name == "deepspeed" else step.native())]
     return [traffic for traffic in found if traffic.calls and len(traffic.members) > 1]
@@ -90,7 +92,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------- groups
 
     def members(self, axis: str) -> tuple[int, ...]:
-        """Return the ranks of this rank's group: along an axis of either grid, of the whole world, or the pipeline's ends."""
+        """Return the ranks of this rank's group: along an axis of either grid, `world`, or the pipeline's `ends`."""
         layout = self.layout
         if axis == "world":
             return tuple(range(layout.world_size))
@@ -101,13 +103,13 @@ class _Step:
         return grid.group(self.rank, axis)
 
     def traffic(self, reason: str, collective: str, axis: str, dtype: str, calls: int, elements: int) -> Traffic:
-        """`elements` are those of all calls together."""
+        """Return the traffic of a reason; `elements` is the total over all calls."""
         return Traffic(reason, collective, axis, self.members(axis), dtype, calls, elements * DTYPE_BYTES[dtype])
 
     # ------------------------------------------------------------------------------------------- attention
 
     def attention(self) -> Iterator[Traffic]:
-        """Context parallelism: what attention exchanges, the same under both engines."""
+        """Yield what attention exchanges under context parallelism, in both engines."""
         model, layout = self.model, self.layout
         if layout.cp == 1:
             return
@@ -133,7 +135,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------- native
 
     def native(self) -> Iterator[Traffic]:
-        """Torch's own parallelism."""
+        """Yield the traffic of the native engine."""
         yield self.traffic("tokens that count", ALL_REDUCE, "world", "int64", 1, 1)
         for stage in self.stages:
             yield from self._tensor(stage)
@@ -152,7 +154,7 @@ class _Step:
         yield self.traffic("gradient norm and loss", ALL_REDUCE, "world", "float64", 1, 2)
 
     def _tensor(self, stage: int) -> Iterator[Traffic]:
-        """Sequence-parallel tensor parallelism: a gather where a layer begins, a scatter where it ends."""
+        """Yield tensor-parallel traffic: an all-gather at the start of a layer, a reduce-scatter at its end."""
         layers, is_first, is_last = len(self.layers[stage]), stage == 0, stage == self.layout.num_stages - 1
         recomputed = layers if self.config.train.recompute != "none" else 0
         hidden = self.rows * self.length * self.model.hidden_size
@@ -167,7 +169,7 @@ class _Step:
             yield cross("layers", collective, 4 * layers)
             yield cross("embedding", collective, int(is_first))
             yield cross("head", collective, int(is_last))
-        # the last scatter of a block is not needed for any gradient in it, and not repeated
+        # no gradient in a block needs its last reduce-scatter, so recompute does not repeat it
         yield cross("layers recomputed", ALL_GATHER, 2 * recomputed)
         yield cross("layers recomputed", REDUCE_SCATTER, recomputed)
         if is_last:
@@ -178,7 +180,7 @@ class _Step:
             )
 
     def _zero(self, stage: int) -> Iterator[Traffic]:
-        """Parameters gathered, gradients reduced: unit by unit."""
+        """Yield the gathers of parameters and reductions of gradients, counted by unit."""
         layout, shards = self.layout, self.layout.num_shards
         units = self._units(stage)
         if layout.zero == 0:
@@ -211,12 +213,12 @@ class _Step:
         )
 
     def _gathers(self, stage: int) -> int:
-        """How often a stage's parameters are gathered in a step."""
+        """Return how often a stage's parameters are gathered in a step."""
         if self.layout.zero < 3:
             return 1
         if self.layout.pp == 1:
             return 2 * self.num_micro_batches
-        # a pipeline lets go after a forward pass, but not between one micro-batch's backward pass and the next
+        # a pipeline reshards after a forward pass, but not between backward passes of successive micro-batches
         layout, count, is_gathered = self.layout, 0, False
         actions = orders(layout.schedule, layout.pp, layout.virtual_stages, self.num_micro_batches)[self.place.pp]
         for action in actions:
@@ -226,7 +228,7 @@ class _Step:
         return count
 
     def _between_stages(self, stage: int) -> Iterator[Traffic]:
-        """Activations to the stage behind, gradients to the one before, where those are on other ranks."""
+        """Yield activations to the next stage and gradients to the previous one, where those are on other ranks."""
         layout = self.layout
         calls = self.num_micro_batches
         elements = calls * self.rows * self.length // layout.tp * self.model.hidden_size
@@ -246,7 +248,7 @@ class _Step:
         return [name for unit in self._units(stage) for name in unit]
 
     def _units(self, stage: int) -> list[list[str]]:
-        """Parameters that a stage gathers and reduces together: each block, each end; a tied weight joins the ends."""
+        """Return the units that a stage gathers and reduces: each block, each end; a tied weight joins the ends."""
         is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
         blocks = [[name for name in self.shapes if name.startswith(f"blocks.{i}.")] for i in self.layers[stage]]
         first = [name for name in self.shapes if name.startswith(("embed.", "positions."))] if is_first else []
@@ -258,7 +260,7 @@ class _Step:
         return [unit for unit in (first, *blocks, last) if unit]
 
     def _modules(self, unit: list[str]) -> list[list[str]]:
-        """A unit at ZeRO 0, where each module of it is reduced by itself; the root's own parameters are one."""
+        """Return the parts of a unit that ZeRO 0 reduces separately: its modules; the root's own parameters are one part."""
         if unit[0].startswith("blocks.") or (
             {"embed.weight", "final_norm.weight"} <= set(unit) and self.layout.pp == 1
         ):
@@ -267,7 +269,7 @@ class _Step:
         return [[name for name in unit if name.startswith(prefix)] for prefix in prefixes]
 
     def _padded(self, units: Iterable[Sequence[str]], shards: int) -> int:
-        """Elements of this tensor rank's blocks of the parameters, each padded so that its rows divide by `shards`."""
+        """Return the elements of this tensor rank's blocks, each padded so that its rows are divisible by `shards`."""
         total = 0
         for name in (name for unit in units for name in unit):
             _, sizes = plan.block(name, self.shapes[name], self.shares)
@@ -275,7 +277,7 @@ class _Step:
         return total
 
     def _held(self, name: str) -> int:
-        """Elements of a parameter that this rank holds."""
+        """Return the number of elements of a parameter that this rank holds."""
         _, sizes = plan.block(name, self.shapes[name], self.shares)
         index = self.layout.dp_cp_rank(self.rank) % self.layout.num_shards
         return plan.chunk(sizes[0], self.layout.num_shards, index)[1] * prod(sizes[1:])
@@ -283,7 +285,10 @@ class _Step:
     # ------------------------------------------------------------------------------------------- deepspeed
 
     def deepspeed(self, zero3: Zero3Settings) -> Iterator[Traffic]:
-        """What DeepSpeed does in fp32, which is more than the need: docs/measurements/communication.md says where and why."""
+        """Yield what DeepSpeed communicates in fp32.
+
+        It is more than necessary: docs/measurements/communication.md says where and why.
+        """
         assert self.compute == "float32", "DeepSpeed's low-precision optimizers are not described here"
         layout, batches = self.layout, self.num_micro_batches
         yield self.traffic("tokens that count", ALL_REDUCE, "world", "int64", 1, 1)
@@ -306,7 +311,7 @@ class _Step:
                 f"ZeRO {layout.zero}: gradients", ALL_REDUCE, "shard", "float32", reductions, reductions * total
             )
             updated = 0
-            for decays in (True, False):  # AdamW's two groups, each padded so that its pieces hold an even number
+            for decays in (True, False):  # AdamW's two groups, each padded so that its shards have even sizes
                 numel = sum(numels[name] for name, shape in self.shapes.items() if (len(shape) > 1) == decays)
                 updated += -(-numel // (2 * ranks)) * 2 * ranks
             yield self.traffic(f"ZeRO {layout.zero}: updated parameters", ALL_GATHER, "shard", "float32", 2, updated)
@@ -323,7 +328,7 @@ class _Step:
         )
 
     def _autotp(self) -> Iterator[Traffic]:
-        """Tensor parallelism with activations that are whole between layers: all-reduces, no sequence parallelism."""
+        """Yield AutoTP's all-reduces: activations are whole between layers, without sequence parallelism."""
         model, batches, num_layers = self.model, self.num_micro_batches, self.model.num_layers
         tokens = self.rows * self.length
 
@@ -334,7 +339,7 @@ class _Step:
         yield cross("layers", 4 * num_layers, hidden)
         yield cross("embedding", 1, hidden)
         yield cross("head", 1, hidden)
-        if self.config.train.recompute != "none":  # the last sum of a block is not needed for any gradient in it
+        if self.config.train.recompute != "none":  # no gradient in a block needs its last sum
             yield cross("layers recomputed", num_layers, hidden)
         if model.qk_norm:
             yield cross("gradients of query and key norms", 2 * num_layers, model.head_dim)

@@ -1,8 +1,8 @@
 """Bytes that a rank holds at the peak of a step, by arithmetic from a config and a layout. Imports no torch.
 
-What the engines do is counted, not what their stages promise: the figures are those of `tests/parity/test_memory.py`, which
-sums the tensors themselves. Not counted: the allocator's own overhead, workspaces of libraries, buffers that live for one
-operation inside a layer, and the data.
+It counts what the engines really hold, not what the ZeRO stages promise: tests/parity/test_memory.py sums the tensors
+and compares. Not counted: the allocator's overhead, workspaces of libraries, buffers of a single operation inside a
+layer, and the data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Memory(NamedTuple):
 
     - `parameters`: everything that holds weights from step to step or through a whole step: fp32 masters, copies in the
       compute format, and what stays gathered until the step's end.
-    - `gradients`: what micro-batches are summed into, and the fp32 form in which the optimizer reads it.
+    - `gradients`: the sums over micro-batches, and the fp32 copy that the optimizer reads.
     - `optimizer`: the optimizer's states (`optim/slots.py`).
-    - `activations`: what the micro-batches whose backward pass is still to come have kept.
-    - `working`: what is there for a moment: a unit of parameters gathered and its gradient before it is reduced,
-      reduction buckets, the block that is recomputed, what the loss works with, messages between pipeline stages.
+    - `activations`: what micro-batches keep until their backward pass.
+    - `working`: short-lived memory: a gathered unit of parameters and its gradient before it is reduced, reduction
+      buckets, the block being recomputed, the loss's working memory, messages between pipeline stages.
     """
 
     parameters: int
@@ -61,7 +61,7 @@ class DeepSpeedSizes(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """What a pipeline stage is made of."""
+    """The parts of the model on a pipeline stage."""
 
     blocks: int
     is_first: bool
@@ -69,7 +69,7 @@ class _Stage(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """Which part of each parameter a rank holds: its block by the plan, and its shard of that block."""
+    """A rank's part of each parameter: its block by the plan, and its shard of that block."""
 
     blocks: tuple[plan.Share, ...]
     shards: int
@@ -79,18 +79,18 @@ class _Cut(NamedTuple):
 class _Counts(NamedTuple):
     """Numbers of parameters in a part of the model, as one rank of a tensor group sees it.
 
-    `whole`: its blocks; `padded`: a shard of each, as large as the largest; `mine`: what this rank's shards really hold;
-    `state_bytes`: bytes of the optimizer's states of those.
+    `whole`: in its blocks; `padded`: in one shard of each block, at the size of the largest; `own`: in this rank's
+    shards; `state_bytes`: bytes of the optimizer's states of `own`.
     """
 
     whole: int = 0
     padded: int = 0
-    mine: int = 0
+    own: int = 0
     tensors: int = 0
     state_bytes: int = 0
 
     def plus(self, other: _Counts, times: int = 1) -> _Counts:
-        """The sum with so many of another."""
+        """Return the sum of these counts and `times` the other's."""
         return _Counts(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
@@ -104,7 +104,7 @@ class _States(NamedTuple):
 
 
 class MemoryModel:
-    """The memory of jobs that train one model. Keeps what it has counted, so that thousands of layouts take a second."""
+    """The memory of jobs that train one model. Caches what it counts, so thousands of layouts take a second."""
 
     def __init__(
         self, model: ModelConfig, optim: OptimConfig | None = None, deepspeed: DeepSpeedSizes | None = None
@@ -128,15 +128,15 @@ class MemoryModel:
         self._dealt: dict[Any, tuple[tuple[_Stage, ...], ...]] = {}
 
     def of_rank(self, config: TrainConfig, layout: Layout, rank: int) -> Memory:
-        """What one rank holds."""
+        """Return the memory of one rank."""
         number = max(layout.micro_batches(config.train))
         return self._at(config, layout, layout.coordinate(rank), self._stages(config, layout), number)
 
     def largest(self, config: TrainConfig, layout: Layout) -> Memory:
-        """The rank that holds most.
+        """Return the memory of the fullest rank.
 
-        Along all axes but the pipeline's the first rank has the largest shares; of pipeline ranks that are made of the same
-        the first holds the most micro-batches.
+        The first rank has the largest shares along every axis except the pipeline's. Of pipeline ranks with equal
+        stages, the first holds the most micro-batches.
         """
         ranks, number = self._stages(config, layout), max(layout.micro_batches(config.train))
         firsts = {stages: pp for pp, stages in reversed(list(enumerate(ranks)))}.values()
@@ -151,7 +151,7 @@ class MemoryModel:
         ranks: tuple[tuple[_Stage, ...], ...],
         number: int,
     ) -> Memory:
-        """What the rank at a place holds, `number` being a step's micro-batches and `ranks` the pipeline's stages."""
+        """Return the memory at a coordinate, given a step's `number` of micro-batches and each pipeline rank's stages."""
         stages = ranks[place.pp]
         formats = config.precision
         blocks = plan.shares(layout.grid.sizes, place._asdict())
@@ -159,8 +159,8 @@ class MemoryModel:
             shards = layout.num_shards
             cut = _Cut(blocks, shards, (place.dp * layout.cp + place.cp) % shards)
             sharded = layout.dp_cp_size > 1
-            # A pipeline of torch's reduces at the step's end and never lets go of parameters after a backward pass: stages
-            # 2 and 3 hold there what stage 1 holds; and one backward pass after another is summed unsharded.
+            # torch's pipeline reduces at the step's end and never frees parameters after a backward pass. So stages 2
+            # and 3 hold what stage 1 holds, and backward passes are summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
             unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
             states = self._native(stages, cut, sharded, stays, unreduced, formats.name, formats.reduce_dtype)
@@ -168,7 +168,7 @@ class MemoryModel:
             cut = _Cut(blocks, layout.dp_cp_size, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
-        on_gpu = config.launch.device != "cpu"  # auto: memory is asked about for GPUs
+        on_gpu = config.launch.device != "cpu"  # device=auto: users ask about GPUs
         chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
         split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu)
         loop = config.train
@@ -178,7 +178,7 @@ class MemoryModel:
         return Memory(states.parameters, states.gradients, states.optimizer, kept, states.working + moment)
 
     def _stages(self, config: TrainConfig, layout: Layout) -> tuple[tuple[_Stage, ...], ...]:
-        """For each pipeline rank its stages."""
+        """Return the stages of each pipeline rank."""
         key = (layout.pp, layout.virtual_stages, layout.schedule, *config.parallel.layers_per_stage)
         if key not in self._dealt:
             layers, last = stage_layers(config, layout.num_stages), layout.num_stages - 1
@@ -200,10 +200,10 @@ class MemoryModel:
         compute_dtype: str,
         reduce_dtype: str,
     ) -> _States:
-        """Masters are fp32 shards. FSDP2 gathers them in the compute format, in fp32 too and at stage 0 too.
+        """Return the native engine's states: fp32 masters, gathered by FSDP2 into copies in the compute format.
 
-        `stays`: whether what is gathered stays until the step's end; `unreduced`: whether micro-batches are summed before
-        they are reduced.
+        It makes the copies in fp32 and at stage 0 too. `stays`: whether they stay until the step's end; `unreduced`:
+        whether micro-batches are summed before they are reduced.
         """
         w = FORMAT_BYTES[compute_dtype]
         units = [unit for stage in stages for unit in self._units(stage, cut)]
@@ -213,15 +213,15 @@ class MemoryModel:
         optimizer = held.state_bytes + 4 * held.tensors
         unsharded = 4 * held.whole
         if (w == 4 or sharded) and any(self._has_own_embedding(stage) for stage in stages):
-            # DTensor makes the embedding's gradient for the whole vocabulary on every rank; it is cut at the step's end
+            # DTensor makes the embedding's gradient for the whole vocabulary on every rank and cuts it at the step's end
             rows = plan.block("embed.weight", self.shapes["embed.weight"], cut.blocks)[1][0]
             unsharded += 4 * (self.model.vocab - rows) * self.model.hidden_size
         if not sharded:
             return _States(held.whole * (w + (4 if w < 4 else 0)), unsharded, optimizer, 0)
         shard, gathered = 4 * held.padded, w * cut.shards * held.padded
         gradients = max(unsharded if unreduced else 0, shard)
-        # A unit is gathered into one flat buffer, then copied out; its gradient waits in the compute format and is copied
-        # into the buffer that is reduced. At stage 3 the next unit is gathered meanwhile.
+        # A unit is gathered into one flat buffer, then copied out. Its gradient is kept in the compute format and copied
+        # into the buffer that is reduced. At stage 3 the next unit is gathered at the same time.
         largest = cut.shards * max(unit.padded for unit, _, _ in units)
         working = largest * (w + FORMAT_BYTES[reduce_dtype])
         if not stays:
@@ -229,29 +229,27 @@ class MemoryModel:
         return _States(shard + (gathered if stays else 0), gradients, optimizer, working)
 
     def _has_own_embedding(self, stage: _Stage) -> bool:
-        """Whether a stage holds an embedding that does not share its gradient with a head."""
+        """Return whether a stage has an embedding whose gradient no head shares."""
         return stage.is_first and not (stage.is_last and self.model.tie_embeddings)
 
     def _units(self, stage: _Stage, cut: _Cut) -> list[tuple[_Counts, int, bool]]:
-        """What FSDP2 gathers at once, in the model's order, how many in a row, and whether it stays for the whole pass."""
+        """Return FSDP2's units in model order: counts, repetitions, and whether it stays gathered for the whole pass."""
         first, last, blocks = self._count("first", cut), self._count("last", cut), self._count("block", cut)
         if stage.is_first and stage.is_last and self.model.tie_embeddings:
-            # one unit, at the root: the weight is the embedding's and the head's at once
+            # one unit, at the root: embedding and head share the weight
             return [(first.plus(last).plus(self._count("tied", cut), -1), 1, True), (blocks, stage.blocks, False)]
         units = [(first, int(stage.is_first), False), (blocks, stage.blocks, False), (last, int(stage.is_last), False)]
         return [unit for unit in units if unit[1]]
 
     def _count_part(self, part: str, cut: _Cut) -> _Counts:
-        """Parameters cut over a tensor group by the plan, then over shards along their first dimension."""
+        """Return the counts of parameters cut by the plan, then sharded along their first dimension."""
         found = _Counts()
         for name in ["embed.weight"] if part == "tied" else self.parts[part]:
             _, sizes = plan.block(name, self.shapes[name], cut.blocks)
             row = prod(sizes[1:])
             largest = plan.chunk(sizes[0], cut.shards, 0)[1]
-            mine = plan.chunk(sizes[0], cut.shards, cut.shard_rank)[1]
-            found = found.plus(
-                _Counts(sizes[0] * row, largest * row, mine * row, 1, mine * row * self.state_bytes[name])
-            )
+            own = plan.chunk(sizes[0], cut.shards, cut.shard_rank)[1]
+            found = found.plus(_Counts(sizes[0] * row, largest * row, own * row, 1, own * row * self.state_bytes[name]))
         return found
 
     # ------------------------------------------------------------------------------------------- DeepSpeed
@@ -266,9 +264,9 @@ class MemoryModel:
         offload: str,
         offload_parameters: bool,
     ) -> _States:
-        """Flat copies, flat fp32 partitions, and one of DeepSpeed's optimizers for each stage and format.
+        """Return DeepSpeed's states: flat copies and fp32 partitions, by the optimizer of each stage and format.
 
-        What is offloaded is left out: only the device is counted.
+        Offloaded states are left out: only the device is counted.
         """
         w, sums = FORMAT_BYTES[compute_dtype], FORMAT_BYTES[accumulate_dtype]
         groups = self._groups(cut.blocks)
@@ -290,7 +288,7 @@ class MemoryModel:
     def _deepspeed_stages_1_and_2(
         self, cut: _Cut, zero: int, w: int, sums: int, compute_dtype: str, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """A flat copy in the compute format (fp32 too) padded to twice the ranks, and an fp32 partition of it."""
+        """Return the states and the partition size: a flat copy padded to twice the ranks, and an fp32 partition of it."""
         parts = [2 * ceil(sum(group) / (2 * cut.shards)) for group in groups]
         part, whole, bucket = sum(parts), sum(map(sum, groups)), self.sizes.reduce_bucket
         parameters = w * part * cut.shards + 4 * part
@@ -301,7 +299,7 @@ class MemoryModel:
         elif w < sums and zero == 2:
             gradients, working = 4 * part, w * bucket
         else:
-            # What is averaged are whole gradients of the parameters that the partition touches; each group's are copied
+            # DeepSpeed averages whole gradients of the parameters that overlap the partition. Each group's are copied
             # into a flat fp32 gradient for its update.
             averaged = sum(_touched(group, part, cut.shard_rank) for group, part in zip(groups, parts, strict=True))
             gradients, working = sums * averaged + 4 * max(parts), w * bucket
@@ -312,7 +310,7 @@ class MemoryModel:
     def _deepspeed_stage_3(
         self, cut: _Cut, w: int, sums: int, reduced: int, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """Each parameter cut by itself; a copy in the compute format beside the master, in fp32 too."""
+        """Return the states and the shard size: each parameter is sharded, with a copy beside its master, in fp32 too."""
         sizes, ranks = self.sizes, cut.shards
         pieces = [[ceil(size / ranks) for size in group] for group in groups]
         part, whole = sum(map(sum, pieces)), sum(map(sum, groups))
@@ -331,7 +329,7 @@ class MemoryModel:
         return states, part
 
     def _group_state_bytes(self, elements: Iterable[int]) -> int:
-        """Return the bytes of the states of flat buffers, one for each parameter group, of these numbers of elements."""
+        """Return the bytes of the optimizer's states of flat buffers, given the elements of each parameter group."""
         groups: dict[bool, int] = {}
         for name, shape in self.shapes.items():  # a buffer has every state that any of its parameters has
             is_matrix = decays(len(shape))
@@ -340,7 +338,7 @@ class MemoryModel:
         return sum(count * size for count, size in zip(elements, sizes, strict=True))
 
     def _deepspeed_groups(self, blocks: tuple[plan.Share, ...]) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the parameters of each optimizer group (matrices decay, vectors do not) on a tensor rank, in order."""
+        """Return parameter sizes on a tensor rank by optimizer group: matrices decay, vectors do not."""
         groups: dict[bool, list[int]] = {True: [], False: []}
         for name, shape in self.shapes.items():
             groups[decays(len(shape))].append(prod(plan.block(name, shape, blocks)[1]))
@@ -351,7 +349,7 @@ class MemoryModel:
     def _activations(
         self, stages: tuple[_Stage, ...], pipeline: tuple[str, int, int, int, int] | None, sizes: tuple[Any, ...]
     ) -> tuple[int, int]:
-        """What a rank's micro-batches in flight have kept, and what is there for a moment."""
+        """Return what a rank's micro-batches in flight keep, and its short-lived activations."""
         one = activations.count(self.model, *sizes)
         weights = [
             blocks * one.block + (one.first if is_first else 0) + (one.last if is_last else 0)
@@ -364,20 +362,20 @@ class MemoryModel:
         held = in_flight(schedule, pp, virtual_stages, number)[pp_rank]
         kept = max(sum(map(mul, counts, weights)) for counts in held)
         sent = max(sum(map(mul, counts, (not stage.is_last for stage in stages))) for counts in held)
-        # torch makes the buffers of every micro-batch's messages, both ways, when it builds a schedule
+        # torch allocates message buffers for every micro-batch in both directions when it builds a schedule
         received = number * sum(2 - stage.is_first - stage.is_last for stage in stages)
         return kept, moment + one.message * (sent + received)
 
 
 def _two_at_once(units: list[tuple[_Counts, int, bool]]) -> int:
-    """Padded shards of the two neighbours that are gathered together where that is most, beside what stays."""
+    """Return the padded shards of the largest two neighbouring units, gathered together, plus units that stay."""
     passing = [unit.padded for unit, number, stays in units if not stays for _ in range(min(number, 2))]
     pairs = [sum(passing[index : index + 2]) for index in range(len(passing))]
     return max(pairs, default=0) + sum(unit.padded for unit, _, stays in units if stays)
 
 
 def _touched(group: tuple[int, ...], part: int, rank: int) -> int:
-    """The size of all parameters of a group of which a rank's partition holds anything, with the partition's padding."""
+    """Return the total size of a group's parameters that overlap a rank's partition, with the partition's padding."""
     start, stop = rank * part, (rank + 1) * part
     touched = at = 0
     for size in group:
@@ -390,10 +388,10 @@ def _touched(group: tuple[int, ...], part: int, rank: int) -> int:
 def in_flight(
     schedule: str, pp: int, virtual_stages: int, num_micro_batches: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each rank of a pipeline, how many micro-batches each of its stages holds when it holds most.
+    """Return, for each pipeline rank, the largest numbers of micro-batches that its stages hold at once.
 
-    Several answers a rank where more of one stage means fewer of another. A schedule that alternates holds no more in a long
-    step than in one of 4 pp micro-batches.
+    A rank has several entries where more of one stage means fewer of another. Schedules that alternate forward and
+    backward hold no more in a long step than in one of 4 pp micro-batches.
     """
     if schedule != "gpipe" and num_micro_batches > 4 * pp:
         num_micro_batches = 4 * pp + (0 if schedule in LOOPED else num_micro_batches % pp)
@@ -405,7 +403,7 @@ def in_flight(
 
 
 def _most_held(order: list[timeline.Action]) -> tuple[tuple[int, ...], ...]:
-    """The counts by stage that no other moment of a rank's step exceeds in every stage."""
+    """Return the counts by stage that no other moment of a rank's step exceeds in every stage."""
     held, seen = dict.fromkeys(sorted({action.stage for action in order}), 0), set()
     for action, following in zip(order, [*order[1:], None], strict=True):
         held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]

@@ -1,6 +1,6 @@
 """When each rank of a pipeline computes what, and how long it waits: the schedules as data. Imports no torch.
 
-The orders are those in which torch's schedules run (a test compares them); times are in whatever unit the durations have.
+The orders are those of torch's schedules (a test compares them). Times have the unit of the durations.
 Letters: F forward, B whole backward, I the inputs' part of a backward, W the weights' part.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatrain.parallel.stages import LOOPED, V_SHAPED, ZERO_BUBBLE
 
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
-"""What a stage's actions cost relative to its forward: a matrix product has two in the backward pass."""
+"""Costs of a stage's actions relative to its forward: each matrix product has two in the backward pass."""
 
 
 class Action(NamedTuple):
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """A step: for each rank its actions in order."""
+    """The spans of one step: for each rank, its actions in order."""
 
     ranks: list[list[Span]]
 
@@ -43,21 +43,21 @@ class Timeline(NamedTuple):
 
     @property
     def bubble(self) -> float:
-        """Idle over ideal time: what the ranks wait in a step, over what they compute."""
+        """Idle over ideal time: the time that ranks wait in a step over the time that they compute."""
         busy = sum(span.end - span.start for spans in self.ranks for span in spans)
         return (self.length * len(self.ranks) - busy) / busy
 
 
 def theoretical_bubble(pp: int, virtual_stages: int, num_micro_batches: int) -> float:
-    """(p - 1) / (v m): idle over ideal time of a schedule that fills and drains once (Narayanan et al. 2021, section 2.2).
+    """Return (p - 1) / (v m), the bubble of a schedule that fills and drains once (Narayanan et al. 2021, section 2.2).
 
-    Exact for gpipe, 1f1b and interleaved_1f1b with equal stages and free communication; zero-bubble schedules stay below.
+    Exact for gpipe, 1f1b and interleaved_1f1b with equal stages and free communication; zero-bubble schedules have less.
     """
     return (pp - 1) / (virtual_stages * num_micro_batches)
 
 
 def orders(schedule: str, pp: int, virtual_stages: int, num_micro_batches: int) -> list[list[Action]]:
-    """For each rank its actions in the order in which they run."""
+    """Return, for each rank, its actions in the order in which they run."""
     ranks = range(pp)
     if schedule == "gpipe":
         everything = range(num_micro_batches)
@@ -81,9 +81,9 @@ def _one_forward_one_backward(rank: int, pp: int, num_micro_batches: int) -> lis
 
 
 def _looped(rank: int, pp: int, virtual_stages: int, num_micro_batches: int, is_split: bool) -> list[Action]:
-    """Micro-batches in rounds of about `pp`, each through all stages of a rank; backward passes in the same rounds.
+    """Run micro-batches in rounds of about `pp`, each through all stages of a rank; backward passes in equal rounds.
 
-    Where the backward is split, a rank runs the weights' part `rank` backward passes behind the inputs' part.
+    Where the backward is split, rank r runs the weights' part r backward passes after the inputs' part.
     """
     per_round = num_micro_batches // max(1, num_micro_batches // pp)
     total = num_micro_batches * virtual_stages
@@ -113,7 +113,7 @@ def _looped(rank: int, pp: int, virtual_stages: int, num_micro_batches: int, is_
 def _v_shaped(rank: int, pp: int, num_micro_batches: int) -> list[Action]:
     """ZB-V (Qi et al. 2024, section 6): two stages a rank, down and up again, backward passes split."""
     stages = (rank, 2 * pp - 1 - rank)
-    count = max(2 * pp - 1, num_micro_batches)  # a shorter step leaves out the micro-batches that it does not have
+    count = max(2 * pp - 1, num_micro_batches)  # a shorter step is planned like this, then cut to its micro-batches
     order: list[Action] = []
     done = {(leg, kind): 0 for leg in (0, 1) for kind in "FIW"}
 
@@ -148,10 +148,10 @@ def simulate(
     durations: Mapping[str, float] = DURATIONS,
     work: Sequence[float] | None = None,
 ) -> Timeline:
-    """Run the actions of each rank in their order, each as soon as its rank is free and its input is there.
+    """Run the actions of each rank in order, each as soon as its rank is free and its input is ready.
 
-    `work` are factors on the durations, one for each stage (default 1). Communication takes no time. A first stage has no
-    input to pass a gradient to: there torch does the whole backward as the weights' part, and so does this.
+    `work` has one factor on the durations for each stage (default 1). Communication takes no time. The first stage passes
+    no gradient back, so torch runs its whole backward as the weights' part, and so does this.
     """
     last = max(action.stage for actions in order for action in actions)
     ends: dict[Action, float] = {}
@@ -170,9 +170,7 @@ def simulate(
                 spans.append(Span(action, start, end))
                 ends[action] = end
                 waiting = True
-    assert all(len(spans) == len(actions) for spans, actions in zip(ranks, order, strict=True)), (
-        "the order blocks itself"
-    )
+    assert all(len(spans) == len(actions) for spans, actions in zip(ranks, order, strict=True)), "the order deadlocks"
     return Timeline(ranks)
 
 
@@ -183,7 +181,7 @@ def _duration(action: Action, durations: Mapping[str, float]) -> float:
 
 
 def _ready(action: Action, last: int, ends: Mapping[Action, float]) -> float | None:
-    """When the input of an action is there, None while that is not known."""
+    """Return when the input of an action is ready, None while that is unknown."""
     stage, kind, m = action
     if kind == "F":
         return 0.0 if stage == 0 else ends.get(Action(stage - 1, "F", m))

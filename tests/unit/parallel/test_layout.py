@@ -261,7 +261,7 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "deepspeed_zero3_compile": [(job(compiled=True), 2, "parallel.zero=2", dict(parallel__zero=2))],
 }
-"""For each row of the table: a job it refuses, its ranks, what the message must advise, and the change that follows it."""
+"""For each row of the table: a refused job, its ranks, the advice in the message, and the change that it advises."""
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.name)

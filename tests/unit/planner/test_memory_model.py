@@ -40,7 +40,7 @@ def test_the_largest_rank_is_found_without_asking_every_rank():
 
 
 def test_sharding_and_cutting_never_cost_memory_of_optimizer_states():
-    """More shards, or a higher stage, hold no more; one process holds everything: 8 bytes a parameter and its counts."""
+    """More shards or a higher stage hold no more than fewer. One process holds everything."""
     config = job()
     config.engine.name = "native"
     model = MemoryModel(config.model, config.optim)

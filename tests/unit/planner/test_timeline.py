@@ -24,8 +24,10 @@ CASES += [("interleaved_1f1b", 2, 3, 4), ("interleaved_zero_bubble", 4, 3, 8), (
 
 @pytest.mark.parametrize(("schedule", "pp", "v", "m"), [case for case in CASES if case[0] != "1f1b"])
 def test_the_order_is_the_one_that_torch_plans(schedule, pp, v, m):
-    """torch's 1F1B does not run what its plan says (the last rank would begin with micro-batch 1): what runs is compared
-    in tests/parity/test_schedules.py."""
+    """torch's 1F1B does not run its own plan, in which the last rank begins with micro-batch 1.
+
+    tests/parity/test_schedules.py compares what it runs.
+    """
     from megatrain.parallel.schedules import ONE_STAGE_A_RANK, SEVERAL_STAGES_A_RANK
 
     def stage(number):
@@ -67,7 +69,7 @@ def test_an_action_starts_after_its_input_and_one_at_a_time_on_a_rank():
 
 
 def test_a_heavy_stage_makes_the_others_wait():
-    """gpipe, p = 2, m = 2, the last stage twice as heavy: forward 1 + 2 + 2, backward 4 + 4 + 2; 9 + 18 / 2 units of work."""
+    """gpipe, p = 2, m = 2, the last stage twice as heavy: forward 1 + 2 + 2, backward 4 + 4 + 2, 18 units of work."""
     timeline = simulate(orders("gpipe", 2, 1, 2), {"F": 1, "B": 2}, work=[1, 2])
     assert timeline.length == 15
     assert timeline.bubble == pytest.approx((2 * 15 - 18) / 18)
