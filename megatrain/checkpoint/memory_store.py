@@ -1,8 +1,8 @@
-"""Copies of the state in memory that the node's agent owns: a rank may die, its copy stays.
+"""Copies of the state in memory owned by the node's agent, so that they outlive the ranks.
 
-Each node keeps what its own ranks hold, in the checkpoint's own format, as `own/step_<n>/` in a folder of the agent's on
-/dev/shm, and the part of the node before it as `peer/step_<n>/`. Ranks that are started again inside the job load their
-node's part. When the agents leave for good, `rescue.py` puts the parts on the disk.
+The agent's folder on /dev/shm holds the state of the node's own ranks, in the checkpoint format, as `own/step_<n>/`, and
+a copy of the previous node's part as `peer/step_<n>/`. Ranks that restart inside the job load their node's part. When the
+agents exit for good, `rescue.py` writes the parts to the disk.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _LOG = logging.getLogger("megatrain")
 
 
 class MemoryStore:
-    """The copies of this rank's node. All ranks of the job call the same methods in step."""
+    """The copies of this rank's node. All ranks of the job must call its methods in the same order."""
 
     def __init__(self, folder: Path, world: World) -> None:
-        """`folder` is the agent's. Its exchanges run in a group of their own, as they do in a thread (`saver.py`)."""
+        """`folder` belongs to the agent. Messages use a separate group, because they run in a thread (`saver.py`)."""
         self.folder = folder
         self.world = world.with_own_control_group()
         self.node = world.node_world()
@@ -43,20 +43,20 @@ class MemoryStore:
 
     @classmethod
     def from_environ(cls, world: World, environ: Mapping[str, str] | None = None) -> MemoryStore | None:
-        """Where this process's agent keeps copies; None without such an agent."""
+        """Return the store in the folder of this process's agent; None if there is no such agent."""
         folder = (os.environ if environ is None else environ).get(ENVIRONMENT)
         return cls(Path(folder), world) if folder else None
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> int:
-        """Keep a copy, and drop those before it once every node has its part; its size on this node in bytes.
+        """Make a copy, remove older ones once every node has its part, and return its size on this node in bytes.
 
         Raises:
-            EnvironmentFault: on every rank, where the memory of any node does not take it.
+            EnvironmentFault: on every rank, if the memory of any node is too small.
         """
         step = record.progress.step
         own, peer = (self.folder / kind / checkpoint_name(step) for kind in (OWN, PEER))
         part = replace(record, part=NodePart(self.number, self.num_nodes))
-        self._together(lambda: self._make_anew(own, peer))
+        self._together(lambda: self._recreate(own, peer))
         self._together(lambda: write(own, state, part, self.node, whole=False))
         if self.num_nodes > 1:
             self._exchange(own, peer)
@@ -64,27 +64,27 @@ class MemoryStore:
             self._drop(lambda other: other < step)
         return sum(path.stat().st_size for path in own.iterdir())
 
-    def _make_anew(self, *folders: Path) -> None:
+    def _recreate(self, *folders: Path) -> None:
         if self.node.is_main:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
 
     def _together(self, act: Callable[[], None]) -> None:
-        """Do something on every rank; all hear of it where it fails on any."""
+        """Run `act` on every rank; raise EnvironmentFault on all ranks if it fails on any."""
         problem = None
         try:
             act()
         except (EnvironmentFault, OSError) as error:
             problem = str(error)
-        if found := next((told for told in self.world.all_gather_json(problem) if told), None):
+        if found := next(filter(None, self.world.all_gather_json(problem)), None):
             raise EnvironmentFault(found)
 
     def newest_valid(self, after: int) -> tuple[Path, Manifest] | None:
-        """The newest copy of a step beyond `after` that is whole on every node: this node's part, and its manifest."""
-        mine = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
-        everyone = [set(steps) for steps in self.world.all_gather_json(mine)]
-        for step in sorted(set.intersection(*everyone) - set(range(after + 1)), reverse=True):
+        """Return this node's part, and its manifest, of the newest copy after step `after` that is valid on every node."""
+        own_steps = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
+        by_rank = [set(steps) for steps in self.world.all_gather_json(own_steps)]
+        for step in sorted(set.intersection(*by_rank) - set(range(after + 1)), reverse=True):
             folder = self.folder / OWN / checkpoint_name(step)
             try:
                 manifest, problem = verify(folder, self.node, whole=False), None
@@ -92,14 +92,14 @@ class MemoryStore:
                 manifest, problem = Manifest(), str(error)
             if not any(problems := self.world.all_gather_json(problem)):
                 return folder, manifest
-            made = all(self.world.all_gather_json(not self.node.is_main or (folder / MANIFEST).exists()))
-            damaged = made and self.world.is_main  # without a manifest the ranks were killed while they made it
+            complete = all(self.world.all_gather_json(not self.node.is_main or (folder / MANIFEST).exists()))
+            damaged = complete and self.world.is_main  # a missing manifest: the ranks were killed while they made it
             level = logging.WARNING if damaged else logging.INFO
-            _LOG.log(level, "the copy of step %d is not whole: %s", step, next(filter(None, problems)))
+            _LOG.log(level, "the copy of step %d is incomplete or damaged: %s", step, next(filter(None, problems)))
         return None
 
     def forget(self) -> None:
-        """Drop all copies: the run goes back to before them."""
+        """Remove all copies, because the run goes back to an earlier step."""
         self.world.barrier()
         if self.node.is_main:
             self._drop(lambda step: True)
@@ -111,12 +111,12 @@ class MemoryStore:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _exchange(self, own: Path, peer: Path) -> None:
-        """Send this rank's file (and the node's manifest) to its fellow on the next node, and take what comes from the
-        node before."""
+        """Send this rank's file (and the node's manifest) to its counterpart on the next node, and receive the previous
+        node's."""
         world, local = self.world, self.world.local_size
         following, before = (world.rank + local) % world.size, (world.rank - local) % world.size
         names = [f"{world.local_rank}.safetensors", *([MANIFEST] if self.node.is_main else [])]
-        sizes = torch.tensor([_size(own / name) for name in names])  # 0: a rank that holds nothing has no file
+        sizes = torch.tensor([_size(own / name) for name in names])  # 0: a rank without state has no file
         coming = torch.empty_like(sizes)
         _wait_for(dist.isend(sizes, following, group=world.control), dist.irecv(coming, before, group=world.control))
         self._together(lambda: self._make_room(peer, names, coming.tolist()))
@@ -134,14 +134,16 @@ class MemoryStore:
         for name, size in zip(names, sizes, strict=True):
             if size:
                 with (folder / name).open("xb") as file:
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full memory says so here, and not by SIGBUS
+                    os.posix_fallocate(
+                        file.fileno(), 0, size
+                    )  # full memory raises OSError here instead of SIGBUS later
 
 
 def check_covers(folder: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
-    """Refuse a node's part of a state that lacks any of what this rank is to hold.
+    """Check that a node's part of a checkpoint contains everything that this rank needs.
 
     Raises:
-        CheckpointError: naming the first tensor that is not all there.
+        CheckpointError: a tensor is incomplete; the message names the first.
     """
     for name, tensor in state.items():
         wanted = (
@@ -152,12 +154,12 @@ def check_covers(folder: Path, manifest: Manifest, state: dict[str, Tensor]) -> 
             found = sum(_common(offset, size, chunk.offset, chunk.size) for chunk in chunks)
             if found != math.prod(size):
                 raise CheckpointError(
-                    f"{folder} holds {found} of the {math.prod(size)} elements of {name} that are wanted"
+                    f"{folder} holds only {found} of the {math.prod(size)} elements of {name} that this rank needs"
                 )
 
 
 def _common(offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]) -> int:
-    """How many elements two rectangles share."""
+    """Return the number of elements that two rectangles share."""
     places = zip(offset, size, other_offset, other_size, strict=True)
     return math.prod(max(0, min(o + s, p + t) - max(o, p)) for o, s, p, t in places)
 
@@ -173,5 +175,5 @@ def _size(path: Path) -> int:
 
 
 def _bytes_of(path: Path, size: int, shared: bool) -> Tensor:
-    """A file's memory as bytes; `shared` writes through."""
+    """Map a file as a tensor of bytes; with `shared`, writes go to the file."""
     return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """A rank's flat piece of a parameter, addressed by the parameter's global coordinates.
 
-ZeRO cuts a parameter at arbitrary flat positions; torch's distributed checkpoint wants rectangles. A flat range of a
-row-major block is a few rectangles, and a tensor subclass carries them through the planner. Storage is not here.
+ZeRO cuts a parameter at arbitrary flat positions, but torch's distributed checkpoint expects rectangles. A flat range of a
+row-major block consists of a few rectangles, and a tensor subclass carries them through the planner.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...], int]
 def rectangles(start: int, stop: int, shape: Sequence[int], origin: Sequence[int] | None = None) -> list[Rectangle]:
     """Cut the flat range [start, stop) of a row-major block of `shape` at `origin` into rectangles.
 
-    At most `2 * len(shape) - 1` of them, in the order of the range.
+    Returns at most `2 * len(shape) - 1` rectangles, in the order of the range.
     """
     corner = tuple(origin) if origin is not None else (0,) * len(shape)
     if start >= stop:
@@ -54,10 +54,9 @@ def rectangles(start: int, stop: int, shape: Sequence[int], origin: Sequence[int
 class Piece(torch.Tensor):
     """Elements [start, start + len(flat)) of a row-major block of a tensor; `flat` is the owner's own memory.
 
-    The block has the shape `block` and stands at `origin` in the tensor of `global_shape`; both default to all of it.
-
-    It follows torch's `_Checkpointable` protocol. It has to be a tensor subclass: a plain object fails on save and is
-    dropped on load.
+    The block has the shape `block` and starts at `origin` in the tensor of `global_shape`; by default it is the whole
+    tensor. The class implements torch's `_Checkpointable` protocol. It must be a tensor subclass: a plain object fails on
+    save and is dropped on load.
     """
 
     flat: Tensor
@@ -88,13 +87,13 @@ class Piece(torch.Tensor):
         return piece
 
     def over(self, flat: Tensor) -> Piece:
-        """The same piece of the same tensor over other memory, as long and contiguous."""
+        """Return the same piece backed by `flat`, which must be contiguous and of the same length."""
         assert flat.shape == self.flat.shape and flat.is_contiguous()
         other: Piece = torch.Tensor._make_wrapper_subclass(
             type(self), tuple(self.shape), dtype=flat.dtype, device=flat.device
         )
         other.flat, other.start, other.parts, at = flat, self.start, [], 0
-        for offsets, sizes, part in self.parts:  # they follow one another in the flat piece
+        for offsets, sizes, part in self.parts:  # they are consecutive in the flat piece
             other.parts.append((offsets, sizes, flat[at : at + part.numel()].view(sizes)))
             at += part.numel()
         return other
@@ -103,17 +102,17 @@ class Piece(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Only a detach is allowed: everything else would act on memory that is not here."""
+        """Allow only `detach`: any other operator would need memory that this rank does not hold."""
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"a Piece takes no part in {func}; use its .flat")
+        raise NotImplementedError(f"a Piece does not support {func}; use its .flat")
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """The rectangles this rank holds (torch's protocol)."""
+        """Return the rectangles that this rank holds (torch's protocol)."""
         return [ChunkStorageMetadata(offsets, sizes) for offsets, sizes, _ in self.parts]
 
     def __create_write_items__(self, fqn: str, _obj: Any) -> list[WriteItem]:
-        """One write item a rectangle (torch's protocol)."""
+        """Return one write item per rectangle (torch's protocol)."""
         return [
             WriteItem(
                 index=MetadataIndex(fqn, offsets),
@@ -128,5 +127,5 @@ class Piece(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The rectangle at `index` (torch's protocol)."""
+        """Return the rectangle at `index` (torch's protocol)."""
         return next(part for offsets, _, part in self.parts if offsets == index.offset)

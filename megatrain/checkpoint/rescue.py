@@ -1,8 +1,8 @@
-"""Puts copies of the state that agents hold in memory on the disk, when the agents leave for good. Imports no torch.
+"""Write the in-memory copies of the state to the disk when the agents exit for good. Imports no torch.
 
-Each agent brings its own node's part, and that of the node before it where an agent is gone, to
-`checkpoints/rescued/step_<n>/node_<k>/`. Parts that make a whole become a checkpoint like any other: at once where all agents
-are there, or else at the next start.
+Each agent writes its own node's part to `checkpoints/rescued/step_<n>/node_<k>/`, and also the previous node's if an
+agent is gone. A complete set of parts becomes an ordinary checkpoint: at once if all agents are present, otherwise at the
+next start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatrain.errors import CheckpointError
 from megatrain.resilience.atomic_file import sync_folder
 
 ENVIRONMENT = "MEGATRAIN_COPIES"
-"""The agent's folder for copies, in its workers' environment."""
+"""Environment variable of the workers that names the agent's folder for copies."""
 
 OWN, PEER = "own", "peer"
 RESCUED = "rescued"
@@ -41,63 +41,68 @@ _LOG = logging.getLogger("megatrain")
 
 
 class Copies:
-    """An agent's folder in memory. Gone with the agent; what one that was killed left, the next on the machine removes."""
+    """An agent's folder in memory. It is removed with the agent, or by the machine's next agent if this one is killed."""
 
     def __init__(self) -> None:
-        mine = f"megatrain-{os.getuid()}-"
+        prefix = f"megatrain-{os.getuid()}-"
         memory = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-        for left in memory.glob(f"{mine}*"):
+        for leftover in memory.glob(f"{prefix}*"):
             with suppress(OSError):
-                lock = _lock(left)
-                shutil.rmtree(left, ignore_errors=True)
+                lock = _lock(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
         for tries_left in (3, 2, 1, 0):
-            self.folder = Path(tempfile.mkdtemp(prefix=mine, dir=memory))
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory))
             try:
-                self._lock = _lock(self.folder)  # held until this process ends, however it does
+                self._lock = _lock(self.folder)  # released when this process ends, even by SIGKILL
                 for kind in (OWN, PEER):
                     (self.folder / kind).mkdir()
                 break
-            except OSError:  # another agent that starts now took it for one that was left
+            except OSError:  # another agent, starting now, took it for a leftover and removed it
                 if not tries_left:
                     raise
 
     def rescue(self, checkpoints: Path, alone: bool) -> list[int]:
-        """Bring what is newer than the disk's newest checkpoint to the disk; the steps. `alone`: other agents are gone.
+        """Write the copies that are newer than the newest checkpoint to the disk; return their steps.
+
+        With `alone`, other agents are gone, and the previous node's part is written too.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the disk cannot be written.
         """
         on_disk = max((checkpoint_step(path) or 0 for path in list_checkpoints(checkpoints)), default=-1)
         steps = []
         for kind in (OWN, PEER) if alone else (OWN,):
             for part in list_checkpoints(self.folder / kind):
                 step = checkpoint_step(part) or 0
-                with suppress(CheckpointError):  # a rank died while it made this one
-                    if step > on_disk and _bring(part, checkpoints / RESCUED / part.name):
+                with suppress(CheckpointError):  # incomplete: a rank died while it made this copy
+                    if step > on_disk and _write_part(part, checkpoints / RESCUED / part.name):
                         steps.append(step)
         return sorted(set(steps))
 
     def close(self) -> None:
-        """Drop all copies."""
+        """Remove all copies."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
 
 def _lock(folder: Path) -> int:
-    """Mark a folder as in use. Raises OSError where it is by another process."""
-    number = os.open(folder, os.O_RDONLY)
+    """Lock a folder and return the file descriptor. Raises OSError if another process holds the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(number)
+        os.close(descriptor)
         raise
-    return number
+    return descriptor
 
 
-def _bring(part: Path, target: Path) -> bool:
-    """Copy a node's part to the disk, unless it is there; False where the part is damaged. Raises CheckpointError where it
-    never became one."""
+def _write_part(part: Path, target: Path) -> bool:
+    """Copy a node's part to the disk unless it is already there; return False if the part is damaged.
+
+    Raises:
+        CheckpointError: the part is incomplete.
+    """
     manifest = read_manifest(part)
     if manifest.part is None:
         raise CheckpointError(f"{part} is a whole checkpoint, not a node's part of one")
@@ -124,8 +129,9 @@ def _bring(part: Path, target: Path) -> bool:
 
 
 def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """Make the newest checkpoint that the rescued parts hold whole; its folder (None: there is none) and what was wrong
-    with newer ones. The caller owns the run; parts that are of no use are removed.
+    """Assemble the newest checkpoint whose rescued parts are complete, and remove all parts. The caller must own the run.
+
+    Returns its folder (None without a complete one) and a description of each newer set of parts that is incomplete.
     """
     rescued = checkpoints / RESCUED
     made, problems = None, []
@@ -143,7 +149,9 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
         writing.mkdir()
         for path in _parts(folder):
             for name in read_manifest(path).files:
-                os.link(path / name, writing / _file_name(path, name))  # a kill half-way leaves the parts as they are
+                os.link(
+                    path / name, writing / _file_name(path, name)
+                )  # links, so that a kill half-way leaves the parts intact
         write_manifest(writing, manifest)
         made = checkpoints / folder.name
         os.rename(writing, made)
@@ -154,7 +162,7 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def _merge(folder: Path) -> Manifest:
-    """Return the manifest of the whole that `folder` holds the parts of.
+    """Return the manifest of the complete checkpoint whose parts are in `folder`.
 
     Raises:
         CheckpointError: a part is missing or damaged.
@@ -170,7 +178,10 @@ def _merge(folder: Path) -> Manifest:
     first = next(iter(parts.values()))
     assert first.part is not None
     if missing := sorted(set(range(first.part.num_nodes)) - set(numbers)):
-        raise CheckpointError(f"the copies of {folder.name} lack the parts of nodes {', '.join(map(str, missing))} (counted from 0)")
+        numbers_text = ', '.join(map(str, missing))
+        raise CheckpointError(
+            f"the copies of {folder.name} lack the parts of nodes {numbers_text} (counted from 0)"
+        )
     files: dict[str, FileEntry] = {}
     chunks: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk]] = {}
     entries: dict[str, TensorEntry] = {}
@@ -179,7 +190,7 @@ def _merge(folder: Path) -> Manifest:
         for name, tensor in manifest.tensors.items():
             entries.setdefault(name, tensor)
             held = chunks.setdefault(name, {})
-            for chunk in tensor.chunks:  # several nodes may hold it; one is enough
+            for chunk in tensor.chunks:  # several nodes may hold the same chunk
                 held.setdefault((chunk.offset, chunk.size), chunk._replace(file=_file_name(path, chunk.file)))
     tensors = {name: replace(entry, chunks=list(chunks[name].values())) for name, entry in entries.items()}
     whole = replace(first, part=None, files=files, tensors=tensors)

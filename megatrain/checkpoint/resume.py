@@ -1,4 +1,4 @@
-"""What a run may change when it continues, and what it may not. The one list of both."""
+"""Which config keys a resumed run may change. This is the only list of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "checkpoint.*",
     "resilience.*",
     "tracking.*",
-    # how the dataset was made is the dataset's own affair: its fingerprint is compared instead
+    # how the dataset was prepared; the dataset's fingerprint is compared instead
     "data.kind",
     "data.paths",
     "data.text_column",
@@ -47,12 +47,12 @@ MAY_CHANGE = (
     "data.deduplicate",
     "tokenizer.*",
 )
-"""Keys (with `*` for any ending) that a resume may change. The layout decides nothing about the result, so it is here;
-what shapes the model, the data order, the update or the schedule is not."""
+"""Keys (`*` stands for any ending) that a resume may change. The layout does not affect the result, so it may change;
+keys that define the model, the data order, the update or the schedule may not."""
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value differs between two resolved configs: `{key: (old, new)}`."""
+    """Return the keys whose values differ between two resolved configs, as `{key: (old, new)}`."""
     before, after = flatten(old), flatten(new)
     return {
         key: (before.get(key), after.get(key))
@@ -69,25 +69,25 @@ def may_change(key: str) -> bool:
 def check_resume(
     saved: Identity, config: dict[str, Any], dataset_fingerprint: str, origin: str
 ) -> dict[str, tuple[Any, Any]]:
-    """Refuse to continue `origin` under another model, order, optimizer or dataset.
+    """Refuse to continue `origin` with another model, data order, optimizer or dataset.
 
-    Returns the keys that did change and may, with both values.
+    Returns the keys that changed, as they may, with old and new values.
 
     Raises:
-        CheckpointError: a key changed that may not, by name, with both values; or weights alone, of no run.
-        DataError: the dataset is not the one the run began with.
+        CheckpointError: a key changed that must not (the message gives both values), or `origin` holds only weights.
+        DataError: the dataset is not the one that the run started with.
     """
     if saved.dataset_fingerprint is None:
         raise CheckpointError(
-            f"{origin} holds weights alone, so there is no run to continue; start a new one from them: "
+            f"{origin} holds only weights, so there is no run to continue; start a new run from them: "
             f"checkpoint.init_from={origin}"
         )
-    began_with = flatten(asdict(TrainConfig())) | flatten(saved.config)  # a key is younger than some manifests
-    changed = changed_keys(began_with, config)
+    original = flatten(asdict(TrainConfig())) | flatten(saved.config)  # older manifests lack newer keys
+    changed = changed_keys(original, config)
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
         raise CheckpointError(
-            f"{origin} cannot continue with other values: {listed}; restore them, or start a new run from its weights: "
+            f"{origin} cannot continue with changed values: {listed}; restore them, or start a new run from its weights: "
             f"run.name=<new name> checkpoint.init_from={origin}"
         )
     if saved.dataset_fingerprint != dataset_fingerprint:

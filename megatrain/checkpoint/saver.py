@@ -1,7 +1,7 @@
-"""Checkpoints without stopping: the state is copied to host memory, and written while training goes on.
+"""Asynchronous checkpoints: copy the state to host memory, and write it to the disk while training continues.
 
-One save at a time: a second waits for the first, or takes its place where the first has failed and waits to be tried again.
-What a checkpoint is, and how it is written, is `store.py`'s.
+Only one save runs at a time. A second save waits for the first, or replaces it if the first failed and awaits a retry.
+`store.py` writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _LOG = logging.getLogger("megatrain")
 
 
 Report = tuple[str, int, dict[str, Any]]
-"""What became of a save: an event's kind (`save` or `save_failed`), the step, and detail."""
+"""Outcome of a save: the kind of the event (`save`, `save_failed` or `copy_failed`), the step, and details."""
 
 
 class Staging:
-    """A copy of a state in host memory. The memory is kept for the next copy: making it costs more than copying."""
+    """A copy of a state in host memory. The memory is reused: allocating it costs more than copying."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
 
     def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state's values as they are now, to be read until the next call."""
+        """Return a copy of the state, valid until the next call."""
         on_gpu = False
         for name, tensor in state.items():
             source = tensor.flat if isinstance(tensor, Piece) else tensor.detach()
@@ -53,12 +53,12 @@ class Staging:
 
 
 class Saver:
-    """Saves a run's checkpoints in the background, and retires old ones. All ranks call the same methods in step."""
+    """Background writer of a run's checkpoints; also retires old ones. All ranks must call its methods in the same order."""
 
     def __init__(
         self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None, on_gpu: bool = False
     ) -> None:
-        """`store` and `memory` must be used by no other thread while a save is pending (see `finish`)."""
+        """No other thread may use `store` or `memory` while a save is pending (see `finish`)."""
         self.copies_every = config.copies_every(on_gpu) if memory else 0
         self._store = store
         self._memory = memory
@@ -71,10 +71,10 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> float:
-        """Copy the state and begin to write it; the seconds that the caller was held up.
+        """Copy the state, start to write it, and return the seconds for which the caller was blocked.
 
         Raises:
-            EnvironmentFault: the disk has refused too often.
+            EnvironmentFault: too many saves in a row have failed.
         """
         started = time.perf_counter()
         self._superseded.set()
@@ -89,7 +89,10 @@ class Saver:
         return time.perf_counter() - started
 
     def copy(self, state: dict[str, Tensor], record: RunRecord) -> float:
-        """Keep a copy in the agent's memory; the seconds that the caller was held up. Nothing may be pending."""
+        """Copy the state into the agent's memory; return the seconds for which the caller was blocked.
+
+        No save may be pending.
+        """
         started = time.perf_counter()
         self.finish()
         self._begin(self._work_in_memory, self._staging.copy(state), record)
@@ -97,24 +100,24 @@ class Saver:
 
     @property
     def can_copy(self) -> bool:
-        """Whether there is a memory for copies, and no save pending that a copy would have to wait for."""
+        """Whether copies in memory are enabled and no save is pending, for which a copy would have to wait."""
         return self._memory is not None and (self._thread is None or not self._thread.is_alive())
 
     @property
     def has_failed(self) -> bool:
-        """Whether saving was given up; `finish` then raises why."""
+        """Whether saving has failed for good; `finish` then raises the error."""
         return self._error is not None
 
     def reports(self) -> list[Report]:
-        """What became of saves since this was called last."""
+        """Return the outcomes of saves since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
     def finish(self) -> None:
-        """Wait until nothing is pending.
+        """Wait until no save is pending.
 
         Raises:
-            EnvironmentFault: the disk has refused too often.
+            EnvironmentFault: too many saves in a row have failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -127,23 +130,23 @@ class Saver:
         self._thread.start()
 
     def _work_in_memory(self, state: dict[str, Tensor], record: RunRecord) -> None:
-        """Make one copy; where the memory is too small, on any node, there will be no further one (in a thread)."""
+        """Make one copy (in the thread). If the memory of any node is too small, disable further copies."""
         assert self._memory is not None, "asked for by can_copy"
         try:
             self._memory.save(state, record)
         except EnvironmentFault as error:
             self._memory = None
             _LOG.warning(
-                "copies in memory are given up, a restart will go on from the last checkpoint: %s. Give /dev/shm more room "
+                "copies in memory are disabled, so a restart will continue from the last checkpoint: %s. Enlarge /dev/shm "
                 "(docker: --shm-size), or set checkpoint.memory_every=0",
                 error,
             )
             self._reports.append(("copy_failed", record.progress.step, {"reason": str(error)}))
-        except BaseException as error:  # whatever it is, the training thread is to hear of it
+        except BaseException as error:  # any error is re-raised in the training thread
             self._error = error
 
     def _work(self, state: dict[str, Tensor], record: RunRecord, waited: float, stall: float) -> None:
-        """Write one checkpoint, again where the disk refuses (in a thread)."""
+        """Write one checkpoint (in the thread), and retry if the disk refuses it."""
         step = record.progress.step
         try:
             started = time.perf_counter()
@@ -159,20 +162,20 @@ class Saver:
             self._store.retire(self._config.keep, self._config.keep_every)
             detail = {"checkpoint": str(folder), "seconds": time.perf_counter() - started}
             self._reports.append(("save", step, {**detail, "stall_s": stall, "waited_s": waited}))
-        except BaseException as error:  # whatever it is, the training thread is to hear of it
+        except BaseException as error:  # any error is re-raised in the training thread
             self._error = error
 
     def _give_up(self, step: int, error: EnvironmentFault) -> bool:
-        """After a failure: say so, wait for the next try; whether there is none, on all ranks alike."""
+        """Report a failed save and wait for the retry. Return, on all ranks alike, whether to drop this save."""
         limit = self._config.retries
         last = self._failures > limit
-        what_now = f"given up after {self._failures} failures in a row" if last else "to be tried again"
+        what_now = f"giving up after {self._failures} failures in a row" if last else "will retry"
         _LOG.warning("checkpoint of step %d: %s; %s", step, error, what_now)
         self._reports.append(("save_failed", step, {"reason": str(error), "failures": self._failures}))
         if last:
             self._error = EnvironmentFault(
-                f"{self._failures} saves in a row have failed (checkpoint.retries={limit}): {error}. Make room or mend the "
-                f"disk, then start again"
+                f"{self._failures} saves in a row have failed (checkpoint.retries={limit}): {error}. Free space or "
+                f"repair the disk, then start again"
             )
             return True
         newer = self._superseded.wait(self._config.retry_wait_s)

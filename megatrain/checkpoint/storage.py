@@ -1,7 +1,7 @@
-"""How torch's distributed checkpoint meets the disk: sharded safetensors, one file a rank, beside the manifest.
+"""Storage for torch's distributed checkpoint: one safetensors file per rank, and the manifest.
 
-torch's own storage writes its metadata as a pickle; here nothing is ever unpickled. What a run keeps beside its tensors,
-where checkpoints live and which one is used is `store.py`'s.
+torch's own storage pickles its metadata; this one never pickles anything. `store.py` decides where checkpoints live and
+which one is used.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24
 _HASH_BLOCK = 2**22
-_READERS = 4  # one alone is bound by its copies out of the page cache, and by the latency of a shared file system
+_READERS = 4  # a single reader is limited by page-cache copies and by the latency of a shared file system
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file of a checkpoint as its writer left it."""
+    """Name, size in bytes and checksum of a checkpoint file that was written."""
 
     name: str
     size: int
@@ -62,11 +62,11 @@ class WrittenFile:
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-    """Write contiguous CPU tensors as a safetensors file, flushed to the disk.
+    """Write contiguous CPU tensors to a safetensors file and flush it to the disk.
 
-    The library would make a second copy of everything and leave the checksum to another pass; here the tensors' own memory
-    is written and hashed block by block. The layout (https://huggingface.co/docs/safetensors): the header's length as 8
-    bytes, little-endian; the header as JSON, padded to 8 bytes; the tensors one after the other.
+    The safetensors library would copy everything and need a second pass for the checksum; this function writes and hashes
+    the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors): the length of the header as
+    8 bytes, little-endian; the header as JSON, padded to a multiple of 8 bytes; the tensors back to back.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -87,7 +87,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
                 block = piece[start : start + _HASH_BLOCK]
                 digest.update(block)
                 size += len(block)
-                while block:  # a full disk may take a part of it
+                while block:  # a write may be partial
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return WrittenFile(path.name, size, digest.hexdigest())
@@ -95,7 +95,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor stands in a safetensors file, `at` bytes from its start."""
+    """A tensor in a safetensors file; its data begin `at` bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -103,10 +103,10 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds.
+    """Return the tensors that a safetensors file holds, by name.
 
     Raises:
-        CheckpointError: it cannot be read, or is no such file.
+        CheckpointError: the file cannot be read, or is not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -124,10 +124,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def read_window(
     file: int, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor
 ) -> None:
-    """Fill `target` from the window of a stored tensor that begins at `offsets` and is `lengths` large.
+    """Fill `target` from the window of a stored tensor that begins at `offsets` and has the sizes `lengths`.
 
-    Read straight into the target's memory where it is laid out alike: to map the file and copy was seen to take three times
-    as long, for every page of the map is a fault. Raises OSError, also where the file ends early.
+    If the layouts match, the file is read directly into the target's memory. Mapping the file and copying took three times
+    as long, because every mapped page costs a page fault.
+
+    Raises:
+        OSError: the file cannot be read or ends early.
     """
     row = math.prod(stored.shape[1:])
     first, count = (offsets[0], lengths[0]) if stored.shape else (0, 1)
@@ -138,7 +141,7 @@ def read_window(
     while memory:
         read = os.preadv(file, [memory[:_READ_AT_ONCE]], at)
         if not read:
-            raise OSError(f"it ends at byte {at}, where more was written")
+            raise OSError(f"the file ends early, at byte {at}")
         at, memory = at + read, memory[read:]
     if not alike:
         inner = tuple(slice(o, o + n) for o, n in zip(offsets[1:], lengths[1:], strict=True))
@@ -146,7 +149,7 @@ def read_window(
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview[int]:
-    """A contiguous CPU tensor's own memory."""
+    """Return the memory of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -155,19 +158,19 @@ def _entry(index: MetadataIndex) -> str:
 
 
 class SafetensorsWriter(FileSystemWriter):
-    """Writes each rank's items into one safetensors file and, on the coordinator, the manifest."""
+    """Writer of one safetensors file per rank and, on the coordinator, of the manifest."""
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
-        """`record` is what the manifest keeps beside the tensors."""
+        """`record` holds the manifest's fields that do not describe tensors."""
         super().__init__(folder)
         self.folder = folder
         self.record = record
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's part of the plan, flushed to the disk."""
+        """Write this rank's part of the plan and flush it to the disk."""
         tensors = {}
         for item in plan.items:
-            assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is not a tensor; it belongs into the manifest"
+            assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is not a tensor; it belongs in the manifest"
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
             tensors[_entry(item.index)] = tensor.detach().cpu().contiguous()
@@ -183,7 +186,7 @@ class SafetensorsWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the manifest; runs on the coordinator once every rank has written."""
+        """Write the manifest. Called on the coordinator after every rank has written its file."""
         where = {
             (r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank_results in results for r in rank_results
         }
@@ -202,7 +205,7 @@ class SafetensorsWriter(FileSystemWriter):
 
 
 class SafetensorsReader(FileSystemReader):
-    """Reads a checkpoint that `SafetensorsWriter` wrote; the manifest is given, already verified."""
+    """Reader of a checkpoint that `SafetensorsWriter` wrote and whose manifest was verified."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder)
@@ -210,7 +213,7 @@ class SafetensorsReader(FileSystemReader):
         self.manifest = manifest
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """torch's metadata, rebuilt from the manifest."""
+        """Return torch's metadata, rebuilt from the manifest."""
         tensors, files = {}, {}
         for name, tensor in self.manifest.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.size)) for c in tensor.chunks]
@@ -221,7 +224,7 @@ class SafetensorsReader(FileSystemReader):
         return Metadata(state_dict_metadata=dict(tensors), storage_data=files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
-        """Keep the chunk -> file table."""
+        """Store the table from chunks to files."""
         self.storage_data = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -249,8 +252,8 @@ class SafetensorsReader(FileSystemReader):
             read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
             return target
 
-        # In a forked process torch makes its own pool of threads anew when a thread first computes. Of several that come
-        # at once some find none ("Invalid thread pool!"), so this one comes first.
+        # After a fork, torch re-creates its thread pool on the first computation. Several threads that start at once would
+        # race for it and fail ("Invalid thread pool!"), so this thread creates it first.
         torch.set_num_threads(torch.get_num_threads())
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_READERS) as pool:
             for item, target in zip(items, pool.map(read, items), strict=True):
@@ -258,16 +261,16 @@ class SafetensorsReader(FileSystemReader):
 
 
 def save_planner(whole: bool = True) -> DefaultSavePlanner:
-    """The planner for flat states: a tensor that several ranks hold is written once.
+    """Return a planner for flat states, which writes a tensor that several ranks hold once.
 
-    The ranks need not hold the whole state between them where it is not `whole`.
+    With `whole=False` the ranks may hold only a part of the state.
     """
     planner = DefaultSavePlanner if whole else _PartPlanner
     return planner(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
 
 
 class _PartPlanner(DefaultSavePlanner):
-    """torch's planner, but for the demand that the ranks' pieces fill every tensor."""
+    """torch's planner without the check that the ranks' pieces cover every tensor."""
 
     def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(self._dedup_save_plans(all_plans))

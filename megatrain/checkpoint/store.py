@@ -1,7 +1,7 @@
 """A run's checkpoints: save, verify, choose, load, retire.
 
-A folder is a checkpoint only once its manifest is in place: it is written under a temporary name, flushed and renamed.
-The bytes are `storage.py`'s, what a resume may change is `resume.py`'s.
+A checkpoint is written under a temporary name, flushed, and renamed once it is complete. `storage.py` writes the bytes;
+`resume.py` lists what a resume may change.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _LOG = logging.getLogger("megatrain")
 
 
 def verify(folder: Path, world: World | None = None, whole: bool = True) -> Manifest:
-    """The manifest of a checkpoint once its checksum, its coverage and every file's checksum have been verified.
+    """Verify a checkpoint and return its manifest: checks the manifest's checksum, its coverage and every file's checksum.
 
-    With a `world`, the ranks share the files among themselves and all come to the same verdict. One that is not `whole` is
-    a node's part (`memory.py`).
+    With a `world`, the ranks divide the files among themselves and all reach the same verdict. `whole=False` verifies one
+    node's part of a checkpoint (`memory_store.py`).
 
     Raises:
-        CheckpointError: naming every file that is missing or damaged.
+        CheckpointError: a file is missing or damaged; the message names every such file.
     """
     problems: list[str] = []
     manifest = Manifest()
@@ -51,8 +51,8 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> Mani
                 problems.append(problem)
     except CheckpointError as error:
         problems.append(str(error))
-    everyone = world.all_gather_json(problems) if world else [problems]
-    if found := sorted({problem for rank_problems in everyone for problem in rank_problems}):
+    by_rank = world.all_gather_json(problems) if world else [problems]
+    if found := sorted({problem for rank_problems in by_rank for problem in rank_problems}):
         raise CheckpointError("; ".join(found))
     return manifest
 
@@ -60,7 +60,7 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> Mani
 def first_valid(
     candidates: list[Path], world: World | None, skip: Callable[[Path, CheckpointError], None]
 ) -> tuple[Path, Manifest] | None:
-    """The first of the candidates that verifies, and its manifest; `skip` hears of the damaged ones before it."""
+    """Return the first candidate that verifies, and its manifest. `skip` is called with each damaged one before it."""
     for folder in candidates:
         try:
             return folder, verify(folder, world)
@@ -79,10 +79,10 @@ class CheckpointStore:
         report: Callable[..., None] = lambda *args, **kwargs: None,
         may_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """`report(kind, **detail)` hears of damaged checkpoints that are skipped (rank 0's event log); `may_write`
+        """`report(kind, **detail)` records an event (a skipped checkpoint, say) in the event log of rank 0; `may_write`
         raises OwnedError once another job owns the run."""
         self.may_write = may_write
-        world = world.with_own_control_group()  # its exchanges run in a thread of their own (`saver.py`)
+        world = world.with_own_control_group()  # saves exchange messages in a background thread (`saver.py`)
         self.folder = folder
         self.world = world
         self.report = report
@@ -92,29 +92,31 @@ class CheckpointStore:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except FileExistsError as error:
-                raise ConfigError(f"run.dir: {folder} is a file, where the run's checkpoints are to be") from error
-            for older in folder.glob(f"*{_OLDER}"):  # a save of the same step was cut short between its two renames
+                raise ConfigError(
+                    f"run.dir: {folder} is a file, but the run's checkpoints go into a folder of that name"
+                ) from error
+            for older in folder.glob(f"*{_OLDER}"):  # saving a step again was interrupted between the two renames
                 if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():
                     os.replace(older, final)
-            for leftover in folder.glob(f"*{TEMPORARY}"):  # a save that was cut short; never a checkpoint
+            for leftover in folder.glob(f"*{TEMPORARY}"):  # an interrupted save; never a checkpoint
                 shutil.rmtree(leftover, ignore_errors=True)
-            self._take_in_rescued()
+            self._assemble_rescued()
         world.barrier()
 
-    def _take_in_rescued(self) -> None:
-        """Make a checkpoint of the copies in memory that agents brought here before they left."""
+    def _assemble_rescued(self) -> None:
+        """Assemble a checkpoint from the in-memory copies that agents wrote here before they exited."""
         made, problems = assemble(self.folder)
         for problem in problems:
-            _LOG.warning("%s; the checkpoint before is used", problem)
+            _LOG.warning("%s; using the previous checkpoint", problem)
         if made:
             self.report("rescue", checkpoint=str(made))
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> Path:
-        """Write a checkpoint of `state` (each rank its pieces) and of what its manifest keeps beside the tensors.
+        """Write a checkpoint: each rank writes its pieces of `state`, and `record` goes into the manifest.
 
         Raises:
-            EnvironmentFault: on every rank, where the disk of any does not take it; what was saved before is whole.
-            OwnedError: on every rank, where another job owns the run now.
+            EnvironmentFault: on every rank, if any rank cannot write to the disk; earlier checkpoints stay intact.
+            OwnedError: on every rank, if another job owns the run now.
         """
         step = record.progress.step
         final = self.folder / checkpoint_name(step)
@@ -124,7 +126,7 @@ class CheckpointStore:
             write(temporary, state, record, self.world)
             self._on_main(lambda: self._put_in_place(temporary, final))
         except EnvironmentFault:
-            if self.world.is_main:  # a full disk needs the room
+            if self.world.is_main:  # a full disk needs the space
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.damaged.discard(final)
@@ -139,14 +141,14 @@ class CheckpointStore:
     def _put_in_place(self, temporary: Path, final: Path) -> None:
         self.may_write()
         older = final.with_name(final.name + _OLDER)
-        if final.exists():  # the same step saved again: the older one makes way only now
+        if final.exists():  # the same step saved again: keep the older one until the new one is complete
             os.replace(final, older)
         os.replace(temporary, final)
         sync_folder(self.folder)
         shutil.rmtree(older, ignore_errors=True)
 
     def _on_main(self, work: Callable[[], None]) -> None:
-        """Have rank 0 do something to the folder; all ranks hear how it went, at the same time."""
+        """Run `work` on rank 0 only; if it fails, raise the same error on every rank."""
         problem: list[str] | None = None
         if self.world.is_main:
             try:
@@ -159,41 +161,42 @@ class CheckpointStore:
             raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
 
     def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint (of another run's `folder`, of a step `before` one, where given) that verifies, and its
-        manifest; None where there is none at all.
+        """Return the newest checkpoint that verifies, and its manifest; None if there are no checkpoints.
+
+        `folder` is another run's, by default this one's. With `before`, only earlier steps are considered.
 
         Raises:
-            CheckpointError: there are checkpoints but every one is damaged; starting anew must be asked for.
+            CheckpointError: every checkpoint is damaged. The user must ask explicitly to start a new run.
         """
         folder = folder or self.folder
-        there = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
-        candidates = [Path(name) for name in self.world.all_gather_json([str(p) for p in there])[0]]
+        paths = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
+        candidates = [Path(name) for name in self.world.all_gather_json([str(p) for p in paths])[0]]
         skipped = []
 
         def skip(folder: Path, error: CheckpointError) -> None:
             self.damaged.add(folder)
             skipped.append(str(error))
-            _LOG.warning("%s is damaged and passed over: %s", folder, error)
+            _LOG.warning("skipping the damaged checkpoint %s: %s", folder, error)
             self.report("skip", checkpoint=str(folder), reason=str(error))
 
         found = first_valid(candidates, self.world, skip)
         if found is None and skipped:
             raise CheckpointError(
                 f"all {len(skipped)} checkpoints of {folder} are damaged: {' | '.join(skipped)}. "
-                f"Set checkpoint.resume=never with another run.name to start anew"
+                f"Set checkpoint.resume=never and another run.name to start a new run"
             )
         return found
 
     def set_aside(self, step: int) -> None:
-        """Move checkpoints of later steps than `step`, from which the run goes on, to `abandoned-<n>/`: they are another
-        history, which a later start must not take up. Newest first, so that a kill half-way leaves one history.
+        """Move checkpoints later than `step` to `abandoned-<n>/`, because the run continues from `step`.
 
-        Raises EnvironmentFault or OwnedError on every rank, as `save` does.
+        They belong to another history, and a later start must not resume from them. The newest is moved first, so that a
+        kill half-way leaves a consistent history. Raises EnvironmentFault or OwnedError on every rank, as `save` does.
         """
         self._on_main(lambda: self._move_aside(step))
 
     def _move_aside(self, step: int) -> None:
-        self.may_write()  # what lies there may be another owner's by now
+        self.may_write()  # the checkpoints may belong to another job by now
         later = [path for path in list_checkpoints(self.folder) if (checkpoint_step(path) or 0) > step]
         if not later:
             return
@@ -208,10 +211,10 @@ class CheckpointStore:
         self.report("set_aside", checkpoints=[path.name for path in later], folder=str(aside))
 
     def retire(self, keep: int, keep_every: int) -> None:
-        """Remove what is older than the newest `keep` checkpoints; milestones (multiples of `keep_every`) stay.
+        """Remove all but the newest `keep` checkpoints and the milestones (multiples of `keep_every`).
 
-        Counted from the one saved last: those of later steps, left by a run that went another way, and those found
-        damaged do not count, so that the newest valid one always stays. With `keep=0` nothing is removed.
+        Only valid checkpoints up to the last saved step count towards `keep`, so the newest valid one is never removed.
+        Damaged ones and later steps from another history do not count. With `keep=0` nothing is removed.
         """
         if not self.world.is_main or keep == 0:
             return
@@ -226,18 +229,20 @@ class CheckpointStore:
         for folder in reached[reached.index(whole[keep - 1]) + 1 :]:
             if keep_every and (checkpoint_step(folder) or 0) % keep_every == 0:
                 continue
-            doomed = folder.with_name(folder.name + TEMPORARY)  # from here on it is no checkpoint, even if cut short
+            doomed = folder.with_name(
+                folder.name + TEMPORARY
+            )  # no longer a checkpoint, even if the removal is interrupted
             try:
                 os.replace(folder, doomed)
-            except OSError as error:  # no reason to end a job: it is retired after the next save
+            except OSError as error:  # not fatal: removed after the next save
                 _LOG.warning("%s cannot be removed: %s", folder, error.strerror)
                 return
             shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager
-def _single_process_is_meant() -> Iterator[None]:
-    """torch warns where there is no process group; `no_dist` has said already that none is wanted."""
+def _without_process_group_warning() -> Iterator[None]:
+    """Silence torch's warning about a missing process group: `no_dist` says that none is wanted."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -246,14 +251,14 @@ def _single_process_is_meant() -> Iterator[None]:
 def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: World | None, whole: bool = True) -> None:
     """Write `state` and its manifest into an existing empty folder.
 
-    The ranks of `world` hold all of the state between them, where it is `whole`.
+    If `whole`, the ranks of `world` together must hold the entire state.
 
     Raises:
-        EnvironmentFault: on every rank, where the disk of any does not take it.
+        EnvironmentFault: on every rank, if any rank cannot write to the disk.
     """
     alone = world is None or world.control is None
     try:
-        with _single_process_is_meant():
+        with _without_process_group_warning():
             dcp.save(
                 dict(state),
                 storage_writer=SafetensorsWriter(folder, record),
@@ -265,15 +270,15 @@ def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: Worl
         causes = [cause for cause, _ in error.failures.values()]
         if not all(isinstance(cause, OSError) for cause in causes):
             raise RuntimeError(f"{folder} could not be written") from error
-        told = "; ".join(sorted({str(cause) for cause in causes}))
-        raise EnvironmentFault(f"{folder} cannot be written: {told}; what was saved before is untouched") from error
+        reasons = "; ".join(sorted({str(cause) for cause in causes}))
+        raise EnvironmentFault(f"{folder} cannot be written: {reasons}; earlier checkpoints are intact") from error
 
 
 def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world: World | None) -> None:
-    """Fill `state` in place from a verified checkpoint, whatever layout wrote it.
+    """Fill `state` in place from a verified checkpoint, which may have been written under another layout.
 
     Raises:
-        CheckpointError: a tensor is missing from the checkpoint or has another shape there.
+        CheckpointError: a tensor is missing from the checkpoint or has a different shape there.
     """
     stored = manifest.tensors
     missing = [name for name in state if name not in stored]
@@ -286,7 +291,7 @@ def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world:
             )
     alone = world is None or world.control is None
     try:
-        with _single_process_is_meant():
+        with _without_process_group_warning():
             dcp.load(
                 dict(state),
                 storage_reader=SafetensorsReader(folder, manifest),
@@ -299,7 +304,7 @@ def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world:
 
 
 def load_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """All `model.*` tensors of a verified checkpoint, whole and on the CPU, by single-device name."""
+    """Return all `model.*` tensors of a verified checkpoint, unsharded and on the CPU, by single-device name."""
     state = {
         name: torch.empty(tensor.shape, dtype=torch.float32)
         for name, tensor in manifest.tensors.items()

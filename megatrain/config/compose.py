@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -351,7 +352,7 @@ def _check_number(name: str, number: Any, given: Any, metadata: Any, prefix: str
     """Check one number against the bounds in `metadata` whose names start with `prefix`."""
     if not isinstance(number, (int, float)) or isinstance(number, bool):
         return
-    tests = {
+    tests: dict[str, tuple[str, Callable[[float], bool]]] = {
         "minimum": ("at least", lambda bound: number >= bound),
         "above": ("above", lambda bound: number > bound),
         "maximum": ("at most", lambda bound: number <= bound),

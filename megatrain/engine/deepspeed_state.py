@@ -210,5 +210,6 @@ class DeepSpeedState:
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 for candidate, master in zip(low, high, strict=True):
                     if candidate is parameter:
+                        assert isinstance(master, Tensor)
                         return master
         return parameter

@@ -97,7 +97,8 @@ def _median_of_others(values: FloatArray) -> FloatArray:
 
     def nth(index: int) -> FloatArray:
         """Return the `index`-th smallest of the other values, for each value."""
-        return np.where(place > index, by_size[index], by_size[min(index + 1, left)])
+        chosen: FloatArray = np.where(place > index, by_size[index], by_size[min(index + 1, left)])
+        return chosen
 
     middle: FloatArray = nth(left // 2) if left % 2 else (nth(left // 2 - 1) + nth(left // 2)) / 2
     return middle

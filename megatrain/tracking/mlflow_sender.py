@@ -141,7 +141,7 @@ class Sender:
             time.sleep(0.2)
 
     def _pause(self) -> float:
-        due = [self.settings["flush_every_s"]]
+        due: list[float] = [self.settings["flush_every_s"]]
         if self.settings["system_metrics_every_s"]:
             due.append(self._next_sample - time.monotonic())
         return max(0.01, min(due))
@@ -241,7 +241,7 @@ class Sender:
             try:
                 if self.client.get_run(found["run_id"]).info.lifecycle_stage == "active":
                     self.client.update_run(found["run_id"], status="RUNNING")
-                    return found["run_id"]
+                    return str(found["run_id"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
@@ -252,7 +252,7 @@ class Sender:
             if experiment is not None
             else self.client.create_experiment(self.settings["experiment"], artifact_location)
         )
-        run_id = self.client.create_run(experiment_id, run_name=self.info["run_name"]).info.run_id
+        run_id: str = self.client.create_run(experiment_id, run_name=self.info["run_name"]).info.run_id
         known[server] = {"run_id": run_id, "config": self.info["config"]}
         write_atomically(path, json.dumps(known, indent=1) + "\n")
         return run_id
@@ -280,7 +280,7 @@ class Sender:
                 parent = self.client.create_run(experiment_id, run_name=sweep, tags=tags)
             if parent.info.status != "FINISHED":
                 self.client.set_terminated(parent.info.run_id, "FINISHED")
-        return parent.info.run_id
+        return str(parent.info.run_id)
 
     def _tags(self) -> dict[str, str]:
         info = self.info

@@ -57,6 +57,6 @@ def test_too_little_memory_is_reported_once_and_stops_nothing(workplace, undistu
     command = [sys.executable, "-m", "megatrain", *TWO_NATIVE, *FAR, "run.name=small"]
     done = subprocess.run([*small, *command], cwd=workplace, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("copies in memory are given up") == 1 and "No space left on device" in done.stderr
+    assert done.stderr.count("copies in memory are disabled") == 1 and "No space left on device" in done.stderr
     assert len(events(workplace, "small", "copy_failed")) == 1
     same(metrics(workplace, "small"), undisturbed_native)

@@ -117,14 +117,14 @@ def test_another_runs_checkpoint_is_refused_over_ones_that_do_not_come_from_it(t
 
 @pytest.mark.parametrize("key", ["init_from", "resume"])
 def test_of_a_run_folder_the_newest_that_is_whole_is_taken_with_a_warning(key, tmp_path, caplog):
-    """A damaged newest one is passed over and named."""
+    """A damaged newest checkpoint is skipped and named."""
     elsewhere = store_of(tmp_path / "a")
     save(elsewhere, 5, 10)
     (elsewhere.folder / "step_00000010" / "0.safetensors").write_bytes(b"short")
     with caplog.at_level(logging.WARNING, "megatrain"):
         origin = choose_origin(asking(**{key: tmp_path / "a"}), store_of(tmp_path / "b"))
     assert origin.folder.name == "step_00000005" and origin.resumes == (key == "resume")
-    assert "step_00000010 is damaged and passed over" in caplog.text
+    assert "skipping the damaged checkpoint" in caplog.text and "step_00000010" in caplog.text
 
 
 def test_a_checkpoint_asked_for_by_name_is_never_replaced_by_another(tmp_path):
