@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: its version, what it holds, and reading, writing and validating it. Imports no torch.
 
 A folder is a checkpoint once its `manifest.json` is in place. How tensors get into the files is `storage.py`'s; which
-checkpoints a run has, and which one it loads, is `store.py`'s. `docs/reference/checkpoint_format.md` describes the file.
+checkpoints a run has, and which one it loads, is `store.py`'s. `docs/reference/checkpoint_format.md` describes the
+file.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class EngineCounters:
 class Identity:
     """Which run wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
-    `origin` is the path outside the run's folder that the run once continued. Imported weights belong to no run: they have
-    no dataset, and `imported_from` names the folder that they came from.
+    `origin` is the path outside the run's folder that the run once continued. Imported weights belong to no run: they
+    have no dataset, and `imported_from` names the folder that they came from.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -284,7 +285,7 @@ def decode(kind: Any, value: Any, key: str) -> Any:
     raise CheckpointError(f"{key} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
 
 
-# ---------------------------------------------------------------------------------------------------- reading and writing
+# -------------------------------------------------------------------------------------------------- reading and writing
 
 
 def manifest_hash(document: Mapping[str, Any]) -> str:

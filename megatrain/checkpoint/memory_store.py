@@ -1,8 +1,8 @@
 """Copies of the state in memory owned by the node's agent, so that they outlive the ranks.
 
-The agent's folder on /dev/shm holds the state of the node's own ranks, in the checkpoint format, as `own/step_<n>/`, and
-a copy of the previous node's part as `peer/step_<n>/`. Ranks that restart inside the job load their node's part. When the
-agents exit for good, `rescue.py` writes the parts to the disk.
+The agent's folder on /dev/shm holds the state of the node's own ranks, in the checkpoint format, as `own/step_<n>/`,
+and a copy of the previous node's part as `peer/step_<n>/`. Ranks that restart inside the job load their node's part.
+When the agents exit for good, `rescue.py` writes the parts to the disk.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MemoryStore:
             raise EnvironmentFault(found)
 
     def newest_valid(self, after: int) -> tuple[Path, Manifest] | None:
-        """Return this node's part, and its manifest, of the newest copy after step `after` that is valid on every node."""
+        """Return this node's part, and its manifest, of the newest copy after `after` that is valid on every node."""
         own_steps = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
         by_rank = [set(steps) for steps in self.world.all_gather_json(own_steps)]
         for step in sorted(set.intersection(*by_rank) - set(range(after + 1)), reverse=True):

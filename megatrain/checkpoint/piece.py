@@ -1,7 +1,7 @@
 """A rank's flat piece of a parameter, addressed by the parameter's global coordinates.
 
-ZeRO cuts a parameter at arbitrary flat positions, but torch's distributed checkpoint expects rectangles. A flat range of a
-row-major block consists of a few rectangles, and a tensor subclass carries them through the planner.
+ZeRO cuts a parameter at arbitrary flat positions, but torch's distributed checkpoint expects rectangles. A flat range
+of a row-major block consists of a few rectangles, and a tensor subclass carries them through the planner.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Piece(torch.Tensor):
     """Elements [start, start + len(flat)) of a row-major block of a tensor; `flat` is the owner's own memory.
 
     The block has the shape `block` and starts at `origin` in the tensor of `global_shape`; by default it is the whole
-    tensor. The class implements torch's `_Checkpointable` protocol. It must be a tensor subclass: a plain object fails on
-    save and is dropped on load.
+    tensor. The class implements torch's `_Checkpointable` protocol. It must be a tensor subclass: a plain object
+    fails on save and is dropped on load.
     """
 
     flat: Tensor

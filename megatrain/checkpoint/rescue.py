@@ -1,8 +1,8 @@
 """Write the in-memory copies of the state to the disk when the agents exit for good. Imports no torch.
 
 Each agent writes its own node's part to `checkpoints/rescued/step_<n>/node_<k>/`, and also the previous node's if an
-agent is gone. A complete set of parts becomes an ordinary checkpoint: at once if all agents are present, otherwise at the
-next start.
+agent is gone. A complete set of parts becomes an ordinary checkpoint: at once if all agents are present, otherwise at
+the next start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LOG = logging.getLogger("megatrain")
 
 
 class Copies:
-    """An agent's folder in memory. It is removed with the agent, or by the machine's next agent if this one is killed."""
+    """An agent's folder in memory. It is removed with the agent, or by the machine's next agent after a kill."""
 
     def __init__(self) -> None:
         prefix = f"megatrain-{os.getuid()}-"
@@ -129,9 +129,10 @@ def _write_part(part: Path, target: Path) -> bool:
 
 
 def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """Assemble the newest checkpoint whose rescued parts are complete, and remove all parts. The caller must own the run.
+    """Assemble the newest checkpoint whose rescued parts are complete, and remove all parts.
 
-    Returns its folder (None without a complete one) and a description of each newer set of parts that is incomplete.
+    The caller must own the run. Returns its folder (None without a complete one) and a description of each newer set
+    of parts that is incomplete.
     """
     rescued = checkpoints / RESCUED
     made, problems = None, []

@@ -87,8 +87,8 @@ def check_resume(
     if forbidden := [key for key in changed if not may_change(key)]:
         listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
         raise CheckpointError(
-            f"{origin} cannot continue with changed values: {listed}; restore them, or start a new run from its weights: "
-            f"run.name=<new name> checkpoint.init_from={origin}"
+            f"{origin} cannot continue with changed values: {listed}; restore them, or start a new run from its "
+            f"weights: run.name=<new name> checkpoint.init_from={origin}"
         )
     if saved.dataset_fingerprint != dataset_fingerprint:
         raise DataError(

@@ -53,7 +53,7 @@ class Staging:
 
 
 class Saver:
-    """Background writer of a run's checkpoints; also retires old ones. All ranks must call its methods in the same order."""
+    """Background writer of a run's checkpoints. All ranks must call its methods in the same order."""
 
     def __init__(
         self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None, on_gpu: bool = False
@@ -137,8 +137,8 @@ class Saver:
         except EnvironmentFault as error:
             self._memory = None
             _LOG.warning(
-                "copies in memory are disabled, so a restart will continue from the last checkpoint: %s. Enlarge /dev/shm "
-                "(docker: --shm-size), or set checkpoint.memory_every=0",
+                "copies in memory are disabled, so a restart will continue from the last checkpoint: %s. Enlarge "
+                "/dev/shm (docker: --shm-size), or set checkpoint.memory_every=0",
                 error,
             )
             self._reports.append(("copy_failed", record.progress.step, {"reason": str(error)}))

@@ -64,9 +64,9 @@ class WrittenFile:
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
     """Write contiguous CPU tensors to a safetensors file and flush it to the disk.
 
-    The safetensors library would copy everything and need a second pass for the checksum; this function writes and hashes
-    the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors): the length of the header as
-    8 bytes, little-endian; the header as JSON, padded to a multiple of 8 bytes; the tensors back to back.
+    The safetensors library would copy everything and need a second pass for the checksum; this function writes and
+    hashes the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors): the length of the
+    header as 8 bytes, little-endian; the header as JSON, padded to a multiple of 8 bytes; the tensors back to back.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -126,8 +126,8 @@ def read_window(
 ) -> None:
     """Fill `target` from the window of a stored tensor that begins at `offsets` and has the sizes `lengths`.
 
-    If the layouts match, the file is read directly into the target's memory. Mapping the file and copying took three times
-    as long, because every mapped page costs a page fault.
+    If the layouts match, the file is read directly into the target's memory. Mapping the file and copying took three
+    times as long, because every mapped page costs a page fault.
 
     Raises:
         OSError: the file cannot be read or ends early.
@@ -252,8 +252,8 @@ class SafetensorsReader(FileSystemReader):
             read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
             return target
 
-        # After a fork, torch re-creates its thread pool on the first computation. Several threads that start at once would
-        # race for it and fail ("Invalid thread pool!"), so this thread creates it first.
+        # After a fork, torch re-creates its thread pool on the first computation. Several threads that start at once
+        # would race for it and fail ("Invalid thread pool!"), so this thread creates it first.
         torch.set_num_threads(torch.get_num_threads())
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_READERS) as pool:
             for item, target in zip(items, pool.map(read, items), strict=True):

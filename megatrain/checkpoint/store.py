@@ -32,10 +32,10 @@ _LOG = logging.getLogger("megatrain")
 
 
 def verify(folder: Path, world: World | None = None, whole: bool = True) -> Manifest:
-    """Verify a checkpoint and return its manifest: checks the manifest's checksum, its coverage and every file's checksum.
+    """Verify a checkpoint's manifest, coverage and file checksums, and return the manifest.
 
-    With a `world`, the ranks divide the files among themselves and all reach the same verdict. `whole=False` verifies one
-    node's part of a checkpoint (`memory_store.py`).
+    With a `world`, the ranks divide the files among themselves and all reach the same verdict. `whole=False` verifies
+    one node's part of a checkpoint (`memory_store.py`).
 
     Raises:
         CheckpointError: a file is missing or damaged; the message names every such file.
@@ -190,8 +190,9 @@ class CheckpointStore:
     def set_aside(self, step: int) -> None:
         """Move checkpoints later than `step` to `abandoned-<n>/`, because the run continues from `step`.
 
-        They belong to another history, and a later start must not resume from them. The newest is moved first, so that a
-        kill half-way leaves a consistent history. Raises EnvironmentFault or OwnedError on every rank, as `save` does.
+        They belong to another history, and a later start must not resume from them. The newest is moved first, so
+        that a kill half-way leaves a consistent history. Raises EnvironmentFault or OwnedError on every rank, as
+        `save` does.
         """
         self._on_main(lambda: self._move_aside(step))
 

@@ -1,4 +1,4 @@
-"""Builds the engine that the config names. The only place that knows all of them."""
+"""Build the engine that the config names. This is the only module that knows all engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine needs: dropout seeds, losses and their scaling, kernels, counters. No library of one engine here."""
+"""Code that all engines share: dropout seeds, losses and their scaling, the choice of kernels, counters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor
 
 
 def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, meter: LossMeter, head: GPT) -> Tensor:
-    """Return the objective's summed loss of a micro-batch, an fp32 scalar. `model` may wrap `head`, the GPT inside it."""
+    """Return the objective's summed loss of a micro-batch, an fp32 scalar. `model` may wrap the GPT `head`."""
     loss: Tensor = model(
         micro_batch.tokens,
         positions=micro_batch.positions,
@@ -56,15 +56,15 @@ def on_device(number: int, device: torch.device) -> Tensor:
 
 
 def loss_factor(scale: float, tokens: Tensor) -> Tensor:
-    """Return `scale / max(1, tokens)`, an fp32 scalar that multiplies a micro-batch's summed loss. The host does not wait."""
+    """Return `scale / max(1, tokens)`, an fp32 scalar that multiplies summed losses. The host does not wait."""
     return (scale / tokens.clamp(min=1).double()).float()
 
 
 def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
-    """Return `factor` times a micro-batch's loss, to be run backward; NaN times the loss where it is not finite.
+    """Return `factor` times a micro-batch's loss, for the backward pass; NaN times the loss if it is not finite.
 
-    Then every gradient is NaN, even those that a loss which overflowed would leave finite. So the veto on the gradient
-    norm covers the loss too, on all ranks and without the host reading it.
+    A non-finite loss then makes every gradient NaN, so the veto on the gradient norm also covers the loss, on all ranks
+    and without a read by the host.
     """
     return loss * factor.where(torch.isfinite(loss), torch.full_like(factor, float("nan")))
 

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 0 to 3 over data- and context-parallel ranks, x tensor parallel with AutoTP's layers.
 
-DeepSpeed reduces, shards and updates. Decided here is what it leaves open: the loss is normalised by the tokens of the whole
-step, the loss scale follows our one rule, and non-finite gradients never reach the parameters (stage 0 in fp32 would apply
-them). Its state by global coordinates is `deepspeed_state.py`'s, its config `deepspeed_config.py`'s.
+DeepSpeed reduces, shards and updates. Decided here is what it leaves open: the loss is normalised by the tokens of
+the whole step, the loss scale follows our one rule, and non-finite gradients never reach the parameters (stage 0 in
+fp32 would apply them). Its state by global coordinates is `deepspeed_state.py`'s, its config `deepspeed_config.py`'s.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=document, dist_init_required=False
         )
         if self.tensor_group is not None:
-            # In the first forward pass it would send every rank's batch through pickle to compare them; batch_hash does.
+            # In the first forward pass it would send every rank's batch through pickle to compare them; batch_hash
+            # does.
             self.engine.first_dataloader_check.remove()
         self.optimizer = self.engine.optimizer
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
@@ -245,8 +246,8 @@ def _check_accelerator(config: TrainConfig, world: World) -> None:
 
     if config.precision.name == "fp16" and not get_accelerator().is_fp16_supported():
         raise EnvironmentFault(
-            f"precision=fp16 under engine=deepspeed needs a device with fp16 arithmetic, which this {world.device.type} "
-            f"does not have; use precision=bf16 or precision=fp32"
+            f"precision=fp16 under engine=deepspeed needs a device with fp16 arithmetic, which this "
+            f"{world.device.type} does not have; use precision=bf16 or precision=fp32"
         )
     if config.engine.offload == "nvme":
         wait_for_asynchronous_io(get_accelerator(), config.launch.timeout_s)

@@ -71,7 +71,8 @@ def wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
     """Check that DeepSpeed can build its asynchronous I/O, and wait for other processes that are building it.
 
     Raises:
-        EnvironmentFault: libaio is missing, or a build that was killed left its lock, on which torch would wait forever.
+        EnvironmentFault: libaio is missing, or a build that was killed left its lock, on which torch would wait
+        forever.
     """
     if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
         raise EnvironmentFault(

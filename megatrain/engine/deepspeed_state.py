@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps a rank's masters and optimizer states, addressed by the parameters' global coordinates.
 
-This reads private members of DeepSpeed (pyproject.toml bounds its version). The three families differ: stage 3 cuts each
-parameter by itself, stages 1 and 2 cut a flat buffer of all parameters, stage 0 cuts nothing.
+This reads private members of DeepSpeed (pyproject.toml bounds its version). The three families differ: stage 3 cuts
+each parameter by itself, stages 1 and 2 cut a flat buffer of all parameters, stage 0 cuts nothing.
 """
 
 from __future__ import annotations

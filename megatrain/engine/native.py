@@ -1,7 +1,7 @@
 """The native engine: torch alone. FSDP2 or replicas x tensor and sequence parallel x pipeline x context parallel.
 
-The optimizer updates fp32 masters, each the block of a parameter that this rank holds. Gradients are summed, clipped and
-vetoed on the device, without the host waiting for them.
+The optimizer updates fp32 masters, each the block of a parameter that this rank holds. Gradients are summed, clipped
+and vetoed on the device, without the host waiting for them.
 """
 
 from __future__ import annotations
@@ -313,9 +313,9 @@ class NativeEngine:
     def _update(self, loss_sum: Tensor, lr: float, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clip, veto and apply the gradients.
 
-        Clipping and the veto use the fused optimizer's `grad_scale` and `found_inf`: gradients are read once more for the
-        norm but not for clipping, and the host does not wait. Returns the job's summed loss and summed scalars of the
-        objective, the norm before clipping, and whether the norm was finite.
+        Clipping and the veto use the fused optimizer's `grad_scale` and `found_inf`: gradients are read once more for
+        the norm but not for clipping, and the host does not wait. Returns the job's summed loss and summed scalars of
+        the objective, the norm before clipping, and whether the norm was finite.
         """
         for held in self.held:
             if not self.accumulate_in_master:

@@ -1,6 +1,6 @@
-"""The Engine protocol: what the trainer and the checkpoint store ask of whoever owns parameters, gradients and states.
+"""The Engine protocol: what the trainer and the checkpoint store need from the owner of parameters and states.
 
-Nothing here knows a library; `build.py` chooses the implementation.
+It is independent of any library; `build.py` chooses the implementation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatrain.data.batch import MicroBatch
 
 
 def stamp() -> torch.cuda.Event:
-    """A mark in the device's work, behind all that it has been given so far."""
+    """Record and return a CUDA event after all work submitted to the device so far."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -26,7 +26,7 @@ def stamp() -> torch.cuda.Event:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, as scalars over the whole job, still on the device so that the host may read them late.
+    """Scalars of one optimizer step over the whole job. They stay on the device, so that the host can read them later.
 
     `loss_sum` (float32) is the cross-entropy summed over the `tokens` (int64) that counted, in nats; `grad_norm`
     (float32) is the global gradient norm before clipping, not finite where the step was vetoed; `updated` (bool) says
@@ -40,16 +40,16 @@ class StepResult:
     aux: dict[str, Tensor] = field(default_factory=dict)
 
     def sent(self) -> SentResult:
-        """The same on its way to the host, behind what the device has been given so far and nothing that it is given later."""
-        there = [self.loss_sum, self.tokens, self.grad_norm, self.updated, *self.aux.values()]
-        here = [
+        """Start the copy to the host. It waits for the work submitted so far, not for work submitted later."""
+        values = [self.loss_sum, self.tokens, self.grad_norm, self.updated, *self.aux.values()]
+        copies = [
             torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
-            for t in there
+            for t in values
         ]
         arrived = None
-        if any(t.is_cuda for t in there):
+        if any(t.is_cuda for t in values):
             arrived = stamp()
-        loss_sum, tokens, grad_norm, updated, *aux = here
+        loss_sum, tokens, grad_norm, updated, *aux = copies
         return SentResult(
             StepResult(loss_sum, tokens, grad_norm, updated, dict(zip(self.aux, aux, strict=True))), arrived
         )
@@ -57,13 +57,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class SentResult:
-    """A `StepResult` whose scalars are on the host once `arrived` says so (None: they are)."""
+    """A `StepResult` whose scalars are on the host once the event `arrived` has passed; None means already there."""
 
     values: StepResult
     arrived: torch.cuda.Event | None
 
     def comes_within(self, seconds: float) -> bool:
-        """Waits at most so long; whether the result is there."""
+        """Wait up to `seconds` and return whether the result has arrived."""
         deadline = time.monotonic() + seconds
         while self.arrived is not None and not self.arrived.query():
             if time.monotonic() > deadline:
@@ -72,11 +72,11 @@ class SentResult:
         return True
 
     def seconds_since(self, began: torch.cuda.Event | None) -> float | None:
-        """By the device's own clock, once it was read; None without one. What the host took to look is not in it."""
+        """Return seconds from `began` to the arrival by the device's clock, after `read`; None without CUDA events."""
         return None if began is None or self.arrived is None else began.elapsed_time(self.arrived) / 1e3
 
     def read(self) -> StepResult:
-        """The result; waits for that step alone, where `.item()` would wait for all that the device was given since."""
+        """Wait for this step's copy and return it. `.item()` would also wait for all work submitted since."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values
@@ -94,10 +94,10 @@ class Engine(Protocol):
         """
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Summed loss and counted tokens over all ranks' batches. Every rank must bring equally many batches."""
+        """Return the summed loss and the counted tokens over all ranks. Every rank must pass equally many batches."""
 
     def state(self) -> dict[str, Tensor]:
-        """Single-device names to tensors that know their global place.
+        """Return the model's and the optimizer's tensors by single-device name.
 
         Keys are `model.<name>` and `optim.<moment>.<name>`, all fp32. A tensor is either the whole parameter or a
         `checkpoint.piece.Piece` of it; both alias the engine's own memory, so loading writes in place and must be
@@ -105,7 +105,7 @@ class Engine(Protocol):
         """
 
     def counters(self) -> EngineCounters:
-        """Return what belongs to the state beside its tensors."""
+        """Return the part of the state that is not in tensors."""
 
     def restore(self, counters: EngineCounters | None) -> None:
-        """Take over what was written into `state()`; None starts the optimizer from zero."""
+        """Apply what was loaded into `state()`; with None the optimizer starts from zero."""

@@ -52,8 +52,8 @@ class LowMomentsAdamW(torch.optim.Optimizer):
     """AdamW with both moments in less than fp32, rounded stochastically (kernels/adamw.py); parameters are fp32.
 
     The random bits are a function of the seed, `train_step` (set it before each `step`), the parameter's name and the
-    element's index in it. So a resumed run rounds as one that was never stopped, copies of a tied weight stay equal, and
-    layouts that cut only rows round alike.
+    element's index in it. So a resumed run rounds as one that was never stopped, copies of a tied weight stay equal,
+    and layouts that cut only rows round alike.
     """
 
     def __init__(

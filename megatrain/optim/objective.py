@@ -1,7 +1,7 @@
 """What a step minimises: the loss of a micro-batch, with named scalars of its own.
 
-An objective is handed to the engine, which calls it inside the model's forward pass, on the rank (and pipeline stage) that
-has the model's output. It is the place to change the loss. The mathematics of cross-entropy is in `kernels/`.
+An objective is handed to the engine, which calls it inside the model's forward pass, on the rank (and pipeline stage)
+that has the model's output. It is the place to change the loss. The mathematics of cross-entropy is in `kernels/`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class Objective(Protocol):
         """Names of its own scalars, in the order in which a call returns them; metrics are recorded under them."""
 
     def count(self, micro_batch: MicroBatch) -> int:
-        """Return how many terms (tokens, pairs, …) of a micro-batch the loss sums over; the step's loss is their mean."""
+        """Return how many terms (tokens, pairs, …) the loss of a micro-batch sums; the step's loss is their mean."""
 
     def __call__(self, head: OutputHead, hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summed loss, an fp32 scalar with a gradient, and a summed scalar for each of `scalar_names`.
 
-        `hidden` `[B, T, D]` is what the head reads. Under context parallelism both are this rank's slice of the sequences.
+        `hidden` `[B, T, D]` is what the head reads. Under context parallelism both are this rank's slice of the
+        sequences.
         """
 
 

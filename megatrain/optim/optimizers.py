@@ -1,4 +1,4 @@
-"""Builds the optimizer that `optim.name` names, and gives it states before its first step. What it keeps: `slots.py`."""
+"""Build the optimizer that `optim.name` names, and create its states before its first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatrain.optim.slots import Slot
 Factory = Callable[[list[dict[str, Any]], OptimConfig, int, Places], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Factory] = {"adamw": adamw}
-"""Constructors by `optim.name`, called with the parameter groups, the config, the run's seed and the parameters' places."""
+"""Constructors by `optim.name`; arguments: parameter groups, config, the run's seed, the parameters' places."""
 
 
 def build_optimizer(

@@ -17,8 +17,8 @@ from megatrain.model.formats import FORMAT_BYTES
 class Slot:
     """One state of one parameter, kept in checkpoints as `optim.<name>.<parameter>`.
 
-    `shape` is that of the whole state: along each dimension the parameter's size, so that the state is cut as the parameter
-    is, or 1, so that every shard holds it. `dtype` is a config's name of a format (`fp32`, `bf16`).
+    `shape` is that of the whole state: along each dimension the parameter's size, so that the state is cut as the
+    parameter is, or 1, so that every shard holds it. `dtype` is a config's name of a format (`fp32`, `bf16`).
     """
 
     name: str
@@ -54,7 +54,7 @@ def slots_of(config: OptimConfig, parameter: str, shape: tuple[int, ...]) -> tup
 
 
 def slot_bytes(config: OptimConfig, parameter: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of those states for one element of a parameter; reduced states are left out, as they are small."""
+    """Return the bytes of those states per element of a parameter, without reduced states, which are small."""
     return sum(FORMAT_BYTES[slot.dtype] for slot in slots_of(config, parameter, shape) if slot.shape == shape)
 
 

@@ -51,8 +51,8 @@ def open_data(config: TrainConfig) -> RunData:
     config = _with_vocabulary(config, train.card, folder)
     if train.num_tokens <= config.train.seq_len:
         raise DataError(
-            f"{folder}/train.bin holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} needs "
-            f"{config.train.seq_len + 1}; use a smaller train.seq_len or more data"
+            f"{folder}/train.bin holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
+            f"needs {config.train.seq_len + 1}; use a smaller train.seq_len or more data"
         )
     heldout = None
     if "heldout" in train.card.splits and train.card.splits["heldout"].tokens > 1:
@@ -78,8 +78,8 @@ def _with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConf
         return replace(config, model=replace(config.model, vocab_size=vocab))
     if vocab is not None and vocab > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, {vocab}; "
-            f"set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, "
+            f"{vocab}; set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
         )
     return config
 
@@ -92,9 +92,9 @@ def _check_document_ends(data: RunData) -> None:
     last = next(ids for ids in data.train.documents() if len(ids))[-1]
     if last != end:
         raise ConfigError(
-            f"train.mask_documents=true: a document should end with token {end}, as {data.folder}'s tokenizer says, but "
-            f"its first document ends with {last}; name the tokenizer that made the data when preparing it, make the data "
-            f"with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
+            f"train.mask_documents=true: a document should end with token {end}, as {data.folder}'s tokenizer says, "
+            f"but its first document ends with {last}; name the tokenizer that made the data when preparing it, "
+            f"make the data with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
         )
 
 

@@ -17,9 +17,10 @@ NANOSECONDS = 1e9
 class RankReport:
     """What one rank says before a step.
 
-    `signal_number` is the signal that asked it to stop (0: none); `save_failed` and `can_copy` are the state of its saver;
-    `own_time_s` is what the step before took it without waiting for others (0: it has done none yet); `sample_hashes` are
-    those of its share of the batch, uint64 `[num_micro_batches * micro_batch_size]`, equally many on every rank.
+    `signal_number` is the signal that asked it to stop (0: none); `save_failed` and `can_copy` are the state of its
+    saver; `own_time_s` is what the step before took it without waiting for others (0: it has done none yet);
+    `sample_hashes` are those of its share of the batch, uint64 `[num_micro_batches * micro_batch_size]`, equally many
+    on every rank.
     """
 
     signal_number: int

@@ -12,9 +12,9 @@ from megatrain.engine.protocol import SentResult
 class SubmittedStep:
     """A step that was handed to the device.
 
-    `result` is on its way to the host. `began` is the CUDA event recorded when the step was submitted (None on a CPU);
-    `cursor` and `batch_hash` belong to its batch; `data_time` and `save_time` are the seconds that the loop waited for the
-    batch and for the save before the step.
+    `result` is on its way to the host. `began` is the CUDA event recorded when the step was submitted (None on a
+    CPU); `cursor` and `batch_hash` belong to its batch; `data_time` and `save_time` are the seconds that the loop
+    waited for the batch and for the save before the step.
     """
 
     step: int
@@ -30,8 +30,9 @@ class SubmittedStep:
 class InFlight:
     """At most one submitted step whose result was not read.
 
-    On a GPU the host submits step n + 1 before it reads step n, so that the device never waits for the host. Between two
-    turns of the loop the object is therefore `waiting` (holding step n) or, where results are read at once, `idle`.
+    On a GPU the host submits step n + 1 before it reads step n, so that the device never waits for the host. Between
+    two turns of the loop the object is therefore `waiting` (holding step n) or, where results are read at once,
+    `idle`.
     """
 
     def __init__(self) -> None:

@@ -64,7 +64,8 @@ class Stores:
 class RankJob:
     """One rank's part of a training job, once it has joined the others.
 
-    `owner` is held by rank 0; `restarts` counts the job's starts inside its agent; `preflight` is what was measured before.
+    `owner` is held by rank 0; `restarts` counts the job's starts inside its agent; `preflight` is what was measured
+    before.
     """
 
     data: RunData
@@ -126,7 +127,8 @@ class RankJob:
         with self._parts(engine, stores, origin) as parts, self._profiler():
             return Trainer(self.config, parts, self.progress, is_on_disk).run()
 
-    # ---------------------------------------------------------------------------------------------- where the run stands
+    # ---------------------------------------------------------------------------------------------- where the run
+    # stands
 
     def _open_stores(self) -> Stores:
         store = CheckpointStore(
@@ -302,7 +304,8 @@ class RankJob:
             self.journal.event("lost_rank", step)
             self.journal.abandon()
             raise EnvironmentFault(
-                f"rank {self.world.rank} lost another rank, which ended or is out of reach; the other ranks' logs say why"
+                f"rank {self.world.rank} lost another rank, which ended or is out of reach; "
+                f"the other ranks' logs say why"
             ) from error
         if self.has_begun:
             self.journal.finish("failed", step, error=f"{type(error).__name__}: {error}")

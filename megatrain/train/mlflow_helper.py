@@ -1,4 +1,4 @@
-"""The process beside a training run that talks to MLflow: the sender, given the writer of the report. Imports no torch."""
+"""The MLflow process beside a training run: the sender, given the writer of the report. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and filling the engine from it. What a resume may change is checkpoint/resume.py's."""
+"""Choose the checkpoint that a run starts from, and load it. `checkpoint/resume.py` lists what a resume may change."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatrain.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint a run starts from: to continue it, or for its weights alone.
+    """The checkpoint that a run starts from: to resume it, or to load only its weights.
 
-    `began_from` is the path outside the run's folder that the run once continued; its manifests carry it on.
+    `began_from` is the checkpoint given by path that the run once continued; each of its manifests records it.
     """
 
     folder: Path
@@ -27,18 +27,18 @@ class Origin:
     resumes: bool
     began_from: str | None = None
     node: World | None = None
-    """The ranks that share it, where it is a node's part of a copy in memory."""
+    """The ranks that share the checkpoint if it is a node's part of a copy in memory."""
 
 
 def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool = False) -> Origin | None:
-    """The checkpoint that the config asks for, verified; None to start anew.
+    """Return the verified checkpoint that the config asks for; None to start a new run.
 
-    Where a job was `restarted`, by its agent or by Slurm, what it saved meanwhile is its own, though it was to start anew
-    or from an earlier checkpoint of the run.
+    A job that was `restarted` by its agent or by Slurm continues from what it saved itself, even if the config asks
+    for a new run or for an earlier checkpoint.
 
     Raises:
-        CheckpointError: the one asked for is damaged, or all of the run's own are.
-        ConfigError: `checkpoint.resume` is `never`, or a path elsewhere, in a folder that holds checkpoints of its own.
+        CheckpointError: the requested checkpoint is damaged, or all of the run's own are.
+        ConfigError: the run has checkpoints of its own, and `checkpoint.resume` is `never` or another run's path.
     """
     choice = config.checkpoint.resume
     if choice == "auto" or (choice == "never" and restarted):
@@ -47,8 +47,8 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
     elif choice == "never":
         if list_checkpoints(store.folder):
             raise ConfigError(
-                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would overwrite; "
-                f"choose another run.name, remove the folder, or use checkpoint.resume=auto"
+                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would "
+                f"overwrite; choose another run.name, remove the folder, or use checkpoint.resume=auto"
             )
     else:
         return _asked_for(Path(choice), store, restarted)
@@ -58,7 +58,7 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
 
 
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:
-    """The copy that the ranks before left in memory, where it is newer than the newest checkpoint."""
+    """Return the copy that earlier ranks left in memory if it is newer than the newest checkpoint."""
     steps = [checkpoint_step(path) or 0 for path in list_checkpoints(store.folder)[:1]]
     on_disk = max((step for rank_steps in store.world.all_gather_json(steps) for step in rank_steps), default=0)
     found = memory.newest_valid(after=on_disk)
@@ -66,9 +66,10 @@ def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None
 
 
 def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
-    """The checkpoint that a path names. One of another run only begins this one: repeated, the command goes on here.
+    """Return the checkpoint to continue when `checkpoint.resume` is a path.
 
-    To one of this run's own a command goes back each time it is given, but once a job: started again, the job goes on.
+    Another run's checkpoint only starts this run: when the command is repeated, the run continues from its own newest
+    checkpoint. With one of this run's own checkpoints, each command goes back to it, but a restarted job continues.
     """
     place, own_folder = path.resolve(), store.folder.resolve()
     if place.parent == own_folder:
@@ -83,22 +84,22 @@ def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
         return Origin(*_find(path, store), resumes=True, began_from=str(place))
     if own[1].identity.origin != str(place):
         raise ConfigError(
-            f"checkpoint.resume={path} is not of this run, and {store.folder} holds checkpoints that do not come from it; "
-            f"choose another run.name, or checkpoint.resume=auto to continue those"
+            f"checkpoint.resume={path} belongs to another run, and the checkpoints in {store.folder} do not continue "
+            f"it; choose another run.name, or checkpoint.resume=auto to continue those"
         )
     return _continued(*own)
 
 
 def _continued(folder: Path, manifest: Manifest) -> Origin:
-    """A checkpoint of this run's own."""
+    """Return the origin for resuming from one of this run's own checkpoints."""
     return Origin(folder, manifest, resumes=True, began_from=manifest.identity.origin)
 
 
 def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
-    """The checkpoint that a path means, and its manifest: itself, or the newest valid of the run folder it names.
+    """Return the checkpoint at a path, or the newest valid one if the path is a run folder, and its manifest.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or a run folder without a whole one.
+        CheckpointError: the checkpoint is damaged, or the run folder has no valid one.
     """
     if checkpoint_step(path) is not None or (path / "manifest.json").exists():
         return path, verify(path, store.world)
@@ -109,7 +110,7 @@ def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
 
 
 def load_origin(origin: Origin, engine: Engine, world: World) -> None:
-    """Fill the engine from a checkpoint: everything to continue, the weights alone to start anew."""
+    """Load a checkpoint into the engine: the whole state to resume, only the weights to start a new run."""
     state = engine.state()
     if origin.resumes:
         if origin.node is not None:

@@ -1,6 +1,6 @@
-"""What is looked at before a job trains: versions, the devices' arithmetic, an all-reduce, the disk, the tracking server.
+"""Checks before a job trains: versions, the devices' arithmetic, an all-reduce, the disk and the tracking server.
 
-What is found wrong names the node and the rank. It runs once a job's start, not when ranks are started again inside it.
+Each problem is reported with its node and rank. The checks run when a job starts, not when its ranks are restarted.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from megatrain.optim.slots import slot_bytes
 from megatrain.tracking.mlflow import tracking_uri, without_password
 
 ELEMENTS = 2**20
-"""Of the all-reduce: 4 MiB, enough to tell a network from a loopback, and a few milliseconds."""
+"""Elements of the all-reduce: 4 MiB, which takes milliseconds and is enough to tell a network from a loopback."""
 
 REPEATS = 3
 SERVER_S = 2.0
-"""Longest wait for the tracking server's answer."""
+"""Seconds to wait for the tracking server's answer."""
 
 _LOG = logging.getLogger("megatrain")
 
 
 def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any]:
-    """Look at everything, on all ranks at once; what was measured, for events.jsonl.
+    """Run all checks on all ranks, and return the measurements for events.jsonl.
 
     Raises:
-        EnvironmentFault: on every rank, naming each host and rank with what is wrong there.
+        EnvironmentFault: on every rank, if any check fails; the message names the host and rank of each problem.
     """
     started = time.perf_counter()
     _all_well(world, lambda: check_versions(world, config.engine.name))
@@ -73,15 +73,15 @@ def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any
 
 
 def _all_well(world: World, check: Callable[[], str | None]) -> None:
-    """Raise EnvironmentFault on every rank where the check of any has something to say."""
-    told = world.all_gather_json([socket.gethostname(), check()])
-    if wrong := [f"{host}, rank {rank}: {problem}" for rank, (host, problem) in enumerate(told) if problem]:
+    """Raise EnvironmentFault on every rank if `check` returns a problem on any rank."""
+    answers = world.all_gather_json([socket.gethostname(), check()])
+    if wrong := [f"{host}, rank {rank}: {problem}" for rank, (host, problem) in enumerate(answers) if problem]:
         more = f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else ""
         raise EnvironmentFault(f"preflight: {'; '.join(wrong[:8])}{more} (launch.preflight=false skips this)")
 
 
 def versions(engine: str) -> dict[str, str]:
-    """What has to be the same on all nodes; imports nothing."""
+    """Return the versions that must be the same on all nodes. Imports nothing."""
     found = {
         "python": platform.python_version().rpartition(".")[0],
         "megatrain": megatrain.__version__,
@@ -96,7 +96,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def check_versions(world: World, engine: str) -> str | None:
-    """What this rank has in other versions than rank 0."""
+    """Describe which versions differ from rank 0's; None if all are equal."""
     mine = versions(engine)
     first = world.all_gather_json(mine)[0]
     names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
@@ -104,16 +104,16 @@ def check_versions(world: World, engine: str) -> str | None:
 
 
 def check_device(world: World) -> str | None:
-    """Whether this rank's device adds up."""
+    """Describe a device that adds incorrectly; None if its sum is right."""
     total = float(_ones(world).sum())
     return None if total == ELEMENTS else f"{world.device} adds {ELEMENTS} ones to {total:.0f}: a broken device"
 
 
 def check_all_reduce(world: World) -> float:
-    """Seconds of an all-reduce on the training device, the fastest of a few.
+    """Return the seconds of the fastest of `REPEATS` all-reduces on the training device.
 
     Raises:
-        EnvironmentFault: on every rank, where any got a wrong sum.
+        EnvironmentFault: on every rank, if any rank got a wrong sum.
     """
     best = float("inf")
     for _ in range(REPEATS):
@@ -131,7 +131,7 @@ def check_all_reduce(world: World) -> float:
 
 
 def _addend(rank: int) -> int:
-    """What a rank adds to the all-reduce: small, so that thousands of ranks' sum is exact in fp32."""
+    """Return a rank's addend of the all-reduce, small enough for an exact fp32 sum over thousands of ranks."""
     return rank % 64 + 1
 
 
@@ -140,7 +140,7 @@ def _ones(world: World) -> torch.Tensor:
 
 
 def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
-    """Whether the run's folder takes a file, gives it back, and has room for the checkpoints that are kept."""
+    """Check that the run's folder is writable and readable, and has space for its checkpoints; describe the problem."""
     probe = run_dir / f".preflight-{socket.gethostname()}-{world.rank}"
     content = os.urandom(4096)
     try:
@@ -161,26 +161,26 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
         math.prod(shape) * (4 + slot_bytes(config.optim, name, shape))
         for name, shape in parameter_shapes(config.model).items()
     )
-    there = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
-    missing = max(1, config.checkpoint.keep + 1 - there)  # a new one is written before the oldest goes
+    existing = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
+    missing = max(1, config.checkpoint.keep + 1 - existing)  # a new one is written before the oldest is removed
     if free < missing * one:
         return (
-            f"{run_dir} has {free / 1e9:.2f} GB left, but {missing} more checkpoints of {one / 1e9:.2f} GB are to be written; "
-            f"make room, lower checkpoint.keep={config.checkpoint.keep}, or set run.dir to another disk"
+            f"{run_dir} has {free / 1e9:.2f} GB left but needs space for {missing} more checkpoints of {one / 1e9:.2f} "
+            f"GB; free space, lower checkpoint.keep={config.checkpoint.keep}, or set run.dir to another disk"
         )
     return None
 
 
 def check_server(uri: str) -> None:
-    """Warn where the tracking server does not answer within `SERVER_S`: training needs none."""
+    """Warn if the tracking server does not answer within `SERVER_S`. Training does not depend on it."""
     if not uri.startswith(("http://", "https://")):
         return
     problem = ["no answer"]
 
     def ask() -> None:
-        problem[:] = [told] if (told := _asked(uri)) else []
+        problem[:] = [found] if (found := _server_problem(uri)) else []
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit, nor has a slow answer
+    asking = threading.Thread(target=ask, daemon=True)  # neither DNS nor a slow answer has a time limit
     asking.start()
     asking.join(SERVER_S)
     for reason in list(problem):
@@ -191,14 +191,14 @@ def check_server(uri: str) -> None:
         )
 
 
-def _asked(uri: str) -> str | None:
-    """What is wrong with a server's answer; no password is in it."""
+def _server_problem(uri: str) -> str | None:
+    """Ask the server for its health and describe the problem, without a password; None if it answers."""
     try:
         bare = without_password(uri)
         request = urllib.request.Request(f"{bare.rstrip('/')}/health")
         if userinfo := urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]:
-            told = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
-            request.add_header("Authorization", f"Basic {told}")
+            credentials = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+            request.add_header("Authorization", f"Basic {credentials}")
         urllib.request.urlopen(request, timeout=SERVER_S).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error

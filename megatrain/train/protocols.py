@@ -1,4 +1,4 @@
-"""What the trainer asks of its collaborators. It knows these protocols alone, neither layouts nor ranks nor libraries."""
+"""Protocols of the trainer's collaborators. The trainer knows only these, no layouts, ranks or libraries."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class SlowRanks(Protocol):
 
 @dataclass(frozen=True)
 class Throughput:
-    """What turns tokens per second into model FLOPs utilisation; `peak_flops` is the whole job's, None where unknown."""
+    """Converter of tokens per second to model FLOPs utilisation; `peak_flops` is the whole job's, None if unknown."""
 
     flops_per_token: int
     peak_flops: float | None

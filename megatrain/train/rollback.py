@@ -1,6 +1,7 @@
-"""Going back inside a running job: the newest checkpoint before a spike, without the samples that led up to it.
+"""Roll a running job back to the newest checkpoint before a loss spike, and skip the samples that led to the spike.
 
-The loss guard (resilience/guard.py) says when; here are the parts of a rank that have to go back together.
+The loss guard (`resilience/guard.py`) decides when. This module restores the parts of a rank that must go back
+together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class CheckpointRollback:
-    """Takes this rank back to before a spike, as all ranks do at once. `batch_size` gives the samples of a step."""
+    """Rollback of this rank, which all ranks run at the same time. `batch_size` returns the samples of a step."""
 
     world: World
     engine: Engine
@@ -42,10 +43,10 @@ class CheckpointRollback:
     skip_steps: int
 
     def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
-        """Where the run stands after going back from `progress`, its engine and stream standing there too; None where
-        there is no checkpoint to go back to, and nothing was changed.
+        """Restore the engine and the stream, and return the progress to continue from.
 
-        A process that dies on the way leaves a run that resumes from that checkpoint and meets the spike again.
+        Returns None, and changes nothing, if there is no checkpoint before the spike. If the process dies during the
+        rollback, the run resumes from that checkpoint and meets the spike again.
         """
         first = max(1, spike.step - self.skip_steps + 1)
         found = self._checkpoint_before(first, spike.step)
@@ -79,17 +80,17 @@ class CheckpointRollback:
         return replace(then, skip_ranges=ranges, loss_guard=guard)
 
     def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, Manifest] | None:
-        """The newest valid checkpoint before the `first` step whose data is in doubt, or else before the spike."""
+        """Return the newest valid checkpoint before the `first` suspect step, or else before the spike."""
         for step in (first, spiked):
-            with suppress(CheckpointError):  # every one of them is damaged, which the store has reported
+            with suppress(CheckpointError):  # all are damaged; the store has reported it
                 if found := self.store.newest_valid(before=step):
                     return found
         return None
 
     def _samples(self, then: Progress, first: int, now: Progress) -> Any:
-        """The samples that steps `first` to `now.step` took, walked to from where the checkpoint stood.
+        """Return the samples that steps `first` to `now.step` took, counted from the checkpoint's cursor.
 
-        Ranges that were added since lie behind that checkpoint's cursor, so today's ranges tell how the run went then.
+        Skip ranges added since then lie before that cursor, so the current ranges give the same samples.
         """
         ahead = sum(self.batch_size(step) for step in range(then.step + 1, first))
         _, cursor = take(then.cursor, ahead, now.skip_ranges)

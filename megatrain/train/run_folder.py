@@ -66,7 +66,7 @@ def log_to(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def write_run_folder(run_dir: Path, config: TrainConfig, dataset: Path) -> None:
-    """Write the resolved config and copy the dataset's tokenizer, so that the folder can be read without the dataset."""
+    """Write the resolved config and copy the dataset's tokenizer, so that the folder does not depend on the dataset."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     write_atomically(run_dir / "config.yaml", text)
     source, target = dataset / "tokenizer", run_dir / "tokenizer"

@@ -36,8 +36,8 @@ class SlowRankWatch:
             self.journal.event("slow_rank" if found.is_slow else "slow_rank_over", step, **detail)
             if found.is_slow:
                 _LOG.warning(
-                    "rank %d on %s is slow, and all others wait for it: %.3g s of its own a step, %.2f times the %.3g s of "
-                    "its peers (step %d)",
+                    "rank %d on %s is slow, and all others wait for it: %.3g s of its own a step, %.2f times the "
+                    "%.3g s of its peers (step %d)",
                     *(found.rank, host, found.own_s, found.ratio, found.others_s, step),
                 )
             else:

@@ -44,7 +44,8 @@ class Trainer:
         """Train; return `done` (all steps, or early stopping) or `stopped` (saved after a signal).
 
         Raises:
-            DivergedError: no finite gradient for `resilience.max_skipped` steps, an overflow at the smallest loss scale,
+            DivergedError: no finite gradient for `resilience.max_skipped` steps, an overflow at the smallest loss
+            scale,
                 or a loss that spiked again after `resilience.max_rollbacks` rollbacks.
         """
         try:
@@ -177,7 +178,7 @@ class Trainer:
         }
 
     def _add_times(self, record: dict[str, Any], step: SubmittedStep, step_time: float, eval_time: float) -> None:
-        """Complete a record. `step_time_s` excludes evaluation and saving; `save_time_s` is the save before the step."""
+        """Complete a record. `step_time_s` excludes evaluation and saving; `save_time_s` is the save before it."""
         rate = record.pop("step_tokens") / step_time
         record["step_time_s"] = step_time
         record["tokens_per_s"] = rate
@@ -251,9 +252,9 @@ class Trainer:
         self._wait_for_saves()  # the pending save may be the one to go back to
         if len(seen.rollbacks) >= self.config.resilience.max_rollbacks:
             raise DivergedError(
-                f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} rollbacks: "
-                f"{report(spike, seen.rollbacks)}; lower optim.lr in a new run, or raise resilience.spike_zscore if these "
-                f"losses are as expected"
+                f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} "
+                f"rollbacks: {report(spike, seen.rollbacks)}; lower optim.lr in a new run, or raise "
+                f"resilience.spike_zscore if these losses are as expected"
             )
         progress = self.parts.rollback(self.progress, spike)
         if progress is None:

@@ -147,7 +147,7 @@ def test_a_server_gets_user_and_password_and_may_answer_with_garbage(answer, cap
 
 def test_a_server_that_answers_byte_by_byte_does_not_delay_the_start(monkeypatch, caplog):
     monkeypatch.setattr(module, "SERVER_S", 0.1)
-    monkeypatch.setattr(module, "_asked", lambda uri: time.sleep(5))
+    monkeypatch.setattr(module, "_server_problem", lambda uri: time.sleep(5))
     started = time.monotonic()
     module.check_server("http://localhost")
     assert time.monotonic() - started < 2 and "no answer" in caplog.text

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each kind is refused by name, an older whole one takes over, and the last whole one is never retired."""
+"""Each kind of damage is refused by name, an older valid checkpoint is used, and the last valid one is kept."""
 
 import errno
 import json

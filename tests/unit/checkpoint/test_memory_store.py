@@ -1,5 +1,5 @@
-"""Copies in memory on two nodes of two ranks: each node has what its ranks hold and what the other's hold, and a lost node's
-part comes back from the other's."""
+"""Copies in memory on two nodes of two ranks: each node keeps its own part and the other's, and a lost part comes back
+from the other node."""
 
 from __future__ import annotations
 

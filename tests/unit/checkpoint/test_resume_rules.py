@@ -25,7 +25,8 @@ def test_layout_and_housekeeping_may_change():
     config.train.steps, config.checkpoint.every, config.train.micro_batch_size = 7, 1, 1
     changed = check_resume(old, asdict(config), "abc", "step_1")
     assert set(changed) == {
-        "engine.name", "parallel.zero", "launch.nproc_per_node", "train.steps", "checkpoint.every", "train.micro_batch_size",
+        "engine.name", "parallel.zero", "launch.nproc_per_node", "train.steps", "checkpoint.every",
+        "train.micro_batch_size",
     }  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def test_layout_and_housekeeping_may_change():
     ("group", "name", "value"),
     [
         ("model", "num_layers", 9), ("model", "dropout", 0.5), ("optim", "lr", 1.0), ("optim", "betas", [0.5, 0.5]),
-        ("optim", "schedule", "linear"), ("train", "global_batch_size", 64), ("train", "seq_len", 64), ("data", "name", "other"),
+        ("optim", "schedule", "linear"), ("train", "global_batch_size", 64), ("train", "seq_len", 64),
+        ("data", "name", "other"),
     ],
 )  # fmt: skip
 def test_what_is_trained_may_not_change(group, name, value):
@@ -70,7 +72,7 @@ def test_changed_keys_sees_added_and_lost_keys():
 def test_weights_alone_cannot_be_continued_and_say_so():
     """One sentence that points to checkpoint.init_from, not a list of every key that a run would have."""
     imported = Identity({"model": asdict(TrainConfig().model)}, imported_from="hf")
-    with pytest.raises(CheckpointError, match=r"weights alone.*checkpoint\.init_from=imported") as caught:
+    with pytest.raises(CheckpointError, match=r"only weights.*checkpoint\.init_from=imported") as caught:
         check_resume(imported, asdict(TrainConfig()), "abc", "imported")
     assert "optim.lr" not in str(caught.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,10 +32,10 @@ def engines(monkeypatch):
 @pytest.mark.parametrize("name", ["native", "deepspeed"])
 def test_the_engine_is_the_named_one(engines, name):
     config, world, objective = TrainConfig(engine=EngineConfig(name=name)), object(), object()
-    engine = build_engine(config, world, objective)
+    engine: Any = build_engine(config, world, objective)
     assert type(engine) is engines[name] and engine.given == (config, world, objective)
 
 
 def test_the_objective_is_next_token_prediction_unless_given(engines):
-    engine = build_engine(TrainConfig(engine=EngineConfig(name="native")), object())
+    engine: Any = build_engine(TrainConfig(engine=EngineConfig(name="native")), object())
     assert isinstance(engine.given[2], NextToken)

@@ -23,7 +23,7 @@ def test_every_shard_holds_the_whole_of_a_reduced_dimension(shape, expected):
 
 
 def test_blocks_of_disjoint_shards_fill_the_state():
-    """Four shards of a matrix hold each element of a full state once, and each of a row factor once per column shard."""
+    """Four shards hold each element of a full state once, and each of a row factor once per column shard."""
     counts = {shape: torch.zeros(shape) for shape in ((8, 6), (8, 1))}
     for row in (0, 4):
         for column in (0, 3):

@@ -1,8 +1,8 @@
 """A native step never makes the host wait for the device.
 
-On a GPU torch itself raises where the host waits. On a CPU, where nothing has to be waited for, the test counts the reads
-that would wait on a GPU: `item()`, `bool()`, `float()`, `tolist()` and operators whose result has a size that depends on
-values.
+On a GPU torch itself raises where the host waits. On a CPU, where nothing has to be waited for, the test counts the
+reads that would wait on a GPU: `item()`, `bool()`, `float()`, `tolist()` and operators whose result has a size that
+depends on values.
 """
 
 from __future__ import annotations

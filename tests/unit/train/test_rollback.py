@@ -92,7 +92,7 @@ class Run:
     ],
 )
 def test_it_goes_to_the_newest_checkpoint_from_before_the_steps_in_doubt(tmp_path, saved, to, left_out):
-    """Engine, stream and progress stand there; what came after is kept aside; exactly the steps' samples are left out."""
+    """Engine, stream and progress go back, later checkpoints are set aside, and exactly those samples are skipped."""
     run = Run(tmp_path, saved, 9)
     there = run.go_back(run.now, run.spike)
     expected = [sample for step in left_out for sample in run.taken[step]]

@@ -20,7 +20,7 @@ from megatrain.train.trainer import Trainer
 
 
 class FakeEngine:
-    """`finite` tells which steps update, `heldout` what evaluations give, `loss` the loss of the n-th step trained on."""
+    """`finite` selects the steps that update, `heldout` holds evaluation losses, `loss` maps a step to its loss."""
 
     def __init__(self, finite=lambda step: True, heldout=(3.0,), loss=lambda step, count: 2.0):
         self.finite, self.heldout, self.asked, self.trained, self.loss = finite, list(heldout), 0, [], loss
@@ -251,7 +251,7 @@ def test_early_stopping_waits_for_its_patience():
 
 
 def test_only_a_finite_heldout_loss_can_be_the_best():
-    """NaN is no gain and never hides a later one: 3.0 after it is the best, and nothing but numbers goes to the manifest."""
+    """NaN is no improvement and hides no later one: 3.0 after it is the best. The manifest holds only numbers."""
     loop, parts = trainer(config(eval_every=4), FakeEngine(heldout=[float("nan"), 3.0, float("inf")]))
     assert loop.run() == "done"
     states = [record.progress.early_stop for _, record in parts.store.saved]
@@ -334,7 +334,7 @@ def test_a_spike_takes_the_run_back_and_on():
 
 
 def test_a_run_that_spikes_again_and_again_is_given_up():
-    """After so many rollbacks without a checkpoint beyond the spike; the message tells each spike and what was skipped."""
+    """After too many rollbacks without a checkpoint beyond the spike; the message lists spikes and skipped ranges."""
     back = FakeRollback()
     loop, parts = trainer(
         guarded(steps=20), FakeEngine(loss=lambda step, _: 5.0 if step == 12 else 2.0), None, None, back
@@ -430,7 +430,7 @@ def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatc
 
 
 def test_results_are_read_late_except_where_something_is_due(late):
-    """Behind a save, an evaluation, a copy and the last step the host looks at once; else when the next step is on its way."""
+    """The host reads at once after a save, an evaluation, a copy and the last step; otherwise one step later."""
     seen = []
 
     class Journal(FakeJournal):
