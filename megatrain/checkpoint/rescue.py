@@ -179,10 +179,8 @@ def _merge(folder: Path) -> Manifest:
     first = next(iter(parts.values()))
     assert first.part is not None
     if missing := sorted(set(range(first.part.num_nodes)) - set(numbers)):
-        numbers_text = ', '.join(map(str, missing))
-        raise CheckpointError(
-            f"the copies of {folder.name} lack the parts of nodes {numbers_text} (counted from 0)"
-        )
+        listed = ", ".join(map(str, missing))
+        raise CheckpointError(f"the copies of {folder.name} lack the parts of nodes {listed} (counted from 0)")
     files: dict[str, FileEntry] = {}
     chunks: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk]] = {}
     entries: dict[str, TensorEntry] = {}
