@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatrain.checkpoint.manifest import EngineCounters, OptimizerGroup, OptimizerState
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
+from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
 from megatrain.kernels.choice import Kernels, choose
 from megatrain.kernels.support import KernelError
@@ -20,6 +21,8 @@ from megatrain.model.gpt import GPT
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.optim.objective import LossMeter, NextToken
 from megatrain.optim.slots import decays
+from megatrain.parallel.context import local_slice
+from megatrain.parallel.layout import Layout
 from megatrain.parallel.stages import ZERO_BUBBLE
 
 
@@ -48,6 +51,32 @@ def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, met
 def mean_scalars(names: Sequence[str], sums: Tensor, count: Tensor) -> dict[str, Tensor]:
     """Return an objective's scalars as means over the step's `count` terms, from their sums over the whole job."""
     return {name: total.float() for name, total in zip(names, sums / count.clamp(min=1), strict=True)}
+
+
+class DataShare:
+    """This rank's share of a step's data, and sums over the job of what the ranks count on their shares."""
+
+    def __init__(self, layout: Layout, world: World) -> None:
+        self.layout, self.world = layout, world
+        self.place = layout.coordinate(world.rank)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank's counts enter the job's: tensor ranks and pipeline stages share the same data."""
+        return self.place.tp == 0 and self.place.pp == 0
+
+    def slices(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield this rank's slice of the sequences of each micro-batch (all of them without context parallelism)."""
+        layout = self.layout
+        for micro_batch in micro_batches:
+            if layout.cp == 1:
+                yield micro_batch
+            else:
+                yield local_slice(micro_batch, layout.cp_kind, self.place.cp, layout.cp)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the job of what each rank counted on its share."""
+        return self.world.all_reduce_sum(values if self.is_counted else torch.zeros_like(values))
 
 
 def on_device(number: int, device: torch.device) -> Tensor:

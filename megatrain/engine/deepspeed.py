@@ -20,6 +20,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
 from megatrain.engine.common import (
     DTYPES,
+    DataShare,
     choose_kernels,
     compile_blocks,
     dropout_seed,
@@ -47,7 +48,7 @@ from megatrain.optim.loss_scale import LossScaler
 from megatrain.optim.objective import LossMeter, Objective
 from megatrain.optim.optimizers import build_optimizer
 from megatrain.parallel import plan
-from megatrain.parallel.context import local_slice, make_attend
+from megatrain.parallel.context import make_attend
 from megatrain.parallel.layout import Layout, num_micro_batches
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.recompute import recompute_blocks
@@ -65,6 +66,7 @@ class DeepSpeedEngine:
         self.meter = LossMeter(objective, world.device)
         self.layout = Layout.of(config, world.size)
         self.place = self.layout.coordinate(world.rank)
+        self.share = DataShare(self.layout, world)
         self.tensor_group = None
         if self.layout.tp > 1:
             from megatrain.parallel.autotp import make_tensor_group  # imports DeepSpeed, which must be started first
@@ -153,8 +155,8 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
         self.states.copies.clear()
-        micro_batches = [self._local_slice(micro_batch) for micro_batch in micro_batches]
-        tokens = self._sum_over_data(on_device(self.meter.count(micro_batches), self.world.device))
+        micro_batches = list(self.share.slices(micro_batches))
+        tokens = self.share.sum(on_device(self.meter.count(micro_batches), self.world.device))
         # DeepSpeed averages gradients over the ranks that hold the same parameters.
         factor = loss_factor(self.layout.dp_cp_size, tokens)
         dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
@@ -182,9 +184,9 @@ class DeepSpeedEngine:
         self.scaler.update(overflow=not updated)
         names, scalars = self.meter.objective.scalar_names, self.meter.take()
         if names:
-            scalars = self._sum_over_data(scalars)
+            scalars = self.share.sum(scalars)
         return StepResult(
-            loss_sum=self._sum_over_data(loss_sum),
+            loss_sum=self.share.sum(loss_sum),
             tokens=tokens,
             grad_norm=torch.tensor(grad_norm),
             updated=torch.tensor(updated),
@@ -221,19 +223,9 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        loss_sum, tokens = evaluate(self.engine.module, map(self._local_slice, batches), self.world.device, self.meter)
-        totals = self._sum_over_data(torch.stack([loss_sum, tokens.double()]))
+        loss_sum, tokens = evaluate(self.engine.module, self.share.slices(batches), self.world.device, self.meter)
+        totals = self.share.sum(torch.stack([loss_sum, tokens.double()]))
         return totals[0], totals[1].long()
-
-    def _sum_over_data(self, values: Tensor) -> Tensor:
-        """Return the sum over the job of what each rank counted on its share of the data; tensor ranks share theirs."""
-        return self.world.all_reduce_sum(values if self.place.tp == 0 else torch.zeros_like(values))
-
-    def _local_slice(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Return this rank's slice of the sequences."""
-        if self.layout.cp == 1:
-            return micro_batch
-        return local_slice(micro_batch, self.layout.cp_kind, self.place.cp, self.layout.cp)
 
 
 def _check_accelerator(config: TrainConfig, world: World) -> None:

@@ -24,6 +24,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
 from megatrain.engine.common import (
     DTYPES,
+    DataShare,
     choose_kernels,
     compile_blocks,
     dropout_seed,
@@ -46,7 +47,7 @@ from megatrain.optim.objective import LossMeter, Objective
 from megatrain.optim.optimizers import build_optimizer, create_slots
 from megatrain.optim.slots import Slot, slots_of
 from megatrain.parallel import plan
-from megatrain.parallel.context import local_slice, make_attend
+from megatrain.parallel.context import make_attend
 from megatrain.parallel.layout import Layout, head_in_chunks
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import Stage, StepInputs
@@ -104,6 +105,7 @@ class NativeEngine:
         self.world = world
         self.layout = Layout.of(config, world.size)
         self.place = self.layout.coordinate(world.rank)
+        self.share = DataShare(self.layout, world)
         self.groups = make_groups(self.layout, world.rank, world.device) if world.size > 1 else None
         self.is_sharded = self.layout.dp_cp_size > 1
         self.compute = DTYPES[config.precision.name]
@@ -241,9 +243,9 @@ class NativeEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """See `Engine.train_step`."""
-        mine = self._local_slices(micro_batches)
+        mine = list(self.share.slices(micro_batches))
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
-        tokens = self._sum_over_data(on_device(self.meter.count(mine), self.world.device))
+        tokens = self.share.sum(on_device(self.meter.count(mine), self.world.device))
         dp_cp_rank = self.layout.dp_cp_rank(self.world.rank)
         seeds = [
             dropout_seed(self.config.seed, step, index, dp_cp_rank, self.place.tp) for index in range(len(batches))
@@ -269,22 +271,6 @@ class NativeEngine:
                 **({"loss_scale": torch.tensor(self.scaler.scale)} if self.scaler.enabled else {}),
             },
         )
-
-    def _local_slices(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-        """Return this rank's slice of the sequences of micro-batches, still on the host."""
-        layout, place = self.layout, self.place
-        if layout.cp == 1:
-            return list(micro_batches)
-        return [local_slice(micro_batch, layout.cp_kind, place.cp, layout.cp) for micro_batch in micro_batches]
-
-    @property
-    def _counts_its_data(self) -> bool:
-        """Whether this rank's token counts enter the job's: tensor ranks and pipeline stages share the same data."""
-        return self.place.tp == 0 and self.place.pp == 0
-
-    def _sum_over_data(self, values: Tensor) -> Tensor:
-        """Return the sum over the job of what each rank counted on its share of the data."""
-        return self.world.all_reduce_sum(values if self._counts_its_data else torch.zeros_like(values))
 
     def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: Tensor) -> Tensor:
         """Run every micro-batch forward and backward; return the summed loss of this rank's tokens."""
@@ -390,7 +376,7 @@ class NativeEngine:
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Return the summed loss and the terms that this rank counts, float64 `[2]`."""
-        mine = self._local_slices(micro_batches)
+        mine = list(self.share.slices(micro_batches))
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
         self.inputs.load(batches, [None] * len(batches))
         if self.pipeline:
@@ -401,7 +387,7 @@ class NativeEngine:
             loss_sum = torch.stack(losses).double().sum()
         self.meter.take()
         has_loss = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
-        tokens = self.meter.count(mine) if self._counts_its_data else 0
+        tokens = self.meter.count(mine) if self.share.is_counted else 0
         return torch.stack([loss_sum.double() * has_loss, on_device(tokens, loss_sum.device).double()])
 
     # ------------------------------------------------------------------------------------------- state

@@ -168,7 +168,7 @@ def other_layout(world, folders):
     memory = memory_of(world, folders)
     memory.save(state(world, 3), at(3))
     folder, manifest = memory.newest_valid(0)
-    with pytest.raises(CheckpointError, match=r"holds \d+ of the 35 elements of model.w"):
+    with pytest.raises(CheckpointError, match=r"holds only \d+ of the 35 elements of model.w"):
         check_covers(folder, manifest, {"model.w": torch.empty(ROWS, COLUMNS)})
 
 
