@@ -2,7 +2,7 @@
 
 Counts what autograd keeps, tensor by tensor, on one rank and for one micro-batch (after Korthikanti et al., 2022,
 arXiv:2205.05198, section 4). Their model differs: here attention is fused, so nothing grows with the square of the
-sequence; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less of a block with RMSNorm
+sequence; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less with RMSNorm
 and SwiGLU, so for those the result is an upper bound. Dropout inside attention and document masks are not counted,
 because their memory depends on the kernel. Imports no torch.
 
@@ -94,7 +94,7 @@ def _norm(size: int, w: int, kind: str) -> int:
 
 
 def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: int) -> tuple[int, int]:
-    """Return the bytes from the q, k and v projections to the input of the output projection, and selective recompute's.
+    """Return the bytes from the q, k and v projections to the input of the output projection, and selective's.
 
     Selective recompute keeps the results of matrix products and of attention.
     """

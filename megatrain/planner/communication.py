@@ -1,6 +1,6 @@
 """What an optimizer step has to communicate, by arithmetic alone: calls and bytes of each collective on a rank.
 
-tests/parity/test_communication.py compares it with counted traffic, which must be equal; docs/reference/communication.md
+tests/parity/test_communication.py compares it with counted traffic; docs/reference/communication.md
 explains it. Imports no torch.
 
 Bytes are a collective's payload: all-gather, the whole output; reduce-scatter, the whole input; all-reduce, the tensor;
@@ -260,7 +260,7 @@ class _Step:
         return [unit for unit in (first, *blocks, last) if unit]
 
     def _modules(self, unit: list[str]) -> list[list[str]]:
-        """Return the parts of a unit that ZeRO 0 reduces separately: its modules; the root's own parameters are one part."""
+        """Return the parts of a unit that ZeRO 0 reduces separately: its modules, and the root's own parameters."""
         if unit[0].startswith("blocks.") or (
             {"embed.weight", "final_norm.weight"} <= set(unit) and self.layout.pp == 1
         ):

@@ -151,7 +151,7 @@ class MemoryModel:
         ranks: tuple[tuple[_Stage, ...], ...],
         number: int,
     ) -> Memory:
-        """Return the memory at a coordinate, given a step's `number` of micro-batches and each pipeline rank's stages."""
+        """Return the memory at a coordinate, given the micro-batches of a step and each pipeline rank's stages."""
         stages = ranks[place.pp]
         formats = config.precision
         blocks = plan.shares(layout.grid.sizes, place._asdict())
@@ -213,14 +213,14 @@ class MemoryModel:
         optimizer = held.state_bytes + 4 * held.tensors
         unsharded = 4 * held.whole
         if (w == 4 or sharded) and any(self._has_own_embedding(stage) for stage in stages):
-            # DTensor makes the embedding's gradient for the whole vocabulary on every rank and cuts it at the step's end
+            # DTensor makes the embedding's gradient for the whole vocabulary on every rank cutting it at the step's end
             rows = plan.block("embed.weight", self.shapes["embed.weight"], cut.blocks)[1][0]
             unsharded += 4 * (self.model.vocab - rows) * self.model.hidden_size
         if not sharded:
             return _States(held.whole * (w + (4 if w < 4 else 0)), unsharded, optimizer, 0)
         shard, gathered = 4 * held.padded, w * cut.shards * held.padded
         gradients = max(unsharded if unreduced else 0, shard)
-        # A unit is gathered into one flat buffer, then copied out. Its gradient is kept in the compute format and copied
+        # A unit is gathered into one flat buffer, then copied out. Its gradient, in the compute format, is copied
         # into the buffer that is reduced. At stage 3 the next unit is gathered at the same time.
         largest = cut.shards * max(unit.padded for unit, _, _ in units)
         working = largest * (w + FORMAT_BYTES[reduce_dtype])
@@ -233,7 +233,7 @@ class MemoryModel:
         return stage.is_first and not (stage.is_last and self.model.tie_embeddings)
 
     def _units(self, stage: _Stage, cut: _Cut) -> list[tuple[_Counts, int, bool]]:
-        """Return FSDP2's units in model order: counts, repetitions, and whether it stays gathered for the whole pass."""
+        """Return FSDP2's units in model order: counts, repetitions, and whether they stay gathered in a pass."""
         first, last, blocks = self._count("first", cut), self._count("last", cut), self._count("block", cut)
         if stage.is_first and stage.is_last and self.model.tie_embeddings:
             # one unit, at the root: embedding and head share the weight
@@ -288,7 +288,7 @@ class MemoryModel:
     def _deepspeed_stages_1_and_2(
         self, cut: _Cut, zero: int, w: int, sums: int, compute_dtype: str, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """Return the states and the partition size: a flat copy padded to twice the ranks, and an fp32 partition of it."""
+        """Return the states and the partition size: a flat copy padded to twice the ranks, and its partition."""
         parts = [2 * ceil(sum(group) / (2 * cut.shards)) for group in groups]
         part, whole, bucket = sum(parts), sum(map(sum, groups)), self.sizes.reduce_bucket
         parameters = w * part * cut.shards + 4 * part
@@ -310,7 +310,7 @@ class MemoryModel:
     def _deepspeed_stage_3(
         self, cut: _Cut, w: int, sums: int, reduced: int, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """Return the states and the shard size: each parameter is sharded, with a copy beside its master, in fp32 too."""
+        """Return the states and the shard size: each parameter is sharded, a copy beside its master, in fp32 too."""
         sizes, ranks = self.sizes, cut.shards
         pieces = [[ceil(size / ranks) for size in group] for group in groups]
         part, whole = sum(map(sum, pieces)), sum(map(sum, groups))

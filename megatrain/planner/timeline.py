@@ -51,7 +51,7 @@ class Timeline(NamedTuple):
 def theoretical_bubble(pp: int, virtual_stages: int, num_micro_batches: int) -> float:
     """Return (p - 1) / (v m), the bubble of a schedule that fills and drains once (Narayanan et al. 2021, section 2.2).
 
-    Exact for gpipe, 1f1b and interleaved_1f1b with equal stages and free communication; zero-bubble schedules have less.
+    Exact for gpipe, 1f1b and interleaved_1f1b with equal stages and free communication; zero bubble has less.
     """
     return (pp - 1) / (virtual_stages * num_micro_batches)
 
@@ -150,7 +150,7 @@ def simulate(
 ) -> Timeline:
     """Run the actions of each rank in order, each as soon as its rank is free and its input is ready.
 
-    `work` has one factor on the durations for each stage (default 1). Communication takes no time. The first stage passes
+    `work` has a factor on the durations of each stage (default 1). Communication takes no time. The first stage passes
     no gradient back, so torch runs its whole backward as the weights' part, and so does this.
     """
     last = max(action.stage for actions in order for action in actions)
