@@ -13,7 +13,7 @@ from support.holdings import held_in_a_step
 from support.jobs import layout_job
 from support.ranks import run_ranks
 
-from megatrain.optim.adamw import decays
+from megatrain.optim.slots import decays
 from megatrain.parallel import plan
 from megatrain.parallel.layout import Layout
 from megatrain.planner.memory import DeepSpeedSizes, MemoryModel
@@ -76,7 +76,7 @@ def test_the_buffer_sizes_are_deepspeeds_defaults():
     """The buffer sizes in the formula are DeepSpeed's defaults, and the engine sets none of them."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from megatrain.engine.deepspeed import deepspeed_config
+    from megatrain.engine.deepspeed_config import deepspeed_config
 
     sizes, defaults = DeepSpeedSizes(), DeepSpeedZeroConfig(stage=3)
     assert sizes == (

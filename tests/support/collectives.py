@@ -175,7 +175,7 @@ def _set_zero3(settings: Zero3Settings) -> None:
     """Give DeepSpeed in this process settings that have no config key."""
     if settings == Zero3Settings():
         return
-    original = megatrain.engine.deepspeed.deepspeed_config
+    original = megatrain.engine.deepspeed.deepspeed_config  # type: ignore[attr-defined]
 
     def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
         document = original(*args, **kwargs)
@@ -185,7 +185,7 @@ def _set_zero3(settings: Zero3Settings) -> None:
         document["zero_optimization"] |= keys
         return document
 
-    megatrain.engine.deepspeed.deepspeed_config = changed
+    megatrain.engine.deepspeed.deepspeed_config = changed  # type: ignore[attr-defined]
 
 
 DEEPSPEED = {"engine": "deepspeed"}

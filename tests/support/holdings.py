@@ -219,11 +219,11 @@ def patch_deepspeed(changes: dict[str, Any]) -> None:
     """Change the zero_optimization section of DeepSpeed's config in this process."""
     import megatrain.engine.deepspeed as module
 
-    original = module.deepspeed_config
+    original = module.deepspeed_config  # type: ignore[attr-defined]
 
     def changed(*arguments: Any) -> dict[str, Any]:
         document = original(*arguments)
         document["zero_optimization"] |= changes
         return document
 
-    module.deepspeed_config = changed
+    module.deepspeed_config = changed  # type: ignore[attr-defined]

@@ -241,7 +241,7 @@ def test_a_save_of_the_same_step_cut_short_between_its_renames_keeps_the_older_o
     """Both lie under temporary names then; the next start gives the older its name back."""
     import megatrain.checkpoint.store as module
 
-    real = module.os.replace
+    real = module.os.replace  # type: ignore[attr-defined]
 
     def killed(source, target):
         if Path(source).name == "step_00000030.writing":
@@ -249,7 +249,7 @@ def test_a_save_of_the_same_step_cut_short_between_its_renames_keeps_the_older_o
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", killed)
+        patch.setattr(module.os, "replace", killed)  # type: ignore[attr-defined]
         with pytest.raises(KeyboardInterrupt):
             store.save(state(31), at(30))
     assert not (store.folder / "step_00000030").exists()

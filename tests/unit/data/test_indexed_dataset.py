@@ -116,7 +116,7 @@ def test_the_error_about_a_file_truncated_while_open_says_where_it_ends(make_dat
 def test_reading_a_file_that_keeps_changing_gives_up(make_dataset, monkeypatch):
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
-    monkeypatch.setattr(indexed_dataset.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))
+    monkeypatch.setattr(indexed_dataset.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))  # type: ignore[attr-defined]
     monkeypatch.setattr(dataset, "_stamp", iter([(number,) for number in range(99)]).__next__)
     with pytest.raises(DataError, match="is being written to"):
         dataset.read(0, 1)

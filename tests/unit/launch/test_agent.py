@@ -187,7 +187,7 @@ def test_the_agent_does_not_wait_forever_for_a_rank_that_cannot_be_killed(tmp_pa
     monkeypatch.setattr(rank_process, "GONE_S", 0.2)
     held = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        monkeypatch.setattr(rank_process.os, "killpg", lambda pid, number: None)
+        monkeypatch.setattr(rank_process.os, "killpg", lambda pid, number: None)  # type: ignore[attr-defined]
         rank = rank_process.RankProcess(3, 0, held, None)
         with pytest.raises(EnvironmentFault, match=f"rank 3, process {held.pid}"):
             rank.kill()

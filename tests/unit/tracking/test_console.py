@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock_at(monkeypatch):
     moment = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: moment[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: moment[0])  # type: ignore[attr-defined]
     return moment
 
 
