@@ -1,8 +1,7 @@
-"""The manifest of a checkpoint: its version, what it holds, and reading, writing and validating it. Imports no torch.
+"""The manifest of a checkpoint: its contents, and how to read, write and validate it. Imports no torch.
 
-A folder is a checkpoint once its `manifest.json` is in place. How tensors get into the files is `storage.py`'s; which
-checkpoints a run has, and which one it loads, is `store.py`'s. `docs/reference/checkpoint_format.md` describes the
-file.
+A folder is a checkpoint once it contains `manifest.json`. `storage.py` writes tensors into files; `store.py` manages a
+run's checkpoints and chooses the one to load. `docs/reference/checkpoint_format.md` describes the format.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """The best held-out loss so far, and the evaluations since then."""
+    """The best held-out loss so far, and the number of evaluations since then."""
 
     best_heldout_loss: float | None = None
     evaluations_without_gain: int = 0
@@ -40,7 +39,7 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class LossGuardState:
-    """Recent losses that the next one is compared with, and the spikes that were rolled back and not passed yet."""
+    """Recent losses to compare the next one with, and spikes that the run rolled back from and has not passed again."""
 
     losses: list[float] = field(default_factory=list)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
@@ -48,9 +47,12 @@ class LossGuardState:
 
 @dataclass
 class Progress:
-    """Where a run stands: `step` finished optimizer steps, `cursor` consumed samples, `tokens` counted in the loss.
+    """Progress of a run. The trainer updates it in place.
 
-    `skip_ranges` are the sample ranges `[start, stop)` that the run passes over. The trainer updates it in place.
+    - `step`: finished optimizer steps
+    - `cursor`: samples read or skipped so far; the next step reads from here
+    - `tokens`: terms of the loss so far (next-token prediction: tokens that counted)
+    - `skip_ranges`: sample ranges `[start, stop)` that the run skips
     """
 
     step: int = 0
@@ -61,7 +63,7 @@ class Progress:
     loss_guard: LossGuardState = field(default_factory=LossGuardState)
 
     def assign(self, other: Progress) -> None:
-        """Take over all of another's values, for everyone who holds this one."""
+        """Copy all values of `other` into this object, so that everyone with a reference to it sees them."""
         for f in fields(other):
             setattr(self, f.name, getattr(other, f.name))
 
@@ -76,7 +78,7 @@ class OptimizerGroup:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer's name, the updates it has applied, and its parameter groups by name."""
+    """An optimizer's name, the number of updates it has applied, and its parameter groups by name."""
 
     name: str
     step: int
@@ -85,7 +87,7 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class EngineCounters:
-    """What an engine keeps beside its tensors. `optimizer` is None for weights alone, `loss_scale` outside fp16."""
+    """State of an engine besides its tensors. Weights alone have no `optimizer`; only fp16 has a `loss_scale`."""
 
     optimizer: OptimizerState | None = None
     loss_scale: LossScaleState | None = None
@@ -93,10 +95,10 @@ class EngineCounters:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which run wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
+    """The run that wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
-    `origin` is the path outside the run's folder that the run once continued. Imported weights belong to no run: they
-    have no dataset, and `imported_from` names the folder that they came from.
+    `origin` is the checkpoint that the run was started from by path. Imported weights belong to no run: they have no
+    dataset, and `imported_from` is the folder that they came from.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class NodePart:
-    """Which node's part of a copy in memory this is, of how many nodes."""
+    """A node's part of a copy in memory: the node's number (from 0) and the number of nodes."""
 
     node: int
     num_nodes: int
@@ -117,7 +119,7 @@ class NodePart:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a checkpoint keeps beside its tensors."""
+    """Everything that a checkpoint stores besides its tensors."""
 
     progress: Progress = field(default_factory=Progress)
     counters: EngineCounters = field(default_factory=EngineCounters)
@@ -147,7 +149,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's size in bytes and its xxh3-128, as they were written."""
+    """A file's size in bytes and its xxh3-128 when it was written."""
 
     size: int
     xxh3: str
@@ -155,7 +157,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest(RunRecord):
-    """The whole manifest. Its checksum is made when it is written and checked when it is read."""
+    """The whole manifest. Its checksum is computed when it is written and verified when it is read."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
@@ -166,7 +168,7 @@ class Manifest(RunRecord):
         return self.progress.step
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document that `manifest.json` holds, its checksum included."""
+        """Return the contents of `manifest.json`, including the checksum."""
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
@@ -204,7 +206,7 @@ class Manifest(RunRecord):
         """Build the manifest from its document.
 
         Raises:
-            CheckpointError: a key is missing or holds something else than it should, by name.
+            CheckpointError: a key is missing or has a wrong value. The message names the key.
         """
         optimizer = None
         if (found := document.get("optimizer")) is not None:
@@ -235,7 +237,7 @@ class Manifest(RunRecord):
 
 
 def _tensor_entry(name: str, entry: Any) -> TensorEntry:
-    """Decode one tensor. Written out, since a large checkpoint has a million chunks."""
+    """Decode one tensor. It does not use `decode` for chunks, of which a large checkpoint has a million."""
     try:
         chunks = [Chunk(tuple(c["offset"]), tuple(c["size"]), c["file"]) for c in entry["chunks"]]
         shape = tuple(entry["shape"])
@@ -253,10 +255,10 @@ def _tensor_entry(name: str, entry: Any) -> TensorEntry:
 def decode(kind: Any, value: Any, key: str) -> Any:
     """Return JSON `value` as `kind`: a dataclass, `list`, `tuple`, `dict`, optional or plain type.
 
-    Keys of a dataclass that are absent take their defaults; keys that it does not know are left out.
+    For a dataclass, missing keys take their defaults and unknown keys are ignored.
 
     Raises:
-        CheckpointError: naming `key` and what was found there.
+        CheckpointError: the value does not fit. The message names the key and the value.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -289,21 +291,21 @@ def decode(kind: Any, value: Any, key: str) -> Any:
 
 
 def manifest_hash(document: Mapping[str, Any]) -> str:
-    """Return the checksum of a manifest's document: xxh3-128 of its canonical JSON without the checksum itself."""
+    """Return a manifest's checksum: xxh3-128 of its canonical JSON without the checksum itself."""
     body = {name: value for name, value in document.items() if name != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, flushed to the disk. Raises ValueError for a number that JSON does not have (NaN)."""
+    """Write `manifest.json` and flush it to the disk. Raises ValueError for numbers that JSON lacks (NaN)."""
     write_atomically(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1, allow_nan=False), durable=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint, its checksum verified.
+    """Read a checkpoint's manifest and verify its checksum.
 
     Raises:
-        CheckpointError: it is missing, cut, altered, incomplete, or of a format that this version does not read.
+        CheckpointError: it is missing, truncated, altered, incomplete, or of a format that this version cannot read.
     """
     path = folder / MANIFEST
     try:
@@ -328,12 +330,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_coverage(folder: Path, manifest: Manifest, whole: bool = True) -> None:
-    """Check that chunks lie inside their tensors, do not overlap, and fill each tensor if the checkpoint is `whole`.
+    """Check that chunks lie inside their tensors and do not overlap and, if `whole`, that they fill each tensor.
 
     torch checks this when saving, but not when loading.
 
     Raises:
-        CheckpointError: naming the first tensor that fails.
+        CheckpointError: a check failed. The message names the first such tensor.
     """
     for name, tensor in manifest.tensors.items():
         covered = 0
@@ -351,7 +353,7 @@ def check_coverage(folder: Path, manifest: Manifest, whole: bool = True) -> None
 
 
 def _overlap(chunks: Iterable[Chunk]) -> bool:
-    """Whether any two rectangles share an element. Sweeps along the first dimension, where few are open at a time."""
+    """Whether any two rectangles overlap. Sweeping along the first dimension keeps the number of open ones small."""
     boxes = sorted(
         (chunk.offset, tuple(o + s for o, s in zip(chunk.offset, chunk.size, strict=True))) for chunk in chunks
     )
@@ -376,7 +378,7 @@ def file_hash(path: Path) -> str:
 
 
 def verify_file(folder: Path, name: str, recorded: FileEntry) -> str | None:
-    """Return what is wrong with one file of a checkpoint, or None if it is as it was written."""
+    """Verify one file of a checkpoint; return a description of the problem, or None if it is intact."""
     path = folder / name
     if Path(name).name != name:
         return f"{name}: not a plain file name"

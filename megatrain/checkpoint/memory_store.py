@@ -1,8 +1,8 @@
-"""Copies of the state in memory owned by the node's agent, so that they outlive the ranks.
+"""Copies of the state in memory. The node's agent owns the memory, so copies survive the ranks.
 
-The agent's folder on /dev/shm holds the state of the node's own ranks, in the checkpoint format, as `own/step_<n>/`,
-and a copy of the previous node's part as `peer/step_<n>/`. Ranks that restart inside the job load their node's part.
-When the agents exit for good, `rescue.py` writes the parts to the disk.
+Each node's agent keeps its own ranks' part (`own/step_<n>/`) and the previous node's (`peer/step_<n>/`) in /dev/shm, in
+the checkpoint format. Ranks that restart within the job load their node's part. When the agents exit for good,
+`rescue.py` writes the parts to the disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MemoryStore:
     """The copies of this rank's node. All ranks of the job must call its methods in the same order."""
 
     def __init__(self, folder: Path, world: World) -> None:
-        """`folder` belongs to the agent. Messages use a separate group, because they run in a thread (`saver.py`)."""
+        """`folder` is the agent's. Messages use a separate process group, because a thread sends them (`saver.py`)."""
         self.folder = folder
         self.world = world.with_own_control_group()
         self.node = world.node_world()
@@ -43,12 +43,12 @@ class MemoryStore:
 
     @classmethod
     def from_environ(cls, world: World, environ: Mapping[str, str] | None = None) -> MemoryStore | None:
-        """Return the store in the folder of this process's agent; None if there is no such agent."""
+        """Return the store in the folder that this rank's agent provides; None if no agent provides one."""
         folder = (os.environ if environ is None else environ).get(ENVIRONMENT)
         return cls(Path(folder), world) if folder else None
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> int:
-        """Make a copy, remove older ones once every node has its part, and return its size on this node in bytes.
+        """Save a copy; drop older ones once every node has its part; return this node's bytes.
 
         Raises:
             EnvironmentFault: on every rank, if the memory of any node is too small.
@@ -81,7 +81,7 @@ class MemoryStore:
             raise EnvironmentFault(found)
 
     def newest_valid(self, after: int) -> tuple[Path, Manifest] | None:
-        """Return this node's part, and its manifest, of the newest copy after `after` that is valid on every node."""
+        """Return this node's part (and manifest) of the newest copy after step `after` that is valid on all nodes."""
         own_steps = [checkpoint_step(path) for path in list_checkpoints(self.folder / OWN)]
         by_rank = [set(steps) for steps in self.world.all_gather_json(own_steps)]
         for step in sorted(set.intersection(*by_rank) - set(range(after + 1)), reverse=True):
@@ -93,13 +93,14 @@ class MemoryStore:
             if not any(problems := self.world.all_gather_json(problem)):
                 return folder, manifest
             complete = all(self.world.all_gather_json(not self.node.is_main or (folder / MANIFEST).exists()))
-            damaged = complete and self.world.is_main  # a missing manifest: the ranks were killed while they made it
+            # A manifest is missing if the ranks were killed while they made the copy: incomplete, but not damaged.
+            damaged = complete and self.world.is_main
             level = logging.WARNING if damaged else logging.INFO
             _LOG.log(level, "the copy of step %d is incomplete or damaged: %s", step, next(filter(None, problems)))
         return None
 
     def forget(self) -> None:
-        """Remove all copies, because the run goes back to an earlier step."""
+        """Remove all copies. Called when the run rolls back to an earlier step."""
         self.world.barrier()
         if self.node.is_main:
             self._drop(lambda step: True)
@@ -111,12 +112,14 @@ class MemoryStore:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _exchange(self, own: Path, peer: Path) -> None:
-        """Send this rank's file (and the node's manifest) to its counterpart on the next node, and receive the previous
-        node's."""
+        """Send this rank's file to the same local rank on the next node; receive the one from the previous node.
+
+        The node's first rank also sends the manifest.
+        """
         world, local = self.world, self.world.local_size
         following, before = (world.rank + local) % world.size, (world.rank - local) % world.size
         names = [f"{world.local_rank}.safetensors", *([MANIFEST] if self.node.is_main else [])]
-        sizes = torch.tensor([_size(own / name) for name in names])  # 0: a rank without state has no file
+        sizes = torch.tensor([_size(own / name) for name in names])  # 0: this rank has no state, so no file
         coming = torch.empty_like(sizes)
         _wait_for(dist.isend(sizes, following, group=world.control), dist.irecv(coming, before, group=world.control))
         self._together(lambda: self._make_room(peer, names, coming.tolist()))
@@ -134,16 +137,15 @@ class MemoryStore:
         for name, size in zip(names, sizes, strict=True):
             if size:
                 with (folder / name).open("xb") as file:
-                    os.posix_fallocate(
-                        file.fileno(), 0, size
-                    )  # full memory raises OSError here instead of SIGBUS later
+                    # If memory is full, this raises OSError now instead of SIGBUS later.
+                    os.posix_fallocate(file.fileno(), 0, size)
 
 
 def check_covers(folder: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
-    """Check that a node's part of a checkpoint contains everything that this rank needs.
+    """Check that a node's part of a checkpoint contains all elements that this rank needs.
 
     Raises:
-        CheckpointError: a tensor is incomplete; the message names the first.
+        CheckpointError: a tensor is incomplete. The message names the first.
     """
     for name, tensor in state.items():
         wanted = (
@@ -159,7 +161,7 @@ def check_covers(folder: Path, manifest: Manifest, state: dict[str, Tensor]) -> 
 
 
 def _common(offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]) -> int:
-    """Return the number of elements that two rectangles share."""
+    """Return the number of elements that are in both rectangles."""
     places = zip(offset, size, other_offset, other_size, strict=True)
     return math.prod(max(0, min(o + s, p + t) - max(o, p)) for o, s, p, t in places)
 

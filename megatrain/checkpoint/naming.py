@@ -1,4 +1,4 @@
-"""What a checkpoint's folder is called, and which folders of a run are checkpoints. Imports no torch."""
+"""Name checkpoint folders, and list the checkpoints of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 TEMPORARY = ".writing"
-"""Suffix of a folder that is not a checkpoint yet, or no longer."""
+"""Suffix of a folder that is not yet, or no longer, a checkpoint."""
 
 _NAME = re.compile(r"step_(\d{8,})$")
 
@@ -17,7 +17,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """Return the step in a checkpoint folder's name, or None if the folder is not a checkpoint's."""
+    """Return the step in a checkpoint folder's name; None for any other folder."""
     match = _NAME.fullmatch(folder.name)
     return int(match.group(1)) if match else None
 

@@ -1,7 +1,7 @@
-"""A rank's flat piece of a parameter, addressed by the parameter's global coordinates.
+"""A rank's flat piece of a parameter, with global coordinates.
 
 ZeRO cuts a parameter at arbitrary flat positions, but torch's distributed checkpoint expects rectangles. A flat range
-of a row-major block consists of a few rectangles, and a tensor subclass carries them through the planner.
+of a row-major block consists of a few rectangles. A tensor subclass passes them to torch's planner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Global offsets, sizes, and where the rectangle starts in the flat piece."""
+"""Global offsets, sizes, and the index of the rectangle's first element in the flat piece."""
 
 
 def rectangles(start: int, stop: int, shape: Sequence[int], origin: Sequence[int] | None = None) -> list[Rectangle]:
@@ -52,7 +52,7 @@ def rectangles(start: int, stop: int, shape: Sequence[int], origin: Sequence[int
 
 
 class Piece(torch.Tensor):
-    """Elements [start, start + len(flat)) of a row-major block of a tensor; `flat` is the owner's own memory.
+    """Elements [start, start + len(flat)) of a row-major block of a tensor. `flat` aliases the owner's memory.
 
     The block has the shape `block` and starts at `origin` in the tensor of `global_shape`; by default it is the whole
     tensor. The class implements torch's `_Checkpointable` protocol. It must be a tensor subclass: a plain object
@@ -93,7 +93,7 @@ class Piece(torch.Tensor):
             type(self), tuple(self.shape), dtype=flat.dtype, device=flat.device
         )
         other.flat, other.start, other.parts, at = flat, self.start, [], 0
-        for offsets, sizes, part in self.parts:  # they are consecutive in the flat piece
+        for offsets, sizes, part in self.parts:  # the parts are consecutive in the flat piece
             other.parts.append((offsets, sizes, flat[at : at + part.numel()].view(sizes)))
             at += part.numel()
         return other
@@ -102,7 +102,7 @@ class Piece(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Allow only `detach`: any other operator would need memory that this rank does not hold."""
+        """Allow only `detach`: any other operator would need elements that this rank does not hold."""
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"a Piece does not support {func}; use its .flat")

@@ -1,8 +1,8 @@
 """Write the in-memory copies of the state to the disk when the agents exit for good. Imports no torch.
 
-Each agent writes its own node's part to `checkpoints/rescued/step_<n>/node_<k>/`, and also the previous node's if an
-agent is gone. A complete set of parts becomes an ordinary checkpoint: at once if all agents are present, otherwise at
-the next start.
+Each agent copies its node's part (and, if another agent died, the previous node's part) to
+`checkpoints/rescued/step_<n>/node_<k>/`. Once all parts exist they become a checkpoint: now if all agents are alive,
+else at the next start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatrain.errors import CheckpointError
 from megatrain.resilience.atomic_file import sync_folder
 
 ENVIRONMENT = "MEGATRAIN_COPIES"
-"""Environment variable of the workers that names the agent's folder for copies."""
+"""Environment variable that tells the workers the agent's folder for copies."""
 
 OWN, PEER = "own", "peer"
 RESCUED = "rescued"
@@ -41,7 +41,7 @@ _LOG = logging.getLogger("megatrain")
 
 
 class Copies:
-    """An agent's folder in memory. It is removed with the agent, or by the machine's next agent after a kill."""
+    """An agent's folder in memory. The agent removes it; if the agent was killed, the machine's next agent does."""
 
     def __init__(self) -> None:
         prefix = f"megatrain-{os.getuid()}-"
@@ -54,18 +54,18 @@ class Copies:
         for tries_left in (3, 2, 1, 0):
             self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory))
             try:
-                self._lock = _lock(self.folder)  # released when this process ends, even by SIGKILL
+                self._lock = _lock(self.folder)  # released when this process ends, even if killed
                 for kind in (OWN, PEER):
                     (self.folder / kind).mkdir()
                 break
-            except OSError:  # another agent, starting now, took it for a leftover and removed it
+            except OSError:  # another agent that is starting mistook it for a leftover and removed it
                 if not tries_left:
                     raise
 
     def rescue(self, checkpoints: Path, alone: bool) -> list[int]:
-        """Write the copies that are newer than the newest checkpoint to the disk; return their steps.
+        """Write copies that are newer than the newest checkpoint to the disk; return their steps.
 
-        With `alone`, other agents are gone, and the previous node's part is written too.
+        If `alone`, other agents have died, so the previous node's part is written too.
 
         Raises:
             OSError: the disk cannot be written.
@@ -98,7 +98,7 @@ def _lock(folder: Path) -> int:
 
 
 def _write_part(part: Path, target: Path) -> bool:
-    """Copy a node's part to the disk unless it is already there; return False if the part is damaged.
+    """Copy a node's part to the disk unless that was done before; return False if the part is damaged.
 
     Raises:
         CheckpointError: the part is incomplete.
@@ -120,7 +120,7 @@ def _write_part(part: Path, target: Path) -> bool:
             _LOG.warning("the copy in memory is damaged: %s", problem)
             return False
         sync_folder(writing)
-        with suppress(OSError):  # another node was faster
+        with suppress(OSError):  # another node has already written this part
             os.rename(writing, final)
         sync_folder(target)
     finally:
@@ -129,10 +129,9 @@ def _write_part(part: Path, target: Path) -> bool:
 
 
 def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """Assemble the newest checkpoint whose rescued parts are complete, and remove all parts.
+    """Build the newest complete checkpoint from rescued parts, and remove all parts. The caller must own the run.
 
-    The caller must own the run. Returns its folder (None without a complete one) and a description of each newer set
-    of parts that is incomplete.
+    Return its folder (or None) and problems with newer ones.
     """
     rescued = checkpoints / RESCUED
     made, problems = None, []
@@ -150,9 +149,8 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
         writing.mkdir()
         for path in _parts(folder):
             for name in read_manifest(path).files:
-                os.link(
-                    path / name, writing / _file_name(path, name)
-                )  # links, so that a kill half-way leaves the parts intact
+                # Links, so that the parts stay intact if this process is killed halfway.
+                os.link(path / name, writing / _file_name(path, name))
         write_manifest(writing, manifest)
         made = checkpoints / folder.name
         os.rename(writing, made)
@@ -163,7 +161,7 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def _merge(folder: Path) -> Manifest:
-    """Return the manifest of the complete checkpoint whose parts are in `folder`.
+    """Merge the manifests of the parts in `folder` into the manifest of the whole checkpoint.
 
     Raises:
         CheckpointError: a part is missing or damaged.

@@ -1,4 +1,4 @@
-"""Which config keys a resumed run may change. This is the only list of them."""
+"""The single list of config keys that a resumed run may change, and the check of a resume against it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAY_CHANGE = (
     "parallel.*",
     "engine.*",
     "precision.*",  # master weights are fp32 in every choice
-    "optim.moments",  # rounded to the other format
+    "optim.moments",  # converted to the other format
     "compile",
     "kernels",
     "deterministic",
     "profile",
-    "train.steps",  # a run may be made longer or shorter; the schedule is a function of step and steps
+    "train.steps",  # a run may be extended or shortened; the schedule is a function of step and steps
     "train.micro_batch_size",
     "train.recompute",
     "train.eval_every",
@@ -47,8 +47,8 @@ MAY_CHANGE = (
     "data.deduplicate",
     "tokenizer.*",
 )
-"""Keys (`*` stands for any ending) that a resume may change. The layout does not affect the result, so it may change;
-keys that define the model, the data order, the update or the schedule may not."""
+"""Keys (`*` matches any ending) that a resume may change. The layout may change, because it does not affect the result.
+Keys that define the model, the data order, the update or the schedule may not change."""
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -71,10 +71,10 @@ def check_resume(
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue `origin` with another model, data order, optimizer or dataset.
 
-    Returns the keys that changed, as they may, with old and new values.
+    Return the permitted changes as `{key: (old, new)}`.
 
     Raises:
-        CheckpointError: a key changed that must not (the message gives both values), or `origin` holds only weights.
+        CheckpointError: a key changed that may not (the message gives both values), or `origin` has only weights.
         DataError: the dataset is not the one that the run started with.
     """
     if saved.dataset_fingerprint is None:

@@ -1,6 +1,7 @@
-"""Asynchronous checkpoints: copy the state to host memory, and write it to the disk while training continues.
+"""Asynchronous checkpoints: copy the state to host memory, then write it to the disk while training continues.
 
-Only one save runs at a time. A second save waits for the first, or replaces it if the first failed and awaits a retry.
+Only one save runs at a time. A second save waits for the first. If the first is waiting for a retry, the second
+replaces it.
 `store.py` writes the checkpoint.
 """
 
@@ -30,7 +31,7 @@ Report = tuple[str, int, dict[str, Any]]
 
 
 class Staging:
-    """A copy of a state in host memory. The memory is reused: allocating it costs more than copying."""
+    """A copy of a state in host memory. Memory is reused, because allocating it takes longer than copying."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> float:
-        """Copy the state, start to write it, and return the seconds for which the caller was blocked.
+        """Copy the state, start writing it, and return the seconds for which the caller was blocked.
 
         Raises:
             EnvironmentFault: too many saves in a row have failed.
@@ -100,12 +101,12 @@ class Saver:
 
     @property
     def can_copy(self) -> bool:
-        """Whether copies in memory are enabled and no save is pending, for which a copy would have to wait."""
+        """Whether copies in memory are enabled and no save is running that a copy would have to wait for."""
         return self._memory is not None and (self._thread is None or not self._thread.is_alive())
 
     @property
     def has_failed(self) -> bool:
-        """Whether saving has failed for good; `finish` then raises the error."""
+        """Whether saving has failed for good. If so, `finish` raises the error."""
         return self._error is not None
 
     def reports(self) -> list[Report]:
@@ -130,7 +131,7 @@ class Saver:
         self._thread.start()
 
     def _work_in_memory(self, state: dict[str, Tensor], record: RunRecord) -> None:
-        """Make one copy (in the thread). If the memory of any node is too small, disable further copies."""
+        """Make one copy (in the thread). If any node has too little memory, disable further copies."""
         assert self._memory is not None, "asked for by can_copy"
         try:
             self._memory.save(state, record)
@@ -146,7 +147,7 @@ class Saver:
             self._error = error
 
     def _work(self, state: dict[str, Tensor], record: RunRecord, waited: float, stall: float) -> None:
-        """Write one checkpoint (in the thread), and retry if the disk refuses it."""
+        """Write one checkpoint (in the thread); retry if the disk cannot be written."""
         step = record.progress.step
         try:
             started = time.perf_counter()
@@ -166,7 +167,7 @@ class Saver:
             self._error = error
 
     def _give_up(self, step: int, error: EnvironmentFault) -> bool:
-        """Report a failed save and wait for the retry. Return, on all ranks alike, whether to drop this save."""
+        """Log the failure and wait; return True on all ranks if no retry is left or a newer save replaces this one."""
         limit = self._config.retries
         last = self._failures > limit
         what_now = f"giving up after {self._failures} failures in a row" if last else "will retry"

@@ -1,7 +1,7 @@
 """Storage for torch's distributed checkpoint: one safetensors file per rank, and the manifest.
 
-torch's own storage pickles its metadata; this one never pickles anything. `store.py` decides where checkpoints live and
-which one is used.
+torch's own storage pickles its metadata; this one pickles nothing. `store.py` decides where checkpoints go and which
+one is loaded.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24
 _HASH_BLOCK = 2**22
-_READERS = 4  # a single reader is limited by page-cache copies and by the latency of a shared file system
+_READERS = 4  # one reader is limited by page-cache copies and the latency of a shared file system
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Name, size in bytes and checksum of a checkpoint file that was written."""
+    """Name, size in bytes and xxh3-128 of a checkpoint file that was written."""
 
     name: str
     size: int
@@ -64,9 +64,9 @@ class WrittenFile:
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
     """Write contiguous CPU tensors to a safetensors file and flush it to the disk.
 
-    The safetensors library would copy everything and need a second pass for the checksum; this function writes and
-    hashes the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors): the length of the
-    header as 8 bytes, little-endian; the header as JSON, padded to a multiple of 8 bytes; the tensors back to back.
+    The safetensors library would copy everything and need a second pass for the checksum. This function writes and
+    hashes the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors) is: the header's
+    length (8 bytes, little-endian), the header (JSON, padded to a multiple of 8 bytes), the tensors back to back.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -95,7 +95,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file; its data begin `at` bytes from the start of the file."""
+    """A tensor in a safetensors file. Its data start `at` bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors that a safetensors file holds, by name.
+    """Read the header of a safetensors file; return its tensors by name.
 
     Raises:
         CheckpointError: the file cannot be read, or is not a safetensors file.
@@ -124,10 +124,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def read_window(
     file: int, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor
 ) -> None:
-    """Fill `target` from the window of a stored tensor that begins at `offsets` and has the sizes `lengths`.
+    """Read the window of a stored tensor that starts at `offsets` and has the sizes `lengths` into `target`.
 
-    If the layouts match, the file is read directly into the target's memory. Mapping the file and copying took three
-    times as long, because every mapped page costs a page fault.
+    Read directly into the target if layouts match: mmap was three times slower because of page faults.
 
     Raises:
         OSError: the file cannot be read or ends early.
@@ -149,7 +148,7 @@ def read_window(
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview[int]:
-    """Return the memory of a contiguous CPU tensor, without a copy."""
+    """Return the memory of a contiguous CPU tensor without copying."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -158,10 +157,10 @@ def _entry(index: MetadataIndex) -> str:
 
 
 class SafetensorsWriter(FileSystemWriter):
-    """Writer of one safetensors file per rank and, on the coordinator, of the manifest."""
+    """Writer of one safetensors file per rank. The coordinator also writes the manifest."""
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
-        """`record` holds the manifest's fields that do not describe tensors."""
+        """`record` has the manifest's fields that do not describe tensors."""
         super().__init__(folder)
         self.folder = folder
         self.record = record
@@ -224,7 +223,7 @@ class SafetensorsReader(FileSystemReader):
         return Metadata(state_dict_metadata=dict(tensors), storage_data=files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
-        """Store the table from chunks to files."""
+        """Store the mapping from chunks to files."""
         self.storage_data = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -252,8 +251,8 @@ class SafetensorsReader(FileSystemReader):
             read_window(file.fileno(), stored[entry], item.storage_offsets, item.lengths, target)
             return target
 
-        # After a fork, torch re-creates its thread pool on the first computation. Several threads that start at once
-        # would race for it and fail ("Invalid thread pool!"), so this thread creates it first.
+        # A forked process rebuilds torch's pool on first use; concurrent first uses can fail ("Invalid thread pool!"),
+        # so force it here.
         torch.set_num_threads(torch.get_num_threads())
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_READERS) as pool:
             for item, target in zip(items, pool.map(read, items), strict=True):
@@ -261,16 +260,16 @@ class SafetensorsReader(FileSystemReader):
 
 
 def save_planner(whole: bool = True) -> DefaultSavePlanner:
-    """Return a planner for flat states, which writes a tensor that several ranks hold once.
+    """Return a planner for flat states. If several ranks hold the same tensor, only one writes it.
 
-    With `whole=False` the ranks may hold only a part of the state.
+    With `whole=False` the ranks together may hold only a part of the state.
     """
     planner = DefaultSavePlanner if whole else _PartPlanner
     return planner(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
 
 
 class _PartPlanner(DefaultSavePlanner):
-    """torch's planner without the check that the ranks' pieces cover every tensor."""
+    """torch's planner without its check that the ranks' pieces cover every tensor."""
 
     def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(self._dedup_save_plans(all_plans))

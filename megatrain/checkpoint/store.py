@@ -1,7 +1,7 @@
 """A run's checkpoints: save, verify, choose, load, retire.
 
-A checkpoint is written under a temporary name, flushed, and renamed once it is complete. `storage.py` writes the bytes;
-`resume.py` lists what a resume may change.
+A checkpoint is written under a temporary name, flushed, and renamed once it is complete. `storage.py` reads and
+writes the files; `resume.py` lists the config keys that a resume may change.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LOG = logging.getLogger("megatrain")
 def verify(folder: Path, world: World | None = None, whole: bool = True) -> Manifest:
     """Verify a checkpoint's manifest, coverage and file checksums, and return the manifest.
 
-    With a `world`, the ranks divide the files among themselves and all reach the same verdict. `whole=False` verifies
-    one node's part of a checkpoint (`memory_store.py`).
+    With a `world`, each rank verifies some of the files, and all ranks return the same result or raise the same error.
+    `whole=False` verifies one node's part of a checkpoint (`memory_store.py`).
 
     Raises:
-        CheckpointError: a file is missing or damaged; the message names every such file.
+        CheckpointError: a file is missing or damaged. The message names all such files.
     """
     problems: list[str] = []
     manifest = Manifest()
@@ -60,7 +60,7 @@ def verify(folder: Path, world: World | None = None, whole: bool = True) -> Mani
 def first_valid(
     candidates: list[Path], world: World | None, skip: Callable[[Path, CheckpointError], None]
 ) -> tuple[Path, Manifest] | None:
-    """Return the first candidate that verifies, and its manifest. `skip` is called with each damaged one before it."""
+    """Return the first valid candidate and its manifest, or None. `skip` is called for each damaged one before it."""
     for folder in candidates:
         try:
             return folder, verify(folder, world)
@@ -79,8 +79,10 @@ class CheckpointStore:
         report: Callable[..., None] = lambda *args, **kwargs: None,
         may_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """`report(kind, **detail)` records an event (a skipped checkpoint, say) in the event log of rank 0; `may_write`
-        raises OwnedError once another job owns the run."""
+        """`report(kind, **detail)` records an event, such as a skipped checkpoint, in events.jsonl (on rank 0).
+
+        `may_write` raises OwnedError once another job owns the run.
+        """
         self.may_write = may_write
         world = world.with_own_control_group()  # saves exchange messages in a background thread (`saver.py`)
         self.folder = folder
@@ -95,16 +97,16 @@ class CheckpointStore:
                 raise ConfigError(
                     f"run.dir: {folder} is a file, but the run's checkpoints go into a folder of that name"
                 ) from error
-            for older in folder.glob(f"*{_OLDER}"):  # saving a step again was interrupted between the two renames
+            for older in folder.glob(f"*{_OLDER}"):  # replacing a checkpoint was interrupted between the two renames
                 if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():
                     os.replace(older, final)
-            for leftover in folder.glob(f"*{TEMPORARY}"):  # an interrupted save; never a checkpoint
+            for leftover in folder.glob(f"*{TEMPORARY}"):  # an interrupted save or removal; never a checkpoint
                 shutil.rmtree(leftover, ignore_errors=True)
             self._assemble_rescued()
         world.barrier()
 
     def _assemble_rescued(self) -> None:
-        """Assemble a checkpoint from the in-memory copies that agents wrote here before they exited."""
+        """Assemble a checkpoint from the in-memory copies that agents wrote to the disk before they exited."""
         made, problems = assemble(self.folder)
         for problem in problems:
             _LOG.warning("%s; using the previous checkpoint", problem)
@@ -141,7 +143,7 @@ class CheckpointStore:
     def _put_in_place(self, temporary: Path, final: Path) -> None:
         self.may_write()
         older = final.with_name(final.name + _OLDER)
-        if final.exists():  # the same step saved again: keep the older one until the new one is complete
+        if final.exists():  # the same step was saved before: keep that checkpoint until the new one is in place
             os.replace(final, older)
         os.replace(temporary, final)
         sync_folder(self.folder)
@@ -161,12 +163,12 @@ class CheckpointStore:
             raise OwnedError(problem[1]) if problem[0] == "owner" else EnvironmentFault(problem[1])
 
     def newest_valid(self, folder: Path | None = None, before: int | None = None) -> tuple[Path, Manifest] | None:
-        """Return the newest checkpoint that verifies, and its manifest; None if there are no checkpoints.
+        """Return the newest valid checkpoint (optionally in `folder`, or before a step); None if there are none.
 
-        `folder` is another run's, by default this one's. With `before`, only earlier steps are considered.
+        It is returned with its manifest. Damaged checkpoints are skipped and reported.
 
         Raises:
-            CheckpointError: every checkpoint is damaged. The user must ask explicitly to start a new run.
+            CheckpointError: all checkpoints are damaged. A new run starts only if the user asks for it explicitly.
         """
         folder = folder or self.folder
         paths = [p for p in list_checkpoints(folder) if before is None or (checkpoint_step(p) or 0) < before]
@@ -188,16 +190,14 @@ class CheckpointStore:
         return found
 
     def set_aside(self, step: int) -> None:
-        """Move checkpoints later than `step` to `abandoned-<n>/`, because the run continues from `step`.
+        """Move checkpoints after `step` to `abandoned-<n>/`, newest first: they belong to a discarded history.
 
-        They belong to another history, and a later start must not resume from them. The newest is moved first, so
-        that a kill half-way leaves a consistent history. Raises EnvironmentFault or OwnedError on every rank, as
-        `save` does.
+        A kill halfway leaves a consistent history. Raises EnvironmentFault or OwnedError on every rank, as `save` does.
         """
         self._on_main(lambda: self._move_aside(step))
 
     def _move_aside(self, step: int) -> None:
-        self.may_write()  # the checkpoints may belong to another job by now
+        self.may_write()  # another job may own the run by now
         later = [path for path in list_checkpoints(self.folder) if (checkpoint_step(path) or 0) > step]
         if not later:
             return
@@ -214,8 +214,8 @@ class CheckpointStore:
     def retire(self, keep: int, keep_every: int) -> None:
         """Remove all but the newest `keep` checkpoints and the milestones (multiples of `keep_every`).
 
-        Only valid checkpoints up to the last saved step count towards `keep`, so the newest valid one is never removed.
-        Damaged ones and later steps from another history do not count. With `keep=0` nothing is removed.
+        Count back from the last save, ignoring later steps and damaged ones, so the newest valid stays. With `keep=0`
+        nothing is removed.
         """
         if not self.world.is_main or keep == 0:
             return
@@ -230,12 +230,11 @@ class CheckpointStore:
         for folder in reached[reached.index(whole[keep - 1]) + 1 :]:
             if keep_every and (checkpoint_step(folder) or 0) % keep_every == 0:
                 continue
-            doomed = folder.with_name(
-                folder.name + TEMPORARY
-            )  # no longer a checkpoint, even if the removal is interrupted
+            # Renamed first, so that it is no longer a checkpoint even if the removal is interrupted.
+            doomed = folder.with_name(folder.name + TEMPORARY)
             try:
                 os.replace(folder, doomed)
-            except OSError as error:  # not fatal: removed after the next save
+            except OSError as error:  # not fatal: the next save tries again
                 _LOG.warning("%s cannot be removed: %s", folder, error.strerror)
                 return
             shutil.rmtree(doomed, ignore_errors=True)
@@ -243,7 +242,7 @@ class CheckpointStore:
 
 @contextmanager
 def _without_process_group_warning() -> Iterator[None]:
-    """Silence torch's warning about a missing process group: `no_dist` says that none is wanted."""
+    """Silence torch's no-process-group warning; `no_dist` is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -252,7 +251,7 @@ def _without_process_group_warning() -> Iterator[None]:
 def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: World | None, whole: bool = True) -> None:
     """Write `state` and its manifest into an existing empty folder.
 
-    If `whole`, the ranks of `world` together must hold the entire state.
+    If `whole`, the ranks of `world` must together hold the entire state.
 
     Raises:
         EnvironmentFault: on every rank, if any rank cannot write to the disk.
@@ -276,10 +275,10 @@ def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: Worl
 
 
 def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world: World | None) -> None:
-    """Fill `state` in place from a verified checkpoint, which may have been written under another layout.
+    """Load a verified checkpoint into the tensors of `state`. It may have been written under another layout.
 
     Raises:
-        CheckpointError: a tensor is missing from the checkpoint or has a different shape there.
+        CheckpointError: the checkpoint lacks a tensor or has it in another shape.
     """
     stored = manifest.tensors
     missing = [name for name in state if name not in stored]

@@ -1,7 +1,7 @@
-"""Build batches from sample numbers: the training stream with its prefetch thread, and held-out batches.
+"""Build batches from sample numbers: a training stream with a prefetch thread, and held-out batches.
 
-order.py decides the order of samples. What a rank reads depends on (dp_rank, dp_size) alone, so every layout reads the
-same samples in the same step.
+`order.py` decides the order of samples. A rank's share of a step depends only on (dp_rank, dp_size), so a step has the
+same samples in every layout.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatrain.kernels import IGNORE_INDEX
 
 
 def sample_hash(ids: np.ndarray) -> int:
-    """Return the xxh3-64 of one sample's T+1 ids as little-endian int32."""
+    """Return the xxh3-64 of one sample's T+1 ids, hashed as little-endian int32."""
     return xxhash.xxh3_64_intdigest(ids.astype("<i4").tobytes())
 
 
 def step_hash(hashes: np.ndarray) -> str:
-    """Return a step's `batch_hash`, 16 hex digits: xxh3-64 over its samples' hashes (uint64, in sample order)."""
+    """Return a step's `batch_hash` (16 hex digits): the xxh3-64 of its samples' hashes (uint64, in sample order)."""
     return xxhash.xxh3_64_hexdigest(np.asarray(hashes).astype("<u8").tobytes())
 
 
@@ -41,7 +41,7 @@ def samples_of_rank(samples: np.ndarray, micro_batch_size: int, dp_rank: int, dp
 
 
 def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
-    """Return `[G]` values, one a sample, in the order of the step's samples: the inverse of `samples_of_rank`.
+    """Return `[G]` values, one per sample, in the order of the step's samples: the inverse of `samples_of_rank`.
 
     `by_rank` is `[dp_size, num_micro_batches * micro_batch_size]`: each data rank's values in micro-batch order.
     """
@@ -51,10 +51,10 @@ def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
 class TrainStream:
     """One rank's endless sequence of `StepBatch`es from `first_step` and `cursor` on, prefetched by a thread.
 
-    A step takes the next G = `batch_size(step)` samples from the cursor on that lie in no skip range; `samples_of_rank`
-    says which of them this rank reads. If `end_of_document` is given (the token that ends each document), micro-batches
-    carry document ids. An error in the thread, such as a `DataError` for a damaged block, is raised in the consumer.
-    Call `close` when done.
+    A step takes the next G = `batch_size(step)` samples from the cursor on, passing over skip ranges; `samples_of_rank`
+    gives this rank's share of them. If `end_of_document` (the token that ends each document) is given, micro-batches
+    have document ids. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer. Call
+    `close` when done.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainStream:
         raise StopIteration
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """Stop the thread and return whether it ended within `timeout_s` seconds. A daemon, it never delays exit."""
+        """Stop the thread and return whether it ended within `timeout_s` seconds. As a daemon it never delays exit."""
         self._closed.set()
         while True:
             try:
@@ -112,13 +112,13 @@ class TrainStream:
         return not self._thread.is_alive()
 
     def restart(self, first_step: int, cursor: int, skip_ranges: Iterable[tuple[int, int]]) -> None:
-        """Continue from another step and cursor with other skip ranges; prefetched batches are dropped."""
+        """Continue from another step and cursor, with other skip ranges; drop the prefetched batches."""
         self.close()
         self._skip_ranges = merge_ranges(skip_ranges)
         self._start(first_step, cursor)
 
     def _start(self, first_step: int, cursor: int) -> None:
-        """Start a thread with its own queue and stop event: one stuck in a slow read cannot disturb its successor."""
+        """Start a thread with its own queue and stop event, so that an old thread in a slow read cannot disturb it."""
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=self._prefetch)
         self._closed = threading.Event()
         arguments = first_step, cursor, self._skip_ranges, self._queue, self._closed
@@ -167,7 +167,7 @@ class TrainStream:
 
 
 def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
-    """Return a micro-batch, with document ids if `end_of_document` is given; that token belongs to its document."""
+    """Return a micro-batch, with document ids if `end_of_document` is given. That token is part of its document."""
     if end_of_document is None:
         return MicroBatch(tokens, labels)
     ends = (tokens == end_of_document).int()
@@ -175,9 +175,9 @@ def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: 
 
 
 def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
-    """Return up to `seq_len + 1` ids (int64) from token `window * seq_len` on; fewer only at the split's end.
+    """Return the `seq_len + 1` ids (int64) from token `window * seq_len` on, or fewer at the end of the split.
 
-    Raises `DataError` with the id's place if one is outside the vocabulary.
+    Raises `DataError` if an id is outside the vocabulary; the message gives its place.
     """
     start = window * seq_len
     ids = dataset.read(start, min(seq_len + 1, dataset.num_tokens - start))
@@ -201,10 +201,10 @@ def heldout_batches(
     vocab_size: int | None = None,
     end_of_document: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """Yield one rank's share of a split's windows in file order; every rank gets the same number of batches.
+    """Yield one rank's share of a split's windows in file order. Every rank gets the same number of batches.
 
-    The last, partial window is included. It and the last batch are padded with labels of `IGNORE_INDEX`. Over all ranks
-    each token except the split's first is a label exactly once. `max_samples` limits the number of windows;
+    The last window may be partial. It and the last batch are padded with labels of `IGNORE_INDEX`. Over all ranks, each
+    token except the split's first is a label exactly once. `max_samples` limits the number of windows;
     `end_of_document` is as in `TrainStream`.
     """
     num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0

@@ -1,4 +1,4 @@
-"""Build the engine that the config names. This is the only module that knows all engines."""
+"""Build the engine that the config names. Only this module imports all engines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatrain.optim.objective import NextToken, Objective
 
 
 def build_engine(config: TrainConfig, world: World, objective: Objective | None = None) -> Engine:
-    """Return the engine of `engine.name`, its parameters initialised bit-equal in every layout.
+    """Return the engine that `engine.name` names. Initial parameters are bit-identical in every layout.
 
-    It minimises `objective`, by default next-token prediction.
+    The engine minimises `objective`, by default next-token prediction.
     """
     objective = objective or NextToken()
     if config.engine.name == "native":

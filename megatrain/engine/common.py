@@ -1,4 +1,4 @@
-"""Code that all engines share: dropout seeds, losses and their scaling, the choice of kernels, counters."""
+"""Code that all engines share: dropout seeds, losses and their scaling, sums over the job, kernels, counters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from megatrain.parallel.stages import ZERO_BUBBLE
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor_rank: int = 0) -> int:
-    """Return the seed of one micro-batch's dropout masks. A pure function, so no random state has to be saved.
+    """Return the seed of one micro-batch's dropout masks. It is a pure function, so no random state is saved.
 
-    `dp_cp_rank` differs between ranks that work on other tokens, `tensor_rank` between ranks that hold another slice of
-    their activations; it is 0 where activations are whole.
+    `dp_cp_rank` differs between ranks that process different tokens. `tensor_rank` differs between ranks that hold
+    different slices of the activations; it is 0 if activations are not split.
     """
     key = f"dropout:{seed}:{step}:{micro_batch}:{dp_cp_rank}" + (f":{tensor_rank}" if tensor_rank else "")
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
@@ -49,12 +49,12 @@ def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, met
 
 
 def mean_scalars(names: Sequence[str], sums: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Return an objective's scalars as means over the step's `count` terms, from their sums over the whole job."""
+    """Divide an objective's job-wide `sums` by the step's `count` terms; return the means by name."""
     return {name: total.float() for name, total in zip(names, sums / count.clamp(min=1), strict=True)}
 
 
 class DataShare:
-    """This rank's share of a step's data, and sums over the job of what the ranks count on their shares."""
+    """This rank's share of a step's data, and job-wide sums of values that ranks compute on their shares."""
 
     def __init__(self, layout: Layout, world: World) -> None:
         self.layout, self.world = layout, world
@@ -62,11 +62,11 @@ class DataShare:
 
     @property
     def is_counted(self) -> bool:
-        """Whether this rank's counts enter the job's: tensor ranks and pipeline stages share the same data."""
+        """Whether job-wide sums include this rank: tensor ranks and pipeline stages share data, so only one counts."""
         return self.place.tp == 0 and self.place.pp == 0
 
     def slices(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield this rank's slice of the sequences of each micro-batch (all of them without context parallelism)."""
+        """Yield this rank's slice of each micro-batch's sequences; without context parallelism, all of it."""
         layout = self.layout
         for micro_batch in micro_batches:
             if layout.cp == 1:
@@ -75,25 +75,24 @@ class DataShare:
                 yield local_slice(micro_batch, layout.cp_kind, self.place.cp, layout.cp)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the job of what each rank counted on its share."""
+        """Return the job-wide sum of `values`, counting each share of the data once."""
         return self.world.all_reduce_sum(values if self.is_counted else torch.zeros_like(values))
 
 
 def on_device(number: int, device: torch.device) -> Tensor:
-    """Return an int64 scalar, filled on the device: a copy from the host would make it wait."""
+    """Return an int64 scalar, filled on the device: copying it from the host would make the host wait."""
     return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def loss_factor(scale: float, tokens: Tensor) -> Tensor:
-    """Return `scale / max(1, tokens)`, an fp32 scalar that multiplies summed losses. The host does not wait."""
+    """Return `scale / max(1, tokens)`, an fp32 scalar that multiplies summed losses, without a host sync."""
     return (scale / tokens.clamp(min=1).double()).float()
 
 
 def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
-    """Return `factor` times a micro-batch's loss, for the backward pass; NaN times the loss if it is not finite.
+    """Return `factor * loss` for the backward pass. If the loss is not finite, the factor is NaN.
 
-    A non-finite loss then makes every gradient NaN, so the veto on the gradient norm also covers the loss, on all ranks
-    and without a read by the host.
+    This makes every gradient NaN, so the gradient-norm check also catches a bad loss, without a host sync.
     """
     return loss * factor.where(torch.isfinite(loss), torch.full_like(factor, float("nan")))
 
@@ -102,9 +101,9 @@ def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
 def evaluate(
     model: GPT, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return summed loss (float64) and counted terms (int64) of this rank's `batches`, the model in evaluation mode.
+    """Evaluate this rank's `batches`; return the summed loss (float64) and the number of its terms (int64).
 
-    Without a `meter` the loss is that of next-token prediction.
+    Without a `meter` the objective is next-token prediction.
     """
     meter = meter or LossMeter(NextToken(), device)
     was_training = model.training
@@ -120,16 +119,16 @@ def evaluate(
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compile each block by itself: one graph serves all of them, and compiling is quick."""
+    """Compile each block separately: all blocks share one graph, so compiling is fast."""
     for block in model.blocks.children():
         block.compile()
 
 
 def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
-    """Return the operations that a run's model computes with.
+    """Choose the kernels of a run's model.
 
     Raises:
-        EnvironmentFault: `kernels=triton` where Triton cannot run.
+        EnvironmentFault: `kernels=triton`, but Triton cannot run here.
     """
     dtype, width = DTYPES[config.precision.name], config.model.hidden_size
     splits_backward = config.parallel.pp > 1 and config.parallel.schedule in ZERO_BUBBLE
@@ -143,7 +142,7 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> Kernels:
 def engine_counters(
     optimizer: str, groups: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]], step: int, scaler: LossScaler
 ) -> EngineCounters:
-    """Return `Engine.counters` from an optimizer's groups, the parameters' global shapes and the updates applied."""
+    """Build `Engine.counters` from an optimizer's groups, the parameters' global shapes and the number of updates."""
     members: dict[str, list[str]] = {"decay": [], "no_decay": []}
     for name, shape in shapes.items():
         members["decay" if decays(len(shape)) else "no_decay"].append(name)

@@ -1,8 +1,9 @@
 """The DeepSpeed engine: ZeRO 0 to 3 over data- and context-parallel ranks, x tensor parallel with AutoTP's layers.
 
-DeepSpeed reduces, shards and updates. Decided here is what it leaves open: the loss is normalised by the tokens of
-the whole step, the loss scale follows our one rule, and non-finite gradients never reach the parameters (stage 0 in
-fp32 would apply them). Its state by global coordinates is `deepspeed_state.py`'s, its config `deepspeed_config.py`'s.
+DeepSpeed reduces, shards and updates. We decide what DeepSpeed leaves open: loss normalised by all terms of the step
+(tokens, for next-token prediction), our loss-scale rule, no update from non-finite gradients (DeepSpeed would apply
+them at stage 0 in fp32). `deepspeed_state.py` maps its state to global coordinates; `deepspeed_config.py` writes its
+config.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from megatrain.parallel.recompute import recompute_blocks
 
 
 class DeepSpeedEngine:
-    """`Engine` over DeepSpeed's. The process group must exist already."""
+    """`Engine` that wraps DeepSpeed's engine. The process group must already exist."""
 
     def __init__(self, config: TrainConfig, world: World, objective: Objective) -> None:
         deepspeed = start_deepspeed(world)
@@ -86,8 +87,8 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=document, dist_init_required=False
         )
         if self.tensor_group is not None:
-            # In the first forward pass it would send every rank's batch through pickle to compare them; batch_hash
-            # does.
+            # This hook would pickle every rank's batch in the first forward pass to compare them; batch_hash already
+            # does that.
             self.engine.first_dataloader_check.remove()
         self.optimizer = self.engine.optimizer
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
@@ -99,14 +100,14 @@ class DeepSpeedEngine:
         self.engine.train()
 
     def _build_model(self, deepspeed: Any, document: dict[str, Any]) -> GPT:
-        """Return the model with memory but without values.
+        """Return the model with memory allocated but parameters not initialised.
 
-        A tensor rank allocates its block of each layer in turn. Under stage 3 without tensor ranks each parameter is
-        partitioned as soon as it exists.
+        With tensor parallelism, each rank allocates its block of one layer after another. At stage 3 without tensor
+        parallelism, each parameter is partitioned as soon as it is created.
         """
         kernels = choose_kernels(self.config, self.world.device)
         if self.config.parallel.zero == 3 and self.tensor_group is None:
-            # Without a dtype DeepSpeed takes the config's; given float32 on a CPU it would choose bfloat16.
+            # Pass no dtype, so that DeepSpeed uses the config's: given float32 on a CPU, it would choose bfloat16.
             with deepspeed.zero.Init(config_dict_or_path=document):
                 model = GPT(self.config.model, kernels)
             self._split_sequences(model)
@@ -125,7 +126,7 @@ class DeepSpeedEngine:
         return model
 
     def _split_sequences(self, model: GPT) -> None:
-        """Apply context parallelism. To DeepSpeed context ranks are data ranks: they hold the same parameters."""
+        """Apply context parallelism. DeepSpeed treats context ranks as data ranks: they hold the same parameters."""
         if self.layout.cp > 1:
             context = make_groups(self.layout, self.world.rank, self.world.device).cp
             assert context is not None
@@ -197,7 +198,7 @@ class DeepSpeedEngine:
         )
 
     def _finish_step(self) -> tuple[bool, float]:
-        """Apply the reduced gradients unless they are not finite; return whether they were applied, and their norm."""
+        """Apply the reduced gradients if they are finite; return whether they were applied, and their norm."""
         if not updates_blindly(self.config):
             self.engine.step()
             return bool(self.engine.was_step_applied()), float(self.engine.get_global_grad_norm())
@@ -212,7 +213,7 @@ class DeepSpeedEngine:
         return is_finite, float(norm)
 
     def _gradient_norm(self) -> Tensor:
-        """Return the norm of all gradients at stage 0 in fp32; those that every tensor rank has are counted once."""
+        """Return the norm of all gradients at stage 0 in fp32. Gradients held by all tensor ranks are counted once."""
         gradients = {name: p.grad for name, p in self.engine.module.named_parameters() if p.grad is not None}
         if self.tensor_group is None:
             return torch.nn.utils.get_total_norm(gradients.values())
@@ -229,7 +230,7 @@ class DeepSpeedEngine:
 
 
 def _check_accelerator(config: TrainConfig, world: World) -> None:
-    """Refuse what DeepSpeed cannot do on this device.
+    """Refuse a config that DeepSpeed cannot run on this device.
 
     Raises:
         EnvironmentFault: fp16 without fp16 arithmetic, or offload to a disk without asynchronous I/O.

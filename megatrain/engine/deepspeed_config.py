@@ -1,4 +1,4 @@
-"""How DeepSpeed is configured and started for a run."""
+"""Configure and start DeepSpeed for a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOG = logging.getLogger("megatrain")
 
 
 def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = "cpu") -> dict[str, Any]:
-    """Return DeepSpeed's JSON config of a run.
+    """Return DeepSpeed's JSON config for a run.
 
-    Batch sizes are given as micro-batch and accumulation steps: DeepSpeed miscounts a global one.
+    It gives the micro-batch size and the accumulation steps, because DeepSpeed miscounts a global batch size.
     """
     precision = config.precision
     document: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        # stage 0 in fp32 is clipped by our engine, after it has checked the norm
+        # at stage 0 in fp32 our engine clips, after it has checked the norm
         "gradient_clipping": 0.0 if updates_blindly(config) else config.optim.grad_clip,
         "zero_allow_untested_optimizer": config.optim.name != "adamw",
         "steps_per_print": 2**62,
@@ -43,7 +43,7 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = 
     }
     if config.engine.offload != "none":
         place: dict[str, Any] = {"device": config.engine.offload, "pin_memory": device == "cuda"}
-        if config.engine.offload == "nvme":  # one folder a run: the files in it have the same names in every run
+        if config.engine.offload == "nvme":  # one folder per run: every run uses the same file names
             assert config.engine.nvme_path is not None, "the layout table refuses nvme without a path"
             run = Path(config.run.dir, config.run.name or "run").absolute()
             folder = f"{run.name}-{xxhash.xxh3_64_hexdigest(str(run).encode())}"
@@ -51,13 +51,13 @@ def deepspeed_config(config: TrainConfig, num_micro_batches: int, device: str = 
         document["zero_optimization"]["offload_optimizer"] = place
         if config.engine.offload_parameters:
             document["zero_optimization"]["offload_param"] = place
-        # torch's fused AdamW runs on host tensors too; every other layout uses it
+        # torch's fused AdamW, which all other layouts use, also runs on host tensors
         document["zero_force_ds_cpu_optimizer"] = False
     if config.parallel.tp > 1:
         document["tensor_parallel"] = {"autotp_size": config.parallel.tp}
     if precision.name == "bf16":
         document["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    if precision.name == "fp16":  # a static scale, which LossScaler moves
+    if precision.name == "fp16":  # a static scale, which LossScaler changes
         document["fp16"] = {"enabled": True, "loss_scale": precision.initial_loss_scale}
     return document
 
@@ -71,8 +71,7 @@ def wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
     """Check that DeepSpeed can build its asynchronous I/O, and wait for other processes that are building it.
 
     Raises:
-        EnvironmentFault: libaio is missing, or a build that was killed left its lock, on which torch would wait
-        forever.
+        EnvironmentFault: libaio is missing, or a killed build left its lock, for which torch would wait forever.
     """
     if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
         raise EnvironmentFault(
@@ -87,7 +86,7 @@ def wait_for_asynchronous_io(accelerator: Any, timeout_s: float) -> None:
             _LOG.warning("waiting for another process to build %s (%s), %g s at most", extension, lock, timeout_s)
         started, age = time.monotonic(), 0.0
         with suppress(FileNotFoundError):
-            age = time.time() - lock.stat().st_mtime  # read once: the clock may be set while waiting
+            age = time.time() - lock.stat().st_mtime  # read once: someone may set the clock while we wait
         while lock.exists():
             if age + time.monotonic() - started > timeout_s:
                 raise EnvironmentFault(
@@ -104,8 +103,8 @@ def start_deepspeed(world: World) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Its shared-memory all-reduce is for inference only, but would be compiled at every first start, and a compilation
-    # that is killed leaves a lock on which all later ones wait forever.
+    # DeepSpeed's shared-memory all-reduce is for inference only, but the first start would compile it. A killed
+    # compilation leaves a lock for which all later starts wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
     return deepspeed

@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps a rank's masters and optimizer states, addressed by the parameters' global coordinates.
+"""Map DeepSpeed's masters and optimizer states on a rank to the parameters' global coordinates.
 
-This reads private members of DeepSpeed (pyproject.toml bounds its version). The three families differ: stage 3 cuts
-each parameter by itself, stages 1 and 2 cut a flat buffer of all parameters, stage 0 cuts nothing.
+This module reads private members of DeepSpeed, so pyproject.toml bounds its version. Stage 3 shards each parameter
+separately, stages 1 and 2 shard a flat buffer of all parameters, and stage 0 shards nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from megatrain.optim.slots import decays, slot_names, slots_of
 from megatrain.parallel import plan
 
 SubGroup = list[tuple[str, nn.Parameter]]
-"""Names and parameters that are updated, and swapped, together."""
+"""Names and parameters that are updated and swapped together."""
 
 
 class DeepSpeedState:
-    """The masters and optimizer states of one rank, as tensors that know their global place.
+    """The masters and optimizer states of one rank, as tensors with global coordinates.
 
-    `shapes` are the whole parameters'; `shares` say which tensor-parallel block of each this rank has.
+    `shapes` are the shapes of the whole parameters. `shares` determine which tensor-parallel block of each parameter
+    this rank holds.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class DeepSpeedState:
         self.optimizer = engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self.copies: dict[str, Tensor] = {}
-        """What `tensors` read from a disk; `write_back` writes it there again."""
+        """Copies that `tensors` read from NVMe, by key. `write_back` writes them to NVMe again."""
         for name, shape in shapes.items():
             for slot in slots_of(config.optim, name, shape):
                 assert slot.shape == shape, (
@@ -66,7 +67,7 @@ class DeepSpeedState:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Write to the disk what was loaded into the copies that `tensors` returned of states that live there."""
+        """Write the copies from `tensors` to NVMe: a checkpoint may have been loaded into them."""
         for group, members in self.sub_groups():
             if self.copies and self._is_swapped(group):
                 with self.resident(group):
@@ -76,7 +77,7 @@ class DeepSpeedState:
         self.copies.clear()
 
     def create_slots(self, step: int) -> None:
-        """Create the optimizer's states, which DeepSpeed leaves to the first step, and set its step count."""
+        """Create the optimizer's states, which DeepSpeed creates only in the first step, and set its step count."""
         members = dict(self.sub_groups())
         for group, master in enumerate(self.flat_masters()):
             names = self._names_in(group, members)
@@ -91,7 +92,7 @@ class DeepSpeedState:
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Fill each rank's piece of each parameter with the values that one process would have, bit for bit."""
+        """Fill this rank's piece of each parameter with the values that a single process would have, bit for bit."""
         for group, members in self.sub_groups():
             with self.resident(group):
                 for name, parameter in members:
@@ -102,7 +103,7 @@ class DeepSpeedState:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the fp32 masters into the parameters that the model computes with, on every rank."""
+        """Copy the fp32 masters into the parameters that the model computes with. All ranks must call it."""
         optimizer = self.optimizer
         if self.stage == 3:
             for group in range(len(optimizer.fp16_partitioned_groups_flat)):
@@ -122,10 +123,10 @@ class DeepSpeedState:
         """Return the number of updates that the optimizer has applied."""
         return int(self.inner.state[self.flat_masters()[0]]["step"])
 
-    # ------------------------------------------------------------------------------------------- where things are
+    # ------------------------------------------------------------------------------------------- access to DeepSpeed
 
     def flat_masters(self) -> list[Tensor]:
-        """Return the fp32 tensors that the inner optimizer keeps its states for."""
+        """Return the fp32 tensors that the inner optimizer updates."""
         for name in (
             "fp32_partitioned_groups_flat",  # stage 3
             "single_partition_of_fp32_groups",  # stages 1 and 2
@@ -136,7 +137,7 @@ class DeepSpeedState:
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
     def sub_groups(self) -> list[tuple[int, SubGroup]]:
-        """Return the parameters by the sub-group they are updated in; one group below stage 3."""
+        """Return the parameters by sub-group. Below stage 3 there is one sub-group."""
         members: dict[int, SubGroup] = {}
         for name, parameter in self.engine.module.named_parameters():
             group = 0
@@ -146,9 +147,10 @@ class DeepSpeedState:
         return sorted(members.items())
 
     def _names_in(self, index: int, members: Mapping[int, SubGroup]) -> list[str]:
-        """Return the names of the parameters in the flat master of this index.
+        """Return the names of the parameters in the flat master at `index`.
 
-        It is a sub-group at stage 3, a parameter group (matrices, then vectors) at 1 and 2, and one parameter at 0.
+        A flat master holds a sub-group at stage 3, a parameter group (matrices, then vectors) at stages 1 and 2, and
+        one parameter at stage 0.
         """
         if self.stage == 3:
             return [name for name, _ in members[index]]
@@ -161,7 +163,7 @@ class DeepSpeedState:
 
     @contextmanager
     def resident(self, group: int) -> Iterator[None]:
-        """Hold a sub-group's masters and states in memory; write them back to the disk if they live there."""
+        """Keep a sub-group's masters and states in memory within the context; swap them back to NVMe afterwards."""
         if not self._is_swapped(group):
             yield
             return
@@ -172,23 +174,23 @@ class DeepSpeedState:
             self.optimizer._optimizer_states_and_gradient_swap_out(group)
 
     def _is_swapped(self, group: int) -> bool:
-        """Whether a sub-group's masters and states live on a disk between updates (engine.offload=nvme)."""
+        """Whether a sub-group's masters and states are on NVMe between updates (engine.offload=nvme)."""
         return self.stage == 3 and bool(self.optimizer._swappable_optimizer_subgroup(group))
 
     def _slots(self, name: str) -> Any:
         return slots_of(self.config.optim, name, self.shapes[name])
 
     def _keys(self, name: str) -> list[tuple[str | None, str]]:
-        """Return DeepSpeed's key (None: the master) and the checkpoint's for each tensor of a parameter."""
+        """Return, for each tensor of a parameter, DeepSpeed's key (None: the master) and the checkpoint's key."""
         names = slot_names(self.config.optim, self.shapes, [name])
         return [(None, f"model.{name}"), *((slot, f"optim.{slot}.{name}") for slot in names)]
 
     def _block(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return origin and sizes of this tensor rank's block of a parameter."""
+        """Return the origin and sizes of this tensor rank's block of a parameter."""
         return plan.block(name, self.shapes[name], self.shares)
 
     def _fragment(self, parameter: Any, slot: str | None) -> tuple[Tensor, int]:
-        """Return this rank's flat fp32 piece of a parameter (or of one of its states), and where it starts."""
+        """Return this rank's flat fp32 piece of a parameter (or of its state `slot`) and the piece's first index."""
         if hasattr(parameter, "ds_id"):  # stage 3
             group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             master = self.optimizer.fp32_partitioned_groups_flat[group]
@@ -205,7 +207,7 @@ class DeepSpeedState:
         return (master.detach() if slot is None else self.inner.state[master][slot]).view(-1), 0
 
     def _whole_master(self, parameter: nn.Parameter) -> Tensor:
-        """Return, at stage 0, the fp32 copy of a low-precision parameter, or the parameter itself."""
+        """Return, at stage 0, the fp32 copy of a low-precision parameter, or an fp32 parameter itself."""
         if hasattr(self.optimizer, "fp32_groups"):
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 for candidate, master in zip(low, high, strict=True):

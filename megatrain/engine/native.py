@@ -1,7 +1,7 @@
-"""The native engine: torch alone. FSDP2 or replicas x tensor and sequence parallel x pipeline x context parallel.
+"""The native engine, built on torch alone: FSDP2 or replicas x tensor and sequence x pipeline x context parallelism.
 
-The optimizer updates fp32 masters, each the block of a parameter that this rank holds. Gradients are summed, clipped
-and vetoed on the device, without the host waiting for them.
+The optimizer updates fp32 masters: this rank's block of each parameter. Summing, clipping and checking gradients need
+no host sync, except that in fp16 the loss scale reads one flag.
 """
 
 from __future__ import annotations
@@ -59,16 +59,15 @@ from megatrain.parallel.tensor import cut_tensors
 from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
 EVALUATED_AT_ONCE = 16
-"""Held-out micro-batches that go through a pipeline together."""
+"""Held-out micro-batches that are evaluated together, so that a pipeline stays busy."""
 
 
 @dataclass
 class LocalParameter:
     """One parameter as this rank holds it.
 
-    `master` (fp32) is the block of `sizes` at `origin` in the whole parameter of `shape`. It shares the memory of
-    `parameter` where that is fp32 too. `in_norm` is false where another rank's copy is counted in the gradient norm.
-    `slots` are the optimizer's states.
+    `master` (fp32) is the block of `sizes` at `origin` in the whole parameter of `shape`. If `parameter` is fp32 too,
+    they share memory. `in_norm` is false if the gradient norm counts another copy. `slots` are the optimizer's states.
     """
 
     name: str
@@ -93,7 +92,7 @@ class LocalParameter:
 
     @property
     def slot_shapes(self) -> list[tuple[Slot, tuple[int, ...]]]:
-        """The optimizer's states with the shapes that this rank holds of them."""
+        """The optimizer's states, each with the shape of this rank's block of it."""
         return [(slot, slot.block(self.shape, self.origin, self.sizes)[1]) for slot in self.slots]
 
 
@@ -138,7 +137,7 @@ class NativeEngine:
     # ------------------------------------------------------------------------------------------- construction
 
     def _build_stages(self) -> dict[int, Stage]:
-        """Return this rank's pipeline stages by number: split, with memory for this rank's shards, without values."""
+        """Return this rank's pipeline stages by number: split and allocated, but not initialised."""
         layers = stage_layers(self.config, self.layout.num_stages)
         kernels = choose_kernels(self.config, self.world.device)
         stages: dict[int, Stage] = {}
@@ -166,14 +165,14 @@ class NativeEngine:
         return stages
 
     def _loss(self, kernels: Kernels) -> LossFunction | None:
-        """Return the loss over logits; None where the head computes the loss itself."""
+        """Return the loss function over logits; None if the head computes the loss itself."""
         if self.groups is None or self.groups.tp is None:
             return None if head_in_chunks(self.config, self.layout) else cross_entropy_sum
         first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
         return partial(vocabulary_parallel_cross_entropy, first=first, group=self.groups.tp, kernels=kernels)
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
-        """Yield a stage's parameters with their places in the whole model."""
+        """Yield a stage's parameters with their coordinates in the whole model."""
         shapes = parameter_shapes(self.config.model)
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         mesh = self.groups.mesh if self.groups else None
@@ -195,13 +194,13 @@ class NativeEngine:
             yield LocalParameter(name, parameter, master, shape, origin, sizes, in_norm, slots)
 
     def _tied(self) -> list[LocalParameter]:
-        """Return this rank's copies (none, one or two) of a tied weight that two pipeline stages share."""
+        """Return this rank's copies (none, one or two) of the tied weight that the first and last stage share."""
         if not self.config.model.tie_embeddings or self.layout.num_stages == 1:
             return []
         return [held for held in self.held if held.name == "embed.weight"]
 
     def _accumulate_into_masters(self) -> None:
-        """Add each micro-batch's low-precision gradient to the fp32 master's as soon as autograd has it."""
+        """Add each low-precision gradient to the fp32 gradient of its master as soon as autograd has computed it."""
         for held in self.held:
 
             def add(parameter: Tensor, held: LocalParameter = held) -> None:
@@ -216,7 +215,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Fill each master with the values that one process would have, bit for bit."""
+        """Fill each master with the values that a single process would have, bit for bit."""
         for held in self.held:
             values = initial_block(self.config.model, held.name, held.shape, self.config.seed, held.origin, held.sizes)
             held.master.copy_(values.view(held.sizes))
@@ -230,7 +229,7 @@ class NativeEngine:
             torch._foreach_copy_([local(held.parameter) for held in copied], [held.master for held in copied])
 
     def _examples(self) -> tuple[Tensor, Tensor]:
-        """Return meta tensors shaped as the first stage's input and as the activations between stages."""
+        """Return meta tensors with the shapes of the first stage's input and of activations between stages."""
         rows = self.config.train.micro_batch_size
         length = self.config.train.seq_len // self.layout.cp
         tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
@@ -253,7 +252,7 @@ class NativeEngine:
         factor = loss_factor(self.scaler.scale, tokens)
         self.inputs.load(batches, seeds)
         if self.pipeline:
-            self.world.heartbeat.enter("forward")  # and backward: the schedule mixes them
+            self.world.heartbeat.enter("forward")  # includes the backward pass: the schedule interleaves them
             loss_sum = self.pipeline.train(batches, lambda loss: scaled_loss(loss, factor))
         else:
             loss_sum = self._train_without_pipeline(batches, factor)
@@ -273,7 +272,7 @@ class NativeEngine:
         )
 
     def _train_without_pipeline(self, micro_batches: list[MicroBatch], factor: Tensor) -> Tensor:
-        """Run every micro-batch forward and backward; return the summed loss of this rank's tokens."""
+        """Run every micro-batch forward and backward; return this rank's summed loss."""
         (stage,) = self.stages.values()
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
@@ -291,17 +290,17 @@ class NativeEngine:
         assert gradient is not None, f"{held.name} took no part in the step"
         if isinstance(gradient, DTensor):
             assert isinstance(held.parameter, DTensor)
-            if gradient.placements != held.parameter.placements:  # the embedding's is whole, so this is local
+            if gradient.placements != held.parameter.placements:  # only the embedding's, replicated: a local slice
                 gradient = gradient.redistribute(placements=held.parameter.placements)
         return local(gradient)
 
     @torch.no_grad()
     def _update(self, loss_sum: Tensor, lr: float, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clip, veto and apply the gradients.
+        """Clip the gradients and apply them if their norm is finite.
 
-        Clipping and the veto use the fused optimizer's `grad_scale` and `found_inf`: gradients are read once more for
-        the norm but not for clipping, and the host does not wait. Returns the job's summed loss and summed scalars of
-        the objective, the norm before clipping, and whether the norm was finite.
+        The fused optimizer clips and skips through its `grad_scale` and `found_inf`, so clipping costs no extra pass
+        and no host sync. Return the job's summed loss, the objective's summed scalars, the norm before clipping, and
+        whether that norm was finite.
         """
         for held in self.held:
             if not self.accumulate_in_master:
@@ -319,7 +318,7 @@ class NativeEngine:
         finite = torch.isfinite(norm)
         limit = self.config.optim.grad_clip
         shrink = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
-        self.optimizer.grad_scale = self.scaler.scale / shrink  # type: ignore[attr-defined]  # their divisor
+        self.optimizer.grad_scale = self.scaler.scale / shrink  # type: ignore[attr-defined]  # divides gradients
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
@@ -331,7 +330,7 @@ class NativeEngine:
         return loss_sum, scalars, norm, finite
 
     def _sum_gradients_of_slices(self) -> None:
-        """All-reduce, at once, the gradients that each tensor rank has from its slice of the sequence."""
+        """All-reduce gradients that each tensor rank computed from only its slice of the sequence, or its heads."""
         if self.groups is None or self.groups.tp is None:
             return
         parts = [held.master.grad for held in self.held if plan.is_summed(held.name) and held.master.grad is not None]
@@ -341,9 +340,9 @@ class NativeEngine:
             part.copy_(total.view_as(part))
 
     def _sum_tied_gradients(self) -> None:
-        """Give a tied embedding and head on two stages the sum of both gradients, so that they stay equal."""
+        """Sum the gradients of a tied embedding and head on two stages, so that both copies stay equal."""
         gradients = [held.master.grad for held in self.tied if held.master.grad is not None]
-        if len(gradients) == 2:  # this rank has both ends of the model
+        if len(gradients) == 2:  # this rank holds both the first and the last stage
             gradients[0] += gradients[1]
             gradients[1].copy_(gradients[0])
         elif gradients:
@@ -375,7 +374,7 @@ class NativeEngine:
         return totals[0], totals[1].long()
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Return the summed loss and the terms that this rank counts, float64 `[2]`."""
+        """Return this rank's summed loss and number of terms, float64 `[2]`."""
         mine = list(self.share.slices(micro_batches))
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
         self.inputs.load(batches, [None] * len(batches))
@@ -404,16 +403,16 @@ class NativeEngine:
         return state
 
     def _create_slots(self, step: int) -> None:
-        """Give every parameter the optimizer's states, zero where they are new, and the step count."""
+        """Create the optimizer's missing states (zeros) for every parameter, and set the step count."""
         create_slots(self.optimizer, ((held.master, held.slot_shapes) for held in self.held), step)
 
     def _saved(self) -> list[LocalParameter]:
-        """Return the parameters that go into a checkpoint: of two copies of a tied weight on this rank, one."""
+        """Return the parameters to save. If this rank has two copies of a tied weight, only one is saved."""
         return [held for held in self.held if len(self.tied) < 2 or held is not self.tied[1]]
 
     @torch.no_grad()
     def _match_tied(self) -> None:
-        """Copy a tied weight and its states to the second copy, which a checkpoint does not fill."""
+        """Copy a tied weight and its states to the second copy on this rank, which a checkpoint does not contain."""
         if len(self.tied) == 2:
             first, second = self.tied
             second.master.copy_(first.master)
@@ -440,5 +439,5 @@ class NativeEngine:
 
 
 def _piece(tensor: Tensor, shape: tuple[int, ...], origin: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """Return a block of a whole tensor with its place; the tensor itself where the block is all of it."""
+    """Return a block of a tensor with its coordinates, or the tensor itself if the block is the whole tensor."""
     return tensor if sizes == shape else Piece(tensor.view(-1), 0, shape, origin, sizes)

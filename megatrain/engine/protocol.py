@@ -1,6 +1,6 @@
 """The Engine protocol: what the trainer and the checkpoint store need from the owner of parameters and states.
 
-It is independent of any library; `build.py` chooses the implementation.
+The protocol does not depend on any training library; `build.py` chooses the implementation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ def stamp() -> torch.cuda.Event:
 class StepResult:
     """Scalars of one optimizer step over the whole job. They stay on the device, so that the host can read them later.
 
-    `loss_sum` (float32) is the cross-entropy summed over the `tokens` (int64) that counted, in nats; `grad_norm`
-    (float32) is the global gradient norm before clipping, not finite where the step was vetoed; `updated` (bool) says
-    whether the parameters moved; `aux` holds further named scalars (`loss_scale` in fp16).
+    - `loss_sum` (float32): the objective's loss, summed over its terms (next-token prediction: cross-entropy in nats)
+    - `tokens` (int64): the number of terms that `loss_sum` sums over (next-token prediction: the tokens that count)
+    - `grad_norm` (float32): the global gradient norm before clipping; if it is not finite, the step was skipped
+    - `updated` (bool): whether the step changed the parameters
+    - `aux`: more scalars by name: the objective's, as means over the terms, and `loss_scale` in fp16
     """
 
     loss_sum: Tensor
@@ -40,7 +42,7 @@ class StepResult:
     aux: dict[str, Tensor] = field(default_factory=dict)
 
     def sent(self) -> SentResult:
-        """Start the copy to the host. It waits for the work submitted so far, not for work submitted later."""
+        """Start copying to the host, ordered after work submitted so far."""
         values = [self.loss_sum, self.tokens, self.grad_norm, self.updated, *self.aux.values()]
         copies = [
             torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
@@ -57,7 +59,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class SentResult:
-    """A `StepResult` whose scalars are on the host once the event `arrived` has passed; None means already there."""
+    """A `StepResult` whose scalars are on the host once the event `arrived` has passed. None: they already are."""
 
     values: StepResult
     arrived: torch.cuda.Event | None
@@ -72,11 +74,14 @@ class SentResult:
         return True
 
     def seconds_since(self, began: torch.cuda.Event | None) -> float | None:
-        """Return seconds from `began` to the arrival by the device's clock, after `read`; None without CUDA events."""
+        """Return seconds from `began` to the arrival, by the device's clock; None without events. Call `read` first.
+
+        Host polling time is excluded.
+        """
         return None if began is None or self.arrived is None else began.elapsed_time(self.arrived) / 1e3
 
     def read(self) -> StepResult:
-        """Wait for this step's copy and return it. `.item()` would also wait for all work submitted since."""
+        """Return the step's scalars. Wait for this step only; `.item()` would wait for later work too."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values
@@ -88,24 +93,23 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
         """Run one optimizer step over this rank's micro-batches.
 
-        Gradients are those of the mean loss over all tokens of the step in the whole job. They are clipped by their
-        global norm, and the update is skipped on every rank when that norm, or any micro-batch's loss, is not finite.
-        `step` (1-based) seeds dropout together with the micro-batch's number and the data rank.
+        Gradients are those of the mean loss over all terms of the step in the whole job. They are clipped by their
+        global norm. If that norm or any micro-batch's loss is not finite, every rank skips the update. `step`
+        (1-based), the micro-batch's number and the rank's place in the layout determine the dropout seed.
         """
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Return the summed loss and the counted tokens over all ranks. Every rank must pass equally many batches."""
+        """Return the summed loss and the number of its terms over all ranks. Ranks must pass equally many batches."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the model's and the optimizer's tensors by single-device name.
 
-        Keys are `model.<name>` and `optim.<moment>.<name>`, all fp32. A tensor is either the whole parameter or a
-        `checkpoint.piece.Piece` of it; both alias the engine's own memory, so loading writes in place and must be
-        followed by `restore`.
+        Keys are `model.<name>` (fp32) and `optim.<slot>.<name>`. Each tensor is whole or a `checkpoint.piece.Piece`.
+        Loading writes into the engine's memory through these tensors, and `restore` must follow.
         """
 
     def counters(self) -> EngineCounters:
-        """Return the part of the state that is not in tensors."""
+        """Return the part of the state that is not stored in tensors."""
 
     def restore(self, counters: EngineCounters | None) -> None:
-        """Apply what was loaded into `state()`; with None the optimizer starts from zero."""
+        """Apply what was loaded into `state()`. With None the optimizer starts from step 0."""

@@ -1,9 +1,9 @@
-"""The agent: starts this node's workers, forwards signals to them, reduces their exit codes to one. Imports no torch.
+"""The agent: start this node's workers, forward signals, and reduce their exit codes to one. Imports no torch.
 
-If a rank is killed or hangs, the agent stops the other ranks and restarts all of them (`recovery.py` decides whether).
+If a rank is killed or hangs, the agent stops all ranks, and restarts them if `recovery.py` decides to.
 The agents of several nodes act together (`nodes.py`): they start all ranks of the job at once and agree on one outcome.
-Workers run in sessions of their own (`rank_process.py`), so that Ctrl-C reaches only the agent. On Linux they die with
-the agent, even if it is killed. What a worker does is in `train/rank.py`.
+Each worker has its own session (`rank_process.py`), so that Ctrl-C reaches only the agent. On Linux workers die with
+the agent, even if it is killed. `train/rank.py` is the worker's program.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ POLL_S = 0.05
 """Seconds between polls of the workers."""
 
 GRACE_PERIOD_S = 2.0
-"""Seconds after a worker's failure in which the others may end by themselves, with their own message."""
+"""Seconds after a worker's failure in which the others may exit by themselves, with their own messages."""
 
 KILL_S = 8.0
-"""Seconds after a worker's failure until the workers still alive are killed."""
+"""Seconds after a worker's failure until the remaining workers are killed."""
 
 GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
 """Exit codes of a worker that did not fail."""
@@ -77,10 +77,10 @@ GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
 USER_ERROR_CODES = tuple(
     error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError, OwnedError)
 )
-"""Exit codes that name the cause of a failure, unlike 8, which may only mean that a worker lost a peer."""
+"""Exit codes that identify the cause of a failure. Code 8 does not: it may mean only that a worker lost a peer."""
 
 SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
-"""Exit codes of a rank that may have died only because it lost a peer or was asked to end."""
+"""Exit codes of a rank that may have died only because it lost a peer or was asked to exit."""
 
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Exit codes after which copies in memory are dropped: they are not newer than the checkpoint, or must not be used."""
@@ -99,16 +99,17 @@ def launch(
     """Run `command` as `num_workers` ranks on this node and on each node of `peers`, and wait for all of them.
 
     Rank 0 shares the terminal; the others write to `log_dir`/rank_XXXXX.log. SIGTERM and SIGUSR1 are forwarded to the
-    workers, which save and end; the agent waits for them without a limit. Ctrl-C does the same; a second one kills.
+    workers, which save and exit; the agent waits for them without a limit. Ctrl-C does the same; a second Ctrl-C kills
+    them.
 
-    With a `recovery`, all ranks are restarted if one was killed or hangs.
+    With a `recovery`, all ranks are restarted if one is killed or hangs.
 
     Returns the job's exit code, the same on all nodes: 0, 75 (saved after a signal), 6 (the same failure repeatedly),
     130 (second Ctrl-C), the code of the first worker that failed, or 1 if a signal killed a worker that is not
     restarted.
 
     Raises:
-        EnvironmentFault: another node's agent is gone.
+        EnvironmentFault: another node's agent died or is unreachable.
     """
     peers = peers or SingleNode()
     agent = Agent(command, num_workers, log_dir, recovery, peers)
@@ -126,7 +127,7 @@ def launch(
 
 
 class Agent:
-    """Starts the workers and waits for them; one instance per launch."""
+    """Supervisor of this node's workers. There is one instance per launch."""
 
     def __init__(
         self, command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None, peers: Peers
@@ -151,11 +152,11 @@ class Agent:
         self.can_fork = LINUX and recovery is not None and bool(recovery.modules)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Queue a signal for the waiting loop."""
+        """Queue a signal, which the waiting loop forwards."""
         self.pending_signals.append(number)
 
     def run(self) -> int:
-        """Start the workers, restart them where that may help, and return the job's exit code."""
+        """Start the workers, restart them if that may help, and return the job's exit code."""
         try:
             while True:
                 self._start_workers()
@@ -179,12 +180,12 @@ class Agent:
             raise
 
     def close(self) -> None:
-        """Kill what still runs and release all resources."""
+        """Kill the running workers and release all resources."""
         self.kill()
         if self.fork_server is not None:
             self.fork_server.close()
         if self.ledger is not None:
-            self.ledger.close()  # last, so that the time until here is booked too
+            self.ledger.close()  # last, so that it accounts for the time until now
         self.heartbeats.close()
         if self.copies is not None:
             self.copies.close()
@@ -193,7 +194,7 @@ class Agent:
         """Kill every running worker and its child processes, and wait until they are gone.
 
         Raises:
-            EnvironmentFault: a killed process does not go away. All others were killed nevertheless.
+            EnvironmentFault: a killed process does not end. All others were still killed.
         """
         stuck: EnvironmentFault | None = None
         for worker in self._running():
@@ -205,21 +206,21 @@ class Agent:
             raise stuck
 
     def rescue_copies(self, code: int | None) -> None:
-        """Save newer copies in memory before the job ends with exit code `code` (None: another agent is gone)."""
+        """Save newer copies in memory to the disk before the job ends with exit `code` (None: another agent died)."""
         if self.copies is None or self.recovery is None or code in NOT_RESCUED:
             return
         self.kill()
         save_copies(self.copies, self.recovery, alone=code is None)
         if code is None:
             return
-        self.peers.all_gather(None)  # every node has written its part, or failed to
+        self.peers.all_gather(None)  # wait until every node has written its part or failed to
         if self.peers.node == 0:
             assemble_copies(self.recovery)
 
     # ------------------------------------------------------------------------------------------------ starting
 
     def _start_workers(self) -> None:
-        """Start this node's ranks, at the same time as the other nodes do."""
+        """Start this node's ranks, at the same time as the other nodes start theirs."""
         self.heartbeats.clear()
         if self.ledger is not None:
             self.ledger.begin()
@@ -239,12 +240,12 @@ class Agent:
             self.workers.append(worker or start_rank(self.command, environ, self.log_dir, heartbeat_file))
 
     def fork_rank(self, environ: dict[str, str]) -> RankProcess | None:
-        """Start a rank through the fork server. If that fails, say so once, stop using it and return None."""
+        """Start a rank through the fork server. If that fails, print why, stop using the server and return None."""
         assert self.recovery is not None
         owner = self.recovery.owner
 
         def cancelled() -> bool:
-            owner.beat()  # the first imports may take minutes
+            owner.beat()  # the fork server's first imports may take minutes
             return len(self.pending_signals) > 1
 
         try:
@@ -258,7 +259,7 @@ class Agent:
             process = self.fork_server.fork(module, arguments, environ, log, cancelled)
             return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
         except ForkServerError as error:
-            if self.fork_server is not None:  # it must not fork this rank later: the rank is started without it now
+            if self.fork_server is not None:  # close it, so that it cannot fork this rank a second time later
                 self.fork_server.close()
                 self.fork_server = None
             self.can_fork = False
@@ -268,7 +269,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------- waiting
 
     def _wait(self) -> StartOutcome:
-        """Wait until this start is over on all nodes, and return how it ended on this one."""
+        """Wait until this start is over on all nodes, and return its outcome on this node."""
         while True:
             self._forward_signals()
             if self.ledger is not None:
@@ -287,7 +288,7 @@ class Agent:
             time.sleep(POLL_S)
 
     def _follow_peers(self) -> StartOutcome | None:
-        """Report this node's state, read all others', and return the outcome if this start is over, else None."""
+        """Report this node's state and read all others; return the outcome if this start is over, else None."""
         self.peers.report_state(self._state())
         states = self.peers.states()
         if FAILED in states:
@@ -310,7 +311,7 @@ class Agent:
         return STALLED if watchdog.hangs(self.heartbeats, local_ranks, self.recovery.limits) else RUNNING
 
     def _forward_signals(self) -> None:
-        """Forward queued signals to the workers. Ctrl-C and SIGHUP are sent as SIGTERM: save and end."""
+        """Forward queued signals to the workers. Ctrl-C and SIGHUP are sent as SIGTERM: save and exit."""
         while self.pending_signals:
             number = self.pending_signals.popleft()
             if number == signal.SIGINT:
@@ -337,9 +338,9 @@ class Agent:
     # ------------------------------------------------------------------------------------------------- ending
 
     def _stop_after_failure(self, failed: RankProcess | None) -> StartOutcome:
-        """Stop the workers after a failure of `failed` (None: on another node), and return the outcome with its cause.
+        """Stop the workers after `failed` has failed (None: a worker on another node), and return the outcome.
 
-        They first get a grace period to end by themselves, then SIGTERM, then SIGKILL.
+        They first get a grace period to exit by themselves, then SIGTERM, then SIGKILL. The outcome names the cause.
         """
         if self.ledger is not None:
             self.ledger.freeze()
@@ -360,13 +361,13 @@ class Agent:
                 elif (cause is None or cause.code == EnvironmentFault.exit_code) and (
                     worker.code in USER_ERROR_CODES or (worker.killed and worker.code not in SECONDARY_SIGNALS)
                 ):
-                    cause = worker  # a peer may notice the loss of this worker before the worker has ended
+                    cause = worker  # a peer may notice the loss of this worker before the worker has exited
             time.sleep(POLL_S)
         self.kill()
         return replace(self._outcome(cause), rank0_code=cause.code if cause and cause.rank == 0 else rank0_code)
 
     def _stop_hung_workers(self) -> StartOutcome:
-        """Collect the stacks of this node's ranks, and kill them."""
+        """Collect the stacks of this node's ranks, then kill the ranks."""
         assert self.recovery is not None, "only a run with a recovery is watched for hangs"
         if self.ledger is not None:
             self.ledger.freeze(hung=True)
@@ -375,7 +376,7 @@ class Agent:
         witnesses = watchdog.collect_stacks(pids, self.heartbeats, files)
         self._poll()
         if all(worker.code in GOOD_CODES for worker in self.workers):
-            return self._outcome(None)  # they were only slow to end
+            return self._outcome(None)  # they were only slow to exit
         self.kill()
         first_rank = self.peers.node * self.num_workers
         return StartOutcome(
@@ -384,7 +385,7 @@ class Agent:
         )
 
     def _outcome(self, cause: RankProcess | None) -> StartOutcome:
-        """Return how this node's workers ended. `cause` is the one whose failure ended the others, None if none did."""
+        """Return the outcome on this node. `cause` is the worker whose failure ended the others (None: no failure)."""
         if cause is None:
             saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
             return StartOutcome(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
@@ -402,7 +403,7 @@ class Agent:
         return StartOutcome(EXIT_DEFECT if code < 0 else code, blame(cause), message=message)
 
     def _agree(self, own: StartOutcome) -> StartOutcome:
-        """Exchange outcomes with all nodes. On node 0, report and return the job's outcome; elsewhere, return `own`."""
+        """Gather the outcomes of all nodes. Node 0 prints and returns the job's outcome; other nodes return `own`."""
         own = replace(own, stop_requested=bool(self.forwarded_signals or self.pending_signals))
         outcomes = [StartOutcome.from_json(found) for found in self.peers.gather_to_first(asdict(own))]
         if self.peers.node != 0:
@@ -429,7 +430,7 @@ class Agent:
             self.ledger.end(outcome.failure.how if outcome.failure else how)
 
     def _record_lost_node(self, detail: str) -> None:
-        """Record in events.jsonl that another node's agent is gone. Only node 0 writes there."""
+        """On node 0, record in events.jsonl that another node's agent died or is unreachable."""
         if self.recovery is not None and self.peers.node == 0:
             step = max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))
             record_event(self.recovery.run_dir, "node_lost", step, detail=detail)

@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters (Loshchilov and Hutter, 2019): which parameters decay, and the optimizer itself."""
+"""AdamW (Loshchilov and Hutter, 2019): the groups of parameters with and without decay, and the optimizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatrain.optim.slots import decays
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Return two groups, `decay` and `no_decay`, from (name, parameter, number of dimensions of the whole parameter).
+    """Split parameters into the groups `decay` and `no_decay`; empty groups are left out.
 
-    A sharded parameter does not show its whole number of dimensions, so it is given.
+    Each parameter comes with its name and the number of dimensions of the whole parameter, which a shard does not show.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for _, parameter, num_dims in parameters:
@@ -31,7 +31,7 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config
 
 
 Places = Mapping[nn.Parameter, tuple[str, int]]
-"""Each parameter's name in the whole model, and the index there of the first element that this rank holds."""
+"""For each parameter: its name in the whole model, and the flat index of the first element that this rank holds."""
 
 
 def adamw(
@@ -39,8 +39,8 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or with `optim.moments=bf16` a `LowMomentsAdamW`.
 
-    Both take `grad_scale` and `found_inf`, fp32 scalars on the device, as attributes. `seed` and `places` determine the
-    rounding of the latter.
+    Both have the attributes `grad_scale` and `found_inf`, fp32 scalars on the device. `seed` and `places` determine how
+    `LowMomentsAdamW` rounds.
     """
     first, second = config.betas
     if config.moments == "bf16":
@@ -49,11 +49,11 @@ def adamw(
 
 
 class LowMomentsAdamW(torch.optim.Optimizer):
-    """AdamW with both moments in less than fp32, rounded stochastically (kernels/adamw.py); parameters are fp32.
+    """AdamW with fp32 parameters and lower-precision moments, rounded stochastically (kernels/adamw_update.py).
 
     The random bits are a function of the seed, `train_step` (set it before each `step`), the parameter's name and the
-    element's index in it. So a resumed run rounds as one that was never stopped, copies of a tied weight stay equal,
-    and layouts that cut only rows round alike.
+    element's index in it. So a resumed run rounds like one that was never stopped, copies of a tied weight stay equal,
+    and layouts that shard only rows round alike.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class LowMomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, unless `found_inf` is not 0.
+        """Update every parameter that has a gradient; do nothing if `found_inf` is not 0.
 
-        With Triton the host does not wait for the GPU.
+        The Triton kernel needs no host sync.
         """
         assert closure is None
         for group in self.param_groups:

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16: one rule for every engine (Micikevicius et al., 2018). No engine code here."""
+"""Dynamic loss scaling for fp16 (Micikevicius et al., 2018): one rule for all engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatrain.errors import DivergedError
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """What a checkpoint keeps of a loss scaler."""
+    """State of a loss scaler that checkpoints store."""
 
     scale: float
     good_steps: int
@@ -19,10 +19,10 @@ class LossScaleState:
 
 @dataclass
 class LossScaler:
-    """Multiplies the loss so that small fp16 gradients do not vanish.
+    """Dynamic factor of the loss that keeps small fp16 gradients from vanishing.
 
-    The scale doubles after `window` good steps in a row and halves once an overflow finds the hysteresis used up; a
-    doubling refills the hysteresis. Outside fp16 the scale is 1 and never moves.
+    The scale doubles after `window` steps in a row without overflow. Each overflow reduces the hysteresis by 1; if it
+    is already 1, the scale halves instead. Doubling restores the full hysteresis. Outside fp16 the scale is always 1.
     """
 
     enabled: bool
@@ -35,7 +35,7 @@ class LossScaler:
 
     @classmethod
     def from_config(cls, precision: PrecisionConfig) -> LossScaler:
-        """The scaler of a run's first step."""
+        """Return the scaler for the first step of a run."""
         enabled = precision.name == "fp16"
         return cls(
             enabled=enabled,
@@ -47,10 +47,10 @@ class LossScaler:
         )
 
     def update(self, overflow: bool) -> None:
-        """Move the scale after a step that overflowed or not.
+        """Adjust the scale after a step.
 
         Raises:
-            DivergedError: an overflow at the smallest allowed scale; smaller steps cannot help any more.
+            DivergedError: gradients overflowed at the smallest allowed scale.
         """
         if not self.enabled:
             return
@@ -72,10 +72,10 @@ class LossScaler:
             self.hysteresis = self.full_hysteresis
 
     def state(self) -> LossScaleState | None:
-        """Return what a checkpoint keeps; None outside fp16."""
+        """Return the state to store in a checkpoint; None outside fp16."""
         return LossScaleState(self.scale, self.good_steps, self.hysteresis) if self.enabled else None
 
     def load(self, state: LossScaleState | None) -> None:
-        """Continue from a checkpoint's state; None (a checkpoint of another precision) changes nothing."""
+        """Restore a checkpoint's state. None (a checkpoint in another precision) changes nothing."""
         if self.enabled and state is not None:
             self.scale, self.good_steps, self.hysteresis = state.scale, state.good_steps, state.hysteresis

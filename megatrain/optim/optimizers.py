@@ -1,4 +1,4 @@
-"""Build the optimizer that `optim.name` names, and create its states before its first step."""
+"""Build the optimizer that `optim.name` names, and create its states before the first step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatrain.optim.slots import Slot
 Factory = Callable[[list[dict[str, Any]], OptimConfig, int, Places], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Factory] = {"adamw": adamw}
-"""Constructors by `optim.name`; arguments: parameter groups, config, the run's seed, the parameters' places."""
+"""Constructors by `optim.name`. Arguments: parameter groups, config, the run's seed, the parameters' places."""
 
 
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0, places: Places | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that `optim.name` names, over these parameter groups."""
+    """Return the optimizer that `optim.name` names, for these parameter groups."""
     return OPTIMIZERS[config.name](groups, config, seed, places or {})
 
 
@@ -30,9 +30,9 @@ def create_slots(
     parameters: Iterable[tuple[torch.nn.Parameter, Sequence[tuple[Slot, tuple[int, ...]]]]],
     step: int,
 ) -> None:
-    """Give every parameter the states that it lacks (zeros of the shape paired with each slot), and set its step count.
+    """Create each parameter's missing states, as zeros of the shape paired with each slot, and set its step count.
 
-    torch's optimizers create their states in the first step; a checkpoint has to be loaded before that.
+    torch's optimizers create their states in the first step, but a checkpoint must be loaded before that.
     """
     for parameter, slots in parameters:
         state = optimizer.state[parameter]
@@ -43,7 +43,7 @@ def create_slots(
 
 
 def _zeros(parameter: torch.nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return zeros laid out as the parameter where they have its shape: the fused kernels ask for that."""
+    """Return zeros. If they have the parameter's shape, they get its memory layout, which the fused kernels need."""
     if shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     return torch.zeros(shape, dtype=dtype, device=parameter.device)

@@ -1,7 +1,6 @@
 """The learning rate and the batch size as pure functions of the step. Imports no torch.
 
-Nothing here holds state: a resumed run, or one on another layout, gets the same numbers because it asks for the same
-step.
+Because nothing here has state, a resumed run, or one on another layout, gets the same values for the same step.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from megatrain.config import OptimConfig, TrainLoopConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of `step` (1-based) in a run of `total_steps`.
+    """Return the learning rate of `step` (1-based) in a run of `total_steps`.
 
     Linear warm-up reaches the peak at `warmup_steps`. `cosine` (Loshchilov and Hutter, 2017) and `linear` then fall to
-    `min_lr_ratio` of the peak at the last step; `constant` stays; `wsd` (warmup-stable-decay, Hu et al., 2024) stays
-    and falls linearly over the last `decay_fraction` of the run.
+    `min_lr_ratio` of the peak at the last step; `constant` stays at the peak; `wsd` (warmup-stable-decay, Hu et al.,
+    2024) stays at the peak and falls linearly over the last `decay_fraction` of the run.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -33,10 +32,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def batch_size(config: TrainLoopConfig, step: int) -> int:
-    """Sequences of `step` (1-based) over the whole job.
+    """Return the number of sequences in `step` (1-based) over the whole job.
 
-    With a ramp the size rises from `batch_ramp_start` by `batch_ramp_increment` at equal intervals and is
-    `global_batch_size` from step `batch_ramp_steps + 1` on (Brown et al., 2020, ramp theirs linearly too).
+    With a ramp, the size rises from `batch_ramp_start` by `batch_ramp_increment` at equal intervals; from step
+    `batch_ramp_steps + 1` on it is `global_batch_size` (a linear ramp, as in Brown et al., 2020).
     """
     if config.batch_ramp_start is None or step > config.batch_ramp_steps:
         return config.global_batch_size
@@ -46,7 +45,7 @@ def batch_size(config: TrainLoopConfig, step: int) -> int:
 
 
 def batch_sizes(config: TrainLoopConfig) -> list[int]:
-    """Every batch size the run will use, in order."""
+    """Return all batch sizes that a run uses, in ascending order."""
     sizes = [config.global_batch_size]
     if config.batch_ramp_start is not None:
         sizes = sorted({batch_size(config, step) for step in range(1, config.batch_ramp_steps + 2)})

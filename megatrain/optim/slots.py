@@ -1,7 +1,7 @@
-"""Which states an optimizer keeps for each parameter: their names, shapes and formats. Imports no torch.
+"""The states that an optimizer keeps for each parameter: their names, shapes and formats. Imports no torch.
 
-Checkpoints, resharding, the memory estimate and both engines ask here, and take any set of slots per parameter. A new
-optimizer adds its entry to `SLOTS`, and its constructor to `OPTIMIZERS` in `optimizers.py`.
+Checkpoints, resharding, the memory estimate and both engines use this module, and support any set of slots per
+parameter. A new optimizer adds an entry to `SLOTS`, and its constructor to `OPTIMIZERS` in `optimizers.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from megatrain.model.formats import FORMAT_BYTES
 
 @dataclass(frozen=True)
 class Slot:
-    """One state of one parameter, kept in checkpoints as `optim.<name>.<parameter>`.
+    """One state of one parameter, stored in checkpoints as `optim.<name>.<parameter>`.
 
-    `shape` is that of the whole state: along each dimension the parameter's size, so that the state is cut as the
-    parameter is, or 1, so that every shard holds it. `dtype` is a config's name of a format (`fp32`, `bf16`).
+    `shape` is the shape of the whole state. Each dimension has either the parameter's size and is sharded with it, or
+    size 1 and is held by every shard. `dtype` is the name of a format in the config (`fp32`, `bf16`).
     """
 
     name: str
@@ -28,7 +28,7 @@ class Slot:
     def block(
         self, shape: tuple[int, ...], origin: tuple[int, ...], sizes: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return origin and sizes of the block of this state that belongs to a block of the parameter of `shape`."""
+        """Return the origin and sizes of this state's block that belongs to a block of the parameter of `shape`."""
         dims = list(zip(self.shape, shape, origin, sizes, strict=True))
         return (
             tuple(start if own == whole else 0 for own, whole, start, _ in dims),
@@ -40,7 +40,7 @@ SlotRule = Callable[[OptimConfig, str, tuple[int, ...]], tuple[Slot, ...]]
 
 
 def adamw_slots(config: OptimConfig, parameter: str, shape: tuple[int, ...]) -> tuple[Slot, ...]:
-    """Return AdamW's two moments, of the parameter's shape, under torch's names."""
+    """Return AdamW's two moments, with the parameter's shape and torch's names."""
     return Slot("exp_avg", shape, config.moments), Slot("exp_avg_sq", shape, config.moments)
 
 
@@ -49,20 +49,20 @@ SLOTS: dict[str, SlotRule] = {"adamw": adamw_slots}
 
 
 def slots_of(config: OptimConfig, parameter: str, shape: tuple[int, ...]) -> tuple[Slot, ...]:
-    """Return the states that `optim.name` keeps for a parameter of this (whole) shape."""
+    """Return the states that `optim.name` keeps for a parameter of this whole shape."""
     return SLOTS[config.name](config, parameter, shape)
 
 
 def slot_bytes(config: OptimConfig, parameter: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of those states per element of a parameter, without reduced states, which are small."""
+    """Return the bytes of a parameter's states per element. States with reduced shapes are small and not counted."""
     return sum(FORMAT_BYTES[slot.dtype] for slot in slots_of(config, parameter, shape) if slot.shape == shape)
 
 
 def slot_names(config: OptimConfig, shapes: Mapping[str, tuple[int, ...]], parameters: Iterable[str]) -> list[str]:
-    """Return the names of all slots that any of these parameters has, in order and once."""
+    """Return the names of all slots of these parameters, in order, without duplicates."""
     return list(dict.fromkeys(slot.name for p in parameters for slot in slots_of(config, p, shapes[p])))
 
 
 def decays(num_dims: int) -> bool:
-    """Whether weight decay applies to a parameter of this many dimensions: to matrices, not to biases and norms."""
+    """Whether weight decay applies to a parameter with `num_dims` dimensions: to matrices, not to biases and norms."""
     return num_dims >= 2

@@ -1,4 +1,4 @@
-"""Whether all ranks of a job were started with the same config and see the same data."""
+"""Check that all ranks of a job were started with the same config and read the same data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatrain.distributed.world import World
 from megatrain.errors import ConfigError
 
 HOST_SPECIFIC = ("launch.", "data.dir", "data.workers", "run.dir", "engine.nvme_path")
-"""Prefixes of keys that may differ between the ranks of a job."""
+"""Prefixes of the keys that may differ between ranks."""
 
 
 def check_agreement(config: TrainConfig, dataset_fingerprint: str, world: World) -> None:
-    """Refuse ranks with different configs or datasets: together they would train no model that anybody asked for.
+    """Refuse to train if ranks have different configs or datasets.
 
     Raises:
         ConfigError: on every rank, naming the ranks and the first keys that differ from rank 0's.

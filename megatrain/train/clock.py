@@ -1,4 +1,7 @@
-"""The clock of a rank: on a CPU the host's, on a GPU CUDA events. Both pass signs of life on to the agent."""
+"""Clocks that time the steps of a rank: the host's clock on a CPU, CUDA events on a GPU.
+
+Both also report the current phase to the agent, through the heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from megatrain.resilience.heartbeat import Heartbeat
 
 
 class HostClock:
-    """A CPU's: results are read at once, and waiting for other ranks is measured."""
+    """Clock of a CPU: each result is read at once, and waits for other ranks are timed."""
 
     reads_late = False
 
@@ -19,11 +22,11 @@ class HostClock:
         self.blocked_s = blocked_s
 
     def event(self) -> None:
-        """Return None: the host's clock tells a step's time."""
+        """Return None: steps are timed by the host's clock."""
 
 
 class CudaClock:
-    """A GPU's: results are read late, and a step's time is the time between two CUDA events."""
+    """Clock of a GPU: each result is read one step late, and steps are timed by CUDA events."""
 
     reads_late = True
 
@@ -35,5 +38,5 @@ class CudaClock:
         return stamp()
 
     def blocked_s(self) -> float:
-        """Return 0: on a GPU the host does not see its kernels wait."""
+        """Return 0: the host cannot see how long kernels on a GPU wait."""
         return 0.0

@@ -1,4 +1,4 @@
-"""A run's dataset: opened, checked against the model, and read as this rank's share of it."""
+"""Open a run's dataset, check it against the model, and read this rank's share of the held-out data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatrain.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's opened dataset; `config` has the vocabulary filled in."""
+    """A run's opened dataset. In `config` the vocabulary size is filled in."""
 
     config: TrainConfig
     folder: Path
@@ -31,7 +31,7 @@ class RunData:
 
     @property
     def end_of_document(self) -> int | None:
-        """The token that ends a document; None where the run does not mask documents."""
+        """The token that ends a document; None if the run does not mask documents."""
         if not self.config.train.mask_documents:
             return None
         assert self.card.tokenizer is not None, "verbs/path_checks.py refuses a dataset without one"
@@ -39,12 +39,12 @@ class RunData:
 
 
 def open_data(config: TrainConfig) -> RunData:
-    """Open the dataset of a run and fill in the model's vocabulary.
+    """Open the dataset of a run and fill in the model's vocabulary size.
 
     Raises:
-        DataError: a damaged dataset, or too few tokens for one sample.
-        ConfigError: a tokenizer with more tokens than the model has, evaluation without held-out data, or documents to
-            mask that do not end with the tokenizer's end-of-document token.
+        DataError: the dataset is damaged or has too few tokens for one sample.
+        ConfigError: the tokenizer has more tokens than the model, evaluation is on but there is no held-out data, or
+            documents should be masked but do not end with the tokenizer's end-of-document token.
     """
     folder = Path(config.data.dir) / config.data.name
     train = IndexedDataset.open(folder, "train", config.data.verify)
@@ -68,7 +68,7 @@ def open_data(config: TrainConfig) -> RunData:
 
 
 def _with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConfig:
-    """Return the config with `model.vocab_size` known and no smaller than the tokenizer's."""
+    """Return the config with `model.vocab_size` filled in; refuse one smaller than the tokenizer's vocabulary."""
     vocab = card.tokenizer.vocab_size if card.tokenizer else None
     if config.model.vocab_size is None:
         if vocab is None:
@@ -85,7 +85,7 @@ def _with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConf
 
 
 def _check_document_ends(data: RunData) -> None:
-    """Refuse to mask documents that do not end with the token that the mask looks for."""
+    """Refuse to mask documents if they do not end with the end-of-document token."""
     end = data.end_of_document
     if end is None:
         return
@@ -109,7 +109,7 @@ class HeldoutShare:
     end_of_document: int | None
 
     def batches(self) -> Iterable[MicroBatch]:
-        """Return this rank's batches, from the first one on."""
+        """Return this rank's batches, starting with the first."""
         loop = self.config.train
         return heldout_batches(
             self.dataset,
@@ -124,6 +124,6 @@ class HeldoutShare:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of a token; None where the text's size is unknown."""
+        """Mean UTF-8 bytes per token; None if the size of the text is unknown."""
         card = self.dataset.split_card
         return card.bytes / card.tokens if card.bytes and card.tokens else None

@@ -1,4 +1,4 @@
-"""What the ranks tell each other before each step: one typed record a rank, one encoding, one all-gather."""
+"""Exchange one report per rank before each step, encoded as integers, in one all-gather."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ NANOSECONDS = 1e9
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says before a step.
+    """Report of one rank before a step.
 
-    `signal_number` is the signal that asked it to stop (0: none); `save_failed` and `can_copy` are the state of its
-    saver; `own_time_s` is what the step before took it without waiting for others (0: it has done none yet);
-    `sample_hashes` are those of its share of the batch, uint64 `[num_micro_batches * micro_batch_size]`, equally many
-    on every rank.
+    - `signal_number`: the signal that asked this rank to stop (0: none)
+    - `save_failed`, `can_copy`: the state of its saver
+    - `own_time_s`: time of the previous step excluding waits (0: no step yet)
+    - `sample_hashes`: hashes of its share of the batch, uint64 `[num_micro_batches * micro_batch_size]`; every rank has
+      the same number
     """
 
     signal_number: int
@@ -36,7 +37,7 @@ class RankReport:
 
     @staticmethod
     def decode(row: Tensor) -> RankReport:
-        """Return the report that `encode` made a row of."""
+        """Return the report that `encode` turned into this row."""
         values = row.numpy()
         return RankReport(
             int(values[0]), bool(values[1]), bool(values[2]), values[3] / NANOSECONDS, values[4:].view(np.uint64)
@@ -45,9 +46,9 @@ class RankReport:
 
 @dataclass(frozen=True)
 class JobReport:
-    """What all ranks said, reduced to what the trainer acts on: equal on every rank.
+    """The reports of all ranks, reduced to what the trainer acts on. It is equal on every rank.
 
-    `own_times` are seconds by rank; `batch_hash` is the hash of the whole step's samples (16 hex digits).
+    `own_times` are the ranks' `own_time_s`, in rank order. `batch_hash` (16 hex digits) covers all samples of the step.
     """
 
     signal_number: int
@@ -58,18 +59,18 @@ class JobReport:
 
 
 class Exchange(Protocol):
-    """Combines the reports of all ranks. Every rank must call it once a step."""
+    """Function that combines the reports of all ranks. Every rank must call it once per step."""
 
     def __call__(self, report: RankReport) -> JobReport:
-        """Return what all ranks said."""
+        """Return the combined reports of all ranks."""
 
 
 @dataclass(frozen=True)
 class RankExchange:
     """The exchange of a real job.
 
-    `all_gather` stacks every rank's CPU tensor (`[n]` to `[ranks, n]`); `readers` are the ranks whose hashes stand for
-    each data-parallel share, in order; `batch_hash` makes the step's hash from theirs (`[shares, n]`).
+    `all_gather` stacks every rank's CPU tensor (`[n]` to `[ranks, n]`). `readers` lists one rank per data-parallel
+    share, in order. `batch_hash` computes the step's hash from the hashes of those ranks (`[shares, n]`).
     """
 
     all_gather: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""The step between the device and the host: submitted, its result not read yet."""
+"""The step that was submitted to the device and whose result the host has not read yet."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatrain.engine.protocol import SentResult
 
 @dataclass(frozen=True)
 class SubmittedStep:
-    """A step that was handed to the device.
+    """A step that was submitted to the device.
 
-    `result` is on its way to the host. `began` is the CUDA event recorded when the step was submitted (None on a
-    CPU); `cursor` and `batch_hash` belong to its batch; `data_time` and `save_time` are the seconds that the loop
-    waited for the batch and for the save before the step.
+    `result` is being copied to the host. `began` is the CUDA event recorded just before the step (None on a CPU).
+    `cursor` and `batch_hash` belong to the step's batch. `data_time` and `save_time` are the seconds that the loop
+    waited for that batch and for the save before the step.
     """
 
     step: int
@@ -28,11 +28,10 @@ class SubmittedStep:
 
 
 class InFlight:
-    """At most one submitted step whose result was not read.
+    """Holder of the submitted step, if any, whose result has not been read.
 
     On a GPU the host submits step n + 1 before it reads step n, so that the device never waits for the host. Between
-    two turns of the loop the object is therefore `waiting` (holding step n) or, where results are read at once,
-    `idle`.
+    two iterations of the loop this object then holds step n. On a CPU, which reads each result at once, it is idle.
     """
 
     def __init__(self) -> None:
@@ -40,15 +39,15 @@ class InFlight:
 
     @property
     def is_idle(self) -> bool:
-        """Whether every submitted step was read."""
+        """Whether all submitted steps have been read."""
         return self.held is None
 
     def hold(self, step: SubmittedStep) -> None:
-        """Go from idle to waiting."""
+        """Hold a step until its result is read."""
         assert self.held is None, "the step before must be read first"
         self.held = step
 
     def release(self) -> SubmittedStep | None:
-        """Go to idle; return the step that was waiting, if any."""
+        """Become idle and return the step that was held, if any."""
         held, self.held = self.held, None
         return held

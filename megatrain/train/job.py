@@ -1,4 +1,4 @@
-"""The composition root of a rank: finds where the run stands, builds the trainer's collaborators, and lets it train."""
+"""The composition root of a rank: find the checkpoint to start from, build the trainer's collaborators, and train."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class Stores:
-    """Where this rank's state goes: the run's checkpoints, and copies in its agent's memory (None: none are made)."""
+    """Stores of this rank's state: checkpoints on disk, and copies in the agent's memory (None: no copies)."""
 
     disk: CheckpointStore
     memory: MemoryStore | None
@@ -62,10 +62,10 @@ class Stores:
 
 @dataclass
 class RankJob:
-    """One rank's part of a training job, once it has joined the others.
+    """One rank's part of a training job, after the rank has joined the others.
 
-    `owner` is held by rank 0; `restarts` counts the job's starts inside its agent; `preflight` is what was measured
-    before.
+    Only rank 0 has an `owner`. `restarts` counts how often the agent has restarted the job. `preflight` holds the
+    measurements of the preflight checks (None: they did not run).
     """
 
     data: RunData
@@ -93,10 +93,10 @@ class RankJob:
         return self.world.device.type == "cuda"
 
     def run(self) -> str:
-        """Train from where the run stands; return `done` or `stopped`.
+        """Train from the run's current step to its end; return `done` or `stopped`.
 
         Raises:
-            MegatrainError: a user's mistake or a fault of the machine; the journal has it.
+            MegatrainError: a user's mistake or a fault of the machine. It is recorded in the journal first.
         """
         try:
             status = self._train()
@@ -127,8 +127,7 @@ class RankJob:
         with self._parts(engine, stores, origin) as parts, self._profiler():
             return Trainer(self.config, parts, self.progress, is_on_disk).run()
 
-    # ---------------------------------------------------------------------------------------------- where the run
-    # stands
+    # ---------------------------------------------------------------------------------------------- where to start
 
     def _open_stores(self) -> Stores:
         store = CheckpointStore(
@@ -143,12 +142,12 @@ class RankJob:
         return Stores(store, memory)
 
     def _find_origin(self, stores: Stores) -> Origin | None:
-        """Return the checkpoint to start from: the newer of a copy in memory and what the config asks for."""
+        """Return the copy in memory if it is newer than all checkpoints, else what the config asks for."""
         copy = copy_in_memory(stores.disk, stores.memory) if stores.memory else None
         return copy or choose_origin(self.config, stores.disk, restarted=self.restarts > 0 or was_requeued())
 
     def _resume_from(self, origin: Origin) -> None:
-        """Check that the run may continue from a checkpoint, and take over where it stood."""
+        """Check that the run may continue from a checkpoint, and take over its progress."""
         saved = origin.manifest.identity
         changed = check_resume(saved, asdict(self.config), self.data.fingerprint, str(origin.folder))
         self.progress.assign(replace(origin.manifest.progress))
@@ -167,7 +166,7 @@ class RankJob:
 
     @contextmanager
     def _parts(self, engine: Engine, stores: Stores, origin: Origin | None) -> Iterator[Parts]:
-        """Build what the trainer works with; stop the loader's thread and the timing of waits afterwards."""
+        """Build the trainer's collaborators; afterwards stop the loader's thread and the timing of waits."""
         config, layout, world = self.config, self.layout, self.world
         stream = self._stream()
         micro_batch_size = config.train.micro_batch_size
@@ -233,7 +232,7 @@ class RankJob:
 
     @contextmanager
     def _clock(self) -> Iterator[Clock]:
-        if self.on_gpu:  # a wait on the device blocks no host, so there is nothing to time
+        if self.on_gpu:  # waits on the device do not block the host, so there is nothing to time
             yield CudaClock(self.world.heartbeat)
             return
         with timed_waits(self.world.heartbeat.waited) as waits:
@@ -251,7 +250,7 @@ class RankJob:
             )
         return profiled_steps(self.run_dir / "profile", self.world, print)
 
-    # ---------------------------------------------------------------------------------------------- what is recorded
+    # ---------------------------------------------------------------------------------------------- records
 
     def _identity(self, origin: Origin | None) -> Identity:
         return Identity(
@@ -297,7 +296,7 @@ class RankJob:
             self.journal.event("init_from", 0, checkpoint=str(origin.folder))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Record what ended the job. Raises EnvironmentFault in place of the error of a lost peer."""
+        """Record the error that ended the job. If a peer was lost, raise EnvironmentFault instead of its error."""
         step = self.progress.step
         if lost_peer(error):
             _LOG.info("lost another rank", exc_info=error)
@@ -313,5 +312,5 @@ class RankJob:
             self.journal.abandon()
 
     def _peak_memory(self) -> dict[str, int]:
-        """Return the largest number of bytes that this rank's tensors took of its GPU at once; empty on a CPU."""
+        """Return the peak bytes of this rank's tensors on its GPU; empty on a CPU."""
         return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.world.device)} if self.on_gpu else {}

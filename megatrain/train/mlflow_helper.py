@@ -1,4 +1,4 @@
-"""The MLflow process beside a training run: the sender, given the writer of the report. Imports no torch."""
+"""Entry point of the process that sends a run's records to MLflow, with the report's writer. Imports no torch."""
 
 from __future__ import annotations
 

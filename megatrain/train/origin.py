@@ -17,9 +17,9 @@ from megatrain.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run starts from: to resume it, or to load only its weights.
+    """The checkpoint that a run starts from. If `resumes`, the run continues it; if not, it loads only the weights.
 
-    `began_from` is the checkpoint given by path that the run once continued; each of its manifests records it.
+    `began_from` is the checkpoint that the run was started from by path, if any. The run's manifests record it.
     """
 
     folder: Path
@@ -27,18 +27,18 @@ class Origin:
     resumes: bool
     began_from: str | None = None
     node: World | None = None
-    """The ranks that share the checkpoint if it is a node's part of a copy in memory."""
+    """The ranks of this node, if the checkpoint is this node's part of a copy in memory; else None."""
 
 
 def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool = False) -> Origin | None:
     """Return the verified checkpoint that the config asks for; None to start a new run.
 
-    A job that was `restarted` by its agent or by Slurm continues from what it saved itself, even if the config asks
-    for a new run or for an earlier checkpoint.
+    After a restart (by the agent or by Slurm), the job's own newer checkpoints win even if the command said `never` or
+    named an older one.
 
     Raises:
-        CheckpointError: the requested checkpoint is damaged, or all of the run's own are.
-        ConfigError: the run has checkpoints of its own, and `checkpoint.resume` is `never` or another run's path.
+        CheckpointError: the requested checkpoint is damaged, or all checkpoints of this run are.
+        ConfigError: this run already has checkpoints, and `checkpoint.resume` is `never` or another run's path.
     """
     choice = config.checkpoint.resume
     if choice == "auto" or (choice == "never" and restarted):
@@ -58,7 +58,7 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
 
 
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:
-    """Return the copy that earlier ranks left in memory if it is newer than the newest checkpoint."""
+    """Return the copy that earlier ranks left in memory, if it is newer than the newest checkpoint; else None."""
     steps = [checkpoint_step(path) or 0 for path in list_checkpoints(store.folder)[:1]]
     on_disk = max((step for rank_steps in store.world.all_gather_json(steps) for step in rank_steps), default=0)
     found = memory.newest_valid(after=on_disk)
@@ -68,8 +68,8 @@ def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None
 def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
     """Return the checkpoint to continue when `checkpoint.resume` is a path.
 
-    Another run's checkpoint only starts this run: when the command is repeated, the run continues from its own newest
-    checkpoint. With one of this run's own checkpoints, each command goes back to it, but a restarted job continues.
+    A path into another run is used only for the first start; repeating the command continues this run. A path into
+    this run is honoured once per job; a restart continues the job.
     """
     place, own_folder = path.resolve(), store.folder.resolve()
     if place.parent == own_folder:
@@ -91,12 +91,12 @@ def _asked_for(path: Path, store: CheckpointStore, restarted: bool) -> Origin:
 
 
 def _continued(folder: Path, manifest: Manifest) -> Origin:
-    """Return the origin for resuming from one of this run's own checkpoints."""
+    """Return the origin that resumes from a checkpoint of this run."""
     return Origin(folder, manifest, resumes=True, began_from=manifest.identity.origin)
 
 
 def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
-    """Return the checkpoint at a path, or the newest valid one if the path is a run folder, and its manifest.
+    """Return the checkpoint at `path` and its manifest. If `path` is a run folder, use its newest valid checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run folder has no valid one.
@@ -110,7 +110,7 @@ def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
 
 
 def load_origin(origin: Origin, engine: Engine, world: World) -> None:
-    """Load a checkpoint into the engine: the whole state to resume, only the weights to start a new run."""
+    """Load a checkpoint into the engine: the whole state if the run resumes, only the weights if it is new."""
     state = engine.state()
     if origin.resumes:
         if origin.node is not None:

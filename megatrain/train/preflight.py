@@ -1,6 +1,6 @@
-"""Checks before a job trains: versions, the devices' arithmetic, an all-reduce, the disk and the tracking server.
+"""Check versions, devices, an all-reduce, the disk and the tracking server before a job trains.
 
-Each problem is reported with its node and rank. The checks run when a job starts, not when its ranks are restarted.
+Each problem is reported with its node and rank. The checks run when a job starts, but not when its ranks restart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatrain.optim.slots import slot_bytes
 from megatrain.tracking.mlflow import tracking_uri, without_password
 
 ELEMENTS = 2**20
-"""Elements of the all-reduce: 4 MiB, which takes milliseconds and is enough to tell a network from a loopback."""
+"""Elements of the all-reduce: 4 MiB takes milliseconds and is enough to tell a network from the loopback interface."""
 
 REPEATS = 3
 SERVER_S = 2.0
@@ -47,7 +47,7 @@ _LOG = logging.getLogger("megatrain")
 
 
 def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any]:
-    """Run all checks on all ranks, and return the measurements for events.jsonl.
+    """Run all checks on all ranks and return the measurements for events.jsonl.
 
     Raises:
         EnvironmentFault: on every rank, if any check fails; the message names the host and rank of each problem.
@@ -73,7 +73,7 @@ def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any
 
 
 def _all_well(world: World, check: Callable[[], str | None]) -> None:
-    """Raise EnvironmentFault on every rank if `check` returns a problem on any rank."""
+    """If any rank's check reports a problem, raise EnvironmentFault on every rank."""
     answers = world.all_gather_json([socket.gethostname(), check()])
     if wrong := [f"{host}, rank {rank}: {problem}" for rank, (host, problem) in enumerate(answers) if problem]:
         more = f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else ""
@@ -81,7 +81,7 @@ def _all_well(world: World, check: Callable[[], str | None]) -> None:
 
 
 def versions(engine: str) -> dict[str, str]:
-    """Return the versions that must be the same on all nodes. Imports nothing."""
+    """Return the versions that must be the same on all nodes, without importing DeepSpeed."""
     found = {
         "python": platform.python_version().rpartition(".")[0],
         "megatrain": megatrain.__version__,
@@ -96,7 +96,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def check_versions(world: World, engine: str) -> str | None:
-    """Describe which versions differ from rank 0's; None if all are equal."""
+    """Return a description of the versions that differ from rank 0's; None if all are equal."""
     mine = versions(engine)
     first = world.all_gather_json(mine)[0]
     names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
@@ -104,13 +104,13 @@ def check_versions(world: World, engine: str) -> str | None:
 
 
 def check_device(world: World) -> str | None:
-    """Describe a device that adds incorrectly; None if its sum is right."""
+    """Return a description of the problem if the device computes a wrong sum; else None."""
     total = float(_ones(world).sum())
     return None if total == ELEMENTS else f"{world.device} adds {ELEMENTS} ones to {total:.0f}: a broken device"
 
 
 def check_all_reduce(world: World) -> float:
-    """Return the seconds of the fastest of `REPEATS` all-reduces on the training device.
+    """Time `REPEATS` all-reduces on the training device and return the seconds of the fastest.
 
     Raises:
         EnvironmentFault: on every rank, if any rank got a wrong sum.
@@ -131,7 +131,7 @@ def check_all_reduce(world: World) -> float:
 
 
 def _addend(rank: int) -> int:
-    """Return a rank's addend of the all-reduce, small enough for an exact fp32 sum over thousands of ranks."""
+    """Return a rank's value in the all-reduce: small, so that the fp32 sum over thousands of ranks is exact."""
     return rank % 64 + 1
 
 
@@ -140,7 +140,7 @@ def _ones(world: World) -> torch.Tensor:
 
 
 def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
-    """Check that the run's folder is writable and readable, and has space for its checkpoints; describe the problem."""
+    """Return a problem with the run's folder (cannot be written or read, no space for checkpoints), or None."""
     probe = run_dir / f".preflight-{socket.gethostname()}-{world.rank}"
     content = os.urandom(4096)
     try:
@@ -162,7 +162,7 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
         for name, shape in parameter_shapes(config.model).items()
     )
     existing = sum(1 for path in list_checkpoints(run_dir / "checkpoints") if (path / "manifest.json").exists())
-    missing = max(1, config.checkpoint.keep + 1 - existing)  # a new one is written before the oldest is removed
+    missing = max(1, config.checkpoint.keep + 1 - existing)  # a checkpoint is written before the oldest is removed
     if free < missing * one:
         return (
             f"{run_dir} has {free / 1e9:.2f} GB left but needs space for {missing} more checkpoints of {one / 1e9:.2f} "
@@ -180,7 +180,7 @@ def check_server(uri: str) -> None:
     def ask() -> None:
         problem[:] = [found] if (found := _server_problem(uri)) else []
 
-    asking = threading.Thread(target=ask, daemon=True)  # neither DNS nor a slow answer has a time limit
+    asking = threading.Thread(target=ask, daemon=True)  # DNS and a slowly sent answer have no time limit
     asking.start()
     asking.join(SERVER_S)
     for reason in list(problem):
@@ -192,7 +192,7 @@ def check_server(uri: str) -> None:
 
 
 def _server_problem(uri: str) -> str | None:
-    """Ask the server for its health and describe the problem, without a password; None if it answers."""
+    """Query the server's health; return the problem, with the password removed, or None if it answers."""
     try:
         bare = without_password(uri)
         request = urllib.request.Request(f"{bare.rstrip('/')}/health")

@@ -1,4 +1,4 @@
-"""Protocols of the trainer's collaborators. The trainer knows only these, no layouts, ranks or libraries."""
+"""Protocols of the trainer's collaborators. The trainer depends on these alone, not on layouts, ranks or libraries."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatrain.train.exchange import Exchange
 
 
 class Store(Protocol):
-    """Where checkpoints go."""
+    """Writer of checkpoints and of copies in memory."""
 
     def save(self, state: dict[str, Tensor], record: RunRecord) -> float:
-        """Begin to write a checkpoint; return the seconds that the loop was held up."""
+        """Start writing a checkpoint; return the seconds for which the loop was blocked."""
 
     def copy(self, state: dict[str, Tensor], record: RunRecord) -> float:
-        """Begin to keep a copy in memory that survives this process; return the seconds that the loop was held up."""
+        """Start a copy in memory that survives this process; return the seconds for which the loop was blocked."""
 
     @property
     def copies_every(self) -> int:
-        """Steps between copies in memory; 0 for none."""
+        """Steps between copies in memory; 0: no copies."""
 
     @property
     def can_copy(self) -> bool:
@@ -34,17 +34,17 @@ class Store(Protocol):
 
     @property
     def has_failed(self) -> bool:
-        """Whether saving was given up."""
+        """Whether saving has failed for good."""
 
     def reports(self) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return what became of saves since the last call: event kinds, steps and details."""
+        """Return the outcomes of saves since the last call: event kinds, steps and details."""
 
     def finish(self) -> None:
-        """Wait until everything is written; raise the error that made saving give up."""
+        """Wait until everything is written. If saving has failed for good, raise its error."""
 
 
 class Journal(Protocol):
-    """Where metrics and events go; it does nothing on ranks other than the main one."""
+    """Recorder of metrics and events. It does nothing except on the main rank."""
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
@@ -57,67 +57,70 @@ class Heldout(Protocol):
     """This rank's share of the held-out data."""
 
     def batches(self) -> Iterable[MicroBatch]:
-        """Return the batches, from the first one on."""
+        """Return the batches, starting with the first."""
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of a token, for bits per byte; None where unknown."""
+        """Mean UTF-8 bytes per token, for bits per byte; None if unknown."""
 
 
 class Clock(Protocol):
-    """Times of this rank, and the signs of life that the agent watches."""
+    """Timer of this rank's steps; it also reports the current phase to the agent."""
 
     @property
     def reads_late(self) -> bool:
-        """Whether a step's result is read after the next step was submitted, so that the device never waits."""
+        """Whether a result is read only after the next step was submitted, so that the device never waits."""
 
     def enter(self, phase: str, step: int) -> None:
-        """Tell the agent which phase of which step begins."""
+        """Report to the agent that a phase of a step begins."""
 
     def event(self) -> Any:
-        """Record a CUDA event on the current stream; None where the host's clock tells a step's time."""
+        """Record a CUDA event on the current stream and return it; None if steps are timed by the host's clock."""
 
     def blocked_s(self) -> float:
-        """Return the seconds so far in which this rank waited for others."""
+        """Return the total seconds for which this rank has waited for others."""
 
 
 class StopSignal(Protocol):
-    """The request to save and stop."""
+    """Request to save and stop."""
 
     @property
     def signal_number(self) -> int:
-        """The signal that this rank received; 0 for none."""
+        """The signal that this rank received; 0: none."""
 
 
 class Rollback(Protocol):
-    """Takes engine and data back to before a loss spike, on all ranks at once."""
+    """Rollback of engine and data to a point before a loss spike. All ranks must call it together."""
 
     def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
-        """Return where the run stands afterwards; None where there is no checkpoint to go back to."""
+        """Roll back and return the progress of the checkpoint; None if there is no checkpoint before the spike."""
 
 
 class SlowRanks(Protocol):
-    """Watches for ranks that hold the others up."""
+    """Detector of ranks that slow the others down."""
 
     def __call__(self, step: int, own_times: list[float]) -> None:
-        """Judge every rank's own seconds of a step."""
+        """Compare the ranks by their seconds in a step, excluding waits."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Converter of tokens per second to model FLOPs utilisation; `peak_flops` is the whole job's, None if unknown."""
+    """Converter of tokens per second to model FLOPs utilisation (MFU).
+
+    `peak_flops` is the peak of all devices of the job together, None if unknown.
+    """
 
     flops_per_token: int
     peak_flops: float | None
 
     def mfu(self, tokens_per_s: float) -> float | None:
-        """Return the share of the peak that the model's FLOPs use."""
+        """Return the fraction of the peak FLOPs that the model uses; None if the peak is unknown."""
         return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the trainer works with. `identity` goes into every checkpoint."""
+    """The trainer's collaborators. `identity` goes into every checkpoint."""
 
     engine: Engine
     stream: Iterator[StepBatch]

@@ -1,7 +1,7 @@
-"""One rank of a training job, from the checked config to an exit code.
+"""Run one rank of a training job, from the checked config to an exit code.
 
-It opens the data, joins the other ranks and takes the run's folder; `job.py` does the rest. How ranks are started, and
-started again, is the agent's (`launch/agent.py`).
+This module opens the data, joins the other ranks and takes ownership of the run's folder; `job.py` does the rest. The
+agent (`launch/agent.py`) starts and restarts ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("megatrain")
 
 
 def run(config: TrainConfig) -> int:
-    """Train on this rank; return 0 when the run is done and 75 when it was saved after a signal.
+    """Train on this rank; return 0 if the run is done, 75 if it was saved after a signal.
 
     Raises:
         MegatrainError: a user's mistake or a fault of the machine.
@@ -61,13 +61,15 @@ def run(config: TrainConfig) -> int:
             if config.launch.preflight and not environment.restarts:
                 measured = preflight(data.config, run_dir, world)
             status = RankJob(data, world, stop, owner, environment.restarts, measured).run()
-        leave()  # not after a failure: its message comes first, and destroying NCCL without a peer can block
+        leave()  # not after a failure: its message must come first, and destroying NCCL after losing a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
 
 
 @contextmanager
 def _ownership(run_dir: Path, world: World) -> Iterator[Ownership | None]:
-    """Hold the right to write to the run's folder, on rank 0: its agent's, or taken here under another launcher.
+    """Hold, on rank 0, the right to write to the run's folder.
+
+    The agent already holds it; under another launcher it is taken here.
 
     Raises:
         OwnedError: on every rank, if another job owns the folder.

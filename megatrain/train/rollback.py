@@ -1,7 +1,6 @@
 """Roll a running job back to the newest checkpoint before a loss spike, and skip the samples that led to the spike.
 
-The loss guard (`resilience/guard.py`) decides when. This module restores the parts of a rank that must go back
-together.
+The loss guard (`resilience/guard.py`) decides when. This module restores, together, all that must match on a rank.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class CheckpointRollback:
-    """Rollback of this rank, which all ranks run at the same time. `batch_size` returns the samples of a step."""
+    """Rollback, which all ranks must call together. `batch_size` returns the number of samples in a step."""
 
     world: World
     engine: Engine
@@ -43,10 +42,10 @@ class CheckpointRollback:
     skip_steps: int
 
     def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
-        """Restore the engine and the stream, and return the progress to continue from.
+        """Restore engine and stream to a checkpoint before the spike and return its progress.
 
-        Returns None, and changes nothing, if there is no checkpoint before the spike. If the process dies during the
-        rollback, the run resumes from that checkpoint and meets the spike again.
+        Return None, with nothing changed, if there is none. If the process dies during the rollback, the run resumes
+        from that checkpoint and reaches the spike again.
         """
         first = max(1, spike.step - self.skip_steps + 1)
         found = self._checkpoint_before(first, spike.step)
@@ -80,17 +79,17 @@ class CheckpointRollback:
         return replace(then, skip_ranges=ranges, loss_guard=guard)
 
     def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, Manifest] | None:
-        """Return the newest valid checkpoint before the `first` suspect step, or else before the spike."""
+        """Return the newest valid checkpoint before step `first`, else before the spike, else None."""
         for step in (first, spiked):
-            with suppress(CheckpointError):  # all are damaged; the store has reported it
+            with suppress(CheckpointError):  # all are damaged, which the store has reported
                 if found := self.store.newest_valid(before=step):
                     return found
         return None
 
     def _samples(self, then: Progress, first: int, now: Progress) -> Any:
-        """Return the samples that steps `first` to `now.step` took, counted from the checkpoint's cursor.
+        """Return the samples of steps `first` to `now.step`, counting from the checkpoint `then`.
 
-        Skip ranges added since then lie before that cursor, so the current ranges give the same samples.
+        Skip ranges added after that checkpoint lie before its cursor, so the current ranges give the same samples.
         """
         ahead = sum(self.batch_size(step) for step in range(then.step + 1, first))
         _, cursor = take(then.cursor, ahead, now.skip_ranges)

@@ -1,4 +1,4 @@
-"""A run's folder as a rank writes it: the resolved config, the tokenizer, and each rank's log."""
+"""Write the files of a run's folder: the resolved config, the tokenizer and each rank's log."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _LOG = logging.getLogger("megatrain")
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Return the folder that a run lives in."""
+    """Return the folder of a run."""
     return Path(config.run.dir) / str(config.run.name)
 
 
 class TerminalWarnings(logging.Handler):
-    """Shows warnings on the terminal, one line each; their stack traces are in the log file."""
+    """Handler that prints one line per warning to the terminal; stack traces go only to the log file."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record to the present sys.stderr, which the progress bar may have replaced."""
+        """Print a record to the current sys.stderr, which the progress bar may have replaced."""
         print(f"megatrain: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 

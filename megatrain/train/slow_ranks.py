@@ -1,4 +1,4 @@
-"""Names the ranks that hold the others up, from every rank's own time of a step."""
+"""Report the ranks that slow the others down, from each rank's time in a step excluding waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOG = logging.getLogger("megatrain")
 
 
 class SlowRankWatch:
-    """Compares ranks of the same pipeline stage. Every rank makes one; the main rank judges."""
+    """Detector that compares ranks of the same pipeline stage. All ranks create one; only the main rank's is active."""
 
     def __init__(self, config: TrainConfig, world: World, layout: Layout, journal: Journal) -> None:
         self.journal = journal
@@ -26,7 +26,7 @@ class SlowRankWatch:
             self.stragglers = Stragglers(stages, config.resilience.slow_rank_ratio)
 
     def __call__(self, step: int, own_times: list[float]) -> None:
-        """Judge every rank's own seconds of `step`; log and record who became slow, or fast again."""
+        """Compare the ranks' times in `step`; log and record each rank that became slow or recovered."""
         if self.stragglers is None:
             return
         for found in self.stragglers.judge(own_times):

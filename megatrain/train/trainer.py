@@ -27,7 +27,7 @@ class Trainer:
     """Runs a training job from `progress` to its last step."""
 
     def __init__(self, config: TrainConfig, parts: Parts, progress: Progress, on_disk: bool = True) -> None:
-        """`on_disk` says that a checkpoint of `progress` exists; a start from a copy in memory still needs one."""
+        """`on_disk`: whether `progress` is already saved on disk. It is not after a start from a copy in memory."""
         self.config = config
         self.parts = parts
         self.progress = progress
@@ -44,9 +44,8 @@ class Trainer:
         """Train; return `done` (all steps, or early stopping) or `stopped` (saved after a signal).
 
         Raises:
-            DivergedError: no finite gradient for `resilience.max_skipped` steps, an overflow at the smallest loss
-            scale,
-                or a loss that spiked again after `resilience.max_rollbacks` rollbacks.
+            DivergedError: no gradient was finite for `resilience.max_skipped` steps, gradients overflowed at the
+                smallest loss scale, or the loss spiked again after `resilience.max_rollbacks` rollbacks.
         """
         try:
             return self._loop()
@@ -87,20 +86,20 @@ class Trainer:
         return self.progress.step + (1 if self.in_flight.is_idle else 2)
 
     def _exchange(self, batch: StepBatch) -> JobReport:
-        """Tell the other ranks how this one stands and learn how they do."""
+        """Send this rank's report to all ranks and return the combined report."""
         store = self.parts.store
         mine = RankReport(
             self.parts.stop.signal_number, store.has_failed, store.can_copy, self.own_time, batch.sample_hashes
         )
         job = self.parts.exchange(mine)
         self.all_can_copy = job.can_copy
-        if self.own_time:  # every rank has done a step, or none has
+        if self.own_time:  # either every rank has done a step, or none has
             self.parts.slow_ranks(self.progress.step, job.own_times)
         self._report_saves()
         return job
 
     def _stops(self, job: JobReport) -> bool:
-        """Save and return True if any rank was asked to stop; raise if any rank cannot save any more."""
+        """If any rank was asked to stop, save and return True. If saving has failed for good on any rank, raise."""
         if job.signal_number or job.save_failed:
             self._finish_step(is_latest=True)
         if job.save_failed:
@@ -112,7 +111,7 @@ class Trainer:
         return bool(job.signal_number)
 
     def _submit(self, step: int, began: Any, batch: StepBatch, job: JobReport, data_time: float) -> SubmittedStep:
-        """Hand a step to the engine."""
+        """Submit a step to the engine."""
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         result = self.parts.engine.train_step(batch.micro_batches, lr, step)
         self.own_until = self._own_clock()
@@ -122,10 +121,10 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- after a step
 
     def _finish_step(self, is_latest: bool) -> bool:
-        """Read the step in flight, if any: record it, then evaluate, save or roll back as is due.
+        """Read the step in flight, if any; record it, then evaluate, save or roll back as needed.
 
-        Where it `is_latest`, no later step was submitted, so the parameters are those after it; otherwise nothing that
-        needs them is due. Returns whether the run was rolled back.
+        If `is_latest`, no later step is queued and parameters are current; if not, nothing due needs them. Return
+        whether the run was rolled back.
         """
         step = self.in_flight.release()
         if step is None:
@@ -178,7 +177,7 @@ class Trainer:
         }
 
     def _add_times(self, record: dict[str, Any], step: SubmittedStep, step_time: float, eval_time: float) -> None:
-        """Complete a record. `step_time_s` excludes evaluation and saving; `save_time_s` is the save before it."""
+        """Add times to a record. `step_time_s` excludes evaluation and saving; `save_time_s` is the preceding save."""
         rate = record.pop("step_tokens") / step_time
         record["step_time_s"] = step_time
         record["tokens_per_s"] = rate
@@ -204,7 +203,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def _evaluate_if_due(self, record: dict[str, Any]) -> float:
-        """Evaluate on evaluation steps and the last one; return the seconds it took."""
+        """Evaluate if this is an evaluation step or the last step; return the seconds it took."""
         every, step, heldout = self.config.train.eval_every, record["step"], self.parts.heldout
         is_last = step == self.config.train.steps
         if heldout is None or not (is_last or (every and step % every == 0)):
@@ -226,20 +225,20 @@ class Trainer:
         return time.perf_counter() - started
 
     def _with_signs_of_life(self, batches: Iterable[MicroBatch], step: int) -> Iterator[MicroBatch]:
-        """Yield the batches; the agent sees each one begin."""
+        """Yield the batches, and report the start of each to the agent."""
         for batch in batches:
             self.parts.clock.enter("evaluate", step)
             yield batch
 
     def _has_stalled(self) -> bool:
-        """Whether early stopping ends the run here. A run that it ended stays ended when it is started again."""
+        """Whether early stopping ends the run. If it did so before, a restarted run ends at once."""
         patience = self.config.train.early_stop_patience
         return 0 < patience <= self.progress.early_stop.evaluations_without_gain
 
     # ---------------------------------------------------------------------------------------------- loss spikes
 
     def _roll_back_if_spiked(self, record: dict[str, Any]) -> bool:
-        """Judge a step's loss; if it is a spike, take the run back to before it. Returns whether that was done."""
+        """If a step's loss is a spike, roll back to a checkpoint before it. Return whether that was done."""
         step, loss = record["step"], record["loss"]
         if not record["updated"]:
             return False
@@ -249,7 +248,7 @@ class Trainer:
         if spike is None:
             return False
         self.parts.journal.event("spike", step, loss=loss, zscore=spike.zscore, median=spike.median)
-        self._wait_for_saves()  # the pending save may be the one to go back to
+        self._wait_for_saves()  # the pending save may be the one to roll back to
         if len(seen.rollbacks) >= self.config.resilience.max_rollbacks:
             raise DivergedError(
                 f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} "
@@ -261,27 +260,27 @@ class Trainer:
             self.parts.journal.event("spike_kept", step, reason="there is no checkpoint before it to go back to")
             return False
         self.progress.assign(progress)
-        # The checkpoint on disk has no skip range yet: a start from it would meet the spike again.
+        # The checkpoint on disk lacks the new skip range: a run resumed from it would reach the spike again.
         self.saved_step, self.copied_step = -1, self.progress.step
         return True
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def _is_due(self, step: int) -> bool:
-        """Whether something must happen right after a step, before the next one changes the parameters."""
+        """Whether an evaluation, save or copy must happen before the next step changes the parameters."""
         loop, checkpoint = self.config.train, self.config.checkpoint
         intervals = [loop.eval_every if self.parts.heldout else 0, checkpoint.every]
         is_due = any(every and step % every == 0 for every in intervals)
         return step == loop.steps or is_due or self._copy_is_due(step)
 
     def _copy_is_due(self, step: int) -> bool:
-        """Whether the state after a step should be copied into memory, and can be."""
+        """Whether a copy into memory is due after a step and can be made."""
         newest = max(self.saved_step, self.copied_step)
         is_due = 0 < self.parts.store.copies_every <= step - newest
         return self.all_can_copy and step < self.config.train.steps and is_due
 
     def _save_if_due(self) -> float:
-        """Save, or copy into memory, if it is time; return the seconds that the loop was held up."""
+        """Save, or copy into memory, if due; return the seconds for which the loop was blocked."""
         every, step = self.config.checkpoint.every, self.progress.step
         if every and step % every == 0:
             return self._save()
@@ -292,27 +291,27 @@ class Trainer:
         return 0.0
 
     def _save(self) -> float:
-        """Begin to save the present state unless it is saved already; return the seconds that the loop was held up."""
+        """Start saving the state unless it is saved already; return the seconds for which the loop was blocked."""
         if self.saved_step == self.progress.step:
             return 0.0
         self.parts.clock.enter("save", self.progress.step)
         guard = self.progress.loss_guard
         if self.progress.step > max((spike["step"] for spike in guard.rollbacks), default=0):
-            self.progress.loss_guard = replace(guard, rollbacks=[])  # the run has passed its spikes
+            self.progress.loss_guard = replace(guard, rollbacks=[])  # the run is past its spikes
         try:
             stall = self.parts.store.save(self.parts.engine.state(), self._run_record())
-        except BaseException:  # the save before failed for good while this one waited for it
+        except BaseException:  # the previous save failed for good while this one waited for it
             self._report_saves()
             raise
         self.saved_step = self.progress.step
         return stall
 
     def _run_record(self) -> RunRecord:
-        """Return what a checkpoint keeps beside the engine's tensors."""
+        """Return what a checkpoint stores besides the engine's tensors."""
         return RunRecord(replace(self.progress), self.parts.engine.counters(), self.parts.identity)
 
     def _save_and_wait(self) -> None:
-        """Make sure that the present state is on the disk."""
+        """Save the state and wait until it is on the disk."""
         self._save()
         self._wait_for_saves()
 
