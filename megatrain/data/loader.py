@@ -51,7 +51,7 @@ def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
 class TrainStream:
     """One rank's endless sequence of `StepBatch`es from `first_step` and `cursor` on, prefetched by a thread.
 
-    A step takes the next G = `batch_size(step)` samples from the cursor on, passing over skip ranges; `samples_of_rank`
+    A step reads the next G = `batch_size(step)` samples from the cursor on, without skip ranges; `samples_of_rank`
     gives this rank's share of them. If `end_of_document` (the token that ends each document) is given, micro-batches
     have document ids. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer. Call
     `close` when done.

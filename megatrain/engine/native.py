@@ -97,7 +97,7 @@ class LocalParameter:
 
 
 class NativeEngine:
-    """`Engine` on torch's own parallelism, for every layout that the table allows."""
+    """`Engine` built on torch's parallelism, for every layout that the layout table allows."""
 
     def __init__(self, config: TrainConfig, world: World, objective: Objective) -> None:
         self.config = config

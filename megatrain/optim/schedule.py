@@ -15,7 +15,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
     Linear warm-up reaches the peak at `warmup_steps`. `cosine` (Loshchilov and Hutter, 2017) and `linear` then fall to
     `min_lr_ratio` of the peak at the last step; `constant` stays at the peak; `wsd` (warmup-stable-decay, Hu et al.,
-    2024) stays at the peak and falls linearly over the last `decay_fraction` of the run.
+    2024) stays at the peak until it falls linearly over the last `decay_fraction` of the run.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps

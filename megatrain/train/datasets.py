@@ -26,7 +26,7 @@ class RunData:
 
     @property
     def fingerprint(self) -> str:
-        """The dataset's identity."""
+        """The hash that identifies the dataset."""
         return self.card.fingerprint
 
     @property

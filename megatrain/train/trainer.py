@@ -24,7 +24,7 @@ LAST_RESULT_S = 5.0
 
 
 class Trainer:
-    """Runs a training job from `progress` to its last step."""
+    """Training loop of one rank, from `progress` to the last step."""
 
     def __init__(self, config: TrainConfig, parts: Parts, progress: Progress, on_disk: bool = True) -> None:
         """`on_disk`: whether `progress` is already saved on disk. It is not after a start from a copy in memory."""
@@ -197,7 +197,7 @@ class Trainer:
             self.parts.journal.step(record)
 
     def _own_clock(self) -> float:
-        """Return seconds that pass only while this rank does not wait for others."""
+        """Return the seconds of a clock that stops while this rank waits for others."""
         return time.perf_counter() - self.parts.clock.blocked_s()
 
     # ---------------------------------------------------------------------------------------------- evaluation
