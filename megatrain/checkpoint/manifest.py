@@ -209,7 +209,7 @@ class Manifest(RunRecord):
             CheckpointError: a key is missing or has a wrong value. The message names the key.
         """
         optimizer = None
-        if (found := document.get("optimizer")) is not None:
+        if (found := decode(dict[str, Any] | None, document.get("optimizer"), "optimizer")) is not None:
             groups = {
                 name: OptimizerGroup(
                     decode(list[str], group.get("parameters"), f"optimizer.groups.{name}.parameters"),
@@ -239,7 +239,7 @@ class Manifest(RunRecord):
 def _tensor_entry(name: str, entry: Any) -> TensorEntry:
     """Decode one tensor. It does not use `decode` for chunks, of which a large checkpoint has a million."""
     try:
-        chunks = [Chunk(tuple(c["offset"]), tuple(c["size"]), c["file"]) for c in entry["chunks"]]
+        chunks = [Chunk(tuple(c["offset"]), tuple(c["size"]), str(c["file"])) for c in entry["chunks"]]
         shape = tuple(entry["shape"])
         rank = {len(shape)}
         numbers = [*shape, *(n for chunk in chunks for n in (*chunk.offset, *chunk.size))]

@@ -167,16 +167,18 @@ def _merge(folder: Path) -> Manifest:
         CheckpointError: a part is missing or damaged.
     """
     parts: dict[Path, Manifest] = {path: read_manifest(path) for path in _parts(folder)}
-    numbers: dict[int, int] = {}
+    numbers: set[int] = set()
     for path, manifest in parts.items():
         if manifest.part is None:
             raise CheckpointError(f"{path} is a whole checkpoint, not a node's part of one")
-        numbers[manifest.part.node] = manifest.part.num_nodes
+        numbers.add(manifest.part.node)
     if not parts:
         raise CheckpointError(f"the copies of {folder.name} hold no node's part")
     first = next(iter(parts.values()))
-    assert first.part is not None
-    if missing := sorted(set(range(first.part.num_nodes)) - set(numbers)):
+    counts = sorted({manifest.part.num_nodes for manifest in parts.values() if manifest.part})
+    if len(counts) > 1:
+        raise CheckpointError(f"the copies of {folder.name} are of jobs with different numbers of nodes: {counts}")
+    if missing := sorted(set(range(counts[0])) - numbers):
         listed = ", ".join(map(str, missing))
         raise CheckpointError(f"the copies of {folder.name} lack the parts of nodes {listed} (counted from 0)")
     files: dict[str, FileEntry] = {}

@@ -188,7 +188,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
-    `config` must be checked: its vocabulary size is known and its sizes fit together (megatrain/checks.py). `kernels`
+    `config` must be checked (verbs/value_checks.py): its vocabulary size is known and its sizes fit together. `kernels`
     are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then computed
     from the head's output.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.writing")  # one name: a killed writer's is replaced
     try:
         with temporary.open("wb") as file:
             yield file
@@ -27,7 +27,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
         raise
     if durable:
         sync_folder(path.parent)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import OwnedError
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import replacing
 from megatrain.resilience.heartbeat import WAITED, Account, Heartbeats
 
 FILE = "ledger.json"
@@ -159,7 +159,10 @@ class Ledger:
         self._agent["seconds"] = round(self._now(), 4)
         try:
             self._may_write()
-            write_atomically(self._path, json.dumps(self._document), durable=True)
+            with replacing(self._path) as file:  # no flush of the folder: this runs in the agent's loop
+                file.write(json.dumps(self._document).encode())
+                file.flush()
+                os.fsync(file.fileno())
         except (OSError, OwnedError):
             return
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 NANOSECONDS = 1e9
+NUMBERS = 4
+"""Of a report before its hashes."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,6 @@ class RankReport:
         """Return the report as int64: four numbers, then the bits of the hashes."""
         numbers = (self.signal_number, self.save_failed, self.can_copy, int(self.own_time_s * NANOSECONDS))
         return torch.from_numpy(np.concatenate([np.array(numbers, np.int64), self.sample_hashes.view(np.int64)]))
-
-    @staticmethod
-    def decode(row: Tensor) -> RankReport:
-        """Return the report that `encode` turned into this row."""
-        values = row.numpy()
-        return RankReport(
-            int(values[0]), bool(values[1]), bool(values[2]), values[3] / NANOSECONDS, values[4:].view(np.uint64)
-        )
 
 
 @dataclass(frozen=True)
@@ -79,12 +73,12 @@ class RankExchange:
 
     def __call__(self, report: RankReport) -> JobReport:
         """Gather the reports of all ranks and reduce them."""
-        reports = [RankReport.decode(row) for row in self.all_gather(report.encode())]
-        hashes = np.stack([reports[rank].sample_hashes for rank in self.readers])
+        rows = self.all_gather(report.encode()).numpy()
+        signals, failures, copies, own_times = rows[:, :NUMBERS].T
         return JobReport(
-            signal_number=max(one.signal_number for one in reports),
-            save_failed=any(one.save_failed for one in reports),
-            can_copy=all(one.can_copy for one in reports),
-            own_times=[one.own_time_s for one in reports],
-            batch_hash=self.batch_hash(hashes),
+            signal_number=int(signals.max()),
+            save_failed=bool(failures.any()),
+            can_copy=bool(copies.all()),
+            own_times=(own_times / NANOSECONDS).tolist(),
+            batch_hash=self.batch_hash(rows[list(self.readers), NUMBERS:].view(np.uint64)),
         )

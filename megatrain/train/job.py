@@ -103,7 +103,8 @@ class RankJob:
         except BaseException as error:
             self._record_failure(error)
             raise
-        self.journal.finish(status, self.progress.step, **self._peak_memory())
+        if self.has_begun:  # a finished run that is started again records nothing
+            self.journal.finish(status, self.progress.step, **self._peak_memory())
         return status
 
     def _train(self) -> str:
@@ -175,6 +176,7 @@ class RankJob:
             *(world, engine, stores.disk, stores.memory, self.journal, stream, self._order),
             *(partial(batch_size, config.train), config.resilience.spike_skip_steps),
         )
+        slow_ranks = SlowRankWatch(config, world, layout, self.journal)  # before waits are timed: it asks all ranks
         try:
             with self._clock() as clock:
                 yield Parts(
@@ -191,7 +193,7 @@ class RankJob:
                     clock=clock,
                     stop=self.stop,
                     rollback=rollback,
-                    slow_ranks=SlowRankWatch(config, world, layout, self.journal),
+                    slow_ranks=slow_ranks,
                     identity=self._identity(origin),
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None

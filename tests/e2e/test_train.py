@@ -88,9 +88,11 @@ def test_a_signal_saves_and_ends_with_75(workplace, undisturbed, number):
 
 def test_a_finished_run_has_nothing_to_do(workplace, undisturbed):
     """The same command once more ends at once with 0 and changes no record; more steps continue it."""
+    ends = events(workplace, "undisturbed", "stop")
     done = megatrain(workplace, *TRAIN, "run.name=undisturbed", "launch.nproc_per_node=2")
     assert done.returncode == 0 and "nothing to do" in done.stdout
     assert metrics(workplace, "undisturbed") == undisturbed
+    assert events(workplace, "undisturbed", "stop") == ends
 
 
 def test_going_back_to_an_earlier_checkpoint_leaves_one_history(workplace):
