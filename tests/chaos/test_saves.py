@@ -24,7 +24,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "0 corrupt loads, 0 written checkpoints lost" in done.stdout
-    assert int(re.search(r"(\d+) of them while a save was under way", done.stdout)[1]) >= 5, done.stdout
+    assert int(re.search(r"(\d+) of them while a save was in progress", done.stdout)[1]) >= 5, done.stdout
 
 
 LONG = [*TRAIN, "engine=native", "train.steps=600", "checkpoint.every=20", "train.eval_every=0", "train.eval_steps=1"]
