@@ -55,14 +55,14 @@ def device_cannot_add(world):
 
 
 def network_flips_a_value(world):
-    true = type(world).sum
+    true = type(world).all_reduce_sum
 
     def wrong(self, values):
         true(self, values)
         values[77] += 1
         return values
 
-    type(world).sum = wrong
+    type(world).all_reduce_sum = wrong
 
 
 FAULTS = {
