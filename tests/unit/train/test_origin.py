@@ -109,7 +109,7 @@ def test_another_runs_checkpoint_is_refused_over_ones_that_do_not_come_from_it(t
     elsewhere, store = store_of(tmp_path / "a"), store_of(tmp_path / "b")
     save(elsewhere, 5)
     save(store, 7, origin=None)
-    with pytest.raises(ConfigError, match=r"not of this run.*run\.name"):
+    with pytest.raises(ConfigError, match=r"belongs to another run.*run\.name"):
         choose_origin(asking(resume=elsewhere.folder / "step_00000005"), store)
     with pytest.raises(ConfigError, match=r"run\.name"):
         choose_origin(asking(resume=tmp_path / "a"), store)
