@@ -20,14 +20,14 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  
 def pytest_collection_modifyitems(items):
     """Mark the tests that pytest-xdist (--dist loadgroup) must keep in one process.
 
-    Tests of whole jobs share a dataset, a reference run and a cluster; the unit tests of a file share its fixtures.
-    Parity tests share only runs that are cheap to repeat, so any free process takes them.
+    The tests on Slurm share a cluster; the unit tests of a file share its fixtures. The others share only a dataset and
+    reference runs that are cheap to repeat, so any free process takes them.
     """
     for item in items:
         parts = item.path.parts
-        if {"chaos", "slurm", "e2e"} & set(parts):
-            item.add_marker(pytest.mark.xdist_group("jobs"))
-        elif "parity" not in parts:
+        if "slurm" in parts:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+        elif "unit" in parts:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 

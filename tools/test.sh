@@ -2,7 +2,7 @@
 # Installs megatrain into .venv (the first time) and runs the tests, tier by tier:
 #
 #   bash tools/test.sh               unit, parity and e2e: at most 15 minutes on two cores
-#   bash tools/test.sh --all         chaos and slurm too: everything, at most 30 minutes
+#   bash tools/test.sh --all         chaos and slurm too: everything, at most 30 minutes on two cores
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
 #
 # Exits with 1 if a test failed or a tier ran no test. The last line sums the tiers up in pytest's own form.
@@ -19,8 +19,7 @@ elif [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
 fi
 
-# A process per core. Tests of one group share one (tests/conftest.py). The other tiers run one test at a time: they
-# measure hangs, restarts and signals, and a busy machine would disturb them.
+# A process per core. Tests of one group share one (tests/conftest.py). The tests on Slurm share a cluster.
 parallel=(-n logical --maxprocesses 8 --dist loadgroup)
 
 output=$(mktemp)
@@ -42,8 +41,8 @@ run_tier() {
 for tier in "${tiers[@]}"; do
   case $tier in
     unit) run_tier unit "${parallel[@]}" "${coverage[@]}" ;;
-    parity) run_tier parity "${parallel[@]}" ;;
-    *) run_tier "$tier" ;;
+    slurm) run_tier slurm ;;
+    *) run_tier "$tier" "${parallel[@]}" ;;
   esac
 done
 

@@ -10,16 +10,16 @@ EVERY = 5
 """Steps between the job's saves (commands.TRAIN)."""
 
 
-def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed):
+def test_a_rank_killed_anywhere_costs_a_restart_and_changes_nothing(workplace, undisturbed_native):
     """One job survives SIGKILL of each rank in forward, backward, update, evaluation and during a save."""
     places = [(2, "forward"), (7, "backward"), (13, "update")]
     deaths = [fault(rank, step + rank, phase, "SIGKILL") for step, phase in places for rank in (0, 1)]
     deaths += [fault(0, 20, "evaluate", "SIGKILL"), fault(0, 25, "save", "SIGKILL")]
     deaths += [fault(1, 30, "save", "SIGKILL"), fault(1, 40, "evaluate", "SIGKILL")]
-    done = run_with(workplace, deaths, *TRAIN, "run.name=deaths", "launch.nproc_per_node=2")
+    done = run_with(workplace, deaths, *TWO_NATIVE, "run.name=deaths")
     assert done.returncode == 0, done.stderr
-    same(metrics(workplace, "deaths"), undisturbed)
-    assert final_files(workplace, "deaths") == final_files(workplace, "undisturbed")
+    same(metrics(workplace, "deaths"), undisturbed_native)
+    assert final_files(workplace, "deaths") == final_files(workplace, "undisturbed-native")
     failures = events(workplace, "deaths", "failure")
     assert {(f["rank"], f["step"], f["phase"]) for f in failures} == {
         (d["rank"], d["step"], d["phase"]) for d in deaths

@@ -70,11 +70,12 @@ def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, 
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in undisturbed], rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_with_75(workplace, undisturbed, number):
+@pytest.mark.parametrize(("number", "engine"), [(signal.SIGTERM, "deepspeed"), (signal.SIGUSR1, "native")])
+def test_a_signal_saves_and_ends_with_75(workplace, number, engine, request):
     """The signal stops all ranks at the same step, no step is lost, and the same command continues bit for bit."""
+    expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
     name = f"stopped_{number.name}"
-    words = [*TRAIN, f"run.name={name}", "launch.nproc_per_node=2"]
+    words = [*TRAIN, f"engine={engine}", f"run.name={name}", "launch.nproc_per_node=2"]
     process = start(workplace, *words)
     wait_for(workplace, name, 7, process)
     process.send_signal(number)
@@ -83,7 +84,7 @@ def test_a_signal_saves_and_ends_with_75(workplace, undisturbed, number):
     stopped_at = metrics(workplace, name)[-1]["step"]
     assert (workplace / "runs" / name / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
     assert megatrain(workplace, *words).returncode == 0
-    same(metrics(workplace, name), undisturbed)
+    same(metrics(workplace, name), expected)
 
 
 def test_a_finished_run_has_nothing_to_do(workplace, undisturbed):

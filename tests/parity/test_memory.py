@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.holdings import held_in_a_step
-from support.jobs import layout_job
+from support.jobs import GLOBAL_BATCH, layout_job
 from support.ranks import run_ranks
 
 from megatrain.optim.slots import decays
@@ -53,8 +53,11 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def job(precision="fp32", **changes):
-    config = layout_job(**changes)
+def job(world, precision="fp32", micro=None, **changes):
+    """Return a job with two micro-batches a step, in a pipeline two for each stage, unless `micro` says otherwise."""
+    stages, exchanging = changes.get("pp", 1), changes.get("tp", 1) * changes.get("cp", 1)
+    data_ranks = world // (stages * exchanging)
+    config = layout_job(micro=micro or GLOBAL_BATCH // (2 * stages * data_ranks), **changes)
     config.precision.name = precision
     return config
 
@@ -62,7 +65,7 @@ def job(precision="fp32", **changes):
 @pytest.mark.parametrize(("world", "changes"), CASES, ids=str)
 def test_ranks_hold_what_the_formula_says(world, changes):
     """Every rank's bytes, summed from its tensors, agree with the formula for its coordinate in the layout."""
-    config = job(**changes)
+    config = job(world, **changes)
     layout = Layout.of(config, world)
     model = MemoryModel(config.model, config.optim, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
     for rank, held in enumerate(run_ranks(held_in_a_step, world, config, PATCH)):
@@ -85,12 +88,12 @@ def test_the_buffer_sizes_are_deepspeeds_defaults():
         defaults.sub_group_size,
         defaults.max_live_parameters,
     )
-    given = deepspeed_config(job(engine="deepspeed", zero=3), 4)["zero_optimization"]
+    given = deepspeed_config(job(4, engine="deepspeed", zero=3), 4)["zero_optimization"]
     assert not [key for key in given if "bucket" in key or "threshold" in key or "live" in key or "sub_group" in key]
 
 
 def test_the_formula_counts_the_engines_optimizer_groups():
     """DeepSpeed partitions each group separately: matrices, and the rest."""
-    model = MemoryModel(job().model)
+    model = MemoryModel(job(1).model)
     matrices = [shape for shape in model.shapes.values() if decays(len(shape))]
     assert len(model._groups(plan.shares({"tp": 1}, {"tp": 0}))[0]) == len(matrices)

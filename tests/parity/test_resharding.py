@@ -15,7 +15,7 @@ from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
 from megatrain.parallel.rules import check
 
-SAVED_AT, LAST = 3, 7
+SAVED_AT, LAST = 2, 4
 LAYOUTS = {
     "one": (1, {}),
     "zero3": (4, {"zero": 3}),
@@ -104,7 +104,7 @@ def origins(tmp_path_factory):
 
 @pytest.mark.parametrize(("saved", "resumed", "family"), PAIRS)
 def test_another_layout_continues_with_bit_equal_state_and_losses(saved, resumed, family, origins, tmp_path):
-    """Parameters and both moments bit-equal once gathered, the step count and groups kept, four losses within 1e-5."""
+    """Parameters and both moments bit-equal once gathered, the step count and groups kept, two losses within 1e-5."""
     folder, expected, whole = origins(saved, family)
     ranks, changes = LAYOUTS[resumed]
     config = layout_job(family=family, micro=rows(changes), **changes)

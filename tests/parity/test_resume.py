@@ -13,7 +13,7 @@ from support.ranks import run_ranks
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 from megatrain.engine.build import build_engine
 
-SAVED_AT, LAST = 4, 9
+SAVED_AT, LAST = 2, 4
 
 
 def begin(world, config, folder):
@@ -85,7 +85,7 @@ def at(name, **model):
 
 @pytest.mark.parametrize(("saved", "resumed"), PAIRS)
 def test_another_layout_continues_with_bit_equal_state(saved, resumed, origins, tmp_path):
-    """Parameters and both moments are bit-equal after gathering; five further losses agree within 1e-5, norms 1e-4."""
+    """Parameters and both moments are bit-equal after gathering; two further losses agree within 1e-5, norms 1e-4."""
     folder, expected, whole = origins(*at(saved), saved)
     losses, again = run_ranks(go_on, *at(resumed), folder, str(tmp_path))[0]
     assert whole.keys() == again.keys() and len(whole) % 3 == 0

@@ -12,7 +12,7 @@ from support.ranks import run_ranks
 
 from megatrain.engine.build import build_engine
 
-STEPS = 20
+STEPS = 6
 MODELS = {"llama": llama(), "llama_tied_qk_norm": llama(tie_embeddings=True, qk_norm=True), "gpt2": gpt2()}
 
 
@@ -47,8 +47,8 @@ CELLS = [(ranks, zero, "llama") for ranks, zero in LAYOUTS] + [
 
 @pytest.mark.parametrize(("ranks", "zero", "name"), CELLS)
 def test_any_stage_on_any_ranks_equals_one_process(ranks, zero, name, reference, tmp_path):
-    """2 ranks x micro batch 4 equals 1 rank x micro batch 8: losses within 1e-5 relative at each of 20 steps, gradient
-    norms within 1e-4, parameters after 20 steps within 1e-5 (key biases apart: their true gradient is zero)."""
+    """2 ranks x micro batch 4 equals 1 rank x micro batch 8: losses within 1e-5 relative at each of 6 steps, gradient
+    norms within 1e-4, parameters after them within 1e-5 (key biases apart: their true gradient is zero)."""
     seen, start, end = run_ranks(run, ranks, job(zero=zero, model=MODELS[name]), str(tmp_path))[0]
     expected, first, last = reference(name)
     for (loss, norm), (true_loss, true_norm) in zip(seen, expected, strict=True):

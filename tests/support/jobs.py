@@ -62,16 +62,17 @@ def job(
 def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool = False) -> list[MicroBatch]:
     """Return one rank's micro-batches of a step; with `ignored`, an uneven number of labels is ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    sequences = config.train.global_batch_size
+    ids = torch.randint(0, VOCAB, (sequences, config.train.seq_len + 1), generator=generator)
     labels = ids[:, 1:].clone()
     if ignored:
-        labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, GLOBAL_BATCH)[:, None]] = (
+        labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, sequences)[:, None]] = (
             IGNORE_INDEX
         )
     size = config.train.micro_batch_size
     chosen = [
         slice((index * ranks + rank) * size, (index * ranks + rank + 1) * size)
-        for index in range(GLOBAL_BATCH // (size * ranks))
+        for index in range(sequences // (size * ranks))
     ]
     end = END_OF_DOCUMENT if config.train.mask_documents else None
     if end is not None:
@@ -146,7 +147,7 @@ def rows(changes: dict[str, Any]) -> int:
     return 4 if exchanging else 2
 
 
-STEPS = 5
+STEPS = 3
 LIMITS = {
     "start": 0.0,
     "loss": 1e-5,
