@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
     The tests on Slurm share a cluster; the unit tests of a file share its fixtures. The others share only a dataset and
     reference runs that are cheap to repeat, so any free process takes them.
     """
+    items.sort(key=lambda item: item.path.name != "test_soak.py")  # the longest by far: others run beside it
     for item in items:
         parts = item.path.parts
         if "slurm" in parts:
