@@ -1,6 +1,6 @@
-"""The operations that the model is made of, one a file: the plain reference and the fused version.
+"""The operations of the model, one per file: a plain reference and a fused version of each.
 
-choice.py chooses between them. This file imports no torch, because the memory estimate reads its sizes.
+choice.py chooses between them. This file imports no torch, so that the memory planner can read its sizes.
 """
 
 CHUNK_BYTES = 256 * 2**20
@@ -15,4 +15,4 @@ IGNORE_INDEX = -100
 """Label that the loss ignores; torch's default."""
 
 MAX_ROW = 16384
-"""Most elements in a row of a fused norm. A wider row would not fit in registers and would spill to memory."""
+"""Widest row of a fused norm, in elements. A wider row would not fit in registers and would spill to memory."""

@@ -39,7 +39,7 @@ def adamw_step_(
     grad_scale: Tensor | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Update in place by one AdamW step (Loshchilov and Hutter, 2019, arXiv:1711.05101), in torch's order of steps.
+    """Update in place by one AdamW step (Loshchilov and Hutter, 2019, arXiv:1711.05101), in torch's operation order.
 
     With `m = exp_avg`, `v = exp_avg_sq`, `g` the gradient and `t = step` (1 for the first update):
     `p *= 1 - lr * weight_decay`, `m += (1 - beta1) (g - m)`, `v = beta2 v + (1 - beta2) g^2`,
@@ -77,20 +77,20 @@ def adamw_step_(
 
 
 def _places(given: Sequence[tuple[int, int]] | None, count: int) -> Sequence[tuple[int, int]]:
-    """Return the numbers by which random bits identify each tensor of a list, and its first element's index."""
+    """Return `places`, or the default: each tensor's index in the list, and 0 as the index of its first element."""
     return [(place, 0) for place in range(count)] if given is None else given
 
 
 def _known(step: int | Tensor) -> int:
-    """Return the step on which random bits depend: 0 if only the device knows it."""
+    """Return the step that enters the random bits: 0 if only the device knows it."""
     return step if isinstance(step, int) else 0
 
 
 def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
     """Round fp32 `x` to bf16, up or down to a neighbour, with probabilities that make the mean `x`.
 
-    `random` has 16 uniform bits per element, in `x`'s shape. They are added to the 16 bits that bf16 lacks, which are
-    then cut off. Inf and NaN are unchanged.
+    `random` has 16 uniform bits per element, in `x`'s shape. They are added to the low 16 bits, which bf16 lacks and
+    which are then cut off. Inf and NaN are unchanged.
     """
     cut = ((x.view(torch.int32) + random.to(torch.int32)) & -0x10000).view(torch.float32)
     return cut.where(x.isfinite(), x).bfloat16()
@@ -115,7 +115,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _key(seed: int, step: int, place: int) -> tuple[int, int]:
-    """Hash the three to 64 bits, returned as low and high half: splitmix64's finaliser (Steele et al., 2014)."""
+    """Hash the arguments to 64 bits, returned as low and high half: splitmix64's finaliser (Steele et al., 2014)."""
     state = 0
     for part in (seed, step, place):
         state = (state + part + 0x9E3779B97F4A7C15) % 2**64
@@ -202,9 +202,9 @@ def fused_adamw_step_(
 def _scalars(
     step: int | Tensor, lr: float, betas: tuple[float, float], grad_scale: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Return fp32 `[3]` on the device: step size, correction of the second moment's root, and the gradients' factor.
+    """Return fp32 `[3]` on the device: step size, bias correction of the second moment's root, gradients' factor.
 
-    Only the device may know the values that they depend on.
+    They are computed there because `step` and `grad_scale` may be known only to the device.
     """
     if isinstance(step, int):
         both = torch.tensor([lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)], dtype=torch.float32)
@@ -263,7 +263,7 @@ def _update(
     MIX2: tl.constexpr,
     GOLDEN: tl.constexpr,
 ) -> None:
-    """Update the elements at the addresses: those `inside`, or all if it is None.
+    """Update the elements at the given addresses where `inside` is true, or all if it is None.
 
     `index` holds the elements' indices in the whole tensor.
     """

@@ -81,14 +81,14 @@ def choose(
 
     Mode `reference` gives the plain operations and `triton` the fused ones. Mode `auto` gives the fused ones where
     Triton can run them, and otherwise the plain ones, with the reason in the log. If the blocks are `compiled`, `auto`
-    also gives the plain ones, because torch.compile fuses pointwise operations itself. With `auto`, head and loss are
-    always computed in chunks, which needs no Triton. On a CPU where oneDNN is faster in fp32
-    (`linear.prefers_onednn`), linear layers use it; the chunked head decides for itself.
+    fuses only head and loss, because torch.compile fuses the blocks' pointwise operations itself. With `auto`, head
+    and loss are always computed in chunks, which needs no Triton. On a CPU where oneDNN is faster in fp32
+    (`linear.prefers_onednn`), linear layers use it; the chunked head makes that choice itself.
 
-    A pipeline schedule that `splits_backward` keeps residual addition and norm apart: torch before 2.13 adds up the
-    gradients of an operation's two results when it splits the backward pass. Such a schedule also keeps torch's linear
-    layers, which can compute the gradients of input and weight separately. So does tensor parallelism
-    (`cuts_tensors`), because DTensor supports only torch's.
+    A pipeline schedule that `splits_backward` keeps residual addition and norm apart, because torch before 2.13 adds up
+    the gradients of an operation's two outputs when it splits the backward pass. Such a schedule also keeps torch's
+    linear layers, which can compute the gradients of input and weight separately. Tensor parallelism (`cuts_tensors`)
+    keeps them too, because DTensor supports no others.
 
     Raises:
         KernelError: the mode is `triton`, and Triton is missing or does not support the device, shape or dtype.

@@ -9,11 +9,12 @@ Shapes: N tokens, V vocabulary; `logits` `[N, V]`, `labels` `[N]`, `weights` `[N
 
     loss = w (lse - s[y]),  lse = log(sum over j of exp(s[j])).
 
-The derivative of `lse` by `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So the gradient is
+The derivative of `lse` with respect to `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So the gradient is
 
     d_s[j] = w (p[j] - onehot(y)[j]).
 
-**Without overflow.** `exp(s[j])` overflows in fp32 from 89 on. Relative to the row's largest logit `m`, it cannot:
+**Without overflow.** In fp32 `exp(s[j])` overflows if `s[j]` is 89 or more. Relative to the row's largest logit `m`, it
+cannot:
 
     total = sum over j of exp(s[j] - m),
     loss = w ((m - s[y]) + log(total)),
@@ -22,8 +23,8 @@ The derivative of `lse` by `s[j]` is `p[j] = exp(s[j] - lse)`, the softmax. So t
 The order in `loss` matters: `m` and `s[y]` may be far larger than their difference, so they are subtracted first.
 
 **In one pass: online softmax** (Milakov and Gimelshein, 2018, arXiv:1805.02867). Computing `m` and then `total` would
-read the row twice. Instead keep, after `k` logits, the largest so far, `m_k`, and
-`t_k = sum over j <= k of exp(s[j] - m_k)`. The next logit `x` may raise the largest, and then `t_k` is rescaled:
+read the row twice. Instead keep, after `k` logits, the maximum so far, `m_k`, and
+`t_k = sum over j <= k of exp(s[j] - m_k)`. The next logit `x` may raise the maximum, and then `t_k` is rescaled:
 
     m_{k+1} = max(m_k, x),
     t_{k+1} = t_k exp(m_k - m_{k+1}) + exp(x - m_{k+1}).
@@ -59,7 +60,7 @@ from megatrain.kernels.support import (
 )
 
 _CPU_CHUNK = 2**18
-"""Logits that the references handle at once: 1 MiB in fp32, so that only the first pass reads them from memory."""
+"""Logits that the references handle at once: 1 MiB in fp32, so that all passes but the first find them in the cache."""
 _CUDA_CHUNK = 2**27
 """The same on a GPU: 512 MiB in fp32, because a temporary of that size costs less than many launches."""
 
@@ -68,7 +69,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = N
     """Return the sum over the valid labels of `weight * -log softmax(logits)[label]`, in nats, as an fp32 scalar.
 
     `logits` are `[..., V]` in any dtype (computed in fp32), `labels` integers `[...]`, `weights` float `[...]` or None
-    for 1 each. Labels equal to `IGNORE_INDEX` add nothing; with none valid the sum is 0.
+    for 1 each. Labels equal to `IGNORE_INDEX` add nothing; if no label is valid the sum is 0.
 
     Gradient, with `g` that of the sum and `p = softmax(logits)`:
     `d_logits = g * weight * (p - onehot(label))` at valid labels, 0 elsewhere.
@@ -102,7 +103,7 @@ def row_chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def label_weights(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each label's weight, fp32 `[N]`, 0 where it is ignored; and bool `[N]`, true where it is not."""
+    """Return each label's weight, fp32 `[N]`, 0 for ignored labels, and a bool mask `[N]` of the valid labels."""
     valid = labels != IGNORE_INDEX
     return (valid.float() if weights is None else weights.float().where(valid, 0.0)), valid
 
@@ -207,7 +208,7 @@ def label_factor(
     IGNORE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ) -> tl.tensor:
-    """Return a label's weight, 0 where it is ignored."""
+    """Return a label's weight, 0 for an ignored label."""
     factor = tl.where(label == IGNORE, 0.0, 1.0).to(COMPUTE)
     if HAS_WEIGHTS:
         factor = tl.where(label == IGNORE, 0.0, tl.load(weights + row).to(COMPUTE))
@@ -241,7 +242,7 @@ def _with_gradient_kernel(
 
 
 def row_blocks(width: int) -> dict[str, int]:
-    """Return the block size and number of warps for one row a program."""
+    """Return the block size and number of warps of a kernel with one program per row."""
     block = min(next_power_of_2(max(width, 1)), 4096)
     return {"BLOCK": block, "num_warps": num_warps(block)}
 

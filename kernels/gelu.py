@@ -22,9 +22,9 @@ from megatrain.kernels.support import (
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`0.5 x (1 + tanh(u))`, `u = sqrt(2/pi) (x + 0.044715 x^3)` (Hendrycks and Gimpel, 2016, arXiv:1606.08415).
+    """Return `0.5 x (1 + tanh(u))` with `u = sqrt(2/pi) (x + 0.044715 x^3)`, elementwise.
 
-    Elementwise; `x` has any shape, and the result has its shape and dtype.
+    `x` has any shape, and the result has its shape and dtype (Hendrycks and Gimpel, 2016, arXiv:1606.08415).
 
     Gradient, with `t = tanh(u)`: `d_x = g * (0.5 (1 + t) + 0.5 x (1 - t^2) sqrt(2/pi) (1 + 3 * 0.044715 x^2))`.
     """

@@ -15,10 +15,10 @@ from megatrain.kernels.support import jit, rounded, tl
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension (Ba et al., 2016, arXiv:1607.06450).
+    """Return `(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     `x` is `[..., D]`, `weight` and `bias` `[D]`; returns `[..., D]` in `x`'s dtype. `var` is the biased variance. Mean
-    and variance are accumulated in fp32, whatever the dtype of `x`.
+    and variance are accumulated in fp32, whatever the dtype of `x` (Ba et al., 2016, arXiv:1607.06450).
 
     Gradients, with `r = 1/sqrt(var + eps)`, `n = (x - mean) * r`, `g` the gradient of the output and `h = g * weight`:
     `d_bias = sum(g)` and `d_weight = sum(g * n)` over all but the last dimension, and

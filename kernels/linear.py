@@ -1,7 +1,7 @@
 """Matrix products: torch's default, and oneDNN's in fp32 on CPUs where it is faster.
 
-On x86, torch multiplies fp32 matrices with MKL, which uses at most AVX2 on processors that Intel did not make. oneDNN,
-which is part of torch, uses AVX-512 wherever the processor has it: on an AMD EPYC it took half the time
+On x86, torch multiplies fp32 matrices with MKL, which uses at most AVX2 on non-Intel processors. oneDNN, which is part
+of torch, uses AVX-512 wherever the processor has it: on an AMD EPYC it took half the time
 (docs/measurements/kernels.md).
 """
 
@@ -19,14 +19,16 @@ from torch.nn import functional as F
 from megatrain.kernels.support import as_rows
 
 _SMALLEST = 2**22
-"""Multiplications in a product below which the cost of calling oneDNN exceeds the gain."""
+"""Smallest product, in multiplications, that goes to oneDNN. For smaller ones the call costs more than it gains."""
 
 _BLOCK = 512
-"""Rows of a tall result computed at a time, so that the copied part of a transposed factor stays in the cache."""
+"""Rows of a tall result to compute at a time, so that the copied part of a transposed factor stays in the cache."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias`: `x` `[..., K]`, `weight` `[N, K]`, `bias` `[N]` or None, of one dtype; returns `[..., N]`.
+    """Return `x weight^T + bias`, `[..., N]`, for `x` `[..., K]`, `weight` `[N, K]` and `bias` `[N]` or None.
+
+    All have one dtype.
 
     Gradients, with sums over all rows: `d_x = g weight`, `d_weight = g^T x`, `d_bias = sum(g)`.
     """
@@ -45,9 +47,9 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def prefers_onednn() -> bool:
     """Return whether oneDNN should compute fp32 products on this CPU: it has AVX-512, and MKL would not use it.
 
-    The processor decides, not a timing: noise could change a timing, and a repeated run must give the same bits.
+    The processor decides, not a timing: timings are noisy, and a repeated run must give the same bits.
     """
-    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available  # typed here: torch does not
+    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available  # torch does not type it
     if not is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:

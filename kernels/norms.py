@@ -33,7 +33,7 @@ def norm_blocks(width: int) -> dict[str, int]:
 
 
 def empty_statistic(x: Tensor, weight: Tensor) -> Tensor:
-    """Return memory for one number per row of `x`, in the dtype that the kernels compute in."""
+    """Return uninitialised memory for one number per row of `x`, in the dtype that the kernels compute in."""
     return x.new_empty(x.shape[:-1], dtype=compute_dtype(x, weight))
 
 
@@ -47,7 +47,7 @@ def launch_forward(
     eps: float,
     **constants: Any,
 ) -> Tensor:
-    """Fill `normed` and `statistics` from `x`, or from `x + residual`. Return that total, or `normed` if there is none.
+    """Fill `normed` and `statistics` from `x`, or from `x + residual`; return that sum, or `normed` if there is none.
 
     `parameters` are contiguous `[D]`, the weight first.
     """
@@ -73,7 +73,7 @@ def launch_forward(
 
 
 def partial_gradients(x: Tensor, statistic: Tensor, num_parameters: int) -> Tensor:
-    """Return memory for each program's part of the parameters' gradients, `[num_parameters, programs, D]`."""
+    """Return uninitialised memory for each program's partial gradients, `[num_parameters, programs, D]`."""
     num_groups = ceil_div(x.shape[:-1].numel(), norm_blocks(x.shape[-1])["ROWS"])
     return statistic.new_empty(num_parameters, min(num_programs(x), num_groups), x.shape[-1])
 

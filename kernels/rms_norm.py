@@ -16,10 +16,11 @@ from megatrain.kernels.support import jit, rounded, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, 2019, arXiv:1910.07467).
+    """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     `x` is `[..., D]`, `weight` `[D]`; returns `[..., D]` in `x`'s dtype. For 16-bit `x` the mean and the division are
-    computed in fp32, and the result is rounded to `x`'s dtype before it is multiplied by the weight, as in Llama.
+    computed in fp32, and the result is rounded to `x`'s dtype before it is multiplied by the weight, as in Llama
+    (Zhang and Sennrich, 2019, arXiv:1910.07467).
 
     Gradients, with `r = 1/sqrt(mean(x^2) + eps)`, `n = x * r` and `g` the gradient of the output:
     `d_weight = sum(g * n)` over all but the last dimension, and
@@ -45,7 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `rms_norm` in one pass forward and one backward.
 
-    Sums are fp32 (fp64 for fp64 inputs), and `d_x` is rounded once less than in the reference.
+    Sums are fp32 (fp64 for fp64 inputs), and `d_x` has one rounding less than in the reference.
 
     Raises:
         KernelError: Triton cannot take these tensors (`support.unsupported(x, weight, row=D)`).

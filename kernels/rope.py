@@ -173,7 +173,7 @@ def _angle_strides(cos: Tensor, batch: int, num_tokens: int, half: int) -> tuple
 
 @library.custom_op("megatrain::rope_qk", mutates_args=())
 def _rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Rotate both, backwards if `inverse`."""
+    """Rotate queries and keys, backwards if `inverse`."""
     require(q, k, cos, sin)
     batch, num_q_heads, num_tokens, head_dim = q.shape
     num_k_heads, half = k.shape[1], head_dim // 2

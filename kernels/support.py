@@ -88,9 +88,9 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 def unsupported(*tensors: Tensor | None, row: int | None = None) -> str | None:
-    """Return the reason why Triton cannot take these tensors, or None if it can.
+    """Return why Triton cannot take these tensors, or None if it can.
 
-    `row` is the width of a row that must fit in one block (the norms). No values are read, so this is cheap enough to
+    `row` is the width of a row that must fit in one block (the norms). Values are not read, so this is cheap enough to
     run on every call.
     """
     if not HAVE_TRITON:
@@ -162,9 +162,9 @@ def num_warps(block: int) -> int:
 
 
 def num_programs(tensor: Tensor) -> int:
-    """Return the number of programs of a kernel in which each keeps a partial sum: a few per multiprocessor.
+    """Return the number of programs for a kernel whose programs each keep a partial sum: a few per multiprocessor.
 
-    It depends on the device alone, so the order of summation does too, and results are reproducible bit for bit.
+    It depends on the device alone. So does the order of summation, which makes results reproducible bit for bit.
     """
     if tensor.device.type == "cuda":
         return 4 * torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -22,9 +22,9 @@ from megatrain.kernels.support import (
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` (Shazeer, 2020, arXiv:2002.05202), elementwise.
+    """Return `silu(gate) * up`, elementwise (Shazeer, 2020, arXiv:2002.05202).
 
-    `gate` and `up` have the same shape and dtype, and so has the result.
+    `gate`, `up` and the result have the same shape and dtype.
 
     Gradients, with `s = sigmoid(gate)` and `g` the gradient of the output: `d_up = g * gate * s` and
     `d_gate = g * up * s * (1 + gate * (1 - s))`.

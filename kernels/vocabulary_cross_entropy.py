@@ -1,6 +1,6 @@
 """Cross-entropy with the vocabulary sharded over ranks: each rank's statistics, and its part of the gradient.
 
-No communication here: megatrain/parallel/vocabulary.py merges the ranks' statistics (Shoeybi et al., 2019,
+Nothing here communicates: megatrain/parallel/vocabulary.py merges the ranks' statistics (Shoeybi et al., 2019,
 arXiv:1909.08053, section 3). The mathematics is in cross_entropy.py; a rank holds one part of each row.
 
 Shapes: N tokens, V columns of the vocabulary on this rank, starting with token id `first`. `lse` is the logarithm
@@ -27,7 +27,7 @@ from megatrain.kernels.support import as_rows, compute_dtype, compute_type, jit,
 
 @torch.no_grad()
 def vocabulary_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this rank's part of each token's loss from its `logits` `[N, V]`: three tensors, fp32 `[N]`.
+    """Return this rank's statistics of each row of its `logits` `[N, V]`: three tensors, fp32 `[N]`.
 
     They are the largest logit; the sum of `exp(logit - largest)`; and the label's logit, 0 if it is on another rank.
     `labels` are integers `[N]` in the whole vocabulary. If all logits are -inf, or V is 0, the largest is -inf and
@@ -71,7 +71,7 @@ def vocabulary_gradient_(
 
 
 def _local_columns(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the labels' columns on this rank (0 for a label on another rank), and a mask of those on this one."""
+    """Return each label's column on this rank (0 if it is on another), and a bool mask of the labels on this rank."""
     columns = labels - first
     is_local = (columns >= 0) & (columns < width)
     return columns.where(is_local, 0), is_local
