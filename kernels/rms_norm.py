@@ -18,9 +18,9 @@ from megatrain.kernels.support import jit, rounded, tl
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
-    `x` is `[..., D]`, `weight` `[D]`; returns `[..., D]` in `x`'s dtype. For 16-bit `x` the mean and the division are
-    computed in fp32, and the result is rounded to `x`'s dtype before it is multiplied by the weight, as in Llama
-    (Zhang and Sennrich, 2019, arXiv:1910.07467).
+    `x` is `[..., D]`, `weight` `[D]`; returns `[..., D]` in the wider of their dtypes. For 16-bit `x` the mean and the
+    division are computed in fp32, and the result is rounded to `x`'s dtype before it is multiplied by the weight, as in
+    Llama (Zhang and Sennrich, 2019, arXiv:1910.07467).
 
     Gradients, with `r = 1/sqrt(mean(x^2) + eps)`, `n = x * r` and `g` the gradient of the output:
     `d_weight = sum(g * n)` over all but the last dimension, and

@@ -49,9 +49,9 @@ def make_tensor_group(tp: int) -> dist.ProcessGroup:
 def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> None:
     """Cut the layers of a model on the meta device over a tensor group and give it memory, one layer at a time.
 
-    Between layers activations are whole on every rank, `[B, T, D]`; the logits stay cut, `[B, T, V / tp]` (Shoeybi et
-    al., 2019, arXiv:1909.08053). A block needs four all-reduces of `[B, T, D]`: one at the end of each of its two
-    layers in the forward pass, and one at the start of each in the backward pass.
+    Between layers activations are replicated, `[B, T, D]`; the logits stay cut, `[B, T, V / tp]` (Shoeybi et al., 2019,
+    arXiv:1909.08053). A block needs four all-reduces of `[B, T, D]`: one at the end of attention and of the MLP in the
+    forward pass, and one at the start of each in the backward pass.
     """
     kernels = model.head.kernels
     for name, module in reversed(list(model.named_modules())):  # the head before the embedding that shares its weight
@@ -75,7 +75,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
 
 
 def _layer(name: str, module: nn.Module, model: GPT, group: dist.ProcessGroup, device: torch.device) -> nn.Module:
-    """Return the AutoTP layer that replaces `module`: this rank's block of its parameters, on `device`, unfilled."""
+    """Return the AutoTP layer that replaces `module`: this rank's block of its parameters, uninitialised."""
     kind = plan.cut(f"{name}.weight")
     layer: nn.Module
     if isinstance(module, nn.Embedding) and model.config.tie_embeddings:
@@ -91,15 +91,16 @@ def _layer(name: str, module: nn.Module, model: GPT, group: dist.ProcessGroup, d
     if kind == plan.ROW:
         return _RowLinear(module, group, name=name, tp_meta=meta)
     layer = (VocabParallelLinear if kind == plan.VOCAB else LinearLayer)(module, group, name=name, tp_meta=meta)
-    # Query, key and value would each all-reduce the gradient of the input they share. _Enter does it once for all.
+    # Query, key and value would each all-reduce the gradient of their shared input. _Enter does it once for all three.
     layer.mp_group = None  # type: ignore[assignment]
     return layer
 
 
 class _RowLinear(RowLinearBase):
-    """AutoTP's row-cut layer, with its sums in a new tensor.
+    """AutoTP's row-cut layer, with an all-reduce that is not in place.
 
-    AutoTP overwrites the matrix product, which selective recompute keeps: the second forward pass would sum again.
+    AutoTP all-reduces the matrix product in place, but selective recompute saves that product, so the recomputed
+    forward pass would all-reduce it a second time.
     """
 
     weight: Tensor
@@ -107,7 +108,7 @@ class _RowLinear(RowLinearBase):
     mp_group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[B, T, D]`, whole, given `x` `[B, T, F / tp]`."""
+        """Return the layer's output `[B, T, D]`, replicated, for `x` `[B, T, F / tp]`."""
         y = _leave(F.linear(x, self.weight), self.mp_group)
         return y if self.bias is None else y + self.bias
 
@@ -154,16 +155,16 @@ def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _OwnMasks:
-    """Attention whose dropout masks differ between tensor ranks, because these hold different heads.
+    """Attention whose dropout masks differ between tensor ranks, because the ranks hold different heads.
 
-    All other dropout draws the same masks on every tensor rank, because its activations are whole.
+    All other dropout draws the same masks on every tensor rank, because its activations are replicated.
     """
 
     def __init__(self, attend: Attend, tensor_rank: int) -> None:
         self.attend, self.tensor_rank = attend, tensor_rank
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Attend, as `context.Attend` describes."""
+        """Attend; arguments and result are those of `context.Attend`."""
         if dropout == 0.0:
             return self.attend(q, k, v, mask, dropout)
         seed = int(torch.randint(2**31, ())) + self.tensor_rank  # drawn from the random state that tensor ranks share

@@ -1,8 +1,8 @@
-"""Context parallelism: the sequence cut over ranks, and attention across the cut.
+"""Context parallelism: sequences sharded over ranks, and attention across the shards.
 
 Everything except attention works on each token alone, so a rank runs the whole model on its slice of each sequence,
-and only attention is replaced. Ulysses exchanges the slice of the sequence for a slice of the heads. The ring keeps
-all heads and passes keys and values from rank to rank.
+and only attention is replaced. Ulysses trades the slice of the sequence for a slice of the heads, by all-to-all. The
+ring keeps all heads and passes keys and values from rank to rank.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def make_attend(kind: str, group: dist.ProcessGroup) -> Attend:
-    """Return the attention for the ranks of a context group: `kind` is `ulysses` or `ring`."""
+    """Return attention across the ranks of a context group; `kind` is `ulysses` or `ring`."""
     return Ulysses(group) if kind == "ulysses" else Ring(group)
 
 
 def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Return the positions in the sequence of a rank's tokens, int64 `[T / cp]`, in the order it holds them.
+    """Return the sequence positions of a rank's tokens, int64 `[T / cp]`, in the order in which it holds them.
 
     Ulysses: one contiguous slice. Ring: the sequence is cut into 2 cp chunks, and rank i holds chunks i and
     2 cp - 1 - i, which gives every rank the same number of query-key pairs below the diagonal.
@@ -41,7 +41,7 @@ def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) -> MicroBatch:
-    """Return a rank's tokens of a micro-batch with their positions in the whole sequence.
+    """Return a rank's slice of a micro-batch, with the tokens' positions in the whole sequence.
 
     Document ids stay whole, because the mask needs them.
     """
@@ -71,9 +71,9 @@ class Ulysses:
         self.group = group
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Return `[B, H, T / cp, K]`, given `q` `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`.
+        """Return attention's output `[B, H, T / cp, K]`.
 
-        `mask` covers the whole sequence.
+        `q` is `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`; `mask` covers the whole sequence.
         """
         q, k, v = (exchange(x, self.group, scatter=1, gather=2) for x in (q, k, v))
         if mask is not None and mask.shape[1] > 1:
@@ -83,7 +83,7 @@ class Ulysses:
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
-    """Cut `x` along `scatter`, send each rank its part and join the received parts along `gather`; differentiable."""
+    """Exchange parts of `x` by all-to-all: split along `scatter`, concatenate along `gather`. Differentiable."""
     apply: Callable[..., Tensor] = _Exchange.apply
     return apply(x, group, scatter, gather)
 
@@ -112,7 +112,7 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) 
 class Ring:
     """Each rank keeps its queries while keys and values travel round the ring (Liu et al., 2023, arXiv:2310.01889).
 
-    Partial results are merged by their log-sum-exp, in fp32. Blocks of chunks above the diagonal are never computed.
+    Partial results are merged by online softmax, in fp32. Blocks of chunks above the diagonal are never computed.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -126,7 +126,7 @@ class Ring:
         return apply(q, k, v, mask, self)
 
     def pass_on(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Send tensors to the next rank and return those of the previous rank."""
+        """Send tensors to the next rank of the ring and return those received from the previous one."""
         size, rank = self.group.size(), self.group.rank()
         tensors = [tensor.contiguous() for tensor in tensors]
         received = [torch.empty_like(tensor) for tensor in tensors]
@@ -170,7 +170,7 @@ def _halves(x: Tensor, heads: int) -> list[Tensor]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or in float64 if it is that already."""
+    """Return `x` in fp32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

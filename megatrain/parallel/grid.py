@@ -36,7 +36,7 @@ class Grid:
         return tuple(self.rank({**place, axis: index}) for index in range(self.sizes[axis]))
 
     def regrouped(self, axes: tuple[str, ...], sizes: Mapping[str, int]) -> Grid:
-        """Return the same ranks with the neighbouring `axes` replaced by others of the same product."""
+        """Return the same ranks with the adjacent `axes` replaced by those of `sizes`, whose product is the same."""
         names = list(self.sizes)
         start = names.index(axes[0])
         stop = start + len(axes)

@@ -1,8 +1,8 @@
 """How a job is split: the axes of its ranks, their sizes, and each rank's coordinate. Imports no torch.
 
-A new axis is one field of `Coordinate`, which gives the order of the axes, and one of `Layout`, which gives its size.
-Grids, process groups and the planner's groups follow from these. rules.py says what may be combined; stages.py assigns
-layers to stages.
+To add an axis, add a field to `Coordinate`, which orders the axes, and one to `Layout`, which holds their sizes. Grids,
+process groups and the planner's groups follow from these. rules.py says what may be combined; stages.py assigns layers
+to stages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatrain.parallel.stages import ZERO_BUBBLE, stage_layers, stages_of
 class Coordinate(NamedTuple):
     """A rank's index on each axis, outermost axis first.
 
-    Tensor ranks are innermost, so that a tensor group lies inside a node. Pipeline stages are outermost, because they
+    Tensor ranks are innermost, so that a tensor group stays within a node. Pipeline ranks are outermost, because they
     communicate least.
     """
 
@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def dp_cp_size(self) -> int:
-        """Ranks that hold the same parameters: data-parallel ranks read other samples, context ranks other tokens."""
+        """Ranks that hold the same parameters: data-parallel ranks differ in samples, context ranks in tokens."""
         return self.dp * self.cp
 
     def dp_cp_rank(self, rank: int) -> int:
@@ -115,7 +115,7 @@ class Layout:
 
     @property
     def num_shards(self) -> int:
-        """Ranks over which ZeRO shards one copy of the parameters' states: 1 at stage 0."""
+        """Ranks over which ZeRO shards one copy of the states: 1 at ZeRO 0."""
         return self.dp_cp_size // self.dp_replicate if self.zero else 1
 
     @property
@@ -132,7 +132,7 @@ class Layout:
         return next(pp for pp in range(self.pp) if stage in self.stages_of(pp))
 
     def micro_batches(self, loop: TrainLoopConfig) -> list[int]:
-        """Return the micro-batches a rank runs in a step, for each batch size of the run, the ramp's included."""
+        """Return the micro-batches per rank and step, for each batch size of the run, including the ramp's."""
         return [num_micro_batches(size, loop.micro_batch_size, self.dp) for size in batch_sizes(loop)]
 
     def describe(self) -> str:
@@ -154,12 +154,12 @@ def data_parallel_degree(world_size: int, degrees: Iterable[int]) -> int:
 
 
 def num_micro_batches(batch_size: int, micro_batch_size: int, dp: int) -> int:
-    """Return the micro-batches a rank runs in a step of `batch_size` sequences over the whole job."""
+    """Return the micro-batches per rank in a step of `batch_size` sequences over all ranks."""
     return batch_size // (micro_batch_size * dp)
 
 
 def describe(config: TrainConfig, layout: Layout) -> str:
-    """Return a job's layout on one line, with the number of blocks of each pipeline stage."""
+    """Return a job's layout on one line, with the number of blocks in each pipeline stage."""
     if layout.pp == 1:
         return layout.describe()
     counts = "+".join(str(len(layers)) for layers in stage_layers(config, layout.num_stages))
@@ -169,7 +169,7 @@ def describe(config: TrainConfig, layout: Layout) -> str:
 def head_in_chunks(config: TrainConfig, layout: Layout) -> bool:
     """Return whether head, loss and their gradients are computed together, a chunk of tokens at a time.
 
-    A vocabulary cut over ranks rules it out, as does a schedule that splits the backward pass.
+    That is impossible with a vocabulary cut over ranks or a schedule that splits the backward pass.
     """
     split = layout.pp > 1 and layout.schedule in ZERO_BUBBLE
     return config.kernels != "reference" and layout.tp == 1 and not split

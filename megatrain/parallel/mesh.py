@@ -48,15 +48,15 @@ def _device_mesh(grid: Grid, device: torch.device) -> DeviceMesh:
 
 
 def _ends(layout: Layout, rank: int) -> dist.ProcessGroup | None:
-    """Make the groups of the ranks with the first and the last stage. Return this rank's, or None if it is in none."""
+    """Make a group for each pair of ranks with the first and the last stage; return this rank's, or None."""
     first, last = layout.pp_rank_of(0), layout.pp_rank_of(layout.num_stages - 1)
     if first == last:
         return None
     own_group = None
-    for inner in range(layout.world_size // layout.pp):  # the ranks of the first pipeline stage
+    for inner in range(layout.world_size // layout.pp):  # the ranks at pipeline coordinate 0
         place = layout.coordinate(inner)
         pair = [layout.rank(place._replace(pp=pp)) for pp in (first, last)]
-        group = dist.new_group(pair)  # collective: every rank makes every pair
+        group = dist.new_group(pair)  # collective: every rank makes every group
         if rank in pair:
             own_group = group
     return own_group

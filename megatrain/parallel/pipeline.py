@@ -21,8 +21,8 @@ from megatrain.optim.objective import LossMeter
 class StepInputs:
     """The micro-batches of a step and their dropout seeds; sequences are this rank's slice, on its device.
 
-    torch's schedules give a stage only activations and a micro-batch's number; it looks up the rest here. All stages of
-    a rank share one object, and the engine loads it before each step.
+    torch's schedules pass a stage only activations and a micro-batch's number; the stage looks up the rest here. All
+    stages of a rank share one object, and the engine loads it before each step.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Stage(GPT):
         if self.is_first:
             x = self.embedded(x, positions, seed)
             if self.detach_embedding:
-                # Compiled blocks right after a tensor-parallel embedding gave it a wrong gradient.
+                # Without the copy, compiled blocks gave a tensor-parallel embedding a wrong gradient.
                 x = x.clone()
         mask = self._mask(micro_batch.document_ids, x, 0)
         x = self.through_blocks(x, positions, mask, seed)
@@ -85,15 +85,15 @@ class Stage(GPT):
             super().tie()
 
     def single_device_name(self, name: str) -> str:
-        """Return a parameter's name in the whole model. A tied head on another stage is the embedding's weight."""
+        """Return a parameter's name in the whole model: for a tied head, the embedding's."""
         if name == "head.weight" and self.config.tie_embeddings:
             return "embed.weight"
         return name
 
     def units(self) -> list[list[nn.Module]]:
-        """Return the modules that FSDP2 gathers and reduces together, in the order of the forward pass.
+        """Return FSDP2's units, each a list of modules gathered and reduced together, in forward order.
 
-        Each block is a unit, and so is each end of the model unless a tied weight joins the two.
+        Each block is a unit. So is each end of the model, unless this stage holds both and they share a weight.
         """
         units: list[list[nn.Module]] = [[block] for block in self.blocks.children()]
         if not (self.is_first and self.is_last and self.config.tie_embeddings):

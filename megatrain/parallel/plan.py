@@ -1,7 +1,7 @@
-"""The tensor-parallel plan as data: along which axes of ranks each parameter is cut, and in which dimension.
+"""The tensor-parallel plan as data: over which axes of ranks each parameter is cut, and in which dimension.
 
 tensor.py translates it into DTensor styles (native engine), autotp.py into DeepSpeed's layers. `block` gives a rank's
-part of a parameter. Imports no torch.
+part of a parameter; ZeRO then shards these blocks. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import NamedTuple
 
 
 class Cut(NamedTuple):
-    """How a parameter is cut: what its layer does, and (axis of ranks, dimension) pairs, the outermost cut first."""
+    """How a parameter is cut: the kind of layer, and (axis of ranks, dimension) pairs, the outermost cut first."""
 
     kind: str
     dimensions: tuple[tuple[str, int], ...] = ()
 
 
 COLUMN = Cut("column", (("tp", 0),))
-"""A layer's outputs; query, key and value by heads."""
+"""Cut along a layer's outputs (query, key and value: by heads)."""
 
 ROW = Cut("row", (("tp", 1),))
-"""A layer's inputs."""
+"""Cut along a layer's inputs."""
 
 VOCAB = Cut("vocab", (("tp", 0),))
-"""The rows of a vocabulary table."""
+"""Cut along the rows of a vocabulary table."""
 
 REPLICATED = Cut("replicated")
 """Whole on every rank: norms, positions, biases of row-cut layers."""
 
 HEADWISE = Cut("headwise")
-"""Whole on every rank, but applied to heads that are cut: each rank's gradient is a part of the sum."""
+"""Whole on every rank, but applied to each rank's own heads, so that the gradient is a sum over ranks."""
 
 Rules = tuple[tuple[str, Cut], ...]
 
@@ -51,7 +51,7 @@ PLAN: Rules = (
 
 
 class Share(NamedTuple):
-    """A rank's part of anything cut along an axis: part `rank` of `size`."""
+    """A rank's part of anything cut over an axis: part `rank` of `size`."""
 
     axis: str
     size: int
@@ -64,14 +64,14 @@ def cut(name: str, rules: Rules = PLAN) -> Cut:
 
 
 def cut_dimension(name: str, axis: str = "tp", rules: Rules = PLAN) -> int | None:
-    """Return the dimension that is cut along an axis of ranks, None where the parameter is whole along it."""
+    """Return the dimension in which a parameter is cut over an axis of ranks, or None if it is whole on each."""
     return dict(cut(name, rules).dimensions).get(axis)
 
 
 def is_summed(name: str) -> bool:
-    """Return whether a parameter is whole on each tensor rank but its gradient is the sum over the tensor ranks.
+    """Return whether a parameter is whole on every tensor rank, but its gradient must be summed over them.
 
-    That is so where each rank applies the parameter to its own slice of the sequence or its own heads. Biases of
+    This holds where each rank applies the parameter to its own slice of the sequence or its own heads. Biases of
     row-cut layers are added to the whole sequence, so their gradients need no sum.
     """
     layer, _, kind = name.rpartition(".")
@@ -79,7 +79,7 @@ def is_summed(name: str) -> bool:
 
 
 def shares(sizes: Mapping[str, int], place: Mapping[str, int], rules: Rules = PLAN) -> tuple[Share, ...]:
-    """Return a rank's share along each axis that the plan cuts over, from the sizes of the axes and its coordinate."""
+    """Return a rank's share on each axis that the plan cuts over, given all axes' sizes and the rank's coordinate."""
     return tuple(Share(axis, sizes[axis], place[axis]) for axis in _axes(rules))
 
 
@@ -89,7 +89,7 @@ def _axes(rules: Rules) -> tuple[str, ...]:
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Return start and length of chunk `index` of `size`, cut like `torch.chunk`: the last are shorter, or empty."""
+    """Return start and length of chunk `index` of `size`, as `torch.chunk` cuts: the last are shorter, or empty."""
     length = -(-size // parts)
     start = min(index * length, size)
     return start, min(start + length, size) - start
@@ -98,7 +98,7 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
 def block(
     name: str, shape: tuple[int, ...], shares: Iterable[Share], rules: Rules = PLAN
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return origin and shape of the block of a parameter, of global `shape`, that a rank with these shares holds."""
+    """Return origin and shape of a rank's block of a parameter, given its global `shape` and the rank's shares."""
     origin, sizes = [0] * len(shape), list(shape)
     by_axis = {share.axis: share for share in shares}
     for axis, dimension in cut(name, rules).dimensions:

@@ -1,4 +1,4 @@
-"""Activation recompute, applied to a model's blocks from outside: the backward pass computes each block again.
+"""Activation recompute, applied to a model's blocks from outside: the backward pass runs each block's forward again.
 
 The model has no code for it. A block keeps its parameters, their names and its hooks. Only its class changes, to a
 subclass whose call goes through `torch.utils.checkpoint` (Chen et al., 2016, arXiv:1604.06174).
@@ -28,7 +28,7 @@ SAVED_BY_SELECTIVE = [
     _ATEN._scaled_dot_product_cudnn_attention.default,
     torch.ops.megatrain.linear.default,
 ]
-"""Operations whose results `selective` keeps. Norms, rotations and activations are computed again."""
+"""Operations whose results `selective` keeps. Norms, rotations and activation functions are recomputed."""
 
 
 class FullyRecomputed(Block):

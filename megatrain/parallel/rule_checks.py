@@ -1,6 +1,6 @@
-"""The rules of rules.py that need arithmetic. Each returns a message, None where a job is legal. Imports no torch.
+"""The rules of rules.py that need arithmetic. Each returns a message, or None if the job is legal. Imports no torch.
 
-A message names the key, the value given and values that work.
+A message names the key, the given value and values that work.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from megatrain.parallel.stages import LOOPED, V_SHAPED, balance_layers, end_load
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a number, rising."""
+    """Return the divisors of a number in ascending order."""
     low = [count for count in range(1, int(number**0.5) + 1) if number % count == 0]
     return sorted({*low, *(number // count for count in low)})
 
 
 def listed(numbers: list[int], most: int = 24) -> str:
-    """Return numbers as text for a message, the first `most` of them."""
+    """Return the first `most` numbers as text for a message."""
     return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
 def not_divisible(key: str, size: int, degree_key: str, degree: int, tp: int = 1) -> str | None:
-    """Return the message where `size / tp` is not divisible by a degree."""
+    """Return a message if `size / tp` is not divisible by `degree`, else None."""
     if (size // tp) % degree == 0:
         return None
     share = f" / parallel.tp={tp}" if tp > 1 else ""
@@ -31,7 +31,7 @@ def not_divisible(key: str, size: int, degree_key: str, degree: int, tp: int = 1
 
 
 def world_size(config: TrainConfig, ranks: int) -> str | None:
-    """The ranks must be divisible by the product of the degrees."""
+    """Refuse ranks that are not divisible by the product of the degrees."""
     unit = 1
     for axis in DEGREES:
         unit *= getattr(config.parallel, axis)
@@ -48,7 +48,7 @@ def world_size(config: TrainConfig, ranks: int) -> str | None:
 
 
 def tensor_cuts(config: TrainConfig, _: int) -> str | None:
-    """Heads and the feed-forward width must be divisible by tp."""
+    """Refuse heads, key-value heads or a feed-forward width that is not divisible by tp."""
     tp, model = config.parallel.tp, config.model
     for key, size in (
         ("model.num_heads", model.num_heads),
@@ -61,7 +61,7 @@ def tensor_cuts(config: TrainConfig, _: int) -> str | None:
 
 
 def vocabulary_cut(config: TrainConfig, _: int) -> str | None:
-    """Under DeepSpeed each tensor rank must get a row of the vocabulary."""
+    """Refuse a vocabulary too small to give each of DeepSpeed's tensor ranks a row."""
     tp, vocab = config.parallel.tp, config.model.vocab_size
     if not _is_deepspeed(config) or vocab is None or -(-vocab // tp) * (tp - 1) < vocab:
         return None
@@ -73,7 +73,7 @@ def vocabulary_cut(config: TrainConfig, _: int) -> str | None:
 
 
 def ulysses_heads(config: TrainConfig, _: int) -> str | None:
-    """Ulysses deals a tensor rank's heads to the context ranks."""
+    """Refuse Ulysses if a tensor rank's heads are not divisible by cp."""
     p, model = config.parallel, config.model
     if p.cp == 1 or p.cp_kind != "ulysses":
         return None
@@ -84,7 +84,7 @@ def ulysses_heads(config: TrainConfig, _: int) -> str | None:
 
 
 def sequence_cut(config: TrainConfig, _: int) -> str | None:
-    """Sequences must be divisible by the pieces that context and sequence parallelism cut them into."""
+    """Refuse sequences that context and sequence parallelism cannot cut into equal pieces."""
     p, length = config.parallel, config.train.seq_len
     is_ring = p.cp_kind == "ring" and p.cp > 1
     tensor_pieces = p.tp if config.engine.name == "native" else 1
@@ -102,7 +102,7 @@ def sequence_cut(config: TrainConfig, _: int) -> str | None:
 
 
 def virtual_stages(config: TrainConfig, _: int) -> str | None:
-    """Each schedule has its own numbers of stages a rank."""
+    """Refuse a number of stages per rank that the schedule does not support."""
     p = config.parallel
     if p.pp == 1:
         if p.virtual_stages > 1 or p.layers_per_stage:
@@ -124,7 +124,7 @@ def virtual_stages(config: TrainConfig, _: int) -> str | None:
 
 
 def stages(config: TrainConfig, _: int) -> str | None:
-    """Each pipeline stage needs a block, and a split that is given must add up."""
+    """Refuse more stages than blocks, or a given split that does not add up."""
     p, layers = config.parallel, config.model.num_layers
     if p.pp == 1:
         return None
@@ -146,7 +146,7 @@ def stages(config: TrainConfig, _: int) -> str | None:
 
 
 def micro_batches(config: TrainConfig, ranks: int) -> str | None:
-    """A schedule needs enough micro-batches in every step, the steps of the batch ramp included."""
+    """Refuse too few micro-batches for the schedule, or incomplete rounds, in any step including the batch ramp's."""
     p = config.parallel
     if p.pp == 1 or p.schedule == "gpipe":
         return None
@@ -179,7 +179,7 @@ def micro_batches(config: TrainConfig, ranks: int) -> str | None:
 
 
 def hybrid_sharding(config: TrainConfig, ranks: int) -> str | None:
-    """Hybrid sharding is native, needs shards, and makes groups of equal size."""
+    """Refuse hybrid sharding under DeepSpeed, at ZeRO 0 or in groups of unequal size."""
     p = config.parallel
     if p.dp_replicate == 1:
         return None
@@ -192,7 +192,7 @@ def hybrid_sharding(config: TrainConfig, ranks: int) -> str | None:
 
 
 def offload(config: TrainConfig, _: int) -> str | None:
-    """Offload is DeepSpeed's, moves shards, and needs a place for them."""
+    """Refuse offload under native, without shards or a place for them, or where DeepSpeed's does not work or help."""
     engine, zero = config.engine, config.parallel.zero
     if engine.offload == "none":
         if engine.offload_parameters:
@@ -203,7 +203,7 @@ def offload(config: TrainConfig, _: int) -> str | None:
     if engine.offload == "nvme" and engine.nvme_path is None:
         return "engine.offload=nvme needs engine.nvme_path, a folder on a fast local disk; or use engine.offload=cpu"
     if engine.offload == "nvme" and engine.offload_parameters:
-        # DeepSpeed's buffers take 1e8 numbers a parameter, and it keeps the first 1e9 numbers in memory: untested
+        # untested: DeepSpeed's buffers take 1e8 elements per parameter, and it keeps the first 1e9 in memory
         return (
             "engine.offload=nvme offloads masters and optimizer states; engine.offload_parameters=true needs "
             "engine.offload=cpu"
@@ -222,7 +222,7 @@ def offload(config: TrainConfig, _: int) -> str | None:
 
 
 def fp8_tokens(config: TrainConfig, _: int) -> str | None:
-    """The matrix products of fp8 need a multiple of 16 tokens."""
+    """Refuse fp8 if a rank's micro-batch is not a multiple of 16 tokens, as its matrix products need."""
     loop, cp = config.train, config.parallel.cp
     tokens = loop.micro_batch_size * loop.seq_len // cp
     if config.precision.name != "fp8" or tokens % 16 == 0:
@@ -237,7 +237,7 @@ def fp8_tokens(config: TrainConfig, _: int) -> str | None:
 
 
 def fp32_low_sums(config: TrainConfig, _: int) -> str | None:
-    """In fp32 gradients are summed and reduced in fp32."""
+    """Refuse fp32 with gradients summed or reduced in less."""
     precision = config.precision
     if precision.name != "fp32" or (precision.accumulate_dtype, precision.reduce_dtype) == ("fp32", "fp32"):
         return None
@@ -248,17 +248,17 @@ def fp32_low_sums(config: TrainConfig, _: int) -> str | None:
 
 
 def accumulate_dtype(config: TrainConfig, _: int) -> str | None:
-    """Gradients are summed in fp32 or in the compute format."""
+    """Refuse to sum gradients in any format but fp32 and the compute format."""
     return _fp32_or_compute_format(config, "accumulate_dtype", config.precision.accumulate_dtype)
 
 
 def reduce_dtype(config: TrainConfig, _: int) -> str | None:
-    """Gradients are reduced in fp32 or in the compute format."""
+    """Refuse to reduce gradients in any format but fp32 and the compute format."""
     return _fp32_or_compute_format(config, "reduce_dtype", config.precision.reduce_dtype)
 
 
 def native_accumulation(config: TrainConfig, ranks: int) -> str | None:
-    """FSDP2 sums shards in the masters' format."""
+    """Refuse native sums in less than fp32 on several ranks: FSDP2 sums shards in the masters' format."""
     precision = config.precision
     if _is_deepspeed(config) or ranks == 1 or precision.name == "fp32" or precision.accumulate_dtype == "fp32":
         return None
@@ -269,7 +269,7 @@ def native_accumulation(config: TrainConfig, ranks: int) -> str | None:
 
 
 def native_reduction(config: TrainConfig, ranks: int) -> str | None:
-    """Where FSDP2 reduces once a step, it sums micro-batches in the format of the reduction."""
+    """Refuse reduction in less than fp32 where FSDP2 reduces once a step: it sums micro-batches in the same format."""
     precision, p = config.precision, config.parallel
     if _is_deepspeed(config) or ranks == 1 or precision.name == "fp32" or precision.reduce_dtype == "fp32":
         return None

@@ -36,7 +36,7 @@ def one_of(values: tuple[object, ...]) -> Condition:
 
 
 class Combination:
-    """A check that refuses a job where each key of `when` has the value given there, or meets the condition.
+    """A check that refuses a job if every key of `when` has the given value or meets the given condition.
 
     `message` is a format string over the config, as in `{parallel.tp}`.
     """
@@ -49,7 +49,7 @@ class Combination:
         self.message = message
 
     def __call__(self, config: TrainConfig, _: int) -> str | None:
-        """Return the message where the combination applies, None elsewhere."""
+        """Return the message if the combination applies, else None."""
         for value_of, condition in self.conditions:
             if not condition(value_of(config)):
                 return None
@@ -60,7 +60,7 @@ class Combination:
 class Refusal:
     """One row of the table: a combination that is refused, why, and what to change.
 
-    `check(config, world_size)` returns the message where the row applies, None elsewhere. `summary` is for the docs.
+    `check(config, world_size)` returns the message if the row applies, else None. `summary` is for the docs.
     """
 
     name: str
@@ -212,7 +212,7 @@ REFUSALS = (
         ),
     ),
     Refusal(
-        # measured in bf16 on two tensor ranks: 1.687 where one process and ZeRO 1 to 3 have a norm of 2.366
+        # measured in bf16 on two tensor ranks: a norm of 1.687, where one process and ZeRO 1 to 3 give 2.366
         "deepspeed_zero0_low_tensor",
         "low precision with tensor ranks at DeepSpeed's ZeRO 0, whose gradient norm is the first tensor rank's alone",
         Combination(
@@ -265,12 +265,12 @@ REFUSALS = (
 
 
 def refusal(config: TrainConfig, world_size: int) -> Refusal | None:
-    """Return the row that refuses a job, None where the job is legal."""
+    """Return the row that refuses a job, or None if the job is legal."""
     return next((row for row in REFUSALS if row.check(config, world_size) is not None), None)
 
 
 def check_degrees(config: TrainConfig, world_size: int) -> None:
-    """Refuse degrees whose product the ranks are not divisible by. Other checks need a data-parallel degree.
+    """Refuse ranks that are not divisible by the product of the degrees. Run it before checks that need `dp`.
 
     Raises:
         ConfigError: with numbers of ranks that work.

@@ -1,4 +1,4 @@
-"""Running the stages of a pipeline through `torch.distributed.pipelining`. pipeline.py says what a stage computes.
+"""Run the stages of a pipeline with `torch.distributed.pipelining`. pipeline.py says what a stage computes.
 
 Gradients are summed over micro-batches, never averaged: the caller divides the summed loss by the step's tokens.
 """
@@ -36,7 +36,7 @@ SEVERAL_STAGES_A_RANK: dict[str, type[PipelineScheduleMulti]] = {
 
 
 class SplitBackwardStage(PipelineStage):
-    """A stage with correct gradients where the backward pass is split into the inputs' part and the weights' part.
+    """A stage with correct gradients if the backward pass is split into input gradients and weight gradients.
 
     To split it, torch asks autograd for the gradients of the tensors in `submod.parameters()`. Its own stage silently
     computes wrong gradients in two cases:
@@ -47,15 +47,17 @@ class SplitBackwardStage(PipelineStage):
     """
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass; the output is contiguous and no view."""
         forward: Callable[..., Tensor] = super().forward_maybe_with_nosync
         output = forward(*args, **kwargs)
-        # The inputs' part detaches the output in place, which autograd forbids for views.
+        # The inputs' part detaches the output in place, which autograd forbids on views.
         output = output.clone() if output._is_view() else output
         return output.contiguous()  # required for sending
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
+        """Run the backward pass (`full`, `input` or `weight`); parameters are gathered before a part of it."""
         if backward_type != "full":
             for module in self.submod.modules():
                 if isinstance(module, FSDPModule):
@@ -67,7 +69,7 @@ class SplitBackwardStage(PipelineStage):
         return tuple(None if g is None else g.contiguous() for g in gradients), groups
 
     def _accumulate(self) -> None:
-        """Do what autograd does after it has added to a parameter's gradient."""
+        """Do what autograd and FSDP2 do after a gradient has been accumulated."""
         for parameter in self.submod.parameters():
             if parameter.grad is not None:
                 for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
@@ -91,7 +93,7 @@ class Pipeline:
             one element, is the micro-batch's number. The last stage returns the summed loss, an fp32 scalar.
         group: the pipeline group, whose rank r holds `layout.stages_of(r)`.
         examples: tensors (meta ones will do) with the shape and dtype of the first stage's input and of the activations
-            between stages. They save torch a forward pass to find out.
+            between stages. Without them torch would run a forward pass to find out.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Pipeline:
         group: dist.ProcessGroup,
         examples: tuple[Tensor, Tensor],
     ) -> None:
-        # When a step fails, torch logs every rank's actions on each rank. The exception alone says what failed.
+        # When a step fails, torch logs every rank's actions on each rank. The exception is enough to say what failed.
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
         self.layout = layout
         self.stages = dict(sorted(stages.items()))
@@ -110,7 +112,7 @@ class Pipeline:
         self.device = next(next(iter(stages.values())).parameters()).device
         self.rank_of = {stage: rank for rank in range(layout.pp) for stage in layout.stages_of(rank)}
         members = dist.get_process_group_ranks(group)
-        # Two ranks that send in both directions need a group for each direction: on a GPU a single one may deadlock.
+        # Two ranks that send in both directions need a group per direction: on a GPU a shared group may deadlock.
         self.backward_group = (
             dist.new_group(members, use_local_synchronization=True) if layout.virtual_stages > 1 else group
         )
@@ -122,8 +124,8 @@ class Pipeline:
     def train(self, micro_batches: Sequence[MicroBatch], scaled: Callable[[Tensor], Tensor]) -> Tensor:
         """Run forward and backward of a step's micro-batches and sum the gradients of each one's `scaled(loss)`.
 
-        Their number may differ from step to step. Every rank of the group must pass the same micro-batches. Returns the
-        summed loss before `scaled`, fp32, on the rank with the last stage, and 0 on the others.
+        The number of micro-batches may differ from step to step. Every rank of the group must pass the same ones.
+        Returns the summed loss before `scaled`, fp32, on the rank with the last stage, and 0 on the others.
         """
         if self.schedule is None or self.num_micro_batches != len(micro_batches):
             self.schedule = self._build(len(micro_batches))
@@ -139,7 +141,7 @@ class Pipeline:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Run the forward pass of any number of micro-batches of one size, and return what `train` does.
 
-        It runs rounds of `pp` micro-batches, each through all stages of a rank before the next round.
+        Micro-batches run in rounds of `pp`; a rank finishes a round on all its stages before the next.
         """
         sends: list[tuple[Tensor, dist.Work | None]] = []
         for start in range(0, len(micro_batches), self.layout.pp):
@@ -189,7 +191,7 @@ class Pipeline:
         return self.scaled(output)
 
     def _build(self, num_micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """Return torch's schedule for a number of micro-batches, with new stages, whose buffers depend on it."""
+        """Return torch's schedule for a number of micro-batches, with new stages: their buffers depend on it."""
         num_stages = self.layout.num_stages
         hidden = self.hidden.clone().requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)

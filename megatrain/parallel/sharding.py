@@ -1,4 +1,4 @@
-"""ZeRO over data and context ranks in the native engine: FSDP2 for stages 1 to 3, its replicating form for stage 0."""
+"""ZeRO over data and context ranks in the native engine: FSDP2's `fully_shard`, or its `replicate` at stage 0."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def shard(
 def _gather_in_reverse(modules: list[nn.Module]) -> None:
     """Let each of `modules`, given in the order of the backward pass, prefetch the next one.
 
-    By default FSDP2 takes the order from the forward passes it recorded. After a micro-batch's first unit it goes on
-    to the previous micro-batch: the step's last one then gathers the head, often the largest unit, for nothing.
+    By default FSDP2 reverses the recorded forward order of all the step's micro-batches. After a micro-batch's first
+    unit it would prefetch the last unit of the one before. At the step's end that gathers the head, often the largest
+    unit, in vain.
     """
     for module, following in pairwise([*modules, modules[-1]]):
         assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
@@ -58,9 +59,9 @@ def _gather_in_reverse(modules: list[nn.Module]) -> None:
 def before_backward(stage: nn.Module, zero: int, last: bool, reduces_in_fp32: bool) -> None:
     """Tell FSDP2 before a micro-batch's backward pass whether it is the step's last.
 
-    Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch. Up to stage 2 the gathered parameters stay
-    until the step's end. Replicas of hybrid sharding are all-reduced once a step. If gradients are reduced in less than
-    fp32, replicas are all-reduced after every micro-batch, because FSDP2 would sum micro-batches in that format.
+    ZeRO 0 and 1 reduce once a step, 2 and 3 after every micro-batch. Below ZeRO 3 the gathered parameters stay until
+    the step's end. Hybrid sharding all-reduces over replicas once a step. If gradients are reduced in less than fp32,
+    it does so after every micro-batch, because FSDP2 would sum micro-batches in that format.
     """
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(last or zero >= 2)

@@ -7,13 +7,13 @@ from itertools import pairwise
 from megatrain.config import ModelConfig, TrainConfig
 
 LOOPED = ("interleaved_1f1b", "interleaved_zero_bubble")
-"""Schedules with several stages a rank, dealt in turn: rank r holds stages r, r + pp, r + 2 pp, ..."""
+"""Schedules with several stages per rank, dealt round-robin: rank r holds stages r, r + pp, r + 2 pp, ..."""
 
 V_SHAPED = ("zbv_zero_bubble",)
-"""Schedules with two stages a rank, down and up again: rank r holds stages r and 2 pp - 1 - r."""
+"""Schedules with two stages per rank, in a V: rank r holds stages r and 2 pp - 1 - r."""
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble")
-"""Schedules that split the backward pass into the inputs' part and the weights' part."""
+"""Schedules that split the backward pass into input gradients and weight gradients."""
 
 
 def stages_of(schedule: str, pp: int, virtual_stages: int, pp_rank: int) -> list[int]:
@@ -38,7 +38,7 @@ def stage_layers(config: TrainConfig, num_stages: int) -> list[range]:
 
 
 def end_loads(model: ModelConfig) -> tuple[float, float]:
-    """Return the work of the embedding and of the head, each in blocks.
+    """Return the work of the embedding and of the head, each relative to that of a block.
 
     Work is counted in matrix products. An embedding has none; a tenth of a head stands for the memory traffic of its
     row gradients.
@@ -50,9 +50,9 @@ def end_loads(model: ModelConfig) -> tuple[float, float]:
 
 
 def balance_layers(num_layers: int, num_stages: int, first_load: float, last_load: float) -> list[int]:
-    """Return the number of blocks of each stage, at least one, where the end stages have other work too (in blocks).
+    """Return the number of blocks of each stage, at least one; the end stages have extra loads, in blocks.
 
-    Each block goes to the stage that is lightest so far, the earliest of equals.
+    Each block goes to the lightest stage so far; ties go to the earliest.
     """
     counts = [1] * num_stages
     loads = [1.0] * num_stages

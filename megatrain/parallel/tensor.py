@@ -25,8 +25,8 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
 
     Between layers a rank holds `[B, T / tp, D]`: norms, residual additions and dropout work on that slice of the
     sequence (Korthikanti et al., 2022, arXiv:2205.05198). Attention and feed-forward layers all-gather the sequence at
-    their start and reduce-scatter it at their end. The head leaves each rank the logits of its rows of the vocabulary.
-    Norms and learned positions work on a slice with whole parameters; their gradients must be summed over the ranks
+    their start and reduce-scatter it at their end. The head gives each rank the logits of its part of the vocabulary.
+    Norms and learned positions apply whole parameters to a slice, so their gradients must be summed over the ranks
     (`plan.is_summed`).
     """
     sequence, whole = Shard(1), Replicate()

@@ -16,12 +16,12 @@ from megatrain.kernels.choice import Kernels
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, group: dist.ProcessGroup, kernels: Kernels
 ) -> Tensor:
-    """Return `kernels.cross_entropy.cross_entropy_sum`, where `logits` `[..., V_local]` are the rows from `first` on.
+    """Return `cross_entropy_sum` where `logits` `[..., V_local]` are this rank's columns, from token id `first` on.
 
     `labels` (ids of the whole vocabulary) and `weights` are `[...]`. They are equal on all ranks of the group, as is
-    the result. It reduces three numbers a token: the largest logit, the sum of exponentials and the label's logit
-    (Shoeybi et al., 2019, arXiv:1909.08053, section 3). Only the logits are kept. The backward pass OVERWRITES them
-    with their gradient, so it can run only once.
+    the result. Three numbers per token are all-reduced: the largest logit, the sum of exponentials and the label's
+    logit (Shoeybi et al., 2019, arXiv:1909.08053, section 3). No second tensor of the logits' size is kept. The
+    backward pass OVERWRITES the logits with their gradient, so it can run only once.
     """
     apply: Callable[..., Tensor] = _CrossEntropy.apply
     return apply(logits, labels, weights, first, group, kernels)
