@@ -66,10 +66,10 @@ POLL_S = 0.05
 """Seconds between polls of the workers."""
 
 GRACE_PERIOD_S = 2.0
-"""Seconds after a worker's failure in which the others may exit by themselves, with their own messages."""
+"""Grace period after a worker's failure: seconds in which the others may exit by themselves, before SIGTERM."""
 
 KILL_S = 8.0
-"""Seconds after a worker's failure until the remaining workers are killed."""
+"""Seconds from a worker's failure to SIGKILL for those that still run."""
 
 GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
 """Exit codes of a worker that did not fail."""
@@ -83,7 +83,7 @@ SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
 """Exit codes of a rank that may have died only because it lost a peer or was asked to exit."""
 
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
-"""Exit codes after which copies in memory are dropped: they are not newer than the checkpoint, or must not be used."""
+"""Exit codes after which in-memory copies are dropped: they are no newer than the checkpoint, or must not be used."""
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HOST = socket.gethostname()
@@ -99,8 +99,8 @@ def launch(
     """Run `command` as `num_workers` ranks on this node and on each node of `peers`, and wait for all of them.
 
     Rank 0 shares the terminal; the others write to `log_dir`/rank_XXXXX.log. SIGTERM and SIGUSR1 are forwarded to the
-    workers, which save and exit; the agent waits for them without a limit. Ctrl-C does the same; a second Ctrl-C kills
-    them.
+    workers, which save and exit; the agent waits for them without a time limit. Ctrl-C does the same; a second Ctrl-C
+    kills them.
 
     With a `recovery`, all ranks are restarted if one is killed or hangs.
 
@@ -115,19 +115,19 @@ def launch(
     agent = Agent(command, num_workers, log_dir, recovery, peers)
     previous = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
     for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:  # ignored on purpose, for example by nohup
+        if handler is not signal.SIG_IGN:  # a signal that is ignored already, as under nohup, stays ignored
             signal.signal(number, agent.on_signal)
     try:
         return agent.run()
     finally:
         agent.close()
         for number, handler in previous.items():
-            # srun may send SIGTERM to an agent once another has left (--wait); it must not replace the agreed exit code
+            # srun may send SIGTERM to an agent once another has exited (--wait); the agreed exit code must stand
             signal.signal(number, handler if peers.size == 1 else signal.SIG_IGN)
 
 
 class Agent:
-    """Supervisor of this node's workers. There is one instance per launch."""
+    """The supervisor of this node's workers, for one launch."""
 
     def __init__(
         self, command: Sequence[str], num_workers: int, log_dir: Path, recovery: Recovery | None, peers: Peers
@@ -152,7 +152,7 @@ class Agent:
         self.can_fork = LINUX and recovery is not None and bool(recovery.modules)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Queue a signal, which the waiting loop forwards."""
+        """Queue a signal for the wait loop to forward."""
         self.pending_signals.append(number)
 
     def run(self) -> int:
@@ -194,7 +194,7 @@ class Agent:
         """Kill every running worker and its child processes, and wait until they are gone.
 
         Raises:
-            EnvironmentFault: a killed process does not end. All others were still killed.
+            EnvironmentFault: a process does not exit. The others were killed all the same.
         """
         stuck: EnvironmentFault | None = None
         for worker in self._running():
@@ -206,14 +206,14 @@ class Agent:
             raise stuck
 
     def rescue_copies(self, code: int | None) -> None:
-        """Save newer copies in memory to the disk before the job ends with exit `code` (None: another agent died)."""
+        """Write in-memory copies newer than the checkpoint to disk, before exit with `code` (None: a node was lost)."""
         if self.copies is None or self.recovery is None or code in NOT_RESCUED:
             return
         self.kill()
         save_copies(self.copies, self.recovery, alone=code is None)
         if code is None:
             return
-        self.peers.all_gather(None)  # wait until every node has written its part or failed to
+        self.peers.all_gather(None)  # barrier: every node has written its part or failed to
         if self.peers.node == 0:
             assemble_copies(self.recovery)
 
@@ -259,7 +259,7 @@ class Agent:
             process = self.fork_server.fork(module, arguments, environ, log, cancelled)
             return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
         except ForkServerError as error:
-            if self.fork_server is not None:  # close it, so that it cannot fork this rank a second time later
+            if self.fork_server is not None:  # close it, or it might still fork this rank later
                 self.fork_server.close()
                 self.fork_server = None
             self.can_fork = False

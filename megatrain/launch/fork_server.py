@@ -1,8 +1,8 @@
 """A fork server: forks ranks from a process that has already imported their modules. Linux only; imports no torch.
 
-Importing torch and an engine takes seconds of a core in every process. The fork server imports them once per node, for
-the first start and for every restart. A forked rank becomes a child of the agent: the agent is a subreaper, and the
-process in between ends at once. The rank has a session of its own and dies with the agent.
+Importing torch and an engine costs each process seconds of CPU time. The fork server imports them once per node, for
+the first start and every restart. Ranks are double-forked, and the agent is a subreaper, so a rank becomes the agent's
+child. It has its own session and dies with the agent.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from megatrain.resilience.signals import set_parent_death_signal
 
 PR_SET_CHILD_SUBREAPER = 36
 ANSWER_S = 300.0
-"""Longest wait for a forked rank. The imports before the first one take seconds, or minutes on a slow shared disk."""
+"""Seconds to wait for a forked rank. Before the first one, imports take seconds, or minutes on a slow shared disk."""
 
 
 class ForkServerError(Exception):
-    """The fork server did not start a rank. It can still be started without it."""
+    """The fork server did not start a rank; the agent can still start it directly."""
 
 
 class ForkedProcess:
@@ -42,7 +42,7 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code (negative: the signal that killed it), or None while it runs."""
+        """Return the exit code (negative: the signal that killed the process), or None while it runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -50,7 +50,7 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self) -> int:
-        """Wait for its end, and return the exit code."""
+        """Wait for the process to exit, and return its exit code."""
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
@@ -120,7 +120,7 @@ class ForkServer:
         return ForkedProcess(int(answer))
 
     def close(self) -> None:
-        """Kill the server. The ranks go on."""
+        """Kill the server. The ranks keep running."""
         self._socket.close()
         self.process.kill()
         self.process.wait()
@@ -135,7 +135,7 @@ def main() -> NoReturn:
     for module in modules:
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # otherwise each rank's first collection would copy the shared pages
+    gc.freeze()  # or each rank's first garbage collection would write to the shared pages, and so copy them
     while request := requests.recv(1 << 20):
         intermediate = os.fork()
         if intermediate == 0:
@@ -150,7 +150,7 @@ def _become_rank(request: dict[str, Any], agent: int, answers: socket.socket) ->
     """Turn this forked process into the requested rank, and run its module."""
     deadline = time.monotonic() + 10
     while os.getppid() != agent and time.monotonic() < deadline:
-        time.sleep(0.001)  # until the intermediate process has ended
+        time.sleep(0.001)  # until the agent has adopted this process
     os.setsid()
     set_parent_death_signal(agent)
     if request["log"]:

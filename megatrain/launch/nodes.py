@@ -1,9 +1,9 @@
-"""The agents of a job's nodes as each of them sees the others: states and values, over TCP with node 0 in the middle.
+"""Communication between the agents of a job's nodes: states and collectives, over a TCP star around node 0.
 
 Each agent reports the state of its ranks (`report_state`) and reads the other nodes' states (`states`). Before and
-after each start of the workers all agents exchange a value (`all_gather`); from the same values they reach the same
-decision. A closed connection means that a node is gone. There are no threads, because an agent forks: connections are
-read only inside these calls. Imports no torch.
+after each start of the workers all agents exchange values (`all_gather`), and decide alike because they see the same
+values. A closed connection means a lost node. There are no threads, because an agent forks: connections are read only
+inside these calls. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any, Protocol
 from megatrain.errors import EnvironmentFault
 
 RUNNING, STALLED, DONE, FAILED, HUNG = "running", "stalled", "done", "failed", "hung"
-"""States of a node's ranks. `stalled`: none of them has moved for long. `hung` is node 0's verdict on the whole job."""
+"""States of a node's ranks. `stalled`: no heartbeat within the limits. `hung` is node 0's verdict on the whole job."""
 
 PORTS = range(20000, 32000)
-"""Where node 0 listens: below the ports that Linux assigns by itself."""
+"""Ports on which node 0 may listen: below Linux's ephemeral ports."""
 
 ALTERNATIVES = 8
-"""Number of ports to try if some are taken."""
+"""Number of ports per job, tried in turn."""
 
 WELCOME_S = 5.0
 """Seconds to wait for an answer on one port before trying the next."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 11000}
-"""A machine that loses power closes no connection: the kernel probes after 3 s of silence and gives up 8 s later."""
+"""A machine that loses power closes no connection: TCP probes it after 3 s of silence and gives up 8 s later."""
 
 
 class Peers(Protocol):
-    """The agents of a job, as one of them sees them. `address` is where node 0 is reached."""
+    """The agents of a job's `size` nodes, as seen from node number `node`. `address` is node 0's."""
 
     node: int
     size: int
@@ -56,14 +56,14 @@ class Peers(Protocol):
         """
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """Like `all_gather`, but only node 0 receives the values and the others an empty list. For large values."""
+        """Gather like `all_gather`, but return the values on node 0 only, else an empty list. For large values."""
 
     def close(self) -> None:
         """Close the connections."""
 
 
 class SingleNode:
-    """The peers of a job on one node: none."""
+    """The `Peers` of a job on a single node."""
 
     node, size, address = 0, 1, "127.0.0.1"
 
@@ -79,12 +79,12 @@ class SingleNode:
         return [self._state]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return the value alone."""
+        """Return `[value]`."""
         self._state = RUNNING
         return [value]
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """Return the value alone."""
+        """Return `[value]`."""
         return self.all_gather(value)
 
     def close(self) -> None:
@@ -92,17 +92,17 @@ class SingleNode:
 
 
 def ports(key: str) -> list[int]:
-    """Return the ports on which node 0's agent of the job `key` may listen, in the order in which they are tried."""
+    """Return the ports on which node 0 may listen for the job `key`, in the order in which they are tried."""
     groups = len(PORTS) // ALTERNATIVES
     first = PORTS.start + zlib.crc32(key.encode()) % groups * ALTERNATIVES
     return list(range(first, first + ALTERNATIVES))
 
 
 def connect(key: str, node: int, size: int, address: str, timeout_s: float) -> Peers:
-    """Connect to the agents of the other nodes. `key` identifies the job: all its nodes share it, no other job has it.
+    """Connect to the agents of the other nodes. `key` identifies the job: the same on all its nodes, unique among jobs.
 
     Raises:
-        EnvironmentFault: some did not connect within `timeout_s`. The message names the missing nodes or the address.
+        EnvironmentFault: some did not connect within `timeout_s` seconds. The message names them or the address.
     """
     if size == 1:
         return SingleNode()
@@ -137,13 +137,14 @@ class _Link:
         return self.socket.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
+        """Send a message. Raises _ConnectionLost if the other end is gone."""
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
             raise _ConnectionLost from error
 
     def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived. Call it once poll() reports data."""
+        """Return the messages that have arrived; to be called when poll() reports data. Raises _ConnectionLost."""
         try:
             arrived = self.socket.recv(1 << 16)
         except OSError as error:
@@ -158,6 +159,7 @@ class _Link:
         return [message for message in messages if isinstance(message, dict)]
 
     def close(self) -> None:
+        """Close the connection."""
         self.socket.close()
 
 
@@ -187,7 +189,7 @@ def _listen(candidates: Iterable[int]) -> socket.socket:
 
 
 def _accept_all(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
-    """Accept the connections of all other nodes, by node. Runs on node 0."""
+    """Accept the connections of all other nodes, and return them by node. Runs on node 0."""
     deadline = time.monotonic() + timeout_s
     _raise_file_limit(2 * size + 256)
     members: dict[int, _Link] = {}
@@ -216,9 +218,9 @@ def _accept_all(key: str, size: int, timeout_s: float) -> dict[int, _Link]:
 
 
 def _raise_file_limit(number: int) -> None:
-    """Raise this process's limit of open files to `number`, as far as the system allows.
+    """Raise this process's limit on open files to `number`, as far as the system allows.
 
-    The usual 1024 are too few for a thousand nodes.
+    The usual limit of 1024 is too low for a thousand nodes.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
@@ -244,20 +246,19 @@ def _admit(link: _Link, key: str, size: int, members: dict[int, _Link]) -> None:
 
 
 def _announce_loss(links: Iterable[_Link], text: str) -> None:
-    """Tell these agents why the job cannot go on, so that they end."""
+    """Tell these agents why the job cannot go on, so that they exit."""
     for link in links:
         with suppress(_ConnectionLost, OSError):
             link.send({"gone": text})
             link.socket.shutdown(socket.SHUT_WR)
             link.socket.setblocking(False)
-            while link.socket.recv(
-                1 << 16
-            ):  # closing with unread data resets the connection, which could drop the message
+            # drain it: closing with unread data resets the connection, which could drop the message
+            while link.socket.recv(1 << 16):
                 continue
 
 
 def _connect_to_first(key: str, node: int, address: str, timeout_s: float) -> _Link:
-    """Connect to node 0, on whichever of its ports answers. Runs on all other nodes."""
+    """Connect to node 0 on whichever of its ports answers. Runs on all other nodes."""
     deadline = time.monotonic() + timeout_s
     problem = "nothing listens there"
     while time.monotonic() < deadline:
@@ -284,7 +285,7 @@ def _connect_to_first(key: str, node: int, address: str, timeout_s: float) -> _L
 
 
 class _ConnectedPeers:
-    """The agents of several nodes. Node 0 has a link to each and forwards states; the others have one to node 0."""
+    """The `Peers` of a job on several nodes. Each has a link to node 0 only, which forwards their states."""
 
     def __init__(self, node: int, size: int, address: str, links: dict[int, _Link], timeout_s: float) -> None:
         self.node = node
@@ -308,11 +309,11 @@ class _ConnectedPeers:
         return list(self._states)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return every agent's value: node 0 collects and distributes them."""
+        """Return every agent's value: node 0 gathers and broadcasts them."""
         return self._exchange(value, lambda values: values)
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """Return every agent's value on node 0; send the others an empty list."""
+        """Return every agent's value on node 0, an empty list on the others."""
         return self._exchange(value, lambda values: [])
 
     def _exchange(self, value: Any, answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
@@ -331,7 +332,7 @@ class _ConnectedPeers:
         return shared
 
     def close(self) -> None:
-        """Close the connections. To the others this looks like a lost node, so close only once all agree on the end."""
+        """Close the connections. It looks like a lost node to the others, so wait until all agree on the outcome."""
         for link in self._links.values():
             link.close()
 
@@ -362,9 +363,8 @@ class _ConnectedPeers:
             raise EnvironmentFault(message["gone"])
         if "shared" in message:
             self._shared = message["shared"]
-            self._states = [
-                RUNNING
-            ] * self.size  # here, because states that arrive together with this message are newer
+            # reset here and not in `_exchange`: states that arrive together with this message are newer
+            self._states = [RUNNING] * self.size
         elif "value" in message:
             self._values[sender] = message["value"]
         elif "state" in message:
@@ -381,7 +381,7 @@ class _ConnectedPeers:
                     self._fail_job(link)
 
     def _fail_job(self, lost: _Link) -> None:
-        """Tell the others which agent is lost, as they would only see node 0's agent end; raise EnvironmentFault."""
+        """Tell the others, which have a link to node 0 only, which agent is lost; raise EnvironmentFault."""
         text = f"the agent of {lost.name}, is gone (killed, or its machine or network failed); this job ends"
         _announce_loss([link for link in self._links.values() if link is not lost], text)
         raise EnvironmentFault(text)

@@ -21,9 +21,9 @@ class StartOutcome:
     """How one start of a node's workers ended.
 
     `blame` is None if no worker of this node caused the end. `failure` is set if a restart may help. `message` is the
-    text for the user. `rank0_code` is rank 0's exit code if it ended by itself, so that its own message is already on
-    the terminal. `witnesses` are the ranks of a job that hangs. `stop_requested` says that the node had received a
-    signal to stop.
+    text for the user. `rank0_code` is rank 0's exit code if it exited by itself: then its own message is already on the
+    terminal. `witnesses` describes this node's ranks if the job hangs. `stop_requested` tells whether the node had
+    received a signal to stop.
     """
 
     code: int

@@ -1,6 +1,6 @@
 """The processes of this node's ranks: start one, set its environment, describe its end. Imports no torch.
 
-The agent (`agent.py`) decides which ranks to start, and what follows from an end.
+The agent (`agent.py`) decides which ranks to start, and what to do when one ends.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatrain.resilience.signals import set_parent_death_signal
 LINUX = sys.platform == "linux"
 
 GONE_S = 120.0
-"""Longest wait for a killed rank to be gone: freeing hundreds of gigabytes takes a while."""
+"""Seconds to wait for a killed rank to exit: freeing hundreds of gigabytes takes time."""
 
 
 @dataclass
 class RankProcess:
-    """One rank's process. `code` is None while it runs; negative means the signal that killed it."""
+    """One rank's process. `code` is its exit code (negative: the signal that killed it), None while it runs."""
 
     rank: int
     local_rank: int
@@ -41,15 +41,15 @@ class RankProcess:
 
     @property
     def killed(self) -> bool:
-        """Whether a signal ended it."""
+        """Return whether a signal killed it."""
         return self.code is not None and self.code < 0
 
     def kill(self) -> None:
-        """Kill this worker and its child processes, and wait until it is gone.
+        """Kill this worker and its child processes, and wait until it has exited.
 
         Raises:
-            EnvironmentFault: the process does not go away, because a driver or a file system does not answer. It is
-                marked as killed nevertheless.
+            EnvironmentFault: the process does not exit, because it is stuck in a driver or a file system. It is marked
+                as killed all the same.
         """
         with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -68,8 +68,8 @@ class RankProcess:
 KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 """Makes glibc keep freed memory for the next step.
 
-By default it returns every large tensor to the system, which has to clear the pages again for the next one: a tenth of
-a step of gpt2_124m on two cores. The price is that a rank's memory never shrinks. Other C libraries ignore the setting.
+By default it returns every large tensor to the kernel, which must zero the pages again for the next one: a tenth of a
+step of gpt2_124m on two cores. The price is that a rank's memory never shrinks. Other C libraries ignore the setting.
 """
 
 EXPANDABLE = "expandable_segments:True"
@@ -77,7 +77,7 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def rank_environ(local_rank: int, num_workers: int, peers: Peers, port: int) -> dict[str, str]:
-    """Return the environment of a rank."""
+    """Return the environment variables of a rank."""
     defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_workers)), "GLIBC_TUNABLES": KEEP_MEMORY}
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         defaults["PYTORCH_ALLOC_CONF"] = EXPANDABLE
@@ -100,10 +100,8 @@ def fork_server_environ(environ: dict[str, str]) -> dict[str, str]:
     """Return a worker's environment without the variables that make it a rank."""
     rank_names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in environ.items() if name not in rank_names}
-    return {
-        "DS_ACCELERATOR": "cpu",
-        **kept,
-    }  # DeepSpeed chooses on import; the fork server imports it only without a GPU
+    # DeepSpeed picks its accelerator on import; the fork server imports it only on a machine without a GPU
+    return {"DS_ACCELERATOR": "cpu", **kept}
 
 
 def log_of(log_dir: Path, rank: int) -> Path | None:
@@ -115,7 +113,7 @@ def log_of(log_dir: Path, rank: int) -> Path | None:
 
 
 def start_rank(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> RankProcess:
-    """Start one rank in a session of its own."""
+    """Start one rank in its own session. It inherits the file descriptor `heartbeats`."""
     rank = int(environ["RANK"])
     log = log_of(log_dir, rank)
     sink: IO[bytes] | None = log.open("ab") if log is not None else None
@@ -137,13 +135,13 @@ def start_rank(command: Sequence[str], environ: dict[str, str], log_dir: Path, h
 
 
 def _die_with_agent() -> Callable[[], None]:
-    """Return the function that a worker runs before its program."""
+    """Return a `preexec_fn` that makes a worker die with this agent."""
     agent = os.getpid()
     return lambda: set_parent_death_signal(agent)
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that is free now."""
+    """Return a TCP port that is free on this machine now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -164,7 +162,7 @@ def describe_end(rank: int, code: int, log: Path | None) -> str:
 
 
 def tail(path: Path, count: int = 20, window: int = 16384) -> list[str]:
-    """Return the last lines of a text file, reading only its last `window` bytes."""
+    """Return the last `count` lines of a text file, reading only its last `window` bytes."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - window))
         return file.read().decode("utf-8", "replace").splitlines()[-count:]

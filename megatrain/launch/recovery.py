@@ -1,4 +1,4 @@
-"""Recovery from failures: record them, decide on a restart, save the copies in memory. Imports no torch."""
+"""Recovery from failures: record them, decide on a restart, save the in-memory copies. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVENTS = "events.jsonl"
 
 @dataclass(frozen=True)
 class Recovery:
-    """How an agent handles failures of the workers of the run in `run_dir`, which it owns."""
+    """How an agent handles worker failures in the run in `run_dir`, which it owns."""
 
     run_dir: Path
     owner: Ownership
@@ -71,7 +71,7 @@ def _log_hint(log_dir: Path, rank: int) -> str:
 
 
 def report_hang(witnesses: Sequence[Witness], hosts: Sequence[str], run_dir: Path) -> Failure:
-    """Record what every rank of a hanging job was doing, and return the failure with the rank to blame.
+    """Record what every rank of a hung job was doing, and return the failure, which names the rank to blame.
 
     `hosts` holds each rank's host, by rank.
     """
@@ -90,9 +90,9 @@ def report_hang(witnesses: Sequence[Witness], hosts: Sequence[str], run_dir: Pat
 
 
 def save_copies(copies: Copies, recovery: Recovery, alone: bool) -> None:
-    """Write the copies in memory to disk if they are newer than the last checkpoint.
+    """Write the in-memory copies to disk if they are newer than the last checkpoint.
 
-    `alone` means that another node's agent is gone, so that no checkpoint is made of the copies now.
+    `alone` means that another node's agent is gone: the copies become a checkpoint only at the next start.
     """
     checkpoints = recovery.run_dir / "checkpoints"
     with _report_failure("the copies in memory could not be written to disk"):
@@ -104,10 +104,10 @@ def save_copies(copies: Copies, recovery: Recovery, alone: bool) -> None:
 
 
 def assemble_copies(recovery: Recovery) -> None:
-    """Make a checkpoint of the copies that all nodes have written to disk. Only node 0 calls this."""
+    """Assemble the copies that all nodes have written to disk into a checkpoint. Only node 0 calls this."""
     checkpoints = recovery.run_dir / "checkpoints"
     with _report_failure("the copies in memory could not be made a checkpoint"):
-        recovery.owner.check()  # writing the copies may have taken long
+        recovery.owner.check()  # again, because writing the copies may have taken long
         made, problems = assemble(checkpoints)
         for problem in problems:
             print_message(problem)
@@ -118,7 +118,7 @@ def assemble_copies(recovery: Recovery) -> None:
 
 @contextlib.contextmanager
 def _report_failure(what: str) -> Iterator[None]:
-    """Report, and otherwise ignore, a disk error or the loss of ownership."""
+    """Print a disk error or the loss of ownership instead of raising it."""
     try:
         yield
     except (OSError, OwnedError) as error:
@@ -126,7 +126,7 @@ def _report_failure(what: str) -> Iterator[None]:
 
 
 def record_event(run_dir: Path, kind: str, step: int, **detail: Any) -> None:
-    """Append to events.jsonl. A disk error is only reported: the agent must go on, as it holds the copies in memory."""
+    """Append to events.jsonl. A disk error is only printed: the agent, which holds the in-memory copies, must go on."""
     try:
         events = EventLog(run_dir / EVENTS)
         try:

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """A job step with one task per node, as the task on node number `node` sees it. `nodes` is Slurm's node list."""
+    """A job step with one task per node, seen from node `node`. `key` is unique; `nodes` is Slurm's node list."""
 
     key: str
     node: int
@@ -68,13 +68,16 @@ class Step:
         return Step(f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}.{restart}", node, num_nodes, nodes)
 
     def meet(self, timeout_s: float) -> Peers:
-        """Connect to the agents of all nodes. Until then, a signal to stop ends this process."""
+        """Connect to the agents of all nodes. Until the ranks start, SIGTERM or SIGUSR1 ends this process."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, _stopped_early)
         return connect(self.key, self.node, self.num_nodes, self.head(), timeout_s)
 
     def head(self) -> str:
-        """Return the step's first node: MASTER_ADDR if the job's script or profile sets it, otherwise from Slurm."""
+        """Return the step's first node: MASTER_ADDR if the job's script or profile sets it, else as Slurm lists it.
+
+        Raises EnvironmentFault if scontrol is needed, but missing or failing.
+        """
         if address := os.environ.get("MASTER_ADDR"):
             return address
         if not set(self.nodes) & set("[,"):
@@ -113,7 +116,7 @@ def check_plain_start(config: LaunchConfig, step: Step | None) -> None:
 
 
 def together(team: Peers, act: Callable[[], T]) -> T:
-    """Call `act` on every node. If it fails on some, all nodes end with the exit code of the first that failed.
+    """Call `act` on every node and return its result. If it fails on some, all exit with the code of the first of them.
 
     Raises MegatrainError on that node, and SystemExit on the others.
     """
@@ -132,9 +135,10 @@ def together(team: Peers, act: Callable[[], T]) -> T:
 
 
 def _stopped_early(number: int, _frame: FrameType | None) -> None:
-    """Handle a signal before there are ranks: end, as there is nothing to save.
+    """Exit on a signal that arrives before the ranks start: there is nothing to save.
 
-    srun sends TERM when another agent has ended. That agent's exit code must count, and srun returns the highest one.
+    srun sends SIGTERM when another agent has exited. That agent's exit code must win, and srun returns the highest one:
+    hence EXIT_DEFECT, the lowest.
     """
     print(f"megatrain: stopped by {signal.Signals(number).name} before training began", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_SAVED_AFTER_SIGNAL if number == signal.SIGUSR1 else EXIT_DEFECT)
@@ -145,7 +149,7 @@ def _stopped_early(number: int, _frame: FrameType | None) -> None:
 
 @dataclass(frozen=True)
 class Submission:
-    """The command that submits slurm/train.sbatch with arguments of `megatrain train`, and its environment."""
+    """The command that submits slurm/train.sbatch with arguments for `megatrain train`, and variables to set for it."""
 
     script: Path
     command: list[str]
@@ -185,7 +189,7 @@ class Submission:
 
 
 def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_run: bool) -> int:
-    """Submit a job with these arguments of `megatrain train` and print its number; a dry run only prints the job."""
+    """Submit a job with these arguments for `megatrain train` and print its number; a dry run only prints the job."""
     submission = Submission.of(config, run_name, arguments)
     if dry_run:
         print(submission)
@@ -201,7 +205,7 @@ def show_script(script: Path) -> None:
 
 
 def jobs_here() -> dict[str, str]:
-    """Return the numbers, by name, of the user's jobs that were submitted in this folder and have not ended.
+    """Return the numbers, by name, of the user's unfinished jobs that were submitted from this folder.
 
     Empty if squeue is missing or fails.
     """
@@ -214,7 +218,7 @@ def jobs_here() -> dict[str, str]:
 
 
 def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that submits a job."""
+    """Return the sbatch command that submits a job."""
     options = {"nodes": config.num_nodes or 1, "job-name": run_name}
     options |= {"partition": config.partition, "account": config.account, "time": config.time}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -222,7 +226,7 @@ def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments:
 
 
 def find_profile(name: str | None, folder: Path) -> Path | None:
-    """Find a cluster profile by its path, or by its name in `folder`. Raises ConfigError if there is none."""
+    """Find a cluster profile by its path or by its name in `folder`. Raises ConfigError if there is none."""
     if name is None:
         return None
     for path in (Path(name), folder / f"{name}.sh"):

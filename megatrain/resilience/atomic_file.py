@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name beside the target, then renamed into place."""
+"""Atomic writes: a file is written under a temporary name beside the target, then renamed, so it appears whole."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the place of `path` when the block ends; an error leaves `path` as it was.
+    """Open a temporary file that replaces `path` when the block ends; after an error `path` is as it was.
 
-    `durable` flushes the file and its folder's entry to the disk, so that it survives a power cut.
+    `durable` flushes the file and its directory entry to disk, so that it survives a power cut.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.writing")  # one name: a killed writer's is replaced
+    temporary = path.with_name(f".{path.name}.writing")  # fixed, so that a killed writer's leftover is overwritten
     try:
         with temporary.open("wb") as file:
             yield file
@@ -35,13 +35,13 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = False) -> None:
-    """Replace the file `path` by one with this content (text as UTF-8), whole or not at all. See `replacing`."""
+    """Replace the content of `path` (text as UTF-8) atomically. See `replacing`."""
     with replacing(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename or a new file in it survives a power cut."""
+    """Flush a folder's directory entries, so that a rename or a new file in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

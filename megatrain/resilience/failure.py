@@ -1,6 +1,6 @@
 """Failures of ranks, and how often the same one has occurred. Imports no torch.
 
-The record of failures is the run's events.jsonl, so that a requeued job also counts those of its earlier starts.
+Failures are recorded in the run's events.jsonl, so a requeued job also counts those of its earlier starts.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Failure:
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
     """Return how many times in a row this failure has occurred at this step, this time included.
 
-    `events` are the run's earlier events. A checkpoint of that step or a later one counts as progress and ends the row:
-    the same failure at the start (step 0) may happen now and then in the life of a run.
+    `events` are the run's earlier events. A checkpoint of that step or a later one is progress and resets the count, so
+    failures before the first step (step 0) may recur now and then in a long run.
     """
     count = 1
     for event in reversed(list(events)):

@@ -1,7 +1,7 @@
 """Detect loss spikes, and describe them when the guard gives up. Imports no torch.
 
-The trainer decides when to judge a loss, and `train/rollback.py` rolls back. Losses that are not finite never get here:
-the engines skip such steps before they change a parameter.
+The trainer decides when to judge a loss, and `train/rollback.py` rolls back. The guard ignores losses that are not
+finite: the engines skip the update of such steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Without it, any step would be a spike when the losses hardly differ.
 """
 
 ENOUGH = 32
-"""Number of earlier losses needed to judge one, unless the window is shorter."""
+"""Earlier losses needed to judge one; fewer if the window is shorter."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LossGuard:
         return cls(config.spike_zscore or math.inf, config.spike_window)
 
     def judge(self, before: Sequence[float], step: int, loss: float) -> Spike | None:
-        """Return the spike if this loss is one, else None. Only upward jumps count."""
+        """Return the spike if `loss` is one, given the losses `before` it, else None. Only upward jumps count."""
         recent = before[-self.window :]
         if len(recent) < min(ENOUGH, self.window) or not math.isfinite(loss):
             return None
@@ -64,7 +64,7 @@ class LossGuard:
         return Spike(step, loss, zscore, middle) if zscore > self.zscore else None
 
     def remember(self, before: Sequence[float], loss: float) -> list[float]:
-        """Return the losses by which to judge the next one."""
+        """Return the losses to judge the next one by."""
         return [*before, loss][-self.window :] if math.isfinite(loss) else list(before)
 
 

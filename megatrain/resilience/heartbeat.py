@@ -1,8 +1,8 @@
 """Heartbeats: which step and phase each rank of a node is in, and how its time was spent. Imports no torch.
 
 Each local rank has a record of 256 bytes in an unnamed file that the rank and its agent map into memory. Writing one
-takes a few microseconds. A rank that is stopped, stuck or dead leaves its last record, and the file vanishes with the
-last process that maps it. Times are of the monotonic clock, which all processes of a machine share and nobody can set.
+takes a few microseconds. The last record of a rank that is stopped, stuck or dead stays readable. The file vanishes
+with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PHASES = ("start", "load", "data", "exchange", "forward", "backward", "update", 
 """What a rank can be doing. `start` lasts until the first step's batch: imports, rendezvous, building the model."""
 
 WAITED = "waited"
-"""Accounted besides the phases: the part of forward, backward and update spent waiting for other ranks."""
+"""Name of a further account: the part of forward, backward and update spent waiting for other ranks."""
 
 ENVIRONMENT = "MEGATRAIN_HEARTBEATS"
-"""Names the file descriptor that a worker inherits from its agent."""
+"""Environment variable with the file descriptor that a worker inherits from its agent."""
 
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 _COMPUTING = frozenset(_NUMBERS[phase] for phase in ("forward", "backward", "update"))
@@ -50,10 +50,10 @@ class Beat:
 class Account:
     """How a rank's time since its start was spent.
 
-    `seconds` holds the time by phase, which adds up to the time since the start, and `waited`, which is part of it.
-    `unfinished` is the part of `seconds` since the last finished step. `first` is the first step the rank began (0:
-    none yet), `done` the last it finished (0: none), and `finished` their number, including those repeated after a
-    rollback.
+    `seconds` holds the time by phase, which adds up to the time since the start, and `waited`, which the phases
+    include. `unfinished` is the part of `seconds` since the last finished step. `first` is the first step the rank
+    began (0: none yet), `done` the last it finished (0: none), and `finished` the number it finished, counting again
+    those repeated after a rollback.
     """
 
     first: int
@@ -64,17 +64,17 @@ class Account:
 
 
 class Listener(Protocol):
-    """An observer in the rank's process that is notified of every heartbeat call (a profile)."""
+    """An observer in the rank's process that is told of its phases and waits, such as a profiler."""
 
     def enter(self, phase: str, step: int) -> None:
-        """Called when a phase of a step begins."""
+        """Note that a phase of a step begins."""
 
     def waited(self, nanoseconds: int) -> None:
-        """Called with the nanoseconds of each wait for other ranks."""
+        """Note a wait of this many nanoseconds for other ranks."""
 
 
 class Heartbeat:
-    """A rank's own record. Without an agent (under torchrun, in a test) it is not written anywhere."""
+    """A rank's own record, written nowhere if there is no agent (under torchrun, in a test)."""
 
     def __init__(self, file: int | None = None, local_rank: int = 0) -> None:
         self._map = mmap.mmap(file, 0) if file is not None else None
@@ -96,7 +96,7 @@ class Heartbeat:
         return cls(int(number) if number else None, local_rank)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Record that this rank is alive and enters a phase (of a new step, if given)."""
+        """Record that this rank is alive and enters a phase; `step` is given when a new step begins."""
         self._book()
         if self._updates and phase in _AFTER_A_STEP:
             self._updates = False
@@ -109,7 +109,7 @@ class Heartbeat:
             self.step = step
             if phase == "data" and not self._first:
                 self._first = step
-                self._spent_on_steps = list(self._spent)  # so that unfinished time begins with the first step
+                self._spent_on_steps = list(self._spent)  # unfinished time begins with the first step
         self.phase = phase
         self._write()
         if self.listener is not None:
@@ -139,7 +139,7 @@ class Heartbeat:
 
 
 class Heartbeats:
-    """The agent's side: one file for all local ranks, cleared before each start of them."""
+    """The agent's side: one file for all local ranks, cleared before each start of the ranks."""
 
     def __init__(self, num_ranks: int) -> None:
         memory = "/dev/shm"

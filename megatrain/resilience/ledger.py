@@ -1,9 +1,9 @@
 """The goodput ledger: how every second of a run was spent, across restarts and requeues. Imports no torch.
 
-The agent keeps it in `runs/<name>/ledger.json` (`Ledger`). It has an entry for each agent, and in it one for each start
-of the ranks with rank 0's account of its time (`heartbeat.py`), updated every `EVERY_S` seconds. The totals and lost
-work are computed when the ledger is read (`summarise`), because only later starts show which steps were repeated.
-Times within an agent's life are of the monotonic clock; the wall clock only gives the time between two agents.
+The agent keeps it in `runs/<name>/ledger.json` (`Ledger`). It has an entry per agent, which has an entry per start of
+the ranks with rank 0's account of its time (`heartbeat.py`), updated every `EVERY_S` seconds. The totals and lost work
+are computed when the ledger is read (`summarise`), because only later starts show which steps were repeated. Times
+within an agent's life are from the monotonic clock; the wall clock only gives the time between two agents.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ CATEGORIES = (
     "downtime",
     "end",
 )
-"""How time is spent. `save` is the time that saves block the loop; `lost work` are steps that were repeated or never
-finished; `downtime` lasts from a failure to the next start of the ranks, and from one agent to the next."""
+"""How time is spent. `save` is the time that saves block the training loop; `lost work` went into steps that were
+repeated or never finished; `downtime` lasts from a failure to the next start of the ranks, or from one agent to the
+next."""
 
 EFFECTIVE = ("data", "compute", "communication")
-"""Categories of effective training time, for steps that were not lost."""
+"""Categories of effective training time, which exclude lost work."""
 
 _PHASES = {
     "start": "start-up",
@@ -59,7 +60,7 @@ _PHASES = {
     "end": "end",
 }
 _REPEATED = (*EFFECTIVE, "evaluation")
-"""Categories that are repeated together with a step."""
+"""Categories whose time is lost if a step is repeated."""
 
 _GOOD_ENDS = ("done", "saved")
 
@@ -69,12 +70,12 @@ DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 class Ledger:
-    """Keeps the ledger of one agent. A disk error is ignored until the next write; it never stops the agent."""
+    """Keeps the ledger for one agent. A failed write never stops the agent; the next one makes up for it."""
 
     def __init__(
         self, path: Path, heartbeats: Heartbeats, may_write: Callable[[], None], since: float | None = None
     ) -> None:
-        """`since` is when this agent started (time.monotonic(); default now). `may_write` raises OwnedError once
+        """`since` is when this agent started (time.monotonic(); None means now). `may_write` raises OwnedError once
         another job owns the run."""
         now = time.monotonic()
         self._zero = now if since is None else since
@@ -94,22 +95,22 @@ class Ledger:
         self._document["agents"].append(self._agent)
 
     def begin(self) -> None:
-        """Begin a start of the ranks. The heartbeats have just been cleared."""
+        """Begin the entry of a new start of the ranks. Call it after the heartbeats are cleared."""
         now = self._now()
         self._start = {"from_s": now, "to_s": now, "ended": None}
         self._agent["starts"].append(self._start)
         self._write()
 
     def watch(self) -> None:
-        """Update the ledger if `EVERY_S` have passed. Called often."""
+        """Update the ledger if `EVERY_S` seconds have passed since the last write. Call it often."""
         if time.monotonic() - self._written >= EVERY_S:
             self._book(self._now())
             self._write()
 
     def freeze(self, hung: bool = False) -> None:
-        """Stop the ranks' account: from here on, time is downtime. Only the first call counts.
+        """Close the account of this start: later time is not the ranks'. Only the first call counts.
 
-        For ranks that hung, the account stops at rank 0's last heartbeat.
+        For ranks that hung, the account ends with rank 0's last heartbeat.
         """
         if self._start is not None:
             self._book(self._now() - (self._heartbeats.read(0).age_s if hung else 0.0))
@@ -145,7 +146,7 @@ class Ledger:
             pass
         except (OSError, *DAMAGE):
             aside = self._path.with_name(f"{self._path.name}.damaged")
-            with contextlib.suppress(OSError):  # nothing can be added to it any more
+            with contextlib.suppress(OSError):  # a damaged ledger cannot be continued
                 os.replace(self._path, aside)
                 print(
                     f"megatrain: {self._path} is damaged and was renamed to {aside.name}; starting a new one",
@@ -159,7 +160,7 @@ class Ledger:
         self._agent["seconds"] = round(self._now(), 4)
         try:
             self._may_write()
-            with replacing(self._path) as file:  # no flush of the folder: this runs in the agent's loop
+            with replacing(self._path) as file:  # not durable=True, as flushing the folder would delay the agent's loop
                 file.write(json.dumps(self._document).encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,7 +177,7 @@ def _account_entry(account: Account) -> dict[str, Any]:
 
 
 def process_age() -> float:
-    """Return the seconds since this process was started; 0 if the system does not say."""
+    """Return the seconds since this process started; 0 if the system does not tell."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -202,7 +203,7 @@ def read_ledger(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a run's life, from `start_s` to `stop_s` after its beginning, and how it was spent.
+    """A part of a run's life, from `start_s` to `stop_s` seconds after its beginning, and how it was spent.
 
     `steps` are the first and the last step of a start of the ranks (None between starts). `ended` is how it ended (None
     if it goes on, or its agent was killed), and `failed` whether that was a failure.
@@ -218,7 +219,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's whole life. `wall_s` lasts from the first agent's start to the last entry of the ledger."""
+    """A run's whole life. `began` is a Unix time; `wall_s` lasts from then to the end of the ledger's last entry."""
 
     began: float
     wall_s: float
@@ -227,12 +228,12 @@ class Summary:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of the whole life by category."""
+        """Return the seconds of the run's life by category."""
         return {name: sum(span.seconds.get(name, 0.0) for span in self.spans) for name in CATEGORIES}
 
     @property
     def goodput(self) -> float:
-        """Return the share of the life that was effective training."""
+        """Return the share of `wall_s` that was effective training."""
         seconds = self.seconds
         return sum(seconds[name] for name in EFFECTIVE) / self.wall_s if self.wall_s else 0.0
 
@@ -256,8 +257,9 @@ class Summary:
 def summarise(document: dict[str, Any]) -> Summary:
     """Summarise a ledger.
 
-    Steps that were repeated, by a later start or after a rollback, are lost, with their share of their start's time for
-    steps. The time that a failed start spent on its unfinished step is lost too.
+    Steps that were repeated, by a later start or after a rollback, are lost work: each costs an equal share of the time
+    that its start spent on finished steps. So is the unfinished step of a start that was cut off. Raises one of
+    `DAMAGE` for a damaged ledger.
     """
     agents = document["agents"]
     starts = [start for agent in agents for start in agent["starts"]]
@@ -265,7 +267,7 @@ def summarise(document: dict[str, Any]) -> Summary:
     lost_steps = 0
     now = 0.0
     for agent in agents:
-        begins = max(now, agent["began"] - agents[0]["began"])  # the clocks of two machines may differ, or be changed
+        begins = max(now, agent["began"] - agents[0]["began"])  # clocks may differ between machines, or be set
         if begins > now:
             spans.append(Span(now, begins, {"downtime": begins - now}))
         now, gap = begins, "start-up"

@@ -1,9 +1,9 @@
 """Ownership of a run folder: one writer at a time. Imports no torch.
 
 Owners are numbered: `runs/<name>/owner/00000001.json` and so on, and the highest number owns the folder. A job becomes
-the owner by creating the next number, which only one job can do. A job that sees a number above its own must not write
-any more (a fencing token: Kleppmann, "How to do distributed locking", 2016). There are no locks, which some network
-file systems do not honour, and no comparison of clocks of different machines.
+the owner by creating the next number, which only one job can do. A job that sees a number above its own must stop
+writing (a fencing token: Kleppmann, "How to do distributed locking", 2016). This needs no locks, which some network
+file systems ignore, and compares no clocks across machines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatrain.resilience.atomic_file import write_atomically
 FOLDER = "owner"
 
 ENVIRONMENT = "MEGATRAIN_OWNER"
-"""Holds the agent's owner number in its workers' environment."""
+"""Environment variable that tells workers the owner number of their agent."""
 
 BEAT_S = 5.0
 """Seconds between heartbeats of an owner."""
@@ -52,8 +52,8 @@ class Ownership:
     def take(cls, run_dir: Path, watch_s: float = WATCH_S) -> Ownership:
         """Become the owner of `run_dir`.
 
-        A previous owner on this machine is gone if its process is. An earlier start of the same Slurm job is gone. Any
-        other owner is watched for `watch_s` seconds.
+        The previous owner must have released it or be gone. On this machine it is gone if its process has exited; on
+        another, if it was an earlier start of the same Slurm job, or sends no heartbeat for `watch_s` seconds.
 
         Raises:
             OwnedError: another job owns the folder.
@@ -73,7 +73,7 @@ class Ownership:
                 try:
                     _create(_path(folder, number), identity())
                 except FileExistsError:
-                    continue  # another job was faster and is the owner now
+                    continue  # another job was faster; look at it
                 for older in folder.iterdir():
                     if (match := _NAME.fullmatch(older.name)) and int(match[1]) < number - 1:
                         older.unlink(missing_ok=True)
@@ -88,7 +88,7 @@ class Ownership:
         return cls(run_dir / FOLDER, int(number)) if number else None
 
     def check(self) -> None:
-        """Check the ownership before anything is written, and send a heartbeat.
+        """Check, before each write, that this job still owns the folder; send a heartbeat if one is due.
 
         Raises:
             OwnedError: another job has taken over the folder.
@@ -102,7 +102,7 @@ class Ownership:
         self.beat()
 
     def _was_replaced(self) -> bool:
-        """Whether the owner files were removed and another job has this number now. Checked once per heartbeat."""
+        """Return whether the owner files were removed and another job now has this number. Looks once per heartbeat."""
         if self._identity is None or time.monotonic() - self._beaten < BEAT_S:
             return False
         return _key(_read(self._file)) not in (None, self._identity)
@@ -158,7 +158,7 @@ def _key(owner: dict[str, Any]) -> tuple[Any, ...] | None:
 
 
 def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
-    """Whether an owner no longer runs."""
+    """Return whether an owner has exited, or seems to have."""
     job = os.environ.get("SLURM_JOB_ID")
     requeued = job is not None and owner.get("job") == job
     if owner.get("machine") and owner["machine"] == _machine():
@@ -166,9 +166,8 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
         def runs() -> bool:
             return _started(int(owner["pid"])) == owner.get("process_started")
 
-        return not runs() or (
-            requeued and _changes(runs, watch_s)
-        )  # the previous start of this job may still be ending
+        # the previous start of this job may still be exiting
+        return not runs() or (requeued and _changes(runs, watch_s))
     if requeued:
         return True
     print(
@@ -180,7 +179,7 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
 
 
 def _changes(look: Callable[[], Any], seconds: float) -> bool:
-    """Whether the result of `look` changes within `seconds`."""
+    """Return whether the result of `look` changes within `seconds`."""
     first, deadline = look(), time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(0.2, seconds / 10))
@@ -190,7 +189,7 @@ def _changes(look: Callable[[], Any], seconds: float) -> bool:
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:
-    """Return a file's size and time. It is opened because a network file system may answer a stat from its cache."""
+    """Return a file's size and modification time. Opens it, as a network file system may answer stat from its cache."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -204,7 +203,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _create(path: Path, document: dict[str, Any]) -> None:
-    """Create a file that must not exist yet. It appears with all its content or not at all."""
+    """Create a file with all its content or not at all. Raises FileExistsError if the name is taken."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}")
     try:
         with temporary.open("x") as file:
@@ -225,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Return an id of this machine, its boot and its process namespace, or None if the system has none."""
+    """Return an id of this machine, its boot and the PID namespace, or None if the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"

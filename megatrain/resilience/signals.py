@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by the first of `STOP_SIGNALS`. Further ones are ignored, so that they do not interrupt a save."""
+    """A request to save and stop: the first of `STOP_SIGNALS`. Later ones are ignored, to leave a save undisturbed."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -24,9 +24,8 @@ class StopRequest:
         """Install the handlers (main thread only)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C may reach the whole process group; our agent sends SIGTERM for it
+        # Ctrl-C may reach the whole process group; the agent sends SIGTERM instead
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = self.signal_number or number

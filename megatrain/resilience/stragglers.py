@@ -2,7 +2,7 @@
 
 All ranks of a job finish a step together, because fast ranks wait for slow ones. What differs is a rank's own time: the
 step's time minus the time it was held up by others (`distributed/waits.py`). A rank is compared with the others of its
-kind (the same pipeline stage, as stages do different work). A rank that is the only one of its kind is not judged.
+kind: those in the same pipeline stage, as stages do different work. The only rank of its kind is not judged.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 WINDOW = 36
-"""Number of steps that a verdict is based on."""
+"""Number of steps on which a verdict is based."""
 
 QUICK = 0.1
 """The quantile of a rank's step times that represents its quick steps.
 
-A slow rank is slow there too, while noise comes and goes: in 1,000 steps of two ranks on two cores shared with four
-other programs, the medians of a whole window were up to 1.49 times apart, and the quick steps 1.09 times.
+A slow rank is slow even in its quick steps, while noise comes and goes: in 1,000 steps of two ranks on two cores shared
+with four other programs, window medians differed by a factor of up to 1.49, quick steps by 1.09.
 """
 
 EVERY = 4
@@ -48,7 +48,7 @@ class Stragglers:
     """Keeps the own times of all ranks in the last steps. Reports a rank once when it becomes slow."""
 
     def __init__(self, kinds: Sequence[int], ratio: float) -> None:
-        """`kinds` holds each rank's kind. A rank is slow if it takes over `ratio` times as long as its kind."""
+        """`kinds` holds each rank's kind. A rank is slow if it takes over `ratio` times as long as its peers."""
         groups: dict[int, list[int]] = {}
         for rank, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(rank)
@@ -62,7 +62,7 @@ class Stragglers:
         self._slow: set[int] = set()
 
     def judge(self, seconds: Sequence[float]) -> list[Verdict]:
-        """Add every rank's own seconds of one step, and return what has changed."""
+        """Add every rank's own seconds in one step, and return a verdict for each rank whose state changed."""
         row = self._known % WINDOW
         own = np.maximum(np.asarray(seconds, dtype=float), 1e-9)
         self._own[row] = own

@@ -1,6 +1,6 @@
-"""Detect a job that hangs, and find the rank to blame. Runs in the agent; imports no torch.
+"""Detect a hung job, and find the rank to blame. Runs in the agent; imports no torch.
 
-The ranks of a job depend on each other: if one is stuck, all others soon wait for it. So a job hangs when no rank has
+The ranks of a job depend on each other: if one is stuck, all others soon wait for it. So a job hangs if no rank has
 sent a heartbeat for a while. The culprit is the rank that does not answer, or the one that is not waiting for others.
 """
 
@@ -39,9 +39,9 @@ NEAR = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a heartbeat until a job counts as hanging.
+    """Seconds without a heartbeat until a job counts as hung.
 
-    `training_s` holds while it trains; `starting_s` where it may take long: imports, rendezvous, loading and compiling
+    `training_s` applies while it trains; `starting_s` to what may take long: imports, rendezvous, loading and compiling
     until the first step is done, waiting for a save, and sending the trackers' backlog after the last step.
     """
 
@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Witness:
-    """What a rank of a hanging job was doing.
+    """What a rank of a hung job was doing.
 
     `state` is Linux's letter for the process's state, `waits_in` the collective it waits in (None if in none), `at` the
     line of our code that called it, and `stacks` its dump (empty if it did not answer).
@@ -71,7 +71,7 @@ class Witness:
 
     @property
     def answered(self) -> bool:
-        """Whether it wrote its stacks."""
+        """Return whether the rank wrote its stacks."""
         return bool(self.stacks)
 
     def event(self) -> dict[str, Any]:
@@ -98,14 +98,14 @@ class Witness:
 
 
 def hangs(heartbeats: Heartbeats, ranks: Sequence[int], limits: Limits) -> bool:
-    """Whether none of these local ranks has sent a heartbeat within its limit."""
+    """Return whether all of these local ranks have been silent for longer than their limits; False without ranks."""
     beats = [heartbeats.read(rank) for rank in ranks]
     return bool(beats) and all(beat.age_s > limits.of(beat) for beat in beats)
 
 
 @contextmanager
 def answer_with_stacks(path: Path) -> Iterator[None]:
-    """In a worker: write the stacks of all threads to `path` on DUMP_SIGNAL. An empty file is removed at the end."""
+    """Have this worker write the stacks of all threads to `path` on DUMP_SIGNAL. Removes an empty file at the end."""
     with path.open("w") as file:
         faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True, chain=False)
         try:
@@ -124,7 +124,7 @@ def stack_file(run_dir: Path, rank: int) -> Path:
 def collect_stacks(
     pids: Mapping[int, int], heartbeats: Heartbeats, stack_file: Mapping[int, Path], patience_s: float = ANSWER_S
 ) -> list[Witness]:
-    """Make every rank (`pids` by local rank) write its stacks, and find out what each is waiting for."""
+    """Have every rank (`pids` by local rank) write its stacks, and return what each was doing."""
     sizes = {rank: _size(stack_file[rank]) for rank in pids}
     for pid in pids.values():
         try:
@@ -156,7 +156,7 @@ def culprits(witnesses: Sequence[Witness]) -> list[Witness]:
     for guilty in (silent, not_waiting):
         if guilty and (len(guilty) < len(witnesses) or len(witnesses) == 1):
             return guilty
-    # on GPUs no rank is seen waiting: the host runs ahead of the collective until it needs a result of the GPU
+    # on GPUs no rank is seen waiting: the host runs ahead of the collective until it needs a result from the GPU
     none_waits = all(witness.waits_in is None for witness in witnesses)
     places = [(witness.beat.step, PHASES.index(witness.beat.phase) if none_waits else 0) for witness in witnesses]
     guilty = [witness for witness, place in zip(witnesses, places, strict=True) if place == min(places)]
@@ -164,7 +164,7 @@ def culprits(witnesses: Sequence[Witness]) -> list[Witness]:
 
 
 def read_stacks(stacks: str) -> tuple[str | None, str | None]:
-    """Return the collective that a faulthandler dump shows a thread waiting in, and the line of ours that called it."""
+    """Return the collective in which a faulthandler dump shows a thread waiting, and our line that called it."""
     waits_in = at = None
     for thread in re.split(r"\n\n|(?=^(?:Current thread|Thread) 0x)", stacks, flags=re.MULTILINE):
         lines = (line for line in thread.splitlines() if line.lstrip().startswith("File "))
