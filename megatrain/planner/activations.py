@@ -1,13 +1,12 @@
 """Bytes of activations, by arithmetic from a job's sizes: what the model of model/gpt.py keeps for the backward pass.
 
 Counts what autograd keeps, tensor by tensor, on one rank and for one micro-batch (after Korthikanti et al., 2022,
-arXiv:2205.05198, section 4). Their model differs: here attention is fused, so nothing grows with the square of the
-sequence; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less with RMSNorm
+arXiv:2205.05198, section 4). Unlike theirs, this model has fused attention, so nothing grows with the square of the
+sequence length; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less with RMSNorm
 and SwiGLU, so for those the result is an upper bound. Dropout inside attention and document masks are not counted,
 because their memory depends on the kernel. Imports no torch.
 
-Letters: t tokens that a rank works on (micro-batch x sequence / cp), D width, H and G query and key-value heads a rank
-holds, K head size, F feed-forward and V vocabulary width a rank holds, w bytes of the compute format.
+`w` is the number of bytes of the compute format.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _norm(size: int, w: int, kind: str) -> int:
 
 
 def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: int) -> tuple[int, int]:
-    """Return the bytes from the q, k and v projections to the input of the output projection, and selective's.
+    """Return the bytes kept from the q, k and v projections to the input of the output projection: all, and selective.
 
     Selective recompute keeps the results of matrix products and of attention.
     """
@@ -102,7 +101,7 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
     queries, keys = heads * model.head_dim, kv_heads * model.head_dim
     is_ring = split.cp > 1 and split.cp_kind == "ring"
     result = (4 if is_ring else w) * queries + 4 * heads  # with the log-sum-exp of each row
-    # rotary and context attention return heads before tokens: the output projection copies that to tokens first
+    # with RoPE or context parallelism, attention's result is heads first; the output projection copies it tokens first
     copied = w * queries if model.position == "rope" or split.cp > 1 else 0
     products = tokens * (w * (queries + 2 * keys) + result)
     whole = products + tokens * copied
@@ -114,7 +113,7 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
 
 
 def _mlp(model: ModelConfig, split: Split, tokens: int, w: int) -> tuple[int, int]:
-    """Return the bytes inside the feed-forward layer, and those of the results of its matrix products."""
+    """Return the bytes kept inside the feed-forward layer: all, and those of its matrix products' results."""
     size = w * tokens * model.ffn_dim // split.tp
     # gate, silu(gate), up and their product; or GELU's input and its result
     return (4 * size, 2 * size) if model.activation == "swiglu" else (2 * size, size)

@@ -1,6 +1,6 @@
 """Every layout that a number of ranks allows: all combinations of the axes, each checked against the table of rules.py.
 
-`megatrain layouts` lists them, tests/measure/parity_grid.py compares them with one process. Imports no torch.
+`megatrain layouts` lists them; tests/measure/parity_grid.py compares them with one process. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEDULES = (
 
 
 class Candidate(NamedTuple):
-    """One combination of the axes. Pipeline keys mean nothing at pp=1, and `cp_kind` means nothing at cp=1."""
+    """One combination of the axes. At pp=1 the pipeline keys have no effect, nor has `cp_kind` at cp=1."""
 
     engine: str
     zero: int
@@ -86,7 +86,7 @@ class Axes:
 def judge(config: TrainConfig, world_size: int, axes: Axes) -> Iterator[tuple[Candidate, Refusal | None, TrainConfig]]:
     """Yield each candidate, the row that refuses it or None, and the job's config with the candidate written in.
 
-    Every item has the same config object, a copy of the given one.
+    All items share one config object, a copy of the given one, which the next item overwrites.
     """
     config = deepcopy(config)
     for candidate in axes.candidates(world_size):

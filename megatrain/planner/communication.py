@@ -1,7 +1,7 @@
 """What an optimizer step has to communicate, by arithmetic alone: calls and bytes of each collective on a rank.
 
-tests/parity/test_communication.py compares it with counted traffic; docs/reference/communication.md
-explains it. Imports no torch.
+tests/parity/test_communication.py compares it with counted traffic; docs/reference/communication.md explains it.
+Imports no torch.
 
 Bytes are a collective's payload: all-gather, the whole output; reduce-scatter, the whole input; all-reduce, the tensor;
 all-to-all, the input; send and receive, the message. `Traffic.wire_bytes` converts them to the bytes that a rank sends.
@@ -42,7 +42,7 @@ class Traffic:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that the rank itself sends in ring collectives.
+        """Bytes that the rank itself sends if collectives are rings.
 
         (n - 1) / n of the payload, twice that for an all-reduce (Thakur et al., 2005, section 4).
         """
@@ -68,7 +68,7 @@ class Zero3Settings:
 def step_traffic(
     config: TrainConfig, world_size: int, rank: int, zero3: Zero3Settings = Zero3Settings()
 ) -> list[Traffic]:
-    """Return everything that `rank` must communicate in one optimizer step, by reason."""
+    """Return what `rank` must communicate in one optimizer step, one entry per reason."""
     step = _Step(config, world_size, rank)
     found = [*step.attention(), *(step.deepspeed(zero3) if config.engine.name == "deepspeed" else step.native())]
     return [traffic for traffic in found if traffic.calls and len(traffic.members) > 1]
@@ -92,7 +92,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------- groups
 
     def members(self, axis: str) -> tuple[int, ...]:
-        """Return the ranks of this rank's group: along an axis of either grid, `world`, or the pipeline's `ends`."""
+        """Return the ranks of this rank's group on an axis of either grid, `world`, or the pipeline's `ends`."""
         layout = self.layout
         if axis == "world":
             return tuple(range(layout.world_size))
@@ -169,7 +169,7 @@ class _Step:
             yield cross("layers", collective, 4 * layers)
             yield cross("embedding", collective, int(is_first))
             yield cross("head", collective, int(is_last))
-        # no gradient in a block needs its last reduce-scatter, so recompute does not repeat it
+        # no gradient in a block depends on its last reduce-scatter, so recompute does not repeat it
         yield cross("layers recomputed", ALL_GATHER, 2 * recomputed)
         yield cross("layers recomputed", REDUCE_SCATTER, recomputed)
         if is_last:
@@ -248,7 +248,7 @@ class _Step:
         return [name for unit in self._units(stage) for name in unit]
 
     def _units(self, stage: int) -> list[list[str]]:
-        """Return the units that a stage gathers and reduces: each block, each end; a tied weight joins the ends."""
+        """Return the parameter names of a stage's FSDP2 units: each block, each end; a tied weight joins the ends."""
         is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
         blocks = [[name for name in self.shapes if name.startswith(f"blocks.{i}.")] for i in self.layers[stage]]
         first = [name for name in self.shapes if name.startswith(("embed.", "positions."))] if is_first else []
@@ -260,7 +260,7 @@ class _Step:
         return [unit for unit in (first, *blocks, last) if unit]
 
     def _modules(self, unit: list[str]) -> list[list[str]]:
-        """Return the parts of a unit that ZeRO 0 reduces separately: its modules, and the root's own parameters."""
+        """Return the parts of a unit that ZeRO 0 all-reduces separately: its modules, and the root's own parameters."""
         if unit[0].startswith("blocks.") or (
             {"embed.weight", "final_norm.weight"} <= set(unit) and self.layout.pp == 1
         ):
@@ -339,7 +339,7 @@ class _Step:
         yield cross("layers", 4 * num_layers, hidden)
         yield cross("embedding", 1, hidden)
         yield cross("head", 1, hidden)
-        if self.config.train.recompute != "none":  # no gradient in a block needs its last sum
+        if self.config.train.recompute != "none":  # no gradient depends on a block's last all-reduce
             yield cross("layers recomputed", num_layers, hidden)
         if model.qk_norm:
             yield cross("gradients of query and key norms", 2 * num_layers, model.head_dim)

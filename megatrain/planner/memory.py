@@ -1,6 +1,6 @@
 """Bytes that a rank holds at the peak of a step, by arithmetic from a config and a layout. Imports no torch.
 
-It counts what the engines really hold, not what the ZeRO stages promise: tests/parity/test_memory.py sums the tensors
+It counts what the engines really hold, not what ZeRO promises in theory: tests/parity/test_memory.py sums the tensors
 and compares. Not counted: the allocator's overhead, workspaces of libraries, buffers of a single operation inside a
 layer, and the data.
 """
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Sum of the kinds: an upper bound of the peak, because they do not all peak at once."""
+        """Sum of the kinds: an upper bound on the peak, because they do not all peak at once."""
         return sum(self)
 
 
@@ -79,8 +79,8 @@ class _Cut(NamedTuple):
 class _Counts(NamedTuple):
     """Numbers of parameters in a part of the model, as one rank of a tensor group sees it.
 
-    `whole`: in its blocks; `padded`: in one shard of each block, at the size of the largest; `own`: in this rank's
-    shards; `state_bytes`: bytes of the optimizer's states of `own`.
+    `whole`: in its blocks; `padded`: in the largest shard of each block; `own`: in this rank's shards; `tensors`: how
+    many tensors; `state_bytes`: bytes of the optimizer's states of `own`.
     """
 
     whole: int = 0
@@ -159,8 +159,8 @@ class MemoryModel:
             shards = layout.num_shards
             cut = _Cut(blocks, shards, (place.dp * layout.cp + place.cp) % shards)
             sharded = layout.dp_cp_size > 1
-            # torch's pipeline reduces at the step's end and never frees parameters after a backward pass. So stages 2
-            # and 3 hold what stage 1 holds, and backward passes are summed unsharded.
+            # torch's pipeline reduces at the step's end and never frees parameters after a backward pass. So ZeRO 2
+            # and 3 hold what ZeRO 1 holds, and gradients are summed unsharded.
             stays = layout.zero < 3 or layout.pp > 1
             unreduced = layout.pp > 1 or (layout.zero < 2 and number > 1)
             states = self._native(stages, cut, sharded, stays, unreduced, formats.name, formats.reduce_dtype)
@@ -168,7 +168,7 @@ class MemoryModel:
             cut = _Cut(blocks, layout.dp_cp_size, place.dp * layout.cp + place.cp)
             dtypes = (formats.name, formats.accumulate_dtype, formats.reduce_dtype)
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
-        on_gpu = config.launch.device != "cpu"  # device=auto: users ask about GPUs
+        on_gpu = config.launch.device != "cpu"  # device=auto means a GPU here
         chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
         split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu)
         loop = config.train
@@ -202,8 +202,8 @@ class MemoryModel:
     ) -> _States:
         """Return the native engine's states: fp32 masters, gathered by FSDP2 into copies in the compute format.
 
-        It makes the copies in fp32 and at stage 0 too. `stays`: whether they stay until the step's end; `unreduced`:
-        whether micro-batches are summed before they are reduced.
+        FSDP2 makes the copies in fp32 and at ZeRO 0 too. `stays`: whether they stay until the step's end; `unreduced`:
+        whether gradients are summed over micro-batches before they are reduced.
         """
         w = FORMAT_BYTES[compute_dtype]
         units = [unit for stage in stages for unit in self._units(stage, cut)]
@@ -213,7 +213,8 @@ class MemoryModel:
         optimizer = held.state_bytes + 4 * held.tensors
         unsharded = 4 * held.whole
         if (w == 4 or sharded) and any(self._has_own_embedding(stage) for stage in stages):
-            # DTensor makes the embedding's gradient for the whole vocabulary on every rank cutting it at the step's end
+            # DTensor makes the embedding's gradient for the whole vocabulary on every rank, and cuts it at the step's
+            # end
             rows = plan.block("embed.weight", self.shapes["embed.weight"], cut.blocks)[1][0]
             unsharded += 4 * (self.model.vocab - rows) * self.model.hidden_size
         if not sharded:
@@ -221,7 +222,7 @@ class MemoryModel:
         shard, gathered = 4 * held.padded, w * cut.shards * held.padded
         gradients = max(unsharded if unreduced else 0, shard)
         # A unit is gathered into one flat buffer, then copied out. Its gradient, in the compute format, is copied
-        # into the buffer that is reduced. At stage 3 the next unit is gathered at the same time.
+        # into the buffer that is reduced. At ZeRO 3 the next unit is gathered at the same time.
         largest = cut.shards * max(unit.padded for unit, _, _ in units)
         working = largest * (w + FORMAT_BYTES[reduce_dtype])
         if not stays:
@@ -242,7 +243,7 @@ class MemoryModel:
         return [unit for unit in units if unit[1]]
 
     def _count_part(self, part: str, cut: _Cut) -> _Counts:
-        """Return the counts of parameters cut by the plan, then sharded along their first dimension."""
+        """Return the counts of a part's parameters, cut by the plan and then sharded along their first dimension."""
         found = _Counts()
         for name in ["embed.weight"] if part == "tied" else self.parts[part]:
             _, sizes = plan.block(name, self.shapes[name], cut.blocks)
@@ -264,7 +265,7 @@ class MemoryModel:
         offload: str,
         offload_parameters: bool,
     ) -> _States:
-        """Return DeepSpeed's states: flat copies and fp32 partitions, by the optimizer of each stage and format.
+        """Return DeepSpeed's states: flat copies and fp32 partitions, as its optimizer for the stage and format holds.
 
         Offloaded states are left out: only the device is counted.
         """
@@ -288,7 +289,7 @@ class MemoryModel:
     def _deepspeed_stages_1_and_2(
         self, cut: _Cut, zero: int, w: int, sums: int, compute_dtype: str, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """Return the states and the partition size: a flat copy padded to twice the ranks, and its partition."""
+        """Return the states and the partition size, for a flat copy padded to a multiple of twice the ranks."""
         parts = [2 * ceil(sum(group) / (2 * cut.shards)) for group in groups]
         part, whole, bucket = sum(parts), sum(map(sum, groups)), self.sizes.reduce_bucket
         parameters = w * part * cut.shards + 4 * part
@@ -299,8 +300,8 @@ class MemoryModel:
         elif w < sums and zero == 2:
             gradients, working = 4 * part, w * bucket
         else:
-            # DeepSpeed averages whole gradients of the parameters that overlap the partition. Each group's are copied
-            # into a flat fp32 gradient for its update.
+            # DeepSpeed keeps the whole averaged gradient of every parameter that overlaps the partition. Each group's
+            # are copied into a flat fp32 gradient for its update.
             averaged = sum(_touched(group, part, cut.shard_rank) for group, part in zip(groups, parts, strict=True))
             gradients, working = sums * averaged + 4 * max(parts), w * bucket
             if zero == 1:  # reduced once a step, after the last backward pass
@@ -310,14 +311,14 @@ class MemoryModel:
     def _deepspeed_stage_3(
         self, cut: _Cut, w: int, sums: int, reduced: int, groups: tuple[tuple[int, ...], ...]
     ) -> tuple[_States, int]:
-        """Return the states and the shard size: each parameter is sharded, a copy beside its master, in fp32 too."""
+        """Return the states and the shard size: each parameter's shard is a copy and a master, even in fp32."""
         sizes, ranks = self.sizes, cut.shards
         pieces = [[ceil(size / ranks) for size in group] for group in groups]
         part, whole = sum(map(sum, pieces)), sum(map(sum, groups))
         persistent = sum(size for group in groups for size in group if size < sizes.persistence_threshold)
         # each sub-group's gradients are copied flat into fp32 for its update
         copied = max(min(sum(group), sizes.sub_group + max(group)) for group in pieces)
-        # parameters that are needed again soon stay gathered, up to a billion of them
+        # parameters that are needed again soon stay gathered, up to 1e9 elements
         live = max(0, max(min(whole, sizes.max_live), max(map(max, groups))) - persistent)
         gathered = (w * persistent, w * live) if ranks > 1 else (0, 0)
         states = _States(
@@ -349,7 +350,7 @@ class MemoryModel:
     def _activations(
         self, stages: tuple[_Stage, ...], pipeline: tuple[str, int, int, int, int] | None, sizes: tuple[Any, ...]
     ) -> tuple[int, int]:
-        """Return what a rank's micro-batches in flight keep, and its short-lived activations."""
+        """Return the bytes that a rank's micro-batches in flight keep, and those of its short-lived activations."""
         one = activations.count(self.model, *sizes)
         weights = [
             blocks * one.block + (one.first if is_first else 0) + (one.last if is_last else 0)
@@ -368,14 +369,14 @@ class MemoryModel:
 
 
 def _two_at_once(units: list[tuple[_Counts, int, bool]]) -> int:
-    """Return the padded shards of the largest two neighbouring units, gathered together, plus units that stay."""
+    """Return the elements in padded shards of the largest pair of adjacent units, plus those of units that stay."""
     passing = [unit.padded for unit, number, stays in units if not stays for _ in range(min(number, 2))]
     pairs = [sum(passing[index : index + 2]) for index in range(len(passing))]
     return max(pairs, default=0) + sum(unit.padded for unit, _, stays in units if stays)
 
 
 def _touched(group: tuple[int, ...], part: int, rank: int) -> int:
-    """Return the total size of a group's parameters that overlap a rank's partition, with the partition's padding."""
+    """Return the total size of a group's parameters that overlap a rank's partition, plus the partition's padding."""
     start, stop = rank * part, (rank + 1) * part
     touched = at = 0
     for size in group:
@@ -403,7 +404,7 @@ def in_flight(
 
 
 def _most_held(order: list[timeline.Action]) -> tuple[tuple[int, ...], ...]:
-    """Return the counts by stage that no other moment of a rank's step exceeds in every stage."""
+    """Return a rank's Pareto-maximal counts by stage: no other moment of the step holds as much or more in each."""
     held, seen = dict.fromkeys(sorted({action.stage for action in order}), 0), set()
     for action, following in zip(order, [*order[1:], None], strict=True):
         held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]

@@ -1,7 +1,7 @@
 """When each rank of a pipeline computes what, and how long it waits: the schedules as data. Imports no torch.
 
 The orders are those of torch's schedules (a test compares them). Times have the unit of the durations.
-Letters: F forward, B whole backward, I the inputs' part of a backward, W the weights' part.
+Letters: F forward, B whole backward, I input gradients only, W weight gradients only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatrain.parallel.stages import LOOPED, V_SHAPED, ZERO_BUBBLE
 
 DURATIONS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
-"""Costs of a stage's actions relative to its forward: each matrix product has two in the backward pass."""
+"""Costs of a stage's actions relative to its forward: each matrix product causes two in the backward pass."""
 
 
 class Action(NamedTuple):
@@ -43,7 +43,7 @@ class Timeline(NamedTuple):
 
     @property
     def bubble(self) -> float:
-        """Idle over ideal time: the time that ranks wait in a step over the time that they compute."""
+        """Idle over ideal time: the time that ranks wait in a step, divided by the time that they compute."""
         busy = sum(span.end - span.start for spans in self.ranks for span in spans)
         return (self.length * len(self.ranks) - busy) / busy
 
@@ -81,9 +81,9 @@ def _one_forward_one_backward(rank: int, pp: int, num_micro_batches: int) -> lis
 
 
 def _looped(rank: int, pp: int, virtual_stages: int, num_micro_batches: int, is_split: bool) -> list[Action]:
-    """Run micro-batches in rounds of about `pp`, each through all stages of a rank; backward passes in equal rounds.
+    """Run micro-batches in rounds of about `pp`, each through all of a rank's stages, forward and then backward.
 
-    Where the backward is split, rank r runs the weights' part r backward passes after the inputs' part.
+    If the backward is split, rank r runs W r backward passes later than the matching I.
     """
     per_round = num_micro_batches // max(1, num_micro_batches // pp)
     total = num_micro_batches * virtual_stages
@@ -111,9 +111,9 @@ def _looped(rank: int, pp: int, virtual_stages: int, num_micro_batches: int, is_
 
 
 def _v_shaped(rank: int, pp: int, num_micro_batches: int) -> list[Action]:
-    """ZB-V (Qi et al. 2024, section 6): two stages a rank, down and up again, backward passes split."""
+    """ZB-V (Qi et al. 2024, section 6): two stages per rank, in a V, with split backward passes."""
     stages = (rank, 2 * pp - 1 - rank)
-    count = max(2 * pp - 1, num_micro_batches)  # a shorter step is planned like this, then cut to its micro-batches
+    count = max(2 * pp - 1, num_micro_batches)  # a shorter step is a longer one without the surplus micro-batches
     order: list[Action] = []
     done = {(leg, kind): 0 for leg in (0, 1) for kind in "FIW"}
 
@@ -150,8 +150,8 @@ def simulate(
 ) -> Timeline:
     """Run the actions of each rank in order, each as soon as its rank is free and its input is ready.
 
-    `work` has a factor on the durations of each stage (default 1). Communication takes no time. The first stage passes
-    no gradient back, so torch runs its whole backward as the weights' part, and so does this.
+    `work` scales the durations of each stage (default 1). Communication takes no time. The first stage has no input
+    gradients, so torch runs its whole backward as W, and so does this.
     """
     last = max(action.stage for actions in order for action in actions)
     ends: dict[Action, float] = {}
@@ -181,7 +181,7 @@ def _duration(action: Action, durations: Mapping[str, float]) -> float:
 
 
 def _ready(action: Action, last: int, ends: Mapping[Action, float]) -> float | None:
-    """Return when the input of an action is ready, None while that is unknown."""
+    """Return when the input of an action is ready, or None while that is unknown."""
     stage, kind, m = action
     if kind == "F":
         return 0.0 if stage == 0 else ends.get(Action(stage - 1, "F", m))
