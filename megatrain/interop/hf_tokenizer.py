@@ -1,6 +1,6 @@
 """Export a saved tokenizer to a Hugging Face folder; a SentencePiece model becomes an equivalent tokenizer.json.
 
-Tokenization itself is in megatrain/data/tokenizer.py.
+Our own tokenizers are in megatrain/data/.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
     """Return a `PreTrainedTokenizerFast` that gives the same ids as ours for a SentencePiece BPE model.
 
     The model must use byte fallback. Pieces keep their ids, and `▁` in them becomes a plain space. A `▁` in the text
-    then matches no piece and falls back to its three bytes, as in our tokenizer. Text is split as ours is: around `▁`
-    and into segments of at most `SEGMENT` characters. Control pieces in the text are not recognised
+    then matches no piece and falls back to its three bytes, as in our tokenizer. Text is split as in ours: around `▁`
+    and into segments of at most `SEGMENT` characters. Control pieces in the text are treated as text
     (`split_special_tokens`).
     """
     try:
@@ -58,7 +58,7 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
         vocab, _merges({pieces[i]: rank for i, rank in ranks.items()}), unk_token=unknown, byte_fallback=True
     )
     backend = Tokenizer(bpe)
-    # `segments` of megatrain/data/tokenizer.py as a pattern: the rest, or up to the last newline, or a full segment.
+    # `segments` of megatrain/data/tokenizer.py as a pattern: all that is left, or up to the last newline, or a full one
     cut = rf"[\s\S]{{1,{SEGMENT}}}\z|[\s\S]{{0,{SEGMENT - 1}}}\n|[\s\S]{{{SEGMENT}}}"
     around = pre_tokenizers.Split(SPACE, "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([around, pre_tokenizers.Split(Regex(cut), "isolated")])
@@ -76,7 +76,7 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
 
 
 def _merge_order(processor: Any, model: Path) -> dict[int, int]:
-    """Return the merge order by piece id, for each mergeable piece. A BPE model scores these 0, -1, -2, …"""
+    """Return each mergeable piece's rank in merge order, by piece id. A BPE model scores these 0, -1, -2, …"""
     ranks: dict[int, int] = {}
     for i in range(processor.vocab_size()):
         if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)):

@@ -1,8 +1,8 @@
 """Write and read Hugging Face folders: config.json and safetensors. hf_tokenizer.py handles the tokenizer.
 
 Three transformers classes compute exactly what our GPT computes: `GPT2LMHeadModel`, `LlamaForCausalLM`, and
-`Qwen3ForCausalLM` (with `qk_norm`). In both directions, an option that none of them can express is an error that names
-it. One table (`layout`) maps our weights to theirs, for export and import. This file knows nothing of our checkpoints.
+`Qwen3ForCausalLM` (with `qk_norm`). In both directions, an option without an equivalent raises an error that names it.
+One table (`layout`) maps our weights to theirs, for export and import. This file knows nothing of our checkpoints.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def hf_config(config: ModelConfig, end_of_document: int | None) -> PretrainedCon
     """Return the transformers config equivalent to `config`.
 
     Raises:
-        ConfigError: no class of transformers can express a key, which the message names.
+        ConfigError: no class of transformers can express a key; the message names it.
     """
     if config.position == "learned":
         return _gpt2_config(config, end_of_document)
@@ -142,7 +142,7 @@ def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
     The result is converted back and compared with the original, so no field is overlooked.
 
     Raises:
-        CheckpointError: our GPT cannot honour a field, which the message names.
+        CheckpointError: our GPT cannot honour a field; the message names it.
     """
     transformers = _transformers()
     kind = fields.get("model_type")
@@ -222,7 +222,7 @@ class Place:
 
 
 def layout(config: ModelConfig) -> list[Place]:
-    """Return the place of every parameter. Each has exactly one; a tied weight is stored as the embedding."""
+    """Return the Hugging Face tensors, which cover each parameter once; a tied weight is stored as the embedding."""
     gpt2 = config.position == "learned"
     renamed = GPT2_NAMES if gpt2 else LLAMA_NAMES
     places = []
@@ -330,7 +330,7 @@ def export_model(
     tokenizer_dir: Path | None = None,
     end_of_document: int | None = None,
 ) -> None:
-    """Write the folder `out` for transformers' `from_pretrained`. It appears complete or not at all.
+    """Write the folder `out` for transformers' `from_pretrained`, atomically.
 
     `weights` has single-device names, a tied weight once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
     saved tokenizer; its files are copied too, so that our own verbs can read the folder. Generation stops at
@@ -369,7 +369,7 @@ def import_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Raises:
         ConfigError: there is no such folder.
-        CheckpointError: a file is damaged, is a pickle, or has something that our GPT cannot honour.
+        CheckpointError: a file is missing or damaged, is a pickle, or has something that our GPT cannot honour.
     """
     if not folder.is_dir():
         raise ConfigError(f"path={folder}: no such folder")
@@ -401,7 +401,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder's safetensors files: those in the index if there is one."""
+    """Read all tensors of a folder's safetensors files: those that the index lists, or else model.safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
 """Load a trained model from a path: a run, one of its checkpoints, an imported checkpoint or a Hugging Face folder.
 
 The verbs that use a trained model share this. Checksums are verified before anything is used (Hugging Face folders have
-none). Nothing is written, so a run may continue meanwhile. The file formats are in megatrain/checkpoint/ and
+none). It only reads, so the run may be training meanwhile. The file formats are in megatrain/checkpoint/ and
 huggingface.py.
 """
 
@@ -53,7 +53,7 @@ class Loaded:
         return f"{self.folder} (step {self.manifest.step})"
 
     def run_config(self) -> dict[str, Any]:
-        """Return the config of its run: only `model` for imported weights, empty for a Hugging Face folder."""
+        """Return the config of the model's run: only `model` for imported weights, empty for a Hugging Face folder."""
         return self.manifest.identity.config if self.manifest else {}
 
     def need_tokenizer(self) -> Tokenizer:
@@ -75,7 +75,11 @@ class Loaded:
         return self.tokenizer
 
     def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
-        """Return the model on `device` in fp32 and eval mode, with `kernels` as its operations."""
+        """Return the model on `device` in fp32 and eval mode, with `kernels` as its operations.
+
+        Raises:
+            CheckpointError: the weights do not match the config.
+        """
         with torch.device("meta"):
             model = GPT(self.config, kernels)
         model = model.to_empty(device=device).float()
@@ -92,7 +96,7 @@ class Loaded:
 
 
 def kind_of(path: Path) -> str:
-    """Return what a path holds: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`. Looks only at names."""
+    """Return what a path holds, by file names alone: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`."""
     if (path / MANIFEST).exists() or checkpoint_step(path) is not None:
         return "checkpoint"
     if (path / CARD).exists():
@@ -110,7 +114,7 @@ def checkpoints_folder(run: Path) -> Path:
 
 
 def load(path: Path) -> Loaded:
-    """Load the model at a path. Of a run, load the newest valid checkpoint, and warn of each damaged newer one.
+    """Load the model at a path. For a run, load the newest valid checkpoint, and warn of each damaged newer one.
 
     Raises:
         ConfigError: the path holds no model.
@@ -152,7 +156,7 @@ def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
     """Return the model's config from a manifest.
 
     Raises:
-        CheckpointError: there is none that this version reads, or its vocabulary size is unknown.
+        CheckpointError: the manifest has no config that this version reads, or its vocabulary size is unknown.
     """
     try:
         config = ModelConfig(**manifest.identity.config["model"])
@@ -171,7 +175,7 @@ def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
 
 
 def _tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
-    """Find the tokenizer in the checkpoint, in its run's folder, or in its dataset if that is unchanged."""
+    """Return the folder of the tokenizer: in the checkpoint, its run's folder, or its dataset if that is unchanged."""
     whole = folder.resolve()
     places = [whole / "tokenizer"]
     if checkpoint_step(whole) is not None:

@@ -38,12 +38,12 @@ def write_page(assets: tuple[str, ...], data: dict[str, Any], out: Path) -> Path
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace each `{{name}}` in `template` by the value of that name."""
+    """Replace each `{{name}}` in `template` with the value of that name."""
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
 
 
 def join(assets: tuple[str, ...], suffix: str) -> str:
-    """Return the text of the assets of one type, in their order."""
+    """Return the concatenated text of the assets that end in `suffix`, in their order."""
     return "".join(read_asset(name) for name in assets if name.endswith(suffix))
 
 

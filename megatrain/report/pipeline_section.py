@@ -1,7 +1,7 @@
 """The report's pipeline section: one step of the schedule in the run's config. Imports no torch.
 
-The timeline is simulated, not measured. All stages cost the same, a backward costs two
-forwards, and communication is free.
+The timeline is simulated, not measured: all stages cost the same, a backward costs two forwards, and communication is
+free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatrain.report.timeline_drawing import draw
 
 
 def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, str] | None:
-    """Return `svg` and `text` for the page; None where the run has no pipeline or its folder does not describe it."""
+    """Return `svg` and `text` for the page, or None if the run has no pipeline or its folder does not describe it."""
     starts = [event for event in events if event["kind"] in ("start", "resume")]
     world_size: Any = starts[-1].get("world_size") if starts else None
     parallel, train = config.get("parallel"), config.get("train")
@@ -43,7 +43,7 @@ def pipeline(config: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, 
 
 
 def _fits(schedule: Any, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
-    """Return whether a schedule can run these numbers; a config edited by hand may hold anything."""
+    """Return whether a schedule supports these numbers; a config edited by hand may hold anything."""
     if schedule in LOOPED:
         return virtual_stages > 1 and num_micro_batches >= pp and num_micro_batches % pp == 0
     if schedule in V_SHAPED:

@@ -22,18 +22,18 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 
 MAX_POINTS = 1200
-"""Points per curve. A longer run is cut into stretches that show their mean, and minimum and maximum as a band."""
+"""Most points per curve. A longer run is cut into stretches, each shown as its mean and a min-max band."""
 MAX_EVENTS_OF_A_KIND = 400
-"""Events of one kind that the page shows."""
+"""Most events of one kind that the page shows."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
-"""Parts of the time. `step_time_s` includes waiting for data, but neither evaluating nor saving."""
+"""Parts of the run's time. `step_time_s` includes waiting for data, but not evaluating or saving."""
 
 
 def report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of the run in `run_dir` to `out` (default `<run_dir>/report.html`) and return its path.
 
-    A run that has not begun, is still running or has failed gives a page of the data it has so far.
+    For a run that has not begun, is still running or has failed, the page shows the data so far.
 
     Raises:
         ConfigError: `run_dir` is not a run's folder.
@@ -171,7 +171,7 @@ class Curves:
                 points.append(None if values is None else round_for_plot(reduce_to(kind, values)))
 
     def time_spent(self) -> dict[str, float]:
-        """Return how many seconds all steps spent on each part."""
+        """Return the seconds that all steps together spent on each part."""
         total = self.totals
         return {
             "compute": max(0.0, total["step_time_s"] - total["data_time_s"]),
@@ -315,7 +315,7 @@ def thin_out(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def event_detail(event: dict[str, Any]) -> str:
-    """Return all that an event holds except its time, kind and step, as one line of text."""
+    """Return an event's fields except time, kind and step, as one line of at most 400 characters."""
     parts = (f"{name} {format_value(value)}" for name, value in event.items() if name not in ("time", "kind", "step"))
     return ", ".join(parts)[:400]
 

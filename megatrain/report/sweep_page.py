@@ -18,7 +18,7 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 
 MAX_POINTS = 300
-"""Points per curve. It is lower than for one run, because the sweep has a curve per run."""
+"""Most points per curve; fewer than on a run's page, because the sweep has a curve per run."""
 
 
 def report_sweep(folder: Path, out: Path | None = None) -> Path:
@@ -33,7 +33,7 @@ def report_sweep(folder: Path, out: Path | None = None) -> Path:
 def collect(folder: Path) -> dict[str, Any]:
     """Return everything that the page shows, ready for JSON.
 
-    Compute is the FLOPs of the forward and backward pass of every trained token, as for MFU (`model/count.py`).
+    A point's compute is the forward and backward FLOPs of all its trained tokens, as for MFU (`model/count.py`).
     """
     points = SweepRecord.load(folder).points
     keys = list(dict.fromkeys(key for point in points for key in point.values))
@@ -78,7 +78,7 @@ def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config; empty where the file is missing or damaged."""
+    """Return a run's config, or an empty dict if the file is missing or damaged."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -87,7 +87,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def value_of(config: dict[str, Any], key: str) -> str | None:
-    """Return a run's value of a dotted key, or the name of a config group; None where it has neither."""
+    """Return a run's value of a dotted key (for a config group, its name), or None if it has none."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None

@@ -12,9 +12,9 @@ _ROW, _LEFT, _WIDTH = 22, 52, 1000
 
 
 def draw(timelines: Sequence[tuple[str, Timeline]]) -> str:
-    """Return an SVG of titled timelines on one time axis, with a row per rank. A block shows its micro-batch's number.
+    """Return an SVG of titled timelines on a shared time axis, with a row per rank and numbered micro-batches.
 
-    Paler blocks belong to a rank's later stages; grey is idle time. Inside a report page the drawing takes its colours.
+    Paler blocks belong to a rank's later stages; grey is idle time. In a report page, the page sets the colours.
     """
     longest = max(timeline.length for _, timeline in timelines)
     scale = (_WIDTH - _LEFT - 4) / longest
