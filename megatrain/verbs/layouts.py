@@ -36,7 +36,7 @@ AXIS_KEYS = {
     "cp_kinds": "parallel.cp_kind",
     "replicas": "parallel.dp_replicate",
 }
-"""The axes that a single key fixes; `parallel.schedule` and `parallel.virtual_stages` fix one together."""
+"""The axes that a single key fixes. `parallel.schedule` and `parallel.virtual_stages` together fix one more."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def layouts(config: LayoutsConfig) -> None:
 
 
 def select_rows(rows: list[Row], limit: int) -> list[Row]:
-    """Return at most `limit` rows in their order: first one for each engine and set of degrees, then further ones."""
+    """Return at most `limit` rows (0: all) in their order, preferring one for each engine and set of degrees."""
     if not limit or len(rows) <= limit:
         return rows
     firsts: list[int] = []
@@ -173,7 +173,7 @@ def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row]
 
 
 def _is_duplicate(candidate: Candidate, layout: Layout, axes: Axes) -> bool:
-    """Return whether the layout equals one already listed: natively, ZeRO stages without any rank to shard over."""
+    """Return whether the layout equals one already listed: with one rank to shard over, all native ZeRO stages do."""
     return candidate.engine == "native" and layout.dp * layout.cp == 1 and candidate.zero != axes.zeros[0]
 
 
@@ -187,7 +187,7 @@ def _batch_error(config: TrainConfig, dp: int) -> str | None:
 
 
 def _sort_key(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
-    """Return the sort key: layouts that fit first, then those with less communication and recomputation.
+    """Return the sort key: layouts that fit come first, and among them those with less communication and recompute.
 
     In order: a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage, less memory.
     Layouts that do not fit are sorted by memory alone.

@@ -61,9 +61,9 @@ def multirun(overrides: Sequence[str], flags: set[str]) -> int:
 
 
 def is_done(point: Point) -> bool:
-    """Return whether a point's run has finished and had the config that is asked for now.
+    """Return whether a point's run has finished with the config that is now requested.
 
-    A run whose config differs in a key that may not change is started again, and refuses with the reason.
+    A run whose config differs in a key that may not change counts as not done; starting it then fails with the reason.
     """
     try:
         ends = [
@@ -88,7 +88,7 @@ def is_done(point: Point) -> bool:
 
 
 def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int:
-    """Submit every point that is neither done nor queued, and print the job and run of each."""
+    """Submit the points, except those done or already queued, and print each one's job and run."""
     if not dry_run:
         write_record(points)
     jobs = slurm.jobs_here()
@@ -146,7 +146,7 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
 class _RunningPoint:
     """The process of the running point, and the signals to forward to it.
 
-    The process has its own session, so that a Ctrl-C reaches it only once, from here. On Linux it dies with this one.
+    It has its own session, so that a Ctrl-C reaches it only once, from here. On Linux it dies with this process.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from megatrain.tracking.sweep_record import is_sweep_folder
 
 
 def check_paths(config: Any) -> None:
-    """Check that everything a config reads exists and that what it would write does not.
+    """Check that everything a config reads exists, and that `out` of an export or import does not.
 
     Raises:
         ConfigError, DataError: a file or folder is missing, unusable or in the way.
@@ -61,7 +61,7 @@ def check_start(config: TrainConfig) -> None:
 
 
 def check_installed(config: TrainConfig) -> None:
-    """Check that the optional libraries this run needs are installed. Whether they work shows where they are used."""
+    """Check that the optional libraries this run needs are installed, without importing them."""
     if config.precision.name == "fp8" and find_spec("torchao") is None:
         raise EnvironmentFault("precision=fp8 needs torchao: pip install 'megatrain[fp8]', or use precision=bf16")
     if config.kernels == "triton" and find_spec("triton") is None:
@@ -104,7 +104,7 @@ def check_tokenizer(config: TokenizerConfig) -> None:
 
 
 def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
-    """Refuse a path that does not exist, and name the nearest that does. `also` lists values that are not paths."""
+    """Refuse a path that does not exist, and suggest one that does. `also` lists allowed values that are not paths."""
     if path.exists():
         return
     parent = path.parent

@@ -22,7 +22,7 @@ from megatrain.launch import slurm
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord, is_sweep_folder
 
 MAX_POINTS = 1000
-"""Largest sweep: a typing mistake in a range must not start a million runs."""
+"""Most points of a sweep: a typing mistake in a range must not start a million runs."""
 
 MAX_SUFFIX = 100
 """Longest suffix of a run's name, in characters. A longer one is cut and ends in a hash of the values."""
@@ -142,7 +142,7 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
 
 
 class _Groups:
-    """Answers Hydra's question for the choices of a group (`model=glob(gpt2*)`)."""
+    """Tells Hydra the choices of a config group (for `model=glob(gpt2*)`)."""
 
     def get_group_options(self, group_name: str, results_filter: Any = None) -> list[str]:
         return choices_of(group_name) if group_name in GROUPS["train"] else []
@@ -224,7 +224,7 @@ def refuse_duplicates(points: Sequence[Point]) -> None:
 
 
 def check_points(points: Sequence[Point]) -> None:
-    """Check what a plain start of each point checks, then the sweep's own folder. Raises MegatrainError."""
+    """Run the checks of a plain start for each point, then check the sweep's own folder. Raises MegatrainError."""
     from megatrain.verbs.path_checks import check_paths
 
     if len({point.config.launch.name for point in points}) > 1:

@@ -23,7 +23,7 @@ from megatrain.verbs import path_checks
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
     """Submit a training job (`launch=slurm`), or run this node's agent; return the exit code.
 
-    `flags` and `overrides` are the arguments of the command line, which every rank is started with too.
+    `flags` and `overrides` are the command line's arguments; every rank is started with the same ones.
     """
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()

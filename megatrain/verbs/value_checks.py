@@ -1,7 +1,7 @@
 """Checks that need more than one key. They read no files. Imports no torch.
 
-What a single key may hold is in `megatrain/config/`; which layouts are legal, in `parallel/rules.py`. Every message
-names the key, the given value and the nearest value that works.
+The bounds of single keys are in `megatrain/config/`, the legal layouts in `parallel/rules.py`. Every message names the
+key, the given value and the nearest value that works.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def world_size(config: TrainConfig) -> int:
 
 
 def check_folder_name(key: str, name: str) -> None:
-    """Check that a name can be a folder's: one path component, not hidden, no control characters."""
+    """Check that a name is valid for a folder: one path component, not hidden, no control characters."""
     if (
         not name
         or name.startswith(".")
@@ -92,7 +92,7 @@ def check_source(config: DataConfig) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Check that the width is divisible by the heads, the heads by the key-value heads, and the head size for RoPE."""
+    """Check that the width is divisible by the heads, the heads by the key-value heads, and RoPE's head size by 2."""
     heads, width = config.num_heads, config.hidden_size
     if config.head_size is None and width % heads:
         raise ConfigError(
