@@ -43,7 +43,7 @@ SETTINGS = {
     "MessageTimeout": 10,
     "SlurmdTimeout": SILENT_NODE_S,
     "InactiveLimit": 0,
-    "KillWait": 20,  # seconds from TERM to KILL: a save of the test's job on a busy machine fits
+    "KillWait": 20,  # seconds from TERM to KILL: enough for the test job to save on a busy machine
     "MinJobAge": 3600,  # ended jobs can still be queried
     "PropagateResourceLimits": "NONE",
 }
@@ -54,11 +54,11 @@ hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 slurmd -D -N "$1" -f "$2/slurm.conf" & wait $!
 """
-"""What a node's first process runs: not slurmd itself, for process 1 gets no signals that it does not ask for."""
+"""Script of a node's first process. It is not slurmd itself, because process 1 gets only signals that it handles."""
 
 
 def missing() -> str | None:
-    """Return in one line why no cluster can be started here, or None."""
+    """Return why no cluster can be started here, in one line, or None if one can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"no Slurm here ({', '.join(absent)} missing); Debian: slurmctld slurmd slurm-client munge"
@@ -66,7 +66,7 @@ def missing() -> str | None:
 
 
 def wait_until(condition, seconds: float, what: str):
-    """Return the first true value of `condition()`."""
+    """Wait until `condition()` is true and return its value. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out after {seconds:g} s: {what}"

@@ -1,8 +1,8 @@
 """Count what a rank really communicates: every collective and message, below both engines and all libraries.
 
 FSDP2, DTensor, torch's pipelines and DeepSpeed all end in the operators of `c10d` and `_c10d_functional`, which a
-dispatch mode sees in the forward and, on a CPU, in the backward pass. An operator that is not in `PAYLOADS` is an
-error, not a gap.
+dispatch mode sees in the forward and, on a CPU, in the backward pass. An operator missing from `PAYLOADS` is an error,
+so nothing goes uncounted.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PAYLOADS = {
     "_c10d_functional.broadcast_": ("broadcast", 0),
     "_dtensor.shard_dim_alltoall": (ALL_TO_ALL, 0),
 }
-"""Operator to collective, and which argument is its payload."""
+"""For each operator, its collective and the index of the argument that is its payload."""
 
 SILENT = (
     "_c10d_functional.wait_tensor",
@@ -139,7 +139,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def expected(traffic: Iterable[Traffic]) -> dict[Kind, Count]:
-    """Return the theory's traffic, added up as `CountTraffic` counts."""
+    """Return the planner's traffic, added up as `CountTraffic` counts."""
     counts: dict[Kind, Count] = defaultdict(lambda: Count(0, 0))
     for part in traffic:
         kind = Kind(part.collective, part.members, part.dtype)
@@ -160,7 +160,7 @@ def second_step(world: Any, config: TrainConfig, zero3: Zero3Settings, profiled:
         mine = batches(config, number, layout.dp_rank(world.rank), layout.dp)
         engine.train_step(mine, config.optim.lr, number)
 
-    step(1)  # in it DeepSpeed's ZeRO-3 records the order of the parameters, and pipelines agree on shapes
+    step(1)  # not counted: DeepSpeed's ZeRO-3 records the parameters' order, pipelines agree on shapes
     with CountTraffic() as counter:
         step(2)
     if not profiled:

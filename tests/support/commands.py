@@ -14,7 +14,7 @@ TRAIN = [
     "tracking=none", "model.num_layers=2", "model.hidden_size=32",
 ]  # fmt: skip
 TWO_NATIVE = [*TRAIN, "engine=native", "launch.nproc_per_node=2"]
-"""For what no engine takes part in: the native one starts in half the time."""
+"""For tests in which the engine does not matter: the native one starts in half the time."""
 
 
 def megatrain(folder, *words, environ=None, timeout=240):

@@ -41,7 +41,7 @@ def _resident(field="VmRSS"):
 
 
 if __name__ == "__main__":
-    # large enough that the pages which a fork copies do not matter
+    # so large that the pages copied after a fork do not matter
     model = llama(num_layers=28, hidden_size=512, head_size=None, num_heads=8, ffn_size=1536)
     config = job(model=model)
     config.parallel.zero = 3

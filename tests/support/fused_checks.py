@@ -1,6 +1,6 @@
 """Checks of every fused operation: against float64, against PyTorch's own error, as an operator, and repeated.
 
-Without a GPU Triton's interpreter runs the kernels with a NumPy call for each operation, so the inputs have few rows.
+Without a GPU, Triton's interpreter runs each operation of a kernel as a NumPy call, so the inputs have few rows.
 With a GPU the same tests run the compiled kernels.
 """
 
@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Return the largest difference over the largest exact value: elements near 0 have no relative precision."""
+    """Return the largest difference divided by the largest exact value: elements near 0 have no relative precision."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if exact.numel() == 0:
         return 0.0
@@ -54,7 +54,7 @@ def leaf(x: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 def cross_entropy_case(num_tokens: int, vocab: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return float64 logits `[N, V]`, labels whose second one is ignored, and float weights or None."""
+    """Return float64 logits `[N, V]`, labels `[N]` (the second is ignored), and float weights `[N]` or None."""
     generator = torch.Generator().manual_seed(vocab)
     labels = torch.randint(0, vocab, (num_tokens,), generator=generator)
     labels[0] = vocab - 1
@@ -89,8 +89,8 @@ def check_accuracy(
 ) -> None:
     """Check values and gradients in `dtype` against `formula` in float64 on the same rounded inputs.
 
-    In fp32 the relative error must be under `fp32_error`. In 16 bits it must not exceed PyTorch's own error plus a
-    hundredth of a rounding, for sums in another order. `constants` are further arguments and are not rounded.
+    In fp32 the relative error must be at most `fp32_error`. In 16 bits it may exceed PyTorch's own error by at most
+    eps / 100, for sums in another order. `constants` are further arguments and are not rounded.
     """
     given = [leaf(x, dtype, DEVICE) for x in inputs] + [leaf(c, torch.float32, DEVICE) for c in constants]
     exact_in = [

@@ -1,4 +1,4 @@
-"""Sum what a rank really holds during a step from its tensors, to compare with megatrain/planner/memory.py.
+"""Sum the bytes of the tensors that a rank really holds in a step, to compare with megatrain/planner/memory.py.
 
 Every storage is counted once, with its padding. Memory is measured before and after each forward pass of each stage and
 each block, after the last backward pass, and before each update of a parameter group; the largest value of each kind is
@@ -112,7 +112,7 @@ class Saved:
         self.caches: list[Any] = []
 
     def pack(self, tensor: Tensor) -> _Packed:
-        """Return a stand-in for a saved tensor; once it is freed the tensor is no longer needed."""
+        """Return a stand-in for a saved tensor; when autograd frees it, the tensor no longer counts."""
         packed, storage = _Packed(tensor), plain(tensor).untyped_storage()
         key = storage.data_ptr()
         if storage.nbytes() and key not in self.excluded():
@@ -148,11 +148,11 @@ class Saved:
 
 class _Packed:
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # a result that is saved with its own node would keep its graph alive
+        self.tensor = tensor.detach()  # a node that saves its own output would keep its graph alive
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return the tensor with memory inside torch's wrappers."""
+    """Return the tensor that owns the memory inside torch's wrappers."""
     tensor = local(tensor)
     return tensor.elem if isinstance(tensor, AsyncCollectiveTensor) else tensor
 

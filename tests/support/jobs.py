@@ -93,7 +93,7 @@ def train(
 
 
 def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
-    """Return an engine's whole state through a checkpoint: every tensor by name, whole."""
+    """Save an engine's state as a checkpoint and return it, every tensor whole, by name."""
     from megatrain.checkpoint.store import CheckpointStore, load_into, verify
 
     store = CheckpointStore(folder, world)
@@ -105,7 +105,7 @@ def gather(engine: Engine, folder: Path, world: Any) -> dict[str, torch.Tensor]:
 
 
 def wide_llama(**changes: Any) -> ModelConfig:
-    """Return a Llama-shaped model for 2 and 4 tensor ranks, with an indivisible vocabulary and 5 blocks."""
+    """Return a Llama-shaped model for 2 and 4 tensor ranks, with 5 blocks and a vocabulary that neither divides."""
     shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "hidden_size": 32, "head_size": 4, "ffn_size": 40}
     return llama(**{**shape, "init_std": 0.1, **changes})
 
@@ -125,8 +125,8 @@ def layout_job(
 ) -> TrainConfig:
     """Return the config of a job with the given `parallel.*` keys.
 
-    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient that is only rounding error into a step of the
-    whole learning rate, even on one process with other micro-batches.
+    Adam's epsilon is 1e-6: with 1e-8 its first steps turn a gradient of pure rounding error into an update as large as
+    the learning rate, even on one process with other micro-batches.
     """
     model = wide_llama() if family == "llama" else wide_gpt2()
     config = job(engine, parallel.pop("zero", 0), micro, model, recompute=recompute)
@@ -141,7 +141,7 @@ def rows(changes: dict[str, Any]) -> int:
     """Return the micro-batch size of a layout in the tests.
 
     Tensor and context ranks, which communicate in every layer, run half as many micro-batches. Every layout accumulates
-    over several, and a pipeline has at least as many as stages.
+    over several, and a pipeline has at least one per stage.
     """
     exchanging = changes.get("tp", 1) * changes.get("cp", 1) > 1 and "pp" not in changes
     return 4 if exchanging else 2

@@ -14,7 +14,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or googl
 
 
 def drawn(page):
-    """Return the page's document, without its scripts, after a real browser has run them."""
+    """Return the page's DOM after a real browser has run its scripts, without the scripts."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += ["--window-size=1200,1600", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
     document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -1,4 +1,4 @@
-"""The arithmetic of this machine: recorded figures are bit-equal only on the processor and torch that recorded them."""
+"""Identify this machine's arithmetic: recorded figures are bit-equal only on the processor and torch they came from."""
 
 from __future__ import annotations
 

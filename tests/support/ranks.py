@@ -102,7 +102,7 @@ def _fork(function: Callable[..., Any], rank: int, size: int, folder: Path, args
     code = 1
     os.environ["LOCAL_RANK"] = str(rank)
     if compiler := sys.modules.get("torch._inductor.async_compile"):
-        compiler.AsyncCompile.pool.cache_clear()  # its threads are the parent's, where a test has compiled something
+        compiler.AsyncCompile.pool.cache_clear()  # if a test has compiled something, its threads are the parent's
     faulthandler.enable(open(folder / f"error{rank}.fault", "w"))  # noqa: SIM115 - open as long as the rank lives
     try:
         dist.init_process_group(

@@ -1,5 +1,6 @@
-/* Sets the wall clock of the processes that preload this (LD_PRELOAD), and of no other: by the seconds that the file
-   CLOCK_SHIFT names holds, at every look. The monotonic clock stays as it is, as it does where somebody sets a machine's. */
+/* Shifts the wall clock of processes that preload this library (LD_PRELOAD), and of no others. The file that CLOCK_SHIFT
+   names holds the shift in seconds and is read at every call. The monotonic clock does not change, just as it would not
+   if somebody set the machine's wall clock. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -43,8 +44,8 @@ int gettimeofday(struct timeval *restrict now, void *restrict zone) {
     return 0;
 }
 
-/* Who waits until a time of the wall clock got it from the functions above, but the kernel's clock was not set. Times of the
-   monotonic clock count from the machine's start and are much smaller. */
+/* Converts a deadline to the kernel's clock. A caller's wall-clock deadline comes from the functions above, so it is
+   shifted, but the kernel's clock is not. Monotonic times count from the machine's start and are much smaller. */
 static struct timespec kernels(const struct timespec *until) {
     struct timespec there = *until;
     if (there.tv_sec > 1000000000) there.tv_sec -= shift();

@@ -1,7 +1,7 @@
-/* Makes the kernel's answer to a write be EIO, as a broken disk does: to be preloaded (LD_PRELOAD) into the ranks of a job.
+/* Makes file operations fail with EIO, like a broken disk, in the ranks of a job that preload this library (LD_PRELOAD).
 
-   Paths that hold EIO_PATH are on the broken disk. It fails while the file EIO_FLAG.<RANK> exists, which names the call:
-   "write", "fsync" or "rename". Where " once" follows, the first failure removes the file. */
+   Paths that contain EIO_PATH are on the broken disk. A call fails while the file EIO_FLAG.<RANK> exists and names it:
+   "write", "fsync" or "rename". If " once" follows, the first failure removes the file. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,11 +1,12 @@
-"""Make ranks of a job under test really fail at an exact place.
+"""Make ranks of a job under test really fail at an exact step and phase.
 
 Every Python process with this folder on its path imports this module.
 
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`),
-how many `times` it strikes (default 1; counted over all starts by files in `FAULTS_DONE`) and what to `do`: a signal's
-name; `sleep`; `wait` until the test creates the file `by` in `FAULTS_DONE`; `slow` from then on, with `by` 0.3 for
-30 %; `run` the shell command `by`; or `add` or `multiply` the loss of a micro-batch by the number `by`.
+how many `times` it strikes (default 1; counted over all starts by files in `FAULTS_DONE`) and what to `do`: the name of
+a signal to send; `sleep`; `wait` until the test creates the file `by` in `FAULTS_DONE`; `slow` down from then on, with
+`by` 0.3 for 30 % more time; `run` the shell command `by`; or `add` the number `by` to a micro-batch's loss, or
+`multiply` the loss by it.
 """
 
 import importlib.util
@@ -37,14 +38,14 @@ while True:
         break
     stopped += time.monotonic() - began
 """
-"""A process that stops and continues another one, so that the other one takes `share` more time."""
+"""A program that stops and continues another process so often that the other takes `share` more time."""
 
 place = (None, None, None)
 """The rank, step and phase that this process is in."""
 
 
 def first_time(number, times):
-    """Return whether fault `number` may strike once more, and count it."""
+    """Return whether fault `number` may strike once more; if so, count this strike."""
     for time_ in range(times):
         try:
             os.close(os.open(f"{os.environ['FAULTS_DONE']}/{number}.{time_}", os.O_CREAT | os.O_EXCL))
@@ -55,7 +56,7 @@ def first_time(number, times):
 
 
 def due(to_the_loss):
-    """Return the faults that strike now; they count as done."""
+    """Return the faults that strike now, and count them."""
     return [
         fault
         for number, fault in enumerate(FAULTS)
@@ -87,7 +88,7 @@ def strike(fault):
 
 
 def watch_the_place(module):
-    """Make each mark of the heartbeat a place to fail."""
+    """Make faults strike where the heartbeat enters a phase."""
     enter = module.Heartbeat.enter
 
     def enter_and_fail(heartbeat, phase, step=None):
@@ -101,7 +102,7 @@ def watch_the_place(module):
 
 
 def spoil_the_loss(module):
-    """Change the loss that the model computes, and also its gradient when the loss is multiplied."""
+    """Change the loss that the model computes; multiplying it changes the gradient too."""
     true = module.GPT.cross_entropy_sum
 
     def spoiled(*given):
