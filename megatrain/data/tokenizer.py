@@ -44,6 +44,7 @@ class Tokenizer(ABC):
         """Write the tokenizer into `folder`, created if missing."""
 
     def save_meta(self, folder: Path) -> None:
+        """Write `kind`, `end_of_document` and `fingerprint` to the file `META` in `folder`."""
         meta = {"kind": self.kind, "end_of_document": self.end_of_document, "fingerprint": self.fingerprint}
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

@@ -42,6 +42,7 @@ class Linear(nn.Linear):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` `[..., in_features]` to `[..., out_features]`."""
         return self.kernels.linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
@@ -78,6 +79,7 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Return the norm of `x` `[..., D]`, or with a `residual` the pair (norm of the sum, sum)."""
         if residual is None:
             return self.kernels.rms_norm(x, self.weight, self.eps)
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
@@ -95,6 +97,7 @@ class LayerNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Return the norm of `x` `[..., D]`, or with a `residual` the pair (norm of the sum, sum)."""
         if residual is None:
             return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
         return self.kernels.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
@@ -157,6 +160,7 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn_dim, config.hidden_size, config.bias, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` `[B, T, D]` to `[B, T, D]`."""
         if self.gate is not None:
             activated = self.kernels.swiglu(self.gate(x), self.up(x))
         else:

@@ -38,6 +38,7 @@ class Console:
         self._last_line: tuple[int, float] | None = None
 
     def start(self, info: RunInfo) -> None:
+        """Show the run's name, size and layout; on a terminal, start the bar."""
         parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
         self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
         if info.resumed_from_step is not None:
@@ -56,6 +57,7 @@ class Console:
             self._progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
+        """Show a step's metrics in the bar, or as a line if one is due."""
         moment = time.monotonic()
         if not self._moments:
             self._moments.append(moment - (record.get("step_time_s") or 0.0))
@@ -79,10 +81,12 @@ class Console:
             self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))
 
     def finish(self, status: str) -> None:
+        """Remove the bar and show how the run ended."""
         self.abandon()
         self.note(f"run {status}")
 
     def abandon(self) -> None:
+        """Stop the bar without a final note."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

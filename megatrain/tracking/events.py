@@ -36,6 +36,7 @@ class EventLog:
         return event
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._fd)
 
 

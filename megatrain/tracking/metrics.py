@@ -81,6 +81,7 @@ class MetricsLog:
         return next((path for path in self._cut_files() if path not in before), None)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _cut_files(self) -> list[Path]:

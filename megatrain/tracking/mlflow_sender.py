@@ -92,6 +92,7 @@ class Parent:
         return json.loads(line) if line else None
 
     def tell(self, **message: Any) -> None:
+        """Send a message to the trainer; set `gone` if the connection is closed."""
         try:
             self._messages.write(json.dumps(message) + "\n")
         except OSError:
