@@ -173,7 +173,7 @@ def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row]
 
 
 def _is_duplicate(candidate: Candidate, layout: Layout, axes: Axes) -> bool:
-    """Return whether the layout equals one already listed: with one rank to shard over, all native ZeRO stages do."""
+    """Return whether the layout repeats one already listed: on one rank to shard over, native ZeRO stages are equal."""
     return candidate.engine == "native" and layout.dp * layout.cp == 1 and candidate.zero != axes.zeros[0]
 
 

@@ -1,6 +1,6 @@
-/* Shifts the wall clock of processes that preload this library (LD_PRELOAD), and of no others. The file that CLOCK_SHIFT
-   names holds the shift in seconds and is read at every call. The monotonic clock does not change, just as it would not
-   if somebody set the machine's wall clock. */
+/* Shifts the wall clock of processes that preload this library (LD_PRELOAD), and of no others. The file that
+   CLOCK_SHIFT names holds the shift in seconds and is read at every call. The monotonic clock does not change, just as
+   it would not if somebody set the machine's wall clock. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

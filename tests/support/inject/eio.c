@@ -1,4 +1,4 @@
-/* Makes file operations fail with EIO, like a broken disk, in the ranks of a job that preload this library (LD_PRELOAD).
+/* Makes file operations fail with EIO, like a broken disk, in ranks that preload this library (LD_PRELOAD).
 
    Paths that contain EIO_PATH are on the broken disk. A call fails while the file EIO_FLAG.<RANK> exists and names it:
    "write", "fsync" or "rename". If " once" follows, the first failure removes the file. */
