@@ -1,4 +1,4 @@
-"""Batches that the loader passes to an engine. Nothing here reads files or knows ranks."""
+"""Batches that the loader passes to an engine. Nothing here reads files or knows about ranks."""
 
 from __future__ import annotations
 

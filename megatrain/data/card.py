@@ -104,7 +104,7 @@ def fingerprint(splits: dict[str, SplitCard]) -> str:
 
 
 def card_of_written(writer: IndexedWriter, text_bytes: int) -> SplitCard:
-    """Return the card of a split from its finished writer, which hashed the blocks as it wrote them."""
+    """Return the card of a split from its finished writer, which hashed the blocks while writing."""
     return SplitCard(
         documents=writer.num_documents,
         bytes=text_bytes,
@@ -134,7 +134,7 @@ def card_of_files(prefix: Path) -> SplitCard:
 
 
 def check_dataset(folder: Path) -> Card:
-    """Check quickly that a prepared dataset exists and that its files have the right sizes; return its card.
+    """Check that a prepared dataset exists and that its files have the right sizes; return its card.
 
     Reads no tokens. Raises `ConfigError` if the folder or its card is missing, `DataError` if a file is missing or its
     size differs from what the card (or the `.idx`) says.

@@ -15,8 +15,8 @@ _READ_BYTES = 256  # compressed bytes read at once: as few as 4 can decompress t
 def opened(path: Path, raw: BinaryIO) -> BinaryIO:
     """Return a buffered reader that decompresses `raw` according to the suffix of `path`.
 
-    Reading raises `EOFError` if a compressed file is cut short, `zlib.error` or `gzip.BadGzipFile` if a `.gz` is
-    damaged, and `EOFError` if a `.zst` is.
+    Reading raises `EOFError` if the file is cut short or a `.zst` is damaged, `zlib.error` or `gzip.BadGzipFile` if a
+    `.gz` is damaged.
     """
     if path.name.endswith(".gz"):
         return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**17))
@@ -41,6 +41,7 @@ class ZstdReader(io.RawIOBase):
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:

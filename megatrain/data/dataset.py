@@ -15,11 +15,11 @@ class Dataset(Protocol):
 
     @property
     def name(self) -> str:
-        """The dataset's name in messages, such as the path of its file."""
+        """Return the dataset's name for messages, such as the path of its file."""
 
     @property
     def num_tokens(self) -> int:
-        """The number of token ids."""
+        """Return the number of token ids."""
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return token ids `[start, start + count)` as a new int64 array."""

@@ -1,6 +1,6 @@
 """Write, check and read Megatron-LM's `.bin/.idx` pairs. No tokenizer, no card, no torch.
 
-`.bin` holds the token ids of all documents one after another. `.idx` is, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
+`.bin` holds the token ids of all documents, concatenated. `.idx` holds, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
 version 1; u8 dtype code; u64 number of sequences; u64 number of document indices; int32 sequence lengths (tokens);
 int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). Here each
 document is written as one sequence.
@@ -25,12 +25,12 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 BLOCK_BYTES = 64 * 2**20
-"""Size of the blocks of a `.bin` that are hashed separately."""
+"""Size of the blocks of a `.bin`, each of which has its own hash."""
 _STRIDE = 2**20  # index entries processed at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return Megatron-LM's choice: uint16 for vocabularies below 65,500, else int32."""
+    """Return Megatron-LM's dtype for token ids: uint16 for vocabularies below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -59,7 +59,7 @@ class BlockHasher:
                 self._room = BLOCK_BYTES
 
     def digests(self) -> list[str]:
-        """Return the hashes of all blocks, the last, partial one included."""
+        """Return the hashes of all blocks, including a last partial one."""
         return self._done + ([self._hash.hexdigest()] if self._room < BLOCK_BYTES else [])
 
 

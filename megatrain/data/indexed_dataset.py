@@ -23,7 +23,7 @@ _MAX_ATTEMPTS = 10
 """How often a read is attempted while the file keeps changing."""
 
 _SETTLE_S = 1.0
-"""Seconds between noticing a change and hashing. File systems stamp a write when it begins, to within about this."""
+"""Seconds from noticing a change to hashing. File times are set when a write begins, and accurate to about this."""
 
 _PIECE_BYTES = 4 * 2**20
 _STRIDE = 2**18  # document lengths read at once
@@ -80,7 +80,7 @@ class IndexedDataset:
                 if block in file.unverified:
                     self._verify(file, block)
             data = self._bytes(file, first, stop)
-            # checked after reading: a change before the read may only be seen now
+            # checked after reading: a change before the read may become visible only now
             if not self._verifies or self._stamp() == file.stamp:
                 return np.frombuffer(data, self._dtype).astype(np.int64)
             time.sleep(_SETTLE_S)
@@ -111,7 +111,7 @@ class IndexedDataset:
 
     @property
     def name(self) -> str:
-        """The path of the `.bin`."""
+        """Return the path of the `.bin`."""
         return str(self.bin_path)
 
     def place(self, token: int) -> str:

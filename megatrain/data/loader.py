@@ -1,7 +1,7 @@
 """Build batches from sample numbers: a training stream with a prefetch thread, and held-out batches.
 
 `order.py` decides the order of samples. A rank's share of a step depends only on (dp_rank, dp_size), so a step has the
-same samples in every layout.
+same samples in every parallel layout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def step_hash(hashes: np.ndarray) -> str:
 
 
 def samples_of_rank(samples: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Return one data rank's share of a step's samples `[G]` as `[num_micro_batches, micro_batch_size]`.
+    """Return one data-parallel rank's share of a step's samples `[G]` as `[num_micro_batches, micro_batch_size]`.
 
     Sample `j` of a step (from 0) goes to rank `(j // micro_batch_size) % dp_size`, into that rank's micro-batch
     `j // (dp_size * micro_batch_size)`, as its row `j % micro_batch_size`. `in_sample_order` is the inverse.
@@ -43,7 +43,7 @@ def samples_of_rank(samples: np.ndarray, micro_batch_size: int, dp_rank: int, dp
 def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
     """Return `[G]` values, one per sample, in the order of the step's samples: the inverse of `samples_of_rank`.
 
-    `by_rank` is `[dp_size, num_micro_batches * micro_batch_size]`: each data rank's values in micro-batch order.
+    `by_rank` is `[dp_size, num_micro_batches * micro_batch_size]`: each rank's values in micro-batch order.
     """
     return by_rank.reshape(len(by_rank), -1, micro_batch_size).transpose(1, 0, 2).reshape(-1)
 
@@ -51,7 +51,7 @@ def in_sample_order(by_rank: np.ndarray, micro_batch_size: int) -> np.ndarray:
 class TrainStream:
     """One rank's endless sequence of `StepBatch`es from `first_step` and `cursor` on, prefetched by a thread.
 
-    A step reads the next G = `batch_size(step)` samples from the cursor on, without skip ranges; `samples_of_rank`
+    A step reads the next G = `batch_size(step)` samples from the cursor on, outside the skip ranges; `samples_of_rank`
     gives this rank's share of them. If `end_of_document` (the token that ends each document) is given, micro-batches
     have document ids. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer. Call
     `close` when done.
@@ -101,7 +101,7 @@ class TrainStream:
         raise StopIteration
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """Stop the thread and return whether it ended within `timeout_s` seconds. As a daemon it never delays exit."""
+        """Stop the thread and return whether it ended within `timeout_s`. A daemon thread, it never delays exit."""
         self._closed.set()
         while True:
             try:
@@ -112,7 +112,7 @@ class TrainStream:
         return not self._thread.is_alive()
 
     def restart(self, first_step: int, cursor: int, skip_ranges: Iterable[tuple[int, int]]) -> None:
-        """Continue from another step and cursor, with other skip ranges; drop the prefetched batches."""
+        """Drop the prefetched batches and continue from another step and cursor, with other skip ranges."""
         self.close()
         self._skip_ranges = merge_ranges(skip_ranges)
         self._start(first_step, cursor)
@@ -167,7 +167,7 @@ class TrainStream:
 
 
 def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
-    """Return a micro-batch, with document ids if `end_of_document` is given. That token is part of its document."""
+    """Return a micro-batch, with document ids if `end_of_document` is given. An end token belongs to its document."""
     if end_of_document is None:
         return MicroBatch(tokens, labels)
     ends = (tokens == end_of_document).int()
@@ -177,7 +177,7 @@ def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: 
 def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
     """Return the `seq_len + 1` ids (int64) from token `window * seq_len` on, or fewer at the end of the split.
 
-    Raises `DataError` if an id is outside the vocabulary; the message gives its place.
+    Raises `DataError` if an id is outside the vocabulary.
     """
     start = window * seq_len
     ids = dataset.read(start, min(seq_len + 1, dataset.num_tokens - start))

@@ -1,6 +1,6 @@
 """Turn raw bytes into clean text: decoding by policy, newlines, control characters, Unicode NFC. Opens no files.
 
-`normalise` is idempotent. Tokenizers trained here decode the encoding of any clean text to exactly that text.
+`normalise` is idempotent. A tokenizer trained here decodes the ids of clean text to exactly that text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def normalise(text: str) -> str:
-    """Convert newlines to `\\n`, remove leading byte order marks and control characters but tabs, apply NFC."""
+    """Convert newlines to `\\n`, remove leading byte order marks and control characters except tabs, apply NFC."""
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return unicodedata.normalize("NFC", text.lstrip("\ufeff"))
 
@@ -46,8 +46,8 @@ class Policy:
 def clean(record: Record, policy: Policy) -> tuple[str | None, bool]:
     """Return a record's clean text, and whether it had undecodable bytes or lone surrogates.
 
-    The text is None if the policy skips the record. Raises `DataError` with the record's place if it is not JSON, lacks
-    the column, or is undecodable and the policy refuses that.
+    The text is None if the policy skips the record. Raises `DataError` if it is not JSON but should be, lacks the
+    column, or is undecodable and the policy refuses that.
     """
     payload, bad, at = record.payload, False, ""
     if isinstance(payload, bytes):

@@ -1,7 +1,7 @@
 """The order of samples: which window of the dataset is sample k of a run. No files, no tokens, no torch.
 
-Each epoch visits its windows in the order of a keyed bijection of 0..n-1. Starting an epoch of any size is free, and
-any sample can be looked up on its own. The cursor's arithmetic over skip ranges is here too.
+Each epoch shuffles its windows with a keyed permutation of 0..n-1 that is computed, not stored: starting an epoch of
+any size costs nothing, and any sample can be looked up on its own. Moving the cursor past skip ranges is here too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROUNDS = 8
 
 
 class SampleOrder:
-    """Sample k of a run, a pure function of (dataset fingerprint, split, sequence length, seed, k).
+    """Maps sample k of a run to its window: a pure function of (dataset fingerprint, split, sequence length, seed, k).
 
     Windows of `seq_len + 1` tokens start `seq_len` apart; an epoch's last partial window is dropped. Raises
     `ValueError` if the split is too short for one window.
@@ -46,7 +46,7 @@ class SampleOrder:
 
 
 def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
-    """Apply a keyed bijection of 0..n-1 to each element of `index` (int64), in O(1) memory an element.
+    """Apply a keyed permutation of 0..n-1 to each element of `index` (int64), in O(1) memory per element.
 
     A generalised Feistel network over Z_a x Z_a with a = ceil(sqrt(n)), whose domain a * a is barely larger than n. A
     value of n or more is permuted again until it is below n: cycle walking (Black and Rogaway, "Ciphers with Arbitrary
@@ -88,9 +88,9 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def take(cursor: int, count: int, skip_ranges: Iterable[tuple[int, int]] = ()) -> tuple[np.ndarray, int]:
-    """Return the next `count` sample numbers from `cursor` on that lie in no skip range, and the new cursor.
+    """Return the next `count` sample numbers from `cursor` on, outside the skip ranges, and the new cursor.
 
-    The new cursor is one past the last of them.
+    The numbers are int64 `[count]`; the new cursor is one past the last.
     """
     pieces: list[np.ndarray] = []
     for start, stop in merge_ranges(skip_ranges):

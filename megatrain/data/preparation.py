@@ -1,9 +1,9 @@
 """`megatrain prepare`: read, clean, deduplicate, split, train or load a tokenizer, encode, write.
 
-Three stages, each in bounded memory for a corpus of any size. Workers clean the source into a compressed spool on disk;
-duplicates are dropped and documents held out as it is written. The tokenizer is trained on a sample of the spool.
-Workers encode the spool, and the results are written in order. All of this happens in a hidden folder beside the
-target. One rename turns it into the dataset, so an incomplete dataset never has the dataset's name.
+Three stages, each in bounded memory for any corpus size. First, workers clean the source into a compressed spool on
+disk; duplicates are dropped and documents held out as it is written. Then the tokenizer is trained on a sample of the
+spool. Last, workers encode the spool, and the results are written in order. All of this happens in a hidden folder
+beside the target, which one rename turns into the dataset, so an incomplete dataset never has the dataset's name.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
-    """Return whether `target` was prepared with these settings. Raises `ConfigError` if it is anything else."""
+    """Return whether `target` is this dataset already (False to overwrite it). Raise `ConfigError` if it is another."""
     if not target.exists():
         return False
     if not (target / CARD).is_file():
@@ -142,7 +142,7 @@ class CleaningResult:
     sample: Sample
     counts: Counter[str] = field(default_factory=Counter)
     kept: Counter[int] = field(default_factory=Counter)
-    lowest: tuple[int, int] | None = None  # (held-out draw, document) of the document to hold out first
+    lowest: tuple[int, int] | None = None  # (random draw, document) of the document to hold out first
     highest: tuple[int, int] | None = None  # the same for the one to hold out last
 
 
@@ -206,7 +206,7 @@ def _store_chunk(
 
 
 def _fill_both_splits(spool: Spool, result: CleaningResult, fraction: float) -> None:
-    """Make sure that a small corpus has text in both splits; a single document is cut in two."""
+    """Give each split of a small corpus at least one document; cut a single document in two."""
     assert result.lowest and result.highest
     if sum(result.kept.values()) == 1:
         _cut_in_two(spool, result, fraction)

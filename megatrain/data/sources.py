@@ -30,7 +30,7 @@ from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
 @dataclass
 class Progress:
-    """Bytes read from the source so far (as stored, perhaps compressed), and documents skipped as too long."""
+    """Bytes read from the source so far (as stored, maybe compressed), and number of documents skipped as too long."""
 
     bytes: int = 0
     oversized: int = 0
@@ -39,8 +39,8 @@ class Progress:
 class Source(ABC):
     """A source of documents.
 
-    Two sources are the same if their `identity` is equal. `total_bytes` is the value of `progress.bytes` when all has
-    been read, None if unknown.
+    Two sources are the same if their `identity` is equal. `total_bytes` is what `progress.bytes` will be at the end,
+    None if unknown.
     """
 
     identity: dict[str, Any]
@@ -87,7 +87,7 @@ _OPTIONAL_PACKAGES = {"idlelib", "tkinter", "turtledemo", "lib2to3", "distutils"
 
 
 class StdlibSource(Source):
-    """The `.py` files of the running Python's standard library, one document a file.
+    """The `.py` files of the running Python's standard library, one document per file.
 
     To give the same files on every machine with the same Python version, it leaves out tests, installed packages, parts
     that Linux distributions package separately, and files generated for one platform.
@@ -118,6 +118,7 @@ class StdlibSource(Source):
                     yield path
 
     def records(self) -> Iterator[Record]:
+        """Yield the files, sorted by path."""
         for path in self.files:
             yield from self._whole_file(path)
 
@@ -145,6 +146,7 @@ class FilesSource(Source):
         }
 
     def records(self) -> Iterator[Record]:
+        """Yield the documents of each file in turn. Raises `DataError` if a file is damaged or cannot be read."""
         for path in self.files:
             before = self.progress.bytes
             try:
@@ -161,7 +163,7 @@ class FilesSource(Source):
         return self._lines(path)
 
     def _lines(self, path: Path) -> Iterator[Record]:
-        """Yield the lines of a `.jsonl`, compressed or not, reading at most `data.max_document_bytes` into memory."""
+        """Yield the lines of a `.jsonl`, compressed or not, with at most `data.max_document_bytes` in memory."""
         limit, before = self.config.max_document_bytes, self.progress.bytes
         with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
             try:
@@ -207,7 +209,7 @@ class FilesSource(Source):
 
 
 def _listing_hash(files: list[Path]) -> str:
-    """Return xxh3-128 over each file's name, size and modification time: detects edits without reading the files."""
+    """Return the xxh3-128 of all names, sizes and modification times, which detects edits without reading the files."""
     digest = xxhash.xxh3_128()
     for path in files:
         entry = path.stat()
@@ -216,7 +218,7 @@ def _listing_hash(files: list[Path]) -> str:
 
 
 def _matches(patterns: list[str]) -> list[Path]:
-    """Return the files that globs match. Raises `ConfigError` if a glob matches none or a suffix is not supported."""
+    """Return the files that the globs match. Raises `ConfigError` if a glob matches none or a suffix is unsupported."""
     if not patterns:
         raise ConfigError("data.paths: empty; give globs, for example 'data.paths=[corpus/**/*.jsonl]'")
     found: set[Path] = set()
@@ -237,7 +239,7 @@ def _matches(patterns: list[str]) -> list[Path]:
 
 
 class HuggingFaceSource(Source):
-    """A streamed dataset of the Hugging Face hub, or of a local folder in its format, one document a row."""
+    """A streamed dataset from the Hugging Face hub, or from a local folder in its format, one document per row."""
 
     total_bytes = None
 
@@ -266,6 +268,7 @@ class HuggingFaceSource(Source):
             raise ConfigError(f"data.text_column={config.text_column}: {config.hf_path} has {', '.join(columns)}")
 
     def records(self) -> Iterator[Record]:
+        """Yield the rows. Raises `DataError` for a bad row, `EnvironmentFault` if the connection is lost."""
         column, path = self.config.text_column, self.config.hf_path
         number = 0
         try:

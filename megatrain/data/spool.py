@@ -1,7 +1,7 @@
 """The spool: clean text, compressed on disk, between reading the source and encoding it.
 
-The source is read only once. A frame contains one chunk of documents and can be read on its own. One byte a document is
-its split, or marks it as dropped. The spool is deleted when the dataset is finished.
+The source is read only once. A frame contains one chunk of documents and can be read on its own. A flag of one byte per
+document names its split or marks it as dropped. The spool is deleted when the dataset is finished.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def unpack(spool: Path, frame: Frame) -> list[bytes]:
 
 
 class Spool:
-    """Frames and a flag for each document, in files of a folder: memory does not grow with the corpus."""
+    """Frames and a flag per document, stored in files, so memory does not grow with the corpus."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "spool.z"
@@ -61,7 +61,7 @@ class Spool:
         self.text_bytes = 0
 
     def add(self, frame: bytes, flags: bytes, text_bytes: int) -> Frame:
-        """Append a frame and the flags of its documents."""
+        """Append a frame and the flags of its documents, and return its place."""
         added = Frame(self._data.tell(), len(frame), len(flags))
         self._data.write(frame)
         self._index.write(_FRAME.pack(added.offset, added.size, added.documents))
@@ -121,7 +121,7 @@ class Sample:
         self._bytes = 0
 
     def offer(self, draw: int, size: int, frame: Frame, index: int) -> None:
-        """Add a document if its draw is small enough, and remove those that no longer fit."""
+        """Add a document of `size` bytes if its draw is small enough, and remove those that no longer fit."""
         if self._bytes >= self.budget and draw >= -self._heap[0][0]:
             return
         heapq.heappush(self._heap, (-draw, size, frame, index))
@@ -154,7 +154,7 @@ class Sample:
 class Seen:
     """The set of document hashes so far, in a SQLite file with a 64 MiB cache.
 
-    It takes a little more than 16 bytes a document on disk; memory does not grow.
+    It takes a little more than 16 bytes per document on disk; memory does not grow.
     """
 
     def __init__(self, path: Path) -> None:

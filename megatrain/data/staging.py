@@ -16,7 +16,10 @@ from megatrain.errors import ConfigError
 
 
 class StagingFolder:
-    """A locked, empty folder for one preparation; `publish` renames it to the target."""
+    """A locked, empty folder for one preparation; `publish` renames it to the target.
+
+    Entering it raises `ConfigError` if another process is preparing this target, or its parent cannot be created.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -32,7 +35,7 @@ class StagingFolder:
                 f"data.dir={self.target.parent} cannot be created ({error.strerror}); give a folder"
             ) from error
         self._lock = self._lock_folder()
-        if self._replaced.exists():  # killed between the two renames of `publish`, or just after them
+        if self._replaced.exists():  # an earlier process was killed in `publish`, after its first rename
             if self.target.exists():
                 shutil.rmtree(self._replaced)
             else:
@@ -42,7 +45,7 @@ class StagingFolder:
         return self
 
     def _lock_folder(self) -> int:
-        """Lock the folder itself and return the descriptor; the lock ends with the process."""
+        """Lock the folder itself and return its file descriptor; the lock ends with the process."""
         while True:
             self.folder.mkdir(exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY)

@@ -29,7 +29,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. No part of the text becomes a control token, and none is added."""
+        """Return the token ids of a text. Names of control tokens in it are plain text; no control token is added."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -44,17 +44,17 @@ class Tokenizer(ABC):
         """Write the tokenizer into `folder`, created if missing."""
 
     def save_meta(self, folder: Path) -> None:
-        """Write `kind`, `end_of_document` and `fingerprint` to the file `META` in `folder`."""
+        """Write `megatrain_tokenizer.json` into `folder`, which must exist."""
         meta = {"kind": self.kind, "end_of_document": self.end_of_document, "fingerprint": self.fingerprint}
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 class StreamDecoder(ABC):
-    """Decodes ids one by one. The results of all `push` calls and `finish` add up to the decoding of all ids."""
+    """Decodes ids one by one. The results of all `push` calls and `finish`, concatenated, are the decoded text."""
 
     @abstractmethod
     def push(self, token: int) -> str:
-        """Return the text that is complete with this id; empty while a character is incomplete."""
+        """Return the text that this id completes; empty while a character is incomplete."""
 
     @abstractmethod
     def finish(self) -> str:
@@ -62,7 +62,7 @@ class StreamDecoder(ABC):
 
 
 def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
-    """Yield the text in pieces of at most `limit` characters, cut after a newline if there is one."""
+    """Yield the text in pieces of at most `limit` characters, cut after a newline where possible."""
     start = 0
     while len(text) - start > limit:
         stop = text.rfind("\n", start, start + limit) + 1 or start + limit
@@ -73,7 +73,7 @@ def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a tokenizer's JSON file. Raises `DataError` if it is not UTF-8."""
+    """Return the content of a tokenizer's JSON file. Raises `DataError` if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

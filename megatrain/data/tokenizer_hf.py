@@ -1,4 +1,4 @@
-"""Hugging Face fast tokenizers, GPT-2's included: found by path or hub name. Trains none.
+"""Hugging Face fast tokenizers, GPT-2's included: loaded by path or hub name, never trained.
 
 Only the JSON definition for the `tokenizers` library is read (`tokenizer.json`, or GPT-2's two files). Code and pickles
 in a tokenizer's folder are ignored.
@@ -44,19 +44,23 @@ class HuggingFaceTokenizer(Tokenizer):
         raise DataError(f"{origin}: no end-of-document token; set eos_token in its tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, encoded in segments of up to 2**20 characters."""
         ids: list[int] = []
         for segment in segments(text, _HF_SEGMENT):
             ids += self._tokenizer.encode(segment, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def stream_decoder(self) -> StreamDecoder:
+        """Return a decoder that takes one id at a time."""
         return _GrowingStream(self)
 
     def save(self, folder: Path) -> None:
+        """Write the definition, its end-of-document token and the meta file into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
         end = self._tokenizer.id_to_token(self.end_of_document)
@@ -66,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class _GrowingStream(StreamDecoder):
-    """Decodes a window of the last ids again at each step, because an id's text depends on its neighbours."""
+    """Decodes a window of the last ids anew at each step, because an id's text depends on its neighbours."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._decode = tokenizer.decode
@@ -90,7 +94,7 @@ class _GrowingStream(StreamDecoder):
 
 
 def find_hugging_face(path: str) -> HuggingFaceTokenizer:
-    """Load a `tokenizer.json`, a folder with one (or with GPT-2's `vocab.json` and `merges.txt`), or a hub name.
+    """Load a tokenizer: `tokenizer.json`, a folder with it or GPT-2's `vocab.json` and `merges.txt`, or a hub name.
 
     Raises `ConfigError` if there is none, `DataError` if it cannot be used, `EnvironmentFault` if the hub cannot be
     reached.
@@ -139,7 +143,7 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
 
 
 def _gpt2_definition(folder: Path) -> str:
-    """Return the definition of a byte-level BPE made from GPT-2's two files."""
+    """Return the definition of a byte-level BPE tokenizer made from GPT-2's two files."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 

@@ -54,6 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace("▁", " ").encode()
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         ids: list[int] = []
         for index, part in enumerate(text.split("▁")):
             if index:
@@ -63,13 +64,16 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens; invalid UTF-8 becomes U+FFFD."""
         table = self._bytes
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
     def stream_decoder(self) -> StreamDecoder:
+        """Return a decoder that takes one id at a time."""
         return _ByteStream(self._bytes)
 
     def save(self, folder: Path) -> None:
+        """Write the model and the meta file into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)
         self.save_meta(folder)
@@ -79,7 +83,7 @@ _PROBE = "  \uff21 \ufb01\t\n\n   x▁▁ é\U0001f600 <s></s><unk><0x41>\n "
 
 
 class _ByteStream(StreamDecoder):
-    """Decodes pieces that are byte strings, keeping incomplete characters back."""
+    """Decodes pieces that are byte strings, holding back incomplete characters."""
 
     def __init__(self, table: list[bytes]) -> None:
         self._table = table
@@ -110,7 +114,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9999,
-            required_chars="▁",  # or a space that occurs in no text is encoded like a U+2581
+            required_chars="▁",  # or, if no text has a space, a space would be encoded like a U+2581
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -119,7 +123,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             input_sentence_size=0,
             shuffle_input_sentence=False,
             max_sentence_length=4 * SEGMENT,
-            num_threads=4,  # part of the model file; the result does not depend on it
+            num_threads=4,  # fixed, because the model file records it; the pieces do not depend on it
             unk_id=0,
             eos_id=1,
             bos_id=-1,

@@ -1,7 +1,7 @@
-"""The work of prepare's worker processes on a chunk of documents, and the bounded, ordered map that runs it.
+"""What prepare's worker processes do with a chunk of documents, and the bounded, ordered map that runs them.
 
-The results are pure functions of the arguments, so the number of workers affects nothing but speed. Files are written
-in spool.py and preparation.py.
+The results are pure functions of the arguments, so the number of workers affects only speed. Files are written in
+spool.py and preparation.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 class Workers:
-    """`count` worker processes; with a count of 1 the work is done in this process."""
+    """A pool of `count` worker processes; with a count of 1 the work is done in this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -48,7 +48,10 @@ class Workers:
         )
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yield `function` of each item, in order, with at most `2 * count` items in flight."""
+        """Yield `function` of each item, in order, with at most `2 * count` items in flight.
+
+        Raises `EnvironmentFault` if a worker process dies.
+        """
         if self._pool is None:
             yield from map(function, items)
             return
@@ -77,7 +80,7 @@ class Workers:
 
 
 def _follow_parent(parent: int) -> None:
-    """Ignore Ctrl-C, which reaches all processes of a terminal but is the parent's to handle; on Linux, die with it."""
+    """Leave Ctrl-C to the parent, which receives it too; on Linux, die with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         set_parent_death_signal(parent)
@@ -88,7 +91,7 @@ def _follow_parent(parent: int) -> None:
 
 @dataclass(frozen=True)
 class CleanTask:
-    """Records to clean."""
+    """Records to clean, and the policy for bad ones."""
 
     records: list[Record]
     policy: Policy
@@ -96,7 +99,7 @@ class CleanTask:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean documents as a spool frame, their concatenated xxh3-128 hashes (16 bytes each), text bytes, and counts."""
+    """Clean documents as a spool frame, their concatenated xxh3-128 hashes (16 bytes each), byte sizes, and counts."""
 
     frame: bytes
     hashes: bytes
@@ -126,7 +129,7 @@ def clean_chunk(task: CleanTask) -> Cleaned:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A spool frame, one flag a document (`DROPPED` or the number of its split), and the tokenizer and dtype to use."""
+    """A spool frame, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use."""
 
     spool: Path
     frame: Frame
@@ -138,7 +141,10 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Per split: its documents' concatenated token ids, the number of ids in each, and their bytes of text."""
+    """Per split: its documents' concatenated token ids, the number of ids in each, and their bytes of text.
+
+    `text_bytes` counts dropped documents too.
+    """
 
     splits: dict[int, tuple[np.ndarray, np.ndarray, int]]
     text_bytes: int
@@ -146,7 +152,7 @@ class Encoded:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, fingerprint: str) -> Tokenizer:
-    """Load the tokenizer once a process; the fingerprint is in the cache key because the folder may be rewritten."""
+    """Load the tokenizer once per process; the fingerprint is in the cache key because the folder may be rewritten."""
     tokenizer = load_tokenizer(folder)
     assert tokenizer.fingerprint == fingerprint
     return tokenizer

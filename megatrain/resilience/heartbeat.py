@@ -96,7 +96,7 @@ class Heartbeat:
         return cls(int(number) if number else None, local_rank)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Record that this rank is alive and enters a phase; `step` is given when a new step begins."""
+        """Record that this rank is alive and enters a phase (of `step`, if given)."""
         self._book()
         if self._updates and phase in _AFTER_A_STEP:
             self._updates = False

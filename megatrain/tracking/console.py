@@ -16,7 +16,7 @@ from rich.text import Text
 from megatrain.tracking.tracker import RunInfo
 
 RECENT_STEPS = 50
-"""Recent steps whose wall time, including evaluations and saves, predicts the time left."""
+"""Number of recent steps whose wall time, including evaluations and saves, predicts the time left."""
 
 
 class Console:
@@ -38,7 +38,7 @@ class Console:
         self._last_line: tuple[int, float] | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Show the run's name, size and layout; on a terminal, start the bar."""
+        """Print what runs and where, and start the bar on a terminal."""
         parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
         self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
         if info.resumed_from_step is not None:
@@ -57,7 +57,7 @@ class Console:
             self._progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a step's metrics in the bar, or as a line if one is due."""
+        """Update the bar, or print a line if one is due."""
         moment = time.monotonic()
         if not self._moments:
             self._moments.append(moment - (record.get("step_time_s") or 0.0))
@@ -81,12 +81,12 @@ class Console:
             self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))
 
     def finish(self, status: str) -> None:
-        """Remove the bar and show how the run ended."""
+        """Stop the bar and print how the run ended."""
         self.abandon()
         self.note(f"run {status}")
 
     def abandon(self) -> None:
-        """Stop the bar without a final note."""
+        """Stop the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -111,7 +111,7 @@ class Console:
         return "  ".join(parts)
 
     def seconds_left(self, step: int) -> float:
-        """Return the steps left times the mean wall time of recent steps."""
+        """Return the number of steps left times the mean wall time of recent ones; 0.0 before the first."""
         if len(self._moments) < 2:
             return 0.0
         per_step = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
@@ -134,7 +134,7 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Format a duration as h:mm:ss, preceded by days if it has any."""
+    """Format a duration as h:mm:ss, preceded by days if there are any."""
     days, rest = divmod(round(seconds), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}d {text}" if days else text

@@ -1,7 +1,7 @@
 """events.jsonl: what happened to a run and when, one JSON object per event. Imports no torch.
 
 Several threads and processes may write to the same file (the agent records a restart, rank 0 a save), because each
-event is one appending write.
+event is a single write in append mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatrain.tracking.metrics import now, to_json
 
 
 class EventLog:
-    """The writer of a run's events.jsonl. Raises OSError where the disk fails."""
+    """A writer of a run's events.jsonl. Raises OSError if the disk fails."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,12 +39,12 @@ class Journal:
         if cut:
             detail["cut_metrics"] = str(cut)
         kind = "start" if info.resumed_from_step is None else "resume"
-        event = self._events.emit(kind, step, **detail)  # first: a tracker's helper reads the file
+        event = self._events.emit(kind, step, **detail)  # before the trackers start: MLflow's helper reads the file
         self._trackers.start(info)
         self._trackers.event(event)
 
     def cut(self, step: int) -> Path | None:
-        """Cut the metrics back to `step` for a rollback. Return the path of the cut tail, or None without one."""
+        """Cut the metrics back to `step` for a rollback. Return the path of what was cut, or None if nothing was."""
         if self._metrics is None:
             return None
         self._may_write()

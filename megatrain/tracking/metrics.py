@@ -75,7 +75,7 @@ class MetricsLog:
         return written
 
     def resume(self, step: int) -> Path | None:
-        """Move the lines after `step` to `metrics.cut-<n>.jsonl` and return its path; None without such lines."""
+        """Move the lines after `step` to `metrics.cut-<n>.jsonl` and return its path, or None if there are none."""
         before = set(self._cut_files())
         self._last_step = self._keep_until(step)
         return next((path for path in self._cut_files() if path not in before), None)
@@ -88,7 +88,7 @@ class MetricsLog:
         return sorted(self.path.parent.glob(f"{self.path.stem}.cut-*{self.path.suffix}"))
 
     def _keep_until(self, step: int | None) -> int:
-        """Move all after the last complete line (with at most `step`) to a file of its own. Return that line's step."""
+        """Move all after the last complete line (of `step` or before) to a file of its own. Return that line's step."""
         data_end, last_step = _last_line(self.path, step)
         size = os.path.getsize(self.path)
         if data_end < size:
@@ -106,7 +106,7 @@ class MetricsLog:
 
 
 def _last_line(path: Path, step: int | None) -> tuple[int, int]:
-    """Return the end offset and step of the last complete line with at most `step` (None: any); (0, 0) without one.
+    """Return the end offset and step of the last complete line up to `step` (None: any), or (0, 0) if there is none.
 
     Reads from the end in windows that double, so the cost depends on what is cut and not on the length of the run.
     """
@@ -139,10 +139,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics.jsonl, also while it is being written: a last line without line feed is skipped.
+    """Yield the records of a metrics.jsonl, even while it is being written: skips a last line without a line feed.
 
     Raises:
-        DataError: another line is not a record of one step.
+        DataError: any other line is not a record of one step.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

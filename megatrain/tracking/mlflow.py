@@ -1,8 +1,8 @@
 """MLflow in the training process: start a helper process and log its messages. Imports no mlflow.
 
 The helper (mlflow_sender.py) does all communication with MLflow. It is a process and not a thread, because importing
-mlflow and sending a batch hold Python's interpreter lock for milliseconds to seconds. metrics.jsonl is the queue
-between the two: a step costs the trainer nothing, memory is bounded, and the next start sends what a server missed.
+mlflow and sending a batch hold the GIL for milliseconds to seconds. metrics.jsonl is the queue between the two: a step
+costs the trainer nothing, memory is bounded, and the next start sends what a server missed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatrain.config import TrackingConfig
 from megatrain.tracking.tracker import RunInfo
 
 PATIENCE_S = 1.0
-"""Seconds that `finish` waits before it says that it is waiting."""
+"""Seconds that `finish` waits before it prints that it is waiting."""
 
 
 def tracking_uri(runs_dir: Path) -> str:
@@ -31,7 +31,7 @@ def tracking_uri(runs_dir: Path) -> str:
 
 
 def without_password(uri: str) -> str:
-    """Return `uri` without user and password."""
+    """Return `uri` without its user name and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
@@ -54,7 +54,7 @@ class MlflowTracker:
         self._abandoned = False
 
     def start(self, info: RunInfo) -> None:
-        """Start the helper, which imports mlflow, finds or creates the run and catches up. Return at once."""
+        """Start the helper and return at once. It imports mlflow, finds or creates the run and catches up."""
         log_path = self._run_dir / "logs" / "mlflow.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "ab") as log:
@@ -74,14 +74,14 @@ class MlflowTracker:
         self._tell({"info": described, "settings": asdict(self._config), "parent": os.getpid()})
 
     def step(self, record: dict[str, Any]) -> None:
-        """Remember the last step. The helper reads the record from metrics.jsonl."""
+        """Remember the step's number. The helper reads the record from metrics.jsonl."""
         self._last_step = record["step"]
 
     def event(self, event: dict[str, Any]) -> None:
         """Do nothing: events.jsonl becomes an artifact at the end."""
 
     def finish(self, status: str) -> None:
-        """Wait until everything is sent or time is up; warn about what was not sent."""
+        """Wait until everything is sent or the time limit is reached; warn about what was not sent."""
         if self._helper is None:
             return
         self._tell({"finish": status})
@@ -133,7 +133,7 @@ class MlflowTracker:
             return  # the helper is gone; `_listen` warns about it
 
     def _listen(self, stdout: IO[bytes]) -> None:
-        """Handle the helper's messages. Runs in a thread of its own."""
+        """Handle the helper's messages. Runs in its own thread."""
         finished = False
         for line in stdout:
             message = json.loads(line)

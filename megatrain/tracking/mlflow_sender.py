@@ -41,7 +41,7 @@ MAX_READ = 1 << 20
 """Bytes of metrics.jsonl held in memory at once."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 ORPHAN_TIMEOUT_S = 10.0
-"""Time limit for sending the remaining records after the trainer died."""
+"""Seconds for sending the remaining records after the trainer died."""
 PROGRESS = "progress/step"
 """The metric whose latest value is the last step that the server has."""
 RESTARTS = "restarts"
@@ -56,8 +56,8 @@ STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 def main(write_report: Callable[[Path, Path], Path]) -> None:
     """Read the setup from standard input, then serve until the trainer finishes or dies."""
     messages, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not among the messages
-    os.nice(5)  # training first
+    os.dup2(2, 1)  # what libraries print goes to the log, not among the messages
+    os.nice(5)  # training has priority
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -79,7 +79,7 @@ class Parent:
     def read(self, timeout: float | None) -> dict[str, Any] | None:
         """Return the next message; None after `timeout` seconds or when the trainer is gone.
 
-        A process forked by the trainer may keep the pipe open, so a changed parent id also means that it died.
+        The trainer's child processes may keep the pipe open, so a new parent process id also means that it died.
         """
         while b"\n" not in self._buffer and not self.gone:
             if not select.select([self._fd], [], [], timeout)[0]:
@@ -92,7 +92,7 @@ class Parent:
         return json.loads(line) if line else None
 
     def tell(self, **message: Any) -> None:
-        """Send a message to the trainer; set `gone` if the connection is closed."""
+        """Send a message to the trainer."""
         try:
             self._messages.write(json.dumps(message) + "\n")
         except OSError:
@@ -106,7 +106,7 @@ class Sender:
     """
 
     def __init__(self, setup: dict[str, Any], parent: Parent, write_report: Callable[[Path, Path], Path]) -> None:
-        """`write_report(run_dir, out)` writes the page that becomes an artifact."""
+        """`write_report(run_dir, out)` writes the report, which becomes an artifact, and returns its path."""
         self.info, self.settings, self.parent = setup["info"], setup["settings"], parent
         self.write_report = write_report
         self.run_dir = Path(self.info["run_dir"])
@@ -148,7 +148,7 @@ class Sender:
         return max(0.01, min(due))
 
     def _try(self, action: Callable[[], None]) -> bool:
-        """Run `action` unless still backing off, and return success. Warn only about the first failure in a row."""
+        """Run `action` unless in backoff; return whether it succeeded. Warn only about the first failure in a row."""
         if time.monotonic() < self._next_try:
             return False
         try:
@@ -229,8 +229,8 @@ class Sender:
     def _find_or_create_run(self, artifact_location: str | None) -> str:
         """Return the id of this run's MLflow run on this server.
 
-        A start at the first step continues the MLflow run only if the config is the same, as after a crash before the
-        first checkpoint. With another config it is a new MLflow run.
+        A start without a checkpoint continues the MLflow run only if the config is the same, as after a crash before
+        the first checkpoint. With another config it creates a new MLflow run.
         """
         from mlflow.exceptions import MlflowException
 
@@ -261,8 +261,8 @@ class Sender:
     def _find_or_create_parent(self, experiment_id: str) -> str | None:
         """Return the id of the MLflow run of this run's sweep; None for a run outside a sweep.
 
-        The tag SWEEP_ID identifies it. Points that start together take the same lock, so one of them creates it; on a
-        file system without locks all choose the oldest. It is only a heading and is marked as finished at once, because
+        The tag SWEEP_ID identifies it. Points that start together take the same lock, so only one creates it; on a file
+        system without locks all choose the oldest. It only groups the points and is marked as finished at once, because
         nothing tells when the last point of a sweep has ended.
         """
         sweep = self.info["config"].get("run", {}).get("sweep")
@@ -342,7 +342,7 @@ class Sender:
         """Send the steps and system samples that the server lacks, oldest first.
 
         No step is sent twice: a step repeated after a resume has another time, and MLflow would keep both values.
-        Each request carries whole steps and ends with the number of the last one.
+        Each request carries whole steps and ends with PROGRESS, the number of the last one.
         """
         assert self.run_id is not None
         for metrics, step, offset in self._unsent_steps():
@@ -371,7 +371,7 @@ class Sender:
             self._unsent_restarts.pop(0)
 
     def _unsent_steps(self) -> Iterator[tuple[list[Any], int, int]]:
-        """Yield batches of metrics with the last step of each and its end offset in the file."""
+        """Yield batches of metrics, each with its last step and the end offset of that step in the file."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
@@ -392,7 +392,7 @@ class Sender:
         yield metrics, step, offset
 
     def _records(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield the complete lines after `_offset` and their end offsets. Start over if the file was cut meanwhile."""
+        """Yield the complete lines after `_offset` and their end offsets. Starts over if the file was cut."""
         if not self.metrics_path.exists():
             return
         with open(self.metrics_path, "rb") as file:
@@ -418,7 +418,7 @@ class Sender:
         return line.endswith(b"\n") and json.loads(line)["step"] > self.sent_step + 1
 
     def _system_points(self, moment: float, values: dict[str, float]) -> list[Any]:
-        """Return a sample as points. Their step is the seconds since the MLflow run began, also after a resume."""
+        """Return a sample as points. Their step is the seconds since the MLflow run first started."""
         from mlflow.entities import Metric
 
         step = round(moment - self._start_s)
@@ -431,20 +431,20 @@ class Sender:
             if (self.run_dir / name).exists():
                 self.client.log_artifact(self.run_id, str(self.run_dir / name))
         self.client.set_terminated(self.run_id, STATUS[status])
-        with tempfile.TemporaryDirectory() as folder:  # last: half a minute for a million steps
+        with tempfile.TemporaryDirectory() as folder:  # last, as it takes half a minute for a million steps
             self.client.log_artifact(self.run_id, str(self.write_report(self.run_dir, Path(folder) / "report.html")))
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against other processes."""
+    """Hold an exclusive lock on the file `path`, created if missing; wait for other processes."""
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def user() -> str | None:
-    """Return the user's name; None where the system does not know it."""
+    """Return the user's name, or None if the system does not know it."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
@@ -458,7 +458,7 @@ def text(value: Any) -> str:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Return the values of a step to plot: finite numbers, without the step itself and without idle defaults."""
+    """Return a step's finite numbers to plot, without the step itself, times of 0 and `updated` if it is true."""
     return {
         name: float(value)
         for name, value in record.items()
@@ -471,5 +471,5 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def milliseconds(time_text: str) -> int:
-    """Convert ISO 8601, as in metrics.jsonl, to milliseconds since 1970."""
+    """Convert an ISO 8601 time, as in metrics.jsonl, to milliseconds since the Unix epoch."""
     return round(datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp() * 1000)

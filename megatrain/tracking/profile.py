@@ -1,7 +1,7 @@
 """`profile=true`: profile a few steps, as a Chrome trace of every rank and a table of the main rank.
 
-The profiler listens to the phases that the trainer and the engines report to the heartbeat, so the loop does not know
-about it. The window is fixed: each start skips its first steps (compilation, caches), warms the profiler up for two
+The profiler listens to the phases that the trainer and the engines report to the heartbeat, so the training loop knows
+nothing of it. The window is fixed: each start skips three steps (compilation, caches), warms the profiler up for two
 and traces three.
 """
 
@@ -23,19 +23,19 @@ from megatrain.distributed.world import World
 from megatrain.errors import EnvironmentFault
 
 WAIT, WARM_UP, ACTIVE = 3, 2, 3
-"""Steps of a start before the profiler begins, steps that warm it up, and steps that it traces."""
+"""Numbers of steps of a start: to skip, to warm up the profiler, and to trace."""
 
 FIRST_TRACED = WAIT + WARM_UP + 1
 """The first traced step, counted from the start."""
 
 PHASES = ("data", "exchange", "forward", "backward", "update")
-"""The phases of a step in order. The time between two reports belongs to the first."""
+"""The phases of a step in order. Each lasts until the next is reported."""
 
 NAME = "megatrain::"
-"""The prefix of the ranges in a trace."""
+"""The prefix of our ranges in a trace."""
 
 NUM_OPERATIONS = 20
-"""Rows of the table's second half."""
+"""Number of operations in the table."""
 
 _LOG = logging.getLogger("megatrain")
 
@@ -47,7 +47,7 @@ def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> I
     The main rank writes its table to `<folder>/table.txt` and passes it to `show` at the end.
 
     Raises:
-        EnvironmentFault: the folder cannot be made.
+        EnvironmentFault: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +62,14 @@ def profiled_steps(folder: Path, world: World, show: Callable[[str], None]) -> I
     finally:
         world.heartbeat.listener = None
         table = listener.close()
-        with suppress(OSError):  # removes the folder if nothing was traced
+        with suppress(OSError):  # a folder with traces is not empty and stays
             folder.rmdir()
         if world.is_main:
             show(table)
 
 
 class StepProfile:
-    """A listener to a rank's phases that traces the window and sums up its times."""
+    """A heartbeat listener that traces the window and sums up the time of each phase."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.world = world
@@ -81,14 +81,14 @@ class StepProfile:
         self.waits: dict[str, float] = defaultdict(float)
         self.table = ""
         self._profiler: profile | None = None
-        self._ranges: list[record_function] = []  # the open ones: the step's, and in it the phase's
+        self._ranges: list[record_function] = []  # the open ones: the step's, and within it the phase's
         self._phase = ""
         self._since = 0
 
     # ------------------------------------------------------------------------------------------- listening
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase of a step begins, and the one before it ends; `data` begins a step, `save` or `end` ends the last."""
+        """End the current phase and begin the next; `data` begins a step."""
         if self.table:
             return
         self._leave()
@@ -175,7 +175,7 @@ class StepProfile:
         self.world.heartbeat.beat()
 
     def _make_table(self, profiler: profile) -> str:
-        """Return the table: the phases of a step, then the operations with the most time of their own."""
+        """Return the table: the phases of a step, then the operations with the most self time."""
         on_gpu = self.world.device.type == "cuda"
         kernels, communication = device_times(profiler.events() or []) if on_gpu else ({}, {})
         first, last = self.steps[0], self.steps[-1]
@@ -197,7 +197,7 @@ class StepProfile:
 
 
 def device_times(events: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """Return seconds of all GPU kernels and of NCCL's alone, by the phase in which any thread launched them."""
+    """Return the seconds of all GPU kernels and of NCCL's alone, by the phase in which any thread launched them."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = sorted(
         (event.time_range.start, event.time_range.end, event.name.removeprefix(NAME))
@@ -253,7 +253,7 @@ def phase_rows(
 
 
 def operation_rows(averages: Any, num_steps: int, on_gpu: bool) -> list[str]:
-    """Return the operations with the most time of their own per step: device time on a GPU, else CPU time.
+    """Return the table's rows of the operations with the most self time: device time on a GPU, else CPU time.
 
     Memory is what an operation itself allocated minus what it freed, per step.
     """

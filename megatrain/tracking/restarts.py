@@ -36,8 +36,8 @@ class Restarts:
     def read(self) -> list[Restart]:
         """Return the restarts since the last call.
 
-        A `start` without a preceding `restart` or `node_lost` event begins a new run in the same folder, so the count
-        begins at zero again.
+        A `start` without a preceding `restart` or `node_lost` event begins a new run in the same folder, which resets
+        the count to zero.
         """
         found: list[Restart] = []
         for event in self._new_events():

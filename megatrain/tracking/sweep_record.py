@@ -28,7 +28,7 @@ class SweepPoint:
 
     @property
     def label(self) -> str:
-        """The point's values as on the command line."""
+        """Return the point's values as on the command line."""
         return " ".join(f"{name}={value}" for name, value in self.values.items())
 
 
@@ -41,7 +41,7 @@ class SweepRecord:
 
     @staticmethod
     def load(folder: Path) -> SweepRecord:
-        """Read a sweep's record. Raises DataError where the file is missing or malformed."""
+        """Read a sweep's record. Raises DataError if the file is missing or malformed."""
         path = folder / FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ class SweepRecord:
     @staticmethod
     @contextmanager
     def alone(folder: Path) -> Iterator[None]:
-        """Lock the folder against other commands on the same sweep, from reading the record to writing it."""
+        """Lock the sweep's folder against other commands, from reading the record to writing it."""
         with open(folder / ".lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -62,7 +62,7 @@ class SweepRecord:
         write_atomically(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def add(self, points: list[SweepPoint]) -> None:
-        """Add the points of a command; points already in the record stay.
+        """Add the points of a command to those in the record.
 
         Raises:
             ConfigError: two different points have the same run name.

@@ -24,7 +24,7 @@ class SystemMetrics:
         self._pid = pid
         self._network = psutil.net_io_counters()
         self._has_gpu = shutil.which("nvidia-smi") is not None
-        psutil.cpu_percent()  # the first call only starts the interval
+        psutil.cpu_percent()  # the first call only starts the measuring interval
 
     def sample(self) -> dict[str, float]:
         """Return percentages of the whole machine, megabytes (1e6 bytes) and network traffic since the last sample."""

@@ -42,25 +42,25 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Something that shows a run.
+    """A view of a run, such as the console.
 
     No method may block the training thread for more than microseconds, except `finish`, which waits a bounded time.
     """
 
     def start(self, info: RunInfo) -> None:
-        """Called once, after metrics.jsonl was cut back to the step to resume from."""
+        """Show the start. Called once, after metrics.jsonl was cut back to the step to resume from."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """Called for each optimizer step with its record, already written to metrics.jsonl."""
+        """Show an optimizer step, whose record has been written to metrics.jsonl."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """Called for each event with its record, already written to events.jsonl."""
+        """Show an event, whose record has been written to events.jsonl."""
 
     def finish(self, status: str) -> None:
-        """Called once at the end, with one of `STATUSES`."""
+        """Show the end, one of `STATUSES`, and release everything. Called once."""
 
     def abandon(self) -> None:
-        """Called instead of `finish` when the run continues in another process: release everything at once."""
+        """Release everything at once. Called instead of `finish` when the run continues in another process."""
 
 
 class Trackers:
@@ -75,19 +75,24 @@ class Trackers:
         self._failed: set[int] = set()
 
     def start(self, info: RunInfo) -> None:
+        """Start every tracker."""
         self._each(lambda tracker: tracker.start(info))
 
     def step(self, record: dict[str, Any]) -> None:
+        """Pass a step on to every tracker that has not failed."""
         self._each(lambda tracker: tracker.step(record))
 
     def event(self, event: dict[str, Any]) -> None:
+        """Pass an event on to every tracker that has not failed."""
         self._each(lambda tracker: tracker.event(event))
 
     def finish(self, status: str) -> None:
+        """Finish every tracker, failed ones too."""
         assert status in STATUSES, status
         self._each(lambda tracker: tracker.finish(status), failed_too=True)
 
     def abandon(self) -> None:
+        """Abandon every tracker, failed ones too."""
         self._each(lambda tracker: tracker.abandon(), failed_too=True)
 
     def _each(self, call: Callable[[Tracker], None], failed_too: bool = False) -> None:
