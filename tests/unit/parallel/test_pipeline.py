@@ -106,9 +106,15 @@ def test_units_hold_every_parameter_once_in_forward_order(config):
                 assert units[-1] == [stage.final_norm, stage.head]
 
 
-def test_a_stage_with_both_ends_ties_them():
+@pytest.mark.parametrize(("num_stages", "index"), [(1, 0), (2, 0), (2, 1)])
+def test_a_stage_with_both_ends_ties_them(num_stages, index):
+    """Also when it leaves the meta device, which makes new parameters. A stage with one end has nothing to tie."""
     config = ModelConfig(**SHAPE, **FAMILIES["gpt2"])
-    _, (stage,), _ = make_stages(config, range(3))
-    assert stage.head.weight is stage.embed.weight
+    with torch.device("meta"):
+        meter = LossMeter(NextToken(), torch.device("meta"))
+        stage = Stage(config, range(1), num_stages, index, REFERENCE, StepInputs(), meter)
     stage.to_empty(device="cpu")
-    assert stage.head.weight is stage.embed.weight
+    if num_stages == 1:
+        assert stage.head.weight is stage.embed.weight
+    else:
+        assert (stage.head is None) == (index == 0) and (stage.embed is None) == (index == 1)
