@@ -126,7 +126,7 @@ class Job:
         whole = self._records()[before + 1 :]  # the first one was interrupted by the stop before
         if len(whole) < 2:
             raise TurnFailed(f"{self.name} finished {len(whole)} whole steps in {seconds:g} s; give more --seconds")
-        return statistics.median(record["step_time_s"] for record in whole)
+        return float(statistics.median(record["step_time_s"] for record in whole))
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the agent and all its descendants."""

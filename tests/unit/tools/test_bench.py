@@ -6,7 +6,9 @@ import random
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 TOOLS = Path(__file__).parents[3] / "tools" / "bench"
@@ -104,3 +106,53 @@ def test_the_message_about_a_missing_peer_says_how_to_install_it(bench, tmp_path
     python.chmod(0o755)
     with pytest.raises(turns.TurnFailed, match=r"litgpt, lightning is not installed in .*--setup"):
         turns.probe("litgpt")
+
+
+CHECKOUT = """
+import json, pathlib, sys, time
+name = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.name="))
+run = pathlib.Path("runs") / name
+run.mkdir(parents=True)
+with (run / "metrics.jsonl").open("w", buffering=1) as file:
+    for step in range(1, {steps} + 1):
+        time.sleep(0.01)
+        file.write(json.dumps({{"step": step, "step_time_s": {step_s}}}) + "\\n")
+    file.write('{{"step": ')
+    file.flush()
+    sys.exit("it broke")
+"""
+
+
+@pytest.fixture
+def revisions(bench):
+    import revisions
+
+    yield revisions
+    sys.modules.pop("revisions", None)
+
+
+def checkout(folder, step_s, steps=10_000):
+    """Make a checkout whose train command writes steps of this duration and then breaks."""
+    (folder / "megatrain").mkdir(parents=True)
+    (folder / "megatrain" / "__main__.py").write_text(CHECKOUT.format(step_s=step_s, steps=steps))
+    return folder
+
+
+def turns_of(old, new):
+    return SimpleNamespace(old=old, new=new, threads=1, turns=2, seconds=0.5)
+
+
+def test_two_revisions_take_turns(revisions, tmp_path):
+    """Each turn's figure is that checkout's own; nothing runs afterwards."""
+    arguments = turns_of(checkout(tmp_path / "a", 0.02), checkout(tmp_path / "b", 0.03))
+    assert revisions.take_turns(arguments, ["model=tiny"], tmp_path) == {"old": [0.02] * 2, "new": [0.03] * 2}
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in commands if "run.name=old" in words or "run.name=new" in words]
+
+
+def test_a_revision_that_ends_or_is_no_checkout_is_named(revisions, bench, tmp_path):
+    good, short = checkout(tmp_path / "a", 0.02), checkout(tmp_path / "b", 0.02, steps=8)
+    with pytest.raises(bench[2].TurnFailed, match="new ended: it broke"):
+        revisions.take_turns(turns_of(good, short), ["model=tiny"], tmp_path)
+    with pytest.raises(bench[2].TurnFailed, match=f"{tmp_path / 'nowhere'} is no checkout"):
+        revisions.take_turns(turns_of(tmp_path / "nowhere", good), ["model=tiny"], tmp_path)
