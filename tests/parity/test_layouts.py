@@ -86,7 +86,7 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.parametrize(("ranks", "family", "changes"), CELLS, ids=str)
 def test_a_layout_gives_the_result_of_one_process(ranks, family, changes, one_process, tmp_path):
-    config = layout_job(family=family, micro=rows(changes), **changes)
+    config = layout_job(family=family, micro=rows(changes, ranks), **changes)
     check(config, ranks)
     compare(run_ranks(parity_steps, ranks, config, str(tmp_path), timeout_s=300), one_process(family))
 
@@ -133,7 +133,7 @@ def test_fused_kernels_give_the_result_of_the_plain_ones(ranks, family, changes,
 )
 def test_documents_are_separated_as_on_one_process(ranks, family, changes, one_process, tmp_path):
     """`train.mask_documents` gives the same result in a layout as on one process, and it changes the result."""
-    config = layout_job(family=family, micro=rows(changes), **changes)
+    config = layout_job(family=family, micro=rows(changes, ranks), **changes)
     config.train.mask_documents = True
     check(config, ranks)
     expected, unmasked = (one_process(family, documents=kind) for kind in ("masked", "unmasked"))
@@ -208,7 +208,7 @@ def first_norm(world, config):
 @pytest.mark.parametrize(("engine", "zero"), [("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
 def test_the_norm_counts_every_tensor_rank_in_low_precision(engine, zero):
     """bf16 uses other optimizers than fp32; the norm is that of one process up to bf16's rounding."""
-    one, two = layout_job(), layout_job(engine=engine, tp=2, zero=zero)
+    one, two = layout_job(micro=4), layout_job(engine=engine, micro=4, tp=2, zero=zero)
     one.precision.name = two.precision.name = "bf16"
     check(two, 2)
     expected = run_ranks(first_norm, 1, one)[0]
@@ -236,7 +236,7 @@ def test_query_and_key_norms_learn_from_the_heads_of_all_tensor_ranks(engine, tm
 )
 def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_process, tmp_path):
     """A compiled block behind a tensor-parallel embedding once gave silently wrong gradients."""
-    config = layout_job(compile=True, micro=rows(changes), **changes)
+    config = layout_job(compile=True, micro=rows(changes, ranks), **changes)
     compare(run_ranks(parity_steps, ranks, config, str(tmp_path), timeout_s=500), one_process("llama"))
 
 
@@ -252,7 +252,7 @@ def test_compiled_blocks_give_the_result_of_one_process(ranks, changes, one_proc
 )
 def test_dropout_repeats_bit_for_bit(ranks, changes, one_process, tmp_path):
     """Two runs of one layout with dropout are bit-identical and differ from runs without."""
-    config = layout_job(micro=rows(changes), **changes)
+    config = layout_job(micro=rows(changes, ranks), **changes)
     config.model.dropout = 0.2
     first, again = (run_ranks(parity_steps, ranks, config, str(tmp_path / name))[0] for name in ("first", "again"))
     assert first[:2] == again[:2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.holdings import held_in_a_step
-from support.jobs import GLOBAL_BATCH, layout_job
+from support.jobs import layout_job, rows
 from support.ranks import run_ranks
 
 from megatrain.optim.slots import decays
@@ -55,9 +55,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 
 def job(world, precision="fp32", micro=None, **changes):
     """Return a job with two micro-batches a step, in a pipeline two for each stage, unless `micro` says otherwise."""
-    stages, exchanging = changes.get("pp", 1), changes.get("tp", 1) * changes.get("cp", 1)
-    data_ranks = world // (stages * exchanging)
-    config = layout_job(micro=micro or GLOBAL_BATCH // (2 * stages * data_ranks), **changes)
+    config = layout_job(micro=micro or rows(changes, world), **changes)
     config.precision.name = precision
     return config
 

@@ -94,7 +94,7 @@ def origins(tmp_path_factory):
         if (name, family) not in made:
             folder = str(tmp_path_factory.mktemp("origin"))
             ranks, changes = LAYOUTS[name]
-            config = layout_job(family=family, micro=rows(changes), **changes)
+            config = layout_job(family=family, micro=rows(changes, ranks), **changes)
             check(config, ranks)
             made[name, family] = (folder, *run_ranks(begin, ranks, config, folder)[0])
         return made[name, family]
@@ -107,7 +107,7 @@ def test_another_layout_continues_with_bit_equal_state_and_losses(saved, resumed
     """Parameters and both moments bit-equal once gathered, the step count and groups kept, two losses within 1e-5."""
     folder, expected, whole = origins(saved, family)
     ranks, changes = LAYOUTS[resumed]
-    config = layout_job(family=family, micro=rows(changes), **changes)
+    config = layout_job(family=family, micro=rows(changes, ranks), **changes)
     check(config, ranks)
     losses, again, counters, optimizer = run_ranks(go_on, ranks, config, folder, str(tmp_path))[0]
     assert whole.keys() == again.keys() and len(whole) % 3 == 0

@@ -57,7 +57,7 @@ def test_going_back_in_place_leaves_no_trace(ranks, changes, tmp_path):
     """Three steps later, losses, norms, parameters, moments, the optimizer's step and the loss scale are equal."""
     changes = dict(changes)
     precision = changes.pop("precision", "fp32")
-    config = layout_job(**changes)
+    config = layout_job(micro=4, **changes)
     config.precision.name = precision
     config.precision.loss_scale_window = 2
     for (told, state, counters), (again, state_again, counters_again) in run_ranks(

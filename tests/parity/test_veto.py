@@ -120,7 +120,7 @@ def overflow(world, config, folder):
 @pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
 def test_an_infinite_loss_with_finite_gradients_is_vetoed_on_all(ranks, changes, tmp_path):
     """One rank's loss overflows, its gradients do not: no parameter of any rank moves, and all ranks report it."""
-    results = run_ranks(overflow, ranks, layout_job(**changes), str(tmp_path))
+    results = run_ranks(overflow, ranks, layout_job(micro=4, **changes), str(tmp_path))
     for told, states in results:
         assert [updated for updated, _, _ in told] == [True, False, False]
         (_, loss, norm), (_, bad_loss, bad_norm), _ = told

@@ -137,14 +137,11 @@ def layout_job(
     return config
 
 
-def rows(changes: dict[str, Any]) -> int:
-    """Return the micro-batch size of a layout in the tests.
-
-    Tensor and context ranks, which communicate in every layer, run half as many micro-batches. Every layout accumulates
-    over several, and a pipeline has at least one per stage.
-    """
-    exchanging = changes.get("tp", 1) * changes.get("cp", 1) > 1 and "pp" not in changes
-    return 4 if exchanging else 2
+def rows(changes: dict[str, Any], ranks: int) -> int:
+    """Return the micro-batch size with which a layout runs two micro-batches a step for each pipeline stage."""
+    stages, exchanging = changes.get("pp", 1), changes.get("tp", 1) * changes.get("cp", 1)
+    data_ranks = ranks // (stages * exchanging)
+    return GLOBAL_BATCH // (2 * stages * data_ranks)
 
 
 STEPS = 3
