@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs megatrain into .venv (the first time) and runs the tests, tier by tier:
 #
-#   bash tools/test.sh               unit, parity and e2e: at most 15 minutes on two cores
-#   bash tools/test.sh --all         chaos and slurm too: everything, at most 30 minutes on two cores
+#   bash tools/test.sh               unit, e2e and parity without layouts of 4 and 8 ranks and offload to a disk: at
+#                                    most 15 minutes on two cores
+#   bash tools/test.sh --all         everything, with chaos and slurm: at most 30 minutes on two cores
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
 #
 # Exits with 1 if a test failed or a tier ran no test. The last line sums the tiers up in pytest's own form.
@@ -11,9 +12,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 pytest=(.venv/bin/python -m pytest)
 
 tiers=(unit parity e2e)
+daily=(-m "not combination and not slow_build")
 coverage=()
 if [ "${1:-}" = --all ] && [ $# -eq 1 ]; then
   tiers+=(chaos slurm)
+  daily=()
   coverage=(--cov=megatrain --cov=kernels --cov-report=) # costs a third more time
 elif [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
@@ -41,6 +44,7 @@ run_tier() {
 for tier in "${tiers[@]}"; do
   case $tier in
     unit) run_tier unit "${parallel[@]}" "${coverage[@]}" ;;
+    parity) run_tier parity "${parallel[@]}" "${daily[@]}" ;;
     slurm) run_tier slurm ;;
     *) run_tier "$tier" "${parallel[@]}" ;;
   esac
