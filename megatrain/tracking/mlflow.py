@@ -32,7 +32,7 @@ def tracking_uri(runs_dir: Path) -> str:
 
 def without_password(uri: str) -> str:
     """Return `uri` without its user name and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return re.sub(r"(?<!/)//[^/\s]*@", "//", uri)
 
 
 class MlflowTracker:

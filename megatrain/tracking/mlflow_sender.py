@@ -20,12 +20,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config.flatten import flatten
 from megatrain.resilience.atomic_file import write_atomically
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.mlflow_store import plain
 from megatrain.tracking.restarts import Restart, Restarts
 from megatrain.tracking.sweep_record import SweepRecord, is_sweep_folder
 from megatrain.tracking.system_metrics import SystemMetrics
@@ -103,6 +105,7 @@ class Sender:
     """Sends one run to the server.
 
     Every method may raise any MLflow error. All are idempotent: work already done is found on the server and skipped.
+    After an error everything is looked up again, because a run or its experiment may have been deleted in between.
     """
 
     def __init__(self, setup: dict[str, Any], parent: Parent, write_report: Callable[[Path, Path], Path]) -> None:
@@ -120,6 +123,7 @@ class Sender:
         self._dropped = 0
         self._restarts = Restarts(self.run_dir / "events.jsonl")
         self._unsent_restarts: list[Restart] = []
+        self._refused: set[str] = set()
         self._known_tags: dict[str, str] = {}
         self._system = SystemMetrics(setup["parent"], self.run_dir)
         self._next_sample = time.monotonic()
@@ -155,10 +159,11 @@ class Sender:
             action()
         except Exception as error:
             logging.getLogger("megatrain.tracking").exception("attempt failed")
+            self.run_id = None
             if not self._failing:
                 where = without_password(tracking_uri(self.run_dir.parent))
-                reason = without_password(str(error)).strip().splitlines() or [type(error).__name__]
-                self.parent.tell(warning=f"{where} cannot be used now, training goes on: {reason[0][:300]}")
+                reason = plain(str(error)) or type(error).__name__
+                self.parent.tell(warning=f"{where} cannot be used now, training goes on: {reason}")
             self._failing = True
             self._next_try = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, MAX_BACKOFF_S)
@@ -202,18 +207,38 @@ class Sender:
                 run_id = self._find_or_create_run((runs_dir / "mlartifacts").as_uri())
         run = self.client.get_run(run_id)
         self._start_s = run.info.start_time / 1000
-        tags = self._tags() | self._log_params(run_id, run.data.params, run.data.tags)
-        if parent := self._find_or_create_parent(run.info.experiment_id):
-            tags["mlflow.parentRunId"] = parent
-        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        if not run.inputs.dataset_inputs:
-            self._log_dataset(run_id)
-        if (self.run_dir / "config.yaml").exists():
-            self.client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in self._tags().items()])
+        self._extra(run_id, "parameters", lambda: self._log_params(run_id, run.data.params, run.data.tags))
+        self._extra(run_id, "place in its sweep", lambda: self._log_parent(run_id, run.info.experiment_id))
+        if run.inputs is None or not run.inputs.dataset_inputs:
+            self._extra(run_id, "dataset", lambda: self._log_dataset(run_id))
+        self._log_files(run_id, "config.yaml")
         self.sent_step = int(run.data.metrics.get(PROGRESS, 0))
+        self._offset = 0
+        self._restarts, self._unsent_restarts = Restarts(self.run_dir / "events.jsonl"), []
         self._known_tags = run.data.tags
         self.run_id = run_id
         self.parent.tell(sent=self.sent_step)
+
+    def _extra(self, run_id: str, what: str, action: Callable[[], None]) -> None:
+        """Send what the metrics do not depend on. Warn once if the server refuses it; raise if the server is away.
+
+        An older server lacks some calls, and artifacts may lie where this machine cannot write.
+        """
+        try:
+            action()
+        except Exception as error:
+            self.client.get_run(run_id)
+            logging.getLogger("megatrain.tracking").exception("the run's %s: refused", what)
+            if what not in self._refused:
+                self._refused.add(what)
+                reason = plain(str(error)) or type(error).__name__
+                self.parent.tell(warning=f"the run's {what} cannot be sent, the rest is: {reason}")
+
+    def _log_files(self, run_id: str, *names: str) -> None:
+        for path in (self.run_dir / name for name in names):
+            if path.exists():
+                self._extra(run_id, "files", partial(self.client.log_artifact, run_id, str(path)))
 
     def _lock_run(self) -> None:
         """Lock the run. Raises RuntimeError while the helper of an earlier start is still sending."""
@@ -236,8 +261,9 @@ class Sender:
 
         server = without_password(tracking_uri(self.run_dir.parent)) if artifact_location is None else "embedded"
         path = self.run_dir / "mlflow.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        found = known.get(server)
+        known = self._known_runs(path)
+        experiment_id = self._find_or_create_experiment(artifact_location)
+        found, deleted = known.get(server), None
         if found is not None and (self.info["resumed_from_step"] is not None or found["config"] == self.info["config"]):
             try:
                 if self.client.get_run(found["run_id"]).info.lifecycle_stage == "active":
@@ -246,17 +272,53 @@ class Sender:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            self.parent.tell(warning=f"run {found['run_id']} was deleted there; a new one is made with all steps")
-        experiment = self.client.get_experiment_by_name(self.settings["experiment"])
-        experiment_id = (
-            experiment.experiment_id
-            if experiment is not None
-            else self.client.create_experiment(self.settings["experiment"], artifact_location)
-        )
+            deleted = found["run_id"]
         run_id: str = self.client.create_run(experiment_id, run_name=self.info["run_name"]).info.run_id
         known[server] = {"run_id": run_id, "config": self.info["config"]}
         write_atomically(path, json.dumps(known, indent=1) + "\n")
+        if deleted is not None:
+            self.parent.tell(warning=f"run {deleted} was deleted there; the new run {run_id} gets all steps")
         return run_id
+
+    def _known_runs(self, path: Path) -> dict[str, Any]:
+        """Return the runs in mlflow.json by server; none, with a warning, if the file is damaged."""
+        try:
+            known = json.loads(path.read_text())
+            if all({"run_id", "config"} <= found.keys() for found in known.values()):
+                return dict(known)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError):
+            pass
+        self.parent.tell(warning=f"{path} is damaged; a new run is made there with all steps")
+        return {}
+
+    def _find_or_create_experiment(self, artifact_location: str | None) -> str:
+        """Return the experiment's id. A deleted one is restored, because MLflow lets no other have its name."""
+        name = self.settings["experiment"]
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(self.client.create_experiment(name, artifact_location))
+        if experiment.lifecycle_stage != "active":
+            try:
+                self.client.restore_experiment(experiment.experiment_id)
+            except Exception as error:
+                if self.client.get_experiment(experiment.experiment_id).lifecycle_stage == "active":
+                    return str(experiment.experiment_id)  # another run of it was faster
+                raise RuntimeError(
+                    f"the experiment {name} was deleted there and could not be restored ({error}); restore it in "
+                    "MLflow, or start again with another tracking.experiment"
+                ) from error
+            self.parent.tell(
+                warning=f"the experiment {name} was deleted there; it was restored with its runs, because MLflow "
+                "keeps a deleted experiment's name (tracking.experiment=... names another)"
+            )
+        return str(experiment.experiment_id)
+
+    def _log_parent(self, run_id: str, experiment_id: str) -> None:
+        """Show a point of a sweep under the sweep's own run."""
+        if parent := self._find_or_create_parent(experiment_id):
+            self.client.set_tag(run_id, "mlflow.parentRunId", parent)
 
     def _find_or_create_parent(self, experiment_id: str) -> str | None:
         """Return the id of the MLflow run of this run's sweep; None for a run outside a sweep.
@@ -300,23 +362,25 @@ class Sender:
         }
         return {name: str(value) for name, value in tags.items() if value not in (None, "")}
 
-    def _log_params(self, run_id: str, known: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
-        """Log the parameters that the server lacks, and return tags for those that a resume changed.
+    def _log_params(self, run_id: str, known: dict[str, str], tags: dict[str, str]) -> None:
+        """Log the parameters that the server lacks, and tags for those that a resume changed.
 
         MLflow refuses to change a parameter, so the new value becomes the tag `resume.<key>`.
         """
-        from mlflow.entities import Param
+        from mlflow.entities import Param, RunTag
 
         wanted = {name: text(value) for name, value in flatten(self.info["config"]).items()}
         wanted |= {name: text(self.info[name]) for name in ("num_parameters", "flops_per_token")}
         new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for start in range(0, len(new), MAX_PARAMS):
             self.client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
-        return {
-            f"resume.{name}": value
+        changed = [
+            RunTag(f"resume.{name}", value)
             for name, value in wanted.items()
             if name in known and (known[name] != value or f"resume.{name}" in tags)
-        }
+        ]
+        for start in range(0, len(changed), MAX_PARAMS):
+            self.client.log_batch(run_id, tags=changed[start : start + MAX_PARAMS])
 
     def _log_dataset(self, run_id: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -427,12 +491,13 @@ class Sender:
     def finish(self, status: str) -> None:
         """Send the remaining records, the events and the report, and end the run on the server."""
         self.catch_up()
-        for name in ("config.yaml", "events.jsonl"):
-            if (self.run_dir / name).exists():
-                self.client.log_artifact(self.run_id, str(self.run_dir / name))
-        self.client.set_terminated(self.run_id, STATUS[status])
+        run_id = self.run_id
+        assert run_id is not None
+        self._log_files(run_id, "config.yaml", "events.jsonl")
+        self.client.set_terminated(run_id, STATUS[status])
         with tempfile.TemporaryDirectory() as folder:  # last, as it takes half a minute for a million steps
-            self.client.log_artifact(self.run_id, str(self.write_report(self.run_dir, Path(folder) / "report.html")))
+            report = self.write_report(self.run_dir, Path(folder) / "report.html")
+            self._extra(run_id, "files", partial(self.client.log_artifact, run_id, str(report)))
 
 
 @contextmanager

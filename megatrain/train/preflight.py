@@ -5,8 +5,6 @@ Each problem is reported with its node and rank. The checks run when a job start
 
 from __future__ import annotations
 
-import base64
-import http.client
 import logging
 import math
 import os
@@ -15,9 +13,6 @@ import shutil
 import socket
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -35,6 +30,7 @@ from megatrain.errors import EnvironmentFault
 from megatrain.model.count import parameter_shapes
 from megatrain.optim.slots import slot_bytes
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.mlflow_store import store_problem
 
 ELEMENTS = 2**20
 """Elements of the all-reduce: 4 MiB takes milliseconds and is enough to tell a network from the loopback interface."""
@@ -58,7 +54,7 @@ def preflight(config: TrainConfig, run_dir: Path, world: World) -> dict[str, Any
     seconds = check_all_reduce(world)
     _all_well(world, lambda: check_disk(config, run_dir, world) if world.local_rank == 0 else None)
     if world.is_main and config.tracking.name == "mlflow":
-        check_server(tracking_uri(run_dir.parent))
+        check_server(tracking_uri(run_dir.parent), config.tracking.experiment)
     size = ELEMENTS * 4
     found = {
         "nodes": world.size // world.local_size,
@@ -171,36 +167,19 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
     return None
 
 
-def check_server(uri: str) -> None:
-    """Warn if the tracking server does not answer within `SERVER_S`. Training does not depend on it."""
-    if not uri.startswith(("http://", "https://")):
-        return
-    problem = ["no answer"]
+def check_server(uri: str, experiment: str) -> None:
+    """Warn if MLflow cannot use the address, or if it does not answer within `SERVER_S`. Training does not need it."""
+    problem: list[str | None] = [f"does not answer (no answer within {SERVER_S:g} s)"]
 
     def ask() -> None:
-        problem[:] = [found] if (found := _server_problem(uri)) else []
+        problem[0] = store_problem(uri, experiment, SERVER_S)
 
     asking = threading.Thread(target=ask, daemon=True)  # DNS and a slowly sent answer have no time limit
     asking.start()
     asking.join(SERVER_S)
-    for reason in list(problem):
+    if problem[0] is not None:
         _LOG.warning(
-            "MLflow at %s does not answer (%s); training goes on, records are sent when it does",
+            "MLflow at %s %s. Training goes on; records are sent once MLflow can take them",
             without_password(uri),
-            reason,
+            problem[0],
         )
-
-
-def _server_problem(uri: str) -> str | None:
-    """Query the server's health; return the problem, with the password removed, or None if it answers."""
-    try:
-        bare = without_password(uri)
-        request = urllib.request.Request(f"{bare.rstrip('/')}/health")
-        if userinfo := urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]:
-            credentials = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
-            request.add_header("Authorization", f"Basic {credentials}")
-        urllib.request.urlopen(request, timeout=SERVER_S).close()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return without_password(str(reason)).strip() or type(reason).__name__
-    return None

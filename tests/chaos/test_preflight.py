@@ -121,11 +121,13 @@ def test_a_server_that_does_not_answer_only_causes_a_warning(workplace):
     "uri", ["http://somebody:s3cret@localhost", "http://localhost:abc", "http://a b", "http://[::1"]
 )
 def test_an_invalid_address_only_causes_a_warning_without_its_password(uri, caplog):
-    module.check_server(uri)
+    module.check_server(uri, "demo")
     assert "does not answer" in caplog.text and "s3cret" not in caplog.text
 
 
-@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH\r\n", b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"experiment":{}}']
+)
 def test_a_server_gets_user_and_password_and_may_answer_with_garbage(answer, caplog):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -140,7 +142,7 @@ def test_a_server_gets_user_and_password_and_may_answer_with_garbage(answer, cap
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        module.check_server(f"http://me:pass@127.0.0.1:{server.getsockname()[1]}")
+        module.check_server(f"http://me:pass@127.0.0.1:{server.getsockname()[1]}", "demo")
         thread.join(5)
     assert b"Authorization: Basic bWU6cGFzcw==" in asked[0]
     assert ("does not answer" in caplog.text) == answer.startswith(b"SSH")
@@ -148,7 +150,7 @@ def test_a_server_gets_user_and_password_and_may_answer_with_garbage(answer, cap
 
 def test_a_server_that_answers_byte_by_byte_does_not_delay_the_start(monkeypatch, caplog):
     monkeypatch.setattr(module, "SERVER_S", 0.1)
-    monkeypatch.setattr(module, "_server_problem", lambda uri: time.sleep(5))
+    monkeypatch.setattr(module, "store_problem", lambda *_: time.sleep(5))
     started = time.monotonic()
-    module.check_server("http://localhost")
+    module.check_server("http://localhost", "demo")
     assert time.monotonic() - started < 2 and "no answer" in caplog.text

@@ -19,6 +19,7 @@ from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog, read_metrics
 from megatrain.tracking.mlflow import MlflowTracker, tracking_uri, without_password
 from megatrain.tracking.mlflow_sender import milliseconds
+from megatrain.tracking.mlflow_store import store_problem
 from megatrain.tracking.tracker import RunInfo
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -236,6 +237,7 @@ def test_records_that_a_dead_server_missed_are_sent_at_the_next_start(tmp_path, 
     assert caplog.text.count("cannot be used now, training goes on") == 1
     assert "MLflow did not receive steps 1 to 10" in caplog.text
     uri = server()
+    assert store_problem(uri, "megatrain", 60.0) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//someone:secret@"))
     Training(run_dir, first=8).steps(6).finish()
     mlflow, run_id = client(uri), run_id_of(run_dir, uri)
@@ -248,4 +250,6 @@ def test_records_that_a_dead_server_missed_are_sent_at_the_next_start(tmp_path, 
 
 def test_passwords_are_never_shown():
     assert without_password("https://me:pa:ss@host:5000/a") == "https://host:5000/a"
+    assert without_password("http://me:p@ss@host") == "http://host"
+    assert without_password("sqlite:///a@b.db") == "sqlite:///a@b.db"
     assert without_password("sqlite:////runs/a@b/mlflow.db") == "sqlite:////runs/a@b/mlflow.db"

@@ -158,6 +158,111 @@ def test_a_run_deleted_on_the_server_is_created_again_with_all_steps(runs):
     assert "was deleted there" in again.parent.told[0]["warning"]
 
 
+def test_a_run_or_an_experiment_deleted_during_training_gets_all_steps_again(runs, monkeypatch):
+    """The run is made anew, the experiment restored. Each is told once it is true; restarts are sent again too."""
+    monkeypatch.setattr(mlflow_sender, "FIRST_BACKOFF_S", 0.0)
+    one = sender(runs / "gone")
+    log = MetricsLog(runs / "gone" / "metrics.jsonl")
+    events = EventLog(runs / "gone" / "events.jsonl")
+    events.emit("start", 0)
+    events.emit("resume", 2)
+    one.settings["experiment"] = "deleted"
+    write(log, 1, 5)
+    one.catch_up()
+    first = one.run_id
+    one.client.delete_run(first)
+    write(log, 6, 7)
+    assert not one._try(one.catch_up)
+    assert one._try(one.catch_up)
+    second = one.run_id
+    assert second != first and steps_at(one) == list(range(1, 8)) and restarts_of(one)[1] == [(1, 2)]
+    warnings = [told["warning"] for told in one.parent.told if "warning" in told]
+    assert f"run {first} was deleted there; the new run {second} gets all steps" in warnings
+    experiment = one.client.get_experiment_by_name("deleted")
+    one.client.delete_experiment(experiment.experiment_id)
+    restore = type(one.client).restore_experiment
+    monkeypatch.setattr(type(one.client), "restore_experiment", lambda *_: (_ for _ in ()).throw(OSError("forbidden")))
+    write(log, 8, 9)
+    for _ in range(3):
+        assert not one._try(one.catch_up)
+    told = "; ".join(str(message) for message in one.parent.told)
+    assert "it was restored" not in told
+    monkeypatch.setattr(type(one.client), "restore_experiment", restore)
+    assert one._try(one.catch_up) and one.run_id == second and steps_at(one) == list(range(1, 10))
+    assert one.client.get_experiment_by_name("deleted").lifecycle_stage == "active"
+    assert sum("it was restored" in message.get("warning", "") for message in one.parent.told) == 1
+
+
+def test_an_experiment_deleted_before_the_start_is_restored(runs):
+    """A run with another config gets a run of its own in it."""
+    one = sender(runs / "before", {"seed": 1})
+    one.settings["experiment"] = "before"
+    one.connect()
+    one.client.delete_experiment(one.client.get_experiment_by_name("before").experiment_id)
+    again = sender(runs / "before", {"seed": 2})
+    again.settings["experiment"], again._lock = "before", one._lock
+    again.connect()
+    assert again.run_id != one.run_id and "it was restored" in again.parent.told[0]["warning"]
+    assert again.client.get_run(again.run_id).info.lifecycle_stage == "active"
+
+
+def test_what_a_server_refuses_does_not_hold_up_the_metrics(runs, monkeypatch):
+    """Artifacts that this machine cannot write; calls and fields that an older server lacks."""
+    from mlflow.exceptions import RestException
+    from mlflow.tracking import MlflowClient
+
+    def refuse(*_, **__):
+        raise RestException({"error_code": "ENDPOINT_NOT_FOUND", "message": "no such endpoint"})
+
+    def forbid(*_, **__):
+        raise PermissionError(13, "Permission denied", "/srv/artifacts")
+
+    get_run = MlflowClient.get_run
+
+    def without_inputs(self, run_id):
+        run = get_run(self, run_id)
+        run._inputs = None
+        return run
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refuse)
+    monkeypatch.setattr(MlflowClient, "log_artifact", forbid)
+    monkeypatch.setattr(MlflowClient, "get_run", without_inputs)
+    one = sender(runs / "refused", {"data": {"name": "books"}})
+    one.info["dataset_fingerprint"] = "0" * 64
+    (runs / "refused" / "config.yaml").write_text("a: 1\n")
+    write(MetricsLog(runs / "refused" / "metrics.jsonl"), 1, 4)
+    EventLog(runs / "refused" / "events.jsonl").emit("start", 0)
+    assert one._try(lambda: one.finish("done"))
+    assert steps_at(one) == [1, 2, 3, 4] and one.client.get_run(one.run_id).info.status == "FINISHED"
+    warnings = [told["warning"] for told in one.parent.told if "warning" in told]
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "the run's dataset cannot be sent, the rest is", "the run's files cannot be sent, the rest is"
+    ]  # fmt: skip
+    assert "Permission denied: '/srv/artifacts'" in warnings[1]
+
+
+def test_a_refused_store_is_warned_about_once_with_its_remedy(runs, monkeypatch):
+    monkeypatch.setattr(mlflow_sender, "FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (runs / "folder").as_uri())
+    one = sender(runs / "file")
+    assert not one._try(one.catch_up) and not one._try(one.catch_up)
+    (told,) = one.parent.told
+    assert "cannot be used now, training goes on" in told["warning"]
+    assert "set `MLFLOW_ALLOW_FILE_STORE=true`" in told["warning"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"embedded": 1}', "{"])
+def test_a_damaged_mlflow_json_makes_a_new_run(runs, content):
+    one = sender(runs / "json")
+    (runs / "json" / "mlflow.json").write_text(content)
+    one.connect()
+    one._lock.close()
+    assert (
+        "mlflow.json is damaged" in one.parent.told[0]["warning"]
+        and one.run_id in (runs / "json" / "mlflow.json").read_text()
+    )
+
+
 def test_a_fresh_start_is_another_mlflow_run_only_with_another_config(runs):
     """A run that fails before its first checkpoint starts again at step 1 and stays the same run."""
     ids = []
