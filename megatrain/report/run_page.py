@@ -211,7 +211,7 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = N
         found.append(("tokens/s", short(total / count), mfu))
     spent = sum(curves.time_spent().values())
     if spent:
-        goodput = f"goodput {life.goodput:.1%}" if life and life.wall_s else ""
+        goodput = f"goodput {life.goodput:.1%}" if life and life.busy_s else ""
         found.append(("training time", duration(spent), goodput))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
@@ -220,12 +220,13 @@ def describe_life(life: Summary) -> dict[str, Any]:
     """Return the goodput ledger as the page shows it."""
     seconds = life.seconds
     unbooked = life.wall_s - sum(seconds.values())
-    effective = f"effective training time {life.goodput:.1%} of {duration(life.wall_s)}"
+    effective = f"effective training time {life.goodput:.1%} of {duration(life.busy_s)}"
+    idle = [f"idle {duration(seconds['idle'])} more"] if seconds["idle"] >= 0.5 else []
     starts = count_of(life.num_starts, "start") + f" of the ranks, {count_of(life.failures, 'failure')}"
     mtbf = [f"mean time between failures {duration(life.mtbf_s)}"] if life.mtbf_s is not None else []
     lost = [f"{count_of(life.lost_steps, 'step')} repeated"] if life.lost_steps else []
     return {
-        "text": " · ".join([effective, starts, *mtbf, *lost]),
+        "text": " · ".join([effective, *idle, starts, *mtbf, *lost]),
         "wall": round_for_plot(life.wall_s),
         "categories": list(CATEGORIES),
         "seconds": [round_for_plot(seconds[name]) for name in CATEGORIES],

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.errors import OwnedError
+from megatrain.errors import CheckpointError, ConfigError, DataError, OwnedError
 from megatrain.resilience.atomic_file import replacing
 from megatrain.resilience.heartbeat import WAITED, Account, Heartbeats
 
@@ -39,10 +39,11 @@ CATEGORIES = (
     "lost work",
     "downtime",
     "end",
+    "idle",
 )
 """How time is spent. `save` is the time that saves block the training loop; `lost work` went into steps that were
-repeated or never finished; `downtime` lasts from a failure to the next start of the ranks, or from one agent to the
-next."""
+repeated or never finished; `downtime` lasts from a failure to the next start of the ranks, or from the end of a Slurm
+job to its requeue; `idle` lasts from a run that was finished, saved or stopped by its user to the next command."""
 
 EFFECTIVE = ("data", "compute", "communication")
 """Categories of effective training time, which exclude lost work."""
@@ -63,7 +64,9 @@ _REPEATED = (*EFFECTIVE, "evaluation")
 """Categories whose time is lost if a step is repeated."""
 
 _GOOD_ENDS = ("done", "saved")
-
+_NO_FAILURES = (*_GOOD_ENDS, "interrupted")
+_REFUSED = tuple(f"exit code {error.exit_code}" for error in (ConfigError, DataError, CheckpointError, OwnedError))
+"""How a start ends whose command was refused, if it began no step: a user's mistake, which costs no training."""
 
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 """Exceptions that reading and summarising a damaged ledger may raise."""
@@ -205,8 +208,9 @@ def read_ledger(path: Path) -> dict[str, Any]:
 class Span:
     """A part of a run's life, from `start_s` to `stop_s` seconds after its beginning, and how it was spent.
 
-    `steps` are the first and the last step of a start of the ranks (None between starts). `ended` is how it ended (None
-    if it goes on, or its agent was killed), and `failed` whether that was a failure.
+    `steps` are the first and the last step of a start of the ranks (None between starts, and for a command that was
+    refused or had nothing to do). `ended` is how it ended (None if it goes on, or its agent was killed), and `failed`
+    whether that was a failure.
     """
 
     start_s: float
@@ -233,9 +237,14 @@ class Summary:
 
     @property
     def goodput(self) -> float:
-        """Return the share of `wall_s` that was effective training."""
+        """Return the share of `busy_s` that was effective training."""
         seconds = self.seconds
-        return sum(seconds[name] for name in EFFECTIVE) / self.wall_s if self.wall_s else 0.0
+        return sum(seconds[name] for name in EFFECTIVE) / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Return the seconds of the run's life without its idle time."""
+        return self.wall_s - self.seconds["idle"]
 
     @property
     def num_starts(self) -> int:
@@ -258,19 +267,28 @@ def summarise(document: dict[str, Any]) -> Summary:
     """Summarise a ledger.
 
     Steps that were repeated, by a later start or after a rollback, are lost work: each costs an equal share of the time
-    that its start spent on finished steps. So is the unfinished step of a start that was cut off. Raises one of
-    `DAMAGE` for a damaged ledger.
+    that its start spent on finished steps. So is the unfinished step of a start that was cut off.
+
+    A command that was refused, or had nothing left to do, changes nothing: its time is that of the pause around it.
+    Raises one of `DAMAGE` for a damaged ledger.
     """
     agents = document["agents"]
     starts = [start for agent in agents for start in agent["starts"]]
     spans: list[Span] = []
     lost_steps = 0
     now = 0.0
+    pause, job = "idle", None  # how the time between agents counts, and the Slurm job of the agent before
     for agent in agents:
         begins = max(now, agent["began"] - agents[0]["began"])  # clocks may differ between machines, or be set
         if begins > now:
-            spans.append(Span(now, begins, {"downtime": begins - now}))
+            requeued = job is not None and agent.get("slurm_job") == job
+            spans.append(Span(now, begins, {"downtime" if requeued else pause: begins - now}))
         now, gap = begins, "start-up"
+        if _did_nothing(agent):
+            now += agent["seconds"]
+            spans.append(Span(begins, now, {pause: now - begins}, ended=agent["starts"][0]["ended"]))
+            continue
+        job = agent.get("slurm_job")
         for start in agent["starts"]:
             if begins + start["from_s"] > now:
                 spans.append(Span(now, begins + start["from_s"], {gap: begins + start["from_s"] - now}))
@@ -282,16 +300,23 @@ def summarise(document: dict[str, Any]) -> Summary:
             now = begins + start["to_s"]
             first, last = start.get("first", 0), start.get("done", 0)
             seconds = _booked(start, kept, cut_off)
-            failed = cut_off and start["ended"] != "interrupted"
+            failed = cut_off and start["ended"] not in _NO_FAILURES
             spans.append(Span(begins + start["from_s"], now, seconds, (first, last), start["ended"], failed))
             gap = "downtime"
+        ended_well = bool(agent["starts"]) and agent["starts"][-1]["ended"] in _NO_FAILURES
         ends = begins + agent["seconds"]
         if ends > now:
-            last_end = agent["starts"][-1]["ended"] if agent["starts"] else None
-            gap = "start-up" if not agent["starts"] else "end" if last_end in _GOOD_ENDS else "downtime"
+            gap = "start-up" if not agent["starts"] else "end" if ended_well else "downtime"
             spans.append(Span(now, ends, {gap: ends - now}))
             now = ends
+        pause = "idle" if ended_well else "downtime"
     return Summary(agents[0]["began"] if agents else 0.0, now, spans, lost_steps)
+
+
+def _did_nothing(agent: dict[str, Any]) -> bool:
+    """Return whether an agent's command was refused, or found the run done, before it began a step."""
+    starts = agent["starts"]
+    return len(starts) == 1 and starts[0]["ended"] in (*_REFUSED, "done") and not starts[0].get("first")
 
 
 def _kept(start: dict[str, Any], later: list[dict[str, Any]]) -> int:

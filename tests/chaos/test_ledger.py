@@ -46,7 +46,8 @@ def test_every_second_of_a_job_with_two_deaths_and_a_requeue_is_accounted_for(wo
     seconds = life.seconds
     assert sum(seconds.values()) == pytest.approx(life.wall_s, rel=0.01)
     assert min(seconds.values()) >= 0 and seconds["compute"] > 0 and seconds["communication"] > 0
-    assert seconds["downtime"] > 2.0 and seconds["lost work"] > 0 and seconds["start-up"] > 0 and seconds["load"] > 0
+    assert seconds["idle"] > 2.0, "from the saved run to the next command"
+    assert min(seconds[name] for name in ("downtime", "lost work", "start-up", "load")) > 0
     assert (life.num_starts, life.failures) == (4, 2)
     resumed = [event["step"] for event in events(workplace, "booked", "resume")]
     failed = [event["step"] for event in events(workplace, "booked", "failure")]

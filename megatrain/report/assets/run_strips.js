@@ -12,6 +12,7 @@ const lifeTone = {
   end: ['soft', 0.3],
   'lost work': ['bad', 0.85],
   downtime: ['ink', 0.14],
+  idle: ['ink', 0.04],
 };
 const tint = name => `background:var(--${lifeTone[name][0]});opacity:${lifeTone[name][1]}`;
 class Life {
@@ -81,7 +82,11 @@ class Life {
     const nth = this.life.spans.filter(q => q.steps).indexOf(p) + 1;
     const title = p.steps
       ? `start ${nth}${p.steps[0] ? `, steps ${p.steps[0]} to ${p.steps[1]}` : ''}${p.ended ? ': ' + p.ended : ''}`
-      : 'between starts';
+      : p.ended === 'done'
+        ? 'nothing left to do'
+        : p.ended
+          ? `refused: ${p.ended}`
+          : 'between starts';
     const rows = p.parts
       .map(([n, v]) => `<div class="row"><span><i style="${tint(n)}"></i>${esc(n)}</span><b>${esc(span(v))}</b></div>`)
       .join('');

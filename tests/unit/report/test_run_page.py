@@ -151,6 +151,20 @@ def test_the_page_adds_up_the_ledger(tmp_path):
     assert [span["failed"] for span in life["spans"] if span["steps"]] == [True, True, False]
 
 
+def test_idle_time_and_refused_commands_are_told_apart_from_failures(tmp_path):
+    run_dir = make_run(tmp_path, 20)
+    add_life(run_dir)
+    before = collect(run_dir)["life"]["text"]
+    document = json.loads((run_dir / "ledger.json").read_text())
+    refused = {"from_s": 1.0, "to_s": 9.0, "ended": "exit code 2", "seconds": {"start": 8.0}, "unfinished": {}}
+    document["agents"].append({"began": 1e9 + 4190 + 3590, "seconds": 10.0, "starts": [refused]})
+    (run_dir / "ledger.json").write_text(json.dumps(document))
+    life = collect(run_dir)["life"]
+    assert life["text"] == before.replace(" · 3 starts", " · idle 1:00:00 more · 3 starts")
+    assert dict(zip(life["categories"], life["seconds"], strict=True))["idle"] == 3600
+    assert life["spans"][-1]["ended"] == "exit code 2" and life["spans"][-1]["steps"] is None
+
+
 @needs_browser
 def test_a_browser_draws_the_runs_ledger(tmp_path):
     run_dir = make_run(tmp_path, 20)

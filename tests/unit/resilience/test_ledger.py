@@ -264,6 +264,42 @@ def test_the_time_of_an_agent_without_ranks_is_start_up(tmp_path, heartbeats):
     assert summarise({"format": 1, "agents": []}).wall_s == 0
 
 
+def agent_of(began, seconds, ended, steps=0, slurm_job=None):
+    """An agent that ran its ranks once, for all but its first and its last second."""
+    trained = {"first": 1, "done": steps, "finished": steps} if steps else {"first": 0, "done": 0, "finished": 0}
+    spent = {"start": 1.0, "forward": seconds - 3.0} if steps else {"start": seconds - 2.0}
+    start = {"from_s": 1.0, "to_s": seconds - 1.0, "ended": ended, "seconds": spent, "unfinished": {}} | trained
+    return {"began": 1e9 + began, "seconds": seconds, "slurm_job": slurm_job, "starts": [start]}
+
+
+@pytest.mark.parametrize("ended", ["exit code 2", "exit code 3", "exit code 4", "exit code 7", "done"])
+@pytest.mark.parametrize("how", ["done", "saved", "interrupted"])
+def test_a_refused_command_after_a_run_and_the_time_before_it_are_idle(how, ended):
+    """Neither changes the effective training time, the failures or the number of starts, wherever they come."""
+    run = agent_of(0, 100, how, steps=10)
+    alone = check({"format": 1, "agents": [run]})
+    refused = [agent_of(3600, 20, ended), agent_of(9000, 20, ended)]
+    life = check({"format": 1, "agents": [agent_of(-500, 20, ended), run, *refused]})
+    assert (life.goodput, life.failures, life.mtbf_s, life.num_starts) == (alone.goodput, 0, None, 1)
+    assert life.seconds == {**alone.seconds, "idle": 500 + 9020 - 100} and life.busy_s == 100
+    assert [span.ended for span in life.spans if span.ended] == [ended, how, ended, ended]
+
+
+def test_the_time_before_the_next_command_is_downtime_only_if_the_run_wanted_to_go_on():
+    """After a failure, a refused command in between does not make it idle; nor is a requeued job's queue."""
+    failed = [agent_of(0, 100, "SIGKILL", 10), agent_of(200, 20, "exit code 2"), agent_of(300, 100, "done", 20)]
+    life = check({"format": 1, "agents": failed})
+    assert life.seconds["downtime"] == 201 and life.seconds["idle"] == 0
+    assert (life.failures, life.num_starts, life.mtbf_s) == (1, 2, 196.0)
+    for job, category in (("7", "downtime"), ("8", "idle"), (None, "idle")):
+        saved = [agent_of(0, 100, "saved", 10, "7"), agent_of(300, 100, "done", 20, job)]
+        seconds = check({"format": 1, "agents": saved}).seconds
+        assert seconds["downtime"] + seconds["idle"] == seconds[category] == 200
+    crashed = [agent_of(0, 100, "exit code 1"), agent_of(300, 100, "done", 20)]
+    life = check({"format": 1, "agents": crashed})
+    assert life.failures == 1 and life.seconds["idle"] == 0, "a defect or a fault of the machine is no refusal"
+
+
 def test_the_age_of_a_process_is_the_time_since_its_start():
     import subprocess
     import sys
