@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "data.max_*",
     "data.oversized",
     "data.undecodable",
+    "data.on_bad_record",
+    "data.bos",
     "data.deduplicate",
     "tokenizer.*",
 )

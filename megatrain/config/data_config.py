@@ -34,6 +34,7 @@ class DataConfig:
         "what to do with bytes that are not UTF-8: replace them, skip the document, or stop with an error",
         choices=("replace", "skip", "refuse"),
     )
+    bos: bool = key(False, "begin each document with the tokenizer's BOS token")
     deduplicate: bool = key(True, "drop documents that are exact duplicates after normalisation")
     workers: int | None = key(
         None, "processes that read and tokenize; null means one for each core this process may use", minimum=1

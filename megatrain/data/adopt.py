@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, fingerprint
 from megatrain.data.indexed import pair, read_header
 from megatrain.data.tokenizer import Tokenizer
@@ -50,5 +52,12 @@ def make_card(folder: Path, name: str, tokenizer: Tokenizer | None, **also: Any)
     }
     made_by = None
     if tokenizer is not None:
-        made_by = TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
+        tokenizer.starts_with_bos = _first_id(folder / "train", splits["train"]) == tokenizer.beginning_of_document
+        made_by = TokenizerCard.of(tokenizer)
     return Card(name=name, fingerprint=fingerprint(splits), splits=splits, tokenizer=made_by, **also)
+
+
+def _first_id(prefix: Path, split: SplitCard) -> int:
+    """Return the first token id of a split, -1 if it has none."""
+    ids = np.fromfile(pair(prefix)[0], dtype=split.dtype, count=min(1, split.tokens))
+    return int(ids[0]) if len(ids) else -1

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import xxhash
 
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 from megatrain.resilience.atomic_file import write_atomically
 
@@ -39,12 +40,21 @@ class SplitCard:
 
 @dataclass
 class TokenizerCard:
-    """The tokenizer that made the ids."""
+    """The tokenizer that made the ids. Documents begin with `beginning_of_document` unless it is None."""
 
     kind: str
     fingerprint: str
     vocab_size: int
     end_of_document: int
+    beginning_of_document: int | None = None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> TokenizerCard:
+        """Return the card of a tokenizer whose `starts_with_bos` is that of the documents."""
+        first = tokenizer.beginning_of_document if tokenizer.starts_with_bos else None
+        return TokenizerCard(
+            tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document, first
+        )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from megatrain.config import PrepareConfig, TokenizerConfig
+from megatrain.config import DataConfig, PrepareConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.adopt import check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
@@ -76,27 +76,50 @@ def _prepare_text(source: Source, config: PrepareConfig, given: Tokenizer | None
     """Read, clean, tokenize and write everything in `folder` except the card, and return the card."""
     with Workers(config.data.workers or usable_cores()) as pool, Spool(folder) as spool:
         cleaned = _clean(source, config, pool, spool, folder)
-        tokenizer = given or _train_tokenizer(config.tokenizer, spool, cleaned)
+        tokenizer = given or _train_tokenizer(config, spool, cleaned)
         tokenizer.save(folder / "tokenizer")
         splits = _encode(spool, folder, tokenizer, pool)
     return Card(
         name=config.data.name,
         fingerprint=fingerprint(splits),
         splits=splits,
-        tokenizer=TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document),
+        tokenizer=TokenizerCard.of(tokenizer),
         counts=dict(sorted(cleaned.counts.items())),
     )
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    if config.data.bos and config.data.kind == "megatron":
+        raise ConfigError("data.bos=true: the ids of data=megatron stay as they are; tokenize the text again for BOS")
     if config.tokenizer.path:
-        return find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+        tokenizer = find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+        if config.data.kind != "megatron":
+            _choose_start(tokenizer, config)
+        return tokenizer
     if config.tokenizer.kind != "sentencepiece" and config.data.kind != "megatron":
         raise ConfigError(
             f"tokenizer.path: missing; tokenizer.kind={config.tokenizer.kind} is loaded from a path, "
             "only sentencepiece can be trained here"
         )
     return None
+
+
+def _choose_start(tokenizer: Tokenizer, config: PrepareConfig) -> None:
+    """Let documents begin with BOS if `data.bos` says so. Raises `ConfigError` if the tokenizer has no BOS for it."""
+    place, bos = config.tokenizer.path, tokenizer.beginning_of_document
+    if config.data.bos and bos is None:
+        raise ConfigError(
+            f"data.bos=true: the tokenizer {place} has no BOS token; name one of its tokens as bos_token in its "
+            "tokenizer_config.json, or set data.bos=false"
+        )
+    if config.data.bos and bos == tokenizer.end_of_document:
+        raise ConfigError(
+            f"data.bos=true: BOS of the tokenizer {place} is its end-of-document token (id {bos}), which is between "
+            "documents already; set data.bos=false"
+        )
+    if tokenizer.starts_with_bos and not config.data.bos:
+        print(f"note: {place} puts BOS before a text, but documents get none; data.bos=true adds it", file=sys.stderr)
+    tokenizer.starts_with_bos = config.data.bos
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -116,7 +139,9 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
     if overwrite:
         return False
     card = check_dataset(target)
-    was, now = flatten(card.config | {"source": card.source}), flatten(settings)
+    newer = {"data": {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY}}
+    was = flatten(newer) | flatten(card.config | {"source": card.source})  # older cards lack newer keys
+    now = flatten(settings)
     changed = [
         f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(was | now)
@@ -239,9 +264,10 @@ def _cut_in_two(spool: Spool, result: CleaningResult, fraction: float) -> None:
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
-def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: CleaningResult) -> Tokenizer:
+def _train_tokenizer(config: PrepareConfig, spool: Spool, cleaned: CleaningResult) -> Tokenizer:
     start = time.monotonic()
-    tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.vocab_size)
+    tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.tokenizer.vocab_size, config.data.bos)
+    tokenizer.starts_with_bos = config.data.bos
     print(f"tokenizer: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return tokenizer
 
@@ -249,7 +275,7 @@ def _train_tokenizer(config: TokenizerConfig, spool: Spool, cleaned: CleaningRes
 def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> dict[str, Any]:
     """Write each split's `.bin/.idx` in corpus order and return the cards; splits without documents are skipped."""
     dtype = token_dtype(tokenizer.vocab_size)
-    encoding = (folder / "tokenizer", tokenizer.fingerprint, dtype.name)
+    encoding = (folder / "tokenizer", tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
     tasks = (EncodeTask(spool.path, frame, flags, *encoding) for frame, flags in spool.frames())
     writers: dict[int, IndexedWriter] = {}
     text_bytes: Counter[int] = Counter()

@@ -20,11 +20,18 @@ SEGMENT = 4096
 
 
 class Tokenizer(ABC):
-    """A tokenizer. On clean text `decode` inverts `encode`, unless a Hugging Face tokenizer is itself lossy."""
+    """A tokenizer. On clean text `decode` inverts `encode`, unless a Hugging Face tokenizer is itself lossy.
+
+    `beginning_of_document` and `padding` are its BOS and padding ids, None if it has none (0 is an id like any other).
+    `starts_with_bos` says whether the documents of its dataset or model begin with BOS.
+    """
 
     kind: str
     vocab_size: int
     end_of_document: int
+    beginning_of_document: int | None = None
+    padding: int | None = None
+    starts_with_bos: bool = False
     fingerprint: str
 
     @abstractmethod
@@ -43,9 +50,21 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write the tokenizer into `folder`, created if missing."""
 
+    def start(self) -> list[int]:
+        """Return the ids that precede the text of a document: BOS, or none."""
+        if not self.starts_with_bos:
+            return []
+        assert self.beginning_of_document is not None
+        return [self.beginning_of_document]
+
     def save_meta(self, folder: Path) -> None:
         """Write `megatrain_tokenizer.json` into `folder`, which must exist."""
-        meta = {"kind": self.kind, "end_of_document": self.end_of_document, "fingerprint": self.fingerprint}
+        meta = {
+            "kind": self.kind,
+            "end_of_document": self.end_of_document,
+            "starts_with_bos": self.starts_with_bos,
+            "fingerprint": self.fingerprint,
+        }
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 

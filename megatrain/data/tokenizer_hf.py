@@ -1,19 +1,59 @@
 """Hugging Face fast tokenizers, GPT-2's included: loaded by path or hub name, never trained.
 
-Only the JSON definition for the `tokenizers` library is read (`tokenizer.json`, or GPT-2's two files). Code and pickles
-in a tokenizer's folder are ignored.
+Only the JSON definition for the `tokenizers` library is read (`tokenizer.json`, or GPT-2's two files), and what
+`tokenizer_config.json` says of special tokens and the chat template. Code and pickles in a tokenizer's folder are
+ignored. How control tokens are kept out of text is in control_tokens.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
+from megatrain.data.control_tokens import control_ids, probes, unknown_id, unspellable
 from megatrain.data.tokenizer import StreamDecoder, Tokenizer, read_text, segments
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
+
+# fmt: off
+_KEPT_SETTINGS = frozenset({
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "extra_special_tokens", "add_bos_token", "add_eos_token", "chat_template",
+    "clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side", "split_special_tokens",
+    "spaces_between_special_tokens", "model_input_names",
+})
+# fmt: on
+"""Keys of a tokenizer_config.json that go along; the others name classes, code or paths, or repeat tokenizer.json."""
+
+_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the files beside a tokenizer.json say: settings, the chat template, and special tokens given by id."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    ids: dict[str, Any] = field(default_factory=dict)
+
+    def token(self, name: str) -> str | None:
+        """Return a special token by its name in the settings, such as `bos_token`; None if there is none."""
+        token = self.settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        return str(content) if content else None
+
+    def names(self) -> list[str]:
+        """Return all special tokens that the settings name."""
+        named = [self.settings.get(key) for key in sorted(_KEPT_SETTINGS) if key.endswith("_token")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = self.settings.get(key)
+            named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        contents = [token.get("content") if isinstance(token, dict) else token for token in named]
+        return [name for name in contents if isinstance(name, str)]
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -21,38 +61,102 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "hf"
 
-    def __init__(self, definition: str, end_of_document: str | None, origin: str) -> None:
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{origin}: not a Hugging Face tokenizer ({error})") from error
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+    def __init__(self, definition: str, folder: Folder | str | None, origin: str) -> None:
+        """Load a definition. `folder` is what its folder says, or simply the name of its end-of-document token."""
+        self._folder = folder if isinstance(folder, Folder) else Folder({"eos_token": folder} if folder else {})
+        self._origin = origin
         self._definition = definition
+        self._tokenizer = _load(definition, origin)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_of_document = self._find_end(end_of_document, origin)
+        self.end_of_document = self._find_end()
+        self.beginning_of_document = self._find_beginning()
+        self.padding = self._find("pad_token", ())
+        self.starts_with_bos = self._adds_bos()
         self.fingerprint = xxhash.xxh3_128_hexdigest(definition.encode())
+        self._keep_text_apart()
 
-    def _find_end(self, given: str | None, origin: str) -> int:
-        for name in [given] if given else _END_TOKENS:
-            found = self._tokenizer.token_to_id(name)
+    def _find(self, name: str, usual: tuple[str, ...]) -> int | None:
+        """Return the id of a special token: the one that the folder names, else one of its usual names, else None."""
+        given = self._folder.token(name)
+        for token in [given] if given else usual:
+            found = self._tokenizer.token_to_id(token)
             if found is not None:
                 return int(found)
-        raise DataError(f"{origin}: no end-of-document token; set eos_token in its tokenizer_config.json")
+        by_id = self._folder.ids.get(f"{name}_id")
+        if isinstance(by_id, list) and by_id:  # several tokens end a text
+            by_id = by_id[0]
+        if not isinstance(by_id, int) or not 0 <= by_id < self.vocab_size:
+            return None
+        return by_id if self._tokenizer.id_to_token(by_id) is not None else None
+
+    def _find_end(self) -> int:
+        found = self._find("eos_token", _END_TOKENS)
+        if found is None:
+            raise DataError(f"{self._origin}: no end-of-document token; set eos_token in its tokenizer_config.json")
+        return found
+
+    def _find_beginning(self) -> int | None:
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        return self._find("bos_token", tuple(name for name in _BEGIN_TOKENS if name in special))
+
+    def _adds_bos(self) -> bool:
+        """Return whether the definition itself puts BOS before a text, as Llama's does."""
+        given = self._folder.settings.get("add_bos_token")
+        if isinstance(given, bool):
+            return given and self.beginning_of_document is not None
+        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
+        return self.beginning_of_document is not None and ids[:1] == [self.beginning_of_document]
+
+    def _keep_text_apart(self) -> None:
+        """Make sure that no text becomes a control token. Raises `DataError` if that cannot be done.
+
+        `_apart` is the same tokenizer with names of control tokens that no text can spell. It encodes the segments
+        that would otherwise contain one.
+        """
+        self._apart: Any = None
+        self._unknown = unknown_id(self._tokenizer, self._definition)
+        self._unknown_name = self._tokenizer.id_to_token(self._unknown) if self._unknown is not None else None
+        self._control: frozenset[int] = control_ids(self._tokenizer, self._folder.names()) - {self._unknown}
+        self._control |= {self.end_of_document}
+        if self.beginning_of_document is not None:
+            self._control |= {self.beginning_of_document}
+        for text in probes(self._names(self._control)):
+            self.encode(text)
+
+    def _names(self, tokens: frozenset[int]) -> list[str]:
+        return [name for token in sorted(tokens) if (name := self._tokenizer.id_to_token(token))]
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, encoded in segments of up to 2**20 characters."""
+        """Return the token ids of a text, encoded in segments of up to 2**20 characters.
+
+        Raises `DataError` if the tokenizer has a control token for an unknown character, and the text has one.
+        """
         ids: list[int] = []
         for segment in segments(text, _HF_SEGMENT):
-            ids += self._tokenizer.encode(segment, add_special_tokens=False).ids
+            found = self._tokenizer.encode(segment, add_special_tokens=False).ids
+            spelled = self._unknown_name is not None and self._unknown_name in segment and self._unknown in found
+            if spelled or not self._control.isdisjoint(found):
+                found = self._encode_apart(segment)
+            ids += found
         return ids
+
+    def _encode_apart(self, segment: str) -> list[int]:
+        if self._apart is None:
+            names = {*self._names(self._control), *([self._unknown_name] if self._unknown_name else [])}
+            self._apart = _load(unspellable(self._definition, names), self._origin)
+        found: list[int] = self._apart.encode(segment, add_special_tokens=False).ids
+        if wrong := self._control.intersection(found):
+            names_found = ", ".join(map(repr, self._names(wrong)))
+            raise DataError(
+                f"{self._origin}: text becomes the control token {names_found}, which marks where documents begin or "
+                "end; give the tokenizer a token of its own for unknown characters, or use another tokenizer"
+            )
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        plain = ids if self._control.isdisjoint(ids) else [token for token in ids if token not in self._control]
+        text: str = self._tokenizer.decode(plain, skip_special_tokens=True)
         return text
 
     def stream_decoder(self) -> StreamDecoder:
@@ -60,13 +164,34 @@ class HuggingFaceTokenizer(Tokenizer):
         return _GrowingStream(self)
 
     def save(self, folder: Path) -> None:
-        """Write the definition, its end-of-document token and the meta file into `folder`, created if missing."""
+        """Write the definition, its special tokens, chat template and meta file into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
-        end = self._tokenizer.id_to_token(self.end_of_document)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._folder.settings}
+        named = {"eos_token": self.end_of_document, "bos_token": self.beginning_of_document, "pad_token": self.padding}
+        for name, token in named.items():
+            if token is not None and self._folder.token(name) != self._tokenizer.id_to_token(token):
+                config[name] = self._tokenizer.id_to_token(token)
+        if self.starts_with_bos != self._adds_bos():
+            config["add_bos_token"] = self.starts_with_bos
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if self._folder.template is not None:
+            (folder / _TEMPLATE).write_text(self._folder.template, encoding="utf-8")
         self.save_meta(folder)
+
+
+def _load(definition: str, origin: str) -> Any:
+    """Return the library's tokenizer, without truncation and padding, which does not look for special tokens."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{origin}: not a Hugging Face tokenizer ({error})") from error
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class _GrowingStream(StreamDecoder):
@@ -101,11 +226,11 @@ def find_hugging_face(path: str) -> HuggingFaceTokenizer:
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return HuggingFaceTokenizer(read_text(place), _end_token(place.parent), path)
+        return HuggingFaceTokenizer(read_text(place), read_folder(place.parent), path)
     if (place / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(read_text(place / "tokenizer.json"), _end_token(place), path)
+        return HuggingFaceTokenizer(read_text(place / "tokenizer.json"), read_folder(place), path)
     if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-        return HuggingFaceTokenizer(_gpt2_definition(place), _end_token(place), path)
+        return HuggingFaceTokenizer(_gpt2_definition(place), read_folder(place), path)
     if place.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise ConfigError(
             f"tokenizer.path: {path} is not a Hugging Face tokenizer; give a tokenizer.json, a folder with one (or "
@@ -125,8 +250,9 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
 
     try:
         folder = Path(hf_hub_download(name, "tokenizer.json")).parent
-        with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # not every tokenizer has one
-            hf_hub_download(name, "tokenizer_config.json")
+        for also in ("tokenizer_config.json", _TEMPLATE, "config.json"):
+            with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # not every tokenizer has one
+                hf_hub_download(name, also)
     except LocalEntryNotFoundError as error:
         raise EnvironmentFault(
             f"tokenizer.path: {name} is not on this disk and the Hugging Face hub cannot be reached"
@@ -160,17 +286,29 @@ def _gpt2_definition(folder: Path) -> str:
 
 
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+_BEGIN_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 _HF_SEGMENT = 2**20
 
 
-def _end_token(folder: Path) -> str | None:
-    """Return the end-of-document token that a tokenizer's folder names, None if it names none."""
+def read_folder(folder: Path) -> Folder:
+    """Read what the files beside a tokenizer.json say. Raises `DataError` if one is not JSON."""
+    settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                token = json.loads(read_text(folder / name)).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise DataError(f"{folder / name}: not JSON ({error})") from error
-            if token:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return None
+        for key, value in _read_object(folder / name).items():
+            if key in _KEPT_SETTINGS and value is not None:
+                settings.setdefault(key, value)
+    template = folder / _TEMPLATE
+    ids = _read_object(folder / "config.json") | _read_object(folder / "generation_config.json")
+    return Folder(settings, read_text(template) if template.is_file() else None, ids)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return content

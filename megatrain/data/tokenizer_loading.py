@@ -28,6 +28,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
+    tokenizer.starts_with_bos = bool(meta.get("starts_with_bos", False))
+    if tokenizer.starts_with_bos and tokenizer.beginning_of_document is None:
+        raise DataError(f"{folder / META}: documents begin with BOS, but the tokenizer beside it has none")
     return tokenizer
 
 

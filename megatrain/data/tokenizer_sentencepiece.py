@@ -31,6 +31,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{origin}: not a SentencePiece model ({error})") from error
         self.vocab_size = self._processor.vocab_size()
         self.end_of_document = self._processor.eos_id()
+        self.beginning_of_document = _id_or_none(self._processor.bos_id())
+        self.padding = _id_or_none(self._processor.pad_id())
         self.fingerprint = xxhash.xxh3_128_hexdigest(model)
         byte_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         if self.end_of_document < 0 or len(set(byte_ids)) < 256:
@@ -41,7 +43,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         for index, byte_id in enumerate(byte_ids):
             self._bytes[byte_id] = bytes([index])
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        names = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
+        probe = _PROBE + "".join(names)
+        if self.decode(self.encode(probe)) != probe:
             raise DataError(
                 f"{origin}: decoding does not return the text exactly (the model normalises); use a lossless model"
             )
@@ -79,6 +83,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.save_meta(folder)
 
 
+def _id_or_none(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
 _PROBE = "  \uff21 \ufb01\t\n\n   x▁▁ é\U0001f600 <s></s><unk><0x41>\n "
 
 
@@ -96,8 +104,8 @@ class _ByteStream(StreamDecoder):
         return self._decoder.decode(b"", final=True)
 
 
-def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a BPE model with byte fallback on clean texts, read once.
+def train_sentencepiece(texts: Iterator[str], vocab_size: int, bos: bool = False) -> SentencePieceTokenizer:
+    """Train a BPE model with byte fallback on clean texts, read once; `bos` gives it a BOS token.
 
     The same texts in the same order give the same model on every machine. Pieces may be runs of spaces and may join
     letters with punctuation (`(self,`), which makes code shorter. Raises `DataError` if the texts are too few.
@@ -126,7 +134,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             num_threads=4,  # fixed, because the model file records it; the pieces do not depend on it
             unk_id=0,
             eos_id=1,
-            bos_id=-1,
+            bos_id=2 if bos else -1,
             pad_id=-1,
             minloglevel=2,
         )

@@ -136,6 +136,7 @@ class EncodeTask:
     flags: bytes
     tokenizer: Path
     fingerprint: str
+    starts_with_bos: bool
     dtype: str
 
 
@@ -151,24 +152,23 @@ class Encoded:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, fingerprint: str) -> Tokenizer:
-    """Load the tokenizer once per process; the fingerprint is in the cache key because the folder may be rewritten."""
+def _load(folder: Path, fingerprint: str, starts_with_bos: bool) -> Tokenizer:
+    """Load the tokenizer once per process; the cache key has its properties because the folder may be rewritten."""
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.fingerprint == fingerprint
+    assert (tokenizer.fingerprint, tokenizer.starts_with_bos) == (fingerprint, starts_with_bos)
     return tokenizer
 
 
 def encode_chunk(task: EncodeTask) -> Encoded:
-    """Encode the kept documents of a frame, each followed by the end-of-document token."""
-    tokenizer = _load(task.tokenizer, task.fingerprint)
+    """Encode the kept documents of a frame, each between BOS (if the dataset has it) and the end-of-document token."""
+    tokenizer = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
     found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
     total = 0
     for flag, text in zip(task.flags, unpack(task.spool, task.frame), strict=True):
         total += len(text)
         if flag == DROPPED:
             continue
-        ids = tokenizer.encode(text.decode())
-        ids.append(tokenizer.end_of_document)
+        ids = [*tokenizer.start(), *tokenizer.encode(text.decode()), tokenizer.end_of_document]
         arrays, lengths, size = found.get(flag, ([], [], 0))
         arrays.append(np.array(ids, dtype=task.dtype))
         lengths.append(len(ids))

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatrain.data.tokenizer import SEGMENT
+from megatrain.data.tokenizer import META, SEGMENT
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, EnvironmentFault
 
 SPACE = "▁"
@@ -31,19 +32,20 @@ def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
         if file.is_file():
             shutil.copyfile(file, out / file.name)
     if model.is_file():
-        fast_tokenizer(model, max_seq_len).save_pretrained(out)
+        starts_with_bos = (tokenizer_dir / META).is_file() and load_tokenizer(tokenizer_dir).starts_with_bos
+        fast_tokenizer(model, max_seq_len, starts_with_bos).save_pretrained(out)
 
 
-def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
+def fast_tokenizer(model: Path, max_seq_len: int, starts_with_bos: bool = False) -> Any:
     """Return a `PreTrainedTokenizerFast` that gives the same ids as ours for a SentencePiece BPE model.
 
     The model must use byte fallback. Pieces keep their ids, and `▁` in them becomes a plain space. A `▁` in the text
     then matches no piece and falls back to its three bytes, as in our tokenizer. Text is split as in ours: around `▁`
     and into segments of at most `SEGMENT` characters. Control pieces in the text are treated as text
-    (`split_special_tokens`).
+    (`split_special_tokens`). With `starts_with_bos` it puts BOS before a text.
     """
     try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
         raise EnvironmentFault("Hugging Face folders need transformers: pip install 'megatrain[hf]'") from error
@@ -63,10 +65,19 @@ def fast_tokenizer(model: Path, max_seq_len: int) -> Any:
     around = pre_tokenizers.Split(SPACE, "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([around, pre_tokenizers.Split(Regex(cut), "isolated")])
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    named = {"bos_token": processor.bos_id(), "pad_token": processor.pad_id()}
+    special = {name: pieces[i] for name, i in named.items() if i >= 0}
+    if starts_with_bos:
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, processor.bos_id())]
+        )
+        special["add_bos_token"] = True
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=pieces[processor.eos_id()],
         unk_token=unknown,
+        **special,
         model_max_length=max_seq_len,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MAX_SHARD_SIZE = "5GB"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _transformers() -> Any:
@@ -329,11 +330,13 @@ def export_model(
     dtype: str = "fp32",
     tokenizer_dir: Path | None = None,
     end_of_document: int | None = None,
+    special_tokens: dict[str, Any] | None = None,
 ) -> None:
     """Write the folder `out` for transformers' `from_pretrained`, atomically.
 
     `weights` has single-device names, a tied weight once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
     saved tokenizer; its files are copied too, so that our own verbs can read the folder. Generation stops at
+    `end_of_document`. `special_tokens` (`bos_token_id` and the like, an id, a list or None) override what follows from
     `end_of_document`.
 
     Raises:
@@ -346,6 +349,9 @@ def export_model(
         raise ConfigError(f"out={out} exists already; name a new folder")
     theirs = hf_config(config, end_of_document)
     theirs.dtype = DTYPES[dtype]
+    special = special_tokens or {}
+    for name, token in special.items():
+        setattr(theirs, name, token)
     tensors = to_theirs(config, weights, DTYPES[dtype])
     from huggingface_hub import save_torch_state_dict
 
@@ -354,8 +360,8 @@ def export_model(
     try:
         save_torch_state_dict(tensors, partial, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
         theirs.save_pretrained(partial)
-        stops = {"bos_token_id": end_of_document, "eos_token_id": end_of_document, "pad_token_id": end_of_document}
-        _transformers().GenerationConfig(**stops).save_pretrained(partial)
+        stops: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS, end_of_document)
+        _transformers().GenerationConfig(**stops | special).save_pretrained(partial)
         if tokenizer_dir is not None:
             export_tokenizer(tokenizer_dir, partial, config.max_seq_len)
         partial.rename(out)
@@ -386,6 +392,18 @@ def import_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         if embedding in tensors and not torch.equal(head, tensors[embedding]):
             raise CheckpointError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not {embedding}")
     return config, from_theirs(config, tensors, folder)
+
+
+def special_tokens_of(folder: Path) -> dict[str, Any]:
+    """Return `bos_token_id`, `eos_token_id` and `pad_token_id` of a Hugging Face folder, None where it names none.
+
+    generation_config.json comes before config.json, because it is what stops generation. Empty if both name none.
+    """
+    found: dict[str, Any] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        fields = _read_json(path) if path.is_file() else {}
+        found |= {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
+    return {name: found.get(name) for name in SPECIAL_TOKENS} if found else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

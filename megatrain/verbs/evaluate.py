@@ -201,9 +201,9 @@ def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
 
 
 def open_text(path: Path, tokenizer: Tokenizer) -> Source:
-    """Open a text file as one document between two end-of-document tokens.
+    """Open a text file as one document that follows BOS (if the model's documents do) or an end of document.
 
-    The first is given, the last is predicted.
+    That token is given; the end of the document is predicted.
     """
     try:
         text = normalise(path.read_bytes().decode("utf-8"))
@@ -216,7 +216,7 @@ def open_text(path: Path, tokenizer: Tokenizer) -> Source:
     if not text:
         raise DataError(f"{path} holds no text; give another file")
     end = tokenizer.end_of_document
-    ids = [end, *tokenizer.encode(text), end]
+    ids = [*(tokenizer.start() or [end]), *tokenizer.encode(text), end]
     return Source(str(path), TextTokens(path, ids), len(text.encode()), len(ids) - 1, end)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatrain.config import ExportConfig
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import export_model
-from megatrain.interop.load_model import kind_of, load
+from megatrain.interop.load_model import Loaded, kind_of, load
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 
@@ -33,7 +34,17 @@ def export_(config: ExportConfig) -> None:
             dtype=config.dtype,
             tokenizer_dir=loaded.tokenizer_dir,
             end_of_document=tokenizer.end_of_document if tokenizer else None,
+            special_tokens=special_tokens(loaded),
         )
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
     print_result(loaded, out, config.dtype)
+
+
+def special_tokens(loaded: Loaded) -> dict[str, Any]:
+    """Return the special tokens to export: those of the folder that was imported, or else the tokenizer's."""
+    imported: dict[str, Any] = loaded.run_config().get("special_tokens") or {}
+    if imported or loaded.tokenizer is None:
+        return imported
+    given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
+    return {name: token for name, token in given.items() if token is not None}

@@ -24,7 +24,7 @@ def generate(config: GenerateConfig) -> None:
     loaded = load(Path(config.path))
     tokenizer = loaded.need_tokenizer()
     prompt = read_prompt(config.prompt)
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_document]
+    ids = [*tokenizer.start(), *tokenizer.encode(prompt)] or [tokenizer.end_of_document]
     longest = loaded.config.max_seq_len
     if len(ids) > longest:
         raise ConfigError(

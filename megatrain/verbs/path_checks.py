@@ -85,6 +85,11 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     card = check_dataset(folder)
+    if config.bos and (card.tokenizer is None or card.tokenizer.beginning_of_document is None):
+        raise ConfigError(
+            f"data.bos=true: the documents of {folder} do not begin with BOS; prepare them again with data.bos=true "
+            "under another data.name, or leave data.bos out"
+        )
     if mask_documents and card.tokenizer is None:
         raise ConfigError(
             f"train.mask_documents=true: {folder} has no tokenizer, so its end-of-document token is unknown; prepare "

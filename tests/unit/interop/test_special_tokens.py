@@ -1,0 +1,91 @@
+"""BOS, EOS, padding and the chat template survive import, export and generation. 0 is an id like any other."""
+
+import json
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+
+from megatrain.config import ExportConfig, GenerateConfig, ImportConfig, ModelConfig
+from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.interop.huggingface import export_model
+from megatrain.interop.load_model import load
+from megatrain.model.init import build_model
+from megatrain.verbs import generate as generate_verb
+from megatrain.verbs.export import export_
+from megatrain.verbs.import_ import import_
+
+IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
+
+def foreign(folder, with_tokenizer=True, **ids):
+    """Write a tiny Llama of random weights with these token ids, and a tokenizer that puts BOS before a text."""
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    config = LlamaConfig(**shape, max_position_embeddings=32, **ids)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if with_tokenizer:
+        vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklm", "▁"])}
+        made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+        made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        made.save(str(folder / "tokenizer.json"))
+        config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": "{{ messages }}"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def there_and_back(tmp_path, folder):
+    import_(ImportConfig(path=str(folder), out=str(tmp_path / "imported")))
+    export_(ExportConfig(path=str(tmp_path / "imported"), out=str(tmp_path / "back")))
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+@pytest.mark.parametrize("ids", [IDS, {"bos_token_id": None, "eos_token_id": [2, 3], "pad_token_id": None}])
+def test_special_tokens_come_back_from_an_import_and_an_export(tmp_path, ids, with_tokenizer):
+    back = there_and_back(tmp_path, foreign(tmp_path / "hf", with_tokenizer, **ids))
+    for config in (AutoConfig.from_pretrained(back), GenerationConfig.from_pretrained(back)):
+        assert {name: getattr(config, name) for name in ids} == ids
+    if with_tokenizer:
+        theirs = AutoTokenizer.from_pretrained(back)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 2, 1)
+        assert theirs.chat_template == "{{ messages }}"
+        assert theirs("abc").input_ids == AutoTokenizer.from_pretrained(tmp_path / "hf")("abc").input_ids
+        assert theirs("abc").input_ids[0] == 0
+
+
+def prompts(path, prompt, monkeypatch):
+    """Return the ids that `generate` gives to the model."""
+    given = []
+    monkeypatch.setattr(generate_verb, "sample", lambda model, ids, **options: given.append(ids) or iter([]))
+    generate_verb.generate(GenerateConfig(path=str(path), prompt=prompt))
+    return given[0]
+
+
+def test_a_prompt_begins_with_bos_where_the_models_documents_do(tmp_path, monkeypatch):
+    folder = foreign(tmp_path / "hf", **IDS)
+    back = there_and_back(tmp_path, folder)
+    for path in (folder, tmp_path / "imported", back):
+        ids = prompts(path, "abc", monkeypatch)
+        assert ids == AutoTokenizer.from_pretrained(folder)("abc").input_ids and ids[0] == 0
+        assert prompts(path, "", monkeypatch) == [0]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_exported_sentencepiece_model_begins_texts_as_its_dataset_did(tmp_path, bos):
+    ours = train_sentencepiece(iter(["some text to train on, ab\n" * 50]), 300, bos=True)
+    ours.starts_with_bos = bos
+    ours.save(tmp_path / "tokenizer")
+    config = ModelConfig(num_layers=1, num_heads=2, hidden_size=16, vocab_size=ours.vocab_size)
+    weights = {name: p.detach() for name, p in build_model(config, seed=1).named_parameters()}
+    export_model(config, weights, tmp_path / "hf", tokenizer_dir=tmp_path / "tokenizer", end_of_document=1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("some </s> text").input_ids == [*ours.start(), *ours.encode("some </s> text")]
+    assert theirs.bos_token_id == ours.beginning_of_document
+    assert load_tokenizer(tmp_path / "hf").start() == ours.start()
+    assert load(tmp_path / "hf").need_tokenizer().start() == ours.start()
