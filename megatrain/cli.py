@@ -5,13 +5,12 @@ The verbs get the checked dataclass. A user's mistake becomes one message and an
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import select
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, NoReturn
@@ -20,7 +19,16 @@ import megatrain
 from megatrain.config import VERBS, walk
 from megatrain.config.suggest import did_you_mean
 from megatrain.distributed.rank_environment import WORKER_MARK, is_launched
-from megatrain.errors import EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegatrainError, disk_fault
+from megatrain.errors import (
+    EXIT_DEFECT,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    MegatrainError,
+    disk_fault,
+)
+from megatrain.resilience.terminal import Terminal, say
 
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.verbs.prepare:prepare",
@@ -34,6 +42,9 @@ ACTIONS: dict[str, str] = {
     "report": "megatrain.verbs.report:report",
 }
 """The function behind each verb, as module:function; it is imported only when called, with the config."""
+
+READERS = ("layouts", "evaluate", "generate", "inspect")
+"""Verbs that change nothing: what they print is all they are for. The others do their work even if nobody reads it."""
 
 FLAGS = {
     "--help": "explain the verb and its keys",
@@ -61,22 +72,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run(parse(argv))
         sys.stdout.flush()
-        return code
+        terminal = Terminal.current()
+        return _end_without_output(terminal.lost) if terminal is not None and terminal.lost is not None else code
     except KeyboardInterrupt:
-        print("megatrain: interrupted", file=sys.stderr, flush=True)
+        say("interrupted")
         return EXIT_INTERRUPTED
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
-            return EXIT_OK
+    except (Exception, SystemExit) as error:  # rich raises SystemExit when the reader has left
+        terminal = Terminal.current()
+        if terminal is not None and terminal.lost is not None:
+            return _end_without_output(terminal.lost)
+        if isinstance(error, SystemExit):
+            raise
         user_error = error if isinstance(error, MegatrainError) else disk_fault(error)
         if user_error is not None:
             if debug:
                 traceback.print_exc()
             else:
-                print(f"megatrain: error: {_rank_prefix()}{user_error}", file=sys.stderr, flush=True)
+                say(f"error: {_rank_prefix()}{user_error}")
             return user_error.exit_code
         traceback.print_exc()
-        print("megatrain: this is a defect of megatrain; please report it with the lines above", file=sys.stderr)
+        say("this is a defect of megatrain; please report it with the lines above")
         return EXIT_DEFECT
 
 
@@ -87,29 +102,24 @@ def command() -> NoReturn:
     either, interpreter shutdown was seen to abort (`terminate called without an active exception`) and to lose the exit
     code that tells the agent what to do. Such a process therefore skips interpreter shutdown.
     """
-    code = main()
+    terminal = Terminal.install()
+    try:
+        code = main()
+    finally:
+        terminal.close()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and (is_launched() or distributed.is_initialized()):
         logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # the reader may be gone
-                stream.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _reader_left() -> bool:
-    """Return whether standard output is a pipe without a reader (`| head`); if so, discard the remaining output."""
-    try:
-        stdout = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file, for example captured by a test
-        return False
-    poll = select.poll()
-    poll.register(stdout, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-    return True
+def _end_without_output(error: OSError) -> int:
+    """Return the exit code of a command whose standard output broke: 0 if its reader left (`| head`)."""
+    if error.errno == errno.EPIPE:
+        return EXIT_OK
+    say(f"error: standard output cannot be written ({error.strerror})")
+    return EXIT_ENVIRONMENT
 
 
 def run(arguments: Arguments) -> int:
@@ -133,6 +143,8 @@ def run(arguments: Arguments) -> int:
             )
         from megatrain.verbs.multirun import multirun
 
+        if not arguments.flags & {"--cfg", "--dry-run"}:
+            _keep_going(verb)
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.config.compose import compose
     from megatrain.verbs.path_checks import check_paths
@@ -148,6 +160,8 @@ def run(arguments: Arguments) -> int:
             "--dry-run shows what megatrain train would submit or start; use it with launch=slurm or --multirun, "
             "or leave it out"
         )
+    if "--dry-run" not in arguments.flags and verb not in READERS:
+        _keep_going(verb)
     if verb == "train" and not is_launched():
         from megatrain.verbs.train import start
 
@@ -155,6 +169,12 @@ def run(arguments: Arguments) -> int:
     check_paths(config)
     result = _action(verb)(config)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
+
+
+def _keep_going(verb: str) -> None:
+    """From now on let no broken stream end this command, and no slow reader block a training job."""
+    if (terminal := Terminal.current()) is not None:
+        terminal.keep_going(background=verb == "train")
 
 
 def parse(argv: list[str]) -> Arguments:

@@ -250,8 +250,10 @@ class Agent:
 
         try:
             if self.fork_server is None:
+                self.log_dir.mkdir(parents=True, exist_ok=True)
+                own_log = self.log_dir / "fork_server.log"
                 self.fork_server = ForkServer(
-                    self.recovery.modules, fork_server_environ(environ), [self.heartbeats.file]
+                    self.recovery.modules, fork_server_environ(environ), [self.heartbeats.file], own_log
                 )
             rank = int(environ["RANK"])
             log = log_of(self.log_dir, rank)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatrain.resilience.signals import set_parent_death_signal
+from megatrain.resilience.terminal import Terminal
 
 PR_SET_CHILD_SUBREAPER = 36
 ANSWER_S = 300.0
@@ -68,8 +69,8 @@ class ForkedProcess:
 class ForkServer:
     """The agent's side of the fork server."""
 
-    def __init__(self, modules: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int]) -> None:
-        """Start the server, which imports `modules`. Ranks inherit the file descriptors `inherited`.
+    def __init__(self, modules: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int], log: Path) -> None:
+        """Start the server, which imports `modules` and prints to `log`. Ranks inherit the descriptors `inherited`.
 
         Raises:
             ForkServerError: the kernel does not support subreapers.
@@ -77,9 +78,10 @@ class ForkServer:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ForkServerError("the kernel does not support PR_SET_CHILD_SUBREAPER")
         self._socket, server_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._log = log
         number = server_socket.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatrain.launch.fork_server", str(number), str(os.getpid()), *modules],
+            [sys.executable, "-m", "megatrain.launch.fork_server", str(number), str(os.getpid()), str(log), *modules],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -116,7 +118,7 @@ class ForkServer:
         except OSError as error:
             raise ForkServerError(str(error)) from error
         if not answer:
-            raise ForkServerError(f"it ended with exit code {self.process.wait()}")
+            raise ForkServerError(f"the fork server ended with exit code {self.process.wait()}; its log is {self._log}")
         return ForkedProcess(int(answer))
 
     def close(self) -> None:
@@ -128,8 +130,11 @@ class ForkServer:
 
 def main() -> NoReturn:
     """Run the server: import the modules, then fork a rank for each request until the agent is gone."""
-    number, agent, *modules = sys.argv[1:]
+    number, agent, log, *modules = sys.argv[1:]
     agent_pid = int(agent)
+    terminal = [os.dup(1), os.dup(2)]
+    _print_to(log)
+    Terminal.install().keep_going()
     set_parent_death_signal(agent_pid)
     requests = socket.socket(fileno=int(number))
     for module in modules:
@@ -141,23 +146,39 @@ def main() -> NoReturn:
         if intermediate == 0:
             if os.fork():
                 os._exit(0)  # the rank becomes the agent's child
-            _become_rank(json.loads(request), agent_pid, requests)
+            _become_rank(json.loads(request), agent_pid, requests, terminal)
         os.waitpid(intermediate, 0)
     sys.exit(0)
 
 
-def _become_rank(request: dict[str, Any], agent: int, answers: socket.socket) -> NoReturn:
-    """Turn this forked process into the requested rank, and run its module."""
+def _print_to(log: str) -> None:
+    """Lead file descriptors 1 and 2 to a log, or to nowhere if it cannot be opened."""
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError:
+        file = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def _become_rank(request: dict[str, Any], agent: int, answers: socket.socket, terminal: list[int]) -> NoReturn:
+    """Turn this forked process into the requested rank, and run its module.
+
+    Its output goes to the request's log, or to the file descriptors `terminal` if there is no log.
+    """
     deadline = time.monotonic() + 10
     while os.getppid() != agent and time.monotonic() < deadline:
         time.sleep(0.001)  # until the agent has adopted this process
     os.setsid()
     set_parent_death_signal(agent)
     if request["log"]:
-        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        os.close(log)
+        _print_to(request["log"])
+    else:
+        for stream, file in zip((1, 2), terminal, strict=True):
+            os.dup2(file, stream)
+    for file in terminal:
+        os.close(file)
     os.environ.clear()
     os.environ.update(request["environ"])
     answers.send(str(os.getpid()).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatrain.errors import EXIT_DEFECT, EXIT_NO_PROGRESS, EnvironmentFault, Ow
 from megatrain.launch.rank_process import log_of
 from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
 from megatrain.resilience.owner import Ownership
+from megatrain.resilience.terminal import say
 from megatrain.resilience.watchdog import Limits, Witness, culprits
 from megatrain.tracking.events import EventLog, read_events
 
@@ -139,4 +139,4 @@ def record_event(run_dir: Path, kind: str, step: int, **detail: Any) -> None:
 
 def print_message(message: str) -> None:
     """Print one line from the agent to the terminal."""
-    print(f"megatrain: {message}", file=sys.stderr, flush=True)
+    say(message)

@@ -29,6 +29,7 @@ from megatrain.errors import (
     MegatrainError,
 )
 from megatrain.launch.nodes import Peers, connect
+from megatrain.resilience.terminal import say
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ def _stopped_early(number: int, _frame: FrameType | None) -> None:
     srun sends SIGTERM when another agent has exited. That agent's exit code must win, and srun returns the highest one:
     hence EXIT_DEFECT, the lowest.
     """
-    print(f"megatrain: stopped by {signal.Signals(number).name} before training began", file=sys.stderr, flush=True)
+    say(f"stopped by {signal.Signals(number).name} before training began")
     raise SystemExit(EXIT_SAVED_AFTER_SIGNAL if number == signal.SIGUSR1 else EXIT_DEFECT)
 
 

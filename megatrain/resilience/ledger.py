@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 from megatrain.errors import CheckpointError, ConfigError, DataError, OwnedError
 from megatrain.resilience.atomic_file import replacing
 from megatrain.resilience.heartbeat import WAITED, Account, Heartbeats
+from megatrain.resilience.terminal import say
 
 FILE = "ledger.json"
 
@@ -151,11 +151,7 @@ class Ledger:
             aside = self._path.with_name(f"{self._path.name}.damaged")
             with contextlib.suppress(OSError):  # a damaged ledger cannot be continued
                 os.replace(self._path, aside)
-                print(
-                    f"megatrain: {self._path} is damaged and was renamed to {aside.name}; starting a new one",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"{self._path} is damaged and was renamed to {aside.name}; starting a new one")
         return {"format": 1, "agents": []}
 
     def _write(self) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 from megatrain.errors import OwnedError, cannot_write
 from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.terminal import say
 
 FOLDER = "owner"
 
@@ -170,11 +170,7 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
         return not runs() or (requeued and _changes(runs, watch_s))
     if requeued:
         return True
-    print(
-        f"megatrain: the run folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"the run folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s")
     return not _changes(lambda: _size_and_time(path), watch_s)
 
 

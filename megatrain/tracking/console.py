@@ -7,32 +7,40 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import IO, Any
+from typing import Any
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.text import Text
-
+from megatrain.resilience.terminal import Terminal, show
 from megatrain.tracking.tracker import RunInfo
 
 RECENT_STEPS = 50
 """Number of recent steps whose wall time, including evaluations and saves, predicts the time left."""
 
 
+MIN_BAR = 10
+"""Width of the narrowest bar; where less is left, there is none."""
+
+
 class Console:
-    """The progress of a run on `stream` (standard error by default).
+    """The progress of a run on standard error.
 
     A terminal gets a bar with notes above it. Any other stream gets a line every `every_steps` steps or `every_s`
     seconds, whichever comes first, and at the first step, the last step and each evaluation.
     """
 
     def __init__(
-        self, total_steps: int, *, stream: IO[str] | None = None, every_steps: int = 100, every_s: float = 10.0
+        self,
+        total_steps: int,
+        *,
+        terminal: Terminal | None = None,
+        every_steps: int = 100,
+        every_s: float = 10.0,
     ) -> None:
+        """`terminal` is the process's own by default."""
         self._total = total_steps
         self._every_steps, self._every_s = every_steps, every_s
-        self._out = RichConsole(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
+        self._terminal = terminal or Terminal.current()
+        self._has_bar = False
+        self._step, self._status = 0, ""
         self._moments: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._heldout: float | None = None
         self._last_line: tuple[int, float] | None = None
@@ -43,18 +51,10 @@ class Console:
         self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
         if info.resumed_from_step is not None:
             self.note(f"resuming from step {info.resumed_from_step}")
-        if self._out.is_terminal:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}"),
-                console=self._out,
-                refresh_per_second=2,
-                expand=True,
-            )
-            self._progress.add_task("train", total=self._total, completed=info.resumed_from_step or 0, status="")
-            self._progress.start()
+        if self._terminal is not None and self._terminal.has_status_line:
+            self._has_bar = True
+            self._step = info.resumed_from_step or 0
+            self._terminal.start_status(self.bar)
 
     def step(self, record: dict[str, Any]) -> None:
         """Update the bar, or print a line if one is due."""
@@ -65,9 +65,8 @@ class Console:
         evaluated = record.get("heldout_loss") is not None
         if evaluated:
             self._heldout = record["heldout_loss"]
-        if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, completed=record["step"], status=self.status(record))
+        if self._has_bar:
+            self._step, self._status = record["step"], self.status(record)
         elif evaluated or self._is_line_due(record["step"], moment):
             self._last_line = (record["step"], moment)
             self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
@@ -87,13 +86,23 @@ class Console:
 
     def abandon(self) -> None:
         """Stop the bar."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._has_bar and self._terminal is not None:
+            self._terminal.end_status()
+            self._has_bar = False
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._out.print(Text(text))
+        show(text, self._terminal.stderr if self._terminal is not None else None)
+
+    def bar(self, width: int) -> str:
+        """Return the bar in `width` columns: `step 120/1000 ━━━━──────── loss 3.2145  12.3k tok/s  eta 0:04:03`."""
+        step, status = self._step, self._status
+        before = f"step {step}/{self._total} "
+        room = width - len(before) - len(status) - 1
+        if room < MIN_BAR:
+            return before + status
+        done = round(room * step / self._total) if self._total else room
+        return f"{before}{'━' * done}{'─' * (room - done)} {status}"
 
     def status(self, record: dict[str, Any]) -> str:
         """Return a step's numbers on one line: `loss 3.2145  held-out 3.3010  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""

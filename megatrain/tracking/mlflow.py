@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config import TrackingConfig
+from megatrain.resilience.terminal import show
 from megatrain.tracking.tracker import RunInfo
 
 PATIENCE_S = 1.0
@@ -89,7 +90,7 @@ class MlflowTracker:
             self._helper.stdin.close()
         limit = self._config.finish_timeout_s
         if not self._ends_within(min(limit, PATIENCE_S)):
-            print(f"waiting for MLflow to receive the last records (at most {limit:g} s)", file=sys.stderr, flush=True)
+            show(f"waiting for MLflow to receive the last records (at most {limit:g} s)")
             if not self._ends_within(limit - PATIENCE_S):
                 self._helper.kill()
                 self._helper.wait()

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from megatrain.config.flatten import flatten
 from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.terminal import Terminal
 from megatrain.tracking.mlflow import tracking_uri, without_password
 from megatrain.tracking.mlflow_store import plain
 from megatrain.tracking.restarts import Restart, Restarts
@@ -57,8 +58,9 @@ STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 def main(write_report: Callable[[Path, Path], Path]) -> None:
     """Read the setup from standard input, then serve until the trainer finishes or dies."""
-    messages, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
+    messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log, not among the messages
+    Terminal.install().keep_going()  # a full disk under the log must not stop it
     os.nice(5)  # training has priority
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

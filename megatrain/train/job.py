@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from megatrain.optim.schedule import batch_size
 from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
+from megatrain.resilience.terminal import show
 from megatrain.tracking.console import Console
 from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
@@ -158,9 +160,10 @@ class RankJob:
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:
-            print(
+            show(
                 f"run {self.config.run.name} is at step {self.progress.step} of train.steps={self.config.train.steps}: "
-                f"nothing to do. Raise train.steps to continue it, or start another run.name"
+                f"nothing to do. Raise train.steps to continue it, or start another run.name",
+                sys.stdout,
             )
 
     # ---------------------------------------------------------------------------------------------- the trainer's parts

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import yaml
 from megatrain.config import TrainConfig
 from megatrain.errors import cannot_write
 from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.terminal import Terminal, say, show
 
 _LOG = logging.getLogger("megatrain")
 
@@ -32,20 +33,46 @@ class TerminalWarnings(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record to the current sys.stderr, which the progress bar may have replaced."""
-        print(f"megatrain: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+        """Print a record, which the log file has too."""
+        line = f"megatrain: {record.levelname.lower()}: {record.getMessage()}"
+        if (terminal := Terminal.current()) is not None:
+            terminal.show(line)
+        else:
+            show(line)
+
+
+class LogFile(logging.FileHandler):
+    """Log file whose disk may fill up: the first failure is shown on the terminal, and nothing is raised."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Show the first failure."""
+        if not self.failed:
+            self.failed = True
+            say(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]}); training goes on")
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
 def log_to(run_dir: Path, rank: int) -> Iterator[None]:
     """Send this rank's log records to logs/rank_00000.log, and rank 0's warnings to the terminal too.
 
+    What the rank prints on its terminal goes to the log as well, until the process ends.
+
     Raises:
         ConfigError, EnvironmentFault: the folder cannot be written.
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run_dir / "logs" / f"rank_{rank:05d}.log")
+        path = run_dir / "logs" / f"rank_{rank:05d}.log"
+        file = LogFile(path)
+        if (terminal := Terminal.current()) is not None:
+            terminal.log_to(path, redirect=True)
     except OSError as error:
         raise cannot_write(run_dir, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -27,6 +27,7 @@ from megatrain.launch import slurm
 from megatrain.launch.agent import FORWARDED_SIGNALS
 from megatrain.launch.rank_process import LINUX
 from megatrain.resilience.signals import set_parent_death_signal
+from megatrain.resilience.terminal import keep_log
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 from megatrain.verbs.sweep_points import (
@@ -122,6 +123,7 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
             print(f"megatrain train {shlex.join([*flags, *point.overrides])}")
         return EXIT_OK
     write_record(points)
+    keep_log(sweep_folder(points) / "logs" / "multirun.log")
     codes: list[int | None] = []
     with _RunningPoint() as current:
         for number, point in enumerate(points, start=1):

@@ -16,6 +16,7 @@ from megatrain.launch.nodes import Peers, SingleNode
 from megatrain.launch.recovery import Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
+from megatrain.resilience.terminal import keep_log
 from megatrain.resilience.watchdog import Limits
 from megatrain.verbs import path_checks
 
@@ -51,6 +52,7 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
     limits = Limits(config.resilience.hang_timeout(on_gpu), config.launch.timeout_s)
     ownership = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
+        keep_log(run_dir / "logs" / f"agent_{peers.node:05d}.log")
         number = peers.all_gather(ownership.number if ownership else None)[0]
         owner = ownership or Ownership(run_dir / FOLDER, number)
         copies = config.checkpoint.copies_every(on_gpu) > 0

@@ -248,41 +248,65 @@ def test_a_full_disk_is_a_machine_fault_and_a_missing_file_of_megatrain_a_defect
     assert "Traceback" in capsys.readouterr().err
 
 
-PIPES = """
+PRINTS = """
 import os, sys, types
 from megatrain import cli
+verb, where, lines = sys.argv[1:]
 stand_in = types.ModuleType("stand_in")
 def act(config):
-    if sys.argv[1] == "other":
+    print("began", file=sys.stderr)
+    if where == "other":
         reader, writer = os.pipe()
         os.close(reader)
         os.write(writer, b"x")
-    for _ in range(int(sys.argv[2])):
+    for _ in range(int(lines)):
         print("x" * 1000)
+    open("done", "w").close()
 stand_in.act = act
 sys.modules["stand_in"] = stand_in
-cli.ACTIONS["report"] = "stand_in:act"
-sys.exit(cli.main(["report", "."]))
+cli.ACTIONS[verb] = "stand_in:act"
+sys.argv[1:] = [verb, "path=."]
+cli.command()
 """
 
 
-@pytest.mark.parametrize(("pipe", "lines", "code"), [("stdout", 1000, 0), ("stdout", 1, 0), ("other", 1, 1)])
-def test_only_a_closed_reader_of_standard_output_is_no_fault(pipe, lines, code, tmp_path):
-    """`| head` ends a verb quietly with 0, however much output is left; any other broken pipe is a defect."""
+@pytest.mark.parametrize(
+    ("verb", "where", "lines", "code", "finishes"),
+    [
+        ("inspect", "no reader", 1000, 0, False),
+        ("inspect", "no reader", 1, 0, True),
+        ("inspect", "full disk", 1000, 8, False),
+        ("inspect", "full disk", 1, 8, True),
+        ("inspect", "closed", 1000, 0, True),
+        ("inspect", "other", 1, 1, False),
+        ("report", "no reader", 1000, 0, True),
+        ("report", "full disk", 1000, 0, True),
+        ("report", "all broken", 1000, 0, True),
+    ],
+)
+def test_broken_output_ends_only_verbs_that_do_nothing_but_print(verb, where, lines, code, finishes, tmp_path):
+    """`| head` ends such a verb with 0, a full disk with 8. The others do their work."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
-    if pipe == "stdout":
+    if where != "other":
         os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    out = full if where == "full disk" else writer
+    command = [sys.executable, "-c", PRINTS, verb, where, str(lines)]
     done = subprocess.run(
-        [sys.executable, "-c", PIPES, pipe, str(lines)],
+        ["sh", "-c", 'exec "$@" >&-' if where == "closed" else 'exec "$@"', "sh", *command],
         cwd=tmp_path,
         env=environ,
-        stdout=writer,
-        stderr=subprocess.PIPE,
+        stdout=out,
+        stderr=out if where == "all broken" else subprocess.PIPE,
         text=True,
     )
     os.close(writer)
-    assert done.returncode == code, done.stderr
-    assert ("please report it" in done.stderr) == (code == 1) and ("BrokenPipeError" in done.stderr) == (code == 1)
-    if pipe != "stdout":
+    os.close(full)
+    said = done.stderr or ""
+    assert done.returncode == code, said
+    assert (tmp_path / "done").exists() == finishes
+    assert ("please report it" in said) == ("BrokenPipeError" in said) == (code == 1)
+    assert ("standard output cannot be written (No space left on device)" in said) == (code == 8)
+    if where == "other":
         os.close(reader)

@@ -1,20 +1,17 @@
 """The console and the composite tracker."""
 
-import io
 import logging
+import os
+import pty
 import re
 import subprocess
 
 import pytest
 
+from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
 from megatrain.tracking.console import Console, clock, short
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.fixture
@@ -28,34 +25,32 @@ def info(tmp_path, **changes):
     return RunInfo(**{"run_name": "demo", "run_dir": tmp_path, "config": {}, "num_parameters": 12345678, **changes})
 
 
-def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, clock_at):
-    out = io.StringIO()
-    shown = Console(40, stream=out, every_steps=10, every_s=5.0)
+def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, clock_at, capsys):
+    shown = Console(40, every_steps=10, every_s=5.0)
     shown.start(info(tmp_path, resumed_from_step=3))
     for step in range(4, 41):
         clock_at[0] += 2.0 if 25 <= step < 31 else 0.01
         shown.step({"step": step, "loss": 2.5, "tokens_per_s": 12345.0, "mfu": 0.25, "step_time_s": 0.01})
     shown.finish("done")
-    text = out.getvalue()
+    text = capsys.readouterr().err
     assert "\x1b" not in text and "\r" not in text
     assert "12.3M parameters" in text and "resuming from step 3" in text and text.endswith("run done\n")
     assert [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
 
 
-def test_evaluations_are_always_shown_and_their_loss_stays(tmp_path):
-    out = io.StringIO()
-    shown = Console(100, stream=out)
+def test_evaluations_are_always_shown_and_their_loss_stays(tmp_path, capsys):
+    shown = Console(100)
     for step in range(1, 5):
         shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.125} if step == 3 else {}))
-    lines = out.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[1].startswith("step 3/100") and "held-out 3.1250" in lines[1]
     assert "held-out 3.1250" in shown.status({"step": 4, "loss": 2.5})
 
 
 def test_the_time_left_follows_recent_steps(clock_at):
     """A slow start and earlier runs no longer count after enough steps."""
-    shown = Console(1000, stream=io.StringIO())
+    shown = Console(1000)
     clock_at[0] = 100.0
     shown.step({"step": 1, "loss": 1.0, "step_time_s": 60.0})
     assert shown.seconds_left(1) == pytest.approx(999 * 60)
@@ -65,21 +60,28 @@ def test_the_time_left_follows_recent_steps(clock_at):
     assert shown.seconds_left(399) == pytest.approx(601 * 0.5)
 
 
-def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path):
-    out = Terminal()
-    shown = Console(20, stream=out)
+def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = pty.openpty()
+    terminal = Terminal(writer, writer)
+    terminal.keep_going(background=True)
+    shown = Console(20, terminal=terminal)
     shown.start(info(tmp_path))
     shown.step({"step": 7, "loss": 2.25, "step_time_s": 1.0})
     shown.event({"time": "", "kind": "save", "step": 7, "seconds": 0.123456})
     shown.finish("done")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert "save at step 7: seconds 0.1235" in text
-    assert text.index("save at step 7") < text.rindex("step 7/20")
-    assert "loss 2.2500" in text and "\x1b[" in out.getvalue()
+    terminal.close()
+    text = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    os.close(writer)
+    lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
+    assert lines[1] == "save at step 7: seconds 0.1235"
+    assert re.fullmatch(r"step 7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
+    assert lines[3:] == ["run done", ""]
 
 
 def test_a_skipped_step_is_marked(tmp_path):
-    shown = Console(20, stream=io.StringIO())
+    shown = Console(20)
     assert "loss not finite  skipped" in shown.status({"step": 7, "loss": None, "updated": False})
 
 
@@ -108,9 +110,9 @@ class Breaks:
         self.calls.append("finish")
 
 
-def test_a_tracker_that_raises_is_warned_about_once_and_left_out(tmp_path, caplog):
-    broken, out = Breaks(), io.StringIO()
-    trackers = Trackers([broken, Console(3, stream=out)])
+def test_a_tracker_that_raises_is_warned_about_once_and_left_out(tmp_path, caplog, capsys):
+    broken = Breaks()
+    trackers = Trackers([broken, Console(3)])
     with caplog.at_level(logging.WARNING):
         trackers.start(info(tmp_path))
         for step in (1, 2, 3):
@@ -120,7 +122,7 @@ def test_a_tracker_that_raises_is_warned_about_once_and_left_out(tmp_path, caplo
     assert [record.getMessage() for record in caplog.records] == [
         "Breaks failed and is skipped from now on; training goes on (OSError: the disk is gone)"
     ]
-    assert "step 3/3" in out.getvalue()
+    assert "step 3/3" in capsys.readouterr().err
 
 
 def test_the_commit_of_a_checkout_says_whether_files_were_changed(tmp_path):
@@ -140,10 +142,10 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(tmp_path):
     assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_only_the_beginning_of_a_long_list_is_shown(tmp_path):
+def test_only_the_beginning_of_a_long_list_is_shown(tmp_path, capsys):
     """A rollback's event lists every window that it skips."""
-    out = io.StringIO()
-    Console(20, stream=out).event(
-        {"time": "", "kind": "rollback", "step": 7, "windows": [*range(9)], "skip_range": [8, 16]}
+    Console(20).event({"time": "", "kind": "rollback", "step": 7, "windows": [*range(9)], "skip_range": [8, 16]})
+    assert (
+        capsys.readouterr().err
+        == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip_range [8, 16]\n"
     )
-    assert out.getvalue() == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip_range [8, 16]\n"
