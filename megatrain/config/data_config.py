@@ -16,10 +16,12 @@ class DataConfig:
     kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron"))
     paths: list[str] = key(
         [],
-        "globs of the files to read: .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; for data=megatron, path "
-        "prefixes",
+        "files, folders or globs to read: .txt, .md, .jsonl, .ndjson, .json, each also .gz or .zst, and .parquet; for "
+        "data=megatron, path prefixes",
     )
-    text_column: str = key("text", "column or field with the text, in .jsonl, .parquet and Hugging Face data")
+    text_column: str = key(
+        "text", "column or field with the text; content.text is the field text of the object content"
+    )
     hf_path: str | None = key(None, "Hugging Face dataset: its name on the hub or a local folder")
     hf_config: str | None = key(None, "configuration of the Hugging Face dataset")
     hf_split: str = key("train", "split of the Hugging Face dataset")
@@ -33,6 +35,15 @@ class DataConfig:
         "replace",
         "what to do with bytes that are not UTF-8: replace them, skip the document, or stop with an error",
         choices=("replace", "skip", "refuse"),
+    )
+    on_bad_record: str = key(
+        "stop",
+        "what to do with a record that is not JSON or has no text in its field: stop with an error, skip it, or skip "
+        "it and write it to quarantine.jsonl in the dataset's folder",
+        choices=("stop", "skip", "quarantine"),
+    )
+    max_bad_fraction: float = key(
+        1.0, "largest fraction of the records that may be skipped as bad", minimum=0, maximum=1
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")
     deduplicate: bool = key(True, "drop documents that are exact duplicates after normalisation")

@@ -18,9 +18,9 @@ def opened(path: Path, raw: BinaryIO) -> BinaryIO:
     Reading raises `EOFError` if the file is cut short or a `.zst` is damaged, `zlib.error` or `gzip.BadGzipFile` if a
     `.gz` is damaged.
     """
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**17))
-    if path.name.endswith(".zst"):
+    if path.name.lower().endswith(".zst"):
         return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), 2**17))
     return raw
 

@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 from megatrain.errors import DataError
 
@@ -23,16 +24,26 @@ def normalise(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Why a record is bad: a kind, counted in the card, a message, and what would help."""
+
+    kind: str
+    message: str
+    remedy: str = "mend it"
+
+
+@dataclass(frozen=True)
 class Record:
     """A document as it was read.
 
     `payload` is UTF-8 bytes, or text from a column. With `json` it is a JSON object whose `text_column` is the text.
-    `where` is its file, or file:line.
+    `where` is its file, or file:line. `problem` is what the source found wrong with it.
     """
 
     payload: bytes | str
     where: str
     json: bool = False
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,25 @@ class Policy:
 
     text_column: str
     undecodable: str
+    on_bad_record: str = "stop"
 
 
-def clean(record: Record, policy: Policy) -> tuple[str | None, bool]:
+class BadRecordError(Exception):
+    """A record without text. Never leaves this room: `on_bad_record` decides what becomes of it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def clean(record: Record, policy: Policy) -> tuple[str, bool]:
     """Return a record's clean text, and whether it had undecodable bytes or lone surrogates.
 
-    The text is None if the policy skips the record. Raises `DataError` if it is not JSON but should be, lacks the
-    column, or is undecodable and the policy refuses that.
+    Raises `BadRecordError` if the record is not JSON but should be, has no text in its column, or is undecodable and
+    the policy skips that; `DataError` if the policy refuses undecodable records.
     """
+    if record.problem:
+        raise BadRecordError(record.problem)
     payload, bad, at = record.payload, False, ""
     if isinstance(payload, bytes):
         try:
@@ -60,26 +82,54 @@ def clean(record: Record, policy: Policy) -> tuple[str | None, bool]:
     else:
         text = payload
     if record.json:
-        text = _json_text(text, record.where, policy.text_column)
+        text = _json_text(text, policy.text_column)
     if _SURROGATE.search(text):
         bad, at = True, at or "a lone surrogate"
         text = _SURROGATE.sub("\ufffd", text)
     if bad and policy.undecodable == "refuse":
         raise DataError(f"{record.where}: not UTF-8 ({at}); convert it, or set data.undecodable=replace or skip")
     if bad and policy.undecodable == "skip":
-        return None, True
+        raise BadRecordError(Problem("undecodable", f"not UTF-8 ({at})"))
     return normalise(text), bad
 
 
-def _json_text(line: str, where: str, column: str) -> str:
+def _json_text(line: str, column: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a line of JSON ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get(column), str):
-        have = (
-            f"it has {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else "it is not a JSON object"
-        )
-        raise DataError(f"{where}: no text under {column!r} ({have}); set data.text_column")
-    text: str = value[column]
-    return text
+        raise BadRecordError(Problem("not_json", f"not a line of JSON ({error})")) from error
+    if not isinstance(value, dict):
+        raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
+    text = find_text(value, column)
+    if isinstance(text, Problem):
+        raise BadRecordError(text)
+    return str(text)
+
+
+def find_text(record: dict[str, Any], column: str) -> str | bytes | Problem:
+    """Return the text in a record's field, or what is wrong with it.
+
+    A field of that very name comes first; otherwise `content.text` is the field `text` of the object `content`.
+    """
+    value: Any = record
+    for name in [column] if column in record else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            has = ", ".join(map(repr, list(record)[:8])) or "no fields"
+            return Problem("no_field", f"no text under {column!r} (it has {has})", "set data.text_column")
+        value = value[name]
+    if isinstance(value, (str, bytes)):
+        return value
+    if value is None:
+        return Problem("null", f"no text under {column!r}: it is null")
+    remedy = f"name a field in it, such as data.text_column={column}.text" if isinstance(value, dict) else "mend it"
+    return Problem("not_text", f"no text under {column!r}: it is {_described(value)}", remedy)
+
+
+def _described(value: Any) -> str:
+    """Return what a value is, and the value itself if it is short."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(repr, list(value)[:8])) or 'no fields'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    kind = "true or false" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "no text"
+    return f"{kind} ({str(value)[:40]})"

@@ -38,6 +38,8 @@ from megatrain.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
+QUARANTINE = "quarantine.jsonl"
+"""The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
 _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
 
 
@@ -173,22 +175,38 @@ class CleaningResult:
 
 def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> CleaningResult:
     """Fill the spool. Raises `DataError` if nothing is left to train on."""
-    policy = Policy(config.data.text_column, config.data.undecodable)
+    policy = Policy(config.data.text_column, config.data.undecodable, config.data.on_bad_record)
     result = CleaningResult(Sample(config.tokenizer.train_bytes))
     seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
     tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
+    first_bad = None
     with Meter("reading", source.total_bytes) as meter:
         for cleaned in pool.map(clean_chunk, tasks):
             _store_chunk(cleaned, spool, result, seen, config)
+            first_bad = first_bad or cleaned.first_bad
+            if cleaned.quarantine:
+                with open(folder / QUARANTINE, "ab") as file:
+                    file.write(cleaned.quarantine)
             meter.update(source.progress.bytes)
     if seen:
         seen.close()
     result.counts["oversized"] = source.progress.oversized
+    _check_bad_fraction(result.counts, config.data.max_bad_fraction, first_bad)
     if not sum(result.kept.values()):
         raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(result.counts)})")
     if config.data.heldout_fraction > 0:
         _fill_both_splits(spool, result, config.data.heldout_fraction)
     return result
+
+
+def _check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None) -> None:
+    """Raise `DataError` if more than `data.max_bad_fraction` of the records were left out as bad."""
+    bad = counts["bad"] + counts["skipped_undecodable"]
+    if bad > limit * counts["read"]:
+        raise DataError(
+            f"data.max_bad_fraction={limit:g}: {bad} of {counts['read']} records are bad ({_format_counts(counts)}); "
+            f"the first: {first_bad}; mend the data, or allow a larger fraction"
+        )
 
 
 def _chunks(source: Source, max_documents: int | None) -> Iterator[list[Record]]:
@@ -312,4 +330,6 @@ def _summary(target: Path, card: Card) -> str:
             f"({text / max(split.tokens, 1):.2f} bytes a token)"
         )
     lines.append(f"  documents: {_format_counts(card.counts)}")
+    if (target / QUARANTINE).is_file():
+        lines.append(f"  bad records: {target / QUARANTINE}")
     return "\n".join(lines)

@@ -6,10 +6,10 @@ Nothing here keeps more than one document in memory.
 
 from __future__ import annotations
 
-import glob
 import gzip
 import importlib
 import itertools
+import json
 import os
 import platform
 import sysconfig
@@ -18,13 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 from megatrain.config import DataConfig
 from megatrain.data.compressed import opened
-from megatrain.data.normalise import Record
+from megatrain.data.file_formats import TextColumn, json_values, starts_with_a_line
+from megatrain.data.file_search import find_paths, saved_to_disk
+from megatrain.data.normalise import Problem, Record, find_text
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
 
@@ -64,20 +66,32 @@ class Source(ABC):
         self.progress.oversized += 1
 
     def _bounded(self, text: bytes | str, where: str) -> Iterator[Record]:
-        if len(text) > self.config.max_document_bytes:
+        if _num_bytes(text) > self.config.max_document_bytes:
             self._too_long(where)
         else:
             yield Record(text, where)
 
+    def _field(self, value: str | bytes | Problem, where: str, whole: Any) -> Iterator[Record]:
+        """Yield the text of a record's field, or the record `whole` with its problem."""
+        if isinstance(value, Problem):
+            yield Record(json.dumps(whole, default=str), where, problem=value)
+        else:
+            yield from self._bounded(value, where)
+
     def _whole_file(self, path: Path) -> Iterator[Record]:
         limit = self.config.max_document_bytes
-        with open(path, "rb") as file:
+        with open(path, "rb") as raw, opened(path, raw) as file:
             data = file.read(limit + 1)
         self.progress.bytes += path.stat().st_size
         if len(data) > limit:
             self._too_long(str(path))
         else:
             yield Record(data, str(path))
+
+
+def _num_bytes(text: bytes | str) -> int:
+    """Return the size of a text in UTF-8."""
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 # ---------------------------------------------------------------------------------------------------- standard library
@@ -125,18 +139,20 @@ class StdlibSource(Source):
 
 # ---------------------------------------------------------------------------------------------------- files
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_PLAIN, _LINES = (".txt", ".md"), (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*(f"{kind}{packed}" for kind in (*_PLAIN, *_LINES) for packed in ("", ".gz", ".zst")), ".parquet")
 
 
 class FilesSource(Source):
     """Files that `data.paths` matches, sorted by path.
 
-    A document is a `.txt` or `.md` file, a line of `.jsonl` or a row of `.parquet`.
+    A document is a `.txt` or `.md` file, a line of `.jsonl` or `.ndjson` or a row of `.parquet`. A `.json` has lines
+    like a `.jsonl`, or is one array of objects, or one object.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
-        self.files = _matches(config.paths)
+        self.files = find_paths(config.paths, SUFFIXES)
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         self.identity = {
             "kind": config.kind,
@@ -151,58 +167,62 @@ class FilesSource(Source):
             before = self.progress.bytes
             try:
                 yield from self._read(path)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"{path}: cut short or damaged ({error}); download or compress it again") from error
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
             self.progress.bytes = before + path.stat().st_size
 
     def _read(self, path: Path) -> Iterator[Record]:
-        if path.name.endswith((".txt", ".md")):
+        name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        if name.endswith(_PLAIN):
             return self._whole_file(path)
-        if path.name.endswith(".parquet"):
+        if name.endswith(".parquet"):
             return self._parquet(path)
-        return self._lines(path)
+        return self._json(path, any_layout=name.endswith(".json"))
 
-    def _lines(self, path: Path) -> Iterator[Record]:
-        """Yield the lines of a `.jsonl`, compressed or not, with at most `data.max_document_bytes` in memory."""
-        limit, before = self.config.max_document_bytes, self.progress.bytes
+    def _json(self, path: Path, any_layout: bool) -> Iterator[Record]:
+        before = self.progress.bytes
         with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
-            try:
-                for number in itertools.count(1):
-                    line = file.readline(limit + 2)
-                    if not line:
-                        return
-                    where = f"{path}:{number}"
-                    if len(line.rstrip(b"\r\n")) > limit:
-                        self._too_long(where)
-                        while line and not line.endswith(b"\n"):
-                            line = file.readline(2**20)
-                    elif line.strip():
-                        yield Record(line, where, json=True)
-                    self.progress.bytes = before + raw.tell()
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"{path}: cut short or damaged ({error}); download or compress it again") from error
+            in_lines = not any_layout or starts_with_a_line(file)
+            for record in self._lines(path, file) if in_lines else self._values(path, file):
+                yield record
+                self.progress.bytes = before + raw.tell()
+
+    def _lines(self, path: Path, file: BinaryIO) -> Iterator[Record]:
+        """Yield the lines of a `.jsonl`, with at most `data.max_document_bytes` in memory."""
+        limit = self.config.max_document_bytes
+        for number in itertools.count(1):
+            line = file.readline(limit + 2)
+            if not line:
+                return
+            where = f"{path}:{number}"
+            if len(line.rstrip(b"\r\n")) > limit:
+                self._too_long(where)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(2**20)
+            elif line.strip():
+                yield Record(line, where, json=True)
+
+    def _values(self, path: Path, file: BinaryIO) -> Iterator[Record]:
+        """Yield the objects of a `.json` that is not one object a line."""
+        for number, text in enumerate(json_values(file, str(path), self.config.max_document_bytes), start=1):
+            yield Record(text, f"{path}, record {number}", json=True)
 
     def _parquet(self, path: Path) -> Iterator[Record]:
         pyarrow = require_library("pyarrow", ".parquet")
         import pyarrow.parquet as parquet
 
-        column, before = self.config.text_column, self.progress.bytes
+        before = self.progress.bytes
         try:
             with parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if column not in names:
-                    raise DataError(f"{path}: no column {column!r} (it has {', '.join(names)}); set data.text_column")
-                kind = file.schema_arrow.field(column).type
-                if not any(
-                    getattr(pyarrow.types, f"is_{t}")(kind)
-                    for t in ("string", "large_string", "binary", "large_binary")
-                ):
-                    raise DataError(f"{path}: column {column!r} is {kind}, not text; set data.text_column")
+                column = TextColumn(file.schema_arrow, self.config.text_column, str(path))
                 row, rows = 0, max(file.metadata.num_rows, 1)
-                for batch in file.iter_batches(batch_size=64, columns=[column]):
-                    for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                for batch in file.iter_batches(batch_size=64, columns=[self.config.text_column]):
+                    for text in column.texts(batch):
                         row += 1
-                        yield from self._bounded(text or b"", f"{path}:{row}")
+                        null = Problem("null", f"no text under {self.config.text_column!r}: it is null")
+                        yield from self._field(null if text is None else text, f"{path}:{row}", text)
                     self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
@@ -215,24 +235,6 @@ def _listing_hash(files: list[Path]) -> str:
         entry = path.stat()
         digest.update(f"{path.name}\0{entry.st_size}\0{entry.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _matches(patterns: list[str]) -> list[Path]:
-    """Return the files that the globs match. Raises `ConfigError` if a glob matches none or a suffix is unsupported."""
-    if not patterns:
-        raise ConfigError("data.paths: empty; give globs, for example 'data.paths=[corpus/**/*.jsonl]'")
-    found: set[Path] = set()
-    for pattern in patterns:
-        matched = [
-            Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)
-        ]
-        if not matched:
-            raise ConfigError(f"data.paths: {pattern!r} matches no file (working folder {os.getcwd()})")
-        found.update(matched)
-    for path in sorted(found):
-        if not path.name.endswith(SUFFIXES):
-            raise ConfigError(f"data.paths: {path} has none of the suffixes {', '.join(SUFFIXES)}; narrow the glob")
-    return sorted(found, key=lambda path: path.as_posix())
 
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face
@@ -256,16 +258,26 @@ class HuggingFaceSource(Source):
         self._datasets = require_library("datasets", "data.kind=huggingface")
         place = f"data.hf_path={config.hf_path}, data.hf_config={config.hf_config}, data.hf_split={config.hf_split}"
         try:
-            self._rows = self._datasets.load_dataset(
-                config.hf_path, config.hf_config, split=config.hf_split, streaming=True
-            )
+            self._rows = self._load(config)
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{place}: {_first_line(error)}") from error
         except (ConnectionError, OSError) as error:
             raise EnvironmentFault(f"{place}: the hub could not be reached ({_first_line(error)})") from error
         columns = self._rows.column_names
-        if columns is not None and config.text_column not in columns:
+        if columns is not None and not {config.text_column, config.text_column.split(".")[0]} & set(columns):
             raise ConfigError(f"data.text_column={config.text_column}: {config.hf_path} has {', '.join(columns)}")
+
+    def _load(self, config: DataConfig) -> Any:
+        """Return the rows of the hub's dataset, of a folder in its format, or of a folder written by `save_to_disk`."""
+        folder = Path(str(config.hf_path)).expanduser()
+        if not saved_to_disk(folder):
+            return self._datasets.load_dataset(config.hf_path, config.hf_config, split=config.hf_split, streaming=True)
+        rows = self._datasets.load_from_disk(str(folder))
+        if isinstance(rows, dict):
+            if config.hf_split not in rows:
+                raise ValueError(f"Unknown split {config.hf_split!r}; the folder has {', '.join(rows)}")
+            return rows[config.hf_split]
+        return rows
 
     def records(self) -> Iterator[Record]:
         """Yield the rows. Raises `DataError` for a bad row, `EnvironmentFault` if the connection is lost."""
@@ -273,14 +285,9 @@ class HuggingFaceSource(Source):
         number = 0
         try:
             for number, row in enumerate(self._rows, start=1):
-                text = row.get(column)
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"{path}, row {number}: no text under {column!r} (it has {', '.join(row)}); "
-                        "set data.text_column"
-                    )
-                self.progress.bytes += len(text)
-                yield from self._bounded(text, f"{path}, row {number}")
+                text = find_text(row, column)
+                self.progress.bytes += 0 if isinstance(text, Problem) else _num_bytes(text)
+                yield from self._field(text, f"{path}, row {number}", row)
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:

@@ -7,6 +7,7 @@ spool.py and preparation.py.
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -23,11 +24,11 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from megatrain.data.normalise import Policy, Record, clean
+from megatrain.data.normalise import BadRecordError, Policy, Problem, Record, clean
 from megatrain.data.spool import DROPPED, Frame, pack, unpack
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.errors import EnvironmentFault
+from megatrain.errors import DataError, EnvironmentFault
 from megatrain.resilience.signals import set_parent_death_signal
 
 T = TypeVar("T")
@@ -99,29 +100,66 @@ class CleanTask:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean documents as a spool frame, their concatenated xxh3-128 hashes (16 bytes each), byte sizes, and counts."""
+    """Clean documents as a spool frame, their concatenated xxh3-128 hashes (16 bytes each), byte sizes, and counts.
+
+    `first_bad` describes the first bad record, and `quarantine` has a line of JSON for each if they are to be kept.
+    """
 
     frame: bytes
     hashes: bytes
     sizes: list[int]
     counts: dict[str, int]
+    first_bad: str | None
+    quarantine: bytes
 
 
 def clean_chunk(task: CleanTask) -> Cleaned:
-    """Decode and normalise records; empty records and those that the policy skips are left out and counted."""
+    """Decode and normalise records; empty records and those that the policy skips are left out and counted.
+
+    Raises `DataError` for the first bad record if the policy is to stop there.
+    """
     texts: list[bytes] = []
-    counts = {"read": len(task.records), "empty": 0, "undecodable": 0, "skipped_undecodable": 0}
+    counts = dict.fromkeys(("read", "empty", "bad", "undecodable", "skipped_undecodable"), 0)
+    counts["read"] = len(task.records)
+    first_bad, quarantine = None, []
     for record in task.records:
-        text, bad = clean(record, task.policy)
-        counts["undecodable"] += bad
-        if text is None:
-            counts["skipped_undecodable"] += 1
-        elif not text:
-            counts["empty"] += 1
-        else:
+        try:
+            text, undecodable = clean(record, task.policy)
+        except BadRecordError as error:
+            problem = error.problem
+            first_bad = first_bad or f"{record.where}: {problem.message}"
+            _count_bad(record, problem, task.policy, counts)
+            if task.policy.on_bad_record == "quarantine":
+                quarantine.append(_quarantined(record, problem))
+            continue
+        counts["undecodable"] += undecodable
+        if text:
             texts.append(text.encode())
+        else:
+            counts["empty"] += 1
     hashes = b"".join(xxhash.xxh3_128_digest(text) for text in texts)
-    return Cleaned(pack(texts), hashes, [len(text) for text in texts], counts)
+    return Cleaned(pack(texts), hashes, [len(text) for text in texts], counts, first_bad, b"".join(quarantine))
+
+
+def _count_bad(record: Record, problem: Problem, policy: Policy, counts: dict[str, int]) -> None:
+    if problem.kind == "undecodable":  # data.undecodable=skip has been chosen for it
+        counts["undecodable"] += 1
+        counts["skipped_undecodable"] += 1
+        return
+    if policy.on_bad_record == "stop":
+        raise DataError(
+            f"{record.where}: {problem.message}; {problem.remedy}, or set data.on_bad_record=skip or quarantine"
+        )
+    counts["bad"] += 1
+    counts[f"bad_{problem.kind}"] = counts.get(f"bad_{problem.kind}", 0) + 1
+
+
+def _quarantined(record: Record, problem: Problem) -> bytes:
+    """Return a bad record as a line of JSON: where it was, the reason, and what was read."""
+    payload = record.payload
+    text = payload.decode(errors="backslashreplace") if isinstance(payload, bytes) else payload
+    line = {"where": record.where, "reason": problem.kind, "message": problem.message, "record": text.rstrip("\r\n")}
+    return json.dumps(line).encode() + b"\n"
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizing

@@ -66,7 +66,9 @@ def test_an_empty_corpus_is_refused_with_what_was_read(run, name, content):
         (b'{"text": "ok"}\n{"text": \n', r"a.jsonl:2: not a line of JSON"),
         (b'{"text": "ok"}\n\n["text"]\n', r"a.jsonl:3: no text under 'text' \(it is not a JSON object\)"),
         (b'{"body": "x", "id": 3}\n', r"a.jsonl:1: no text under 'text' \(it has 'body', 'id'\); set data.text_column"),
-        (b'{"text": 5}\n', r"a.jsonl:1: no text under 'text'"),
+        (b'{"text": 3}\n', r"a.jsonl:1: no text under 'text': it is a number \(3\); mend it, or set data.on_bad_rec"),
+        (b'{"text": null}\n', r"a.jsonl:1: no text under 'text': it is null; mend it, or set data.on_bad_record=skip"),
+        (b'{"text": {"de": "x"}}\n', r"it is an object with 'de'; name a field in it, such as data.text_column=text."),
         (b"[" * 100000, r"a.jsonl:1: not a line of JSON"),
     ],
 )
@@ -107,8 +109,8 @@ def test_undecodable_bytes_in_a_parquet_column_follow_the_policy(run, tmp_path):
     (tmp_path / "in").mkdir()
     column = pyarrow.array([b"bad \xff byte", b"good", None], pyarrow.binary())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in" / "a.parquet")
-    folder = run("", None, beside=True)
-    assert "bad \ufffd byte" in all_text(folder) and Card.load(folder).counts["empty"] == 1
+    folder = run("", None, beside=True, on_bad_record="skip")
+    assert "bad \ufffd byte" in all_text(folder) and Card.load(folder).counts["bad_null"] == 1
     with pytest.raises(DataError, match=r"a.parquet:1: not UTF-8"):
         run("", None, name="x", undecodable="refuse")
 

@@ -1,0 +1,143 @@
+"""Layouts of records within a file: objects of a `.json`, and the text column of a `.parquet`. Opens no files."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from megatrain.errors import DataError
+
+_READ_BYTES = 2**20
+_SPACE = " \t\r\n\ufeff"
+
+
+def starts_with_a_line(file: BinaryIO) -> bool:
+    """Whether a `.json` has one record a line: its first line is JSON, or at least not the start of a longer value."""
+    head: bytes = file.peek(_READ_BYTES)  # type: ignore[attr-defined]
+    text = head.decode("utf-8", errors="replace").lstrip(_SPACE)
+    line, newline, rest = text.partition("\n")
+    try:
+        return not isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        if line.startswith("[") or not newline:
+            return not line.startswith("[")
+        return not line.startswith("{") or line.rstrip().endswith("}") or rest.lstrip(_SPACE).startswith("{")
+
+
+def json_values(file: BinaryIO, name: str, limit: int) -> Iterator[str]:
+    """Yield the source text of each element of one JSON array, or of values that follow one another.
+
+    Only one value of at most `limit` characters is held in memory. Undecodable bytes become lone surrogates. Raises
+    `DataError` if the text is not JSON, because there is no telling where the next value would begin.
+    """
+    codec = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    decoder = json.JSONDecoder()
+    text, at, number, ended, in_array = "", 0, 1, False, False
+
+    def skip_space() -> str:
+        """Go to the next character that is not space and return it; empty at the end of the file."""
+        nonlocal text, at, ended
+        while True:
+            while at < len(text) and text[at] in _SPACE:
+                at += 1
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            data = file.read(_READ_BYTES)
+            text, at, ended = codec.decode(data, final=not data), 0, not data
+
+    def damaged(what: str) -> DataError:
+        return DataError(f"{name}: not JSON at record {number} ({what}); mend it, or write one object a line")
+
+    if skip_space() == "[":
+        in_array, at = True, at + 1
+    while True:
+        following = skip_space()
+        if in_array and following == "]":
+            at += 1
+            if skip_space():
+                raise damaged("there is more after the array")
+            return
+        if not following:
+            if in_array:
+                raise damaged("the array does not end")
+            return
+        if in_array and number > 1:
+            if following != ",":
+                raise damaged(f"{following!r} where a comma should be")
+            at += 1
+            skip_space()
+        while True:
+            try:
+                _, end = decoder.raw_decode(text, at)
+                if end < len(text) or ended:
+                    break
+            except (ValueError, RecursionError) as error:
+                if ended:
+                    raise damaged(str(error)) from error
+            if len(text) - at > limit:
+                raise DataError(
+                    f"{name}: record {number} is longer than data.max_document_bytes={limit}; raise it, or write one "
+                    "object a line"
+                )
+            data = file.read(max(_READ_BYTES, len(text) - at))
+            text, at, ended = text[at:] + codec.decode(data, final=not data), 0, not data
+        yield text[at:end]
+        at, number = end, number + 1
+
+
+class TextColumn:
+    """The column of a `.parquet` that holds the text; `content.text` is the field `text` of the struct `content`.
+
+    Raises `DataError` if there is none, there are two, or it holds something else.
+    """
+
+    def __init__(self, schema: Any, name: str, origin: str) -> None:
+        import pyarrow
+        import pyarrow.compute
+        from pyarrow import types
+
+        self._pyarrow = pyarrow
+        self._path = [name] if name in schema.names else name.split(".")
+        if schema.names.count(self._path[0]) > 1:
+            raise DataError(
+                f"{origin}: {schema.names.count(self._path[0])} columns are named {self._path[0]!r}; rename all but one"
+            )
+        kind: Any = None
+        fields = schema
+        for part in self._path:
+            at = fields.get_field_index(part) if fields is not None else -1
+            if at < 0:
+                has = ", ".join(_paths(schema))
+                raise DataError(f"{origin}: no column {name!r} (it has {has}); set data.text_column")
+            kind = fields.field(at).type
+            fields = kind if types.is_struct(kind) else None
+        text = kind.value_type if types.is_dictionary(kind) else kind
+        known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+        if not any(getattr(types, f"is_{known_kind}")(text) for known_kind in known):
+            raise DataError(f"{origin}: column {name!r} is {kind}, not text; set data.text_column")
+
+    def texts(self, batch: Any) -> list[bytes | None]:
+        """Return the texts of a record batch, None for a null."""
+        column = batch.column(self._path[0])
+        for part in self._path[1:]:
+            column = self._pyarrow.compute.struct_field(column, part)
+        if self._pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if self._pyarrow.types.is_null(column.type):
+            return [None] * len(column)
+        values: list[Any] = column.to_pylist() if _is_view(column.type) else column.cast("large_binary").to_pylist()
+        return [value.encode(errors="surrogatepass") if isinstance(value, str) else value for value in values]
+
+
+def _is_view(kind: Any) -> bool:
+    return str(kind).endswith("_view")
+
+
+def _paths(schema: Any) -> Iterator[str]:
+    """Yield the names of all columns, and of the fields of structs."""
+    for field in schema:
+        yield field.name
+        if str(field.type).startswith("struct<"):
+            yield from (f"{field.name}.{inner.name}" for inner in field.type)
