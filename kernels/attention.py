@@ -34,11 +34,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     )
 
 
-def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def document_mask(document_ids: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Return a block-diagonal causal mask: a token attends to itself and to earlier tokens of its own document.
 
+    With a `window`, it attends to no more than that many tokens, itself included.
     `document_ids` are integers `[B, T]`; returns `[B, 1, T, T]` in `dtype`: 0 where the row's query may attend to the
     column's key, else -inf. A bool mask would be converted to this in every layer, and each copy kept.
     """
     same = (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
+    if window is not None:
+        same = same.triu(1 - window)
     return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same, -torch.inf)

@@ -16,14 +16,23 @@ _BLOCK = 4096
 """Pairs that a program rotates at once."""
 
 
+def rope_frequencies(head_dim: int, theta: float | Tensor, device: torch.device) -> Tensor:
+    """Return the rotation of each pair of a head from one position to the next, in radians: fp32 `[K/2]`.
+
+    Pair `i` has `theta^(-2i/K)` (Su et al., 2021, arXiv:2104.09864).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies: Tensor = 1.0 / theta**exponents
+    return frequencies
+
+
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosine and sine of every position's rotation angles, fp32.
 
-    `positions` are integers `[..., T]`; returns two tensors `[..., T, K/2]`. Pair `i` of a head is rotated by
-    `position * theta^(-2i/K)` (Su et al., 2021, arXiv:2104.09864). The angles are constants and get no gradient.
+    `positions` are integers `[..., T]`; returns two tensors `[..., T, K/2]`. A pair is rotated by its frequency times
+    the position. The angles are constants and get no gradient.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.unsqueeze(-1).float() * (1.0 / theta**exponents)
+    angles = positions.unsqueeze(-1).float() * rope_frequencies(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
 
 

@@ -12,7 +12,7 @@ from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key, walk
 from megatrain.config.launch_config import LaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
-from megatrain.config.model_config import ModelConfig
+from megatrain.config.model_config import ROPE_SCALING_KEYS, ModelConfig
 from megatrain.config.optim_config import OptimConfig
 from megatrain.config.parallel_config import ParallelConfig
 from megatrain.config.precision_config import PrecisionConfig
@@ -40,6 +40,7 @@ from megatrain.config.verb_configs import (
 )
 
 __all__ = [
+    "ROPE_SCALING_KEYS",
     "VERBS",
     "CheckpointConfig",
     "DataConfig",

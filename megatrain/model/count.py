@@ -16,9 +16,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     width, head_dim = config.hidden_size, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab, width)}
 
-    def linear(name: str, outputs: int, inputs: int) -> None:
+    def linear(name: str, outputs: int, inputs: int, bias: bool = config.bias) -> None:
         shapes[f"{name}.weight"] = (outputs, inputs)
-        if config.bias:
+        if bias:
             shapes[f"{name}.bias"] = (outputs,)
 
     def norm(name: str) -> None:
@@ -30,15 +30,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["positions.weight"] = (config.max_seq_len, width)
     for i in range(config.num_layers):
         norm(f"blocks.{i}.attn_norm")
-        linear(f"blocks.{i}.attn.q", config.num_heads * head_dim, width)
-        linear(f"blocks.{i}.attn.k", config.kv_heads * head_dim, width)
-        linear(f"blocks.{i}.attn.v", config.kv_heads * head_dim, width)
-        linear(f"blocks.{i}.attn.o", width, config.num_heads * head_dim)
+        linear(f"blocks.{i}.attn.q", config.num_heads * head_dim, width, config.qkv_bias)
+        linear(f"blocks.{i}.attn.k", config.kv_heads * head_dim, width, config.qkv_bias)
+        linear(f"blocks.{i}.attn.v", config.kv_heads * head_dim, width, config.qkv_bias)
+        linear(f"blocks.{i}.attn.o", width, config.num_heads * head_dim, config.attention_output_bias)
         if config.qk_norm:
-            shapes[f"blocks.{i}.attn.q_norm.weight"] = (head_dim,)
-            shapes[f"blocks.{i}.attn.k_norm.weight"] = (head_dim,)
+            together = config.qk_norm_over == "heads"
+            shapes[f"blocks.{i}.attn.q_norm.weight"] = (config.num_heads * head_dim if together else head_dim,)
+            shapes[f"blocks.{i}.attn.k_norm.weight"] = (config.kv_heads * head_dim if together else head_dim,)
         norm(f"blocks.{i}.mlp_norm")
-        if config.activation == "swiglu":
+        if config.gated:
             linear(f"blocks.{i}.mlp.gate", config.ffn_dim, width)
         linear(f"blocks.{i}.mlp.up", config.ffn_dim, width)
         linear(f"blocks.{i}.mlp.down", width, config.ffn_dim)
@@ -63,7 +64,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
     """
     per_head_width = config.num_heads * config.head_dim
     attention_weights = 2 * config.hidden_size * (per_head_width + config.kv_heads * config.head_dim)
-    mlp_weights = (3 if config.activation == "swiglu" else 2) * config.hidden_size * config.ffn_dim
+    mlp_weights = (3 if config.gated else 2) * config.hidden_size * config.ffn_dim
     head_weights = config.vocab * config.hidden_size
     matrix_products = 2 * (config.num_layers * (attention_weights + mlp_weights) + head_weights)
     scores_and_values = config.num_layers * 2 * 2 * per_head_width * seq_len

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import attention, document_mask
 from megatrain.kernels.choice import REFERENCE, Kernels
-from megatrain.kernels.rope import rope_angles
 from megatrain.model.cache import KVCache, LayerCache
+from megatrain.model.rope import model_angles
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Maps logits, labels and weights to the summed loss, an fp32 scalar."""
@@ -119,58 +119,69 @@ class Attention(nn.Module):
         self.kernels = kernels
         self.head_dim = head_dim
         self.attend = attention  # context parallelism replaces it
-        self.rope_theta = config.rope_theta if config.position == "rope" else None
-        self.dropout = config.dropout
-        self.q = Linear(width, config.num_heads * head_dim, config.bias, kernels)
-        self.k = Linear(width, config.kv_heads * head_dim, config.bias, kernels)
-        self.v = Linear(width, config.kv_heads * head_dim, config.bias, kernels)
-        self.o = Linear(config.num_heads * head_dim, width, config.bias, kernels)
-        self.q_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.norm_eps, kernels) if config.qk_norm else None
+        self.config = config
+        self.q = Linear(width, config.num_heads * head_dim, config.qkv_bias, kernels)
+        self.k = Linear(width, config.kv_heads * head_dim, config.qkv_bias, kernels)
+        self.v = Linear(width, config.kv_heads * head_dim, config.qkv_bias, kernels)
+        self.o = Linear(config.num_heads * head_dim, width, config.attention_output_bias, kernels)
+        together = config.qk_norm_over == "heads"
+        q_size, k_size = (heads * head_dim if together else head_dim for heads in (config.num_heads, config.kv_heads))
+        self.q_norm = RMSNorm(q_size, config.norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_size, config.norm_eps, kernels) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         # The head count is the local output width over K. The weight's shape would give it too, but partitioned
         # parameters are whole only inside the projection's forward.
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if together := self.config.qk_norm_over == "heads":
+            q, k = self._normed(q, k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        if not together:
+            q, k = self._normed(q, k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.rope_theta is not None:
-            cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
+        if self.config.position == "rope":
+            cos, sin = model_angles(positions, self.config)
             if positions.dim() == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             q, k = self.kernels.rope_qk(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = self.attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         output: Tensor = self.o(y.transpose(1, 2).flatten(-2))
         return output
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
 
 class MLP(nn.Module):
-    """Feed-forward layer: GELU between two projections, or SwiGLU with three."""
+    """Feed-forward layer: GELU between two projections, or SwiGLU or GEGLU with three."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        gated = config.activation == "swiglu"
-        self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias, kernels) if gated else None
+        self.activation = config.activation
+        self.gate = Linear(config.hidden_size, config.ffn_dim, config.bias, kernels) if config.gated else None
         self.up = Linear(config.hidden_size, config.ffn_dim, config.bias, kernels)
         self.down = Linear(config.ffn_dim, config.hidden_size, config.bias, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`."""
-        if self.gate is not None:
-            activated = self.kernels.swiglu(self.gate(x), self.up(x))
-        else:
+        if self.gate is None:
             activated = self.kernels.gelu(self.up(x))
+        elif self.activation == "geglu":  # Shazeer, 2020, arXiv:2002.05202
+            activated = self.kernels.gelu(self.gate(x)) * self.up(x)
+        else:
+            activated = self.kernels.swiglu(self.gate(x), self.up(x))
         output: Tensor = self.down(activated)
         return output
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block (Radford et al., 2019; Touvron et al., 2023, arXiv:2302.13971)."""
+    """One transformer block, with norms before its layers (Radford et al., 2019) or after (OLMo, arXiv:2501.00656)."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -178,12 +189,17 @@ class Block(nn.Module):
         self.attn = Attention(config, kernels)
         self.mlp_norm = make_norm(config, kernels)
         self.mlp = MLP(config, kernels)
+        self.norm_place = config.norm_place
         self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
+        if self.norm_place == "after":
+            attended = self.attn_norm(self.attn(x, positions, mask, cache))
+            x = x + F.dropout(attended, self.dropout, self.training)
+            return x + F.dropout(self.mlp_norm(self.mlp(x)), self.dropout, self.training)
         attended = F.dropout(self.attn(self.attn_norm(x), positions, mask, cache), self.dropout, self.training)
         normed, x = self.mlp_norm(attended, x)
         return x + F.dropout(self.mlp(normed), self.dropout, self.training)
@@ -255,7 +271,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
         x = self.embedded(tokens, positions, dropout_seed)
-        mask = self._mask(document_ids, x, past)
+        mask = self._mask(document_ids, positions, x.dtype, past)
         x = self.through_blocks(x, positions, mask, dropout_seed, cache)
         normed: Tensor = self.final_norm(x)
         return normed
@@ -264,6 +280,8 @@ class GPT(nn.Module):
         """Return the input of the first block, `[B, T, D]`."""
         self._seed_dropout(dropout_seed, layer=-1)
         x = self.embed(tokens)
+        if self.config.embedding_scale is not None:
+            x = x * self.config.embedding_scale
         if self.positions is not None:
             x = x + self.positions(positions)
         return F.dropout(x, self.config.dropout, self.training)
@@ -298,14 +316,23 @@ class GPT(nn.Module):
         self.tie()
         return result
 
-    def _mask(self, document_ids: Tensor | None, x: Tensor, past: int) -> Tensor | None:
-        """Return the mask that attention to `x` `[B, T, D]` needs, or None if plain causal attention is enough."""
+    def _mask(self, document_ids: Tensor | None, positions: Tensor, dtype: torch.dtype, past: int) -> Tensor | None:
+        """Return the mask that attention needs, or None if plain causal attention is enough.
+
+        The queries are at `positions` (`[T]` or `[B, T]`), after `past` tokens in a cache.
+        """
+        num_tokens = positions.shape[-1]
+        window = self.config.sliding_window
+        if window is not None and window >= past + num_tokens:
+            window = None
         if document_ids is not None:
             assert past == 0, "document_ids are for training; a cache holds one document"
-            return document_mask(document_ids, x.dtype)
-        num_tokens = x.shape[1]
-        if past > 0 and num_tokens > 1:
-            return torch.ones(num_tokens, past + num_tokens, dtype=torch.bool, device=x.device).tril(past)
+            return document_mask(document_ids, dtype, window)
+        if past == 0 and window is not None:
+            return document_mask(positions.new_zeros(1, num_tokens), dtype, window)
+        if window is not None or (past > 0 and num_tokens > 1):
+            seen = torch.ones(num_tokens, past + num_tokens, dtype=torch.bool, device=positions.device).tril(past)
+            return seen if window is None else seen.triu(past + 1 - window)
         return None
 
     def _seed_dropout(self, dropout_seed: int | None, layer: int) -> None:

@@ -98,6 +98,24 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "tensor_norm_over_heads",
+        "queries and keys normalised over all heads, of which a tensor rank has only its own",
+        Combination(
+            {"parallel.tp": above(1), "model.qk_norm": True, "model.qk_norm_over": "heads"},
+            "model.qk_norm_over=heads needs all heads on one rank, but parallel.tp={parallel.tp} gives each rank its "
+            "own; use parallel.tp=1 (with parallel.zero=3 where memory is short)",
+        ),
+    ),
+    Refusal(
+        "context_window",
+        "a sliding window with context ranks, each of which holds only a slice of the sequence",
+        Combination(
+            {"parallel.cp": above(1), "model.sliding_window": other_than(None)},
+            "model.sliding_window={model.sliding_window} does not work with parallel.cp={parallel.cp}; use "
+            "parallel.cp=1, or model.sliding_window=null if no sequence is longer than the window",
+        ),
+    ),
+    Refusal(
         "virtual_stages",
         "a number of stages a rank that the schedule does not support",
         rule_checks.virtual_stages,

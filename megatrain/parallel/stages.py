@@ -44,7 +44,7 @@ def end_loads(model: ModelConfig) -> tuple[float, float]:
     row gradients.
     """
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_dim
-    mlp = (3 if model.activation == "swiglu" else 2) * model.ffn_dim
+    mlp = (3 if model.gated else 2) * model.ffn_dim
     head = model.vocab / (heads + mlp) if model.vocab_size else 0.0
     return 0.1 * head, head
 

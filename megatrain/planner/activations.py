@@ -108,12 +108,13 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
     if model.position == "rope":  # each block computes its own cosines and sines
         whole += 4 * model.head_dim * length
     if model.qk_norm:
-        whole += tokens * (heads + kv_heads) * _norm(model.head_dim, w, "rmsnorm")
+        each = (queries, keys) if model.qk_norm_over == "heads" else (heads + kv_heads) * (model.head_dim,)
+        whole += tokens * sum(_norm(size, w, "rmsnorm") for size in each)
     return whole, products
 
 
 def _mlp(model: ModelConfig, split: Split, tokens: int, w: int) -> tuple[int, int]:
     """Return the bytes kept inside the feed-forward layer: all, and those of its matrix products' results."""
     size = w * tokens * model.ffn_dim // split.tp
-    # gate, silu(gate), up and their product; or GELU's input and its result
-    return (4 * size, 2 * size) if model.activation == "swiglu" else (2 * size, size)
+    # gate, its activation, up and their product; or GELU's input and its result
+    return (4 * size, 2 * size) if model.gated else (2 * size, size)

@@ -59,6 +59,9 @@ def test_the_largest_presets_follow_the_published_formula(name, billions):
         {"num_kv_heads": 2},
         {"num_kv_heads": 1, "head_size": 6, "qk_norm": True, "tie_embeddings": True},
         {"norm": "layernorm", "bias": False, "position": "learned"},
+        {"attention_bias": "qkv", "activation": "geglu"},
+        {"bias": True, "attention_bias": "none"},
+        {"attention_bias": "all", "qk_norm": True, "qk_norm_over": "heads", "num_kv_heads": 2, "norm_place": "after"},
     ],
 )
 def test_parameters_of_mixed_families_are_those_of_the_model(changes):
@@ -68,7 +71,9 @@ def test_parameters_of_mixed_families_are_those_of_the_model(changes):
     assert built == parameter_shapes(config)
 
 
-@pytest.mark.parametrize("changes", [GPT2, {"num_kv_heads": 2}, {"num_kv_heads": 1, "head_size": 6, "ffn_size": 40}])
+@pytest.mark.parametrize(
+    "changes", [GPT2, {"num_kv_heads": 2}, {"num_kv_heads": 1, "head_size": 6, "activation": "geglu"}]
+)
 def test_flops_are_those_pytorch_counts_forward_and_backward(changes):
     config = ModelConfig(num_layers=2, num_heads=4, hidden_size=32, vocab_size=61, **changes)
     with torch.device("meta"):

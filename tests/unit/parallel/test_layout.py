@@ -76,6 +76,24 @@ REFUSED: dict[str, list[Any]] = {
             dict(parallel__cp_kind="ulysses"),
         )
     ],
+    "tensor_norm_over_heads": [
+        (
+            engine(zero=1, parallel__tp=2, model__qk_norm=True, model__qk_norm_over="heads"),
+            2,
+            "parallel.tp=1",
+            dict(parallel__tp=1),
+        )
+        for engine in (native, job)
+    ],
+    "context_window": [
+        (
+            native(parallel__cp=2, parallel__cp_kind=kind, model__sliding_window=64),
+            2,
+            "model.sliding_window=null",
+            dict(model__sliding_window=None),
+        )
+        for kind in ("ulysses", "ring")
+    ],
     "virtual_stages": [
         (native(parallel__virtual_stages=2), 2, "parallel.pp=2", dict(parallel__virtual_stages=1)),
         (

@@ -49,6 +49,9 @@ def refusal(check, config) -> str:
         ["optim.warmup_steps=100"],
         ["train.early_stop_patience=2", "train.eval_every=10"],
         ["train.skip_ranges=[[0,8],[8,16],[100,101]]"],
+        ["model.rope_scaling=llama3", "model.rope_factor=8", "model.rope_original_seq_len=64"],
+        ["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_beta_fast=16", "model.rope_truncate=false"],
+        ["model.qk_norm=true", "model.qk_norm_over=heads", "model.norm_place=after"],
     ],
 )
 def test_keys_that_agree_pass(base, overrides):
@@ -73,6 +76,27 @@ def test_keys_that_agree_pass(base, overrides):
         (["model.num_kv_heads=3"], "num_heads=4 is not divisible by model.num_kv_heads=3; nearest that work: 2 or 4"),
         (["model.hidden_size=60"], "the head size must be even; it is 15; .*: 1, 2, 3, 5, 6, 10, 15, 30"),
         (["model.head_size=7"], "size must be even; it is 7; give model.head_size=8"),
+        (["model.rope_scaling=yarn"], "rope_scaling=yarn needs a factor; give for example model.rope_factor=8"),
+        (["model.rope_factor=8"], "rope_factor=8 has no effect .*=null; give .*=linear or dynamic or llama3 or yarn"),
+        (
+            ["model.rope_scaling=linear", "model.rope_factor=2", "model.rope_beta_fast=9"],
+            "rope_beta_fast=9 has no effect with model.rope_scaling=linear; give model.rope_scaling=yarn, or leave",
+        ),
+        (["model.rope_scaling=linear", "model.rope_factor=2", "model.position=learned"], "needs model.position=rope"),
+        (
+            ["model.rope_scaling=llama3", "model.rope_factor=8", "model.rope_low_freq_factor=4"],
+            "rope_high_freq_factor=4 must be above model.rope_low_freq_factor=4; the usual values are 4 and 1",
+        ),
+        (
+            ["model.rope_scaling=yarn", "model.rope_factor=8", "model.rope_beta_slow=64"],
+            "rope_beta_fast=32 must not be below model.rope_beta_slow=64",
+        ),
+        (
+            ["model.rope_scaling=dynamic", "model.rope_factor=8", "model.head_size=2"],
+            "rope_scaling=dynamic needs a head size above 2; give for example model.head_size=4",
+        ),
+        (["model.rope_scaling=yarn", "model.rope_factor=8", "model.rope_theta=1"], "rope_theta other than 1"),
+        (["model.qk_norm_over=heads"], "qk_norm_over=heads needs model.qk_norm=true, which is false"),
         (["train.seq_len=257"], "train.seq_len=257 is longer.*train.seq_len=256 or model.max_seq_len=257"),
         (
             ["train.global_batch_size=9"],
