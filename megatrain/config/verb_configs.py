@@ -187,13 +187,18 @@ class ExportConfig:
     path: str = key(MISSING, "run folder or checkpoint folder")
     out: str = key(MISSING, "Hugging Face folder to write; must not exist yet")
     dtype: str = key("fp32", "number format of the exported weights", choices=("fp32", "bf16", "fp16"))
+    family: str | None = key(
+        None,
+        "model_type to write; null takes one whose class computes the model",
+        choices=("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma"),
+    )
 
 
 @dataclass
 class ImportConfig:
     """`megatrain import <Hugging Face folder> out=DIR`: write a checkpoint for `checkpoint.init_from`."""
 
-    path: str = key(MISSING, "Hugging Face folder (GPT2LMHeadModel or LlamaForCausalLM)")
+    path: str = key(MISSING, "Hugging Face folder of a family that docs/guide/after_training.md lists")
     out: str = key(MISSING, "checkpoint folder to write; must not exist yet")
 
 

@@ -35,6 +35,7 @@ def export_(config: ExportConfig) -> None:
             tokenizer_dir=loaded.tokenizer_dir,
             end_of_document=tokenizer.end_of_document if tokenizer else None,
             special_tokens=special_tokens(loaded),
+            family=config.family,
         )
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
