@@ -64,7 +64,12 @@ LLAMA: dict[str, tuple[Any, ...]] = {
 }
 """What most families allow: Llama without biases in the feed-forward layer."""
 
-GPT2 = {"norm": ("layernorm",), "position": ("learned",), "activation": ("gelu",), "bias": (True,)}
+GPT2: dict[str, tuple[Any, ...]] = {
+    "norm": ("layernorm",),
+    "position": ("learned",),
+    "activation": ("gelu",),
+    "bias": (True,),
+}
 
 
 def _without(allows: Mapping[str, tuple[Any, ...]], key: str) -> dict[str, tuple[Any, ...]]:

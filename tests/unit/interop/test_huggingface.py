@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatrain.config import ModelConfig
+from megatrain.config import ExportConfig, ModelConfig, walk
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.hf_config import (
     FAMILIES,
@@ -434,6 +434,7 @@ def test_every_harmless_field_is_ignored_and_documented():
     page = "".join((docs / name).read_text("utf-8") for name in ("reference/models.md", "guide/after_training.md"))
     documented = (*HARMLESS_FIELDS, *REPEATED_FIELDS, *HARMLESS_VALUES, *UNSUPPORTED, *FAMILIES)
     assert not [name for name in documented if f"`{name}`" not in page]
+    assert walk(ExportConfig)["family"].metadata["choices"] == tuple(FAMILIES)
 
 
 def test_biases_in_attention_alone_are_not_biases_everywhere():
