@@ -74,6 +74,10 @@ class EnvironmentFault(MegatrainError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class LostPeerError(EnvironmentFault):
+    """Another rank ended or is out of reach. The other ranks' logs say why."""
+
+
 def cannot_write(folder: Path, error: OSError) -> MegatrainError:
     """Return the error for a run folder that cannot be written: a broken disk, or else a wrong `run.dir`."""
     kind = EnvironmentFault if error.errno in BROKEN_DISK else ConfigError

@@ -33,4 +33,10 @@ class LaunchConfig:
     time: str | None = key(
         None, "launch=slurm: sbatch --time, the time limit for each start of the job, for example 1-00:00:00"
     )
+    max_requeues: int = key(
+        10,
+        "Slurm: starts in a row that end with a fault of the machines and finish no new step, after which the job is "
+        "not requeued any more",
+        minimum=0,
+    )
     sbatch_options: list[str] = key([], "launch=slurm: more sbatch options, for example ['--qos=high']")

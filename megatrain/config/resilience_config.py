@@ -13,7 +13,15 @@ GPU_HANG_TIMEOUT_S, CPU_HANG_TIMEOUT_S = 120.0, 600.0
 class ResilienceConfig:
     """The reaction to failures."""
 
-    max_restarts: int = key(100, "restarts of killed or hanging ranks within a job; 0 never restarts", minimum=0)
+    max_restarts: int = key(
+        100, "restarts within a job of ranks that died, hung or raised; 0 never restarts", minimum=0
+    )
+    max_machine_restarts: int = key(
+        10,
+        "restarts within a job after errors of a device, its driver, the network or a disk, counted anew once a start "
+        "continues from a later step; then the job ends with 8, for Slurm to start it on other nodes",
+        minimum=0,
+    )
     hang_timeout_s: float | None = key(
         None,
         f"seconds without progress on any rank that count as a hang; null means {GPU_HANG_TIMEOUT_S:g} on GPUs and "

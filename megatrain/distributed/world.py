@@ -8,13 +8,17 @@ from __future__ import annotations
 import datetime
 import json
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from megatrain.config import LaunchConfig
@@ -22,6 +26,8 @@ from megatrain.distributed.devices import device_of_rank
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
 from megatrain.resilience.heartbeat import Heartbeat
+
+T = TypeVar("T")
 
 RENDEZVOUS_GRACE_S = 5.0
 """Seconds beyond launch.timeout_s in which torch may report by itself why the rendezvous failed."""
@@ -97,66 +103,87 @@ class World:
             dist.barrier(group=self.control)
 
 
-def join(config: LaunchConfig, environment: RankEnvironment, heartbeat: Heartbeat | None = None) -> World:
+class StoppedWhileJoining(Exception):
+    """A signal asked this rank to stop before it had joined the others."""
+
+
+def join(
+    config: LaunchConfig,
+    environment: RankEnvironment,
+    heartbeat: Heartbeat | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> World:
     """Join the other ranks' process group, and return the ranks as this one sees them.
+
+    From then on every process group of this process waits `launch.timeout_s` at most, also those that torch and
+    DeepSpeed make.
 
     Raises:
         EnvironmentFault: there is no device for this rank, or a peer cannot be reached within `launch.timeout_s`.
+        StoppedWhileJoining: `stopped` returned true meanwhile.
     """
     device = device_of_rank(config, environment)
     timeout = datetime.timedelta(seconds=config.timeout_s)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # of groups that are made without one
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if environment.master_addr is None:  # a single process without a launcher needs no rendezvous
+    if environment.world_size == 1:  # needs no rendezvous and no network
         dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        control = None
     else:
         try:
-            dist.init_process_group(
-                _backend(device),
-                store=_find_store(environment, timeout),
-                rank=environment.rank,
-                world_size=environment.world_size,
-                timeout=timeout,
-            )
+            control = _within(timeout, stopped, lambda: _connect(device, environment, timeout))
         except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
             raise EnvironmentFault(
                 f"rank {environment.rank} could not join the other {environment.world_size - 1} ranks at "
                 f"{environment.master_addr}:{environment.master_port} within {config.timeout_s:g} s "
                 f"(launch.timeout_s): {error}"
             ) from error
-    control = dist.new_group(backend="gloo", timeout=timeout) if environment.world_size > 1 else None
     place = environment.rank, environment.world_size, environment.local_rank
     return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
 
 
-def _find_store(environment: RankEnvironment, timeout: datetime.timedelta) -> Store:
-    """Return the ranks' store at the address set by the launcher.
+def _connect(device: torch.device, environment: RankEnvironment, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """Connect to the other ranks at the address set by the launcher, and return the control group."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the current device is a thread's own
+    place = environment.rank, environment.world_size
+    store = next(rendezvous("env://", *place, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        _backend(device), store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
+    )
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    return control
 
-    It is opened in a thread, because torch waits for ever if another program on this port accepts and never answers.
+
+def _within(timeout: datetime.timedelta, stopped: Callable[[], bool], work: Callable[[], T]) -> T:
+    """Return what `work` returns or raise what it raises.
+
+    It runs in a thread: while torch waits for other ranks, Python runs no signal handlers, and torch waits for ever if
+    another program on the rendezvous port accepts and never answers.
+
+    Raises:
+        TimeoutError: `work` takes longer than `timeout` and a grace period.
+        StoppedWhileJoining: `stopped` returned true meanwhile.
     """
-    found: list[Store | Exception] = []
+    found: Future[T] = Future()
 
-    def find() -> None:
-        place = environment.rank, environment.world_size
+    def run() -> None:
         try:
-            store = next(rendezvous("env://", *place, timeout=timeout))[0]
-            store.set_timeout(timeout)
-            found.append(store)
-        except (dist.DistError, RuntimeError, ValueError) as error:
-            found.append(error)
+            found.set_result(work())
+        except Exception as error:
+            found.set_exception(error)
 
-    thread = threading.Thread(target=find, name="rendezvous", daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + RENDEZVOUS_GRACE_S)
-    result = found[0] if found else TimeoutError("no answer; another program may have this port")
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error only means that another rank is gone or silent. That rank's own message gives the reason."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    deadline = time.monotonic() + timeout.total_seconds() + RENDEZVOUS_GRACE_S
+    while not found.done():
+        if stopped():
+            raise StoppedWhileJoining
+        if time.monotonic() > deadline:
+            raise TimeoutError("no answer; another program may have this port")
+        wait([found], timeout=0.05)
+    return found.result()
 
 
 def leave() -> None:

@@ -8,6 +8,7 @@ the agent, even if it is killed. `train/rank.py` is the worker's program.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -22,19 +23,17 @@ from megatrain.checkpoint.rescue import Copies
 from megatrain.distributed.rank_environment import RESTARTS
 from megatrain.errors import (
     EXIT_DEFECT,
+    EXIT_ENVIRONMENT,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_SAVED_AFTER_SIGNAL,
-    CheckpointError,
-    ConfigError,
-    DataError,
     DivergedError,
     EnvironmentFault,
     OwnedError,
 )
 from megatrain.launch.fork_server import ForkServer, ForkServerError
 from megatrain.launch.nodes import DONE, FAILED, HUNG, RUNNING, STALLED, Peers, SingleNode
-from megatrain.launch.outcome import StartOutcome, blame, most_to_blame
+from megatrain.launch.outcome import KILLED, LOST_A_PEER, TOLD, Blame, StartOutcome, most_to_blame, suspicion
 from megatrain.launch.rank_process import (
     LINUX,
     RankProcess,
@@ -47,6 +46,7 @@ from megatrain.launch.rank_process import (
 )
 from megatrain.launch.recovery import (
     Recovery,
+    Restarts,
     assemble_copies,
     decide_restart,
     print_message,
@@ -56,6 +56,7 @@ from megatrain.launch.recovery import (
 )
 from megatrain.resilience import watchdog
 from megatrain.resilience.failure import Failure
+from megatrain.resilience.fault_classes import USER, ErrorReport
 from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
 from megatrain.resilience.heartbeat import Heartbeats
 from megatrain.resilience.ledger import FILE as LEDGER
@@ -68,25 +69,21 @@ POLL_S = 0.05
 GRACE_PERIOD_S = 2.0
 """Grace period after a worker's failure: seconds in which the others may exit by themselves, before SIGTERM."""
 
+REPORTED_S = 10.0
+"""Seconds from a worker's report of an error to SIGKILL if it still runs."""
+
 KILL_S = 8.0
 """Seconds from a worker's failure to SIGKILL for those that still run."""
 
 GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
 """Exit codes of a worker that did not fail."""
 
-USER_ERROR_CODES = tuple(
-    error.exit_code for error in (ConfigError, DataError, CheckpointError, DivergedError, OwnedError)
-)
-"""Exit codes that identify the cause of a failure. Code 8 does not: it may mean only that a worker lost a peer."""
-
-SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
-"""Exit codes of a rank that may have died only because it lost a peer or was asked to exit."""
-
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Exit codes after which in-memory copies are dropped: they are no newer than the checkpoint, or must not be used."""
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-HOST = socket.gethostname()
+HOST = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+"""The node's name as Slurm, or else the system, knows it."""
 
 
 def launch(
@@ -142,8 +139,10 @@ class Agent:
         self.hosts = [HOST]
         self.pending_signals: deque[int] = deque()
         self.forwarded_signals: set[int] = set()
+        self.reported: dict[int, float] = {}
         self.interrupts = 0
-        self.restarts = 0
+        self.starts = 0
+        self.restarts = Restarts()
         self.copies = Copies() if recovery is not None and recovery.copies else None
         self.fork_server: ForkServer | None = None
         self.ledger: Ledger | None = None
@@ -164,6 +163,7 @@ class Agent:
                 self._record_end(outcome)
                 code: int | None = outcome.code
                 if self.peers.node == 0 and outcome.failure is not None and self.recovery is not None:
+                    self.restarts.began_at(self.heartbeats.account(0).first)
                     code = decide_restart(
                         outcome.failure, self.recovery, self.restarts, outcome.stop_requested, self.log_dir
                     )
@@ -171,7 +171,7 @@ class Agent:
                 if code is not None:
                     self.rescue_copies(code)
                     return code
-                self.restarts += 1
+                self.starts += 1
         except EnvironmentFault as lost:
             self._record_lost_node(str(lost))
             self.rescue_copies(None)
@@ -222,6 +222,7 @@ class Agent:
     def _start_workers(self) -> None:
         """Start this node's ranks, at the same time as the other nodes start theirs."""
         self.heartbeats.clear()
+        self.reported = {}
         if self.ledger is not None:
             self.ledger.begin()
         heartbeat_file = self.heartbeats.file
@@ -231,7 +232,7 @@ class Agent:
         self.workers = []
         for local_rank in range(self.num_workers):
             environ = rank_environ(local_rank, self.num_workers, self.peers, port)
-            environ |= {HEARTBEATS: str(heartbeat_file), RESTARTS: str(self.restarts)}
+            environ |= {HEARTBEATS: str(heartbeat_file), RESTARTS: str(self.starts)}
             if self.recovery is not None:
                 environ[OWNER] = str(self.recovery.owner.number)
             if self.copies is not None:
@@ -280,14 +281,29 @@ class Agent:
                 self.peers.report_state(FAILED)
                 self.kill()
                 message = "stopped without saving (second Ctrl-C)"
-                return StartOutcome(EXIT_INTERRUPTED, (False, False, -1), message=message)
+                return StartOutcome(EXIT_INTERRUPTED, (KILLED, -1), message=message)
             failed = [worker for worker in self._poll() if worker.code not in GOOD_CODES]
+            failed = failed or self._end_after_report()
             if failed:
                 self.peers.report_state(FAILED)
-                return self._stop_after_failure(min(failed, key=blame))
+                return self._stop_after_failure(min(failed, key=self._blame))
             if (outcome := self._follow_peers()) is not None:
                 return outcome
             time.sleep(POLL_S)
+
+    def _end_after_report(self) -> list[RankProcess]:
+        """Kill workers that reported an error `REPORTED_S` seconds ago and still run; return them.
+
+        After an error of a device a process may hang at its exit, while the other ranks wait for it.
+        """
+        now = time.monotonic()
+        for worker in self._running():
+            if self.heartbeats.report(worker.local_rank):
+                self.reported.setdefault(worker.rank, now)
+        late = [worker for worker in self._running() if now - self.reported.get(worker.rank, now) > REPORTED_S]
+        for worker in late:
+            worker.kill()
+        return late
 
     def _follow_peers(self) -> StartOutcome | None:
         """Report this node's state and read all others; return the outcome if this start is over, else None."""
@@ -358,11 +374,12 @@ class Agent:
             for worker in self._poll():
                 if worker.rank == 0 and not terminated:
                     rank0_code = worker.code
-                if cause is None and worker.killed and not terminated:
+                if worker.code in GOOD_CODES:
+                    continue
+                how, _ = self._blame(worker)
+                if cause is None and (how <= TOLD or (worker.killed and not terminated)):
                     cause = worker
-                elif (cause is None or cause.code == EnvironmentFault.exit_code) and (
-                    worker.code in USER_ERROR_CODES or (worker.killed and worker.code not in SECONDARY_SIGNALS)
-                ):
+                elif cause is not None and self._blame(cause)[0] == LOST_A_PEER and how <= TOLD:
                     cause = worker  # a peer may notice the loss of this worker before the worker has exited
             time.sleep(POLL_S)
         self.kill()
@@ -393,16 +410,34 @@ class Agent:
             return StartOutcome(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
         code = cause.code
         assert code is not None, "a worker that is still running cannot have failed"
+        blame = self._blame(cause)
         if -code in self.forwarded_signals:
             name = signal.Signals(-code).name
             message = f"stopped by {name} before training began or after its end; start again to continue"
-            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame(cause), message=message)
-        if code < 0 and self.recovery is not None:
+            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=message)
+        report = self._report(cause)
+        if code < 0 and report is None and self.recovery is not None:
             beat = self.heartbeats.read(cause.local_rank)
             failure = Failure(signal.Signals(-code).name, cause.rank, beat.step, beat.phase, HOST)
-            return StartOutcome(EXIT_DEFECT, blame(cause), failure)
+            return StartOutcome(EXIT_DEFECT, blame, failure)
+        if report is not None and report.kind != USER and self.recovery is not None:
+            beat = self.heartbeats.read(cause.local_rank)
+            failure = Failure(
+                *(report.error, cause.rank, beat.step, beat.phase, HOST, report.message),
+                *(report.kind, report.place, report.trace, beat.finished),
+            )
+            return StartOutcome(EXIT_ENVIRONMENT, blame, failure)
         message = describe_end(cause.rank, code, cause.log)
-        return StartOutcome(EXIT_DEFECT if code < 0 else code, blame(cause), message=message)
+        return StartOutcome(EXIT_DEFECT if code < 0 else code, blame, message=message)
+
+    def _report(self, worker: RankProcess) -> ErrorReport | None:
+        """Return the report of the error that ended a worker, if it left one."""
+        return ErrorReport.from_json(self.heartbeats.report(worker.local_rank))
+
+    def _blame(self, worker: RankProcess) -> Blame:
+        """Return the sort key of a worker that failed."""
+        assert worker.code is not None, "a worker that is still running cannot have failed"
+        return suspicion(worker.code, self._report(worker)), worker.rank
 
     def _agree(self, own: StartOutcome) -> StartOutcome:
         """Gather the outcomes of all nodes. Node 0 prints and returns the job's outcome; other nodes return `own`."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.errors import EnvironmentFault
-from megatrain.launch.rank_process import RankProcess
+from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT
 from megatrain.resilience.failure import Failure
+from megatrain.resilience.fault_classes import PEER, ErrorReport
 from megatrain.resilience.heartbeat import Beat
 from megatrain.resilience.watchdog import Witness
 
-Blame = tuple[bool, bool, int]
+Blame = tuple[int, int]
 """A sort key for workers that failed: the likeliest cause of the job's failure sorts first."""
+
+SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
+"""Exit codes of a rank that may have died only because it lost a peer or was asked to exit."""
+
+KILLED, TOLD, ABORTED, LOST_A_PEER = range(4)
+"""How a worker failed, the likeliest cause of the others' failures first: a signal killed it; it ended with an error of
+its own; it may have been aborted because of a peer; it says no more than that a peer is gone, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,13 @@ class StartOutcome:
         return StartOutcome(**{**document, "blame": blame, "failure": failure, "witnesses": tuple(witnesses)})
 
 
-def blame(worker: RankProcess) -> Blame:
-    """Return the sort key of a failed worker: killed workers first, those that may only have lost a peer last."""
-    return not worker.killed, worker.code == EnvironmentFault.exit_code, worker.rank
+def suspicion(code: int, report: ErrorReport | None) -> int:
+    """Return how a worker with this exit code failed: `KILLED`, `TOLD`, `ABORTED` or `LOST_A_PEER`."""
+    if code < 0 and not (code in SECONDARY_SIGNALS and report is not None):
+        return ABORTED if code in SECONDARY_SIGNALS else KILLED
+    if report is not None:
+        return LOST_A_PEER if report.kind == PEER else TOLD
+    return {EXIT_ENVIRONMENT: LOST_A_PEER, EXIT_DEFECT: ABORTED}.get(code, TOLD)
 
 
 def most_to_blame(outcomes: Sequence[StartOutcome]) -> StartOutcome | None:

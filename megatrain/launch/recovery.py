@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,32 @@ from typing import Any
 
 from megatrain.checkpoint.naming import checkpoint_step
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
-from megatrain.errors import EXIT_DEFECT, EXIT_NO_PROGRESS, EnvironmentFault, OwnedError
+from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT, EXIT_NO_PROGRESS, OwnedError
 from megatrain.launch.rank_process import log_of
-from megatrain.resilience.failure import SAME_FAILURES, Failure, times_seen
+from megatrain.resilience.failure import (
+    HANG,
+    SAME_FAILURES,
+    Failure,
+    failed_alike_before_any_step,
+    suspects,
+    times_seen,
+)
+from megatrain.resilience.fault_classes import JOB, MACHINE, MEMORY, PEER
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.terminal import say
 from megatrain.resilience.watchdog import Limits, Witness, culprits
 from megatrain.tracking.events import EventLog, read_events
+from megatrain.tracking.metrics import now
 
 EVENTS = "events.jsonl"
+
+MACHINES = (MACHINE, PEER)
+"""Classes of errors after which the machine, not the job, is to blame."""
+
+MEMORY_ADVICE = (
+    "the model, its optimizer states and activations do not fit: lower train.micro_batch_size, set "
+    "train.recompute=selective or full, raise parallel.zero, or use more ranks (megatrain layouts shows what fits)"
+)
 
 
 @dataclass(frozen=True)
@@ -28,45 +46,100 @@ class Recovery:
     run_dir: Path
     owner: Ownership
     max_restarts: int
+    max_machine_restarts: int
     limits: Limits
     copies: bool = False
     """Whether the ranks keep copies of their state in this agent's memory."""
     modules: Sequence[str] = ()
     """Modules that the workers import. A fork server imports them once where the system supports it."""
+    can_move: bool = False
+    """Whether the job can continue on other nodes: Slurm requeues it."""
     since: float | None = None
     """When the agent started, for the ledger (time.monotonic(); None means now)."""
 
 
+@dataclass
+class Restarts:
+    """How often an agent has restarted its ranks: in all, and after faults of the machine since the run last got on.
+
+    The run got on if a start continued from a later step than every start before it.
+    """
+
+    total: int = 0
+    machine: int = 0
+    furthest: int = 0
+
+    def began_at(self, step: int) -> None:
+        """Note the first step of the start that just ended (0: it began none)."""
+        if step > self.furthest:
+            self.furthest, self.machine = step, 0
+
+    def count(self, failure: Failure) -> None:
+        """Count a restart after this failure."""
+        self.total += 1
+        self.machine += failure.kind in MACHINES
+
+
 def decide_restart(
-    failure: Failure, recovery: Recovery, restarts: int, stop_requested: bool, log_dir: Path
+    failure: Failure, recovery: Recovery, restarts: Restarts, stop_requested: bool, log_dir: Path
 ) -> int | None:
     """Record a failure, and return the exit code that ends the job, or None to restart all ranks.
 
-    `restarts` is how often this agent has restarted its ranks so far; `log_dir` holds the ranks' logs.
+    `log_dir` holds the ranks' logs.
     """
     try:
-        seen = times_seen(failure, read_events(recovery.run_dir / EVENTS))
+        events = read_events(recovery.run_dir / EVENTS)
     except OSError:  # no events yet, or the disk is unavailable
-        seen = 1
+        events = []
+    seen = times_seen(failure, events)
     record_event(recovery.run_dir, "failure", failure.step, **failure.event(), times=seen)
-    code, decision = None, f"starting all ranks again (restart {restarts + 1} of {recovery.max_restarts})"
+    of_machine = failure.kind in MACHINES
+    limit, count = recovery.max_restarts, restarts.total
+    if of_machine:
+        limit, count = recovery.max_machine_restarts, restarts.machine
+    own_code = EXIT_ENVIRONMENT if of_machine or failure.kind == HANG else EXIT_DEFECT
+    before = failed_alike_before_any_step(failure, events) if failure.kind in (JOB, MEMORY) else None
+    bad_hosts = suspects([failure.host], [*events, _as_event(failure)], time.time()) if failure.kind == MACHINE else []
+    hint = _log_hint(log_dir, failure)
+
+    code, decision = None, f"starting all ranks again (restart {count + 1} of {limit})"
     if stop_requested:
-        code, decision = EnvironmentFault.exit_code, "not started again, because the job was asked to stop"
-    elif seen >= SAME_FAILURES:
-        code = EXIT_NO_PROGRESS
-        decision = f"the same {seen} times in a row; not started again. {_log_hint(log_dir, failure.rank)}"
-    elif restarts >= recovery.max_restarts:
-        code = EXIT_DEFECT if failure.how != "hang" else EnvironmentFault.exit_code
-        decision = f"not started again (resilience.max_restarts={recovery.max_restarts})"
-        decision += f". {_log_hint(log_dir, failure.rank)}"
+        code = EXIT_DEFECT if failure.kind == JOB else EXIT_ENVIRONMENT
+        decision = "not started again, because the job was asked to stop"
+    elif seen >= SAME_FAILURES and (failure.step or not of_machine):
+        code, decision = EXIT_NO_PROGRESS, f"the same {seen} times in a row; not started again. {hint}"
+    elif before is not None and failure.kind == MEMORY:
+        code, decision = EXIT_NO_PROGRESS, f"the same on two starts before any step was done; not started again. {hint}"
+    elif before is not None:
+        code, decision = EXIT_DEFECT, "the same on two starts before any step was done; not started again"
+        print_message(f"the first start ended with:\n{before.get('trace', '')}")
+    elif bad_hosts and recovery.can_move:
+        code = EXIT_ENVIRONMENT
+        decision = f"{failure.host} had a fault of the machine before; the job is to go on without that node"
+    elif count >= limit:
+        key = "resilience.max_machine_restarts" if of_machine else "resilience.max_restarts"
+        code, decision = own_code, f"not started again ({key}={limit}). {hint}"
     print_message(f"{failure}; {decision}")
+    if bad_hosts:
+        print_message(f"{failure.host} has had faults of the machine more than once in a day: have it checked")
     if code is None:
-        record_event(recovery.run_dir, "restart", failure.step, restarts=restarts + 1)
+        restarts.count(failure)
+        record_event(recovery.run_dir, "restart", failure.step, restarts=restarts.total)
+    elif failure.trace:
+        print_message(f"the stack trace of rank {failure.rank}:\n{failure.trace}")
+        if failure.kind == JOB:
+            print_message("this is a defect of megatrain; please report it with the lines above")
+        if failure.kind == MEMORY:
+            print_message(MEMORY_ADVICE)
     return code
 
 
-def _log_hint(log_dir: Path, rank: int) -> str:
-    log = log_of(log_dir, rank)
+def _as_event(failure: Failure) -> dict[str, Any]:
+    return {"time": now(), "kind": "failure", **failure.event()}
+
+
+def _log_hint(log_dir: Path, failure: Failure) -> str:
+    log = log_of(log_dir, failure.rank)
     return f"Its log is {log}" if log else "Its output is above"
 
 
@@ -86,7 +159,7 @@ def report_hang(witnesses: Sequence[Witness], hosts: Sequence[str], run_dir: Pat
     if not guilty:
         detail += "; all ranks wait alike, so the network is the likely culprit"
     step = min(witness.beat.step for witness in witnesses)
-    return Failure("hang", first.rank, step, first.beat.phase, hosts[first.rank], detail)
+    return Failure(HANG, first.rank, step, first.beat.phase, hosts[first.rank], detail, kind=HANG)
 
 
 def save_copies(copies: Copies, recovery: Recovery, alone: bool) -> None:

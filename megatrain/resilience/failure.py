@@ -5,17 +5,38 @@ Failures are recorded in the run's events.jsonl, so a requeued job also counts t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+
+from megatrain.resilience.fault_classes import MACHINE
 
 SAME_FAILURES = 3
 """A job ends (exit code 6) once the same failure has occurred this many times at the same step without progress."""
 
+BEFORE_ANY_STEP = 2
+"""A job ends with the error's own exit code once it fails this often in a row, at the same place, before any step."""
+
+SIGNAL = "signal"
+HANG = "hang"
+
+SUSPECT_AFTER = 2
+"""Faults of the machine after which a host is suspected."""
+
+SUSPECT_WINDOW_S = 24 * 3600.0
+"""Seconds for which a fault of the machine counts against its host."""
+
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed: `how` is a signal's name or `hang`; `step` (1-based) and `phase` are where it was."""
+    """How a rank failed: `how` is a signal's name, `hang` or an exception's type.
+
+    `kind` is `signal`, `hang` or the exception's class (`fault_classes.py`); `step` (1-based) and `phase` are where the
+    rank was, `finished` is the number of steps it had finished since its start. For an exception, `detail` is its
+    message, `place` the line that raised it and `trace` its stack trace.
+    """
 
     how: str
     rank: int
@@ -23,16 +44,27 @@ class Failure:
     phase: str
     host: str
     detail: str = ""
+    kind: str = SIGNAL
+    place: str = ""
+    trace: str = ""
+    finished: int = 0
 
     def event(self) -> dict[str, Any]:
         """Return the fields of the event in events.jsonl, without `step`."""
-        return {name: value for name, value in asdict(self).items() if name != "step" and value != ""}
+        fields: dict[str, Any] = {"how": self.how, "rank": self.rank, "phase": self.phase, "host": self.host}
+        if self.kind not in (SIGNAL, HANG):
+            fields |= {"class": self.kind, "place": self.place, "trace": self.trace, "finished": self.finished}
+        return fields | ({"detail": self.detail} if self.detail else {})
 
     def __str__(self) -> str:
-        what = "hung" if self.how == "hang" else f"was killed by {self.how}"
-        oom = " (out of memory, perhaps)" if self.how == "SIGKILL" else ""
+        if self.kind == HANG:
+            what = "hung"
+        elif self.kind == SIGNAL:
+            what = f"was killed by {self.how}" + (" (out of memory, perhaps)" if self.how == "SIGKILL" else "")
+        else:
+            what = f"raised {self.how}"
         where = f"at step {self.step} in {self.phase}" if self.step else f"in {self.phase}, before its first step"
-        return f"rank {self.rank} on {self.host} {what}{oom} {where}" + (f": {self.detail}" if self.detail else "")
+        return f"rank {self.rank} on {self.host} {what} {where}" + (f": {self.detail}" if self.detail else "")
 
 
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
@@ -46,7 +78,36 @@ def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
         if event["kind"] == "save" and event["step"] >= failure.step:
             break
         if event["kind"] == "failure":
-            if (event.get("how"), event["step"]) != (failure.how, failure.step):
+            if (event.get("how"), event.get("place", ""), event["step"]) != (failure.how, failure.place, failure.step):
                 break
             count += 1
     return count
+
+
+def failed_alike_before_any_step(failure: Failure, events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the run's last failure if it was the same exception at the same place, and neither start did a step."""
+    if failure.finished:
+        return None
+    for event in reversed(list(events)):
+        if event["kind"] == "save":
+            return None
+        if event["kind"] == "failure":
+            alike = (event.get("how"), event.get("place"), event.get("finished")) == (failure.how, failure.place, 0)
+            return event if alike else None
+    return None
+
+
+def suspects(hosts: Iterable[str], events: Iterable[dict[str, Any]], now: float) -> list[str]:
+    """Return those of `hosts` that had faults of the machine at least `SUSPECT_AFTER` times in the last day.
+
+    `events` are the run's events and `now` is a Unix time. A rank that only lost another rank does not count against
+    its host.
+    """
+    counts = Counter(
+        event.get("host")
+        for event in events
+        if event["kind"] == "failure"
+        and event.get("class") == MACHINE
+        and now - datetime.fromisoformat(event["time"]).timestamp() < SUSPECT_WINDOW_S
+    )
+    return sorted(host for host in set(hosts) if counts[host] >= SUSPECT_AFTER)

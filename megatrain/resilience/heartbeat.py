@@ -1,8 +1,9 @@
 """Heartbeats: which step and phase each rank of a node is in, and how its time was spent. Imports no torch.
 
 Each local rank has a record of 256 bytes in an unnamed file that the rank and its agent map into memory. Writing one
-takes a few microseconds. The last record of a rank that is stopped, stuck or dead stays readable. The file vanishes
-with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
+takes a few microseconds. The last record of a rank that is stopped, stuck or dead stays readable. A rank that ends with
+an error leaves a report of it beside the record, which needs no disk. The file vanishes with the last process that maps
+it. Times are from the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _PLACE = ("step", "finished", "when", "phase", "first", "done")
 # native 8-byte integers, each of which is written atomically
 _RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")
 _SIZE = 256
+_REPORT_SIZE = 16384
+_LENGTH = struct.Struct("@q")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Heartbeat:
     def __init__(self, file: int | None = None, local_rank: int = 0) -> None:
         self._map = mmap.mmap(file, 0) if file is not None else None
         self._offset = local_rank * _SIZE
+        num_ranks = len(self._map) // (_SIZE + _REPORT_SIZE) if self._map is not None else 0
+        self._report_offset = num_ranks * _SIZE + local_rank * _REPORT_SIZE
         self.listener: Listener | None = None
         self.step, self.finished, self.phase = 0, 0, "start"
         self._first = self._done = 0
@@ -127,6 +132,19 @@ class Heartbeat:
         if self.listener is not None:
             self.listener.waited(nanoseconds)
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether an agent reads this record."""
+        return self._map is not None
+
+    def report(self, text: str) -> None:
+        """Leave a report of the error that ends this rank for the agent. One that is too long is left out."""
+        encoded = text.encode()
+        if self._map is not None and len(encoded) <= _REPORT_SIZE - _LENGTH.size:
+            start = self._report_offset + _LENGTH.size
+            self._map[start : start + len(encoded)] = encoded
+            _LENGTH.pack_into(self._map, self._report_offset, len(encoded))  # last: only a whole report is read
+
     def _book(self) -> None:
         now = time.monotonic_ns()
         self._spent[_NUMBERS[self.phase]] += now - self._when
@@ -144,7 +162,7 @@ class Heartbeats:
     def __init__(self, num_ranks: int) -> None:
         memory = "/dev/shm"
         self._file = tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None)  # noqa: SIM115
-        self._file.truncate(num_ranks * _SIZE)
+        self._file.truncate(num_ranks * (_SIZE + _REPORT_SIZE))
         self._map = mmap.mmap(self.file, 0)
         self.num_ranks = num_ranks
         self.clear()
@@ -159,11 +177,21 @@ class Heartbeats:
         nothing = (0,) * (_ACCOUNTS * 2)
         for rank in range(self.num_ranks):
             _RECORD.pack_into(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
+            _LENGTH.pack_into(self._map, self._report_offset(rank), 0)
 
     def read(self, local_rank: int) -> Beat:
         """Return a rank's last heartbeat."""
         step, finished, when, phase, *_ = self._record(local_rank)
         return Beat(step, finished, PHASES[phase], (time.monotonic_ns() - when) / 1e9)
+
+    def report(self, local_rank: int) -> str:
+        """Return the report that a rank left, or an empty text."""
+        (length,) = _LENGTH.unpack_from(self._map, self._report_offset(local_rank))
+        start = self._report_offset(local_rank) + _LENGTH.size
+        return bytes(self._map[start : start + length]).decode("utf-8", "replace")
+
+    def _report_offset(self, local_rank: int) -> int:
+        return self.num_ranks * _SIZE + local_rank * _REPORT_SIZE
 
     def account(self, local_rank: int, until: float | None = None) -> Account:
         """Return how a rank's time was spent until `until` (time.monotonic(), after its last heartbeat; None: now)."""

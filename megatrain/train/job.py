@@ -25,13 +25,13 @@ from megatrain.data.order import SampleOrder, merge_ranges
 from megatrain.distributed.devices import peak_flops
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.distributed.waits import timed_waits
-from megatrain.distributed.world import World, lost_peer
+from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
-from megatrain.errors import EnvironmentFault
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size
 from megatrain.parallel.layout import Layout, describe
+from megatrain.resilience.fault_classes import PEER, USER, classify
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
 from megatrain.resilience.terminal import show
@@ -301,17 +301,11 @@ class RankJob:
             self.journal.event("init_from", 0, checkpoint=str(origin.folder))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Record the error that ended the job. If a peer was lost, raise EnvironmentFault instead of its error."""
-        step = self.progress.step
-        if lost_peer(error):
-            _LOG.info("lost another rank", exc_info=error)
+        """Record the error that ended this rank, unless the agent is to decide whether the run goes on."""
+        step, kind = self.progress.step, classify(error)
+        if kind == PEER:
             self.journal.event("lost_rank", step)
-            self.journal.abandon()
-            raise EnvironmentFault(
-                f"rank {self.world.rank} lost another rank, which ended or is out of reach; "
-                f"the other ranks' logs say why"
-            ) from error
-        if self.has_begun:
+        if self.has_begun and not (kind != USER and self.world.heartbeat.has_agent):
             self.journal.finish("failed", step, error=f"{type(error).__name__}: {error}")
         else:
             self.journal.abandon()

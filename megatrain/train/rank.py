@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,22 @@ import torch
 
 from megatrain.config import LaunchConfig, TrainConfig
 from megatrain.distributed.rank_environment import RankEnvironment
-from megatrain.distributed.world import World, join, leave
-from megatrain.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, OwnedError
+from megatrain.distributed.world import StoppedWhileJoining, World, join, leave
+from megatrain.errors import (
+    EXIT_DEFECT,
+    EXIT_ENVIRONMENT,
+    EXIT_OK,
+    EXIT_SAVED_AFTER_SIGNAL,
+    EnvironmentFault,
+    LostPeerError,
+    OwnedError,
+)
 from megatrain.parallel import rules
+from megatrain.resilience.fault_classes import JOB, PEER, USER, ErrorReport
 from megatrain.resilience.heartbeat import Heartbeat
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
+from megatrain.resilience.terminal import say
 from megatrain.resilience.watchdog import answer_with_stacks, stack_file
 from megatrain.train.agreement import check_agreement
 from megatrain.train.datasets import open_data
@@ -48,20 +60,57 @@ def run(config: TrainConfig) -> int:
     rules.check(config, environment.world_size)
     run_dir = run_folder(config)
     with log_to(run_dir, environment.rank), answer_with_stacks(stack_file(run_dir, environment.rank)):
-        _warn_of_other_count(config, environment)
-        data = open_data(config)
-        rules.check(data.config, environment.world_size)  # again, now that the vocabulary is known
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        world = join(config.launch, environment, heartbeat)
-        check_agreement(config, data.fingerprint, world)
-        with _ownership(run_dir, world) as owner:
-            measured = None
-            if config.launch.preflight and not environment.restarts:
-                measured = preflight(data.config, run_dir, world)
-            status = RankJob(data, world, stop, owner, environment.restarts, measured).run()
-        leave()  # not after a failure: its message must come first, and destroying NCCL after losing a peer can block
+        try:
+            return _train(config, environment, heartbeat, stop)
+        except StoppedWhileJoining:
+            if environment.rank == 0:
+                name = signal.Signals(stop.signal_number).name
+                say(f"stopped by {name} before training began; start again to continue")
+            return EXIT_SAVED_AFTER_SIGNAL
+        except Exception as error:
+            return _report(error, environment, heartbeat)
+
+
+def _report(error: Exception, environment: RankEnvironment, heartbeat: Heartbeat) -> int:
+    """Leave a report of the error for the agent, which decides what becomes of the job; return this rank's exit code.
+
+    Raises:
+        MegatrainError: a user's mistake; or there is no agent, and the machine is to blame.
+        Exception: there is no agent, and the job is to blame.
+    """
+    report = ErrorReport.of(error)
+    heartbeat.report(report.to_json())
+    if report.kind == USER:
+        raise error
+    _LOG.info("rank %d ends, class of the error: %s", environment.rank, report.kind, exc_info=error)
+    if heartbeat.has_agent:
+        return EXIT_DEFECT if report.kind == JOB else EXIT_ENVIRONMENT
+    if report.kind == JOB:
+        raise error
+    if report.kind == PEER:
+        raise LostPeerError(
+            f"rank {environment.rank} lost another rank, which ended or is out of reach; the other ranks' logs say why"
+        ) from error
+    raise EnvironmentFault(f"rank {environment.rank} on {socket.gethostname()}: {report}") from error
+
+
+def _train(config: TrainConfig, environment: RankEnvironment, heartbeat: Heartbeat, stop: StopRequest) -> int:
+    """Open the data, join the other ranks and train; return 0 or 75."""
+    run_dir = run_folder(config)
+    _warn_of_other_count(config, environment)
+    data = open_data(config)
+    rules.check(data.config, environment.world_size)  # again, now that the vocabulary is known
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    world = join(config.launch, environment, heartbeat, lambda: bool(stop))
+    check_agreement(config, data.fingerprint, world)
+    with _ownership(run_dir, world) as owner:
+        measured = None
+        if config.launch.preflight and not environment.restarts:
+            measured = preflight(data.config, run_dir, world)
+        status = RankJob(data, world, stop, owner, environment.restarts, measured).run()
+    leave()  # not after a failure: its message must come first, and destroying NCCL after losing a peer can block
     return EXIT_OK if status == "done" else EXIT_SAVED_AFTER_SIGNAL
 
 

@@ -189,9 +189,11 @@ class Trainer:
     def _record_last_step(self) -> None:
         """After a failure: record the step in flight, if its result arrives soon."""
         step = self.in_flight.release()
-        if step is None or not step.result.comes_within(LAST_RESULT_S):
+        if step is None:
             return
         with suppress(Exception):  # the first failure is the one to report
+            if not step.result.comes_within(LAST_RESULT_S):
+                return
             record = self._record(step)
             self._add_times(record, step, time.perf_counter() - self.read_at, 0.0)
             self.parts.journal.step(record)

@@ -5,6 +5,7 @@ A rank runs `train/rank.py` instead.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -58,7 +59,17 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
         copies = config.checkpoint.copies_every(on_gpu) > 0
         since = time.monotonic() - process_age()
         modules = worker_modules(config)
-        recovery = Recovery(run_dir, owner, config.resilience.max_restarts, limits, copies, modules, since)
+        recovery = Recovery(
+            run_dir,
+            owner,
+            config.resilience.max_restarts,
+            config.resilience.max_machine_restarts,
+            limits,
+            copies=copies,
+            modules=modules,
+            can_move="SLURM_JOB_ID" in os.environ,
+            since=since,
+        )
         return agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
     finally:
         if ownership is not None:

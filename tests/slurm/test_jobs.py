@@ -141,6 +141,19 @@ def test_a_rank_killed_on_one_node_restarts_all_ranks_inside_the_job(cluster, wo
     assert all(0 < at - event["step"] <= 4 for at, event in zip((8, 23), resumes, strict=True))
 
 
+def test_a_node_whose_gpu_fails_twice_is_left_out_of_the_requeue(cluster, workplace, expected):
+    """The first fault costs a restart inside the job; after the second the job goes on without that node."""
+    error = "torch.AcceleratorError('CUDA error: uncorrectable ECC error encountered')"
+    broken = [fault(1, step, "forward", "raise", by=error) for step in (8, 14)]
+    job = Job(cluster, workplace, "bad-gpu", faults=injected(workplace, "bad-gpu", broken))
+    assert job.wait() == "COMPLETED", job.log
+    same(job.metrics, expected)
+    assert [(f["host"], f["class"]) for f in events(workplace, "bad-gpu", "failure")] == [("n2", "machine")] * 2
+    found = cluster.job(job.number)
+    assert (found["Restarts"], found["ExcNodeList"]) == ("1", "n2"), job.log
+    assert "n2" not in found["NodeList"], found["NodeList"]
+
+
 def test_all_nodes_find_a_hang_on_one_node_and_name_the_culprit(cluster, workplace, expected):
     stopped = injected(workplace, "hangs", [fault(1, 8, "backward", "SIGSTOP")])
     job = Job(cluster, workplace, "hangs", "resilience.hang_timeout_s=10", faults=stopped)

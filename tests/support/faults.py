@@ -10,8 +10,8 @@ from pathlib import Path
 from support.commands import megatrain
 
 
-def fault(rank, step, phase, do, times=1, by=None):
-    return {"rank": rank, "step": step, "phase": phase, "do": do, "times": times, "by": by}
+def fault(rank, step, phase, do, times=1, by=None, where=None):
+    return {"rank": rank, "step": step, "phase": phase, "do": do, "times": times, "by": by, "where": where}
 
 
 def injected(folder, name, faults):

@@ -5,8 +5,9 @@ Every Python process with this folder on its path imports this module.
 `FAULTS` in the environment is a JSON list; each fault has `rank`, `step`, `phase` (of `resilience.heartbeat.PHASES`),
 how many `times` it strikes (default 1; counted over all starts by files in `FAULTS_DONE`) and what to `do`: the name of
 a signal to send; `sleep`; `wait` until the test creates the file `by` in `FAULTS_DONE`; `slow` down from then on, with
-`by` 0.3 for 30 % more time; `run` the shell command `by`; or `add` the number `by` to a micro-batch's loss, or
-`multiply` the loss by it.
+`by` 0.3 for 30 % more time; `run` the shell command `by`; `raise` the exception that `by` is an expression of; or `add`
+the number `by` to a micro-batch's loss, or `multiply` the loss by it. A fault with `where` strikes in the first call of
+that function, `module:Class.method`, at that step or a later one, in any thread and phase.
 """
 
 import importlib.util
@@ -55,13 +56,22 @@ def first_time(number, times):
     return False
 
 
-def due(to_the_loss):
+def reached(fault):
+    """Return whether this process is where a fault strikes; with `where`, at that step or a later one."""
+    rank, step, _ = place
+    if fault.get("where"):
+        return rank == fault["rank"] and step >= fault["step"]
+    return place == (fault["rank"], fault["step"], fault["phase"])
+
+
+def due(to_the_loss, where=None):
     """Return the faults that strike now, and count them."""
     return [
         fault
         for number, fault in enumerate(FAULTS)
         if (fault["do"] in TO_THE_LOSS) == to_the_loss
-        and place == (fault["rank"], fault["step"], fault["phase"])
+        and fault.get("where") == where
+        and reached(fault)
         and first_time(number, fault.get("times", 1))
     ]
 
@@ -79,6 +89,12 @@ def strike(fault):
                 sys.exit(f"{fault['by']} was never created")
             time.sleep(0.02)
         return
+    if fault["do"] == "raise":
+        import errno  # noqa: F401 (for the expression)
+
+        import torch  # noqa: F401 (for the expression)
+
+        raise eval(fault["by"])
     if fault["do"] == "sleep":
         time.sleep(3600)
     if fault["do"] == "run":
@@ -114,6 +130,27 @@ def spoil_the_loss(module):
     module.GPT.cross_entropy_sum = spoiled
 
 
+def watch_calls(where):
+    """Return a change of a module after which the faults of `where` strike in its function."""
+    module_name, _, path = where.partition(":")
+
+    def change(module):
+        *owners, name = path.split(".")
+        owner = module
+        for part in owners:
+            owner = getattr(owner, part)
+        true = getattr(owner, name)
+
+        def call_and_fail(*given, **named):
+            for fault in due(to_the_loss=False, where=where):
+                strike(fault)
+            return true(*given, **named)
+
+        setattr(owner, name, call_and_fail)
+
+    return module_name, change
+
+
 class Finder:
     """Imports some modules as usual, then changes them."""
 
@@ -140,4 +177,5 @@ if FAULTS:
         "megatrain.resilience.heartbeat": watch_the_place,
         "megatrain.model.gpt": spoil_the_loss,
     }
+    changes |= dict(watch_calls(where) for where in {fault["where"] for fault in FAULTS if fault.get("where")})
     sys.meta_path.insert(0, Finder(changes))

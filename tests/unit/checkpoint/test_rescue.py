@@ -11,7 +11,7 @@ from megatrain.checkpoint.manifest import Manifest, write_manifest
 from megatrain.errors import EXIT_NO_PROGRESS
 from megatrain.launch.agent import Agent
 from megatrain.launch.nodes import SingleNode
-from megatrain.launch.recovery import Recovery, decide_restart
+from megatrain.launch.recovery import Recovery, Restarts, decide_restart
 from megatrain.resilience.failure import Failure
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.watchdog import Limits
@@ -31,7 +31,7 @@ class Counting(SingleNode):
 def test_a_node_that_cannot_rescue_its_part_still_answers_the_others(fails, tmp_path, monkeypatch, capfd):
     """They wait for it, and its leaving would be taken for its death: exit code 8 in the place of the job's own."""
     owner = Ownership.take(tmp_path)
-    recovery = Recovery(tmp_path, owner, 2, Limits(60, 60), copies=True)
+    recovery = Recovery(tmp_path, owner, 2, 2, Limits(60, 60), copies=True)
     peers = Counting()
     agent = Agent([], 1, tmp_path / "logs", recovery, peers)
 
@@ -71,10 +71,10 @@ def test_two_agents_that_start_at_once_on_a_machine_do_not_stop_each_other(clear
 
 def test_a_disk_that_takes_no_events_does_not_end_the_agent(tmp_path, capfd):
     """It holds the copies, and starts the ranks again."""
-    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), copies=True)
+    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, 2, Limits(60, 60), copies=True)
     (tmp_path / "events.jsonl").mkdir()
     failure = Failure("SIGKILL", 0, 7, "forward", "here")
-    assert decide_restart(failure, recovery, 0, stop_requested=False, log_dir=tmp_path / "logs") is None
+    assert decide_restart(failure, recovery, Restarts(), stop_requested=False, log_dir=tmp_path / "logs") is None
     assert "it lacks: failure at step 7" in capfd.readouterr().err
 
 

@@ -19,7 +19,7 @@ from megatrain.resilience.watchdog import Limits
 def test_an_abandoned_fork_server_forks_no_rank_later(tmp_path):
     """By then the rank was started without the fork server, and it must not run twice."""
     (tmp_path / "slow_import.py").write_text("import time; time.sleep(1)")
-    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, Limits(60, 60), modules=["slow_import"])
+    recovery = Recovery(tmp_path, Ownership.take(tmp_path), 2, 2, Limits(60, 60), modules=["slow_import"])
     agent = Agent([sys.executable, "-m", "megatrain", "--version"], 1, tmp_path, recovery, SingleNode())
     try:
         agent.pending_signals.extend([2, 2])  # Ctrl-C twice: the agent does not wait for the imports

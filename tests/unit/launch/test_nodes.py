@@ -23,7 +23,7 @@ agent.HOST = f"node{sys.argv[1]}"
 node, folder, hang_s = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[5])
 (folder / FOLDER).mkdir(exist_ok=True)
 team = nodes.connect(sys.argv[3], node, 2, "127.0.0.1", 10)
-recovery = Recovery(folder, Ownership(folder / FOLDER, 1), 2, Limits(hang_s, hang_s))
+recovery = Recovery(folder, Ownership(folder / FOLDER, 1), 2, 2, Limits(hang_s, hang_s))
 try:
     sys.exit(agent.launch(json.loads(sys.argv[4]), 2, folder / "logs", recovery, team))
 except EnvironmentFault as error:

@@ -11,13 +11,15 @@ import pytest
 SCRIPT = Path(__file__).parents[3] / "slurm" / "train.sbatch"
 
 
-def start(folder, code, **environ):
-    """Start a job whose srun ends with `code`; return its exit code and the content of its output file."""
+def start(folder, code, facts="", excluded="(null)", **environ):
+    """Start a job whose srun ends with `code`; return its exit code and the content of its output file.
+
+    `facts` is what the run answers before a requeue, and `excluded` the job's own list of nodes to leave out.
+    """
     out = folder / "job.out"
-    for name, body in {
-        "srun": f"exit {code}",
-        "scontrol": f'case "$*" in *show*job*) echo "JobId=1 JobState=RUNNING StdOut={out}" ;; *requeue*) true ;; esac',
-    }.items():
+    job = f"JobId=1 JobState=RUNNING StdOut={out} ExcNodeList={excluded}"
+    answers = f'case "$*" in *show*job*) echo "{job}" ;; *update*) echo "$*" >> {folder}/updates ;; esac'
+    for name, body in {"srun": f"exit {code}", "scontrol": answers, "python": f'echo "{facts}"'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "MASTER_ADDR": "n1"}
@@ -40,3 +42,27 @@ def test_a_fault_that_returns_at_every_start_is_not_requeued_forever(code, tmp_p
 def test_a_failure_that_a_restart_cannot_fix_is_not_requeued(code, tmp_path):
     found, log = start(tmp_path, code)
     assert found == code and "requeued" not in log and f"exit code {code}" in log
+
+
+def test_starts_count_until_one_finishes_a_new_step_however_long_they_took(tmp_path):
+    """Only the furthest step matters; the limit is the run's `launch.max_requeues`."""
+    for step in (0, 0, 7, 7):
+        found, log = start(tmp_path, 8, f"step={step} limit=2 exclude=")
+        assert found == 8 and log.splitlines()[-1].endswith(f"at step {step}: a fault of the machines; requeued")
+    found, log = start(tmp_path, 8, "step=7 limit=2 exclude=")
+    assert "as in the 2 starts before, none of which finished a new step (launch.max_requeues)" in log
+    assert log.count("; requeued") == 4
+
+
+def test_a_start_that_saved_in_time_ends_the_count(tmp_path):
+    for code in (8, 75, 8, 137):
+        start(tmp_path, code, "step=3 limit=1 exclude=")
+    _, log = start(tmp_path, 8, "step=3 limit=2 exclude=")
+    assert log.count("; requeued") == 2 and "not requeued" in log
+
+
+@pytest.mark.parametrize(("own", "all_of_them"), [("(null)", "n3,n7"), ("n1", "n1,n3,n7")])
+def test_nodes_that_failed_twice_are_left_out_of_the_next_start(own, all_of_them, tmp_path):
+    _, log = start(tmp_path, 8, "step=3 limit=10 exclude=n3,n7", excluded=own)
+    assert (tmp_path / "updates").read_text() == f"update JobId=1 ExcNodeList={all_of_them}\n"
+    assert f"nodes left out from now on: {all_of_them}" in log

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatrain.resilience.failure import Failure, times_seen
+from megatrain.resilience.failure import HANG, Failure, times_seen
 
 
 def failure(how="SIGKILL", step=7, rank=0):
@@ -34,4 +34,7 @@ def test_a_checkpoint_beyond_a_failure_is_progress():
 
 def test_a_failure_says_what_and_where():
     assert str(failure()) == "rank 0 on here was killed by SIGKILL (out of memory, perhaps) at step 7 in forward"
-    assert str(Failure("hang", 1, 0, "start", "h", "x")) == "rank 1 on h hung in start, before its first step: x"
+    assert (
+        str(Failure("hang", 1, 0, "start", "h", "x", kind=HANG))
+        == "rank 1 on h hung in start, before its first step: x"
+    )
