@@ -47,7 +47,7 @@ READERS = ("layouts", "evaluate", "generate", "inspect")
 """Verbs that change nothing: what they print is all they are for. The others do their work even if nobody reads it."""
 
 FLAGS = {
-    "--help": "explain the verb and its keys",
+    "--help": "explain the verb and its keys; --help WORD: one group, or the keys that have the word",
     "--cfg": "print the resolved config as YAML and exit",
     "--debug": "show the stack trace of an error",
     "--multirun": "train: run every combination of several values, each as a separate run; short: -m",
@@ -134,7 +134,7 @@ def run(arguments: Arguments) -> int:
         print(overview())
         return EXIT_OK
     if "--help" in arguments.flags:
-        print(verb_help(verb))
+        print(verb_help(verb, arguments.overrides))
         return EXIT_OK
     if "--multirun" in arguments.flags:
         if verb != "train":
@@ -199,7 +199,9 @@ def parse(argv: list[str]) -> Arguments:
             arguments.verb = text
         else:
             arguments.overrides.append(text)
-    if arguments.verb is not None:
+    if arguments.verb is not None and "--help" in arguments.flags:
+        arguments.overrides = [text for text in arguments.overrides if not set("=/") & set(text)]  # words to select
+    elif arguments.verb is not None:
         arguments.overrides = _expand_path(arguments.verb, arguments.overrides)
     return arguments
 

@@ -62,6 +62,16 @@ def choices_of(group: str) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
+def default_choices(verb: str) -> dict[str, str | None]:
+    """Return the default choice of each group of a verb (None: none); empty for a verb without groups."""
+    import yaml
+
+    if verb not in GROUPS:
+        return {}
+    listed = yaml.safe_load((_conf_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: choice for entry in listed if isinstance(entry, dict) for group, choice in entry.items()}
+
+
 # ------------------------------------------------------------------------------------------- reading the command line
 
 

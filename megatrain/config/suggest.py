@@ -12,6 +12,11 @@ def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
+def next_step(*commands: str) -> str:
+    """Return the line that says what to type after a command."""
+    return "next: " + "  or  ".join(commands)
+
+
 def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> str | None:
     """Return the dotted key or the group that an unknown name most likely means. `helps` maps each key to its meaning.
 

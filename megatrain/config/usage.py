@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from megatrain.config import VERBS, walk
-from megatrain.config.compose import GROUPS, choices_of, describe, key_types
+from megatrain.config.compose import GROUPS, choices_of, compose, default_choices, describe, key_types
+from megatrain.config.flatten import flatten
+from megatrain.config.suggest import did_you_mean
+from megatrain.errors import ConfigError
 
 WIDTH = 110
 
@@ -51,7 +57,7 @@ def overview() -> str:
     lines += [
         "",
         "flags:",
-        "  --help      explain a verb and its keys: megatrain <verb> --help",
+        "  --help      explain a verb and its keys: megatrain <verb> --help; one group: megatrain train --help optim",
         "  --cfg       print the resolved config as YAML and exit",
         "  --debug     show the stack trace of an error",
         "  --multirun  train: run every combination of several values; short: -m",
@@ -65,8 +71,14 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def verb_help(verb: str) -> str:
-    """Return the text of `megatrain <verb> --help`: groups and keys with meaning, type, choices and default."""
+def verb_help(verb: str, words: Sequence[str] = ()) -> str:
+    """Return the text of `megatrain <verb> --help`: groups and keys with meaning, type, choices and default.
+
+    `words` select: a group or section (`optim`), or keys whose name or meaning has the word (`clip`). Raises
+    ConfigError for a word that nothing has, except where it may be the verb's PATH.
+    """
+    if words and (selected := [text for word in words if (text := _selected(verb, word))]):
+        return "\n\n".join(selected)
     schema = VERBS[verb]
     positional = " [PATH]" if "path" in walk(schema) else ""
     flags = " [--multirun] [--dry-run]" if verb == "train" else ""
@@ -76,15 +88,58 @@ def verb_help(verb: str) -> str:
     lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
     groups = [group for group in GROUPS.get(verb, ()) if choices_of(group)]
     if groups:
-        lines += ["groups:", *(_wrapped(f"{group}=", ", ".join(choices_of(group)), 14) for group in groups), ""]
+        lines += [f"groups (megatrain {verb} --help {groups[0]} shows one with its keys):"]
+        lines += [*_group_lines(verb, groups), ""]
     lines.append("keys:")
     types = key_types(schema)
     for section in dict.fromkeys(name.rpartition(".")[0] for name in types):
-        for name, f in walk(schema).items():
-            if name.rpartition(".")[0] == section:
-                lines.append(_wrapped(name, key_text(types[name], f), 32))
-        lines.append("")
+        lines += [*_key_lines(verb, [name for name in types if name.rpartition(".")[0] == section]), ""]
     return "\n".join(lines).rstrip()
+
+
+def _selected(verb: str, word: str) -> str:
+    """Return the help of one group or section, or of the keys that have `word` in their name or meaning."""
+    keys = walk(VERBS[verb])
+    groups = [group for group in GROUPS.get(verb, ()) if choices_of(group)]
+    found = [name for name in keys if name == word or name.startswith(f"{word}.")]
+    if not found and word not in groups:
+        found = [name for name, f in keys.items() if word.lower() in f"{name} {f.metadata['help']}".lower()]
+    if not found and word not in groups:
+        if "path" in keys:
+            return ""
+        sections = dict.fromkeys(name.partition(".")[0] for name in keys)
+        listed = ", ".join(dict.fromkeys([*groups, *sections]))
+        hint = did_you_mean("", word, [*groups, *sections, *keys])
+        raise ConfigError(f"--help {word}: {verb} has no such group or key{hint} (groups: {listed})")
+    shown = [*_group_lines(verb, [word])] if word in groups else []
+    return "\n".join([*shown, *_key_lines(verb, found)])
+
+
+def _group_lines(verb: str, groups: Sequence[str]) -> list[str]:
+    """Return each group with its choices and its default choice."""
+    defaults = default_choices(verb)
+    texts = {group: f"{', '.join(choices_of(group))} (default {defaults.get(group) or 'none'})" for group in groups}
+    return [_wrapped(f"{group}=", text, 14) for group, text in texts.items()]
+
+
+def _key_lines(verb: str, names: Sequence[str]) -> list[str]:
+    """Return each key with its help. A default that a group's default choice sets is shown with that choice."""
+    schema = VERBS[verb]
+    types, keys, defaults = key_types(schema), walk(schema), default_choices(verb)
+    values = _values(verb) if defaults else {}
+    lines = []
+    for name in names:
+        group, f = name.partition(".")[0], keys[name]
+        is_set = defaults.get(group) and name in values and values[name] != default_of(f)
+        default = f"default {_shown(values[name])}, from {group}={defaults[group]}" if is_set else default_text(f)
+        lines.append(_wrapped(name, key_text(types[name], f, default), 32))
+    return lines
+
+
+@lru_cache
+def _values(verb: str) -> dict[str, Any]:
+    """Return the values of a command without overrides, by dotted key."""
+    return flatten(asdict(compose(verb, [])))
 
 
 def summary(schema: type) -> str:
@@ -92,21 +147,24 @@ def summary(schema: type) -> str:
     return (schema.__doc__ or "").partition(": ")[2]
 
 
-def key_text(hint: Any, field: Any) -> str:
+def key_text(hint: Any, field: Any, default: str) -> str:
     """Describe one key: its meaning, type or choices, bounds and default."""
     choices = field.metadata.get("choices")
     kind = "one of " + ", ".join(str(choice) for choice in choices) if choices else describe(hint)
     bounds = bounds_text(field.metadata)
-    return f"{field.metadata['help']} ({kind}{', ' + bounds if bounds else ''}; {default_text(field)})"
+    return f"{field.metadata['help']} ({kind}{', ' + bounds if bounds else ''}; {default})"
 
 
 def default_text(field: Any) -> str:
     """Return a key's default in words."""
     default = default_of(field)
-    if default == "???":
-        return "mandatory"
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    return f"default {shown!r}" if shown == "" else f"default {shown}"
+    return "mandatory" if default == "???" else f"default {_shown(default)}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it is typed."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text or repr(text)
 
 
 def default_of(field: Any) -> Any:

@@ -193,16 +193,16 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
     """Submit a job with these arguments for `megatrain train` and print its number; a dry run only prints the job."""
     submission = Submission.of(config, run_name, arguments)
     if dry_run:
-        print(submission)
         show_script(submission.script)
+        print(submission)
     else:
         print(submission.submit())
     return EXIT_OK
 
 
 def show_script(script: Path) -> None:
-    """Print the script that is submitted."""
-    print(f"\n# {script}\n{script.read_text()}", end="")
+    """Print the script that is submitted. The commands that submit it come after it, so that they are seen."""
+    print(f"# {script}\n{script.read_text()}")
 
 
 def jobs_here() -> dict[str, str]:

@@ -25,6 +25,8 @@ MAX_POINTS = 1200
 """Most points per curve. A longer run is cut into stretches, each shown as its mean and a min-max band."""
 MAX_EVENTS_OF_A_KIND = 400
 """Most events of one kind that the page shows."""
+RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
+"""The files that a page is made of; a run's folder has one at least."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
 """Parts of the run's time. `step_time_s` includes waiting for data, but not evaluating or saving."""
@@ -38,11 +40,10 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         ConfigError: `run_dir` is not a run's folder.
     """
-    names = ("metrics.jsonl", "events.jsonl", "config.yaml")
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such folder; `megatrain report` takes a run's folder, runs/<run.name>")
-    if not any((run_dir / name).exists() for name in names):
-        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(names)}")
+    if not any((run_dir / name).exists() for name in RECORDS):
+        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(RECORDS)}")
     return write_page(RUN_PAGE, collect(run_dir), out or run_dir / "report.html")
 
 

@@ -5,15 +5,18 @@ Everything is read from the runs' own folders, so the page can be made while poi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
 from megatrain.config import ModelConfig
+from megatrain.errors import MegatrainError
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.report.page import SWEEP_PAGE, write_page
-from megatrain.report.run_page import Curves, round_for_plot, status
+from megatrain.report.run_page import RECORDS, Curves, report, round_for_plot, status
 from megatrain.tracking.events import read_events
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 
@@ -27,11 +30,12 @@ def report_sweep(folder: Path, out: Path | None = None) -> Path:
     Raises:
         DataError: the sweep's record cannot be read.
     """
-    return write_page(SWEEP_PAGE, collect(folder), out or folder / "report.html")
+    out = out or folder / "report.html"
+    return write_page(SWEEP_PAGE, collect(folder, out.parent), out)
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """Return everything that the page shows, ready for JSON.
+def collect(folder: Path, page_folder: Path | None = None) -> dict[str, Any]:
+    """Return everything that the page in `page_folder` (default `folder`) shows, ready for JSON.
 
     A point's compute is the forward and backward FLOPs of all its trained tokens, as for MFU (`model/count.py`).
     """
@@ -40,8 +44,33 @@ def collect(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.resolve().name,
         "keys": keys,
-        "points": [describe(folder.parent / point.run, point, keys) for point in points],
+        "points": [
+            describe(folder.parent / point.run, point, keys)
+            | {
+                "short": point.run.removeprefix(f"{folder.resolve().name}-"),
+                "page": page_of(folder.parent / point.run, page_folder or folder),
+            }
+            for point in points
+        ],
     }
+
+
+def page_of(run_dir: Path, page_folder: Path) -> str | None:
+    """Return the link from a page in `page_folder` to the page of a run, written anew if the run went on since.
+
+    None if the run has not started or its page cannot be written.
+    """
+    page = run_dir / "report.html"
+    try:
+        records = [path.stat().st_mtime for name in RECORDS if (path := run_dir / name).exists()]
+        if not records:
+            return None
+        if not page.exists() or page.stat().st_mtime < max(records):
+            report(run_dir)
+    except (OSError, MegatrainError):
+        if not page.exists():
+            return None
+    return quote(os.path.relpath(page.absolute(), page_folder.absolute()))
 
 
 def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ Nothing here is stored; metrics.jsonl holds the numbers.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from typing import Any
 
+from megatrain.config.suggest import next_step
 from megatrain.resilience.terminal import Terminal, show
 from megatrain.tracking.tracker import RunInfo
 
@@ -41,12 +43,18 @@ class Console:
         self._terminal = terminal or Terminal.current()
         self._has_bar = False
         self._step, self._status = 0, ""
+        self._next = ""
         self._moments: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._heldout: float | None = None
         self._last_line: tuple[int, float] | None = None
 
     def start(self, info: RunInfo) -> None:
         """Print what runs and where, and start the bar on a terminal."""
+        if info.config.get("run", {}).get("sweep") is None:  # a sweep says once what comes next
+            folder = shlex.quote(str(info.run_dir))
+            self._next = next_step(
+                f"megatrain report {folder}", f'megatrain generate {folder} prompt="Once upon a time"'
+            )
         parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
         self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
         if info.resumed_from_step is not None:
@@ -83,6 +91,8 @@ class Console:
         """Stop the bar and print how the run ended."""
         self.abandon()
         self.note(f"run {status}")
+        if self._next and status == "done":
+            self.note(self._next)
 
     def abandon(self) -> None:
         """Stop the bar."""

@@ -39,7 +39,7 @@ def export_(config: ExportConfig) -> None:
         )
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    print_result(loaded, out, config.dtype)
+    print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
 def special_tokens(loaded: Loaded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ It holds weights alone: a new run can start from it (`checkpoint.init_from`), bu
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatrain.interop.load_model import Loaded, kind_of, load
 from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
+from megatrain.verbs.sweep_points import override_of_text
 
 
 def import_(config: ImportConfig) -> None:
@@ -39,7 +41,8 @@ def import_(config: ImportConfig) -> None:
         write_weights(loaded, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    print_result(loaded, out, "fp32")
+    start = shlex.quote(override_of_text("checkpoint.init_from", config.out))
+    print_result(loaded, out, "fp32", f"megatrain train {start}")
 
 
 def write_weights(loaded: Loaded, out: Path) -> None:

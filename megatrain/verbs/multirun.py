@@ -93,7 +93,7 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
     if not dry_run:
         write_record(points)
     jobs = slurm.jobs_here()
-    submission = None
+    is_script_shown = False
     for number, point in enumerate(points, start=1):
         name = str(point.config.run.name)
         with errors_name_point(number, len(points), point.values):
@@ -103,9 +103,13 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
                 print(f"{jobs[name]}  {name} (in the queue already)")
             else:
                 submission = slurm.Submission.of(point.config.launch, name, [*flags, *point.overrides])
-                print(f"{submission}" if dry_run else f"{submission.submit()}  {name}", flush=True)
-    if dry_run and submission is not None:
-        slurm.show_script(submission.script)
+                if not dry_run:
+                    print(f"{submission.submit()}  {name}", flush=True)
+                    continue
+                if not is_script_shown:
+                    slurm.show_script(submission.script)
+                    is_script_shown = True
+                print(submission, flush=True)
     return EXIT_OK
 
 

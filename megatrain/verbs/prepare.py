@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from megatrain.config import PrepareConfig
+from megatrain.config.compose import compose
+from megatrain.config.suggest import next_step
 from megatrain.data import preparation
+from megatrain.verbs.sweep_points import override_of_text
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Prepare the dataset that `config` describes and return its folder."""
-    return preparation.prepare(config)
+    """Prepare the dataset that `config` describes, say what to type next, and return its folder."""
+    folder = preparation.prepare(config)
+    given = {"data.name": config.data.name, "data.dir": config.data.dir}
+    default = asdict(compose("train", []).data)
+    words = [
+        shlex.quote(override_of_text(key, value))
+        for key, value in given.items()
+        if value != default[key.removeprefix("data.")]
+    ]
+    print(next_step(" ".join(["megatrain train", *words])), file=sys.stderr)
+    return folder

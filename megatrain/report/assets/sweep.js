@@ -148,7 +148,11 @@ const columns = [
     ['held-out loss', 'heldout', 5],
   ].map(([name, k, sig]) => ({name, k, number: true, of: p => p[k], show: p => num(p[k], sig)})),
   {name: 'status', of: p => p.status.text, show: p => esc(p.status.text)},
-  {name: 'run', of: p => p.run, show: p => esc(p.run)},
+  {
+    name: 'run',
+    of: p => p.short,
+    show: p => (p.page ? `<a href="${esc(p.page)}" title="${esc(p.run)}">${esc(p.short)}</a>` : esc(p.short)),
+  },
 ];
 const lowest = k => Math.min(...P.map(p => p[k]).filter(v => v !== null));
 let sorted = null,

@@ -14,7 +14,7 @@ import yaml
 import megatrain
 from megatrain import cli
 from megatrain.config import VERBS, TrainConfig, walk
-from megatrain.config.compose import compose
+from megatrain.config.compose import compose, default_choices
 from megatrain.config.usage import EXAMPLES
 from megatrain.errors import CheckpointError, DataError
 from megatrain.resilience.owner import last_owner
@@ -51,6 +51,35 @@ def test_help_of_a_verb_explains_every_key(verb, capsys):
         for choice in f.metadata.get("choices", ()):
             assert str(choice) in shown
     assert f"megatrain {verb}" in shown
+
+
+def test_help_of_a_group_shows_its_choices_its_default_and_its_keys_alone(capsys):
+    assert cli.main(["train", "--help", "optim"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("  optim=      adamw (default adamw)\n  optim.name ") and "optim.grad_clip" in shown
+    assert "model." not in shown and "optim/" not in shown
+    assert cli.main(["train", "model", "checkpoint.every", "--help", "model=tiny", "runs/x"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tiny (default small)" in shown and "(a whole number, at least 1; default 6, from model=small)" in shown
+    assert "checkpoint.every " in shown and "checkpoint.keep" not in shown
+
+
+def test_help_finds_keys_by_a_word_of_their_meaning_and_refuses_one_that_nothing_has(capsys):
+    assert cli.main(["train", "--help", "CLIP"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  o")] == [
+        "optim.grad_clip"
+    ]
+    assert cli.main(["train", "--help", "optm"]) == 2
+    assert "--help optm: train has no such group or key; did you mean optim? (groups: model" in capsys.readouterr().err
+    assert cli.main(["inspect", "somewhere", "--help"]) == 0
+    assert "usage: megatrain inspect" in capsys.readouterr().out
+
+
+def test_help_names_the_default_of_every_group(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for group, default in default_choices("train").items():
+        assert f"(default {default or 'none'}) " in shown.partition(f" {group}= ")[2][:200]
 
 
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])

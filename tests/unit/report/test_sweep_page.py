@@ -1,6 +1,7 @@
 """The sweep report: one page, drawn by a real browser, for points in any state."""
 
 import json
+import os
 import re
 
 import pytest
@@ -17,6 +18,9 @@ from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 
 MODELS = {name: ModelConfig(name=name, hidden_size=width, vocab_size=400) for name, width in (("a", 32), ("b", 64))}
+
+
+SHORT = ["a-lr0.001", "a-lr0.01", "b-lr0.001", "b-lr0.01"]
 
 
 def make_point(runs, name, model, num_steps, lr="0.001", status=None, heldout=True):
@@ -66,6 +70,7 @@ def test_the_numbers_of_a_point_are_those_of_its_run(sweep):
     assert first["heldout_curve"][0][:2] == [10 * compute, pytest.approx(2.901)]
     texts = [point["status"]["text"] for point in (first, failed, running, waiting)]
     assert texts == ["done", "failed", "no end recorded", "not started"]
+    assert [point["short"] for point in (first, waiting)] == ["a-lr0.001", "b-lr0.01"], "without the sweep's name"
     assert waiting["train_curve"] == [] and waiting["compute"] is None and waiting["parameters"] is None
 
 
@@ -82,7 +87,22 @@ def test_a_browser_draws_table_and_curves(sweep):
     assert rows[0][5:7] == ["2.101", "2.601"] and rows[3][2:7] == ["\u2013"] * 5
     best = re.findall(r'<td class="number +best">(.*?)</td>', table)
     assert best == ["2.101", "2.601"]
+    links = [f'<a href="../scan-{run}/report.html" title="scan-{run}">{run}</a>' for run in SHORT[:3]]
+    assert [row[8] for row in rows] == [*links, SHORT[3]]
     assert "1 of 4 done" in document and "model a, optim.lr 0.001" in document
+
+
+def test_rows_link_to_the_pages_of_the_runs_written_anew_where_a_run_went_on(sweep, tmp_path):
+    page = tmp_path / "scan-b-lr0.001" / "report.html"
+    pages = [point["page"] for point in collect(sweep)["points"]]
+    assert pages == [*(f"../scan-{run}/report.html" for run in SHORT[:3]), None] and page.exists()
+    before = page.stat().st_mtime_ns
+    (tmp_path / "else where").mkdir()
+    pages = [point["page"] for point in collect(sweep, tmp_path / "else where")["points"]]
+    assert pages[0] == "../scan-a-lr0.001/report.html" and page.stat().st_mtime_ns == before
+    os.utime(page, (1, 1))
+    collect(sweep)
+    assert page.stat().st_mtime > 1
 
 
 def along(points):

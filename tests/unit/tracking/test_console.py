@@ -34,7 +34,8 @@ def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, cloc
     shown.finish("done")
     text = capsys.readouterr().err
     assert "\x1b" not in text and "\r" not in text
-    assert "12.3M parameters" in text and "resuming from step 3" in text and text.endswith("run done\n")
+    assert "12.3M parameters" in text and "resuming from step 3" in text and text.splitlines()[-2] == "run done"
+    assert text.splitlines()[-1].startswith(f"next: megatrain report {tmp_path}  or  megatrain generate {tmp_path} ")
     assert [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
 

@@ -1,0 +1,78 @@
+"""What prepare, import and export say to type next. The commands are read as a shell and the command line would."""
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatrain import cli
+from megatrain.config import ModelConfig
+from megatrain.config.compose import compose
+from megatrain.verbs import export, import_, prepare
+
+
+def commands(capsys):
+    """Return the commands of the line that says what to type next; standard output must not have it."""
+    shown = capsys.readouterr()
+    assert "next:" not in shown.out
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("next: ")]
+    return line.removeprefix("next: ").split("  or  ")
+
+
+def read(command):
+    """Return the config that a command gives, and its verb."""
+    arguments = cli.parse(shlex.split(command)[1:])
+    return arguments.verb, compose(arguments.verb, arguments.overrides)
+
+
+@pytest.mark.parametrize("name", ["python_stdlib", "mine", "it's, (odd)"])
+@pytest.mark.parametrize("folder", ["data", "my data/[1]"])
+def test_prepare_says_how_to_train_on_its_dataset(name, folder, monkeypatch, capsys):
+    config = compose("prepare", [])
+    config.data.name, config.data.dir = name, folder
+    monkeypatch.setattr(prepare.preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
+    assert prepare.prepare(config) == Path(folder) / name
+    (command,) = commands(capsys)
+    verb, found = read(command)
+    assert (verb, found.data.name, found.data.dir) == ("train", name, folder)
+    assert ("data.dir" in command) == (folder != "data"), "only what differs from the defaults"
+
+
+def loaded(monkeypatch, module, kind):
+    found = SimpleNamespace(
+        config=ModelConfig(vocab_size=300), weights={}, tokenizer=object(), tokenizer_dir=None,
+        need_tokenizer=lambda: SimpleNamespace(end_of_document=0), describe=lambda: "a model",
+    )  # fmt: skip
+    monkeypatch.setattr(module, "load", lambda *_: found)
+    monkeypatch.setattr(module, "kind_of", lambda _: kind)
+    return found
+
+
+@pytest.mark.parametrize("out", ["imported", "my models/it's"])
+def test_import_says_how_to_use_its_checkpoint(out, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = loaded(monkeypatch, import_, "huggingface")
+    monkeypatch.setattr(import_, "write_weights", lambda *_: None)
+    config = compose("import", ["path=x", "out=x"])
+    config.out = out
+    import_.import_(config)
+    generate, train = map(read, commands(capsys))
+    assert (generate[0], generate[1].path) == ("generate", out)
+    assert (train[0], train[1].checkpoint.init_from) == ("train", out)
+    found.tokenizer = None
+    import_.import_(config)
+    assert [read(command)[0] for command in commands(capsys)] == ["train"], "no text without a tokenizer"
+
+
+def test_export_says_how_to_use_its_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    loaded(monkeypatch, export, "checkpoint")
+    monkeypatch.setattr(export, "special_tokens", lambda _: {})
+    monkeypatch.setattr(export, "export_model", lambda *_, **__: None)
+    config = compose("export", ["path=x", "out=x"])
+    config.out = "my models/it's"
+    export.export_(config)
+    generate, theirs = commands(capsys)
+    assert read(generate)[1].path == "my models/it's"
+    assert theirs == 'transformers.AutoModelForCausalLM.from_pretrained("my models/it\'s")'
