@@ -78,7 +78,7 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
     lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
     assert lines[1] == "save at step 7: seconds 0.1235"
     assert re.fullmatch(r"step 7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
-    assert lines[3:] == ["run done", ""]
+    assert lines[3] == "run done" and lines[4].startswith("next: ") and lines[5:] == [""]
 
 
 def test_a_skipped_step_is_marked(tmp_path):
