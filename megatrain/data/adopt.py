@@ -6,53 +6,123 @@ Nothing is copied: the dataset's folder links to the files. Token ids stay as th
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, fingerprint
+from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, card_of_parts, fingerprint
+from megatrain.data.file_search import expand
 from megatrain.data.indexed import pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
 
-def check_prefixes(paths: list[str]) -> dict[str, Path]:
-    """Return each split's file prefix. Raises `ConfigError` or `DataError` if a file is missing or incomplete."""
-    if not 1 <= len(paths) <= len(SPLITS):
+def check_prefixes(paths: list[str]) -> dict[str, list[Path]]:
+    """Return each split's file prefixes, in the order in which they are read.
+
+    One path names the train split, two the train and the held-out split, more than two train alone. A path is a prefix,
+    a glob of prefixes, a folder of pairs, or a text file with a prefix in each line. Matches of a glob and of a folder
+    are sorted. Raises `ConfigError` or `DataError` if a file is missing or incomplete, or a pair is named twice.
+    """
+    if not paths:
         raise ConfigError(
-            f"data.paths={paths}: data=megatron takes one prefix (train) or two (train, held-out), "
-            "such as [corpus_text_document]"
+            f"data.paths={paths}: data=megatron takes one prefix (train), two (train, held-out), or more (all train), "
+            "such as [corpus_text_document]; each may be a glob, a folder or a text file of prefixes"
         )
+    splits = [[path] for path in paths] if len(paths) <= len(SPLITS) else [paths]
     prefixes = {}
-    for split, given in zip(SPLITS, paths, strict=False):
-        prefix = Path(given.removesuffix(".bin").removesuffix(".idx")).expanduser().absolute()
-        if not any(path.is_file() for path in pair(prefix)):
-            raise ConfigError(f"data.paths: there is no {prefix}.bin and .idx; give the prefix that both files share")
-        read_header(prefix)
-        prefixes[split] = prefix
+    for split, given in zip(SPLITS, splits, strict=False):
+        found = [prefix for path in given for prefix in _prefixes(path)]
+        if twice := sorted({str(prefix) for prefix in found if found.count(prefix) > 1}):
+            raise ConfigError(f"data.paths: {twice[0]} is named more than once; name each pair once")
+        for prefix in found:
+            if not any(path.is_file() for path in pair(prefix)):
+                raise ConfigError(
+                    f"data.paths: there is no {prefix}.bin and .idx; give the prefix that both files share"
+                )
+            read_header(prefix)
+        prefixes[split] = found
     return prefixes
 
 
-def link(prefixes: dict[str, Path], folder: Path) -> None:
-    """Symlink each split's pair into `folder` under the split's name."""
-    for split, prefix in prefixes.items():
-        for source, name in zip(pair(prefix), pair(folder / split), strict=True):
-            os.symlink(source, name)
+def _prefixes(given: str) -> list[Path]:
+    """Return the prefixes that a path stands for, absolute; the path itself if it is no glob, folder or list."""
+    place = Path(given).expanduser()
+    if place.suffix in (".bin", ".idx") or not place.is_file() or pair(place)[1].is_file():
+        return _matches(given)
+    return [prefix for line in _lines(place) for prefix in _matches(line)]
+
+
+def _matches(given: str) -> list[Path]:
+    """Return the prefixes that a glob or a folder stands for, sorted; the path itself if it is neither."""
+    stem, place = given.removesuffix(".bin").removesuffix(".idx"), Path(given).expanduser()
+    if place.is_dir() and not pair(place)[1].is_file():
+        names = [str(path) for path in place.glob("*.idx")]
+        if not names:
+            raise ConfigError(f"data.paths: the folder {given} has no .idx; give .bin/.idx pairs, by prefix or folder")
+    else:
+        names = expand(f"{stem}.idx") or [f"{stem}.idx"]
+    return [Path(name.removesuffix(".idx")).expanduser().absolute() for name in sorted(names)]
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the prefixes of a text file; relative ones are found from the working folder, or else from the file's.
+
+    Raises `ConfigError` if the file has none, is not text, or gives weights.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.paths: {file} is not a list of prefixes (byte {error.start} is not UTF-8)") from error
+    found = []
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        if re.fullmatch(r"[0-9.eE+-]+\s+\S.*", line):
+            raise ConfigError(f"data.paths: {file}: {line!r} gives a weight; give prefixes alone, one a line")
+        here = any(pair(prefix)[1].is_file() for prefix in _matches(line))
+        found.append(line if here else str(file.parent / line))
+    if not found:
+        raise ConfigError(f"data.paths: {file} names no prefix; write one a line")
+    return found
+
+
+def link(prefixes: dict[str, list[Path]], folder: Path) -> None:
+    """Symlink each split's pairs into `folder` under the split's name, numbered if there are several."""
+    for split, found in prefixes.items():
+        for at, prefix in enumerate(found):
+            name = split if len(found) == 1 else f"{split}_{at:05d}"
+            for source, target in zip(pair(prefix), pair(folder / name), strict=True):
+                os.symlink(source, target)
+
+
+def _split_cards(folder: Path) -> dict[str, SplitCard]:
+    """Return the card of each split whose pair or numbered pairs are in a folder; there must be a train split."""
+    found = {}
+    for split in SPLITS:
+        parts = sorted(folder.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].idx"))
+        if parts:
+            found[split] = card_of_parts([card_of_files(path.with_suffix("")) for path in parts])
+        elif split == "train" or pair(folder / split)[1].exists():
+            found[split] = card_of_files(folder / split)
+    return found
 
 
 def make_card(folder: Path, name: str, tokenizer: Tokenizer | None, **also: Any) -> Card:
     """Return the card of a folder with `train.bin/.idx` and perhaps `heldout.bin/.idx`; reads the files once.
 
+    A split may consist of numbered pairs, `train_00000.bin/.idx` and so on.
+
     `tokenizer` is the one that made the ids, if known; `also` are further fields of the card. Raises `DataError` if a
     pair is incomplete. The caller saves the card.
     """
-    splits: dict[str, SplitCard] = {
-        split: card_of_files(folder / split) for split in SPLITS if pair(folder / split)[1].exists() or split == "train"
-    }
+    splits = _split_cards(folder)
     made_by = None
     if tokenizer is not None:
-        tokenizer.starts_with_bos = _first_id(folder / "train", splits["train"]) == tokenizer.beginning_of_document
+        name, first = splits["train"].pairs("train")[0]
+        tokenizer.starts_with_bos = _first_id(folder / name, first) == tokenizer.beginning_of_document
         made_by = TokenizerCard.of(tokenizer)
     return Card(name=name, fingerprint=fingerprint(splits), splits=splits, tokenizer=made_by, **also)
 

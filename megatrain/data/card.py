@@ -1,7 +1,8 @@
 """The dataset's card: what a prepared folder contains, with checksums. Reads no tokens, imports no torch.
 
 A prepared dataset is a folder `<data.dir>/<data.name>/` with `train.bin/.idx`, `heldout.bin/.idx` (if anything is held
-out), `tokenizer/` and `card.json`. The card is written last: a folder without one is not a dataset yet.
+out), `tokenizer/` and `card.json`. A split of several adopted pairs has `train_00000.bin/.idx` and so on instead.
+The card is written last: a folder without one is not a dataset yet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import xxhash
 
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
@@ -26,7 +28,10 @@ SPLITS = ("train", "heldout")
 
 @dataclass
 class SplitCard:
-    """One split: counts, and its files' sizes and hashes. `bytes` is its normalised text in UTF-8, None if unknown."""
+    """One split: counts, and its files' sizes and hashes. `bytes` is its normalised text in UTF-8, None if unknown.
+
+    A split of several pairs has a card for each in `parts`, in the order in which they are read, and no hashes itself.
+    """
 
     documents: int
     bytes: int | None
@@ -36,6 +41,11 @@ class SplitCard:
     idx_size: int
     idx_hash: str
     block_hashes: list[str]
+    parts: list[SplitCard] = field(default_factory=list)
+
+    def pairs(self, split: str) -> list[tuple[str, SplitCard]]:
+        """Return the name and the card of each `.bin/.idx` pair of this split."""
+        return [(f"{split}_{at:05d}", part) for at, part in enumerate(self.parts)] or [(split, self)]
 
 
 @dataclass
@@ -70,9 +80,18 @@ class Card:
     config: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
+    def pairs(self) -> list[tuple[str, SplitCard]]:
+        """Return the name and the card of each `.bin/.idx` pair of the dataset."""
+        return [named for split, card in self.splits.items() for named in card.pairs(split)]
+
     def save(self, folder: Path) -> None:
         """Write `card.json` and flush it to disk."""
-        write_atomically(folder / CARD, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", durable=True)
+        raw = asdict(self)
+        for split in raw["splits"].values():
+            split["parts"] = [{key: part[key] for key in part if key != "parts"} for part in split["parts"]]
+            if not split["parts"]:
+                del split["parts"]  # so that older versions read the cards of single pairs
+        write_atomically(folder / CARD, json.dumps(raw, indent=1, sort_keys=True) + "\n", durable=True)
 
     @staticmethod
     def load(folder: Path) -> Card:
@@ -82,15 +101,20 @@ class Card:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
                 raise DataError(f"{path}: card format {raw['format']}; this version reads format {FORMAT}")
-            raw["splits"] = {name: SplitCard(**split) for name, split in raw["splits"].items()}
+            raw["splits"] = {name: _split_card(split) for name, split in raw["splits"].items()}
             raw["tokenizer"] = TokenizerCard(**raw["tokenizer"]) if raw["tokenizer"] else None
             card = Card(**raw)
-            _check_types(card, *card.splits.values(), *([card.tokenizer] if card.tokenizer else []))
+            pairs = [part for _, part in card.pairs()]
+            _check_types(card, *card.splits.values(), *pairs, *([card.tokenizer] if card.tokenizer else []))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
             raise DataError(f"{path}: not a dataset card ({error}); prepare the dataset again") from error
         if card.fingerprint != fingerprint(card.splits):
             raise DataError(f"{path}: its fingerprint does not match its own hashes: the card was edited or damaged")
         return card
+
+
+def _split_card(raw: dict[str, Any]) -> SplitCard:
+    return SplitCard(**raw | {"parts": [_split_card(part) for part in raw.get("parts", [])]})
 
 
 def _check_types(*parts: Any) -> None:
@@ -105,11 +129,11 @@ def _check_types(*parts: Any) -> None:
 
 
 def fingerprint(splits: dict[str, SplitCard]) -> str:
-    """Return the dataset's identity: xxh3-128 over each split's name, `.idx` hash, `.bin` size and block hashes."""
+    """Return the dataset's identity: xxh3-128 over each pair's name, `.idx` hash, `.bin` size and block hashes."""
     state = xxhash.xxh3_128()
     for name in sorted(splits):
-        split = splits[name]
-        state.update(f"{name} {split.idx_hash} {split.bin_size} {' '.join(split.block_hashes)}\n".encode())
+        for pair_name, part in splits[name].pairs(name):
+            state.update(f"{pair_name} {part.idx_hash} {part.bin_size} {' '.join(part.block_hashes)}\n".encode())
     return state.hexdigest()
 
 
@@ -143,6 +167,21 @@ def card_of_files(prefix: Path) -> SplitCard:
     )
 
 
+def card_of_parts(parts: list[SplitCard]) -> SplitCard:
+    """Return the card of a split that consists of several pairs."""
+    return SplitCard(
+        documents=sum(part.documents for part in parts),
+        bytes=None,
+        tokens=sum(part.tokens for part in parts),
+        dtype=np.result_type(*(part.dtype for part in parts)).name,
+        bin_size=sum(part.bin_size for part in parts),
+        idx_size=sum(part.idx_size for part in parts),
+        idx_hash="",
+        block_hashes=[],
+        parts=parts,
+    )
+
+
 def check_dataset(folder: Path) -> Card:
     """Check that a prepared dataset exists and that its files have the right sizes; return its card.
 
@@ -163,7 +202,7 @@ def check_dataset(folder: Path) -> Card:
             )
         raise ConfigError(f"data.name: {folder} is not a prepared dataset (it has no {CARD})")
     card = Card.load(folder)
-    for name, split in card.splits.items():
+    for name, split in card.pairs():
         prefix = folder / name
         header = read_header(prefix)
         for path, size in zip(pair(prefix), (split.bin_size, split.idx_size), strict=True):

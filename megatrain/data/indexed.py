@@ -144,6 +144,8 @@ def read_header(prefix: Path) -> IndexHeader:
     """
     bin_path, idx_path = pair(prefix)
     for path in (bin_path, idx_path):
+        if path.is_symlink() and not path.exists():
+            raise DataError(_moved(path))
         if not path.is_file():
             raise DataError(f"{path}: no such file; a dataset needs both its .bin and its .idx")
     size = idx_path.stat().st_size
@@ -174,6 +176,17 @@ def read_header(prefix: Path) -> IndexHeader:
             f"{bin_path}: {have} bytes, shorter than the {end} bytes its .idx says; copy or prepare it again"
         )
     return IndexHeader(dtype, sequences, max(documents - 1, 0), end // dtype.itemsize)
+
+
+def _moved(link: Path) -> str:
+    """Return the message for a link of an adopted dataset whose file is gone."""
+    folder = link.parent
+    return (
+        f"{link}: links to {os.readlink(link)}, which is not there: moved, or its disk is not mounted; put it back, or "
+        f"adopt it at its new place: megatrain prepare data=megatron data.dir={folder.parent} data.name={folder.name} "
+        "'data.paths=[<new prefix>]' data.overwrite=true, with the tokenizer.* keys of the first time (unchanged files "
+        "have the same fingerprint, so runs continue)"
+    )
 
 
 def hash_file(path: Path) -> str:

@@ -25,6 +25,9 @@ _MAX_ATTEMPTS = 10
 _SETTLE_S = 1.0
 """Seconds from noticing a change to hashing. File times are set when a write begins, and accurate to about this."""
 
+_MAX_OPEN = 64
+"""Pairs of one split that are open at once; a process may often open no more than 1,024 files."""
+
 _PIECE_BYTES = 4 * 2**20
 _STRIDE = 2**18  # document lengths read at once
 
@@ -64,7 +67,7 @@ class IndexedDataset:
             raise DataError(f"{folder}: has no {split} split; prepare it with data.heldout_fraction above 0")
         if not card.splits[split].tokens:
             raise DataError(f"{folder}: its {split} split is empty; prepare it from data that contains tokens")
-        return IndexedDataset(folder, split, card, verify)
+        return (ChainedDataset if card.splits[split].parts else IndexedDataset)(folder, split, card, verify)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return token ids `[start, start + count)` as a new int64 array.
@@ -117,6 +120,17 @@ class IndexedDataset:
     def place(self, token: int) -> str:
         """Return the token's offset in the `.bin`."""
         return f"byte {token * self._dtype.itemsize}"
+
+    def pause(self) -> None:
+        """Close the file until `resume`."""
+        self._file.raw.close()
+
+    def resume(self) -> None:
+        """Open the file again. Blocks that were verified stay so unless it changed."""
+        file = self._open()
+        if file.stamp == self._file.stamp:
+            file.unverified = self._file.unverified
+        self._file = file
 
     def _open(self) -> _OpenFile:
         """Open the `.bin`, with no block verified yet. A file opened earlier closes once its last reader is done."""
@@ -183,6 +197,68 @@ class _OpenFile:
         self.raw.close()
 
 
+class ChainedDataset(IndexedDataset):
+    """A split of several pairs, read one after another as one long sequence; at most `_MAX_OPEN` of them are open."""
+
+    def __init__(self, folder: Path, split: str, card: Card, verify: bool) -> None:
+        self.folder, self.split, self.card = folder, split, card
+        self.split_card = card.splits[split]
+        self.fingerprint = card.fingerprint
+        self.num_tokens = self.split_card.tokens
+        self._pairs = self.split_card.pairs(split)
+        self._ends = np.cumsum([part.tokens for _, part in self._pairs])
+        self._verifies = verify
+        self._parts: dict[int, IndexedDataset] = {}
+        self._in_use: list[int] = []  # those that are open, the latest last
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return token ids `[start, start + count)` as a new int64 array, across the ends of pairs."""
+        assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            at, offset = self._locate(start)
+            taken = min(count, int(self._ends[at]) - start)
+            pieces.append(self._part(at).read(offset, taken))
+            start, count = start + taken, count - taken
+        return np.concatenate(pieces)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield the token ids (int64) of each document of each pair."""
+        for at in range(len(self._pairs)):
+            yield from self._part(at).documents()
+
+    @property
+    def name(self) -> str:
+        """Return the dataset's folder and the split."""
+        return f"{self.folder} ({self.split})"
+
+    def place(self, token: int) -> str:
+        """Return the token's offset in its `.bin`."""
+        at, offset = self._locate(token)
+        return f"{self._part(at).place(offset)} of {self._part(at).name}"
+
+    def _locate(self, token: int) -> tuple[int, int]:
+        """Return the pair that holds a token, and the token's index in it."""
+        at = int(np.searchsorted(self._ends, token, side="right"))
+        return at, token - int(self._ends[at]) + self._pairs[at][1].tokens
+
+    def _part(self, at: int) -> IndexedDataset:
+        """Return a pair with its file open."""
+        if at not in self._in_use:
+            if at in self._parts:
+                self._parts[at].resume()
+            else:
+                name, part = self._pairs[at]
+                alone = Card(self.card.name, self.fingerprint, {name: part}, None)
+                self._parts[at] = IndexedDataset(self.folder, name, alone, self._verifies)
+            if len(self._in_use) >= _MAX_OPEN:
+                self._parts[self._in_use.pop(0)].pause()
+        else:
+            self._in_use.remove(at)
+        self._in_use.append(at)
+        return self._parts[at]
+
+
 def verify_dataset(folder: Path) -> None:
     """Verify every checksum of a prepared dataset, and its tokenizer.
 
@@ -191,7 +267,7 @@ def verify_dataset(folder: Path) -> None:
     from megatrain.data.tokenizer_loading import load_tokenizer
 
     card = check_dataset(folder)
-    for name, split in card.splits.items():
+    for name, split in card.pairs():
         bin_path, idx_path = pair(folder / name)
         if hash_file(idx_path) != split.idx_hash:
             raise DataError(f"{idx_path}: its hash does not match the card's: the file was changed")

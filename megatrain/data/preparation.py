@@ -52,7 +52,7 @@ def prepare(config: PrepareConfig) -> Path:
     target = Path(config.data.dir) / config.data.name
     given = _given_tokenizer(config)
     opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
-    identity = opened.identity if isinstance(opened, Source) else {s: str(prefix) for s, prefix in opened.items()}
+    identity = opened.identity if isinstance(opened, Source) else _names(opened)
     settings = _settings(config)
     if _already_prepared(target, settings | {"source": identity}, given, config.data.overwrite):
         print(
@@ -72,6 +72,11 @@ def prepare(config: PrepareConfig) -> Path:
         staging.publish()
     print(_summary(target, card), file=sys.stderr)
     return target
+
+
+def _names(prefixes: dict[str, list[Path]]) -> dict[str, Any]:
+    """Return each split's prefix as text, or a list of several."""
+    return {split: str(found[0]) if len(found) == 1 else list(map(str, found)) for split, found in prefixes.items()}
 
 
 def _prepare_text(source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path) -> Card:

@@ -51,7 +51,7 @@ def open_data(config: TrainConfig) -> RunData:
     config = _with_vocabulary(config, train.card, folder)
     if train.num_tokens <= config.train.seq_len:
         raise DataError(
-            f"{folder}/train.bin holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
+            f"{train.name} holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
             f"needs {config.train.seq_len + 1}; use a smaller train.seq_len or more data"
         )
     heldout = None

@@ -193,9 +193,7 @@ def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
             f"(data=<file>) or prepare it with tokenizer.path={loaded.tokenizer_dir}"
         )
     if dataset.num_tokens < 2:
-        raise DataError(
-            f"{dataset.bin_path}: {dataset.num_tokens} tokens are too few to predict any; give a larger split"
-        )
+        raise DataError(f"{dataset.name}: {dataset.num_tokens} tokens are too few to predict any; give a larger split")
     end = dataset.card.tokenizer.end_of_document if dataset.card.tokenizer else None
     return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes, dataset.num_tokens, end)
 

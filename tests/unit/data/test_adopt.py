@@ -1,0 +1,152 @@
+"""Adopted Megatron data: many pairs are one dataset with one order, and a pair that was moved is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data import indexed_dataset
+from megatrain.data.card import Card, check_dataset
+from megatrain.data.indexed import IndexedWriter
+from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
+from megatrain.data.loader import heldout_batches
+from megatrain.data.order import SampleOrder
+from megatrain.data.preparation import prepare
+from megatrain.errors import ConfigError, DataError
+
+SIZES = [300, 1, 0, 450, 7, 242]  # tokens of each pair
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Write ids 0 to 999 in six pairs of two dtypes, each in documents of at most 50 ids; return their folder."""
+    folder, start = tmp_path / "shards", 0
+    folder.mkdir()
+    for at, size in enumerate(SIZES):
+        writer = IndexedWriter(folder / f"s.{at}_document", np.dtype(np.int32 if at % 2 else np.uint16))
+        lengths = [50] * (size // 50) + [size % 50]
+        writer.add(np.arange(start, start + size, dtype=writer.dtype), np.array(lengths, np.int32))
+        writer.finish()
+        start += size
+    return folder
+
+
+def adopt(tmp_path, paths, name="d", **also):
+    data = DataConfig(
+        name=name, dir=str(tmp_path / "out"), kind="megatron", paths=[str(path) for path in paths], **also
+    )
+    return prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig()))
+
+
+def prefixes(shards):
+    return [shards / f"s.{at}_document" for at in range(len(SIZES))]
+
+
+def listed(shards, lines, name="list.txt"):
+    (shards / name).write_text("\n".join(map(str, lines)))
+    return [shards / name]
+
+
+WAYS = {
+    "list": prefixes,
+    "glob": lambda shards: [shards / "s.?_document"],
+    "glob of files": lambda shards: [shards / "*.bin"],
+    "folder": lambda shards: [shards],
+    "file": lambda shards: listed(shards, ["# ours", *prefixes(shards), ""]),
+    "file of names": lambda shards: listed(shards, [f"{path.name}.idx" for path in prefixes(shards)]),
+    "file with a glob": lambda shards: listed(shards, ["s.[0-2]_document", "s.[3-5]_document"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_many_pairs_are_one_dataset_whichever_way_they_are_named(tmp_path, shards, way):
+    folder = adopt(tmp_path, WAYS[way](shards))
+    card = Card.load(folder)
+    assert list(card.splits) == ["train"] and card.splits["train"].tokens == sum(SIZES) == 1000
+    assert card.fingerprint == Card.load(adopt(tmp_path, prefixes(shards), name="again")).fingerprint
+    dataset = IndexedDataset.open(folder, "train")
+    assert np.array_equal(dataset.read(0, 1000), np.arange(1000)) and dataset.num_tokens == 1000
+    verify_dataset(folder)
+    assert adopt(tmp_path, WAYS[way](shards)) == folder, "preparing again finds it"
+
+
+@pytest.mark.parametrize("most_open", [1, 2, 64])
+def test_windows_across_pairs_hold_the_ids_of_the_whole(tmp_path, shards, monkeypatch, most_open):
+    monkeypatch.setattr(indexed_dataset, "_MAX_OPEN", most_open)
+    folder = adopt(tmp_path, prefixes(shards))
+    dataset = IndexedDataset.open(folder, "train")
+    order = SampleOrder(dataset.fingerprint, "train", 64, dataset.num_tokens, seed=1)
+    for window in order.windows(np.arange(30)):
+        assert np.array_equal(dataset.read(int(window) * 64, 65), np.arange(int(window) * 64, int(window) * 64 + 65))
+    assert np.array_equal(np.concatenate(list(dataset.documents())), np.arange(1000))
+    batches = list(heldout_batches(dataset, seq_len=64, micro_batch_size=4, dp_rank=0, dp_size=1))
+    assert int(sum((batch.labels >= 0).sum() for batch in batches)) == 999
+    assert dataset.place(301).startswith("byte 0 of ") and "train_00003.bin" in dataset.place(301)
+    assert dataset.place(300).endswith("train_00001.bin") and dataset.read(1000, 0).size == 0
+
+
+def test_the_order_of_the_pairs_is_part_of_the_datasets_identity(tmp_path, shards):
+    forward, backward = prefixes(shards), prefixes(shards)[::-1]
+    first, second = (adopt(tmp_path, paths, name) for name, paths in (("f", forward), ("b", backward)))
+    assert Card.load(first).fingerprint != Card.load(second).fingerprint
+    assert IndexedDataset.open(second, "train").read(0, 1)[0] == 758
+    with pytest.raises(ConfigError, match=r"data.name: .* was prepared with other settings: .*source.train"):
+        adopt(tmp_path, backward, "f")
+
+
+def test_one_or_two_paths_mean_what_they_always_meant(tmp_path, shards):
+    """The second is the held-out split; either may be a glob. The files of a single pair are named as before."""
+    folder = adopt(tmp_path, [shards / "s.0_document", shards / "s.[35]_document"])
+    card = Card.load(folder)
+    assert card.splits["train"].tokens == 300 and card.splits["heldout"].tokens == 692
+    assert (folder / "train.bin").is_symlink() and (folder / "heldout_00001.bin").is_symlink()
+    assert np.array_equal(IndexedDataset.open(folder, "heldout").read(440, 20), [*range(741, 751), *range(758, 768)])
+    raw = json.loads((folder / "card.json").read_text())
+    assert "parts" not in raw["splits"]["train"] and raw["source"]["train"] == str(shards / "s.0_document")
+    single = Card.load(adopt(tmp_path, [shards / "s.0_document"], "one"))
+    assert single.fingerprint == "fdca57cd36be6f85ddaaa97dce3fa60c"
+
+
+def test_damage_in_any_pair_is_found(tmp_path, shards):
+    folder = adopt(tmp_path, prefixes(shards))
+    with open(shards / "s.3_document.bin", "r+b") as file:
+        file.write(b"\xff")
+    dataset = IndexedDataset.open(folder, "train")
+    assert np.array_equal(dataset.read(0, 300), np.arange(300))
+    for read in (lambda: dataset.read(299, 9), lambda: verify_dataset(folder)):
+        with pytest.raises(DataError, match=r"train_00003.bin"):
+            read()
+    with open(shards / "s.5_document.bin", "ab") as file:
+        file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(DataError, match=r"train_00005.bin: .* the card says"):
+        check_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["0.5 s.0_document"], r"list.txt: '0.5 s.0_document' gives a weight"),
+        (["# nothing"], r"list.txt names no prefix"),
+        (["s.0_document", "s.0_document"], r"s.0_document is named more than once"),
+        (["s.9_document"], r"there is no .*shards/s.9_document.bin and .idx"),
+    ],
+)
+def test_a_list_that_cannot_be_followed_is_refused(tmp_path, shards, lines, message):
+    with pytest.raises(ConfigError, match=rf"data.paths: .*{message}"):
+        adopt(tmp_path, listed(shards, lines))
+    (tmp_path / "empty").mkdir()
+    for paths, error in (([tmp_path / "empty"], "the folder .* has no .idx"), ([], "such as .corpus_text_document")):
+        with pytest.raises(ConfigError, match=error):
+            adopt(tmp_path, paths)
+
+
+def test_a_pair_that_was_moved_is_named_with_its_old_place_and_the_remedy(tmp_path, shards):
+    folder = adopt(tmp_path, [shards / "s.0_document"])
+    fingerprint = Card.load(folder).fingerprint
+    shards.rename(tmp_path / "moved")
+    for check in (check_dataset, verify_dataset, lambda place: IndexedDataset.open(place, "train")):
+        with pytest.raises(DataError, match=r"train.bin: links to .*shards/s.0_document.bin, which is not there.*over"):
+            check(folder)
+    adopt(tmp_path, [tmp_path / "moved" / "s.0_document"], overwrite=True)
+    assert check_dataset(folder).fingerprint == fingerprint
