@@ -17,7 +17,7 @@ class DataConfig:
     paths: list[str] = key(
         [],
         "files, folders or globs to read: .txt, .md, .jsonl, .ndjson, .json, each also .gz or .zst, and .parquet; for "
-        "data=megatron, path prefixes",
+        "data=megatron, path prefixes, or globs, folders or text files of them",
     )
     text_column: str = key(
         "text", "column or field with the text; content.text is the field text of the object content"

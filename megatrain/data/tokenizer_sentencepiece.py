@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,10 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise DataError(f"{origin}: not a SentencePiece model ({error})") from error
+            raise DataError(
+                f"{origin}: not a SentencePiece model{_reason(error)}; give a .model file, or tokenizer=hf with a "
+                "tokenizer.json"
+            ) from error
         self.vocab_size = self._processor.vocab_size()
         self.end_of_document = self._processor.eos_id()
         self.beginning_of_document = _id_or_none(self._processor.bos_id())
@@ -139,8 +143,29 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, bos: bool = False
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        raise DataError(f"tokenizer.vocab_size={vocab_size}: the tokenizer could not be trained ({error})") from error
+        raise _training_error(str(error), vocab_size) from error
     return SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
+
+
+def _training_error(error: str, vocab_size: int) -> DataError:
+    """Return what the library's error means for the user."""
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return DataError(
+            f"tokenizer.vocab_size={vocab_size}: too small for the characters of this text, which need "
+            f"{needed[1]} pieces with the bytes; give tokenizer.vocab_size={needed[1]} or more"
+        )
+    if "sentences_.empty()" in error:
+        return DataError(
+            "the text to train a tokenizer on has nothing but line ends; give more text, or a trained tokenizer "
+            "(tokenizer.path)"
+        )
+    return DataError(f"tokenizer.vocab_size={vocab_size}: the tokenizer could not be trained{_reason(error)}")
+
+
+def _reason(error: object) -> str:
+    """Return the library's message in parentheses, without its source file and condition; empty if nothing is left."""
+    text = re.sub(r"^\w+: \S+\(\d+\) \[.*\]\s*", "", str(error)).strip()
+    return f" ({text})" if text else ""
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:

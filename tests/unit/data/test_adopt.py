@@ -33,9 +33,8 @@ def shards(tmp_path):
 
 
 def adopt(tmp_path, paths, name="d", **also):
-    data = DataConfig(
-        name=name, dir=str(tmp_path / "out"), kind="megatron", paths=[str(path) for path in paths], **also
-    )
+    named = [str(path) for path in paths]
+    data = DataConfig(name=name, dir=str(tmp_path / "out"), kind="megatron", paths=named, **also)
     return prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig()))
 
 

@@ -243,6 +243,35 @@ def test_a_missing_or_invalid_tokenizer_is_named(tmp_path, kind, path, error, me
         find_tokenizer(kind, path.format(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "".join(map(chr, range(0x4E00, 0x4E00 + 3000))),
+            r"vocab_size=400: too small .* give tokenizer.vocab_size=3259",
+        ),
+        ("\n\n", r"the text to train a tokenizer on has nothing but line ends; give more text, or a trained tokenizer"),
+        ("▁▁\n", r"nothing but line ends"),
+    ],
+)
+def test_text_that_no_tokenizer_can_be_trained_on_is_explained(text, message):
+    with pytest.raises(DataError, match=message) as error:
+        train_sentencepiece(iter([text]), 400)
+    assert ".cc(" not in str(error.value)
+    if "vocab_size" in message:
+        assert train_sentencepiece(iter([text]), 3259).vocab_size == 3259
+
+
+def test_a_model_that_is_none_is_refused_without_the_librarys_source_lines(tmp_path):
+    for name, content in (("tokenizer.json", b"{}"), ("cut.model", b"\x0a\x0e\x0a\x05<unk")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"not a SentencePiece model.*; give a .model file, or tokenizer=hf"
+        ) as error:
+            find_tokenizer("sentencepiece", str(tmp_path / name))
+        assert ".cc(" not in str(error.value)
+
+
 def test_segments_are_bounded_end_at_newlines_and_join_to_the_text():
     rng = random.Random(2)
     text = "".join(rng.choice(["a", "b\n", "\n", "é"]) for _ in range(3000))
