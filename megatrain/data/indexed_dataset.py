@@ -78,6 +78,8 @@ class IndexedDataset:
         itemsize = self._dtype.itemsize
         first, stop = start * itemsize, (start + count) * itemsize
         for _ in range(_MAX_ATTEMPTS):
+            if self._file.raw.closed:
+                self._resume()
             file = self._file  # another thread may reopen the file meanwhile
             for block in range(first // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if file.unverified else ():
                 if block in file.unverified:
@@ -122,11 +124,11 @@ class IndexedDataset:
         return f"byte {token * self._dtype.itemsize}"
 
     def pause(self) -> None:
-        """Close the file until `resume`."""
+        """Close the file until the next read."""
         self._file.raw.close()
 
-    def resume(self) -> None:
-        """Open the file again. Blocks that were verified stay so unless it changed."""
+    def _resume(self) -> None:
+        """Open a closed file again. Blocks that were verified stay so unless it changed."""
         file = self._open()
         if file.stamp == self._file.stamp:
             file.unverified = self._file.unverified
@@ -243,11 +245,9 @@ class ChainedDataset(IndexedDataset):
         return at, token - int(self._ends[at]) + self._pairs[at][1].tokens
 
     def _part(self, at: int) -> IndexedDataset:
-        """Return a pair with its file open."""
+        """Return a pair, and close the one that was used longest ago if too many are open."""
         if at not in self._in_use:
-            if at in self._parts:
-                self._parts[at].resume()
-            else:
+            if at not in self._parts:
                 name, part = self._pairs[at]
                 alone = Card(self.card.name, self.fingerprint, {name: part}, None)
                 self._parts[at] = IndexedDataset(self.folder, name, alone, self._verifies)
