@@ -286,10 +286,11 @@ HARMLESS_FIELDS = frozenset({
     "unsloth_fixed", "unsloth_version", "use_cache", "torchscript", "pretraining_tp", "gradient_checkpointing",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
     "use_flash_attn", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
-    "prefix",
+    "prefix", "max_sequence_length", "tokenizer_model_max_length",
     # other tasks, and what a forward pass returns
     "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "return_dict",
-    "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "summary_type",
+    "output_attentions", "output_hidden_states", "output_scores", "output_past", "_num_labels",
+    "return_dict_in_generate", "summary_type",
     "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     # computes the same in pieces
     "chunk_size_feed_forward",
@@ -511,7 +512,8 @@ def _rope_keys(rope: dict[str, Any], longest: int, family: str) -> dict[str, Any
     for key in used:
         field = ROPE_FIELDS[key]
         if field in rope:
-            keys[key] = rope.pop(field)
+            value = rope.pop(field)
+            keys[key] = {"rope_truncate": bool, "rope_original_seq_len": int}.get(key, float)(value)
         elif field in ("factor", "low_freq_factor", "high_freq_factor"):
             raise ConfigError(f"rope_parameters.{field} is missing; rope_type={kind} needs it")
     if rope:

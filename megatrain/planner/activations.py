@@ -3,8 +3,8 @@
 Counts what autograd keeps, tensor by tensor, on one rank and for one micro-batch (after Korthikanti et al., 2022,
 arXiv:2205.05198, section 4). Unlike theirs, this model has fused attention, so nothing grows with the square of the
 sequence length; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less with RMSNorm
-and SwiGLU, so for those the result is an upper bound. Dropout inside attention and document masks are not counted,
-because their memory depends on the kernel. Imports no torch.
+and SwiGLU, so for those the result is an upper bound. Dropout inside attention and the masks of documents and windows
+are not counted, because their memory depends on the kernel. Imports no torch.
 
 `w` is the number of bytes of the compute format.
 """
