@@ -47,7 +47,8 @@ class Terminal:
 
     At first, writes go straight to the streams. Errors of standard error are ignored. The first error of standard
     output is raised and kept in `lost`, because the output may be all that the command is for; later output is dropped.
-    After `keep_going`, errors of standard output are ignored too.
+    After `keep_going`, errors of standard output are ignored too. A fork of a process that prints in the background
+    prints to the log alone.
     """
 
     def __init__(self, out: int = _OUT, err: int = _ERR) -> None:
@@ -59,7 +60,6 @@ class Terminal:
         self._log: int | None = None
         self._queue: queue.SimpleQueue[_Item | None] | None = None
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
         self._dropped = 0
         self._stuck = False
         self._has_status = False
@@ -99,8 +99,8 @@ class Terminal:
         self._raises = False
         for stream in (self.stdout, self.stderr):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        if background and (self._queue is None or self._pid != os.getpid()):
-            self._pid, self._queue = os.getpid(), queue.SimpleQueue()
+        if background and self._queue is None:
+            self._queue = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._run, name="terminal", daemon=True)
             self._thread.start()
 
@@ -150,7 +150,7 @@ class Terminal:
         for stream in (self.stdout, self.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        if self._queue is None or self._thread is None or self._pid != os.getpid():
+        if self._queue is None or self._thread is None:
             return
         self.end_status()
         self._note_dropped()
@@ -180,8 +180,6 @@ class Terminal:
         if self._queue is None:
             if not self._stuck:
                 self._write_now(number, data)
-        elif self._pid != os.getpid():
-            return  # a fork: the thread lives in its parent
         elif self._queue.qsize() >= MAX_WAITING:
             self._dropped += data.count(b"\n")
         else:
