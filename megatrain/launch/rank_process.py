@@ -104,12 +104,17 @@ def fork_server_environ(environ: dict[str, str]) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cpu", **kept}
 
 
+def log_name(rank: int) -> str:
+    """Return the name of a rank's log file."""
+    return f"rank_{rank:05d}.log"
+
+
 def log_of(log_dir: Path, rank: int) -> Path | None:
-    """Return the log file of a rank, or None for rank 0, which shares the terminal."""
+    """Return the file that a rank's output goes to, or None for rank 0: it prints on the terminal and to its log."""
     if rank == 0:
         return None
     log_dir.mkdir(parents=True, exist_ok=True)
-    return log_dir / f"rank_{rank:05d}.log"
+    return log_dir / log_name(rank)
 
 
 def start_rank(command: Sequence[str], environ: dict[str, str], log_dir: Path, heartbeats: int) -> RankProcess:
@@ -156,7 +161,7 @@ def describe_end(rank: int, code: int, log: Path | None) -> str:
     else:
         how = f"ended with exit code {code}"
     if log is None:
-        return f"rank {rank} {how}; its output is above"
+        return f"rank {rank} {how}; its output is above, and in its log"
     lines = tail(log)
     return f"rank {rank} {how}; the end of its log {log}:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatrain.checkpoint.naming import checkpoint_step
 from megatrain.checkpoint.rescue import RESCUED, Copies, assemble
 from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT, EXIT_NO_PROGRESS, OwnedError
-from megatrain.launch.rank_process import log_of
+from megatrain.launch.rank_process import log_name
 from megatrain.resilience.failure import (
     HANG,
     SAME_FAILURES,
@@ -139,8 +139,7 @@ def _as_event(failure: Failure) -> dict[str, Any]:
 
 
 def _log_hint(log_dir: Path, failure: Failure) -> str:
-    log = log_of(log_dir, failure.rank)
-    return f"Its log is {log}" if log else "Its output is above"
+    return f"Its log is {log_dir / log_name(failure.rank)}"
 
 
 def report_hang(witnesses: Sequence[Witness], hosts: Sequence[str], run_dir: Path) -> Failure:
