@@ -148,9 +148,10 @@ def run(arguments: Arguments) -> int:
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.config.compose import compose
     from megatrain.verbs.path_checks import check_paths
+    from megatrain.verbs.start_checks import with_checkpoint_model
     from megatrain.verbs.value_checks import check_values
 
-    config = compose(verb, arguments.overrides)
+    config = compose(verb, with_checkpoint_model(verb, arguments.overrides) if verb == "train" else arguments.overrides)
     check_values(config)
     if "--cfg" in arguments.flags:
         print(to_yaml(config), end="")

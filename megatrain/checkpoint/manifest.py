@@ -94,11 +94,21 @@ class EngineCounters:
 
 
 @dataclass(frozen=True)
+class Override:
+    """A key that a resume changed on purpose (`checkpoint.override`), after `step`."""
+
+    step: int
+    key: str
+    before: Any
+    now: Any
+
+
+@dataclass(frozen=True)
 class Identity:
     """The run that wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
     `origin` is the checkpoint that the run was started from by path. Imported weights belong to no run: they have no
-    dataset, and `imported_from` is the folder that they came from.
+    dataset, and `imported_from` is the folder that they came from. `overrides` are in the order they were made.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +117,7 @@ class Identity:
     engine: str | None = None
     origin: str | None = None
     imported_from: str | None = None
+    overrides: list[Override] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,8 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
+        if not self.identity.overrides:
+            del identity["overrides"]
         optimizer = self.counters.optimizer
         document: dict[str, Any] = {
             "format": FORMAT_VERSION,

@@ -1,14 +1,18 @@
-"""The single list of config keys that a resumed run may change, and the check of a resume against it."""
+"""What a resumed run may change freely, what only on purpose (`checkpoint.override`), and the check of a resume."""
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.manifest import Identity
-from megatrain.config import TrainConfig
+from megatrain.checkpoint.manifest import Manifest, Override, Progress
+from megatrain.config import ModelConfig, TrainConfig
 from megatrain.config.flatten import flatten
+from megatrain.data.order import merge_ranges
 from megatrain.errors import CheckpointError, DataError
 
 MAY_CHANGE = (
@@ -28,6 +32,8 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.eval_steps",
     "train.early_stop_*",
+    "model.name",  # a label
+    "data.name",
     "data.dir",
     "data.workers",
     "data.overwrite",
@@ -52,50 +58,194 @@ MAY_CHANGE = (
 """Keys (`*` matches any ending) that a resume may change. The layout may change, because it does not affect the result.
 Keys that define the model, the data order, the update or the schedule may not change."""
 
+OVERRIDES = (
+    "optim.lr",
+    "optim.min_lr_ratio",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.decay_fraction",
+    "optim.betas",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.grad_clip",
+    "train.global_batch_size",
+    "train.batch_ramp_start",
+    "train.batch_ramp_increment",
+    "train.batch_ramp_steps",
+    "train.skip_ranges",
+    "train.mask_documents",
+    "model.dropout",
+)
+"""Keys that a resume changes only if `checkpoint.override` names them. Weights, moments and position are kept."""
+
+UNTOLD = ("checkpoint.override", "checkpoint.resume", "checkpoint.init_from")
+"""Keys that say how to start: their change is not worth a line on the terminal."""
+
+Ranges = Iterable[Sequence[int]]
+
+_MODEL_KEYS = {f.name for f in fields(ModelConfig)}
+
+CORRECTION = 0.01
+"""Largest relative change of Adam's bias correction that new betas may cause at the step where they begin."""
+
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values differ between two resolved configs, as `{key: (old, new)}`."""
+    """Return the keys whose values differ between two resolved configs, as `{key: (old, new)}`.
+
+    Two spellings of one model are equal: a size of null, and the number that it stands for.
+    """
     before, after = flatten(old), flatten(new)
+    sizes_before, sizes_after = model_sizes(old), model_sizes(new)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
+        and (key not in sizes_before or key not in sizes_after or sizes_before[key] != sizes_after[key])
+    }
+
+
+def model_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config's model that may be null, with what null stands for."""
+    if "model" not in config:
+        return {}
+    model = ModelConfig(**{key: value for key, value in config["model"].items() if key in _MODEL_KEYS})
+    return {
+        "model.num_kv_heads": model.kv_heads,
+        "model.head_size": model.head_dim,
+        "model.ffn_size": model.ffn_dim,
+        "model.attention_bias": model.attention_bias or ("all" if model.bias else "none"),
     }
 
 
 def may_change(key: str) -> bool:
-    """Whether a resume may change a key."""
+    """Whether a resume may change a key without `checkpoint.override`."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
 def check_resume(
-    saved: Identity, config: dict[str, Any], dataset_fingerprint: str, origin: str
+    saved: Manifest, config: dict[str, Any], dataset_fingerprint: str, origin: str
 ) -> dict[str, tuple[Any, Any]]:
-    """Refuse to continue `origin` with another model, data order, optimizer or dataset.
+    """Refuse to continue `origin` with another model, data order, optimizer or dataset, except where overridden.
 
     Return the permitted changes as `{key: (old, new)}`.
 
     Raises:
-        CheckpointError: a key changed that may not (the message gives both values), or `origin` has only weights.
+        CheckpointError: a key changed that may not (the message gives both values), an override cannot be honoured, or
+            `origin` has only weights.
         DataError: the dataset is not the one that the run started with.
     """
-    if saved.dataset_fingerprint is None:
+    identity = saved.identity
+    if identity.dataset_fingerprint is None:
         raise CheckpointError(
             f"{origin} holds only weights, so there is no run to continue; start a new run from them: "
-            f"checkpoint.init_from={origin}"
+            f"checkpoint.init_from={origin} in place of checkpoint.resume"
         )
-    original = flatten(asdict(TrainConfig())) | flatten(saved.config)  # older manifests lack newer keys
-    changed = changed_keys(original, config)
-    if forbidden := [key for key in changed if not may_change(key)]:
-        listed = ", ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in forbidden)
-        raise CheckpointError(
-            f"{origin} cannot continue with changed values: {listed}; restore them, or start a new run from its "
-            f"weights: run.name=<new name> checkpoint.init_from={origin}"
-        )
-    if saved.dataset_fingerprint != dataset_fingerprint:
+    named = config["checkpoint"]["override"]
+    changed = changed_keys(_whole(identity.config), config)
+    forbidden = [key for key in changed if not may_change(key) and not (key in named and key in OVERRIDES)]
+    if forbidden:
+        raise CheckpointError(_refusal(origin, {key: changed[key] for key in forbidden}))
+    if identity.dataset_fingerprint != dataset_fingerprint:
         raise DataError(
-            f"the dataset changed since {origin} was written: its fingerprint was {saved.dataset_fingerprint} and is "
-            f"now {dataset_fingerprint}; restore the dataset, or start a new run: run.name=<new name> "
-            f"checkpoint.init_from={origin}"
+            f"the dataset changed since {origin} was written: its fingerprint was {identity.dataset_fingerprint} and "
+            f"is now {dataset_fingerprint}; restore the dataset, or start a new run: {_new_run(origin)}"
         )
+    _check_begun_from(identity.config, config, origin)
+    if "optim.betas" in changed:
+        _check_betas(saved, *changed["optim.betas"], origin)
+    if "train.skip_ranges" in changed:
+        skip_ranges(saved.progress, *changed["train.skip_ranges"])
     return changed
+
+
+def take_over(saved: Manifest, changed: dict[str, tuple[Any, Any]]) -> tuple[Progress, list[Override]]:
+    """Return the progress to continue from and all overrides of the run, given the permitted changes."""
+    progress = replace(saved.progress)
+    if "train.skip_ranges" in changed:
+        progress.skip_ranges = skip_ranges(saved.progress, *changed["train.skip_ranges"])
+    new = [Override(saved.step, key, *values) for key, values in changed.items() if key in OVERRIDES]
+    return progress, [*saved.identity.overrides, *new]
+
+
+def skip_ranges(progress: Progress, before: Ranges, now: Ranges) -> list[tuple[int, int]]:
+    """Return the ranges that a run skips once its `train.skip_ranges` change from `before` to `now`.
+
+    Ranges that the loss guard added stay. Raises CheckpointError if samples change that the run has passed.
+    """
+    cursor = progress.cursor
+    ahead = [merge_ranges((max(start, cursor), stop) for start, stop in ranges) for ranges in (before, now)]
+    passed = [merge_ranges((start, min(stop, cursor)) for start, stop in ranges) for ranges in (before, now)]
+    if passed[0] != passed[1]:
+        raise CheckpointError(
+            f"train.skip_ranges={now}: the run has passed the samples before {cursor}, so the ranges there must stay "
+            f"as they were ({[list(given) for given in passed[0]]}); change only those from sample {cursor} on"
+        )
+    kept = list(progress.skip_ranges)
+    for start, stop in ahead[0]:
+        kept = [part for low, high in kept for part in ((low, min(high, start)), (max(low, stop), high))]
+    return merge_ranges([*kept, *ahead[1]])
+
+
+def _whole(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved config with the defaults of keys that the version that wrote it did not have."""
+    known = asdict(TrainConfig())
+    return known | {
+        name: {**known[name], **value} if isinstance(value, dict) and isinstance(known.get(name), dict) else value
+        for name, value in config.items()
+    }
+
+
+def _refusal(origin: str, forbidden: dict[str, tuple[Any, Any]]) -> str:
+    """Return the message for keys that changed and may not."""
+    listed = ", ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in forbidden.items())
+    ways = ["restore them"]
+    if chosen := [key for key in forbidden if key in OVERRIDES]:
+        rest = "" if len(chosen) == len(forbidden) else " and restore the others"
+        ways.append(f"change them on purpose, with moments and position kept: {override_of(chosen)}{rest}")
+    ways.append(f"start a new run from its weights: {_new_run(origin)}")
+    return f"{origin} cannot continue with changed values: {listed}; {', or '.join(ways)}"
+
+
+def override_of(keys: Iterable[str]) -> str:
+    """Return the argument that overrides these keys, quoted for a shell."""
+    return f"'checkpoint.override=[{','.join(keys)}]'"
+
+
+def _new_run(origin: str) -> str:
+    return f"run.name=<new name> checkpoint.init_from={origin} (in place of any checkpoint.resume)"
+
+
+def _check_begun_from(saved: dict[str, Any], config: dict[str, Any], origin: str) -> None:
+    """Refuse to continue a run that did not begin from the weights that the command names."""
+    began, asked = saved.get("checkpoint", {}).get("init_from"), config["checkpoint"]["init_from"]
+    if asked is not None and (began is None or Path(began).resolve() != Path(asked).resolve()):
+        raise CheckpointError(
+            f"checkpoint.init_from={asked}: the run has checkpoints already ({origin}) and began from "
+            f"{began or 'no other weights'}; give another run.name to start from {asked}, or leave "
+            f"checkpoint.init_from out to continue the run"
+        )
+
+
+def _check_betas(saved: Manifest, before: list[float], now: list[float], origin: str) -> None:
+    """Refuse new betas while Adam's bias correction, which assumes them from the first step, still matters."""
+    updates = saved.counters.optimizer.step if saved.counters.optimizer else 0
+    first = max(_first_fit(old, new, updates) for old, new in zip(before, now, strict=True))
+    if first > updates:
+        raise CheckpointError(
+            f"optim.betas={now}: after {updates} updates ({origin}) the moments are too young for another decay "
+            f"rate, because Adam's bias correction would scale them wrongly; keep {before} until step {first}"
+        )
+
+
+def _first_fit(old: float, new: float, updates: int) -> int:
+    """Return the first number of updates, from `updates` on, at which both betas have almost the same correction."""
+
+    def fits(count: int) -> bool:
+        return old == new or count == 0 or abs((1 - new**count) / (1 - old**count) - 1) <= CORRECTION
+
+    if fits(updates):
+        return updates
+    last = updates
+    while not fits(last):
+        last *= 2
+    return bisect.bisect_left(range(last), True, lo=updates, key=fits)

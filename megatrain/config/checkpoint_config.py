@@ -19,7 +19,14 @@ class CheckpointConfig:
         "auto resumes from the newest valid checkpoint in the run folder, never starts from scratch, a path "
         "resumes from that checkpoint",
     )
-    init_from: str | None = key(None, "checkpoint to start a new run from; only its weights are used")
+    init_from: str | None = key(
+        None, "checkpoint to start a new run from: its weights, and its model as the default of model.*"
+    )
+    override: list[str] = key(
+        [],
+        "keys that may differ, on purpose, from the checkpoint that the run continues (optim.lr) or starts from "
+        "(model.num_layers, or the word tokenizer)",
+    )
     background: bool = key(
         True, "write during training, from a copy in host memory (12 bytes for each parameter that a rank holds)"
     )

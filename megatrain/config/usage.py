@@ -33,7 +33,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": ("megatrain evaluate runs/small-python_stdlib", "megatrain evaluate runs/mine data=book.txt"),
     "generate": ('megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',),
     "export": ("megatrain export runs/small-python_stdlib out=exported",),
-    "import": ("megatrain import gpt2-folder out=imported", "megatrain train checkpoint.init_from=imported"),
+    "import": (
+        "megatrain import gpt2-folder out=imported",
+        "megatrain prepare data.name=finetune tokenizer=hf tokenizer.path=imported/tokenizer",
+        "megatrain train checkpoint.init_from=imported data.name=finetune",
+    ),
     "inspect": ("megatrain inspect runs/small-python_stdlib", "megatrain inspect data/python_stdlib"),
     "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
 }

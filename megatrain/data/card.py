@@ -8,7 +8,7 @@ The card is written last: a folder without one is not a dataset yet.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import xxhash
 
+from megatrain.config import TrainConfig
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -216,3 +217,23 @@ def check_dataset(folder: Path) -> Card:
                 f"but the card says {split.tokens} {split.dtype}"
             )
     return card
+
+
+def with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConfig:
+    """Return the config with `model.vocab_size` filled in; refuse one smaller than the tokenizer's vocabulary.
+
+    Raises ConfigError.
+    """
+    vocab = card.tokenizer.vocab_size if card.tokenizer else None
+    if config.model.vocab_size is None:
+        if vocab is None:
+            raise ConfigError(
+                f"model.vocab_size is null and {folder} names no tokenizer to take it from; set model.vocab_size"
+            )
+        return replace(config, model=replace(config.model, vocab_size=vocab))
+    if vocab is not None and vocab > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, "
+            f"{vocab}; set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
+        )
+    return config

@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatrain.errors import DataError
 
@@ -97,3 +98,12 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a JSON file of a tokenizer") from error
+
+
+def saved_meta(folder: Path) -> dict[str, Any]:
+    """Return what `save_meta` wrote into `folder`. Raises `DataError` if it lacks the kind or the fingerprint."""
+    try:
+        meta: dict[str, Any] = json.loads(read_text(folder / META))
+        return {**meta, "kind": str(meta["kind"]), "fingerprint": str(meta["fingerprint"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{folder / META}: damaged ({error})") from error

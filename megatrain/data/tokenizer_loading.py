@@ -5,11 +5,9 @@ No pickles, no remote code.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from megatrain.data.tokenizer import META, Tokenizer, read_text
+from megatrain.data.tokenizer import META, Tokenizer, saved_meta
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from megatrain.errors import ConfigError, DataError
@@ -20,11 +18,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if not (folder / META).is_file():
         raise ConfigError(f"{folder}: no saved tokenizer (it has no {META})")
-    try:
-        meta: dict[str, Any] = json.loads(read_text(folder / META))
-        kind, fingerprint = meta["kind"], meta["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{folder / META}: damaged ({error})") from error
+    meta = saved_meta(folder)
+    kind, fingerprint = meta["kind"], meta["fingerprint"]
     tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")

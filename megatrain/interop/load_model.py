@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.find import model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.store import first_valid, load_weights, verify
 from megatrain.config import ModelConfig
-from megatrain.data.card import CARD, Card
+from megatrain.data.card import CARD
 from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -152,47 +153,11 @@ def _newest(run: Path) -> tuple[Path, Manifest]:
     return found
 
 
-def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
-    """Return the model's config from a manifest.
-
-    Raises:
-        CheckpointError: the manifest has no config that this version reads, or its vocabulary size is unknown.
-    """
-    try:
-        config = ModelConfig(**manifest.identity.config["model"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} holds no model config that this version reads ({error})") from error
-    if config.vocab_size is None:
-        raise CheckpointError(f"{folder / MANIFEST}: model.vocab_size is null, so the model's size is unknown")
-    return config
-
-
 def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
     config = model_of(folder, manifest)
-    tokenizer_dir = _tokenizer_folder(folder, manifest)
+    tokenizer_dir = tokenizer_folder(folder, manifest)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     return Loaded(folder, config, load_weights(folder, manifest), manifest, tokenizer, tokenizer_dir)
-
-
-def _tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
-    """Return the folder of the tokenizer: in the checkpoint, its run's folder, or its dataset if that is unchanged."""
-    whole = folder.resolve()
-    places = [whole / "tokenizer"]
-    if checkpoint_step(whole) is not None:
-        places.append((whole.parent.parent if whole.parent.name == "checkpoints" else whole.parent) / "tokenizer")
-    if dataset := own_dataset(manifest):
-        places.append(dataset / "tokenizer")
-    return next((place for place in places if (place / META).is_file()), None)
-
-
-def own_dataset(manifest: Manifest) -> Path | None:
-    """Return the dataset folder that a checkpoint's run was trained on, if it exists and is unchanged."""
-    data = manifest.identity.config.get("data")
-    if not data:
-        return None
-    folder = Path(data["dir"]) / data["name"]
-    same = (folder / CARD).is_file() and Card.load(folder).fingerprint == manifest.identity.dataset_fingerprint
-    return folder if same else None
 
 
 def _load_huggingface(folder: Path) -> Loaded:

@@ -61,7 +61,7 @@ class LossScaler:
             elif self.scale <= self.min_scale:
                 raise DivergedError(
                     f"gradients overflow at the smallest loss scale (precision.min_loss_scale={self.min_scale:g}); "
-                    f"lower optim.lr or train in precision=bf16"
+                    f"continue in precision=bf16, or with a lower optim.lr and 'checkpoint.override=[optim.lr]'"
                 )
             else:
                 self.scale = max(self.scale / 2.0, self.min_scale)

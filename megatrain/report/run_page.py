@@ -288,12 +288,23 @@ def facts(
     for event in starts:
         merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step", "cut_metrics")}
     rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
+    rows.append(("changed on a resume", changes(events)))
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))
     rows.append(("resumes", sum(event["kind"] == "resume" for event in events) or None))
     rows.append(("steps skipped", curves.num_skipped or None))
     rows.append(("checkpoints on disk", ", ".join(checkpoints[-6:])))
     return [[name, str(value)] for name, value in rows if value not in (None, "")]
+
+
+def changes(events: list[dict[str, Any]]) -> str:
+    """Return what resumes changed on purpose (`checkpoint.override`), each once: `key before → now (step)`."""
+    told = [
+        f"{event['key']} {format_value(event['before'])} → {format_value(event['now'])} (step {event['step']})"
+        for event in events
+        if event["kind"] == "change" and event.get("override")
+    ]
+    return "; ".join(dict.fromkeys(told))
 
 
 def status(events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:

@@ -82,7 +82,10 @@ class Console:
     def event(self, event: dict[str, Any]) -> None:
         """Show an event as a note, except `start`, which `start()` has already shown."""
         kind = event["kind"]
-        if kind != "start":
+        if kind == "change":
+            how = " (checkpoint.override)" if event["override"] else ""
+            self.note(f"changed: {event['key']} {_plain(event['before'])} → {_plain(event['now'])}{how}")
+        elif kind != "start":
             detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
             shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
             self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.data.card import Card
+from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
 from megatrain.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def open_data(config: TrainConfig) -> RunData:
     """
     folder = Path(config.data.dir) / config.data.name
     train = IndexedDataset.open(folder, "train", config.data.verify)
-    config = _with_vocabulary(config, train.card, folder)
+    config = with_vocabulary(config, train.card, folder)
     if train.num_tokens <= config.train.seq_len:
         raise DataError(
             f"{train.name} holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
@@ -65,23 +65,6 @@ def open_data(config: TrainConfig) -> RunData:
     data = RunData(config, folder, train.card, train, heldout)
     _check_document_ends(data)
     return data
-
-
-def _with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConfig:
-    """Return the config with `model.vocab_size` filled in; refuse one smaller than the tokenizer's vocabulary."""
-    vocab = card.tokenizer.vocab_size if card.tokenizer else None
-    if config.model.vocab_size is None:
-        if vocab is None:
-            raise ConfigError(
-                f"model.vocab_size is null and {folder} names no tokenizer to take it from; set model.vocab_size"
-            )
-        return replace(config, model=replace(config.model, vocab_size=vocab))
-    if vocab is not None and vocab > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {folder}'s tokenizer, "
-            f"{vocab}; set model.vocab_size={vocab} (or null) or prepare the data with another tokenizer"
-        )
-    return config
 
 
 def _check_document_ends(data: RunData) -> None:

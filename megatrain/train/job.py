@@ -7,19 +7,20 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatrain.checkpoint.manifest import Identity, Progress
+from megatrain.checkpoint.manifest import Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
-from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.resume import OVERRIDES, UNTOLD, check_resume, take_over
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
-from megatrain.config import TrainConfig
+from megatrain.checkpoint.weights import Transfer, check_tokenizer, plan_transfer
+from megatrain.config import OptimConfig, TrainConfig
 from megatrain.data.loader import TrainStream, in_sample_order, step_hash
 from megatrain.data.order import SampleOrder, merge_ranges
 from megatrain.distributed.devices import peak_flops
@@ -29,7 +30,7 @@ from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.optim.schedule import batch_size
+from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.fault_classes import PEER, USER, classify
 from megatrain.resilience.owner import Ownership
@@ -88,6 +89,11 @@ class RankJob:
             skip_ranges=merge_ranges((start, stop) for start, stop in self.config.train.skip_ranges)
         )
         self.has_begun = False
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        """What this start changes of the run that it continues, as `{key: (before, now)}`."""
+        self.overrides: list[Override] = []
+        """Every key that was changed on purpose since the run began."""
+        self.transfer: Transfer | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -117,10 +123,12 @@ class RankJob:
             if self.progress.step >= self.config.train.steps:
                 self._say_nothing_to_do()
                 return "done"
+        elif origin:
+            self._begin_from(origin)
         engine = build_engine(self.config, self.world)
         if origin:
             self.world.heartbeat.enter("load")
-            load_origin(origin, engine, self.world)
+            load_origin(origin, engine, self.world, self.transfer.taken if self.transfer else ())
             if origin.resumes:
                 stores.disk.set_aside(self.progress.step)
         if self.world.is_main:
@@ -151,12 +159,29 @@ class RankJob:
 
     def _resume_from(self, origin: Origin) -> None:
         """Check that the run may continue from a checkpoint, and take over its progress."""
-        saved = origin.manifest.identity
+        saved = origin.manifest
         changed = check_resume(saved, asdict(self.config), self.data.fingerprint, str(origin.folder))
-        self.progress.assign(replace(origin.manifest.progress))
-        for key, (before, now) in changed.items():
-            level = logging.WARNING if key.startswith("precision.") and self.world.is_main else logging.INFO
-            _LOG.log(level, "resume: %s was %s in %s and is now %s", key, before, origin.folder, now)
+        progress, self.overrides = take_over(saved, changed)
+        self.progress.assign(progress)
+        self.changes = {key: values for key, values in changed.items() if key not in UNTOLD}
+        self.changes |= self._changed_rate(saved.identity.config)
+        for key, (before, now) in self.changes.items():
+            _LOG.info("resume: %s was %s in %s and is now %s", key, before, origin.folder, now)
+
+    def _changed_rate(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the learning rate of the next step as it was planned and as it is now, if they differ."""
+        known = {f.name for f in fields(OptimConfig)}
+        optim = OptimConfig(**{name: value for name, value in saved.get("optim", {}).items() if name in known})
+        step, steps = self.progress.step + 1, self.config.train.steps
+        planned = learning_rate(optim, step, saved.get("train", {}).get("steps", steps))
+        now = learning_rate(self.config.optim, step, steps)
+        return {f"learning rate of step {step}": (planned, now)} if planned != now else {}
+
+    def _begin_from(self, origin: Origin) -> None:
+        """Check that the weights of another run's checkpoint belong to this run's model and tokenizer."""
+        override = self.config.checkpoint.override
+        self.transfer = plan_transfer(origin.folder, origin.manifest, self.config.model, override)
+        check_tokenizer(origin.folder, origin.manifest, self.data.card, self.data.folder, override)
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:
@@ -178,6 +203,7 @@ class RankJob:
         rollback = CheckpointRollback(
             *(world, engine, stores.disk, stores.memory, self.journal, stream, self._order),
             *(partial(batch_size, config.train), config.resilience.spike_skip_steps),
+            *(max((override.step for override in self.overrides), default=0),),
         )
         slow_ranks = SlowRankWatch(config, world, layout, self.journal)  # before waits are timed: it asks all ranks
         try:
@@ -264,6 +290,7 @@ class RankJob:
             layout=self.layout.to_dict(),
             engine=self.config.engine.name,
             origin=origin.began_from if origin else None,
+            overrides=self.overrides,
         )
 
     def _trackers(self) -> Trackers:
@@ -291,14 +318,17 @@ class RankJob:
             host=socket.gethostname(),
         )
         self.has_begun = True
-        detail: dict[str, Any] = {"restarts": self.restarts} if self.restarts else {}
+        further: dict[str, Any] = {"restarts": self.restarts} if self.restarts else {}
         if origin and origin.node:
-            detail["copy"] = "in memory"
-        self.journal.start(info, self.progress.step, **detail)
+            further["copy"] = "in memory"
+        self.journal.start(info, self.progress.step, **further)
         if self.preflight:
             self.journal.event("preflight", self.progress.step, **self.preflight)
-        if origin and not resumes:
-            self.journal.event("init_from", 0, checkpoint=str(origin.folder))
+        for key, (before, now) in self.changes.items():
+            detail = {"key": key, "before": before, "now": now, "override": key in OVERRIDES}
+            self.journal.event("change", self.progress.step, **detail)
+        if origin and self.transfer:
+            self.journal.event("init_from", 0, checkpoint=str(origin.folder), **self.transfer.describe())
 
     def _record_failure(self, error: BaseException) -> None:
         """Record the error that ended this rank, unless the agent is to decide whether the run goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.engine.protocol import Engine
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.train.history import refuse_if_lost, refuse_to_overwrite
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,17 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
     named an older one.
 
     Raises:
-        CheckpointError: the requested checkpoint is damaged, or all checkpoints of this run are.
+        CheckpointError: the requested checkpoint is damaged, or all checkpoints of this run are damaged or gone.
         ConfigError: this run already has checkpoints, and `checkpoint.resume` is `never` or another run's path.
     """
     choice = config.checkpoint.resume
     if choice == "auto" or (choice == "never" and restarted):
         if found := store.newest_valid():
             return _continued(*found)
+        if choice == "auto":
+            refuse_if_lost(store.folder.parent)
     elif choice == "never":
-        if list_checkpoints(store.folder):
-            raise ConfigError(
-                f"checkpoint.resume=never, but {store.folder} already holds checkpoints, which a new run would "
-                f"overwrite; choose another run.name, remove the folder, or use checkpoint.resume=auto"
-            )
+        refuse_to_overwrite(store.folder)
     else:
         return _asked_for(Path(choice), store, restarted)
     if config.checkpoint.init_from is None:
@@ -106,11 +106,15 @@ def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
     for folder in (path / "checkpoints", path):
         if found := store.newest_valid(folder):
             return found
+    if (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, not a checkpoint; turn it into one: megatrain import {path} out=imported"
+        )
     raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
 
 
-def load_origin(origin: Origin, engine: Engine, world: World) -> None:
-    """Load a checkpoint into the engine: the whole state if the run resumes, only the weights if it is new."""
+def load_origin(origin: Origin, engine: Engine, world: World, taken: Collection[str] = ()) -> None:
+    """Load a checkpoint into the engine: the whole state if the run resumes, only the weights `taken` if it is new."""
     state = engine.state()
     if origin.resumes:
         if origin.node is not None:
@@ -118,6 +122,7 @@ def load_origin(origin: Origin, engine: Engine, world: World) -> None:
         load_into(origin.folder, origin.manifest, state, origin.node or world)
         engine.restore(origin.manifest.counters)
     else:
-        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        names = {f"model.{name}" for name in taken}
+        weights = {name: tensor for name, tensor in state.items() if name in names}
         load_into(origin.folder, origin.manifest, weights, world)
         engine.restore(None)

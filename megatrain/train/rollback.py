@@ -29,7 +29,10 @@ _LOG = logging.getLogger("megatrain")
 
 @dataclass(frozen=True)
 class CheckpointRollback:
-    """Rollback, which all ranks must call together. `batch_size` returns the number of samples in a step."""
+    """Rollback, which all ranks must call together. `batch_size` returns the number of samples in a step.
+
+    No checkpoint before step `not_before` is used: a resume changed what led to it (`checkpoint.override`).
+    """
 
     world: World
     engine: Engine
@@ -40,6 +43,7 @@ class CheckpointRollback:
     order: SampleOrder
     batch_size: Callable[[int], int]
     skip_steps: int
+    not_before: int = 0
 
     def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
         """Restore engine and stream to a checkpoint before the spike and return its progress.
@@ -82,7 +86,8 @@ class CheckpointRollback:
         """Return the newest valid checkpoint before step `first`, else before the spike, else None."""
         for step in (first, spiked):
             with suppress(CheckpointError):  # all are damaged, which the store has reported
-                if found := self.store.newest_valid(before=step):
+                found = self.store.newest_valid(before=step)
+                if found and found[1].step >= self.not_before:
                     return found
         return None
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatrain.checkpoint.manifest import EarlyStop, Progress, RunRecord
+from megatrain.checkpoint.resume import override_of
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.errors import DivergedError
@@ -162,7 +163,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.resilience.max_skipped:
             raise DivergedError(
                 f"no finite gradient in the last {self.skipped_in_a_row} steps (resilience.max_skipped, up to step "
-                f"{step.step}); lower optim.lr or start again from an earlier checkpoint"
+                f"{step.step}); {self._advice()}"
             )
         return {
             "step": step.step,
@@ -175,6 +176,13 @@ class Trainer:
             "batch_hash": step.batch_hash,
             **{name: float(value) for name, value in result.aux.items()},
         }
+
+    def _advice(self) -> str:
+        """Return what to do about a run that diverged, as arguments that can be pasted."""
+        return (
+            f"continue with a lower learning rate: optim.lr={self.config.optim.lr / 3:.3g} {override_of(['optim.lr'])} "
+            f"(to go back further, add checkpoint.resume=<path of an earlier checkpoint>)"
+        )
 
     def _add_times(self, record: dict[str, Any], step: SubmittedStep, step_time: float, eval_time: float) -> None:
         """Add times to a record. `step_time_s` excludes evaluation and saving; `save_time_s` is the preceding save."""
@@ -254,7 +262,7 @@ class Trainer:
         if len(seen.rollbacks) >= self.config.resilience.max_rollbacks:
             raise DivergedError(
                 f"the loss spiked again after resilience.max_rollbacks={self.config.resilience.max_rollbacks} "
-                f"rollbacks: {report(spike, seen.rollbacks)}; lower optim.lr in a new run, or raise "
+                f"rollbacks: {report(spike, seen.rollbacks)}; {self._advice()}; or raise "
                 f"resilience.spike_zscore if these losses are as expected"
             )
         progress = self.parts.rollback(self.progress, spike)

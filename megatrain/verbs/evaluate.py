@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from megatrain.checkpoint.find import own_dataset
 from megatrain.config import EvaluateConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.dataset import Dataset
@@ -29,7 +30,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.engine.common import evaluate as sum_losses
 from megatrain.errors import ConfigError, DataError
-from megatrain.interop.load_model import Loaded, load, own_dataset
+from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, check_coverage, read_manifest, verify_file
 from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.checkpoint.resume import model_sizes
 from megatrain.config import InspectConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.card import Card
@@ -32,13 +33,6 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 
 HIGHLIGHTS = (
-    "model.name",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.vocab_size",
-    "model.max_seq_len",
     "data.name",
     "train.steps",
     "train.global_batch_size",
@@ -48,7 +42,7 @@ HIGHLIGHTS = (
     "precision.name",
     "seed",
 )
-"""Config keys to print."""
+"""Config keys to print after those of the model."""
 
 
 def inspect(config: InspectConfig) -> None:
@@ -139,6 +133,8 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
         "tokens": f"{progress.tokens:,}",
         "cursor (samples)": f"{progress.cursor:,}",
         "skip ranges": [list(skipped) for skipped in progress.skip_ranges] or "none",
+        "changed on a resume": "; ".join(f"{o.key} {o.before} → {o.now} (step {o.step})" for o in identity.overrides)
+        or None,
         "optimizer steps": optimizer.step if optimizer else "none: weights alone",
         "parameters": f"{parameters:,}",
         "engine": identity.engine or "none",
@@ -186,9 +182,10 @@ def file_rows(folder: Path, found: Inspection) -> list[list[str]]:
 
 
 def highlights(config: dict[str, Any]) -> list[list[str]]:
-    """Return the keys of HIGHLIGHTS that the config has, with their values."""
-    flat = flatten(config)
-    return [[name, str(flat[name])] for name in HIGHLIGHTS if flat.get(name) is not None]
+    """Return every key of the model, sizes of null resolved, and the keys of HIGHLIGHTS that the config has."""
+    flat = flatten(config) | model_sizes(config)
+    model = [name for name in flat if name.startswith("model.")]
+    return [[name, str(flat[name])] for name in (*model, *HIGHLIGHTS) if flat.get(name) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------- runs

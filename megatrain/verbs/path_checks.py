@@ -23,8 +23,11 @@ from megatrain.config import (
     TrainConfig,
 )
 from megatrain.config.suggest import did_you_mean
+from megatrain.data.card import Card, check_dataset
+from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.tracking.sweep_record import is_sweep_folder
+from megatrain.verbs.start_checks import check_origin, prepare_hint
 
 
 def check_paths(config: Any) -> None:
@@ -37,7 +40,9 @@ def check_paths(config: Any) -> None:
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_installed(config)
-        check_dataset_folder(config.data, config.train.mask_documents)
+        card = check_dataset_folder(config.data, config.train.mask_documents, prepare_hint(config))
+        if not is_launched():  # ranks check it themselves, with verified files
+            check_origin(config, card)
     if isinstance(config, PrepareConfig):
         check_tokenizer(config.tokenizer)
     if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
@@ -70,10 +75,11 @@ def check_installed(config: TrainConfig) -> None:
         )
 
 
-def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
-    """Check that the prepared dataset exists with the recorded file sizes, and marks documents if they matter."""
-    from megatrain.data.card import check_dataset
+def check_dataset_folder(config: DataConfig, mask_documents: bool, tokenizer: str = "") -> Card:
+    """Check that the prepared dataset exists with the recorded file sizes, and marks documents if they matter.
 
+    Return its card. `tokenizer` holds the arguments that the advice to prepare it must add.
+    """
     folder = Path(config.dir) / config.name
     if not folder.is_dir():
         prepared = sorted(card.parent.name for card in Path(config.dir).glob("*/card.json"))
@@ -81,7 +87,7 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
         source = config.name if config.kind == "huggingface" else config.kind
         raise ConfigError(
             f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: megatrain prepare "
-            f"data={source} data.name={config.name} data.dir={config.dir}"
+            f"data={source} data.name={config.name} data.dir={config.dir}{tokenizer}"
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     card = check_dataset(folder)
@@ -95,6 +101,7 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool) -> None:
             f"train.mask_documents=true: {folder} has no tokenizer, so its end-of-document token is unknown; prepare "
             f"it with the tokenizer that made it (tokenizer=hf tokenizer.path=...) or set train.mask_documents=false"
         )
+    return card
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:

@@ -63,6 +63,7 @@ class Point:
 
 def compose_points(overrides: Sequence[str]) -> list[Point]:
     """Compose, name and check the points of a sweep. A ConfigError names its point."""
+    from megatrain.verbs.start_checks import with_checkpoint_model
     from megatrain.verbs.value_checks import check_folder_name, check_values
 
     fixed, combinations = expand(overrides)
@@ -72,7 +73,7 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
         given = [*fixed.values(), *(f"{key}={value}" for key, value in values.items())]
         with errors_name_point(number, len(combinations), values):
             named = [name] if name is not None else []
-            points.append(Point(values, given, compose("train", [*given, *named])))
+            points.append(Point(values, given, compose("train", with_checkpoint_model("train", [*given, *named]))))
     sweep = sweep_name(points, given=name is not None)
     check_folder_name("run.name", sweep)
     for number, point in enumerate(points, start=1):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatrain.checkpoint.resume import OVERRIDES, may_change
+from megatrain.checkpoint.weights import MEANING, TOKENIZER
 from megatrain.config import (
     ROPE_SCALING_KEYS,
     DataConfig,
@@ -17,6 +19,8 @@ from megatrain.config import (
     TrainConfig,
     TrainLoopConfig,
 )
+from megatrain.config.compose import key_types
+from megatrain.config.suggest import did_you_mean
 from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError
 from megatrain.kernels import MAX_ROW
@@ -183,6 +187,28 @@ def check_loop(config: TrainConfig) -> None:
         raise ConfigError(
             f"checkpoint.init_from={config.checkpoint.init_from} starts a new run and checkpoint.resume="
             f"{config.checkpoint.resume} continues one; give one of them"
+        )
+    check_override(config.checkpoint.override)
+
+
+def check_override(keys: list[str]) -> None:
+    """Check that every key of `checkpoint.override` is one that a resume or a start from weights can change."""
+    known = key_types(TrainConfig)
+    allowed = [*OVERRIDES, *(key for key in known if key.startswith("model.") and key not in MEANING), TOKENIZER]
+    for key in keys:
+        if key in allowed:
+            continue
+        if key in MEANING:
+            reason = "weights mean nothing in a model with another value of it"
+        elif may_change(key) and key in known:
+            reason = "a resume may change it anyway"
+        elif key in known:
+            reason = "a run cannot continue with another value of it, because the order of its samples depends on it"
+        else:
+            reason = f"there is no such key{did_you_mean('', key, allowed)}"
+        raise ConfigError(
+            f"checkpoint.override=[{','.join(keys)}]: {key}: {reason}; a resume can change {', '.join(OVERRIDES)}; a "
+            f"start from weights (checkpoint.init_from) model.* or {TOKENIZER}"
         )
 
 

@@ -121,6 +121,12 @@ REFUSALS = [
     (["parallel.pp=2"], 2, "engine=native"),
     (["train.seq_len=512", "data.name=tiny", "run.name=undisturbed"], 4, "train.seq_len"),
     (["run.name=new", "checkpoint.init_from=nowhere"], 2, "nowhere"),
+    (
+        ["run.name=new", "checkpoint.init_from=runs/undisturbed", "model.norm_eps=1e-6"],
+        4,
+        "is 1e-05 there and",
+    ),
+    (["checkpoint.init_from=runs/undisturbed"], 2, "belongs to the run undisturbed itself"),
 ]
 
 

@@ -18,6 +18,7 @@ from megatrain.checkpoint.manifest import (
     NodePart,
     OptimizerGroup,
     OptimizerState,
+    Override,
     Progress,
     TensorEntry,
     manifest_hash,
@@ -46,8 +47,9 @@ FULL = Manifest(
         FULL,
         Manifest(part=NodePart(1, 4)),
         Manifest(identity=Identity({"model": {}}, imported_from="hf")),
+        Manifest(identity=Identity(overrides=[Override(5, "optim.betas", [0.9, 0.95], None)])),
     ],
-    ids=["a run's", "a node's part", "imported weights"],
+    ids=["a run's", "a node's part", "imported weights", "an overridden run's"],
 )
 def test_it_comes_back_as_it_was_written(tmp_path, manifest):
     write_manifest(tmp_path, manifest)

@@ -152,3 +152,14 @@ def test_without_a_checkpoint_before_the_spike_nothing_changes(tmp_path, saved):
     assert run.engine.weight.item() == 9 and run.stream.restarts == []
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
     assert run.memory.newest_valid(after=0) is not None
+
+
+def test_it_never_goes_back_beyond_an_override(tmp_path):
+    """Other batch sizes or skip ranges led to older checkpoints: samples would be counted wrongly."""
+    for not_before, to in ((6, 6), (7, 8), (9, None)):
+        run = Run(tmp_path / str(not_before), [2, 4, 6, 8], 9)
+        there = replace(run.go_back, not_before=not_before)(run.now, run.spike)
+        assert (there and there.step) == to
+    run = Run(tmp_path / "recent", [2, 8], 9)
+    there = replace(run.go_back, not_before=8)(run.now, run.spike)
+    assert there.step == 8 and there.skip_ranges == [(run.taken[9][0], run.taken[9][-1] + 1)]

@@ -291,7 +291,7 @@ def test_endless_vetoes_end_the_run():
     made = config(steps=1000)
     made.resilience.max_skipped = 30
     loop, parts = trainer(made, FakeEngine(finite=lambda step: step < 5))
-    with pytest.raises(DivergedError, match=r"optim\.lr"):
+    with pytest.raises(DivergedError, match=r"optim\.lr=0\.0001 'checkpoint\.override=\[optim\.lr\]'"):
         loop.run()
     assert len(parts.journal.records) == 4 + 30 - 1
 

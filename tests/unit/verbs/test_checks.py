@@ -174,9 +174,9 @@ def test_a_missing_library_is_reported_before_anything_starts(base, words, missi
 
 def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, tmp_path, monkeypatch):
     card = Card(name="mine", fingerprint="", splits={}, tokenizer=None)
-    monkeypatch.setattr("megatrain.data.card.check_dataset", lambda folder: card)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_dataset", lambda folder: card)
     (tmp_path / "mine").mkdir()
-    words = [f"data.dir={tmp_path}", "data.name=mine"]
+    words = [f"data.dir={tmp_path}", "data.name=mine", "model.vocab_size=400"]
     check_paths(changed(base, words))
     message = refusal(check_paths, changed(base, [*words, "train.mask_documents=true"]))
     assert "train.mask_documents=true: " in message and "tokenizer.path=" in message

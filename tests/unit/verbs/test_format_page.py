@@ -81,5 +81,6 @@ def test_the_pages_example_and_table_have_the_keys_of_a_real_manifest(finished):
     assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row))) == {
         *real,
         "imported_from",
+        "overrides",
     }
     assert real["checksum"] == manifest_hash(real)

@@ -1,0 +1,148 @@
+"""Which weights of a checkpoint a new run takes (`checkpoint.init_from`), and the refusal of those of another model.
+
+Compares names, shapes and configs; reads no tensor. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.find import model_of, tokenizer_folder
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.resume import changed_keys, override_of
+from megatrain.config import ModelConfig
+from megatrain.data.card import Card
+from megatrain.data.tokenizer import saved_meta
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.model.count import parameter_shapes
+
+LABELS = ("model.name", "model.init_std")
+"""Keys that say nothing of trained weights."""
+
+MEANING = (
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.hidden_size",
+    "model.head_size",
+    "model.ffn_size",
+    "model.norm",
+    "model.norm_place",
+    "model.position",
+    "model.activation",
+)
+"""Keys that fix what the weights mean: with another value they would be noise, so no override allows it."""
+
+TOKENIZER = "tokenizer"
+"""The word for the tokenizer in `checkpoint.override`."""
+
+SHOWN = 6
+"""Most names that a message lists."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The parameters that a new run takes from a checkpoint, draws anew, and leaves in the checkpoint, by name.
+
+    `changed` are the keys of `model.*` that differ, as `{key: (checkpoint's, run's)}`.
+    """
+
+    taken: list[str]
+    drawn: list[str]
+    left: list[str]
+    changed: dict[str, tuple[Any, Any]]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the event `init_from` says of it."""
+        changed = [f"{key} {before} → {now}" for key, (before, now) in self.changed.items()]
+        return {
+            name: names for name, names in (("changed", changed), ("drawn", self.drawn), ("left", self.left)) if names
+        }
+
+
+def plan_transfer(folder: Path, manifest: Manifest, model: ModelConfig, override: Iterable[str]) -> Transfer:
+    """Return which weights of the checkpoint `folder` a run with this `model` takes.
+
+    Raises:
+        CheckpointError: the run's model differs in a key that `override` does not name, or the checkpoint's tensors are
+            not those of its own model. The message names the keys or the tensors.
+    """
+    theirs = model_of(folder, manifest)
+    changed = changed_keys({"model": asdict(theirs)}, {"model": asdict(model)})
+    changed = {key: values for key, values in changed.items() if key not in LABELS}
+    if contradicted := {key: values for key, values in changed.items() if key not in override or key in MEANING}:
+        raise CheckpointError(_refusal(folder, contradicted))
+    if model.position == "learned" and "model.max_seq_len" in changed:
+        raise CheckpointError(
+            f"model.max_seq_len={model.max_seq_len}: {folder} has learned positions for {theirs.max_seq_len} tokens, "
+            f"and no override can change their number; give model.max_seq_len={theirs.max_seq_len}"
+        )
+    own, wanted = parameter_shapes(theirs), parameter_shapes(model)
+    _check_tensors(folder, manifest, own)
+    return Transfer(
+        taken=[name for name in wanted if own.get(name) == wanted[name]],
+        drawn=[name for name in wanted if own.get(name) != wanted[name]],
+        left=[name for name in own if own[name] != wanted.get(name)],
+        changed=changed,
+    )
+
+
+def check_tokenizer(folder: Path, manifest: Manifest, card: Card, dataset: Path, override: Iterable[str]) -> None:
+    """Refuse a dataset whose tokenizer is not the checkpoint's, unless `override` says so.
+
+    Raises ConfigError. A checkpoint or a dataset that names no tokenizer is accepted.
+    """
+    place = tokenizer_folder(folder, manifest)
+    if place is None or card.tokenizer is None or TOKENIZER in override:
+        return
+    ours, theirs = saved_meta(place)["fingerprint"], card.tokenizer.fingerprint
+    if ours == theirs:
+        return
+    raise ConfigError(
+        f"data.name: {dataset} was prepared with another tokenizer than that of checkpoint.init_from={folder} "
+        f"(fingerprints {theirs} and {ours}), so its ids mean other text; prepare the data with "
+        f"{tokenizer_arguments(place)}, or, if it is meant, give {override_of([TOKENIZER])}"
+    )
+
+
+def tokenizer_arguments(folder: Path) -> str:
+    """Return the arguments of `megatrain prepare` that use the tokenizer saved in `folder`."""
+    return f"tokenizer={saved_meta(folder)['kind']} tokenizer.path={folder}"
+
+
+def _check_tensors(folder: Path, manifest: Manifest, own: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a checkpoint holds exactly the parameters that its own config describes."""
+    prefix = "model."
+    stored = {name.removeprefix(prefix): t.shape for name, t in manifest.tensors.items() if name.startswith(prefix)}
+    problems = []
+    if missing := [name for name in own if name not in stored]:
+        problems.append(f"lacks {_listed(missing)}")
+    if extra := [name for name in stored if name not in own]:
+        problems.append(f"holds {_listed(extra)} besides")
+    if wrong := [name for name in own if name in stored and stored[name] != own[name]]:
+        shapes = [f"{name} of shape {list(stored[name])} in place of {list(own[name])}" for name in wrong]
+        problems.append(f"has {_listed(shapes)}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the weights are not those of the model that its manifest.json describes: it "
+            f"{'; it '.join(problems)}"
+        )
+
+
+def _refusal(folder: Path, contradicted: Mapping[str, tuple[Any, Any]]) -> str:
+    listed = ", ".join(f"{key} is {before!r} there and {now!r} here" for key, (before, now) in contradicted.items())
+    fixed = [key for key in contradicted if key in MEANING]
+    message = (
+        f"checkpoint.init_from={folder} holds the weights of another model: {listed}; leave model and model.* out, "
+        f"and the checkpoint's own values are used"
+    )
+    if fixed:
+        return f"{message} (weights cannot be carried over to another {', '.join(fixed)})"
+    return f"{message}, or, if it is meant, give {override_of(contradicted)}"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

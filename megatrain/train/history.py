@@ -1,0 +1,49 @@
+"""What a run's folder says of its past, and the refusals that follow from it. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.tracking.events import read_events
+
+
+def refuse_to_overwrite(checkpoints: Path) -> None:
+    """Refuse `checkpoint.resume=never` over existing checkpoints. Raises ConfigError."""
+    if list_checkpoints(checkpoints):
+        raise ConfigError(
+            f"checkpoint.resume=never, but {checkpoints} already holds checkpoints, which a new run would "
+            f"overwrite; choose another run.name, remove the folder, or use checkpoint.resume=auto"
+        )
+
+
+def refuse_if_lost(run_dir: Path) -> None:
+    """Refuse to start a run anew that has saved checkpoints, none of which is left. Raises CheckpointError."""
+    checkpoints = run_dir / "checkpoints"
+    if list_checkpoints(checkpoints):
+        return
+    step = last_saved_step(run_dir / "events.jsonl")
+    if step is not None:
+        raise CheckpointError(
+            f"run {run_dir.name} had a checkpoint of step {step}, but {checkpoints} holds none: all of them were moved "
+            f"or deleted; put them back, or give checkpoint.resume=never to start anew at step 1"
+        )
+
+
+def last_saved_step(events: Path) -> int | None:
+    """Return the step of the last checkpoint that the run saved or continued since it last began anew; None if none.
+
+    A copy in memory is no checkpoint: its loss with the machine is not a deletion.
+    """
+    if not events.exists():
+        return None
+    step: int | None = None
+    for event in read_events(events):
+        kind: Any = event["kind"]
+        if kind == "start":
+            step = None
+        elif kind in ("save", "rescue") or (kind == "resume" and "copy" not in event):
+            step = event.get("step")
+    return step

@@ -1,0 +1,123 @@
+"""A start of `megatrain train` against the checkpoint it would load, before any rank exists. Imports no torch.
+
+The ranks check the same again (`train/job.py`), with verified files. Here a mistake costs a second, not a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.find import model_of, peek, tokenizer_folder
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.checkpoint.rescue import RESCUED
+from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments
+from megatrain.config import TrainConfig
+from megatrain.config.compose import compose, read_overrides
+from megatrain.data.card import Card, with_vocabulary
+from megatrain.distributed.rank_environment import was_requeued
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.train.history import refuse_if_lost, refuse_to_overwrite
+
+INIT_FROM = "checkpoint.init_from"
+
+
+def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a command, preceded by the model of `checkpoint.init_from` as its default.
+
+    A model that the command chooses (`model=<preset>`, or an experiment with one) stays: `check_origin` compares it.
+    """
+    given = list(overrides)
+    if not any(text.lstrip("+").startswith(f"{INIT_FROM}=") for text in given):
+        return given
+    request = read_overrides(verb, given)
+    path = request.values.get(INIT_FROM)
+    if path is None or "model" in request.groups or _experiment_sets_model(verb, given):
+        return given
+    found = peek(Path(path))
+    if found is None:
+        return given  # path_checks says what is wrong
+    try:
+        model = asdict(model_of(*found))
+    except CheckpointError:
+        return given
+    return [*(f"model.{name}={_text(value)}" for name, value in model.items()), *given]
+
+
+def _experiment_sets_model(verb: str, overrides: list[str]) -> bool:
+    """Return whether the command's experiment changes the default model."""
+    groups = [text for text in overrides if "." not in text.partition("=")[0]]
+    without = [text for text in groups if not text.lstrip("+").startswith("experiment=")]
+    return groups != without and compose(verb, groups).model != compose(verb, without).model
+
+
+def _text(value: Any) -> str:
+    """Return a value as an override's text."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        from hydra.core.override_parser.types import Quote, QuotedString
+
+        return str(QuotedString(value, Quote.single).with_quotes())
+    return str(value)
+
+
+def check_origin(config: TrainConfig, card: Card) -> None:
+    """Refuse a resume, or a start from weights, that the ranks would refuse.
+
+    Raises:
+        CheckpointError: the config contradicts the checkpoint, or all checkpoints of the run are gone.
+        ConfigError: the choice of the checkpoint contradicts itself, or the data has another tokenizer.
+        DataError: the dataset is not the run's.
+    """
+    run_dir = Path(config.run.dir) / str(config.run.name)
+    checkpoints = run_dir / "checkpoints"
+    if (checkpoints / RESCUED).exists():
+        return  # only the ranks know what they can assemble from these copies
+    resume, origin = config.checkpoint.resume, config.checkpoint.init_from
+    if origin is not None:
+        _refuse_own_weights(Path(origin), run_dir)
+    if resume == "never" and not was_requeued():
+        refuse_to_overwrite(checkpoints)
+    if resume == "auto":
+        refuse_if_lost(run_dir)
+    dataset = Path(config.data.dir) / config.data.name
+    config = with_vocabulary(config, card, dataset)
+    if found := _to_continue(resume, checkpoints):
+        folder, manifest = found
+        check_resume(manifest, asdict(config), card.fingerprint, str(folder))
+    elif origin is not None and resume in ("auto", "never") and (weights := peek(Path(origin))):
+        folder, manifest = weights
+        plan_transfer(folder, manifest, config.model, config.checkpoint.override)
+        check_tokenizer(folder, manifest, card, dataset, config.checkpoint.override)
+
+
+def _to_continue(resume: str, checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """Return the checkpoint that the ranks would most likely continue; None for a new run, or if none can be read."""
+    own = checkpoints.resolve()
+    if resume not in ("auto", "never"):
+        place = Path(resume).resolve()
+        if place in (own, own.parent) or place.parent == own or not list_checkpoints(checkpoints):
+            return peek(Path(resume))
+    return peek(checkpoints)
+
+
+def _refuse_own_weights(origin: Path, run_dir: Path) -> None:
+    """Refuse to start a run from its own checkpoint: it would be continued, not started."""
+    run = run_dir.resolve()
+    if run in (origin.resolve(), *origin.resolve().parents):
+        raise ConfigError(
+            f"{INIT_FROM}={origin} belongs to the run {run_dir.name} itself, which would be continued; give "
+            f"run.name=<new name> to start a new run from its weights, or leave {INIT_FROM} out to continue it"
+        )
+
+
+def prepare_hint(config: TrainConfig) -> str:
+    """Return the arguments that prepare data with the tokenizer of `checkpoint.init_from`; empty if it has none."""
+    found = peek(Path(config.checkpoint.init_from)) if config.checkpoint.init_from else None
+    place = tokenizer_folder(*found) if found else None
+    return f" {tokenizer_arguments(place)}" if place else ""
