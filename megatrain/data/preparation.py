@@ -329,12 +329,12 @@ def _format_counts(counts: Counter[str] | dict[str, int]) -> str:
 def _summary(target: Path, card: Card) -> str:
     lines = [f"{target}: prepared, fingerprint {card.fingerprint}"]
     for name, split in card.splits.items():
-        text = split.bytes or 0
-        lines.append(
-            f"  {name}: {split.documents:,} documents, {text / 1e6:.1f} MB of text, {split.tokens:,} tokens "
-            f"({text / max(split.tokens, 1):.2f} bytes a token)"
-        )
-    lines.append(f"  documents: {_format_counts(card.counts)}")
+        size = f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens"
+        if split.bytes is not None:  # unknown for data that came as token ids
+            size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
+        lines.append(size)
+    if card.counts:
+        lines.append(f"  documents: {_format_counts(card.counts)}")
     if (target / QUARANTINE).is_file():
         lines.append(f"  bad records: {target / QUARANTINE}")
     return "\n".join(lines)

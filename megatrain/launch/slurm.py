@@ -33,6 +33,15 @@ from megatrain.resilience.terminal import say
 
 T = TypeVar("T")
 
+NO_CONTROLLER = (
+    "configuration source",
+    "contact slurm controller",
+    "Connection refused",
+    "Socket timed out",
+    "resolve_ctls",
+)
+"""Parts of sbatch's messages that mean that no controller answered, rather than that one refused the job."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -185,7 +194,10 @@ class Submission:
             )
         done = subprocess.run(self.command, env={**os.environ, **self.environ}, capture_output=True, text=True)
         if done.returncode:
-            raise ConfigError(f"launch=slurm: Slurm refused the job: {done.stderr.strip()}")
+            said = done.stderr.strip()
+            if any(sign in said for sign in NO_CONTROLLER):
+                raise EnvironmentFault(f"launch=slurm: Slurm's controller cannot be reached from here: {said}")
+            raise ConfigError(f"launch=slurm: Slurm refused the job: {said}")
         return done.stdout.strip().partition(";")[0]
 
 

@@ -18,7 +18,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.writing")  # fixed, so that a killed writer's leftover is overwritten
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two processes may write the same page
     try:
         with temporary.open("wb") as file:
             yield file

@@ -44,6 +44,11 @@ def test_a_failure_that_a_restart_cannot_fix_is_not_requeued(code, tmp_path):
     assert found == code and "requeued" not in log and f"exit code {code}" in log
 
 
+def test_the_script_without_slurm_says_how_to_submit_it():
+    done = subprocess.run(["bash", SCRIPT, "model=tiny"], capture_output=True, text=True)
+    assert done.returncode == 2 and "submit it with sbatch" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_starts_count_until_one_finishes_a_new_step_however_long_they_took(tmp_path):
     """Only the furthest step matters; the limit is the run's `launch.max_requeues`."""
     for step in (0, 0, 7, 7):
