@@ -9,6 +9,7 @@ import pytest
 from megatrain import cli
 from megatrain.config import ModelConfig
 from megatrain.config.compose import compose
+from megatrain.data import preparation
 from megatrain.verbs import export, import_, prepare
 
 
@@ -31,7 +32,7 @@ def read(command):
 def test_prepare_says_how_to_train_on_its_dataset(name, folder, monkeypatch, capsys):
     config = compose("prepare", [])
     config.data.name, config.data.dir = name, folder
-    monkeypatch.setattr(prepare.preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
+    monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
     assert prepare.prepare(config) == Path(folder) / name
     (command,) = commands(capsys)
     verb, found = read(command)
