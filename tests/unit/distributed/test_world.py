@@ -14,7 +14,8 @@ from megatrain.errors import EnvironmentFault
 TWO_RANKS = """
 import datetime, os, sys
 import torch, torch.distributed as dist
-from megatrain.distributed.world import World, lost_peer
+from megatrain.distributed.world import World
+from megatrain.resilience.fault_classes import JOB, PEER, classify
 
 rank = int(sys.argv[1])
 store = dist.FileStore(sys.argv[2], 2)
@@ -26,8 +27,8 @@ if rank == 1:
 try:
     world.all_gather(torch.tensor(rank))
 except RuntimeError as error:
-    assert lost_peer(error), error
-    assert not lost_peer(RuntimeError("shape mismatch")) and not lost_peer(ValueError("gloo/transport"))
+    assert classify(error) == PEER, error
+    assert classify(RuntimeError("shape mismatch")) == classify(ValueError("gloo/transport")) == JOB
     os._exit(0)
 os._exit(1)
 """
