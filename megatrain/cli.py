@@ -16,8 +16,10 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import megatrain
-from megatrain.config import VERBS, walk
+from megatrain.config import VERBS
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE
 from megatrain.config.suggest import did_you_mean
+from megatrain.distributed.python_process import SAFE_PATH
 from megatrain.distributed.rank_environment import WORKER_MARK, is_launched
 from megatrain.errors import (
     EXIT_DEFECT,
@@ -46,9 +48,15 @@ ACTIONS: dict[str, str] = {
 READERS = ("layouts", "evaluate", "generate", "inspect")
 """Verbs that change nothing: what they print is all they are for. The others do their work even if nobody reads it."""
 
+COMPLETION, COMPLETE = "--completion", "--complete"
+"""Flags that print the script of a shell's completion, and that the script calls with the line so far."""
+
 FLAGS = {
     "--help": "explain the verb and its keys; --help WORD: one group, or the keys that have the word",
     "--cfg": "print the resolved config as YAML and exit",
+    "--config": "FILE: start from a saved config, such as runs/x/config.yaml",
+    "--config-dir": "DIR: choices of your own, such as model=my from DIR/model/my.yaml",
+    "--completion": "SHELL: print a script that completes commands in bash, zsh or fish",
     "--debug": "show the stack trace of an error",
     "--multirun": "train: run every combination of several values, each as a separate run; short: -m",
     "--dry-run": "train launch=slurm or --multirun: show what would be submitted or started",
@@ -63,6 +71,8 @@ class Arguments:
     verb: str | None = None
     overrides: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
+    asked: tuple[str, str] | None = None
+    """A flag that asks for something else than a verb, and its value."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
+        _check_working_directory()
         code = run(parse(argv))
         sys.stdout.flush()
         terminal = Terminal.current()
@@ -95,6 +106,17 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_DEFECT
 
 
+def _check_working_directory() -> None:
+    """Raise ConfigError if the working directory was removed: relative paths lead nowhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be used ({error.strerror}); it was removed or replaced: change to a folder "
+            f"that exists (cd)"
+        ) from error
+
+
 def command() -> NoReturn:
     """Run `main` and end the process with its exit code.
 
@@ -102,6 +124,7 @@ def command() -> NoReturn:
     either, interpreter shutdown was seen to abort (`terminate called without an active exception`) and to lose the exit
     code that tells the agent what to do. Such a process therefore skips interpreter shutdown.
     """
+    os.environ.setdefault(SAFE_PATH, "1")  # for the processes that libraries start
     terminal = Terminal.install()
     try:
         code = main()
@@ -127,6 +150,11 @@ def run(arguments: Arguments) -> int:
     from megatrain.config.usage import overview, verb_help
 
     verb = arguments.verb
+    if arguments.asked is not None:
+        from megatrain.verbs.completion import answer
+
+        print(answer(*arguments.asked, FLAGS), end="")
+        return EXIT_OK
     if "--version" in arguments.flags:
         print(f"megatrain {megatrain.__version__}")
         return EXIT_OK
@@ -181,8 +209,17 @@ def _keep_going(verb: str) -> None:
 def parse(argv: list[str]) -> Arguments:
     """Parse a command line. Raises ConfigError for an unknown verb or flag."""
     arguments = Arguments()
-    for text in argv:
-        if text in ("-h", "--help", "help"):
+    words = iter(argv)
+    for text in words:
+        flag, equals, value = text.partition("=")
+        if flag in (CONFIG_FILE, CONFIG_DIR, COMPLETION, COMPLETE):
+            value = value if equals else next(words, "")
+            if not value and flag != COMPLETE:
+                raise ConfigError(f"{flag} needs a value ({flag} {FLAGS[flag]})")
+            if flag in (COMPLETION, COMPLETE):
+                return Arguments(asked=(flag, value))
+            arguments.overrides.append(f"{flag}={value}")  # a part of the config, which ranks and jobs need as well
+        elif text in ("-h", "--help", "help"):
             arguments.flags.add("--help")
         elif text == "-m":
             arguments.flags.add("--multirun")
@@ -203,17 +240,10 @@ def parse(argv: list[str]) -> Arguments:
     if arguments.verb is not None and "--help" in arguments.flags:
         arguments.overrides = [text for text in arguments.overrides if not set("=/") & set(text)]  # words to select
     elif arguments.verb is not None:
-        arguments.overrides = _expand_path(arguments.verb, arguments.overrides)
+        from megatrain.verbs.path_words import expand_path
+
+        arguments.overrides = expand_path(arguments.verb, arguments.overrides)
     return arguments
-
-
-def _expand_path(verb: str, overrides: list[str]) -> list[str]:
-    """Turn a first argument without `=` into `path=...`, for verbs that have a path."""
-    if "path" in walk(VERBS[verb]) and overrides and "=" not in overrides[0]:
-        from hydra.core.override_parser.types import Quote, QuotedString
-
-        return [f"path={QuotedString(overrides[0], Quote.single).with_quotes()}", *overrides[1:]]
-    return overrides
 
 
 def to_yaml(config: Any) -> str:

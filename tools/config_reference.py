@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import VERBS, walk
-from megatrain.config.compose import GROUPS, choices_of, describe, key_types
+from megatrain.config.choices import GROUPS, choices_of
+from megatrain.config.compose import key_types
 from megatrain.config.usage import EXAMPLES, bounds_text, default_text, summary
+from megatrain.config.values import describe
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "config.md"
 
@@ -27,7 +29,8 @@ Every command is `megatrain <verb> [key=value | group=choice] ...`, in [Hydra](h
 a file of `conf/<group>/`; a key sets one value. The command line wins over an experiment, and an experiment over the
 other groups. `null` is the empty value, `[a,b]` a list. Text is taken as typed, so `run.name=1e3` is a name; text with
 a comma needs quotes: `run.name="'a,b'"`. `${train.steps}` stands for another key's value. Verbs that have a `path` take
-it as their first argument without `path=`.
+it as their first argument without `path=`. In paths `~` is home. [Your own configs](../guide/own_configs.md) explains
+choices of your own (`--config-dir`) and whole configs (`--config`).
 
 A bad config is refused within a second, before anything starts, with the key, what was given and what would work (exit
 code 2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the resolved config.

@@ -18,9 +18,12 @@ class CheckpointConfig:
         "auto",
         "auto resumes from the newest valid checkpoint in the run folder, never starts from scratch, a path "
         "resumes from that checkpoint",
+        path=True,
     )
     init_from: str | None = key(
-        None, "checkpoint to start a new run from: its weights, and its model as the default of model.*"
+        None,
+        "checkpoint to start a new run from: its weights, and its model as the default of model.*",
+        path=True,
     )
     override: list[str] = key(
         [],

@@ -1,50 +1,51 @@
 """Compose command-line overrides into a checked config dataclass, with Hydra's compose API. Imports no torch.
 
-Hydra merges the group files of conf/ and then the experiment; the keys of the command line come last. Each value is
-read according to its key's type, so a name that looks like a number stays as typed. This file checks one key at a
-time; `verbs/value_checks.py` checks several keys together, `verbs/path_checks.py` the file system.
+Hydra merges the group files of conf/ and of the user's folders (`choices.py`), then the experiment or the file of
+`--config`; the keys of the command line come last. Each value is read according to its key's type, so a name that looks
+like a number stays as typed. This file checks one key at a time; `verbs/value_checks.py` checks several keys together,
+`verbs/path_checks.py` the file system.
 """
 
 from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from megatrain.config import VERBS, TrainConfig, walk
+from megatrain.config.choices import (
+    CONFIG_DIR,
+    CONFIG_FILE,
+    GROUPS,
+    SEARCH_PATH,
+    conf_folder,
+    find_choice,
+    home,
+    own_folder,
+    read_yaml,
+)
+from megatrain.config.flatten import flatten
 from megatrain.config.suggest import did_you_mean, nearest_key
+from megatrain.config.values import describe, expand_home, is_sweep, kind_of, literal, read_value, sweep_message
 from megatrain.errors import ConfigError
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
-    "prepare": ("data", "tokenizer"),
-}
-GROUPS["layouts"] = GROUPS["train"]
-"""Config groups of each verb that has any: `<group>=<choice>` selects conf/<group>/<choice>.yaml."""
-
-FREE_TEXT = ("prompt",)
-"""Keys whose value is prose: commas and brackets have no special meaning."""
 
 LARGEST_INT = 2**63 - 1
 """Largest integer that a config accepts: integers end up in 64-bit tensors and files."""
-
-SWEEPS = ("choice(", "range(", "interval(", "glob(")
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
     """Compose the config of one verb, every value typed and within its bounds.
 
-    `overrides` are in Hydra's syntax: `key=value` and `group=choice`. Raises ConfigError with the key, the given value
-    and what would work.
+    `overrides` are in Hydra's syntax: `key=value` and `group=choice`; `--config-dir=DIR` and `--config=FILE` count too.
+    Raises ConfigError with the key, the given value and what would work.
     """
     schema = VERBS[verb]
     request = read_overrides(verb, overrides)
     config = _to_dataclass(schema, _merge(verb, request))
+    expand_home(config)
     check_bounds(config)
     if verb == "train" and config.run.name is None:
         config.run.name = default_run_name(config)
@@ -56,19 +57,13 @@ def default_run_name(config: TrainConfig) -> str:
     return f"{config.model.name}-{config.data.name}"
 
 
-def choices_of(group: str) -> list[str]:
-    """Return the names of a config group's choices."""
-    folder = _conf_folder() / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
 def default_choices(verb: str) -> dict[str, str | None]:
     """Return the default choice of each group of a verb (None: none); empty for a verb without groups."""
     import yaml
 
     if verb not in GROUPS:
         return {}
-    listed = yaml.safe_load((_conf_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
+    listed = yaml.safe_load((conf_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: choice for entry in listed if isinstance(entry, dict) for group, choice in entry.items()}
 
 
@@ -77,25 +72,45 @@ def default_choices(verb: str) -> dict[str, str | None]:
 
 @dataclass
 class Request:
-    """The command line's choices of groups and values of keys."""
+    """The command line's choices of groups (a name in conf/, or a file), values of keys, folders and config file."""
 
-    groups: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str | Path] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
+    file: Path | None = None
 
 
 def read_overrides(verb: str, overrides: list[str]) -> Request:
     """Sort overrides into group choices and typed key values. The last override of a name wins. Raises ConfigError."""
-    hints = key_types(VERBS[verb])
-    request = Request()
+    schema = VERBS[verb]
+    hints = key_types(schema)
+    paths = {name for name, f in walk(schema).items() if f.metadata.get("path")}
+    request = Request(folders=own_folders(overrides) if verb in GROUPS else ())
     for text in overrides:
         name, value = _split(text)
-        if name in GROUPS.get(verb, ()):
-            request.groups[name] = _choice(name, value)
+        if name in (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH) and verb not in GROUPS:
+            raise ConfigError(f"{text}: megatrain {verb} has no config groups; leave {name} out")
+        if name == CONFIG_FILE:
+            request.file = home(text, value)
+        elif name in GROUPS.get(verb, ()):
+            request.groups[name] = _choice(name, value, request.folders)
         elif name in hints:
-            request.values[name] = _read_value(name, hints[name], value)
-        else:
+            request.values[name] = read_value(name, hints[name], value, name in paths)
+        elif name not in (CONFIG_DIR, SEARCH_PATH):
             raise ConfigError(_unknown(verb, name, list(hints)))
     return request
+
+
+def own_folders(overrides: Sequence[str]) -> tuple[Path, ...]:
+    """Return the folders with the user's own choices: `--config-dir=DIR` and `hydra.searchpath=[DIR,...]`, in order."""
+    folders = []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name == CONFIG_DIR:
+            folders.append(own_folder(text, value))
+        elif name.lstrip("+") == SEARCH_PATH:
+            folders += [own_folder(text, item) for item in read_value(SEARCH_PATH, list[str], value, is_path=True)]
+    return tuple(dict.fromkeys(folders))
 
 
 def key_types(schema: type) -> dict[str, Any]:
@@ -112,6 +127,9 @@ def key_types(schema: type) -> dict[str, Any]:
 
 def _split(text: str) -> tuple[str, str]:
     """Split `key=value`. A `+` or `++` in front of the key is ignored."""
+    if text.startswith("--config"):
+        name, _, value = text.partition("=")
+        return name, value
     if text.startswith("~"):
         raise ConfigError(f"{text}: a key cannot be deleted; give it a value instead (null if its type allows it)")
     name, equals, value = text.partition("=")
@@ -125,17 +143,12 @@ def _split(text: str) -> tuple[str, str]:
     return name.replace("/", "."), value
 
 
-def _choice(group: str, value: str) -> str:
-    """Return the choice of a group, checked against the files of conf/."""
-    known = choices_of(group)
+def _choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
+    """Return the choice of a group, checked against the files of conf/ and `folders`: its name or the user's file."""
     value = value.strip().strip("'\"")
-    if is_sweep(value):
-        raise ConfigError(_sweep_message(group, value))
-    if value in known or (value == "null" and group == "experiment"):
-        return value
-    listed = ", ".join(known) or "none yet"
-    hint = did_you_mean(f"{group}=", value, known)
-    raise ConfigError(f"unknown choice {group}={value}{hint} (choices of {group}: {listed})")
+    if is_sweep(value) and not Path(value).is_file():
+        raise ConfigError(sweep_message(group, value))
+    return value if value == "null" and group == "experiment" else find_choice(group, value, folders)
 
 
 def _unknown(verb: str, name: str, known: list[str]) -> str:
@@ -153,134 +166,11 @@ def _unknown(verb: str, name: str, known: list[str]) -> str:
     return f"unknown key {name}; the keys of megatrain {verb} are {listed} (megatrain {verb} --help explains each)"
 
 
-# ------------------------------------------------------------------------------------------------- values by key type
-
-
-def _read_value(name: str, hint: Any, text: str) -> Any:
-    """Read the value of one key according to its type.
-
-    Raises ConfigError with the key, the given and the expected value.
-    """
-    kind, optional = split_optional(hint)
-    stripped = text.strip()
-    if stripped == "null":
-        if optional:
-            return None
-        raise ConfigError(f"{name}=null: {name} cannot be null; give {describe(hint)}")
-    if kind is str and (name in FREE_TEXT or not _is_quoted(stripped)):
-        if name not in FREE_TEXT and is_sweep(stripped):
-            raise ConfigError(_sweep_message(name, text, quotable=True))
-        return text.replace("${", "\\${") if name in FREE_TEXT else stripped
-    if kind == list[str] and stripped.startswith("[") and stripped.endswith("]") and not set(stripped) & set("'\"()\\"):
-        return [item.strip() for item in stripped[1:-1].split(",") if item.strip()]
-    value = _parse(name, text)
-    if isinstance(value, str) and "${" in value:
-        return value
-    if not _fits(kind, value):
-        hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
-        if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
-            hint_text = f" (write {name}=[{stripped}])"
-        raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {_given(value)}{hint_text}")
-    return value
-
-
-def _parse(name: str, text: str) -> Any:
-    """Parse a value with Hydra's grammar: int, float, bool, str, list or dict."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import QuotedString
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(f"{name}={text}")
-    except HydraException as error:
-        raise ConfigError(f"cannot read {name}={text}: quote special characters, as in {name}='...'") from error
-    if override.is_sweep_override():
-        raise ConfigError(_sweep_message(name, text))
-    value = override.value()
-    if isinstance(value, list):
-        return [item.text if isinstance(item, QuotedString) else item for item in value]
-    return value.text if isinstance(value, QuotedString) else value
-
-
-def split_optional(hint: Any) -> tuple[Any, bool]:
-    """Return a key's type without None, and whether it allows None."""
-    parts = typing.get_args(hint)
-    if NoneType not in parts:
-        return hint, False
-    (kind,) = (part for part in parts if part is not NoneType)
-    return kind, True
-
-
-def describe(hint: Any) -> str:
-    """Return a key's type in words."""
-    kind, optional = split_optional(hint)
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        list[str]: "a list of texts such as [a,b]",
-        list[int]: "a list of whole numbers such as [3,4]",
-        list[float]: "a list of numbers such as [0.9,0.95]",
-        list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
-    }
-    return words[kind] + (" or null" if optional else "")
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    """Return whether a parsed value is valid for a key of this type."""
-    if typing.get_origin(kind) is list:
-        (element,) = typing.get_args(kind)
-        return isinstance(value, list) and all(element is str or _fits(element, item) for item in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _given(value: Any) -> str:
-    """Return the type of a parsed value in words."""
-    names = {
-        bool: "a boolean",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _is_quoted(text: str) -> bool:
-    """Return whether a text is in single or double quotes."""
-    return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-
-
-def is_sweep(text: str) -> bool:
-    """Return whether a value looks like a sweep over several values."""
-    return "," in text or text.startswith(SWEEPS)
-
-
-def _sweep_message(name: str, value: str, quotable: bool = False) -> str:
-    """Return the message for several values in a command that takes one."""
-    advice = f" (quote text that holds a comma: {name}=\"'...'\")" if quotable else ""
-    return (
-        f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; "
-        f"give one value{advice}"
-    )
-
-
 # -------------------------------------------------------------------------------------------------- groups and bounds
 
 
-def _conf_folder() -> Path:
-    """Return the folder of conf/, in a checkout or an installed wheel."""
-    return Path(str(resources.files("megatrain.conf")))
-
-
 def _merge(verb: str, request: Request) -> Any:
-    """Merge schema, group files, experiment and command line, in this order, into an OmegaConf node."""
+    """Merge schema, group files, experiment or `--config` file, and command line, in this order, into a node."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -288,19 +178,98 @@ def _merge(verb: str, request: Request) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    files = {f"{group}/{OWN}": choice for group, choice in request.groups.items() if isinstance(choice, Path)}
     try:
         if verb in GROUPS:
-            ConfigStore.instance().store(name=f"{verb}_schema", node=VERBS[verb])
-            with initialize_config_dir(str(_conf_folder()), version_base="1.3"):
-                chosen = [f"{group}={choice}" for group, choice in request.groups.items()]
-                node = hydra_compose(config_name=verb, overrides=chosen)
+            store = ConfigStore.instance()
+            store.store(name=f"{verb}_schema", node=VERBS[verb])
+            first, *others = (*request.folders, conf_folder())
+            main, _ = read_yaml(conf_folder() / f"{verb}.yaml")
+            search_path = {"searchpath": [literal(f"file://{folder.absolute()}") for folder in others]}
+            store.store(name=f"megatrain_{verb}", node={**main, "hydra": search_path})
+            chosen = [f"{group}={choice}" for group, choice in request.groups.items() if isinstance(choice, str)]
+            for group in (group for group, choice in request.groups.items() if isinstance(choice, Path)):
+                _store_own(verb, group, request)
+                chosen.append(f"{group}={OWN}")
+            if request.file is not None:
+                _store_file(verb, request, request.file)
+                files[f"experiment/{OWN}"] = request.file
+                chosen.append(f"{'' if 'experiment' in GROUPS[verb] else '+'}experiment={OWN}")
+            with initialize_config_dir(str(first.absolute()), version_base="1.3"):
+                node = hydra_compose(config_name=f"megatrain_{verb}", overrides=chosen)
         else:
             node = OmegaConf.structured(VERBS[verb])
         for name, value in request.values.items():
             OmegaConf.update(node, name, value)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot compose the config: {_whole_cause(error)}") from error
+        cause = _whole_cause(error)
+        for name, file in files.items():
+            cause = cause.replace(name, str(file))
+        raise ConfigError(f"cannot compose the config: {cause}") from error
     return node
+
+
+OWN = "own_file"
+"""Name under which Hydra is given the content of a user's file."""
+
+
+def _store_own(verb: str, group: str, request: Request) -> None:
+    """Give Hydra the user's file for a group. A model or dataset without a name gets the file's name."""
+    from hydra.core.config_store import ConfigStore
+
+    file = request.groups[group]
+    assert isinstance(file, Path)
+    content, package = read_yaml(file)
+    package = package or ("_global_" if group == "experiment" else group)
+    if group in ("model", "data") and package == group:
+        content.setdefault("name", file.stem)
+    _check_content(verb, file, content, "" if package == "_global_" else f"{package}.")
+    ConfigStore.instance().store(group=group, name=OWN, node=content, package=package)
+
+
+def _store_file(verb: str, request: Request, file: Path) -> None:
+    """Give Hydra the file of `--config`, without the groups for which the command line has another choice."""
+    from hydra.core.config_store import ConfigStore
+
+    if "experiment" in request.groups:
+        raise ConfigError(f"{CONFIG_FILE}={file} and experiment={request.groups['experiment']}: give one of them")
+    content, _ = read_yaml(file)
+    for group in request.groups:
+        content.pop(group, None)
+    run = content.get("run")
+    if isinstance(run, dict) and request.values.get("run.name", run.get("name")) != run.get("name"):
+        run.pop("sweep", None)  # another run is no point of the sweep
+    if verb == "prepare":  # the config of a run has more than preparing needs
+        known = {name.partition(".")[0] for name in key_types(VERBS[verb])}
+        others = {name.partition(".")[0] for name in key_types(TrainConfig)} - known
+        content = {name: value for name, value in content.items() if name not in others}
+    _check_content(verb, file, content, "")
+    ConfigStore.instance().store(group="experiment", name=OWN, node=content, package="_global_")
+
+
+def _check_content(verb: str, file: Path, content: dict[str, Any], prefix: str) -> None:
+    """Check every key and value of a user's YAML. Raises ConfigError with the file, the key and what would work."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    hints = key_types(VERBS[verb])
+    node = OmegaConf.structured(VERBS[verb])
+    for name, value in flatten({name: value for name, value in content.items() if name != "defaults"}, prefix).items():
+        if name not in hints:
+            if name in GROUPS[verb] and isinstance(value, str):
+                raise ConfigError(
+                    f"{file}: {name}: {value} chooses a preset, which belongs into a list: defaults: "
+                    f"[override /{name}: {value}]"
+                )
+            raise ConfigError(f"{file}: {_unknown(verb, name, list(hints))}")
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            continue
+        try:
+            OmegaConf.update(node, name, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{file}: {name}: {value}: expected {describe(hints[name])}, given {kind_of(value)}"
+            ) from error
 
 
 def _to_dataclass(schema: type, node: Any) -> Any:
@@ -325,9 +294,7 @@ def _whole_cause(error: BaseException) -> str:
     while current is not None:
         lines = [line.strip() for line in str(current).splitlines() if line.strip()]
         parts.extend(
-            line
-            for line in lines
-            if line not in parts and not line.startswith(("object_type", "reference_type", "full_key"))
+            line for line in lines if line not in parts and not line.startswith(("object_type", "reference_type"))
         )
         current = current.__cause__
     return "; ".join(parts)

@@ -12,17 +12,18 @@ class DataConfig:
     """The source of the text and the folder of the prepared dataset."""
 
     name: str = key(MISSING, "dataset identity; the prepared dataset is the folder <data.dir>/<data.name>")
-    dir: str = key("data", "folder of all prepared datasets")
+    dir: str = key("data", "folder of all prepared datasets", path=True)
     kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron"))
     paths: list[str] = key(
         [],
         "files, folders or globs to read: .txt, .md, .jsonl, .ndjson, .json, each also .gz or .zst, and .parquet; for "
         "data=megatron, path prefixes, or globs, folders or text files of them",
+        path=True,
     )
     text_column: str = key(
         "text", "column or field with the text; content.text is the field text of the object content"
     )
-    hf_path: str | None = key(None, "Hugging Face dataset: its name on the hub or a local folder")
+    hf_path: str | None = key(None, "Hugging Face dataset: its name on the hub or a local folder", path=True)
     hf_config: str | None = key(None, "configuration of the Hugging Face dataset")
     hf_split: str = key("train", "split of the Hugging Face dataset")
     heldout_fraction: float = key(0.05, "fraction of the documents held out for evaluation", minimum=0, below=1)

@@ -26,4 +26,5 @@ class EngineConfig:
         None,
         "folder on a fast local disk for engine.offload=nvme; a save needs 12 bytes of memory for each parameter "
         "of a rank",
+        path=True,
     )

@@ -24,7 +24,9 @@ class LaunchConfig:
         True, "before training, check versions, devices, an all-reduce, the disk and the tracking server on all nodes"
     )
     profile: str | None = key(
-        None, "launch=slurm: cluster profile, a path or a name in slurm/profiles; null means $MEGATRAIN_PROFILE"
+        None,
+        "launch=slurm: cluster profile, a path or a name in slurm/profiles; null means $MEGATRAIN_PROFILE",
+        path=True,
     )
     partition: str | None = key(
         None, "launch=slurm: sbatch --partition; null leaves the choice to the profile or to Slurm"

@@ -13,7 +13,9 @@ class TokenizerConfig:
 
     kind: str = key("sentencepiece", "tokenizer library", choices=("sentencepiece", "hf"))
     path: str | None = key(
-        None, "trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder"
+        None,
+        "trained tokenizer to load: a .model file, a tokenizer.json, or a Hugging Face name or folder",
+        path=True,
     )
     vocab_size: int = key(8192, "vocabulary size of the tokenizer to train (without tokenizer.path)", minimum=300)
     train_bytes: int = key(

@@ -9,9 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 from megatrain.config import VERBS, walk
-from megatrain.config.compose import GROUPS, choices_of, compose, default_choices, describe, key_types
+from megatrain.config.choices import GROUPS, choices_of
+from megatrain.config.compose import compose, default_choices, key_types
 from megatrain.config.flatten import flatten
 from megatrain.config.suggest import did_you_mean
+from megatrain.config.values import describe
 from megatrain.errors import ConfigError
 
 WIDTH = 110
@@ -63,6 +65,9 @@ def overview() -> str:
         "flags:",
         "  --help      explain a verb and its keys: megatrain <verb> --help; one group: megatrain train --help optim",
         "  --cfg       print the resolved config as YAML and exit",
+        "  --config FILE       start from a saved config, such as runs/x/config.yaml",
+        "  --config-dir DIR    choices of your own: model=my is DIR/model/my.yaml",
+        "  --completion SHELL  print a script that completes commands in bash, zsh or fish",
         "  --debug     show the stack trace of an error",
         "  --multirun  train: run every combination of several values; short: -m",
         "  --dry-run   train: show what launch=slurm or --multirun would do",

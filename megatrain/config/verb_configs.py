@@ -154,8 +154,8 @@ class LayoutsConfig(TrainConfig):
 class EvaluateConfig:
     """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte."""
 
-    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
-    data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset")
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset", path=True)
     split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
     seq_len: int | None = key(
         None, "tokens per sequence; null means the value of training, or else model.max_seq_len", minimum=1
@@ -169,7 +169,7 @@ class EvaluateConfig:
 class GenerateConfig:
     """`megatrain generate <run | checkpoint> prompt=...`: sample text."""
 
-    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder")
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     prompt: str = key("", "text to continue; empty starts a new document")
     max_new_tokens: int = key(200, "largest number of tokens to sample", minimum=1)
     temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
@@ -184,8 +184,8 @@ class GenerateConfig:
 class ExportConfig:
     """`megatrain export <run | checkpoint> out=DIR`: write a Hugging Face folder."""
 
-    path: str = key(MISSING, "run folder or checkpoint folder")
-    out: str = key(MISSING, "Hugging Face folder to write; must not exist yet")
+    path: str = key(MISSING, "run folder or checkpoint folder", path=True)
+    out: str = key(MISSING, "Hugging Face folder to write; must not exist yet", path=True)
     dtype: str = key("fp32", "number format of the exported weights", choices=("fp32", "bf16", "fp16"))
     family: str | None = key(
         None,
@@ -198,23 +198,23 @@ class ExportConfig:
 class ImportConfig:
     """`megatrain import <Hugging Face folder> out=DIR`: write a checkpoint for `checkpoint.init_from`."""
 
-    path: str = key(MISSING, "Hugging Face folder of a family that docs/guide/after_training.md lists")
-    out: str = key(MISSING, "checkpoint folder to write; must not exist yet")
+    path: str = key(MISSING, "Hugging Face folder of a family that docs/guide/after_training.md lists", path=True)
+    out: str = key(MISSING, "checkpoint folder to write; must not exist yet", path=True)
 
 
 @dataclass
 class InspectConfig:
     """`megatrain inspect <run | checkpoint | dataset>`: show what it holds and verify every checksum."""
 
-    path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder")
+    path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder", path=True)
 
 
 @dataclass
 class ReportConfig:
     """`megatrain report <run | sweep>`: write a self-contained HTML page."""
 
-    path: str = key(MISSING, "run folder or sweep folder")
-    out: str | None = key(None, "HTML file to write; null means <path>/report.html")
+    path: str = key(MISSING, "run folder or sweep folder", path=True)
+    out: str | None = key(None, "HTML file to write; null means <path>/report.html", path=True)
 
 
 VERBS: dict[str, type] = {

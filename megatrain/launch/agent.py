@@ -258,7 +258,7 @@ class Agent:
                 )
             rank = int(environ["RANK"])
             log = log_of(self.log_dir, rank)
-            module, *arguments = self.command[2:]  # after `python -m`
+            module, *arguments = self.command[2:]  # after what `python_command` puts in front
             process = self.fork_server.fork(module, arguments, environ, log, cancelled)
             return RankProcess(rank, int(environ["LOCAL_RANK"]), process, log)
         except ForkServerError as error:

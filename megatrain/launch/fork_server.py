@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatrain.distributed.python_process import python_command
 from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.resilience.terminal import Terminal
 
@@ -81,7 +82,7 @@ class ForkServer:
         self._log = log
         number = server_socket.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatrain.launch.fork_server", str(number), str(os.getpid()), str(log), *modules],
+            python_command("megatrain.launch.fork_server", str(number), str(os.getpid()), str(log), *modules),
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -97,7 +98,7 @@ class ForkServer:
         log: Path | None,
         cancelled: Callable[[], bool],
     ) -> ForkedProcess:
-        """Fork a rank that runs `python -m module arguments`, with its output in `log` (None: the agent's own output).
+        """Fork a rank that runs a module with `arguments`, with its output in `log` (None: the agent's own output).
 
         Raises:
             ForkServerError: there was no answer within `ANSWER_S`, or `cancelled` returned true.

@@ -12,13 +12,13 @@ import logging
 import os
 import re
 import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config import TrackingConfig
+from megatrain.distributed.python_process import python_command
 from megatrain.resilience.terminal import show
 from megatrain.tracking.tracker import RunInfo
 
@@ -60,7 +60,7 @@ class MlflowTracker:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "ab") as log:
             self._helper = subprocess.Popen(
-                [sys.executable, "-m", self._module],
+                python_command(self._module),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from megatrain.checkpoint.resume import changed_keys, may_change
+from megatrain.distributed.python_process import python_command
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
 from megatrain.launch import slurm
@@ -121,7 +121,7 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
 
     A failed point does not stop the others. A signal is forwarded to the running point, and no further point starts.
     """
-    command = [sys.executable, "-m", "megatrain", "train", *flags]
+    command = python_command("megatrain", "train", *flags)
     if dry_run:
         for point in points:
             print(f"megatrain train {shlex.join([*flags, *point.overrides])}")

@@ -5,6 +5,7 @@ Every message names the key, the given path and what is nearby.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatrain.config import (
     TrainConfig,
 )
 from megatrain.config.suggest import did_you_mean
+from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
@@ -45,17 +47,23 @@ def check_paths(config: Any) -> None:
             check_origin(config, card)
     if isinstance(config, PrepareConfig):
         check_tokenizer(config.tokenizer)
+        if not exists(f"{config.data.dir}/{config.data.name}"):
+            check_writable("data.dir", Path(config.data.dir))
     if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
         require("path", Path(config.path))
     if isinstance(config, EvaluateConfig) and config.data is not None:
         require("data", Path(config.data))
     if isinstance(config, (ExportConfig, ImportConfig)):
         refuse_existing(Path(config.out))
+        check_writable("out", Path(config.out))
+    if isinstance(config, ReportConfig) and config.out is not None:
+        check_writable("out", Path(config.out).parent)
 
 
 def check_start(config: TrainConfig) -> None:
     """Check that the run's folder is not a sweep's and that the checkpoint to start from exists."""
     folder = Path(config.run.dir) / str(config.run.name)
+    check_writable("run.dir", folder)
     if is_sweep_folder(folder):
         raise ConfigError(f"run.name={config.run.name}: {folder} is the folder of a sweep; give another run.name")
     resume, origin = config.checkpoint.resume, config.checkpoint.init_from
@@ -117,12 +125,15 @@ def check_tokenizer(config: TokenizerConfig) -> None:
 
 def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
     """Refuse a path that does not exist, and suggest one that does. `also` lists allowed values that are not paths."""
-    if path.exists():
+    if exists(str(path)):
         return
     parent = path.parent
-    while not parent.is_dir():
+    while not exists(str(parent)) or not parent.is_dir():
         parent = parent.parent
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: {parent} cannot be read ({error.strerror})") from error
     hint = did_you_mean("", str(path), also)
     if not hint and path.parent == parent:
         hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
@@ -130,7 +141,21 @@ def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
     raise ConfigError(f"{key}={path}: no such file or folder{hint} ({parent.resolve()} holds {contents})")
 
 
+def check_writable(key: str, path: Path) -> None:
+    """Refuse a path that cannot be made, because the nearest folder above it is no folder or is not writable."""
+    folder = path.absolute()
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        reason = "is not writable" if folder.is_dir() else "is a file"
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        reason = f"cannot be used ({error.strerror})"
+    raise ConfigError(f"{key}: {path} cannot be made, because {folder} {reason}; give another {key}")
+
+
 def refuse_existing(out: Path) -> None:
     """Refuse to overwrite anything. Raises ConfigError if `out` exists."""
-    if out.exists():
+    if exists(str(out)):
         raise ConfigError(f"out={out} exists already; give a folder that does not, or remove it")

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import TrainConfig
-from megatrain.config.compose import GROUPS, choices_of, compose, default_run_name, is_sweep, key_types
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH, choices_of
+from megatrain.config.compose import compose, default_run_name, key_types, own_folders
+from megatrain.config.values import is_sweep, quoted
 from megatrain.errors import ConfigError, MegatrainError, cannot_write
 from megatrain.launch import slurm
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord, is_sweep_folder
@@ -79,7 +81,7 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
     for number, point in enumerate(points, start=1):
         point.config.run.sweep = sweep
         point.config.run.name = f"{sweep}-{point_suffix(point.values)}"
-        point.overrides += [override_of_text("run.name", point.config.run.name), override_of_text("run.sweep", sweep)]
+        point.overrides += [quoted("run.name", point.config.run.name), quoted("run.sweep", sweep)]
         with errors_name_point(number, len(points), point.values):
             check_values(point.config)
     refuse_duplicates(points)
@@ -99,6 +101,9 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
     swept: dict[str, Any] = {}
     for text in overrides:
         name, _, value = text.partition("=")
+        if name in (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH):
+            fixed[text] = text
+            continue
         key = name.strip().lstrip("+").replace("/", ".")
         fixed.pop(key, None)
         swept.pop(key, None)  # the last override of a key wins
@@ -118,7 +123,7 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
         elif not parsed.is_discrete_sweep():
             raise ConfigError(f"{text}: an interval is continuous; give single values: {VALUES}")
         else:
-            parsed.config_loader = _Groups()
+            parsed.config_loader = _Groups(own_folders(overrides))
             swept[key] = parsed
     if not swept:
         raise ConfigError(
@@ -143,10 +148,13 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str
 
 
 class _Groups:
-    """Tells Hydra the choices of a config group (for `model=glob(gpt2*)`)."""
+    """Tells Hydra the choices of a config group (for `model=glob(gpt2*)`), those in the user's folders included."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
 
     def get_group_options(self, group_name: str, results_filter: Any = None) -> list[str]:
-        return choices_of(group_name) if group_name in GROUPS["train"] else []
+        return choices_of(group_name, self._folders) if group_name in GROUPS["train"] else []
 
 
 @contextmanager
@@ -196,14 +204,6 @@ def short_names(values: dict[str, str]) -> dict[str, str]:
     keys = sorted(values, key=order.index)
     last = [key.rpartition(".")[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
-
-
-def override_of_text(key: str, value: str) -> str:
-    """Return an override that sets a key to text, quoted if necessary."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    plain = re.fullmatch(r"[\w.+-]+", value)
-    return f"{key}={value if plain else QuotedString(value, Quote.single).with_quotes()}"
 
 
 # ---------------------------------------------------------------------------------------------------- checks

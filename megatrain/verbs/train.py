@@ -6,12 +6,12 @@ A rank runs `train/rank.py` instead.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatrain.config import TrainConfig
+from megatrain.distributed.python_process import python_command
 from megatrain.launch import agent, slurm
 from megatrain.launch.nodes import Peers, SingleNode
 from megatrain.launch.recovery import Recovery
@@ -47,7 +47,7 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
 
     The agent of node 0 owns the run's folder on behalf of all nodes.
     """
-    command = [sys.executable, "-m", "megatrain", "train", *arguments]
+    command = python_command("megatrain", "train", *arguments)
     run_dir = Path(config.run.dir) / str(config.run.name)
     on_gpu = has_gpu(config.launch.device)
     limits = Limits(config.resilience.hang_timeout(on_gpu), config.launch.timeout_s)

@@ -31,6 +31,10 @@ LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
 
 
+LONGEST_NAME = 200
+"""Longest name of a run, sweep or dataset, in bytes. File systems allow 255, of which temporary names need some."""
+
+
 def check_values(config: Any) -> None:
     """Check that the keys of a config agree with one another. Raises ConfigError."""
     if isinstance(config, PrepareConfig):
@@ -60,7 +64,12 @@ def world_size(config: TrainConfig) -> int:
 
 
 def check_folder_name(key: str, name: str) -> None:
-    """Check that a name is valid for a folder: one path component, not hidden, no control characters."""
+    """Check that a name is valid for a folder: one path component, not hidden, no control characters, not too long."""
+    if (size := len(name.encode(errors="replace"))) > LONGEST_NAME:
+        raise ConfigError(
+            f"{key}={name[:40]}... has {size} bytes, which is too long for the name of a folder; give at most "
+            f"{LONGEST_NAME}"
+        )
     if (
         not name
         or name.startswith(".")

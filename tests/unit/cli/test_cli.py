@@ -16,6 +16,7 @@ from megatrain import cli
 from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.config.compose import compose, default_choices
 from megatrain.config.usage import EXAMPLES
+from megatrain.distributed.python_process import python_command
 from megatrain.errors import CheckpointError, DataError
 from megatrain.resilience.owner import last_owner
 from megatrain.verbs.sweep_points import compose_points
@@ -177,7 +178,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
     monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
-    command = [sys.executable, "-m", "megatrain", "train", "--debug", *overrides]
+    command = python_command("megatrain", "train", "--debug", *overrides)
     ((*started, recovery, peers),) = seen
     assert started == [command, 2, tmp_path / "a b" / "logs"] and peers.size == 1
     assert (recovery.max_restarts, recovery.limits.training_s, recovery.limits.starting_s) == (100, 600, 600)

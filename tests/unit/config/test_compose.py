@@ -5,7 +5,8 @@ import re
 import pytest
 
 from megatrain.config import VERBS, PrepareConfig, TrainConfig, walk
-from megatrain.config.compose import GROUPS, choices_of, compose
+from megatrain.config.choices import GROUPS, choices_of
+from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 
 PATHS = {"evaluate": ["path=x"], "generate": ["path=x"], "inspect": ["path=x"], "report": ["path=x"]}
@@ -48,22 +49,18 @@ def test_a_key_that_no_file_and_no_override_sets_has_the_schemas_default():
     assert config.checkpoint == TrainConfig().checkpoint
 
 
-def test_the_command_line_wins_over_an_experiment_and_that_over_the_groups(tmp_path, monkeypatch):
-    import shutil
-
-    from megatrain.config import compose as module
-
-    folder = tmp_path / "conf"
-    shutil.copytree(module._conf_folder(), folder)
-    (folder / "experiment" / "mine.yaml").write_text(
+def test_the_command_line_wins_over_an_experiment_and_that_over_the_groups(tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /precision: bf16\n"
         "model:\n  num_layers: 7\noptim:\n  lr: 0.5\ntrain:\n  steps: 11\n"
     )
-    monkeypatch.setattr(module, "_conf_folder", lambda: folder)
-    config = compose("train", ["optim.lr=0.25", "experiment=mine", "precision=fp16"])
+    own = f"--config-dir={tmp_path}"
+    config = compose("train", [own, "optim.lr=0.25", "experiment=mine", "precision=fp16"])
     assert (config.model.name, config.model.num_layers, config.train.steps) == ("tiny", 7, 11)
     assert (config.optim.lr, config.precision.name) == (0.25, "fp16")
-    assert compose("train", ["experiment=mine", "model=small"]).model.name == "small"
+    assert compose("train", [own, "experiment=mine", "model=small"]).model.name == "small"
 
 
 def test_a_later_override_wins_over_an_earlier_one():
@@ -141,6 +138,14 @@ def test_a_value_may_refer_to_another_key():
         ("train.batch_size", "train.micro_batch_size"),
         ("optim.clip_grad", "optim.grad_clip"),
         ("nproc_per_node", "launch.nproc_per_node"),
+        ("data.path", "data.paths"),
+        ("max_steps", "train.steps"),
+        ("num_train_steps", "train.steps"),
+        ("n_layers", "model.num_layers"),
+        ("optim.weight_dacay", "optim.weight_decay"),
+        ("block_size", "train.seq_len"),
+        ("dtype", "precision=<choice>"),
+        ("seq-len", "train.seq_len"),
     ],
 )
 def test_a_key_that_does_not_exist_is_refused_with_the_nearest_one(key, meant):
@@ -169,6 +174,9 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
             r"unknown choice precision=float7.*\(choices of precision: bf16, fp16, fp32, fp8\)",
         ),
         ("train", "experiment=quikstart", "did you mean experiment=quickstart"),
+        ("train", "data=mine", r"^unknown choice data=mine; a dataset of your own is data=files data.name=mine"),
+        ("train", "model=124m", "did you mean model=gpt2_124m"),
+        ("train", "model=my.yaml", r"model=my.yaml: no such file \(choices of model"),
         ("prepare", "model=tiny", "unknown key model"),
         ("train", "model=a,b", "model=a,b: several values make a sweep"),
         ("train", "train.steps=1,2", "train.steps=1,2: several values make a sweep"),
@@ -187,18 +195,18 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
         (
             "train",
             "optim.betas=0.9",
-            r"expected a list of numbers such as .*, given a number \(write optim.betas=\[0.9\]\)",
+            r"expected a list of numbers such as .*, given a number \(write 'optim.betas=\[0.9\]'\)",
         ),
         ("train", "optim.betas=[0.9,x]", r"expected a list of numbers such as \[0.9,0.95\], given a list$"),
         ("train", "optim.betas=[0.9]", "expected two numbers, given 1"),
-        ("train", "data.paths=a.txt", r"expected a list of texts.*\(write data.paths=\[a.txt\]\)"),
+        ("train", "data.paths=a.txt", r"expected a list of texts.*\(write 'data.paths=\[a.txt\]'\)"),
         ("train", "run={name: x}", "run is a group of keys, not a key; set one of run.name, run.dir"),
         ("train", "~run.name", "cannot be deleted"),
         ("train", "train.steps", "cannot read 'train.steps': an override is key=value"),
         ("train", "=3", "cannot read '=3'"),
         ("train", "model@other=tiny", "packages in an override"),
         ("train", "train.steps=[1", r"cannot read train.steps=\[1"),
-        ("train", "seed=${nothing}", "Interpolation key 'nothing' not found"),
+        ("train", "seed=${nothing}", "Interpolation key 'nothing' not found.*full_key: seed"),
         ("train", "hydra.run.dir=x", "unknown key hydra.run.dir"),
         ("train", "data.name=???", r"data.name is not set; give data.name=... \(dataset identity"),
         ("evaluate", "split=heldout", r"path is not set; give path=... \(run folder"),

@@ -9,6 +9,7 @@ import yaml
 
 from megatrain import cli
 from megatrain.config.compose import compose
+from megatrain.config.values import quoted
 from megatrain.errors import ConfigError
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 from megatrain.verbs.sweep_points import (
@@ -16,7 +17,6 @@ from megatrain.verbs.sweep_points import (
     MAX_SUFFIX,
     compose_points,
     expand,
-    override_of_text,
     point_suffix,
     write_record,
 )
@@ -111,8 +111,8 @@ def test_keys_with_the_same_last_part_stay_distinct_and_long_values_are_cut():
 
 
 def test_a_name_that_needs_quotes_gets_them():
-    assert override_of_text("run.name", "scan-lr0.1") == "run.name=scan-lr0.1"
-    assert override_of_text("run.name", "a, b") == "run.name='a, b'"
+    assert quoted("run.name", "scan-lr0.1") == "run.name=scan-lr0.1"
+    assert quoted("run.name", "a, b") == "run.name='a, b'"
 
 
 @pytest.mark.parametrize(

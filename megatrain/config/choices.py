@@ -1,0 +1,127 @@
+"""Where the choices of config groups come from: conf/, a user's own folders, and single YAML files. Imports no torch.
+
+A folder of a user's own is laid out like conf/: `model=my` is the file `<folder>/model/my.yaml`. The first folder that
+has a choice wins; conf/ comes last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatrain.config.suggest import did_you_mean
+from megatrain.errors import ConfigError
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
+    "prepare": ("data", "tokenizer"),
+}
+GROUPS["layouts"] = GROUPS["train"]
+"""Config groups of each verb that has any: `<group>=<choice>` selects conf/<group>/<choice>.yaml."""
+
+CONFIG_DIR = "--config-dir"
+CONFIG_FILE = "--config"
+SEARCH_PATH = "hydra.searchpath"
+
+YAML = (".yaml", ".yml")
+
+
+def conf_folder() -> Path:
+    """Return the folder of conf/, in a checkout or an installed wheel."""
+    return Path(str(resources.files("megatrain.conf")))
+
+
+def own_folder(given: str, text: str) -> Path:
+    """Return a folder of the user's own choices: a path, `file://path` or `pkg://package`.
+
+    `given` is the word of the command line. Raises ConfigError unless it is a folder with a config group in it.
+    """
+    if text.startswith("pkg://"):
+        try:
+            folder = Path(str(resources.files(import_module(text.removeprefix("pkg://").replace("/", ".")))))
+        except ImportError as error:
+            raise ConfigError(f"{given}: the package {text} cannot be imported ({error})") from error
+    else:
+        folder = home(given, text.removeprefix("file://"))
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{given}: {folder} is not a folder; give one with your own choices, as {folder}/model/my.yaml"
+        )
+    if not any((folder / group).is_dir() for group in GROUPS["train"]):
+        raise ConfigError(
+            f"{given}: {folder} has none of the folders {', '.join(GROUPS['train'])}; a choice such as model=my is the "
+            f"file {folder}/model/my.yaml"
+        )
+    return folder
+
+
+def home(given: str, text: str) -> Path:
+    """Return a path with a leading `~` or `~user` replaced. Raises ConfigError for an unknown user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{given}: there is no home folder for {text.partition('/')[0]}; give the path in full, or ./{text} if "
+            f"that is its name"
+        ) from error
+
+
+def choices_of(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """Return the names of a config group's choices, those in `folders` included."""
+    found = {
+        str(path.relative_to(folder / group).with_suffix(""))
+        for folder in (*folders, conf_folder())
+        for path in (folder / group).rglob("*.yaml")
+    }
+    return sorted(found)
+
+
+def find_choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
+    """Return the name of a choice in conf/, or the file of a choice of the user's own.
+
+    `value` is a name or the path of a YAML file. Raises ConfigError with the choices and the folders searched.
+    """
+    file = home(f"{group}={value}", value)
+    if file.suffix in YAML and file.is_file():
+        return file
+    name = value.removesuffix(file.suffix) if file.suffix in YAML else value
+    for folder in folders:
+        if (found := folder / group / f"{name}.yaml").is_file():
+            return found
+    known = choices_of(group, folders)
+    if name in known:
+        return name
+    listed = f"(choices of {group}: {', '.join(known)})"
+    searched = ", ".join(str(folder / group) for folder in folders)
+    where = f"; searched {searched} and megatrain's own" if folders else ""
+    if "/" in value or file.suffix in YAML:
+        raise ConfigError(f"{group}={value}: no such file {listed}{where}")
+    hint = did_you_mean(f"{group}=", name, known)
+    if group == "data" and not hint:
+        hint = f"; a dataset of your own is data=files data.name={name} (megatrain prepare makes it from data.paths)"
+    where = where or f"; a choice of your own is {group}=FILE.yaml, or DIR/{group}/{name}.yaml with {CONFIG_DIR} DIR"
+    raise ConfigError(f"unknown choice {group}={value}{hint} {listed}{where}")
+
+
+def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the mapping in a YAML file, and the package that its header (`# @package _global_`) names.
+
+    Raises ConfigError if the file cannot be read or holds something else.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"{file} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
+        raise ConfigError(f"{file} does not hold keys with values, as in num_layers: 4")
+    header = re.search(r"^#\s*@package[ \t]+(\S+)", text, re.MULTILINE)
+    return content or {}, header.group(1) if header else None

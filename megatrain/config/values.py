@@ -1,0 +1,205 @@
+"""Read the value of a key, as typed, according to the key's type. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import typing
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from megatrain.config import walk
+from megatrain.config.choices import home
+from megatrain.errors import ConfigError
+
+FREE_TEXT = ("prompt",)
+"""Keys whose value is prose: commas and brackets have no special meaning."""
+
+SWEEPS = ("choice(", "range(", "interval(", "glob(")
+
+
+def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
+    """Read the value of one key according to its type. A path that exists is taken as typed.
+
+    Raises ConfigError with the key, the given and the expected value.
+    """
+    kind, optional = split_optional(hint)
+    stripped = text.strip()
+    if stripped == "null":
+        if optional:
+            return None
+        raise ConfigError(f"{name}=null: {name} cannot be null; give {describe(hint)}")
+    if is_path and kind is str and exists(text):
+        return literal(text)
+    if kind is str and (name in FREE_TEXT or not _is_quoted(stripped)):
+        if name not in FREE_TEXT and is_sweep(stripped):
+            raise ConfigError(sweep_message(name, text, quotable=True))
+        return literal(text) if name in FREE_TEXT else stripped
+    if kind == list[str]:
+        listed = stripped[1:-1].strip() if _is_quoted(stripped) else stripped
+        if listed.startswith("[") and listed.endswith("]"):
+            items = [listed[1:-1]] if is_path and exists(listed[1:-1]) else split_list(listed[1:-1])
+            return [literal(item) if is_path and exists(item) else item for item in items]
+    value = _parse(name, text)
+    if isinstance(value, str) and "${" in value:
+        return value
+    if not _fits(kind, value):
+        hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
+        if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
+            hint_text = f" (write {shlex.quote(f'{name}=[{stripped}]')})"
+        raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {kind_of(value)}{hint_text}")
+    return value
+
+
+def _parse(name: str, text: str) -> Any:
+    """Parse a value with Hydra's grammar: int, float, bool, str, list or dict."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"{name}={text}")
+    except HydraException as error:
+        raise ConfigError(f"cannot read {name}={text}: quote special characters, as in {name}='...'") from error
+    if override.is_sweep_override():
+        raise ConfigError(sweep_message(name, text))
+    value = override.value()
+    if isinstance(value, list):
+        return [item.text if isinstance(item, QuotedString) else item for item in value]
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def literal(text: str) -> str:
+    """Return text in which OmegaConf sees no interpolation."""
+    return text.replace("${", "\\${")
+
+
+def quoted(key: str, text: str) -> str:
+    """Return an override that sets a key to text as it is, quoted if necessary."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    plain = re.fullmatch(r"[\w.+/-]+", text)
+    return f"{key}={text if plain else QuotedString(literal(text), Quote.single).with_quotes()}"
+
+
+def split_list(text: str) -> list[str]:
+    """Split the inside of `[a,b]` at its commas, except those in quotes or in brackets; quotes around an item go."""
+    items, start, depth, quote = [], 0, 0, ""
+    balanced = all(text.count(left) == text.count(right) for left, right in ("()", "[]", "{}"))
+    for place, letter in enumerate(text):
+        begins_item = not text[start:place].strip()
+        if quote:
+            quote = "" if letter == quote and text[place - 1] != "\\" else quote
+        elif letter in "'\"" and begins_item:
+            quote = letter if re.match(rf".*?(?<!\\){letter}\s*(,|$)", text[place + 1 :]) else ""
+        elif letter in "([{":
+            depth += balanced
+        elif letter in ")]}":
+            depth -= balanced
+        elif letter == "," and depth == 0:
+            items.append(text[start:place])
+            start = place + 1
+    stripped = [item.strip() for item in (*items, text[start:])]
+    return [re.sub(rf"\\([\\{item[0]}])", r"\1", item[1:-1]) if _is_quoted(item) else item for item in stripped if item]
+
+
+def exists(text: str) -> bool:
+    """Return whether a text is the path of something that exists."""
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, or an unknown user's home
+        return False
+
+
+def expand_home(config: Any) -> None:
+    """Replace a leading `~` or `~user` in the value of every path key. Raises ConfigError for an unknown user."""
+    for name, f in walk(type(config)).items():
+        if not f.metadata.get("path"):
+            continue
+        owner = config
+        *groups, last = name.split(".")
+        for group in groups:
+            owner = getattr(owner, group)
+        value = getattr(owner, last)
+        for text in value if isinstance(value, list) else [value or ""]:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ConfigError(f"{name}={text!r} is not valid UTF-8; rename the file or folder")
+        if isinstance(value, list):
+            setattr(owner, last, [_home(name, text) for text in value])
+        elif value is not None:
+            setattr(owner, last, _home(name, value))
+
+
+def _home(name: str, text: str) -> str:
+    """Return a path with a leading `~` or `~user` replaced; another text as it is."""
+    return str(home(f"{name}={text}", text)) if text.startswith("~") else text
+
+
+def split_optional(hint: Any) -> tuple[Any, bool]:
+    """Return a key's type without None, and whether it allows None."""
+    parts = typing.get_args(hint)
+    if NoneType not in parts:
+        return hint, False
+    (kind,) = (part for part in parts if part is not NoneType)
+    return kind, True
+
+
+def describe(hint: Any) -> str:
+    """Return a key's type in words."""
+    kind, optional = split_optional(hint)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list[str]: "a list of texts such as [a,b]",
+        list[int]: "a list of whole numbers such as [3,4]",
+        list[float]: "a list of numbers such as [0.9,0.95]",
+        list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
+    }
+    return words[kind] + (" or null" if optional else "")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Return whether a parsed value is valid for a key of this type."""
+    if typing.get_origin(kind) is list:
+        (element,) = typing.get_args(kind)
+        return isinstance(value, list) and all(element is str or _fits(element, item) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def kind_of(value: Any) -> str:
+    """Return the type of a parsed value in words."""
+    names = {
+        bool: "a boolean",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _is_quoted(text: str) -> bool:
+    """Return whether a text is in single or double quotes."""
+    return len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+
+
+def is_sweep(text: str) -> bool:
+    """Return whether a value looks like a sweep over several values."""
+    return "," in text or text.startswith(SWEEPS)
+
+
+def sweep_message(name: str, value: str, quotable: bool = False) -> str:
+    """Return the message for several values in a command that takes one."""
+    advice = f" (quote text that holds a comma: {name}=\"'...'\")" if quotable else ""
+    return (
+        f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; "
+        f"give one value{advice}"
+    )

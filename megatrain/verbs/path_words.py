@@ -1,0 +1,72 @@
+"""A path among the words of a command line, such as `megatrain inspect runs/x`, as overrides. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatrain.config import VERBS, walk
+from megatrain.config.choices import CONFIG_FILE, GROUPS, YAML, home
+from megatrain.config.values import exists, quoted
+from megatrain.errors import ConfigError
+from megatrain.tracking.sweep_record import is_sweep_folder
+from megatrain.verbs.path_checks import require
+
+
+def expand_path(verb: str, words: Sequence[str]) -> list[str]:
+    """Replace the word that is a path: by `path=...`, or for `train` by what continues that run with its saved config.
+
+    An existing path is a path even if it contains `=`, unless it is an override: a key of the verb, `=` and a value.
+    """
+    names = set(walk(VERBS[verb])) | set(GROUPS.get(verb, ()))
+    has_path = "path" in names
+    if not has_path and verb != "train":
+        return list(words)
+    wanted = has_path and not any(word.startswith("path=") for word in words)
+    place = next((n for n, word in enumerate(words) if _is_path(word, names, wanted)), None)
+    if place is None:
+        return list(words)
+    found = [quoted("path", words[place])] if has_path else _run_words(words[place])
+    return [*found, *words[:place], *words[place + 1 :]]
+
+
+def _is_path(word: str, names: set[str], wanted: bool) -> bool:
+    """Return whether a word is a path and no override. `wanted` means that the verb needs one."""
+    name, equals, _ = word.partition("=")
+    known = name.lstrip("+").replace("/", ".")
+    if word.startswith("-") or (not equals and (known in names or any(key.startswith(known + ".") for key in names))):
+        return wanted and exists(word)
+    if not equals:
+        return True
+    return (known not in names or wanted) and (exists(word) or (known not in names and "/" in name))
+
+
+def _run_words(word: str) -> list[str]:
+    """Return the overrides that continue the run in a folder with its saved config.
+
+    Raises ConfigError unless it is a run's folder.
+    """
+    folder = home(word, word)
+    if not exists(word) and "/" not in word:
+        groups = ", ".join(f"{group}={word}" for group in ("model", "data", "experiment"))
+        raise ConfigError(
+            f"{word} is neither a run's folder nor key=value; give for example {groups}, or the folder of a run to "
+            f"continue, such as runs/{word}"
+        )
+    require("run folder", folder)
+    if folder.is_file():
+        advice = f"; to start from a config: {CONFIG_FILE} {word}" if folder.suffix in YAML else ""
+        raise ConfigError(f"{word} is a file; give the folder of the run to continue{advice}")
+    if is_sweep_folder(folder):
+        raise ConfigError(f"{word} is the folder of a sweep; repeat its megatrain train --multirun to continue it")
+    if not (folder / "config.yaml").is_file():
+        owner = next((parent for parent in folder.absolute().parents if (parent / "config.yaml").is_file()), None)
+        advice = f"; it is inside a run: megatrain train {owner}" if owner else ""
+        raise ConfigError(f"{word} holds no config.yaml, so it is not the folder of a run{advice}")
+    if folder.is_symlink() or folder.name in ("", ".."):
+        folder = folder.resolve()
+    return [
+        f"{CONFIG_FILE}={folder / 'config.yaml'}",
+        quoted("run.dir", str(folder.parent)),
+        quoted("run.name", folder.name),
+        "checkpoint.resume=auto",
+    ]

@@ -1,0 +1,141 @@
+"""A user's own YAML: choices in folders and files, and whole configs."""
+
+import re
+
+import pytest
+
+from megatrain import cli
+from megatrain.config.compose import compose
+from megatrain.errors import ConfigError
+from megatrain.verbs.sweep_points import compose_points
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Write files into a folder of own choices, and return it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**files):
+        folder = tmp_path / "my configs"
+        for name, text in files.items():
+            file = folder / f"{name.replace('__', '/')}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return folder
+
+    return write
+
+
+def refusal(*words, verb="train"):
+    with pytest.raises(ConfigError) as caught:
+        compose(verb, list(words))
+    return str(caught.value)
+
+
+MODEL = "num_layers: 3\nnum_heads: 2\nhidden_size: 48\n"
+
+
+def test_every_group_takes_choices_from_a_folder_however_it_is_named(own):
+    folder = own(
+        model__my=MODEL,
+        model__wide="defaults:\n  - tiny\n  - _self_\nhidden_size: 256\n",
+        data__my="kind: files\npaths: [a.txt]\n",
+        launch__cluster="defaults: [slurm, _self_]\nnum_nodes: 2\nnproc_per_node: 4\npartition: gpu\n",
+        experiment__my="# @package _global_\ndefaults:\n  - override /model: my\noptim: {lr: 1e-2}\n",
+    )
+    for word in (f"--config-dir={folder}", f"hydra.searchpath=['{folder}']", f"hydra.searchpath=[file://{folder}]"):
+        config = compose("train", [word, "model=my", "data=my", "launch=cluster"])
+        assert (config.model.name, config.model.num_layers, config.model.norm) == ("my", 3, "rmsnorm")
+        assert (config.data.name, config.data.paths, config.run.name) == ("my", ["a.txt"], "my-my")
+        assert (config.launch.name, config.launch.num_nodes, config.launch.partition) == ("slurm", 2, "gpu")
+    config = compose("train", [word, "model=wide"])
+    assert (config.model.name, config.model.num_layers, config.model.hidden_size) == ("wide", 4, 256)
+    config = compose("train", [word, "experiment=my"])
+    assert (config.model.num_layers, config.optim.lr) == (3, 0.01)
+    assert compose("prepare", [word, "data=my"]).data.name == "my"
+
+
+def test_the_users_choice_wins_over_ours_and_an_earlier_folder_over_a_later_one(own, tmp_path):
+    folder = own(model__tiny=MODEL)
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "tiny.yaml").write_text("num_layers: 9")
+    (tmp_path / "other" / "model" / "nine.yaml").write_text("num_layers: 9")
+    both = [f"--config-dir={folder}", "--config-dir=other"]
+    assert compose("train", [*both, "model=tiny"]).model.num_layers == 3
+    assert compose("train", [*reversed(both), "model=tiny"]).model.num_layers == 9
+    assert compose("train", [*both, "model=nine"]).model.name == "nine"
+    assert compose("train", ["model=tiny"]).model.num_layers == 4, "nothing of it stays"
+
+
+def test_a_choice_may_be_a_file_anywhere(own):
+    folder = own(model__my=MODEL, experiment__my="optim: {lr: 0.5}\n")
+    assert compose("train", [f"model={folder}/model/my.yaml"]).model.num_layers == 3
+    assert compose("train", [f"experiment={folder}/experiment/my.yaml"]).optim.lr == 0.5
+    assert compose("train", [f"--config-dir={folder}", "model=my.yaml"]).model.name == "my"
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "says"),
+    [
+        (
+            {"model__my": MODEL},
+            ["model=myy"],
+            r"did you mean model=my\? .*searched .*my configs/model and megatrain's own",
+        ),
+        (
+            {"model__my": "num_layer: 3"},
+            ["model=my"],
+            r"my.yaml: unknown key model.num_layer; did you mean model.num_layers",
+        ),
+        ({"model__my": "num_layers: many"}, ["model=my"], r"my.yaml: model.num_layers: many: expected a whole number"),
+        ({"model__my": "num_layers: 0"}, ["model=my"], r"model.num_layers=0 is out of range"),
+        ({"model__my": "a: [1"}, ["model=my"], r"my.yaml is not YAML: .*line 1"),
+        ({"model__my": "just text"}, ["model=my"], r"my.yaml does not hold keys with values"),
+        ({"model__my": "defaults: [tinny]"}, ["model=my"], r"my.yaml.*tinny"),
+        ({"experiment__my": "model: tiny"}, ["experiment=my"], r"defaults: \[override /model: tiny\]"),
+        (
+            {"experiment__my": "max_steps: 3"},
+            ["experiment=my"],
+            r"my.yaml: unknown key max_steps; did you mean train.steps",
+        ),
+        ({"stray": ""}, ["model=tiny"], r"--config-dir=.* has none of the folders model, data"),
+    ],
+)
+def test_a_mistake_in_a_users_file_names_the_file_and_the_key(own, files, words, says):
+    assert re.search(says, refusal(f"--config-dir={own(**files)}", *words))
+
+
+def test_folders_and_files_that_do_not_exist_are_refused_by_name(own):
+    own()
+    assert "--config-dir=none: none is not a folder" in refusal("--config-dir=none")
+    assert "hydra.searchpath=[none]: none is not a folder" in refusal("hydra.searchpath=[none]")
+    assert "pkg://no.such cannot be imported" in refusal("hydra.searchpath=[pkg://no.such]")
+    assert "none.yaml cannot be read: No such file" in refusal("--config=none.yaml")
+    assert "has no config groups" in refusal("path=x", "--config-dir=.", verb="inspect")
+
+
+def test_a_printed_config_composes_to_itself_and_the_command_line_wins_over_it(own, tmp_path, capsys):
+    words = ["model=tiny", "run.name=1e3", "data.name=007", "optim.lr=1e-5", "run.sweep=scan", "data.paths=[a (1).txt]"]
+    assert cli.main(["train", "--cfg", *words]) == 0
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(capsys.readouterr().out)
+    assert compose("train", [f"--config={saved}"]) == compose("train", words)
+    config = compose("train", [f"--config={saved}", "model=small", "train.steps=3", "run.name=other"])
+    assert config.model == compose("train", ["model=small"]).model
+    assert (config.train.steps, config.optim.lr, config.data.name) == (3, 1e-5, "007")
+    assert config.run.sweep is None, "another run is no point of the sweep"
+    assert compose("train", [f"--config={saved}", "run.name=1e3"]).run.sweep == "scan"
+    assert compose("prepare", [f"--config={saved}"]).data.paths == ["a (1).txt"]
+    assert compose("layouts", [f"--config={saved}"]).model.name == "tiny"
+    assert "give one of them" in refusal(f"--config={saved}", "experiment=quickstart")
+    saved.write_text("train: {stepz: 3}")
+    assert f"{saved}: unknown key train.stepz; did you mean train.steps?" in refusal(f"--config={saved}")
+
+
+def test_the_ranks_and_the_points_of_a_sweep_get_the_same_flags(own, monkeypatch):
+    folder = own(model__my=MODEL, model__mine=MODEL)
+    arguments = cli.parse(["train", "--config-dir", str(folder), "model=my"])
+    assert arguments.overrides == [f"--config-dir={folder}", "model=my"]
+    points = compose_points([*arguments.overrides[:1], "data.name=x", "model=glob(m*)"])
+    assert [point.config.run.name for point in points] == ["x-model-mine", "x-model-my"]
+    assert all(point.overrides[0] == f"--config-dir={folder}" for point in points)

@@ -1,0 +1,84 @@
+"""Processes of megatrain's own: nothing is imported from the working directory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatrain
+from megatrain.distributed.python_process import python_command
+from megatrain.launch.agent import Agent
+from megatrain.launch.nodes import SingleNode
+from megatrain.launch.rank_process import LINUX
+from megatrain.launch.recovery import Recovery
+from megatrain.resilience.owner import Ownership
+from megatrain.resilience.watchdog import Limits
+
+SBATCH = Path(megatrain.__file__).parent / "slurm" / "train.sbatch"
+START = re.search(r'^start="(.*)"$', SBATCH.read_text(), re.MULTILINE).group(1)
+COMMAND = [sys.executable, "-c", START]
+"""The command as a Slurm job starts it."""
+
+
+@pytest.fixture
+def traps(tmp_path, monkeypatch):
+    """A working directory with names of the standard library, of dependencies and of megatrain itself."""
+    for name in ("json", "torch", "yaml", "signal", "hydra", "random", "runpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    (tmp_path / "megatrain" / "launch").mkdir(parents=True)
+    for folder in ("megatrain", "megatrain/launch"):
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    return tmp_path
+
+
+def test_a_process_imports_the_parents_megatrain_and_nothing_from_the_working_directory(traps):
+    for command in (python_command("megatrain"), COMMAND):
+        done = subprocess.run([*command, "train", "--cfg"], capture_output=True, text=True)
+        assert done.returncode == 0 and "num_layers" in done.stdout, done.stderr
+
+
+def test_a_process_that_runs_elsewhere_needs_no_installed_megatrain(traps):
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-S", *python_command("megatrain", "--version")[1:]],
+        capture_output=True,
+        text=True,
+        env=environ,
+    )
+    assert done.stdout == f"megatrain {megatrain.__version__}\n", done.stderr
+
+
+@pytest.mark.skipif(not LINUX, reason="forks ranks on Linux only")
+def test_forked_and_started_ranks_are_safe_too(traps):
+    run = traps / "run"
+    run.mkdir()
+    for modules in ([], ["megatrain.cli"]):
+        recovery = Recovery(run, Ownership.take(run), 0, Limits(60, 60), modules=modules)
+        agent = Agent(python_command("megatrain", "--version"), 1, run, recovery, SingleNode())
+        try:
+            assert agent.run() == 0
+        finally:
+            agent.close()
+            recovery.owner.release()
+
+
+def test_python_m_drops_the_working_directory_once_megatrain_is_imported(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise SystemExit('imported from the working directory')")
+    done = subprocess.run([sys.executable, "-m", "megatrain", "train", "--cfg"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_removed_working_directory_is_a_message(tmp_path):
+    gone = tmp_path / "gone"
+    command = 'cd gone && rmdir "$PWD" && exec "$0" "$@"'
+    gone.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", command, *COMMAND, "train", "--cfg"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("megatrain: error: the working directory"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,104 @@
+"""Completion of the command line, as a shell asks for it."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatrain import cli
+from megatrain.verbs.completion import SCRIPTS, candidates
+
+
+def complete(line):
+    return candidates(f"megatrain {line}", cli.FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    (tmp_path / "odd name").mkdir()
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "tidy.yaml").write_text("num_layers: 1")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("tr", ["train"]),
+        ("train mod", ["model=", "model."]),
+        ("train model=ti", ["model=tiny"]),
+        ("train --config-dir own model=ti", ["model=tidy", "model=tiny"]),
+        ("train --config-dir=own model=small,ti", ["model=small,tidy", "model=small,tiny"]),
+        ("train optim.b", ["optim.betas="]),
+        ("train seed=3 optim.schedule=c", ["optim.schedule=cosine", "optim.schedule=constant"]),
+        ("train compile=", ["compile=true", "compile=false"]),
+        ("train run.dir=ru", ["run.dir=runs/"]),
+        ("train run", ["run.", "runs/"]),
+        ("inspect runs/", ["runs/lr=0.1/"]),
+        ("train --conf", ["--config", "--config-dir"]),
+        ("train --config-dir o", ["own/"]),
+        ("--completion z", ["zsh"]),
+        ("train xyz=", []),
+        ("train data.name='a ", []),
+    ],
+)
+def test_the_last_word_is_completed(line, expected):
+    assert complete(line) == expected
+
+
+def test_every_verb_offers_its_keys_and_groups():
+    assert complete("")[:2] == ["prepare", "train"]
+    assert {"model=", "train.", "seed=", "experiment="} <= set(complete("train "))
+    assert "path=" in complete("evaluate ")
+
+
+def test_completion_is_quick_because_it_imports_neither_torch_nor_hydra():
+    program = (
+        "import sys; from megatrain.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'hydra', 'omegaconf'} & set(sys.modules); sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    command = [sys.executable, "-c", program, "--complete", "megatrain train model=ti"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "model=tiny\n"), done.stderr
+
+
+DRIVERS = {
+    "bash": """{script}
+COMP_WORDS=({command} {line}); COMP_LINE="megatrain {line}"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDBREAKS=$' =:'
+compopt() {{ :; }}
+_megatrain; printf '%s\\n' "${{COMPREPLY[@]}}"
+""",
+    "zsh": """compdef() {{ :; }}
+compadd() {{ print -l -- ${{(P)@[-1]}}; }}
+{script}
+words=({command} {line}); CURRENT=$#words
+_megatrain
+""",
+    "fish": """function megatrain; {command} $argv; end
+{script}
+complete -C 'megatrain {line}'
+""",
+}
+
+
+@pytest.mark.parametrize(("shell", "shown"), [("bash", "tiny"), ("zsh", "model=tiny"), ("fish", "model=tiny")])
+def test_a_shell_shows_the_candidates(shell, shown, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command = tmp_path / "megatrain"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatrain "$@"\n')
+    command.chmod(0o755)
+    driver = DRIVERS[shell].format(script=SCRIPTS[shell], command=command, line="train model=ti")
+    done = subprocess.run([shell, "-c", driver], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [shown], done.stderr
+
+
+def test_the_script_of_an_unknown_shell_is_refused(capsys):
+    assert cli.main(["--completion", "csh"]) == 2
+    assert "there is completion for bash, zsh, fish" in capsys.readouterr().err
+    assert cli.main(["--completion"]) == 2
+    assert "--completion needs a value" in capsys.readouterr().err
+    assert cli.main(["--completion=fish"]) == 0
+    assert "complete -c megatrain" in capsys.readouterr().out
