@@ -12,8 +12,6 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatrain.config.suggest import did_you_mean
 from megatrain.errors import ConfigError
 
@@ -113,6 +111,8 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
 
     Raises ConfigError if the file cannot be read or holds something else.
     """
+    import yaml
+
     try:
         text = file.read_text(encoding="utf-8-sig")
         content = yaml.safe_load(text)

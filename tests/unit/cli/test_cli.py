@@ -108,7 +108,7 @@ def test_cfg_prints_the_resolved_config(capsys):
     ("argv", "says"),
     [
         (["trian"], "unknown verb trian; did you mean train? (verbs: prepare, train"),
-        (["train", "--confg"], "unknown flag --confg; did you mean --cfg?"),
+        (["train", "--confg"], "unknown flag --confg; did you mean --config?"),
         (["train", "train.stepz=1"], "unknown key train.stepz; did you mean train.steps?"),
         (["inspect"], "path is not set"),
         (["train", "model=tiny", "model.num_heads=7"], "is not divisible by model.num_heads=7"),
