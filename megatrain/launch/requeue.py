@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch asks before it requeues a job: `python -m megatrain.launch.requeue <overrides>`.
+"""What slurm/train.sbatch asks before it requeues a job.
 
 Prints one line for the shell, `step=<n> limit=<n> exclude=<nodes>`: the furthest step that any start of the run has
 finished, `launch.max_requeues`, and the nodes, separated by commas, that had faults of the machine more than once in a
@@ -7,7 +7,6 @@ day. Imports no torch.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -36,13 +35,9 @@ def suspected_nodes(run_dir: Path) -> list[str]:
     return suspects(hosts, events, time.time())
 
 
-def main(arguments: list[str]) -> None:
-    """Print what is known of the run that these arguments of `megatrain train` name."""
-    config = compose("train", [word for word in arguments if not word.startswith("-")])
+def main(overrides: list[str]) -> None:
+    """Print what is known of the run that these overrides of `megatrain train` name."""
+    config = compose("train", overrides)
     run_dir = Path(config.run.dir) / str(config.run.name)
     nodes = ",".join(suspected_nodes(run_dir))
     print(f"step={furthest_step(run_dir)} limit={config.launch.max_requeues} exclude={nodes}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

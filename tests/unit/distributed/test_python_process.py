@@ -18,7 +18,11 @@ from megatrain.resilience.owner import Ownership
 from megatrain.resilience.watchdog import Limits
 
 SBATCH = Path(megatrain.__file__).parent / "slurm" / "train.sbatch"
-START = re.search(r'^start="(.*)"$', SBATCH.read_text(), re.MULTILINE).group(1)
+START, FACTS = (
+    subprocess.run(["bash", "-c", f'{lines}; printf %s "${name}"'], capture_output=True, text=True).stdout
+    for lines in [";".join(re.findall(r'^(?:start|facts)=".*"$', SBATCH.read_text(), re.MULTILINE))]
+    for name in ("start", "facts")
+)
 COMMAND = [sys.executable, "-c", START]
 """The command as a Slurm job starts it."""
 
@@ -42,6 +46,17 @@ def test_a_process_imports_the_parents_megatrain_and_nothing_from_the_working_di
         assert done.returncode == 0 and "num_layers" in done.stdout, done.stderr
 
 
+def test_a_slurm_job_asks_for_the_facts_of_a_run_folder_too(traps):
+    run = traps / "runs" / "a=1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("launch: {max_requeues: 7}\nrun: {name: old}\n")
+    (run / "events.jsonl").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", FACTS, "train", "--debug", "seed=3", "runs/a=1"], capture_output=True, text=True
+    )
+    assert done.stdout == "step=0 limit=7 exclude=\n", done.stderr
+
+
 def test_a_process_that_runs_elsewhere_needs_no_installed_megatrain(traps):
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -58,7 +73,7 @@ def test_forked_and_started_ranks_are_safe_too(traps):
     run = traps / "run"
     run.mkdir()
     for modules in ([], ["megatrain.cli"]):
-        recovery = Recovery(run, Ownership.take(run), 0, Limits(60, 60), modules=modules)
+        recovery = Recovery(run, Ownership.take(run), 0, 0, Limits(60, 60), modules=modules)
         agent = Agent(python_command("megatrain", "--version"), 1, run, recovery, SingleNode())
         try:
             assert agent.run() == 0

@@ -21,7 +21,7 @@ def test_the_furthest_step_of_all_starts_counts(tmp_path):
 def test_one_line_says_step_limit_and_nodes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "mine"
-    main(["run.name=mine", "--debug", "launch.max_requeues=4"])
+    main(["run.name=mine", "launch.max_requeues=4"])
     assert capsys.readouterr().out == "step=0 limit=4 exclude=\n"
     log = EventLog(run / "events.jsonl")
     for host in ("n3", "n1", "n7", "n3", "n7"):
