@@ -16,13 +16,13 @@ import torch
 from megatrain.checkpoint.manifest import Identity, RunRecord
 from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
+from megatrain.config.values import quoted
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import special_tokens_of
 from megatrain.interop.load_model import Loaded, kind_of, load
 from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
-from megatrain.verbs.sweep_points import override_of_text
 
 
 def import_(config: ImportConfig) -> None:
@@ -41,7 +41,7 @@ def import_(config: ImportConfig) -> None:
         write_weights(loaded, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    start = shlex.quote(override_of_text("checkpoint.init_from", config.out))
+    start = shlex.quote(quoted("checkpoint.init_from", config.out))
     print_result(loaded, out, "fp32", f"megatrain train {start}")
 
 

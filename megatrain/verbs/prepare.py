@@ -10,8 +10,8 @@ from pathlib import Path
 from megatrain.config import PrepareConfig
 from megatrain.config.compose import compose
 from megatrain.config.suggest import next_step
+from megatrain.config.values import quoted
 from megatrain.data import preparation
-from megatrain.verbs.sweep_points import override_of_text
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -20,9 +20,7 @@ def prepare(config: PrepareConfig) -> Path:
     given = {"data.name": config.data.name, "data.dir": config.data.dir}
     default = asdict(compose("train", []).data)
     words = [
-        shlex.quote(override_of_text(key, value))
-        for key, value in given.items()
-        if value != default[key.removeprefix("data.")]
+        shlex.quote(quoted(key, value)) for key, value in given.items() if value != default[key.removeprefix("data.")]
     ]
     print(next_step(" ".join(["megatrain train", *words])), file=sys.stderr)
     return folder

@@ -38,7 +38,7 @@ def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
     path = request.values.get(INIT_FROM)
     if path is None or "model" in request.groups or _experiment_sets_model(verb, given):
         return given
-    found = peek(Path(path))
+    found = peek(Path(path).expanduser())
     if found is None:
         return given  # path_checks says what is wrong
     try:
