@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -187,7 +188,9 @@ def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, 
 
 def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_dataset_folder", lambda *arguments: None)
+    monkeypatch.setattr(
+        "megatrain.verbs.path_checks.check_dataset_folder", lambda *arguments: SimpleNamespace(tokenizer=None)
+    )
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     SweepRecord([SweepPoint("mine-seed1", {"seed": "1"})]).save(tmp_path / "runs" / "mine")
     assert cli.main(["train", *TINY, "run.name=mine"]) == 2
