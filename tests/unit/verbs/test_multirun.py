@@ -189,7 +189,8 @@ def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, 
 def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "megatrain.verbs.path_checks.check_dataset_folder", lambda *arguments: SimpleNamespace(tokenizer=None)
+        "megatrain.verbs.path_checks.check_dataset_folder",
+        lambda *arguments: SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=300)),
     )
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     SweepRecord([SweepPoint("mine-seed1", {"seed": "1"})]).save(tmp_path / "runs" / "mine")
