@@ -30,6 +30,7 @@ from megatrain.errors import (
     MegatrainError,
     disk_fault,
 )
+from megatrain.resilience.fault_classes import memory_fault
 from megatrain.resilience.terminal import Terminal, say
 
 ACTIONS: dict[str, str] = {
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             return _end_without_output(terminal.lost)
         if isinstance(error, SystemExit):
             raise
-        user_error = error if isinstance(error, MegatrainError) else disk_fault(error)
+        user_error = error if isinstance(error, MegatrainError) else disk_fault(error) or memory_fault(error)
         if user_error is not None:
             if debug:
                 traceback.print_exc()

@@ -20,8 +20,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  
 def pytest_collection_modifyitems(items):
     """Mark the tests that pytest-xdist (--dist loadgroup) must keep in one process, and those only for `--all`.
 
-    A layout of more than two ranks, and its bytes, combine what the layouts of two ranks show one by one, so the daily
-    run leaves them out (marker `combination`).
+    A parity test on more than two ranks combines what the layouts of two ranks show one by one, so the daily run leaves
+    it out (marker `combination`).
 
     The tests on Slurm share a cluster; the unit tests of a file share its fixtures. The others share only a dataset and
     reference runs that are cheap to repeat, so any free process takes them.
@@ -29,8 +29,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_soak.py")  # the longest by far: others run beside it
     for item in items:
         parts = item.path.parts
-        if item.path.name in ("test_layouts.py", "test_memory.py") and "parity" in parts:
-            given = item.callspec.params if hasattr(item, "callspec") else {}
+        if "parity" in parts and hasattr(item, "callspec"):
+            given = item.callspec.params
             if max(given.get("ranks", 1), given.get("world", 1)) > 2:
                 item.add_marker(pytest.mark.combination)
         if "slurm" in parts:

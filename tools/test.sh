@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs megatrain into .venv (the first time) and runs the tests, tier by tier:
 #
-#   bash tools/test.sh               unit, e2e and parity without layouts of 4 and 8 ranks and offload to a disk: at
+#   bash tools/test.sh               unit, e2e and parity on up to two ranks, without offload to a disk: at
 #                                    most 15 minutes on two cores
 #   bash tools/test.sh --all         everything, with chaos and slurm: at most 30 minutes on two cores
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume

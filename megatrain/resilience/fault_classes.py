@@ -107,6 +107,15 @@ class ErrorReport:
         return f"{self.error}: {self.message}" if self.message else self.error
 
 
+def memory_fault(error: BaseException) -> EnvironmentFault | None:
+    """Return an error for want of memory as an error for the user; None for every other exception."""
+    if classify(error) != MEMORY:
+        return None
+    return EnvironmentFault(
+        f"out of memory ({ErrorReport.of(error)}); use smaller batches, a smaller model or more memory"
+    )
+
+
 def classify(error: BaseException) -> str:
     """Return the class of an error: `MACHINE`, `PEER`, `MEMORY`, `JOB` or `USER`.
 

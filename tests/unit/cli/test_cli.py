@@ -270,6 +270,14 @@ def test_a_full_disk_is_a_machine_fault_and_a_missing_file_of_megatrain_a_defect
     assert cli.main(["report", str(tmp_path)]) == 8
     assert capsys.readouterr().err == f"megatrain: error: {tmp_path}: Is a directory\n"
 
+    def too_large(_config):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 TB")
+
+    action("report", too_large)
+    assert cli.main(["report", str(tmp_path)]) == 8
+    shown = capsys.readouterr().err
+    assert shown.startswith("megatrain: error: out of memory (RuntimeError: ") and len(shown.splitlines()) == 1
+
     def missing(_config):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
 
