@@ -399,7 +399,7 @@ class Agent:
         self.kill()
         first_rank = self.peers.node * self.num_workers
         return StartOutcome(
-            EnvironmentFault.exit_code,
+            EXIT_ENVIRONMENT,
             witnesses=tuple(replace(witness, rank=first_rank + witness.rank) for witness in witnesses),
         )
 
@@ -454,7 +454,7 @@ class Agent:
         elif witnesses and self.recovery is not None:
             hosts = [host for host in self.hosts for _ in range(self.num_workers)]
             failure = report_hang(witnesses, hosts, self.recovery.run_dir)
-            chosen = StartOutcome(EnvironmentFault.exit_code, failure=failure)
+            chosen = StartOutcome(EXIT_ENVIRONMENT, failure=failure)
         else:
             chosen = max(outcomes, key=lambda outcome: outcome.code)
         return replace(chosen, stop_requested=any(outcome.stop_requested for outcome in outcomes))

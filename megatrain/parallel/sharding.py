@@ -48,8 +48,8 @@ def _gather_in_reverse(modules: list[nn.Module]) -> None:
     """Let each of `modules`, given in the order of the backward pass, prefetch the next one.
 
     By default FSDP2 reverses the recorded forward order of all the step's micro-batches. After a micro-batch's first
-    unit it would prefetch the last unit of the one before. At the step's end that gathers the head, often the largest
-    unit, in vain.
+    unit it would prefetch the last unit of the one before. At the step's end that would gather the head, often the
+    largest unit, although nothing uses it.
     """
     for module, following in pairwise([*modules, modules[-1]]):
         assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
