@@ -21,6 +21,18 @@ SEQ_LEN = 16
 END_OF_DOCUMENT = 5
 GLOBAL_BATCH = 16
 
+MIXED = dict(
+    norm_place="after",
+    activation="geglu",
+    attention_bias="qkv",
+    embedding_scale=2.5,
+    sliding_window=3,
+    rope_scaling="llama3",
+    rope_factor=8,
+    rope_original_seq_len=4,
+)
+"""What a model may have besides the two usual shapes, as far as it goes together."""
+
 
 def llama(**changes: Any) -> ModelConfig:
     """Return a Llama-shaped model of odd sizes."""

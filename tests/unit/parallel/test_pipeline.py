@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.jobs import MIXED
 
 from megatrain.config import ModelConfig
 from megatrain.data.batch import MicroBatch
@@ -16,16 +17,7 @@ SHAPE = dict(num_layers=3, num_heads=2, hidden_size=8, ffn_size=12, vocab_size=1
 FAMILIES = {
     "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True, tie_embeddings=True),
     "llama": dict(tie_embeddings=False),
-    "mixed": dict(
-        norm_place="after",
-        activation="geglu",
-        attention_bias="qkv",
-        embedding_scale=2.5,
-        sliding_window=3,
-        rope_scaling="llama3",
-        rope_factor=8,
-        rope_original_seq_len=4,
-    ),
+    "mixed": MIXED,
 }
 
 
