@@ -1,3 +1,30 @@
-"""megatrain pretrains GPT models, from a laptop's CPU to a cluster, and never loses a run."""
+"""megatrain pretrains GPT models, from a laptop's CPU to a cluster, and never loses a run.
+
+For Python and notebooks: `load`, `Run` and `train` (megatrain/api/, docs/guide/python.md).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatrain.api.run_record import Run
+    from megatrain.api.start_run import train
+    from megatrain.api.trained_model import load
 
 __version__ = "0.1.0"
+__all__ = ["Run", "__version__", "load", "train"]
+
+_HOMES = {"Run": "run_record", "load": "trained_model", "train": "start_run"}
+"""The module in megatrain/api/ of each public name. It is imported on first use: the command line needs no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r} (it has {', '.join(sorted(_HOMES))})")
+    return getattr(import_module(f"{__name__}.api.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -35,7 +35,7 @@ from megatrain.resilience.terminal import Terminal, say
 
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.verbs.prepare:prepare",
-    "train": "megatrain.train.rank:run",
+    "train": "megatrain.training.rank:run",
     "layouts": "megatrain.verbs.layouts:layouts",
     "evaluate": "megatrain.verbs.evaluate:evaluate",
     "generate": "megatrain.verbs.generate:generate",
@@ -175,13 +175,9 @@ def run(arguments: Arguments) -> int:
         if not arguments.flags & {"--cfg", "--dry-run"}:
             _keep_going(verb)
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
-    from megatrain.config.compose import compose
     from megatrain.verbs.path_checks import check_paths
-    from megatrain.verbs.start_checks import with_checkpoint_model
-    from megatrain.verbs.value_checks import check_values
 
-    config = compose(verb, with_checkpoint_model(verb, arguments.overrides) if verb == "train" else arguments.overrides)
-    check_values(config)
+    config = config_of(verb, arguments.overrides)
     if "--cfg" in arguments.flags:
         print(to_yaml(config), end="")
         return EXIT_OK
@@ -199,6 +195,17 @@ def run(arguments: Arguments) -> int:
     check_paths(config)
     result = _action(verb)(config)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
+
+
+def config_of(verb: str, overrides: list[str]) -> Any:
+    """Return the checked config of a command. Raises ConfigError."""
+    from megatrain.config.compose import compose
+    from megatrain.verbs.start_checks import with_checkpoint_model
+    from megatrain.verbs.value_checks import check_values
+
+    config = compose(verb, with_checkpoint_model(verb, overrides) if verb == "train" else overrides)
+    check_values(config)
+    return config
 
 
 def _keep_going(verb: str) -> None:

@@ -50,7 +50,7 @@ def backlog(folder: Path, num_steps: int) -> dict[str, float]:
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, num_steps + 1):
             file.write(json.dumps({"step": step, **RECORD, "tokens": 512 * step, "time": time_text}) + "\n")
-    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=300.0), run_dir, "megatrain.train.mlflow_helper")
+    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=300.0), run_dir, "megatrain.training.mlflow_helper")
     tracker.start(RunInfo("run", run_dir, {}, resumed_from_step=num_steps))
     tracker.finish("done")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -61,7 +61,7 @@ def turn(kind: str, folder: Path, seconds: float) -> dict[str, float]:
     """Run steps for `seconds` and return their times in seconds."""
     run_dir = folder / "run"
     trackers: list[Tracker] = (
-        [MlflowTracker(TrackingConfig(), run_dir, "megatrain.train.mlflow_helper")] if kind == "mlflow" else []
+        [MlflowTracker(TrackingConfig(), run_dir, "megatrain.training.mlflow_helper")] if kind == "mlflow" else []
     )
     journal = Journal(run_dir, Trackers(trackers))
     a = np.random.default_rng(1).standard_normal((700, 700)).astype(np.float32)
@@ -132,7 +132,7 @@ def server(kind: str) -> Iterator[int]:
 def beside(folder: Path, pairs: int) -> dict[str, float]:
     """Return step times with the helper running over those with it stopped, and its CPU time as a share of a core."""
     run_dir = folder / "run"
-    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir, "megatrain.train.mlflow_helper")
+    tracker = MlflowTracker(TrackingConfig(finish_timeout_s=5.0), run_dir, "megatrain.training.mlflow_helper")
     journal = Journal(run_dir, Trackers([tracker]))
     a = np.random.default_rng(1).standard_normal((700, 700)).astype(np.float32)
     journal.start(RunInfo("run", run_dir, {"data": {"name": "none"}}), 0)

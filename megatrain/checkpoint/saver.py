@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,27 +31,57 @@ Report = tuple[str, int, dict[str, Any]]
 """Outcome of a save: the kind of the event (`save`, `save_failed` or `copy_failed`), the step, and details."""
 
 
+ALIGNMENT = 64
+"""Bytes at whose multiples the tensors of a staging block begin: a cache line, a multiple of every element size."""
+
+
 class Staging:
-    """A copy of a state in host memory. Memory is reused, because allocating it takes longer than copying."""
+    """A copy of a state in one block of host memory. The block is reused: allocating takes longer than copying.
+
+    For a state on a GPU the block is page-locked, so that copying needs no buffer in between. It is registered with
+    CUDA, because torch's allocator of page-locked memory rounds each tensor up to a power of two.
+    """
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
+        self._locked: Tensor | None = None
 
     def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a copy of the state, valid until the next call."""
-        on_gpu = False
-        for name, tensor in state.items():
-            source = tensor.flat if isinstance(tensor, Piece) else tensor.detach()
-            on_gpu = on_gpu or source.is_cuda
-            held = self._copies.get(name)
-            flat = held.flat if isinstance(held, Piece) else held
-            if flat is None or flat.shape != source.shape or flat.dtype != source.dtype:
-                flat = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            flat.copy_(source, non_blocking=True)
-            self._copies[name] = tensor.over(flat) if isinstance(tensor, Piece) else flat
+        sources = {name: held.flat if isinstance(held, Piece) else held.detach() for name, held in state.items()}
+        on_gpu = any(source.is_cuda for source in sources.values())
+        if _forms(self._copies) != _forms(sources):
+            self._allocate(sources, on_gpu)
+        for name, source in sources.items():
+            self._copies[name].copy_(source, non_blocking=True)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        return {name: self._copies[name] for name in state}
+        return {
+            name: tensor.over(self._copies[name]) if isinstance(tensor, Piece) else self._copies[name]
+            for name, tensor in state.items()
+        }
+
+    def _allocate(self, sources: dict[str, Tensor], on_gpu: bool) -> None:
+        """Make a block for copies of `sources`, and drop the one before."""
+        if self._locked is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr())
+            self._locked = None
+        self._copies = {}
+        ends = list(accumulate(-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources.values()))
+        block = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+        for (name, source), start in zip(sources.items(), [0, *ends], strict=False):
+            part = block[start : start + source.nbytes]
+            self._copies[name] = part.view(source.dtype).view(source.shape)
+        if on_gpu:
+            code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+            if code == 0:
+                self._locked = block
+            else:
+                _LOG.warning("%d bytes cannot be page-locked (CUDA error %d): saving blocks longer", block.nbytes, code)
+
+
+def _forms(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 class Saver:

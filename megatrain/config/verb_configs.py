@@ -134,6 +134,9 @@ class LayoutListConfig:
     memory_gib: float | None = key(
         80.0, "memory of a device, in GiB; layouts that fit come first; null ignores memory", above=0
     )
+    margin: float = key(
+        0.1, "share of memory_gib to leave free for what is not counted: allocator, libraries", minimum=0, maximum=0.9
+    )
     limit: int = key(24, "number of rows to show; 0 shows all", minimum=0)
     format: str = key("table", "output format", choices=("table", "csv", "json"))
 

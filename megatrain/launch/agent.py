@@ -3,7 +3,7 @@
 If a rank is killed or hangs, the agent stops all ranks, and restarts them if `recovery.py` decides to.
 The agents of several nodes act together (`nodes.py`): they start all ranks of the job at once and agree on one outcome.
 Each worker has its own session (`rank_process.py`), so that Ctrl-C reaches only the agent. On Linux workers die with
-the agent, even if it is killed. `train/rank.py` is the worker's program.
+the agent, even if it is killed. `training/rank.py` is the worker's program.
 """
 
 from __future__ import annotations
@@ -336,6 +336,7 @@ class Agent:
                 self.interrupts += 1
                 if self.interrupts == 1:
                     print_message("stopping: the workers save and end; press Ctrl-C again to stop without saving")
+                    self._record_interrupt()
             number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
             self.forwarded_signals.add(number)
             for worker in self._running():
@@ -469,5 +470,13 @@ class Agent:
     def _record_lost_node(self, detail: str) -> None:
         """On node 0, record in events.jsonl that another node's agent died or is unreachable."""
         if self.recovery is not None and self.peers.node == 0:
-            step = max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))
-            record_event(self.recovery.run_dir, "node_lost", step, detail=detail)
+            record_event(self.recovery.run_dir, "node_lost", self._step(), detail=detail)
+
+    def _record_interrupt(self) -> None:
+        """On node 0, record Ctrl-C in events.jsonl: the ranks are sent SIGTERM for it, and record only that."""
+        if self.recovery is not None and self.peers.node == 0:
+            record_event(self.recovery.run_dir, "interrupt", self._step())
+
+    def _step(self) -> int:
+        """Return the latest step of this node's ranks."""
+        return max(self.heartbeats.read(local_rank).step for local_rank in range(self.num_workers))

@@ -17,6 +17,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
+from megatrain.resilience.signals import signal_name
 from megatrain.tracking.console import clock, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
@@ -329,6 +330,8 @@ def thin_out(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def event_detail(event: dict[str, Any]) -> str:
     """Return an event's fields except time, kind and step, as one line of at most 400 characters."""
+    if event["kind"] == "signal" and isinstance(event.get("signal"), int):
+        return signal_name(event["signal"])
     parts = (f"{name} {format_value(value)}" for name, value in event.items() if name not in ("time", "kind", "step"))
     return ", ".join(parts)[:400]
 

@@ -1,6 +1,6 @@
 """Detect loss spikes, and describe them when the guard gives up. Imports no torch.
 
-The trainer decides when to judge a loss, and `train/rollback.py` rolls back. The guard ignores losses that are not
+The trainer decides when to judge a loss, and `training/rollback.py` rolls back. The guard ignores losses that are not
 finite: the engines skip the update of such steps.
 """
 

@@ -34,8 +34,16 @@ class StopRequest:
         return self.signal_number != 0
 
 
-def set_parent_death_signal(parent: int) -> None:
-    """Have the kernel send SIGKILL to this process when its parent (process id `parent`) ends. Linux only."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+def set_parent_death_signal(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when its parent (process id `parent`) ends. Linux only."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
+
+
+def signal_name(number: int) -> str:
+    """Return `SIGTERM` for 15 and so on, or `signal 99` for a number that is no signal."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

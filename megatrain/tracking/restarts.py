@@ -7,10 +7,11 @@ requeue, or by hand.
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatrain.resilience.signals import signal_name
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Restarts:
         ends = [one for one in self._before if one["kind"] == "stop"]
         if not ends:
             return "ended without a word"
-        signals = [one for one in self._before if one["kind"] == "signal"]
-        by = f" by {_signal_name(signals[-1]['signal'])}" if signals and ends[-1].get("status") == "stopped" else ""
+        signals = [one for one in self._before if one["kind"] in ("interrupt", "signal")]
+        by = f" by {_cause(signals[0])}" if signals and ends[-1].get("status") == "stopped" else ""
         return f"{ends[-1].get('status')}{by} at step {ends[-1].get('step')}"
 
 
@@ -93,8 +94,5 @@ def _describe(event: dict[str, Any]) -> str:
     return f"{event.get('how')} of rank {event.get('rank')} on {event.get('host')} at step {event.get('step')}"
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _cause(event: dict[str, Any]) -> str:
+    return "Ctrl-C" if event["kind"] == "interrupt" else signal_name(event["signal"])

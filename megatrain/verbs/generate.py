@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatrain.config import GenerateConfig
 from megatrain.data.normalise import normalise
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import load
+from megatrain.model.gpt import GPT
 from megatrain.model.sampling import generate as sample
 
 
@@ -24,14 +27,30 @@ def generate(config: GenerateConfig) -> None:
     loaded = load(Path(config.path))
     tokenizer = loaded.need_tokenizer()
     prompt = read_prompt(config.prompt)
+    pieces = stream(loaded.build(device_by_name(config.device)), tokenizer, config)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal shows `?` for a character it does not have
+    print_text(prompt)
+    for piece in pieces:
+        print_text(piece)
+    print_text("\n")
+
+
+def stream(model: GPT, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[str]:
+    """Return the continuation of `config.prompt` in pieces, as it is sampled.
+
+    Raises:
+        ConfigError: at once, if the prompt is not text or is too long for the model.
+    """
+    prompt = read_prompt(config.prompt)
     ids = [*tokenizer.start(), *tokenizer.encode(prompt)] or [tokenizer.end_of_document]
-    longest = loaded.config.max_seq_len
+    longest = model.config.max_seq_len
     if len(ids) > longest:
         raise ConfigError(
             f"prompt: {len(ids)} tokens, but the model takes at most {longest} (model.max_seq_len); shorten it"
         )
     sampled = sample(
-        loaded.build(device_by_name(config.device)),
+        model,
         ids,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -40,15 +59,16 @@ def generate(config: GenerateConfig) -> None:
         seed=config.seed,
         stop_id=tokenizer.end_of_document if config.stop_at_end else None,
     )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal shows `?` for a character it does not have
-    print_text(prompt)
+    return _decode(sampled, tokenizer, ids if prompt else [])
+
+
+def _decode(sampled: Iterator[int], tokenizer: Tokenizer, before: Sequence[int]) -> Iterator[str]:
     decoder = tokenizer.stream_decoder()
-    for token in ids if prompt else []:
+    for token in before:
         decoder.push(token)  # how the first sampled token decodes may depend on the prompt
     for token in sampled:
-        print_text(decoder.push(token) if token < tokenizer.vocab_size else "\ufffd")
-    print_text(decoder.finish() + "\n")
+        yield decoder.push(token) if token < tokenizer.vocab_size else "\ufffd"
+    yield decoder.finish()
 
 
 def read_prompt(text: str) -> str:

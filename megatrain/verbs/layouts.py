@@ -47,9 +47,28 @@ class Row:
     layout: Layout
     memory: Memory
 
-    def fits(self, limit_gib: float | None) -> bool:
-        """Return whether the layout fits a device with `limit_gib` GiB of memory; None means no limit."""
-        return limit_gib is None or self.memory.total <= limit_gib * GIB
+    def fits(self, limit: float | None) -> bool:
+        """Return whether the layout's memory is within `limit` bytes; None means no limit."""
+        return limit is None or self.memory.total <= limit
+
+    def overrides(self, job: TrainConfig) -> dict[str, Any]:
+        """Return the keys of `megatrain train` that choose this layout, with their values."""
+        c = self.candidate
+        return {
+            "train.global_batch_size": job.train.global_batch_size,
+            "train.micro_batch_size": job.train.micro_batch_size,
+            "train.seq_len": job.train.seq_len,
+            "engine": c.engine,
+            "parallel.tp": c.tp,
+            "parallel.pp": c.pp,
+            "parallel.cp": c.cp,
+            "parallel.cp_kind": c.cp_kind,
+            "parallel.zero": c.zero,
+            "parallel.dp_replicate": c.dp_replicate,
+            "parallel.schedule": c.schedule,
+            "parallel.virtual_stages": c.virtual_stages,
+            "train.recompute": c.recompute,
+        }
 
 
 def layouts(config: LayoutsConfig) -> None:
@@ -59,7 +78,7 @@ def layouts(config: LayoutsConfig) -> None:
     rows, refused = find_legal(job, world_size, open_axes(config))
     if not rows:
         raise ConfigError(explain_no_layout(config, job, world_size, refused))
-    limit = config.layouts.memory_gib
+    limit = usable_bytes(config)
     rows.sort(key=lambda row: _sort_key(row, limit))
     shown = select_rows(rows, config.layouts.limit)
     if config.layouts.format == "json":
@@ -70,13 +89,35 @@ def layouts(config: LayoutsConfig) -> None:
         writer.writeheader()
         writer.writerows(records)
     else:
-        print("\n".join(header_lines(job, world_size, notes, rows, limit)), end="\n\n")
+        print("\n".join(header_lines(config, job, world_size, notes, rows)), end="\n\n")
         print_table(shown, limit)
         if len(shown) < len(rows):
             print(
                 f"\n{len(rows) - len(shown):,} more, layouts.limit=0 shows them; each engine and set of degrees "
                 f"is shown once first, as far as the limit allows; any key that is given narrows the list"
             )
+        if shown[0].fits(limit):
+            print(f"\nfor the first layout, add to `megatrain train`:\n  {paste(shown[0], job)}")
+        else:
+            print("\nnone fits: use more ranks, smaller micro-batches or sequences, or optim.moments=bf16")
+
+
+def usable_bytes(config: LayoutsConfig) -> float | None:
+    """Return the bytes of a device that a layout may fill, or None if memory is ignored."""
+    total = config.layouts.memory_gib
+    return None if total is None else total * (1 - config.layouts.margin) * GIB
+
+
+def paste(row: Row, job: TrainConfig) -> str:
+    """Return the overrides that choose a layout, without those that have no effect in it."""
+    c = row.candidate
+    idle = {
+        "parallel.cp_kind": c.cp == 1,
+        "parallel.dp_replicate": c.dp_replicate == 1,
+        "parallel.schedule": c.pp == 1,
+        "parallel.virtual_stages": c.pp == 1 or c.virtual_stages == 1,
+    }
+    return " ".join(f"{key}={value}" for key, value in row.overrides(job).items() if not idle.get(key))
 
 
 def select_rows(rows: list[Row], limit: int) -> list[Row]:
@@ -186,13 +227,13 @@ def _batch_error(config: TrainConfig, dp: int) -> str | None:
     return None
 
 
-def _sort_key(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
+def _sort_key(row: Row, limit: float | None) -> tuple[Any, ...]:
     """Return the sort key: layouts that fit come first, and among them those with less communication and recompute.
 
     In order: a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage, less memory.
     Layouts that do not fit are sorted by memory alone.
     """
-    if not row.fits(limit_gib):
+    if not row.fits(limit):
         return (1, row.memory.total)
     c = row.candidate
     recompute = ("none", "selective", "full").index(c.recompute)
@@ -203,10 +244,10 @@ def _sort_key(row: Row, limit_gib: float | None) -> tuple[Any, ...]:
 
 
 def header_lines(
-    job: TrainConfig, world_size: int, notes: list[str], rows: list[Row], limit: float | None
+    config: LayoutsConfig, job: TrainConfig, world_size: int, notes: list[str], rows: list[Row]
 ) -> Iterator[str]:
     """Yield the lines above the table."""
-    loop = job.train
+    loop, limit = job.train, usable_bytes(config)
     precision = job.precision.name + ("" if job.precision.name == "fp32" else " on fp32 masters")
     yield f"{job.model.name}: {num_parameters(job.model):,} parameters, {precision}, {world_size:,} ranks"
     yield (
@@ -215,12 +256,16 @@ def header_lines(
     )
     if notes:
         yield f"assumed, because not given: {'; '.join(notes)}"
-    fitting = (
-        ""
-        if limit is None
-        else f", {sum(row.fits(limit) for row in rows):,} of them within layouts.memory_gib={limit:g}"
+    if limit is None:
+        yield f"{len(rows):,} legal layouts; GiB of the fullest rank:"
+        return
+    fitting = sum(row.fits(limit) for row in rows)
+    yield (
+        f"{len(rows):,} legal layouts, {fitting:,} of them within {limit / GIB:g} GiB "
+        f"(layouts.memory_gib={config.layouts.memory_gib:g}, less layouts.margin={config.layouts.margin:g})"
     )
-    yield f"{len(rows):,} legal layouts{fitting}; GiB of the fullest rank:"
+    yield "first those that fit, from little to much communication: tp x pp x cp, recompute, ZeRO stage, memory"
+    yield "GiB of the fullest rank:"
 
 
 HEADINGS = ("engine", "dp", "tp", "pp", "cp", "zero", "pipeline", "recompute", *KINDS, "total", "fits")
@@ -255,24 +300,8 @@ def print_table(rows: list[Row], limit: float | None) -> None:
 
 def row_record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:
     """Return a row for programs: the keys for `megatrain train`, and sizes in bytes. `fits` is null without a limit."""
-    c = row.candidate
-    keys = {
-        "train.global_batch_size": job.train.global_batch_size,
-        "train.micro_batch_size": job.train.micro_batch_size,
-        "train.seq_len": job.train.seq_len,
-        "engine": c.engine,
-        "parallel.tp": c.tp,
-        "parallel.pp": c.pp,
-        "parallel.cp": c.cp,
-        "parallel.cp_kind": c.cp_kind,
-        "parallel.zero": c.zero,
-        "parallel.dp_replicate": c.dp_replicate,
-        "parallel.schedule": c.schedule,
-        "parallel.virtual_stages": c.virtual_stages,
-        "train.recompute": c.recompute,
-    }
     bytes_ = {f"{kind}_bytes": getattr(row.memory, kind) for kind in (*KINDS, "total")}
-    return {**keys, "dp": row.layout.dp, **bytes_, "fits": None if limit is None else row.fits(limit)}
+    return {**row.overrides(job), "dp": row.layout.dp, **bytes_, "fits": None if limit is None else row.fits(limit)}
 
 
 def explain_no_layout(config: LayoutsConfig, job: TrainConfig, world_size: int, refused: Counter[str]) -> str:

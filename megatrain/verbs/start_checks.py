@@ -1,6 +1,6 @@
 """A start of `megatrain train` against the checkpoint it would load, before any rank exists. Imports no torch.
 
-The ranks check the same again (`train/job.py`), with verified files. Here a mistake costs a second, not a job.
+The ranks check the same again (`training/job.py`), with verified files. Here a mistake costs a second, not a job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatrain.config.compose import compose, read_overrides
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.train.history import refuse_if_lost, refuse_to_overwrite
+from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 
 INIT_FROM = "checkpoint.init_from"
 

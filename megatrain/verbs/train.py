@@ -1,6 +1,6 @@
 """`megatrain train`: submit a Slurm job, or run this node's agent. Imports no torch.
 
-A rank runs `train/rank.py` instead.
+A rank runs `training/rank.py` instead.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatrain.launch.nodes import Peers, SingleNode
 from megatrain.launch.recovery import Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
-from megatrain.resilience.terminal import keep_log
+from megatrain.resilience.terminal import keep_log, say
 from megatrain.resilience.watchdog import Limits
-from megatrain.verbs import path_checks
+from megatrain.verbs import path_checks, resources
 
 
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
@@ -36,10 +36,15 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else SingleNode()
     try:
-        slurm.together(peers, lambda: path_checks.check_paths(config))
+        slurm.together(peers, lambda: _check(config))
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
+
+
+def _check(config: TrainConfig) -> None:
+    path_checks.check_paths(config)
+    resources.check_gpus(config, has_gpu(config.launch.device))
 
 
 def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -> int:
@@ -54,6 +59,8 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
     ownership = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
         keep_log(run_dir / "logs" / f"agent_{peers.node:05d}.log")
+        for warning in resources.warnings(config, on_gpu) if peers.node == 0 else ():
+            say(f"warning: {warning}")
         number = peers.all_gather(ownership.number if ownership else None)[0]
         owner = ownership or Ownership(run_dir / FOLDER, number)
         copies = config.checkpoint.copies_every(on_gpu) > 0
@@ -86,7 +93,7 @@ def worker_modules(config: TrainConfig) -> list[str]:
         "megatrain.config.compose",
         "megatrain.verbs.path_checks",
         "megatrain.verbs.value_checks",
-        "megatrain.train.rank",
+        "megatrain.training.rank",
         "megatrain.engine.native",
     ]
     if config.engine.name == "deepspeed" and not has_gpu(config.launch.device):

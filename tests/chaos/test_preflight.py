@@ -17,8 +17,8 @@ from support.ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import EnvironmentFault
-from megatrain.train import preflight as module
-from megatrain.train.preflight import preflight
+from megatrain.training import preflight as module
+from megatrain.training.preflight import preflight
 
 HERE = socket.gethostname()
 ELEMENTS = module.ELEMENTS

@@ -13,7 +13,7 @@ from support.records import at
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
-from megatrain.train.origin import Origin, load_origin
+from megatrain.training.origin import Origin, load_origin
 
 LAYOUTS = [
     (1, {}),

@@ -29,7 +29,7 @@ from megatrain.distributed.world import World
 
 PRELOADED = (
     "deepspeed",
-    "megatrain.train.rank",
+    "megatrain.training.rank",
     "megatrain.engine.deepspeed",
     "megatrain.engine.native",
     "deepspeed.ops.adam",

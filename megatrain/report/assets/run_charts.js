@@ -37,6 +37,7 @@ const eventTone = kind =>
     failure: 'bad',
     slow_rank: 'bad',
     signal: 'd',
+    interrupt: 'd',
     requeue: 'd',
     set_aside: 'soft',
   })[kind] || 'soft';

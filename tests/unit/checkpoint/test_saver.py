@@ -155,3 +155,13 @@ def test_the_memory_of_a_copy_is_used_again():
     again: Any = staging.copy({"a": torch.zeros(3), "p": Piece(torch.zeros(4), 0, (4,))})
     assert [again["a"].data_ptr(), again["p"].flat.data_ptr()] == places and not again["a"].any()
     assert staging.copy({"a": torch.zeros(5)})["a"].shape == (5,)
+
+
+def test_a_copy_takes_the_bytes_of_its_state():
+    """An allocator that rounds each tensor up to a power of two would take almost twice as much."""
+    state = {f"t{n}": torch.full((2**n + 1,), float(n)) for n in range(4, 12)} | {"scalar": torch.tensor(3)}
+    copied = Staging().copy(state)
+    assert all(torch.equal(copied[name], state[name]) for name in state)
+    blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in copied.values()}
+    wanted = sum(tensor.nbytes for tensor in state.values())
+    assert len(blocks) == 1 and wanted <= sum(blocks.values()) <= wanted + 64 * len(state)

@@ -14,7 +14,7 @@ WAITING = """Current thread 0x00007f0000000000 (most recent call first):
   File "/x/torch/distributed/distributed_c10d.py", line 3333 in all_gather
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
   File "/x/megatrain/distributed/world.py", line 47 in gather
-  File "/x/megatrain/train/trainer.py", line 162 in _meet
+  File "/x/megatrain/training/trainer.py", line 162 in _meet
 """
 IDLE = """Thread 0x00007f1111111111 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 327 in wait
@@ -22,7 +22,7 @@ IDLE = """Thread 0x00007f1111111111 (most recent call first):
 Current thread 0x00007f0000000000 (most recent call first):
   File "/x/somewhere.py", line 3 in sleep
   File "/x/megatrain/data/loader.py", line 5 in __next__
-  File "/x/megatrain/train/trainer.py", line 162 in run
+  File "/x/megatrain/training/trainer.py", line 162 in run
 """
 
 

@@ -128,7 +128,8 @@ def revisions(bench):
     import revisions
 
     yield revisions
-    sys.modules.pop("revisions", None)
+    for name in ("revisions", "alternation"):
+        sys.modules.pop(name, None)
 
 
 def checkout(folder, step_s, steps=10_000):

@@ -67,7 +67,7 @@ class Training:
         self.events.emit("start" if first == 1 else "resume", first - 1)
         defaults = {"flush_every_s": 0.2, "system_metrics_every_s": 0.5, "finish_timeout_s": 60.0}
         self.tracker = MlflowTracker(
-            TrackingConfig(**{**defaults, **settings}), run_dir, "megatrain.train.mlflow_helper"
+            TrackingConfig(**{**defaults, **settings}), run_dir, "megatrain.training.mlflow_helper"
         )
         self.tracker.start(info(run_dir, first, lr))
 

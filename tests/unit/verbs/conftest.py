@@ -19,7 +19,7 @@ from megatrain.data.indexed import IndexedWriter
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.distributed.world import leave
 from megatrain.model.init import build_model
-from megatrain.train.rank import run
+from megatrain.training.rank import run
 
 torch.set_num_threads(1)
 

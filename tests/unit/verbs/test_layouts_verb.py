@@ -113,3 +113,26 @@ def test_a_train_command_needs_only_another_verb():
 def test_no_torch_is_imported():
     code = f"import sys; from megatrain import cli; cli.main({LLAMA!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_overrides_of_the_first_layout_are_accepted(capsys):
+    assert cli.main([*LLAMA, "parallel.pp=2", "parallel.cp=2", "layouts.limit=3"]) == 0
+    shown = capsys.readouterr().out
+    words = shown.split("add to `megatrain train`:\n")[1].split()
+    config = compose("train", ["model=llama_8b", "precision=bf16", *words])
+    check(config, 64)
+    assert (config.parallel.pp, config.parallel.cp) == (2, 2)
+    first = shown.split("\n\n")[1].splitlines()[1].split()
+    assert first[0] == config.engine.name and int(first[2]) == config.parallel.tp
+    assert "parallel.dp_replicate" not in shown, "what has no effect is left out"
+
+
+def test_a_margin_of_memory_stays_free(capsys):
+    """A layout that fills a device to the last byte does not fit: allocator and libraries need memory too."""
+    rows = records(capsys, "layouts.memory_gib=40")
+    most = max(row["total_bytes"] for row in rows if row["fits"])
+    assert most <= 36 * 2**30 < min(row["total_bytes"] for row in rows if not row["fits"])
+    without = records(capsys, "layouts.memory_gib=40", "layouts.margin=0")
+    assert sum(row["fits"] for row in without) > sum(row["fits"] for row in rows)
+    assert cli.main([*LLAMA, "layouts.memory_gib=1", "layouts.limit=2"]) == 0
+    assert "none fits" in capsys.readouterr().out

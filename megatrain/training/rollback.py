@@ -22,7 +22,7 @@ from megatrain.engine.protocol import Engine
 from megatrain.errors import CheckpointError
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
-from megatrain.train.origin import Origin, load_origin
+from megatrain.training.origin import Origin, load_origin
 
 _LOG = logging.getLogger("megatrain")
 

@@ -41,17 +41,17 @@ from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
 from megatrain.tracking.profile import ACTIVE, FIRST_TRACED, profiled_steps
 from megatrain.tracking.tracker import RunInfo, Tracker, Trackers, git_commit
-from megatrain.train.clock import CudaClock, HostClock
-from megatrain.train.datasets import HeldoutShare, RunData
-from megatrain.train.exchange import RankExchange
-from megatrain.train.origin import Origin, choose_origin, copy_in_memory, load_origin
-from megatrain.train.protocols import Clock, Parts, Throughput
-from megatrain.train.rollback import CheckpointRollback
-from megatrain.train.run_folder import run_folder, write_run_folder
-from megatrain.train.slow_ranks import SlowRankWatch
-from megatrain.train.trainer import Trainer
+from megatrain.training.clock import CudaClock, HostClock
+from megatrain.training.datasets import HeldoutShare, RunData
+from megatrain.training.exchange import RankExchange
+from megatrain.training.origin import Origin, choose_origin, copy_in_memory, load_origin
+from megatrain.training.protocols import Clock, Parts, Throughput
+from megatrain.training.rollback import CheckpointRollback
+from megatrain.training.run_folder import run_folder, write_run_folder
+from megatrain.training.slow_ranks import SlowRankWatch
+from megatrain.training.trainer import Trainer
 
-MLFLOW_HELPER = "megatrain.train.mlflow_helper"
+MLFLOW_HELPER = "megatrain.training.mlflow_helper"
 _LOG = logging.getLogger("megatrain")
 
 

@@ -7,8 +7,8 @@ import pytest
 from megatrain.config import TrainConfig
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import ConfigError
-from megatrain.train.rank import _warn_of_other_count as warn_of_other_count
-from megatrain.train.run_folder import log_to
+from megatrain.training.rank import _warn_of_other_count as warn_of_other_count
+from megatrain.training.run_folder import log_to
 
 LOG = logging.getLogger("megatrain")
 

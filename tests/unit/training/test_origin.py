@@ -12,7 +12,7 @@ from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, OwnedError
-from megatrain.train.origin import choose_origin
+from megatrain.training.origin import choose_origin
 
 
 def store_of(run_dir):

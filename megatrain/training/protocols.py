@@ -12,7 +12,7 @@ from megatrain.checkpoint.manifest import Identity, Progress, RunRecord
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.engine.protocol import Engine
 from megatrain.resilience.guard import Spike
-from megatrain.train.exchange import Exchange
+from megatrain.training.exchange import Exchange
 
 
 class Store(Protocol):

@@ -14,9 +14,9 @@ from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
 from megatrain.engine.protocol import SentResult, StepResult
 from megatrain.errors import DivergedError, EnvironmentFault
-from megatrain.train.exchange import RankExchange
-from megatrain.train.protocols import Parts, Throughput
-from megatrain.train.trainer import Trainer
+from megatrain.training.exchange import RankExchange
+from megatrain.training.protocols import Parts, Throughput
+from megatrain.training.trainer import Trainer
 
 
 class FakeEngine:
@@ -392,7 +392,7 @@ def test_what_became_of_saves_is_told_at_the_next_step_and_giving_up_ends_the_ru
 def test_a_ranks_own_time_of_a_step_goes_along_with_the_next_exchange(monkeypatch):
     """Waiting for data and the step itself, without what the rank was held up by others and without the exchange."""
     clock = {"now": 0.0, "held_up": 0.0}
-    monkeypatch.setattr("megatrain.train.trainer.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    monkeypatch.setattr("megatrain.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
 
     class SlowEngine(FakeEngine):
         def train_step(self, micro_batches, lr, step):
@@ -481,7 +481,7 @@ def test_what_fails_does_not_take_the_record_before_along(where):
 
 def test_a_result_that_does_not_come_is_not_waited_for(monkeypatch):
     """The device waits for a rank that is gone: what failed is told nonetheless."""
-    monkeypatch.setattr("megatrain.train.trainer.LAST_RESULT_S", 0.05)
+    monkeypatch.setattr("megatrain.training.trainer.LAST_RESULT_S", 0.05)
     never = SimpleNamespace(query=lambda: False)
     sent = SentResult(StepResult(*(torch.tensor(1.0),) * 4), never)
     assert not sent.comes_within(0.05)

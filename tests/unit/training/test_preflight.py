@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatrain.train import preflight
+from megatrain.training import preflight
 
 
 @pytest.mark.parametrize("size", [2, 6000, 16384])

@@ -7,7 +7,7 @@ from support.ranks import run_ranks
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError
-from megatrain.train.agreement import check_agreement
+from megatrain.training.agreement import check_agreement
 
 
 def compare(world, key, value):

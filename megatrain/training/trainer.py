@@ -16,9 +16,9 @@ from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.errors import DivergedError
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, report
-from megatrain.train.exchange import JobReport, RankReport
-from megatrain.train.in_flight import InFlight, SubmittedStep
-from megatrain.train.protocols import Parts
+from megatrain.training.exchange import JobReport, RankReport
+from megatrain.training.in_flight import InFlight, SubmittedStep
+from megatrain.training.protocols import Parts
 
 LAST_RESULT_S = 5.0
 """Longest wait, after a failure, for the result of the last submitted step."""

@@ -17,7 +17,7 @@ from megatrain.data.order import SampleOrder, take
 from megatrain.distributed.world import World
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
-from megatrain.train.rollback import CheckpointRollback
+from megatrain.training.rollback import CheckpointRollback
 
 
 class FakeEngine:

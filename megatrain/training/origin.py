@@ -14,7 +14,7 @@ from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.engine.protocol import Engine
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.train.history import refuse_if_lost, refuse_to_overwrite
+from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 
 
 @dataclass(frozen=True)

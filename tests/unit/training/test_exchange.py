@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.train.exchange import RankExchange, RankReport
+from megatrain.training.exchange import RankExchange, RankReport
 
 HASHES = np.array([1, 2**63 + 5, 2**64 - 1, 0], dtype=np.uint64)
 

@@ -36,11 +36,11 @@ from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
 from megatrain.resilience.terminal import say
 from megatrain.resilience.watchdog import answer_with_stacks, stack_file
-from megatrain.train.agreement import check_agreement
-from megatrain.train.datasets import open_data
-from megatrain.train.job import RankJob
-from megatrain.train.preflight import preflight
-from megatrain.train.run_folder import log_to, run_folder
+from megatrain.training.agreement import check_agreement
+from megatrain.training.datasets import open_data
+from megatrain.training.job import RankJob
+from megatrain.training.preflight import preflight
+from megatrain.training.run_folder import log_to, run_folder
 
 _LOG = logging.getLogger("megatrain")
 

@@ -1,0 +1,1 @@
+"""megatrain from Python and notebooks: `megatrain.load`, `megatrain.Run` and `megatrain.train`."""

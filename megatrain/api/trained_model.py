@@ -1,0 +1,59 @@
+"""`megatrain.load`: a trained model in this process, to compute with or to generate text."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatrain.config import GenerateConfig, ModelConfig
+from megatrain.config.compose import check_bounds
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.distributed.devices import device_by_name
+from megatrain.errors import ConfigError
+from megatrain.interop.load_model import load as load_path
+from megatrain.model.gpt import GPT
+from megatrain.verbs.generate import stream
+
+
+class TrainedModel(NamedTuple):
+    """A model, its tokenizer (None if it comes without one) and its config: `model, tokenizer, config = load(path)`.
+
+    `model(tokens)` takes token ids `[B, T]` and returns logits `[B, T, vocab]`. It is in fp32 and in eval mode.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """Return the text that continues `prompt`, without the prompt.
+
+        `options` and their defaults are the keys of `megatrain generate`, such as `max_new_tokens=50, temperature=0`.
+
+        Raises:
+            ConfigError: an option is out of its bounds, the prompt is not text or is too long for the model, or the
+                model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("this model comes without a tokenizer: copy the one that made its data into its folder")
+        config = GenerateConfig(path="", prompt=prompt, **options)
+        check_bounds(config)
+        return "".join(stream(self.model, self.tokenizer, config))
+
+
+def load(path: str | PathLike[str], device: str = "auto") -> TrainedModel:
+    """Load the model of a run (its newest intact checkpoint), a checkpoint, or an imported or Hugging Face folder.
+
+    Checksums are verified first. `device` is `cpu`, `cuda` or `auto`: CUDA where there is any.
+
+    Raises:
+        ConfigError: the path holds no model, its tokenizer is another model's, or the device has another name.
+        CheckpointError: the checkpoint is damaged, or a run has no intact one.
+        EnvironmentFault: there is no such device.
+    """
+    check_bounds(GenerateConfig(path=str(path), device=device))
+    target = device_by_name(device)
+    loaded = load_path(Path(path).expanduser())
+    tokenizer = loaded.need_tokenizer() if loaded.tokenizer is not None else None
+    return TrainedModel(loaded.build(target), tokenizer, loaded.config)

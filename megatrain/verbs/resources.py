@@ -1,0 +1,67 @@
+"""What a training job asks of this machine, against what the machine has. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatrain.config import TrainConfig
+from megatrain.data.card import Card, with_vocabulary
+from megatrain.distributed.rank_environment import usable_cores
+from megatrain.errors import EnvironmentFault
+from megatrain.model.count import flops_per_token
+
+GPU_VARIABLES = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+"""Variables that Slurm sets in a job that was given GPUs."""
+
+CORE_FLOPS = 2e11
+"""FLOP/s in fp32 that a core hardly exceeds: two fused multiply-adds of 16 numbers a cycle, at 3 GHz."""
+
+SLOW_STEP_S = 60.0
+
+
+def check_gpus(config: TrainConfig, has_gpu: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train on the CPU of a node whose GPUs Slurm gave to this job.
+
+    Raises:
+        EnvironmentFault: `launch.device=auto`, and the node's GPUs are not there.
+    """
+    given = next((f"{name}={environ[name]}" for name in GPU_VARIABLES if environ.get(name, "0") not in ("", "0")), None)
+    if config.launch.device == "auto" and not has_gpu and given:
+        raise EnvironmentFault(
+            f"Slurm gave this job GPUs on {socket.gethostname()} ({given}), but there is no device /dev/nvidia*: its "
+            f"driver is not loaded, or the container hides it; launch.device=cpu trains on the CPU all the same"
+        )
+
+
+def warnings(config: TrainConfig, has_gpu: bool) -> Iterator[str]:
+    """Yield what the job asks for that this machine or its dataset hardly gives. The dataset was checked before."""
+    folder = Path(config.data.dir) / config.data.name
+    card = Card.load(folder)
+    config = with_vocabulary(config, card, folder)
+    loop, ranks, cores = config.train, config.launch.nproc_per_node, usable_cores()
+    tokens = loop.global_batch_size * loop.seq_len
+    available = card.splits["train"].tokens
+    if tokens > available:
+        yield (
+            f"a step reads {tokens:,} tokens (train.global_batch_size={loop.global_batch_size} x "
+            f"train.seq_len={loop.seq_len}), but {folder} has {available:,} to train on: each is read "
+            f"{tokens / available:.1f} times a step"
+        )
+    if has_gpu:
+        return
+    if ranks > cores:
+        yield (
+            f"launch.nproc_per_node={ranks} processes share {cores} cores and take turns: give {cores} or fewer, or "
+            f"expect a step to take {ranks / cores:.0f} times as long as it would on {ranks} cores"
+        )
+    nodes = config.launch.num_nodes or 1
+    least = tokens * flops_per_token(config.model, loop.seq_len, causal=True) / (CORE_FLOPS * cores * nodes)
+    if least > SLOW_STEP_S:
+        yield (
+            f"no GPU is used on {socket.gethostname()} (launch.device={config.launch.device}), and a step of "
+            f"{tokens:,} tokens of {config.model.name} takes {cores} cores at least {least / 60:,.0f} minutes; "
+            f"launch.device=cuda refuses to train without a GPU"
+        )
