@@ -175,6 +175,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
     seen = []
     monkeypatch.setattr(cli, "is_launched", lambda: False)
     monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
     monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
     assert cli.main(["train", *overrides, "--debug"]) == 75
