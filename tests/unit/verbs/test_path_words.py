@@ -173,6 +173,7 @@ def test_ranks_and_jobs_get_the_words_of_a_run_folder(run, monkeypatch):
     from megatrain.launch import agent, slurm
 
     monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
     seen = []
     monkeypatch.setattr(agent, "launch", lambda command, *rest: seen.append(command) or 0)
     monkeypatch.setattr(slurm, "submit", lambda config, name, words, dry_run: seen.append(words) or 0)
