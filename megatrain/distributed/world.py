@@ -128,7 +128,7 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment.world_size == 1:  # needs no rendezvous and no network
-        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join_alone(device, timeout)
         control = None
     else:
         try:
@@ -141,6 +141,22 @@ def join(
             ) from error
     place = environment.rank, environment.world_size, environment.local_rank
     return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
+
+
+def _join_alone(device: torch.device, timeout: datetime.timedelta) -> None:
+    """Make the process group of a single rank.
+
+    Gloo asks for a network interface even so. Where there is none, not even loopback, torch's fake process group takes
+    its place: its collectives of one rank copy their input, as gloo's do.
+    """
+    try:
+        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    except RuntimeError as error:
+        if "Unable to find" not in str(error):
+            raise
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
+
+        dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _connect(device: torch.device, environment: RankEnvironment, timeout: datetime.timedelta) -> dist.ProcessGroup:
