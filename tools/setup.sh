@@ -1,5 +1,5 @@
 # Makes .venv and installs the project into it. Sourced by test.sh and quickstart.sh.
-# If .venv is up to date, it installs nothing.
+# If .venv is up to date, it installs nothing. It does not install into a .venv that is a symbolic link.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -57,9 +57,21 @@ install() {
   fi
 }
 
-.venv/bin/python -c '' 2>/dev/null || make_environment
+# An editable install belongs to one checkout: into another one's environment, it would make that run this code.
+refuse_link() {
+  [ -L .venv ] || return 0
+  echo "megatrain: error: .venv is a link to $(readlink .venv), which does not hold an up-to-date installation of" \
+    "$PWD; nothing was changed. Remove the link (rm .venv) and run this again: it then makes a .venv here" >&2
+  exit 8
+}
+
 stamp="$(cat pyproject.toml constraints.txt | cksum) $PWD"
+if ! .venv/bin/python -c '' 2>/dev/null; then
+  refuse_link
+  make_environment
+fi
 if [ "$(cat .venv/installed 2>/dev/null || true)" != "$stamp" ]; then
+  refuse_link
   install
   echo "$stamp" >.venv/installed
 fi
