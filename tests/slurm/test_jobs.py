@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import sys
 from contextlib import closing
@@ -46,6 +47,21 @@ def test_a_job_whose_machines_keep_failing_is_not_requeued_forever(cluster, work
     found = cluster.job(job.number)
     assert (found["ExitCode"], found["Restarts"]) == ("8:0", "1"), job.log
     assert job.log.count("a fault of the machines; requeued") == 1 and "as in the 1 starts before" in job.log
+
+
+def test_slurm_accepts_the_options_of_the_example_profile(cluster, workplace):
+    """Each of its commented lines is switched on, except those that name what this cluster does not have."""
+    text = (SCRIPT.parent / "profiles" / "example.sh").read_text()
+    chosen = re.findall(r"^# (export (SBATCH_\w+)=.*)", text, re.MULTILINE)
+    absent = {"SBATCH_PARTITION", "SBATCH_GPUS_PER_NODE"}
+    assert absent < {name for _, name in chosen}
+    profile = workplace / "example.sh"
+    profile.write_text("\n".join(line for line, name in chosen if name not in absent))
+    submit = f"source {profile} && sbatch --parsable --output=/dev/null --wrap true"
+    number = cluster.command("bash", "-c", submit, cwd=workplace).strip()
+    found = cluster.job(number)
+    assert (found["OverSubscribe"], found["TimeLimit"], found["Account"]) == ("NO", "1-00:00:00", "project123")
+    Job(cluster, workplace, "example", number=number).wait()
 
 
 def test_each_array_task_is_a_run_and_the_profile_sets_the_number_of_ranks(cluster, workplace):

@@ -30,6 +30,8 @@ def recipes():
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = [word.replace("%a", "1") for word in shlex.split(line, comments=True)]
+                if "--wrap" in words:
+                    words = shlex.split(words[words.index("--wrap") + 1])
                 if "slurm/train.sbatch" in words:
                     nodes = next((w.partition("=")[2] for w in words if w.startswith("--nodes=")), "1")
                     rest = words[words.index("slurm/train.sbatch") + 1 :]
