@@ -26,7 +26,9 @@ class TrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
-    deterministic: bool = key(False, "make repeated runs bit-identical on CUDA (on CPU they always are)")
+    deterministic: bool = key(
+        False, "use deterministic algorithms on CUDA, so that a repeated run gives the same bits (CPUs do without)"
+    )
     compile: bool = key(False, "compile each block with torch.compile")
     kernels: str = key(
         "auto",
