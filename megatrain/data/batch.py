@@ -10,20 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatrain.kernels.attention import Documents
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """The sequences that one rank runs through the model at once.
 
     `tokens` and `labels` are int64 `[B, T]`; labels equal to `IGNORE_INDEX` are ignored. `positions` (int64 `[B, T]`),
-    `document_ids` (int32 `[B, T]`) and `loss_weights` (float32 `[B, T]`) may be None, which means positions 0..T-1,
-    attention across the whole window and a weight of 1 for every label.
+    `documents` (where each row's documents end) and `loss_weights` (float32 `[B, T]`) may be None, which means
+    positions 0..T-1, attention across the whole window and a weight of 1 for every label.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor | None = None
-    document_ids: Tensor | None = None
+    documents: Documents | None = None
     loss_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -32,9 +34,9 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """Return a copy in pinned memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda value: value.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+    def _each(self, change: Callable[[Any], Any]) -> MicroBatch:
         changed: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)

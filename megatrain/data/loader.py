@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from megatrain.data.dataset import Dataset
 from megatrain.data.order import SampleOrder, merge_ranges, take
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
+from megatrain.kernels.attention import Documents
 
 
 def sample_hash(ids: np.ndarray) -> int:
@@ -53,8 +55,8 @@ class TrainStream:
 
     A step reads the next G = `batch_size(step)` samples from the cursor on, outside the skip ranges; `samples_of_rank`
     gives this rank's share of them. If `end_of_document` (the token that ends each document) is given, micro-batches
-    have document ids. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer. Call
-    `close` when done.
+    know their documents. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer.
+    Call `close` when done.
     """
 
     def __init__(
@@ -167,11 +169,17 @@ class TrainStream:
 
 
 def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
-    """Return a micro-batch, with document ids if `end_of_document` is given. An end token belongs to its document."""
+    """Return a micro-batch, with its documents if `end_of_document` is given. An end token belongs to its document."""
     if end_of_document is None:
         return MicroBatch(tokens, labels)
-    ends = (tokens == end_of_document).int()
-    return MicroBatch(tokens, labels, document_ids=(ends.cumsum(1) - ends).int())
+    return MicroBatch(tokens, labels, documents=Documents(document_lengths(row, end_of_document) for row in tokens))
+
+
+def document_lengths(tokens: torch.Tensor, end_of_document: int) -> list[int]:
+    """Return the lengths of the documents in `[T]` tokens on the host; the last one may have no end token."""
+    after_ends = ((tokens == end_of_document).nonzero().flatten() + 1).tolist()
+    bounds = [0, *after_ends] if after_ends[-1:] == [len(tokens)] else [0, *after_ends, len(tokens)]
+    return [end - start for start, end in pairwise(bounds)]
 
 
 def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:

@@ -41,7 +41,7 @@ def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, met
     loss: Tensor = model(
         micro_batch.tokens,
         positions=micro_batch.positions,
-        document_ids=micro_batch.document_ids,
+        documents=micro_batch.documents,
         dropout_seed=seed,
         finish=lambda hidden: meter(head, hidden, micro_batch),
     )

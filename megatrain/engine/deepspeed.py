@@ -49,7 +49,7 @@ from megatrain.optim.loss_scale import LossScaler
 from megatrain.optim.objective import LossMeter, Objective
 from megatrain.optim.optimizers import build_optimizer
 from megatrain.parallel import plan
-from megatrain.parallel.context import make_attend
+from megatrain.parallel.context import split_sequences
 from megatrain.parallel.layout import Layout, num_micro_batches
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.recompute import recompute_blocks
@@ -130,8 +130,7 @@ class DeepSpeedEngine:
         if self.layout.cp > 1:
             context = make_groups(self.layout, self.world.rank, self.world.device).cp
             assert context is not None
-            for block in model.blocks.children():
-                block.attn.attend = make_attend(self.layout.cp_kind, context)  # type: ignore[union-attr]
+            split_sequences(model, self.layout.cp_kind, context)
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -47,7 +47,7 @@ from megatrain.optim.objective import LossMeter, Objective
 from megatrain.optim.optimizers import build_optimizer, create_slots
 from megatrain.optim.slots import Slot, slots_of
 from megatrain.parallel import plan
-from megatrain.parallel.context import make_attend
+from megatrain.parallel.context import split_sequences
 from megatrain.parallel.layout import Layout, head_in_chunks
 from megatrain.parallel.mesh import make_groups
 from megatrain.parallel.pipeline import Stage, StepInputs
@@ -150,8 +150,7 @@ class NativeEngine:
             stage.loss = self._loss(kernels)
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
-                for block in stage.blocks.children():
-                    block.attn.attend = make_attend(self.layout.cp_kind, self.groups.cp)  # type: ignore[union-attr]
+                split_sequences(stage, self.layout.cp_kind, self.groups.cp)
             if self.config.precision.name == "fp8":
                 use_fp8(stage.blocks, self.world.device)
             if self.groups and self.groups.tp is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatrain.config import ModelConfig
-from megatrain.kernels.attention import attention, document_mask
+from megatrain.kernels.attention import Documents, attends_by_document, attention, document_mask
 from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.cache import KVCache, LayerCache
 from megatrain.model.rope import model_angles
@@ -129,7 +129,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(q_size, config.norm_eps, kernels) if config.qk_norm else None
         self.k_norm = RMSNorm(k_size, config.norm_eps, kernels) if config.qk_norm else None
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None, cache: LayerCache | None
+    ) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         # The head count is the local output width over K. The weight's shape would give it too, but partitioned
         # parameters are whole only inside the projection's forward.
@@ -193,7 +195,7 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         if self.norm_place == "after":
@@ -210,13 +212,14 @@ class GPT(nn.Module):
 
     `config` must be checked (verbs/value_checks.py): its vocabulary size is known and its sizes fit together. `kernels`
     are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then computed
-    from the head's output.
+    from the head's output. Set `needs_dense_mask` if another `attend` than `attention` takes no `Documents`.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
         self.loss: LossFunction | None = None
+        self.needs_dense_mask = False
         self.embed = Embedding(config.vocab, config.hidden_size)
         learned = config.position == "learned"
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
@@ -232,7 +235,7 @@ class GPT(nn.Module):
         *,
         loss_weights: Tensor | None = None,
         positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        documents: Documents | None = None,
         dropout_seed: int | None = None,
         cache: KVCache | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
@@ -241,11 +244,11 @@ class GPT(nn.Module):
 
         `tokens` and `labels` are integers `[B, T]`; a label of `IGNORE_INDEX` does not count, and `loss_weights`
         (`[B, T]`) multiply each label's loss. `positions` (`[T]` or `[B, T]`) default to 0..T-1, or continue the
-        `cache`. With `document_ids` `[B, T]` a token sees only its own document. `finish` replaces the head and loss.
+        `cache`. With `documents` a token sees only its own document. `finish` replaces the head and loss.
         `dropout_seed` is required when training with dropout: each layer's masks are a pure function of it, and torch's
         random state is reseeded.
         """
-        x = self.hidden(tokens, positions=positions, document_ids=document_ids, dropout_seed=dropout_seed, cache=cache)
+        x = self.hidden(tokens, positions=positions, documents=documents, dropout_seed=dropout_seed, cache=cache)
         if finish is not None:
             return finish(x)
         return self.head(x) if labels is None else self.cross_entropy_sum(x, labels, loss_weights)
@@ -262,7 +265,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        documents: Documents | None = None,
         dropout_seed: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -271,7 +274,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
         x = self.embedded(tokens, positions, dropout_seed)
-        mask = self._mask(document_ids, positions, x.dtype, past)
+        mask = self._mask(documents, positions, x.dtype, past)
         x = self.through_blocks(x, positions, mask, dropout_seed, cache)
         normed: Tensor = self.final_norm(x)
         return normed
@@ -290,7 +293,7 @@ class GPT(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         dropout_seed: int | None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -316,18 +319,25 @@ class GPT(nn.Module):
         self.tie()
         return result
 
-    def _mask(self, document_ids: Tensor | None, positions: Tensor, dtype: torch.dtype, past: int) -> Tensor | None:
+    def _mask(
+        self, documents: Documents | None, positions: Tensor, dtype: torch.dtype, past: int
+    ) -> Tensor | Documents | None:
         """Return the mask that attention needs, or None if plain causal attention is enough.
 
-        The queries are at `positions` (`[T]` or `[B, T]`), after `past` tokens in a cache.
+        The queries are at `positions` (`[T]` or `[B, T]`), after `past` tokens in a cache. Documents are their own mask
+        where attention can cut the sequence at their ends, which a window that is shorter than they are prevents.
         """
         num_tokens = positions.shape[-1]
         window = self.config.sliding_window
-        if window is not None and window >= past + num_tokens:
+        if window is not None and window >= (documents.longest if documents else past + num_tokens):
             window = None
-        if document_ids is not None:
-            assert past == 0, "document_ids are for training; a cache holds one document"
-            return document_mask(document_ids, dtype, window)
+        if documents is not None:
+            assert past == 0, "documents are for training; a cache holds one document"
+            dropout = self.config.dropout if self.training else 0.0
+            by_document = attends_by_document(positions.device, dtype, self.config.head_dim, dropout)
+            if by_document and window is None and not self.needs_dense_mask:
+                return documents
+            return document_mask(documents.ids(), dtype, window)
         if past == 0 and window is not None:
             return document_mask(positions.new_zeros(1, num_tokens), dtype, window)
         if window is not None or (past > 0 and num_tokens > 1):

@@ -25,6 +25,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatrain.kernels.attention import Documents
 from megatrain.model.gpt import GPT, MLP, Attention
 from megatrain.parallel import plan
 from megatrain.parallel.context import Attend
@@ -163,7 +164,7 @@ class _OwnMasks:
     def __init__(self, attend: Attend, tensor_rank: int) -> None:
         self.attend, self.tensor_rank = attend, tensor_rank
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None, dropout: float) -> Tensor:
         """Attend; arguments and result are those of `context.Attend`."""
         if dropout == 0.0:
             return self.attend(q, k, v, mask, dropout)

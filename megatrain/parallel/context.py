@@ -17,10 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.data.batch import MicroBatch
-from megatrain.kernels.attention import attention
+from megatrain.kernels.attention import Documents, attention
+from megatrain.model.gpt import GPT
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""`kernels.attention.attention` on this rank's slice of queries, keys and values, with the whole sequence's mask."""
+Attend = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+"""`kernels.attention.attention` on this rank's slice of queries, keys and values, with the whole sequence's mask.
+
+The ring takes no `Documents` as a mask.
+"""
+
+
+def split_sequences(model: GPT, kind: str, group: dist.ProcessGroup) -> None:
+    """Let a model attend across the ranks of a context group, whose ranks run it on slices of the sequences."""
+    model.needs_dense_mask = kind == "ring"
+    for block in model.blocks.children():
+        block.attn.attend = make_attend(kind, group)  # type: ignore[union-attr]
 
 
 def make_attend(kind: str, group: dist.ProcessGroup) -> Attend:
@@ -43,7 +54,7 @@ def positions_of(kind: str, seq_len: int, cp_rank: int, cp_size: int) -> Tensor:
 def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) -> MicroBatch:
     """Return a rank's slice of a micro-batch, with the tokens' positions in the whole sequence.
 
-    Document ids stay whole, because the mask needs them.
+    Documents stay whole, because attention covers the whole sequence.
     """
     tokens = micro_batch.tokens
     own = positions_of(kind, tokens.shape[1], cp_rank, cp_size).to(tokens.device)
@@ -70,13 +81,13 @@ class Ulysses:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None, dropout: float) -> Tensor:
         """Return attention's output `[B, H, T / cp, K]`.
 
         `q` is `[B, H, T / cp, K]`, `k` and `v` `[B, Hkv, T / cp, K]`; `mask` covers the whole sequence.
         """
         q, k, v = (exchange(x, self.group, scatter=1, gather=2) for x in (q, k, v))
-        if mask is not None and mask.shape[1] > 1:
+        if isinstance(mask, Tensor) and mask.shape[1] > 1:
             mask = mask.chunk(self.group.size(), dim=1)[self.group.rank()]
         y = attention(q, k, v, mask, dropout)
         return exchange(y, self.group, scatter=2, gather=1)

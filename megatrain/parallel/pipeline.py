@@ -75,7 +75,7 @@ class Stage(GPT):
             if self.detach_embedding:
                 # Without the copy, compiled blocks gave a tensor-parallel embedding a wrong gradient.
                 x = x.clone()
-        mask = self._mask(micro_batch.document_ids, positions, x.dtype, 0)
+        mask = self._mask(micro_batch.documents, positions, x.dtype, 0)
         x = self.through_blocks(x, positions, mask, seed)
         return self.meter(self, self.final_norm(x), micro_batch) if self.is_last else x
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import varlen as varlen  # defines torch.ops.torch_attn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from megatrain.kernels import linear as linear  # defines torch.ops.megatrain.linear
@@ -26,6 +27,7 @@ SAVED_BY_SELECTIVE = [
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.megatrain.linear.default,
 ]
 """Operations whose results `selective` keeps. Norms, rotations and activation functions are recomputed."""

@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import xxhash
 
 from megatrain.data.indexed_dataset import IndexedDataset
@@ -199,16 +198,20 @@ def test_max_samples_bounds_the_held_out_windows(make_dataset):
     assert sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) == 3 * T
 
 
+def repeated(lengths):
+    """The number of each token's document."""
+    return [number for number, length in enumerate(lengths) for _ in range(length)]
+
+
 def test_documents_are_separated_by_the_token_that_ends_them(stream):
     """The token that ends a document belongs to it, wherever it is in a window."""
     end = int(next(stream()).micro_batches[0].tokens[0, 3])
     batches = next(stream(end_of_document=end)).micro_batches
-    assert batches[0].document_ids[0].max() > 0
+    assert len(batches[0].documents.lengths[0]) > 1
     for micro_batch in batches:
-        assert micro_batch.document_ids.dtype == torch.int32
-        for tokens, ids in zip(micro_batch.tokens.tolist(), micro_batch.document_ids.tolist(), strict=True):
-            assert ids == [tokens[:place].count(end) for place in range(T)]
-    assert next(stream()).micro_batches[0].document_ids is None
+        for tokens, lengths in zip(micro_batch.tokens.tolist(), micro_batch.documents.lengths, strict=True):
+            assert repeated(lengths) == [tokens[:place].count(end) for place in range(T)]
+    assert next(stream()).micro_batches[0].documents is None
 
 
 def test_held_out_documents_are_separated_too(make_dataset):
@@ -216,8 +219,8 @@ def test_held_out_documents_are_separated_too(make_dataset):
     heldout = IndexedDataset.open(make_dataset(heldout=np.array([1, 2, 7, 3, 7, 7, 4, 5, 6, 7, 8, 9])), "heldout")
     options = dict(seq_len=T, micro_batch_size=2, dp_rank=0, dp_size=1)
     (batch,) = heldout_batches(heldout, **options, end_of_document=end)
-    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 1, 1, 1]]
-    assert next(iter(heldout_batches(heldout, **options))).document_ids is None
+    assert batch.documents.lengths == [[3, 2, 1, 2], [2, 6]]
+    assert next(iter(heldout_batches(heldout, **options))).documents is None
 
 
 def test_held_out_ids_outside_the_vocabulary_are_refused(make_dataset):

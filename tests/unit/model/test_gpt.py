@@ -6,6 +6,7 @@ from torch import nn
 
 from megatrain.config import ModelConfig
 from megatrain.kernels import IGNORE_INDEX
+from megatrain.kernels.attention import Documents
 from megatrain.model.cache import KVCache
 from megatrain.model.gpt import GPT, mix_seed
 from megatrain.model.init import build_model
@@ -82,7 +83,7 @@ def test_a_token_sees_no_further_back_than_the_window():
         cache = KVCache(config, 2, 12, tokens.device, torch.float32)
         return torch.cat([model(piece, cache=cache) for piece in tokens.split([3, 1, 4, 4], dim=1)], 1)
 
-    for run in (model, lambda x: model(x, document_ids=torch.zeros_like(x)), in_pieces):
+    for run in (model, lambda x: model(x, documents=Documents([[12], [12]])), in_pieces):
         with torch.no_grad():
             seen = (run(tokens) - run(changed)).abs().amax((0, 2)) > 1e-6
         assert seen.tolist() == [False] * 2 + [True] * 4 + [False] * 6
@@ -107,9 +108,8 @@ def test_the_loss_is_the_weighted_sum_over_labels_that_count(family):
 @FAMILIES
 def test_packed_documents_with_their_own_positions_are_computed_as_if_alone(family):
     model, (tokens, _) = build_model(make_config(family), seed=1), batch()
-    document_ids = torch.tensor([[0] * 5 + [1] * 7, [3] * 8 + [4] * 4], dtype=torch.int32)
     positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
-    packed = model(tokens, document_ids=document_ids, positions=positions)
+    packed = model(tokens, documents=Documents([[5, 7], [8, 4]]), positions=positions)
     for row, cut in ((0, 5), (1, 8)):
         alone = torch.cat([model(tokens[row : row + 1, :cut]), model(tokens[row : row + 1, cut:])], 1)[0]
         torch.testing.assert_close(packed[row], alone)

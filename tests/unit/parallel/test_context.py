@@ -7,10 +7,11 @@ import torch
 from support.ranks import run_ranks
 
 from megatrain.data.batch import MicroBatch
-from megatrain.kernels.attention import attention, document_mask
+from megatrain.kernels.attention import Documents, attention, document_mask
 from megatrain.parallel.context import Ring, exchange, local_slice, make_attend, positions_of
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_SIZE = 2, 4, 2, 8, 3
+MASKS = {"ulysses": ["none", "dense", "documents"], "ring": ["none", "dense"]}
 
 
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
@@ -27,15 +28,15 @@ def test_ring_ranks_have_equally_many_keys_to_attend_to():
     assert positions_of("ulysses", 24, 1, 3).tolist() == list(range(8, 16))
 
 
-def test_a_slice_cuts_every_field_except_the_document_ids():
+def test_a_slice_cuts_every_field_except_the_documents():
     tokens = torch.arange(16).view(2, 8)
-    documents, weights = tokens // 4, tokens / 2
-    batch = MicroBatch(tokens, tokens + 1, document_ids=documents, loss_weights=weights)
+    documents, weights = Documents([[4, 4], [8]]), tokens / 2
+    batch = MicroBatch(tokens, tokens + 1, documents=documents, loss_weights=weights)
     part = local_slice(batch, "ring", 1, 2)
     own = [2, 3, 4, 5]
     assert part.positions.tolist() == own
     assert torch.equal(part.tokens, tokens[:, own]) and torch.equal(part.labels, tokens[:, own] + 1)
-    assert torch.equal(part.loss_weights, weights[:, own]) and torch.equal(part.document_ids, documents)
+    assert torch.equal(part.loss_weights, weights[:, own]) and part.documents is documents
 
 
 def test_a_slice_cuts_given_positions():
@@ -48,23 +49,24 @@ def inputs():
     generator = torch.Generator().manual_seed(0)
     shapes = [(BATCH, heads, LENGTH, HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    documents = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2]).expand(BATCH, -1)
-    return q, k, v, upstream, document_mask(documents, torch.float64)
+    documents = Documents([[3, 4, 1]] * BATCH)
+    return q, k, v, upstream, documents, document_mask(documents.ids(), torch.float64)
 
 
 def attend_over_ranks(world):
-    """For each kind, with and without documents: this rank's output, its gradients and the blocks it computed."""
+    """For each kind and mask that it takes: this rank's output, its gradients and the blocks it computed."""
     group, found = torch.distributed.group.WORLD, {}
-    *tensors, mask = inputs()
-    for kind in ("ulysses", "ring"):
+    *tensors, documents, mask = inputs()
+    for kind, masks in MASKS.items():
         own = positions_of(kind, LENGTH, world.rank, world.size)
-        for given in (None, mask):
+        for name in masks:
+            given = {"none": None, "dense": mask, "documents": documents}[name]
             q, k, v, upstream = (x[:, :, own].clone().requires_grad_() for x in tensors)
             attend = make_attend(kind, group)
             y = attend(q, k, v, given, 0.0)
             y.backward(upstream.detach())
             blocks = attend.blocks_computed if isinstance(attend, Ring) else None
-            found[kind, given is not None] = (y.detach(), q.grad, k.grad, v.grad, blocks)
+            found[kind, name] = (y.detach(), q.grad, k.grad, v.grad, blocks)
     x = torch.arange(8.0).view(2, 4) + 10 * world.rank
     there = exchange(x, group, scatter=1, gather=0)
     return found, there, exchange(there, group, scatter=0, gather=1)
@@ -73,19 +75,19 @@ def attend_over_ranks(world):
 def test_attention_over_ranks_is_attention_in_one_process():
     """Outputs and gradients, in float64; ring ranks compute only blocks on or below the diagonal."""
     ranks = run_ranks(attend_over_ranks, 2)
-    *tensors, mask = inputs()
-    for given in (None, mask):
-        q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
-        expected = attention(q, k, v, given, 0.0)
-        expected.backward(tensors[3])
-        for kind in ("ulysses", "ring"):
+    *tensors, _, mask = inputs()
+    for kind, masks in MASKS.items():
+        for given in masks:
+            q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
+            expected = attention(q, k, v, None if given == "none" else mask, 0.0)
+            expected.backward(tensors[3])
             for rank, (found, _, _) in enumerate(ranks):
                 own = positions_of(kind, LENGTH, rank, 2)
                 whole = (expected.detach(), q.grad, k.grad, v.grad)
-                for name, part, full in zip("oqkv", found[kind, given is not None], whole, strict=False):
-                    torch.testing.assert_close(part, full[:, :, own], msg=f"{kind}, rank {rank}, {name}")
+                for name, part, full in zip("oqkv", found[kind, given], whole, strict=False):
+                    torch.testing.assert_close(part, full[:, :, own], msg=f"{kind}, {given}, rank {rank}, {name}")
                 if kind == "ring":
-                    assert found[kind, given is not None][4] == 5  # of 8: 2 x 2 halves with each of 2 ranks
+                    assert found[kind, given][4] == 5  # of 8: 2 x 2 halves with each of 2 ranks
     for rank, (_, there, back) in enumerate(ranks):
         both = torch.cat([torch.arange(8.0).view(2, 4), torch.arange(8.0).view(2, 4) + 10])
         assert torch.equal(there, both[:, 2 * rank : 2 * rank + 2])

@@ -8,6 +8,7 @@ from support.jobs import MIXED
 
 from megatrain.config import ModelConfig
 from megatrain.data.batch import MicroBatch
+from megatrain.kernels.attention import Documents
 from megatrain.kernels.choice import REFERENCE
 from megatrain.model.init import build_model
 from megatrain.optim.objective import LossMeter, NextToken
@@ -45,9 +46,9 @@ def micro_batches():
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 13, (2, 2, 6), generator=draw)
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
-    documents = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    documents = Documents([[3, 2], [5]])
     plain, packed = (MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in ids)
-    return [plain, MicroBatch(packed.tokens, packed.labels, positions=positions, document_ids=documents)]
+    return [plain, MicroBatch(packed.tokens, packed.labels, positions=positions, documents=documents)]
 
 
 def test_stages_in_order_compute_the_loss_of_the_whole_model(config):
@@ -58,7 +59,7 @@ def test_stages_in_order_compute_the_loss_of_the_whole_model(config):
     for number, batch in enumerate(batches):
         hidden = stages[0](batch.tokens, torch.tensor([number]))
         assert hidden.shape == (2, 5, 8)
-        expected = whole(batch.tokens, batch.labels, positions=batch.positions, document_ids=batch.document_ids)
+        expected = whole(batch.tokens, batch.labels, positions=batch.positions, documents=batch.documents)
         torch.testing.assert_close(stages[1](hidden, number), expected)
     inputs.load(batches[1:], [None])
     torch.testing.assert_close(stages[1](stages[0](batches[1].tokens, 0), 0), expected)

@@ -21,6 +21,7 @@ from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
 from megatrain.engine.native import NativeEngine
 from megatrain.kernels.adamw_update import adamw_step_
+from megatrain.kernels.attention import Documents
 from megatrain.optim.objective import NextToken
 
 HAS_GPU = torch.cuda.is_available()
@@ -66,10 +67,15 @@ def no_host_waits():
 
 
 @pytest.mark.parametrize(
-    ("norm", "compiled", "moments"),
-    [("rmsnorm", False, "fp32"), ("rmsnorm", True, "bf16"), ("layernorm", False, "bf16"), ("layernorm", True, "fp32")],
-)  # every pair of choices
-def test_a_step_never_waits_for_the_device(norm, compiled, moments):
+    ("norm", "compiled", "moments", "masked"),
+    [
+        ("rmsnorm", False, "fp32", True),
+        ("rmsnorm", True, "bf16", False),
+        ("layernorm", False, "bf16", False),
+        ("layernorm", True, "fp32", True),
+    ],
+)  # every pair of the first three choices
+def test_a_step_never_waits_for_the_device(norm, compiled, moments, masked):
     config = TrainConfig()
     config.model = ModelConfig(
         num_layers=2, num_heads=4, hidden_size=64, vocab_size=1003, norm=norm, max_seq_len=64,
@@ -80,7 +86,10 @@ def test_a_step_never_waits_for_the_device(norm, compiled, moments):
     config.train.micro_batch_size, config.train.global_batch_size, config.train.seq_len = 2, 4, 64
     engine = NativeEngine(config, World(0, 1, 0, DEVICE, None), NextToken())
     ids = torch.randint(0, 1003, (2, 65))
-    batch = MicroBatch(*(t.contiguous().pin_memory() if HAS_GPU else t.contiguous() for t in (ids[:, :-1], ids[:, 1:])))
+    documents = Documents([[1, 40, 23], [64]]) if masked else None
+    batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), documents=documents)
+    if HAS_GPU:
+        batch = batch.pin_memory()
     losses = []
     for step in range(1, 6):
         with no_host_waits() if step >= 4 else nullcontext():  # compiled and warm
