@@ -78,6 +78,9 @@ KILL_S = 8.0
 GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
 """Exit codes of a worker that did not fail."""
 
+STOPPING_S = 30.0
+"""Seconds between messages that the workers have not ended since they were asked to."""
+
 NOT_RESCUED = (EXIT_OK, DivergedError.exit_code, OwnedError.exit_code, EXIT_INTERRUPTED)
 """Exit codes after which in-memory copies are dropped: they are no newer than the checkpoint, or must not be used."""
 
@@ -141,6 +144,8 @@ class Agent:
         self.forwarded_signals: set[int] = set()
         self.reported: dict[int, float] = {}
         self.interrupts = 0
+        self.asked_at: float | None = None
+        self.next_notice = 0.0
         self.starts = 0
         self.restarts = Restarts()
         self.copies = Copies() if recovery is not None and recovery.copies else None
@@ -275,6 +280,7 @@ class Agent:
         """Wait until this start is over on all nodes, and return its outcome on this node."""
         while True:
             self._forward_signals()
+            self._tell_of_long_stop()
             if self.ledger is not None:
                 self.ledger.watch()
             if self.interrupts > 1:
@@ -339,8 +345,23 @@ class Agent:
                     self._record_interrupt()
             number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
             self.forwarded_signals.add(number)
+            if self.asked_at is None:
+                self.asked_at = time.monotonic()
+                self.next_notice = STOPPING_S
             for worker in self._running():
                 worker.process.send_signal(number)
+
+    def _tell_of_long_stop(self) -> None:
+        """Say on node 0, from time to time, what the workers do that were asked to save and end."""
+        waited = 0.0 if self.asked_at is None else time.monotonic() - self.asked_at
+        if self.asked_at is None or waited < self.next_notice or self.peers.node != 0 or not self._running():
+            return
+        self.next_notice += STOPPING_S
+        beat = self.heartbeats.read(0)
+        print_message(
+            f"asked to stop {waited:.0f} s ago, and rank 0 is in step {beat.step} ({beat.phase}): the run saves "
+            f"and ends once the step is done; Ctrl-C twice ends it without saving"
+        )
 
     def _running(self) -> list[RankProcess]:
         return [worker for worker in self.workers if worker.code is None]

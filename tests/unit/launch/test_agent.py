@@ -21,7 +21,7 @@ def start_agent(command: list[str], num_workers: int, folder: Path) -> subproces
     program = (
         "import sys, json, pathlib, signal; from megatrain.launch import agent as agent_module; "
         "[signal.signal(number, signal.SIG_DFL) for number in agent_module.FORWARDED_SIGNALS]; "
-        "agent_module.GRACE_PERIOD_S, agent_module.KILL_S = 0.2, 1.0; "
+        "agent_module.GRACE_PERIOD_S, agent_module.KILL_S, agent_module.STOPPING_S = 0.2, 1.0, 0.6; "
         "sys.exit(agent_module.launch(json.loads(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
     )
     arguments = [json.dumps(command), str(num_workers), str(folder / "logs")]
@@ -148,6 +148,16 @@ def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
     agent.terminate()
     assert agent.wait(timeout=30) == 75
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
+
+
+def test_a_stop_that_takes_long_says_what_it_waits_for(tmp_path):
+    agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 1.5), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.terminate()
+    assert agent.wait(timeout=20) == 75
+    told = [line for line in agent.stderr.read().splitlines() if "asked to stop" in line]
+    assert told and "rank 0 is in step 0 (start)" in told[0] and "Ctrl-C twice" in told[0]
+    assert len(told) <= 3, "not with every poll"
 
 
 def test_a_second_ctrl_c_ends_a_save_at_once(tmp_path):
