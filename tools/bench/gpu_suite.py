@@ -87,13 +87,13 @@ class Suite:
         except TurnFailed as error:
             return [Line(name, None, "", note=str(error))]
 
-    def job(self, name: str, words: list[str], chain: bool = False) -> dict[str, Any]:
+    def job(self, name: str, words: list[str], chain: bool = False, document: int | None = None) -> dict[str, Any]:
         """Prepare a job in its own folder."""
         place = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
         defaults = ["engine=native", f"launch.device={self.device}", "optim.schedule=constant", "checkpoint.every=0"]
         if find_spec("mlflow") is None:  # its absence would be waited for
             defaults.append("tracking.name=none")
-        return prepare(place, [*defaults, *words], self.device, chain)
+        return prepare(place, [*defaults, *words], self.device, chain, document)
 
     def turn(self, contender: str, job: dict[str, Any], warmup: int) -> Turn:
         """Take one turn, print it and keep it."""
@@ -214,6 +214,25 @@ class Suite:
         shown = f"mean {statistics.mean(apart):.2e}, largest {max(apart):.2e} ({losses})"
         return [Line(f"bf16 losses off the fp32 reference's, {steps} steps, relative", max(apart), shown)]
 
+    def documents(self) -> list[Line]:
+        """Measure gpt2_124m with train.mask_documents=true against false, where documents are long and short."""
+        self.need_gpu()
+        words = ["model=gpt2_124m", "precision=bf16", "compile=true", *loop(20, 64, 32, 1024)]
+        if self.small:
+            words = ["model=tiny", *loop(8, 2, 2, 64)]
+        lines = []
+        for document, goal in ((4096, 0.97), (64, 1.0)):
+            job = self.job(f"documents-{document}", words, document=document)
+            masked = {**job, "words": [*job["words"], "train.mask_documents=true"]}
+            ratios = [
+                self.turn("megatrain", masked, 5).tokens_per_s / self.turn("megatrain", job, 5).tokens_per_s
+                for _ in range(1 if self.small else self.rounds)
+            ]
+            ratio = statistics.median(ratios)
+            what = f"documents of {document} tokens on average: masked times unmasked"
+            lines.append(Line(what, ratio, f"{ratio:.3f}, median of {len(ratios)}", None if self.small else goal))
+        return lines
+
     def rows(self) -> list[tuple[str, Callable[[], list[Line]]]]:
         """Return each row's name and measurement, the most important first."""
         large = [
@@ -230,6 +249,7 @@ class Suite:
             ("kernels", self.kernels),
             ("bf16 losses against the fp32 reference", self.losses),
             ("protections", self.protections),
+            ("documents masked", self.documents),
         ]
 
 

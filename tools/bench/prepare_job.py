@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.config.compose import compose
-from megatrain.data.card import Card, card_of_written, fingerprint
+from megatrain.data.card import Card, TokenizerCard, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter, token_dtype
 from megatrain.model.count import flops_per_token, num_parameters
 
@@ -23,7 +23,10 @@ VOCABULARY = 8192
 """The vocabulary if the config leaves it to a tokenizer."""
 
 DOCUMENT = 1000
-"""Tokens per document."""
+"""Tokens per document, unless the job's documents are masked."""
+
+END = 0
+"""The token that ends a document of a job whose documents are masked."""
 
 MOST_TOKENS = 2**25
 """The dataset's size limit; a longer job reads the tokens more than once."""
@@ -34,13 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chain", action="store_true", help="tokens that a model can learn to predict")
+    parser.add_argument("--documents", type=int, help="mean tokens of a document, which an end token can tell apart")
     parser.add_argument("overrides", nargs="*", default=[])
     arguments = parser.parse_args()
-    print(json.dumps(prepare(arguments.folder, arguments.overrides, arguments.chain)))
+    print(json.dumps(prepare(arguments.folder, arguments.overrides, arguments.chain, arguments.documents)))
 
 
-def prepare(folder: Path, overrides: list[str], chain: bool = False) -> dict[str, object]:
-    """Write the dataset `<folder>/data/random` and return the job."""
+def prepare(folder: Path, overrides: list[str], chain: bool = False, document: int | None = None) -> dict[str, object]:
+    """Write the dataset `<folder>/data/random` and return the job.
+
+    With `document`, each token ends a document with probability 1 / `document`, and `train.mask_documents` is possible.
+    """
     words = ["data=files", "data.name=random", f"data.dir={folder / 'data'}", *overrides]
     config = compose("train", words)
     if config.model.vocab_size is None:
@@ -50,7 +57,15 @@ def prepare(folder: Path, overrides: list[str], chain: bool = False) -> dict[str
     needed = loop.steps * loop.global_batch_size * loop.seq_len + 1
     num_tokens = max(min(needed, MOST_TOKENS), loop.global_batch_size * loop.seq_len + 1)
     ids = (chained if chain else uniform)(num_tokens, config.model.vocab, config.seed)
-    path = write(folder / "data" / "random", ids)
+    if document is None:
+        ends = np.append(np.arange(DOCUMENT, len(ids), DOCUMENT), len(ids))
+    else:
+        ids[ids == END] = END + 1
+        ids[np.random.default_rng(config.seed).random(len(ids)) < 1 / document] = END
+        ids[-1] = END
+        ends = np.flatnonzero(ids == END) + 1
+    tokenizer = None if document is None else TokenizerCard("hf", "random", config.model.vocab, END)
+    path = write(folder / "data" / "random", ids, ends, tokenizer)
     return {
         "words": words,
         "model": {**asdict(config.model), "kv_heads": config.model.kv_heads, "head_dim": config.model.head_dim}
@@ -85,17 +100,14 @@ def chained(num_tokens: int, vocab: int, seed: int) -> np.ndarray:
     return np.stack(rows, axis=1).reshape(-1)[:num_tokens].astype(token_dtype(vocab))
 
 
-def write(folder: Path, ids: np.ndarray) -> Path:
-    """Write a prepared dataset without a tokenizer (docs/reference/data_format.md) and return its `.bin`."""
+def write(folder: Path, ids: np.ndarray, ends: np.ndarray, tokenizer: TokenizerCard | None) -> Path:
+    """Write a prepared dataset (docs/reference/data_format.md) whose documents end at `ends`; return its `.bin`."""
     folder.mkdir(parents=True)
     with IndexedWriter(folder / "train", ids.dtype) as writer:
-        for start in range(0, len(ids), DOCUMENT * 1000):
-            part = ids[start : start + DOCUMENT * 1000]
-            ends = np.append(np.arange(DOCUMENT, len(part), DOCUMENT), len(part))
-            writer.add(part, np.diff(ends, prepend=0))
+        writer.add(ids, np.diff(ends, prepend=0))
         writer.finish()
     splits = {"train": card_of_written(writer, 2 * len(ids))}
-    Card("random", fingerprint(splits), splits, None, {"kind": "random tokens"}).save(folder)
+    Card("random", fingerprint(splits), splits, tokenizer, {"kind": "random tokens"}).save(folder)
     return folder / "train.bin"
 
 

@@ -128,13 +128,18 @@ def make_environment(peer: str) -> None:
 # ------------------------------------------------------------------------------------------- the job
 
 
-def prepare(folder: Path, words: list[str], device: str, chain: bool = False) -> dict[str, Any]:
+def prepare(
+    folder: Path, words: list[str], device: str, chain: bool = False, document: int | None = None
+) -> dict[str, Any]:
     """Write the tokens and the job to a folder; `words` are overrides of the train command.
+
+    `chain` and `document` are as in prepare_job.py.
 
     Raises:
         TurnFailed: the train command would refuse the words.
     """
-    command = [sys.executable, str(HERE / "prepare_job.py"), *(["--chain"] if chain else []), str(folder), *words]
+    options = [*(["--chain"] if chain else []), *([f"--documents={document}"] if document else [])]
+    command = [sys.executable, str(HERE / "prepare_job.py"), *options, str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environ(1, device))
     if done.returncode:
         raise TurnFailed(last_line(done.stderr).removeprefix("megatrain.errors.ConfigError: "))
