@@ -27,7 +27,7 @@ from megatrain.parallel.layout import Layout
 LIMIT = 8.0
 """launch.timeout_s of these jobs, in seconds; torch's own default is 30 minutes."""
 
-JOBS = {
+JOBS: dict[str, tuple[str, dict[str, int]]] = {
     "native, shards x tensor": ("native", {"zero": 3, "tp": 2}),
     "native, hybrid shards": ("native", {"zero": 2, "dp_replicate": 2}),
     "native, pipeline": ("native", {"zero": 1, "pp": 2}),

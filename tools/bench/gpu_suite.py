@@ -169,7 +169,7 @@ class Suite:
         sizes = ["model=gpt2_124m", "precision=bf16", "compile=true", *loop(40, 64, 32, 1024)]
         if self.small:
             sizes = ["model=tiny", *loop(12, 2, 2, 32)]
-        whole: dict[str, list[float]] = {"": []} | {words: [] for words in PROTECTIONS}
+        whole: dict[str, list[float]] = {words: [] for words in ("", *PROTECTIONS)}
         for _ in range(1 if self.small else self.rounds):
             for words, seconds in whole.items():
                 job = self.job("protections", [*sizes, *words.split()])
