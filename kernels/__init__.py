@@ -11,6 +11,9 @@ CUDA_CHUNK_BYTES = 512 * 2**20
 """The same on a GPU. Larger, because each chunk reads and writes the whole gradient of the weight once
 (docs/measurements/kernels.md)."""
 
+SCORE_TILE_BYTES = 64 * 2**20
+"""Largest size in bytes of a tile of attention scores, where no fused kernel computes them (block_attention.py)."""
+
 IGNORE_INDEX = -100
 """Label that the loss ignores; torch's default."""
 

@@ -7,17 +7,18 @@ ring keeps all heads and passes keys and values from rank to rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatrain.data.batch import MicroBatch
 from megatrain.kernels.attention import Documents, attention
+from megatrain.kernels.block_attention import block_attention, block_attention_backward
 from megatrain.model.gpt import GPT
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
@@ -128,13 +129,15 @@ class Ring:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.blocks_computed = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Attend with the shapes of `Ulysses`; tokens are in the order of `positions_of("ring", ...)`."""
+        """Attend with the shapes of `Ulysses`; tokens are in the order of `positions_of("ring", ...)`.
+
+        A mask is added to the scores, and lets each token attend at least to itself.
+        """
         assert dropout == 0.0, "the layout table refuses ring attention with dropout"
-        apply: Callable[..., Tensor] = _RingAttention.apply
-        return apply(q, k, v, mask, self)
+        out: Tensor = _ring_attention(q, k, v, mask, self.group.group_name)[0]
+        return out.to(q.dtype)
 
     def pass_on(self, tensors: list[Tensor]) -> list[Tensor]:
         """Send tensors to the next rank of the ring and return those received from the previous one."""
@@ -150,95 +153,115 @@ class Ring:
             work.wait()
         return received
 
-    def blocks(self, owner: int) -> list[tuple[int, int, int, int]]:
-        """Return the blocks on or below the diagonal between this rank's queries and the owner's keys.
+    def blocks(self, turn: int) -> list[tuple[int, int, int, int]]:
+        """Return the blocks on or below the diagonal between this rank's queries and the keys that it has in a turn.
 
         Each is (query half, key half, query chunk, key chunk).
         """
         size, rank = self.group.size(), self.group.rank()
+        owner = (rank - turn) % size
         query_chunks, key_chunks = (rank, 2 * size - 1 - rank), (owner, 2 * size - 1 - owner)
         return [(i, j, a, b) for i, a in enumerate(query_chunks) for j, b in enumerate(key_chunks) if b <= a]
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, query_chunk: int, key_chunk: int) -> Tensor:
-    """Return one block's masked, scaled scores, fp32 `[B, Hkv, H / Hkv, t, t]`; `q` is `[B, Hkv, H / Hkv, t, K]`."""
-    length = q.shape[-2]
-    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        rows, columns = (slice(chunk * length, (chunk + 1) * length) for chunk in (query_chunk, key_chunk))
-        part = mask[..., rows, columns]
-        part = torch.unflatten(part, 1, (k.shape[1], -1)) if part.shape[1] > 1 else part.unsqueeze(1)
-        return scores + part
-    if query_chunk == key_chunk:
-        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        return scores.masked_fill(~causal, -torch.inf)
-    return scores
+# Each direction is one operation for autograd, so that selective recompute keeps its result and does not repeat it.
 
 
-def _halves(x: Tensor, heads: int) -> list[Tensor]:
-    """Return the two chunks of a rank's slice, each `[B, Hkv, H / Hkv, t, K]`, heads grouped by key-value head."""
-    return list(torch.unflatten(_wide(x), 1, (heads, -1)).chunk(2, dim=-2))
+@library.custom_op("megatrain::ring_attention", mutates_args=())
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
+    """Return attention's output `[B, H, T / cp, K]` and the log-sum-exps `[B, H, T / cp]`, in fp32."""
+    ring, (out, logsumexp) = _ring(group), _results(q)
+    out.zero_()
+    logsumexp.fill_(-torch.inf)
+    queries, outs, logsumexps = _halves(q), _halves(out), _halves(logsumexp)
+    for turn in range(ring.group.size()):
+        if turn > 0:
+            k, v = ring.pass_on([k, v])
+        keys, values = _halves(k), _halves(v)
+        for i, j, a, b in ring.blocks(turn):
+            part = _part(mask, a, b, queries[i].shape[2])
+            _merge_(outs[i], logsumexps[i], *block_attention(queries[i], keys[j], values[j], part, a == b))
+    return out, logsumexp
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or unchanged if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
+@library.custom_op("megatrain::ring_attention_backward", mutates_args=())
+def _ring_attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `q`, `k` and `v`, in their shapes and formats.
+
+    Those of keys and values travel with them, round the ring and back to their owner.
+    """
+    ring, dtype = _ring(group), q.dtype
+    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
+    queries, outs, logsumexps, upstreams, d_queries = map(_halves, (q, out, logsumexp, d_out, d_q))
+    for turn in range(ring.group.size()):
+        if turn > 0:
+            k, v, d_k, d_v = ring.pass_on([k, v, d_k, d_v])
+        keys, values, d_keys, d_values = map(_halves, (k, v, d_k, d_v))
+        for i, j, a, b in ring.blocks(turn):
+            part = _part(mask, a, b, queries[i].shape[2])
+            block = (upstreams[i], queries[i], keys[j], values[j], outs[i], logsumexps[i], part, a == b)
+            _add_((d_queries[i], d_keys[j], d_values[j]), block_attention_backward(*block))
+    d_k, d_v = ring.pass_on([d_k, d_v])
+    return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ring: Ring) -> Tensor:
-        size, rank = ring.group.size(), ring.group.rank()
-        queries = _halves(q, k.shape[1])
-        outputs = [torch.zeros_like(part) for part in queries]
-        logsumexps = [part.new_full(part.shape[:-1], -torch.inf) for part in queries]
-        keys, values = k, v
-        for turn in range(size):
-            key_halves, value_halves = (_wide(x).chunk(2, dim=-2) for x in (keys, values))
-            for i, j, a, b in ring.blocks((rank - turn) % size):
-                scores = _scores(queries[i], key_halves[j], mask, a, b)
-                ring.blocks_computed += 1
-                merged = torch.logaddexp(logsumexps[i], scores.logsumexp(dim=-1))
-                safe = merged.masked_fill(merged == -torch.inf, 0.0)  # rows whose keys so far are all masked
-                weights = (scores - safe[..., None]).exp()
-                kept = (logsumexps[i] - safe).exp()[..., None]
-                outputs[i] = outputs[i] * kept + weights @ value_halves[j].unsqueeze(2)
-                logsumexps[i] = merged
-            if turn + 1 < size:
-                keys, values = ring.pass_on([keys, values])
-        ctx.ring, ctx.mask = ring, mask
-        out = torch.cat(outputs, dim=-2)
-        ctx.save_for_backward(q, k, v, out, torch.cat(logsumexps, dim=-1))
-        return out.flatten(1, 2).to(q.dtype)
+@_ring_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
+    return _results(q)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, out, logsumexp = ctx.saved_tensors
-        ring, mask = ctx.ring, ctx.mask
-        size, rank = ring.group.size(), ring.group.rank()
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        queries, upstream = _halves(q, k.shape[1]), _halves(gradients[0], k.shape[1])
-        totals = list(logsumexp.chunk(2, dim=-1))
-        # rowsum(dP * P) of attention's gradient is rowsum(d_out * out)
-        diagonals = [(g * o).sum(-1, keepdim=True) for g, o in zip(upstream, out.chunk(2, dim=-2), strict=True)]
-        d_queries = [torch.zeros_like(part) for part in queries]
-        keys, values = k, v
-        d_keys, d_values = torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
-        for turn in range(size):
-            key_halves, value_halves = (_wide(x).chunk(2, dim=-2) for x in (keys, values))
-            d_key_halves, d_value_halves = d_keys.chunk(2, dim=-2), d_values.chunk(2, dim=-2)
-            for i, j, a, b in ring.blocks((rank - turn) % size):
-                scores = _scores(queries[i], key_halves[j], mask, a, b)
-                probabilities = (scores - totals[i][..., None]).exp()
-                d_probabilities = upstream[i] @ value_halves[j].unsqueeze(2).transpose(-1, -2)
-                d_scores = probabilities * (d_probabilities - diagonals[i]) * scale
-                d_value_halves[j].add_((probabilities.transpose(-1, -2) @ upstream[i]).sum(2))
-                d_key_halves[j].add_((d_scores.transpose(-1, -2) @ queries[i]).sum(2))
-                d_queries[i] += d_scores @ key_halves[j].unsqueeze(2)
-            # gradients travel with their keys and values, round the ring and back to their owner
-            if turn + 1 < size:
-                keys, values, d_keys, d_values = ring.pass_on([keys, values, d_keys, d_values])
-            else:
-                d_keys, d_values = ring.pass_on([d_keys, d_values])
-        d_query = torch.cat(d_queries, dim=-2).flatten(1, 2)
-        return d_query.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype), None, None
+
+@_ring_attention_backward.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, str], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.group = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_ring_attention_backward(d_out, *ctx.saved_tensors, ctx.group), None, None
+
+
+_ring_attention.register_autograd(_gradient, setup_context=_save)
+
+
+def _ring(group: str) -> Ring:
+    return Ring(_resolve_process_group(group))  # type: ignore[arg-type]  # the name's type is not public
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uninitialised results of attention for queries `[B, H, T / cp, K]`."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the two chunks of a rank's slice of the sequence, dimension 2."""
+    return x.chunk(2, dim=2)
+
+
+def _part(mask: Tensor | None, query_chunk: int, key_chunk: int, length: int) -> Tensor | None:
+    """Return the mask of one block of chunks of `length` tokens."""
+    if mask is None:
+        return None
+    rows, columns = (slice(chunk * length, (chunk + 1) * length) for chunk in (query_chunk, key_chunk))
+    return mask[..., rows, columns]
+
+
+def _merge_(out: Tensor, logsumexp: Tensor, part: Tensor, part_logsumexp: Tensor) -> None:
+    """Merge a block's result into that of the blocks before it, in place."""
+    merged = torch.logaddexp(logsumexp, part_logsumexp)
+    safe = merged.masked_fill(merged == -torch.inf, 0.0)  # rows whose keys so far are all masked
+    out.mul_((logsumexp - safe).exp_()[..., None]).add_(part.mul_((part_logsumexp - safe).exp_()[..., None]))
+    logsumexp.copy_(merged)
+
+
+def _add_(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megatrain.kernels import linear as linear  # defines torch.ops.megatrain.linear
 from megatrain.model.gpt import Block
+from megatrain.parallel import context as context  # defines torch.ops.megatrain.ring_attention
 
 _ATEN = torch.ops.aten
 SAVED_BY_SELECTIVE = [
@@ -29,6 +30,7 @@ SAVED_BY_SELECTIVE = [
     _ATEN._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.megatrain.linear.default,
+    torch.ops.megatrain.ring_attention.default,
 ]
 """Operations whose results `selective` keeps. Norms, rotations and activation functions are recomputed."""
 

@@ -36,6 +36,7 @@ CELLS = [
     (2, "llama", {"cp": 2, "zero": 3}),
     (2, "gpt2", {"cp": 2, "zero": 1, "cp_kind": "ring"}),
     (4, "llama", {"cp": 4, "cp_kind": "ring", "zero": 2}),
+    (2, "llama", {"cp": 2, "cp_kind": "ring", "recompute": "selective"}),
     (4, "llama", {"cp": 2, "tp": 2, "zero": 2}),
     (4, "gpt2", {"cp": 2, "zero": 3, "recompute": "full"}),
     (2, "gpt2", {"pp": 2}),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.holdings import held_in_a_step
-from support.jobs import layout_job, rows
+from support.jobs import SEQ_LEN, layout_job, rows
 from support.ranks import run_ranks
 
 from megatrain.optim.slots import decays
@@ -35,6 +35,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero": 3, "precision": "bf16"}),
     (2, {"cp": 2, "zero": 3, "family": "gpt2"}),
     (2, {"cp": 2, "cp_kind": "ring", "precision": "bf16", "family": "gpt2"}),
+    (2, {"cp": 2, "cp_kind": "ring", "seq_len": 512}),
+    (2, {"cp": 2, "cp_kind": "ring", "seq_len": 512, "precision": "bf16", "recompute": "selective"}),
     (2, {"pp": 2}),
     (2, {"pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2, "precision": "bf16", "family": "gpt2"}),
     (2, {"pp": 2, "schedule": "zbv_zero_bubble", "virtual_stages": 2}),
@@ -53,10 +55,11 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def job(world, precision="fp32", micro=None, **changes):
+def job(world, precision="fp32", micro=None, seq_len=SEQ_LEN, **changes):
     """Return a job with two micro-batches a step, in a pipeline two for each stage, unless `micro` says otherwise."""
     config = layout_job(micro=micro or rows(changes, world), **changes)
     config.precision.name = precision
+    config.train.seq_len = config.model.max_seq_len = seq_len
     return config
 
 

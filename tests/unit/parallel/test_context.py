@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from support.holdings import peak_bytes
 from support.ranks import run_ranks
 
 from megatrain.data.batch import MicroBatch
 from megatrain.kernels.attention import Documents, attention, document_mask
-from megatrain.parallel.context import Ring, exchange, local_slice, make_attend, positions_of
+from megatrain.kernels.block_attention import block_attention
+from megatrain.parallel.context import exchange, local_slice, make_attend, positions_of
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_SIZE = 2, 4, 2, 8, 3
 MASKS = {"ulysses": ["none", "dense", "documents"], "ring": ["none", "dense"]}
@@ -63,10 +67,10 @@ def attend_over_ranks(world):
             given = {"none": None, "dense": mask, "documents": documents}[name]
             q, k, v, upstream = (x[:, :, own].clone().requires_grad_() for x in tensors)
             attend = make_attend(kind, group)
-            y = attend(q, k, v, given, 0.0)
+            with patch("megatrain.parallel.context.block_attention", wraps=block_attention) as blocks:
+                y = attend(q, k, v, given, 0.0)
             y.backward(upstream.detach())
-            blocks = attend.blocks_computed if isinstance(attend, Ring) else None
-            found[kind, name] = (y.detach(), q.grad, k.grad, v.grad, blocks)
+            found[kind, name] = (y.detach(), q.grad, k.grad, v.grad, blocks.call_count)
     x = torch.arange(8.0).view(2, 4) + 10 * world.rank
     there = exchange(x, group, scatter=1, gather=0)
     return found, there, exchange(there, group, scatter=0, gather=1)
@@ -92,3 +96,19 @@ def test_attention_over_ranks_is_attention_in_one_process():
         both = torch.cat([torch.arange(8.0).view(2, 4), torch.arange(8.0).view(2, 4) + 10])
         assert torch.equal(there, both[:, 2 * rank : 2 * rank + 2])
         assert torch.equal(back, torch.arange(8.0).view(2, 4) + 10 * rank)
+
+
+def peaks_of_a_ring(world, lengths):
+    """Return the most bytes that attention and its gradients allocate at once, for each length of the sequence."""
+    attend, found = make_attend("ring", torch.distributed.group.WORLD), []
+    for length in lengths:
+        q, k, v = (torch.randn(1, heads, length // world.size, 16, requires_grad=True) for heads in (4, 2, 2))
+        upstream = torch.ones_like(q)
+        found.append(peak_bytes(lambda: attend(q, k, v, None, 0.0).backward(upstream)))  # noqa: B023
+    return found
+
+
+def test_memory_of_a_ring_grows_with_the_sequence_and_not_with_its_square():
+    """Twice the tokens, twice the peak; scores of a block would quadruple. Kernels have buffers of a fixed size."""
+    for short, long in run_ranks(peaks_of_a_ring, 2, (4096, 8192)):
+        assert 1.7 * short < long < 2.1 * short
