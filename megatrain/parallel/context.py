@@ -164,12 +164,11 @@ class Ring:
         return [(i, j, a, b) for i, a in enumerate(query_chunks) for j, b in enumerate(key_chunks) if b <= a]
 
 
-# Each direction is one operation for autograd, so that selective recompute keeps its result and does not repeat it.
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
+    """Return attention's output `[B, H, T / cp, K]` and the log-sum-exps `[B, H, T / cp]`, in fp32.
 
-
-@library.custom_op("megatrain::ring_attention", mutates_args=())
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
-    """Return attention's output `[B, H, T / cp, K]` and the log-sum-exps `[B, H, T / cp]`, in fp32."""
+    The shapes are those of `Ring`; `group` is the name of its process group.
+    """
     ring, (out, logsumexp) = _ring(group), _results(q)
     out.zero_()
     logsumexp.fill_(-torch.inf)
@@ -184,8 +183,7 @@ def _ring_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group:
     return out, logsumexp
 
 
-@library.custom_op("megatrain::ring_attention_backward", mutates_args=())
-def _ring_attention_backward(
+def ring_attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, logsumexp: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `q`, `k` and `v`, in their shapes and formats.
@@ -205,6 +203,13 @@ def _ring_attention_backward(
             _add_((d_queries[i], d_keys[j], d_values[j]), block_attention_backward(*block))
     d_k, d_v = ring.pass_on([d_k, d_v])
     return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
+
+
+# Each direction is one operator, so that selective recompute keeps the result and does not repeat the turns.
+_ring_attention = library.custom_op("megatrain::ring_attention", ring_attention, mutates_args=())
+_ring_attention_backward = library.custom_op(
+    "megatrain::ring_attention_backward", ring_attention_backward, mutates_args=()
+)
 
 
 @_ring_attention.register_fake

@@ -114,20 +114,21 @@ class _Step:
         if layout.cp == 1:
             return
         num_layers = sum(len(self.layers[stage]) for stage in self.stages)
-        forwards = 1 if self.config.train.recompute == "none" else 2
+        recompute = self.config.train.recompute
         times = num_layers * self.num_micro_batches
         tokens = self.rows * self.length
         q = tokens * model.num_heads // layout.tp * model.head_dim
         kv = tokens * model.kv_heads // layout.tp * model.head_dim
         if layout.cp_kind == "ulysses":
-            passes = forwards + 1
+            passes = 2 if recompute == "none" else 3
             yield self.traffic(
                 "ulysses: q, k, v, output",
                 *(ALL_TO_ALL, "cp", self.compute, 4 * times * passes, times * passes * (2 * q + 2 * kv)),
             )
             return
+        passes = 3 if recompute == "full" else 2  # selective recompute keeps the ring's result
         for collective in (SEND, RECEIVE):
-            turns = times * (layout.cp - 1) * (forwards + 1)
+            turns = times * (layout.cp - 1) * passes
             yield self.traffic("ring: k, v", collective, "cp", self.compute, 2 * turns, 2 * turns * kv)
             turns = times * layout.cp
             yield self.traffic("ring: their gradients", collective, "cp", "float32", 2 * turns, 2 * turns * kv)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megatrain.engine.deepspeed
 from megatrain.config import TrainConfig
 from megatrain.engine.build import build_engine
+from megatrain.parallel.context import ring_attention, ring_attention_backward
 from megatrain.parallel.layout import Layout
 from megatrain.planner.communication import (
     ALL_GATHER,
@@ -81,6 +82,13 @@ SILENT = (
 )
 
 
+PYTHON_OPERATORS = {
+    torch.ops.megatrain.ring_attention.default: ring_attention,
+    torch.ops.megatrain.ring_attention_backward.default: ring_attention_backward,
+}
+"""Operators that communicate where a dispatch mode does not see it, and the functions that they call."""
+
+
 class Kind(NamedTuple):
     """The key of a count: a collective, its group's ranks (in rank order) and a dtype."""
 
@@ -106,6 +114,9 @@ class CountTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # let DTensor dispatch; its communication comes back here
+        if func in PYTHON_OPERATORS:
+            with self:
+                return PYTHON_OPERATORS[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "namespace", None) in NAMESPACES:
             name = f"{func.namespace}.{func._overloadpacket.__name__}"
@@ -201,6 +212,8 @@ CELLS: list[tuple[int, dict[str, Any]]] = [
     (2, {"cp": 2, "zero": 1}),
     (4, {"cp": 2, "tp": 2, "zero": 2, "recompute": "full"}),
     (2, {"cp": 2, "cp_kind": "ring"}),
+    (2, {"cp": 2, "cp_kind": "ring", "recompute": "selective"}),
+    (2, {"cp": 2, "cp_kind": "ring", "recompute": "full"}),
     (2, {"pp": 2, "family": "gpt2"}),
     (4, {"pp": 2, "zero": 3, "micro": 2}),
     (4, {"pp": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b", "zero": 3, "micro": 2}),
