@@ -3,8 +3,8 @@
 Counts what autograd keeps, tensor by tensor, on one rank and for one micro-batch (after Korthikanti et al., 2022,
 arXiv:2205.05198, section 4). Unlike theirs, this model has fused attention, so nothing grows with the square of the
 sequence length; norms keep an fp32 copy of their input; the loss works in fp32. Fused kernels keep less with RMSNorm
-and SwiGLU, so for those the result is an upper bound. Dropout inside attention and the masks of documents and windows
-are not counted, because their memory depends on the kernel. Imports no torch.
+and SwiGLU, so for those the result is an upper bound. Where attention takes a dense mask, that alone grows with the
+square; it is counted. Dropout inside attention is not, because its memory depends on the kernel. Imports no torch.
 
 `w` is the number of bytes of the compute format.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig
+from megatrain.kernels import SCORE_TILE_BYTES
 from megatrain.model.formats import FORMAT_BYTES
 from megatrain.parallel import plan
 
@@ -21,15 +22,17 @@ from megatrain.parallel import plan
 class Activations(NamedTuple):
     """Bytes that one micro-batch leaves on one rank.
 
-    `block` is kept by each block, `first` by the embedding, and `last` by the final norm, the head and the loss.
-    `recomputed` exists only during one block's backward pass. `message` is the activation sent between two pipeline
-    stages. `loss` is the loss's working memory beyond what it keeps.
+    `block` is kept by each block, `first` by the embedding, `last` by the final norm, the head and the loss, and `mask`
+    by each stage. `backward` exists only during one block's backward pass: what is recomputed, and ring attention's
+    buffers. `message` is the activation sent between two pipeline stages. `loss` is the loss's working memory beyond
+    what it keeps.
     """
 
     block: int
     first: int
     last: int
-    recomputed: int
+    mask: int
+    backward: int
     message: int
     loss: int
 
@@ -44,6 +47,8 @@ class Split(NamedTuple):
     chunk_bytes: int
     """Bytes of logits in a chunk, where head and loss are computed in chunks; else 0."""
     on_gpu: bool
+    masks: int = 0
+    """Number of dense masks over the whole sequence that a micro-batch needs: none, one, or one a row."""
 
 
 def count(
@@ -78,7 +83,8 @@ def count(
         block=kept[recompute],
         first=8 * tokens + dropped,
         last=last,
-        recomputed=0 if recompute == "none" else whole,
+        mask=w * split.masks * seq_len**2,
+        backward=(0 if recompute == "none" else whole) + _ring(model, split, micro_batch_size, seq_len, w),
         message=entry,
         loss=loss,
     )
@@ -105,12 +111,38 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
     copied = w * queries if model.position == "rope" or split.cp > 1 else 0
     products = tokens * (w * (queries + 2 * keys) + result)
     whole = products + tokens * copied
+    if split.masks and not is_ring:  # with a mask, torch's kernels need a key and a value for each query head
+        whole += tokens * 2 * w * (queries - keys)
     if model.position == "rope":  # each block computes its own cosines and sines
         whole += 4 * model.head_dim * length
     if model.qk_norm:
         each = (queries, keys) if model.qk_norm_over == "heads" else (heads + kv_heads) * (model.head_dim,)
         whole += tokens * sum(_norm(size, w, "rmsnorm") for size in each)
     return whole, products
+
+
+def _ring(model: ModelConfig, split: Split, micro_batch_size: int, seq_len: int, w: int) -> int:
+    """Return the bytes of ring attention's buffers at the peak of its backward pass (parallel/context.py).
+
+    Counts torch's kernel on a CPU. Its kernel on a GPU, for bf16 and fp16, keeps those formats and holds less.
+    """
+    if split.cp == 1 or split.cp_kind != "ring":
+        return 0
+    heads, tokens = model.num_heads // split.tp, micro_batch_size * seq_len // split.cp
+    queries, keys = heads * model.head_dim, model.kv_heads // split.tp * model.head_dim
+    copied = w < 4  # into fp32: the output's gradient, and a block's queries, keys and values
+    travelling = tokens * (2 * w * keys + 8 * keys)  # keys and values, and their gradients in fp32
+    held = tokens * 4 * queries * (2 if copied else 1) + travelling
+    # A block has half of a rank's tokens: copies of output and gradient, the three gradients, and copies of the inputs.
+    repeated = 8 * queries if copied or keys < queries else 0
+    block = tokens * (20 * queries + 4 * queries * copied + repeated + 8 * heads) // 2
+    if split.on_gpu and (
+        w == 4 or split.masks
+    ):  # no fused kernel: tiles of probabilities, of their gradients, of scores
+        block += 3 * SCORE_TILE_BYTES
+    elif copied:
+        block += 4 * split.masks * (seq_len // (2 * split.cp)) ** 2
+    return held + max(block, travelling)  # while a turn's keys and values are sent, the next turn's are received
 
 
 def _mlp(model: ModelConfig, split: Split, tokens: int, w: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 It counts what the engines really hold, not what ZeRO promises in theory: tests/parity/test_memory.py sums the tensors
 and compares. Not counted: the allocator's overhead, workspaces of libraries, buffers of a single operation inside a
-layer, and the data.
+layer except ring attention's, and the data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Memory(NamedTuple):
     - `optimizer`: the optimizer's states (`optim/slots.py`).
     - `activations`: what micro-batches keep until their backward pass.
     - `working`: short-lived memory: a gathered unit of parameters and its gradient before it is reduced, reduction
-      buckets, the block being recomputed, the loss's working memory, messages between pipeline stages.
+      buckets, the block being recomputed, ring attention's buffers, the loss's working memory, messages between
+      pipeline stages.
     """
 
     parameters: int
@@ -170,7 +171,8 @@ class MemoryModel:
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
         on_gpu = config.launch.device != "cpu"  # device=auto means a GPU here
         chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
-        split = activations.Split(layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu)
+        sizes_of = (layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu, _num_masks(config, layout))
+        split = activations.Split(*sizes_of)
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
         sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)
@@ -353,10 +355,10 @@ class MemoryModel:
         """Return the bytes that a rank's micro-batches in flight keep, and those of its short-lived activations."""
         one = activations.count(self.model, *sizes)
         weights = [
-            blocks * one.block + (one.first if is_first else 0) + (one.last if is_last else 0)
+            blocks * one.block + (one.first if is_first else 0) + (one.last if is_last else 0) + one.mask
             for blocks, is_first, is_last in stages
         ]
-        moment = max(one.recomputed, one.loss if stages[-1].is_last else 0)
+        moment = max(one.backward, one.loss if stages[-1].is_last else 0)
         if pipeline is None:
             return weights[0], moment
         schedule, pp, virtual_stages, number, pp_rank = pipeline
@@ -366,6 +368,16 @@ class MemoryModel:
         # torch allocates message buffers for every micro-batch in both directions when it builds a schedule
         received = number * sum(2 - stage.is_first - stage.is_last for stage in stages)
         return kept, moment + one.message * (sent + received)
+
+
+def _num_masks(config: TrainConfig, layout: Layout) -> int:
+    """Return how many dense masks a micro-batch needs: one a row for documents under the ring, one for a window."""
+    loop, window = config.train, config.model.sliding_window
+    if loop.mask_documents and layout.cp > 1 and layout.cp_kind == "ring":
+        return loop.micro_batch_size
+    if window is None or window >= loop.seq_len:
+        return 0
+    return loop.micro_batch_size if loop.mask_documents else 1
 
 
 def _two_at_once(units: list[tuple[_Counts, int, bool]]) -> int:

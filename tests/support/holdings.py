@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from megatrain.config import TrainConfig
-from megatrain.data.batch import MicroBatch
 from megatrain.engine.build import build_engine
 from megatrain.parallel.layout import Layout
 from megatrain.parallel.recompute import SelectivelyRecomputed
@@ -195,7 +195,7 @@ def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> di
 
     def step(number: int) -> None:
         views = batches(config, number, layout.dp_rank(world.rank), layout.dp)
-        own = [MicroBatch(batch.tokens.clone(), batch.labels.clone()) for batch in views]
+        own = [replace(batch, tokens=batch.tokens.clone(), labels=batch.labels.clone()) for batch in views]
         engine.train_step(own, config.optim.lr, number)
 
     step(1)
