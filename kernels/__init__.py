@@ -12,7 +12,8 @@ CUDA_CHUNK_BYTES = 512 * 2**20
 (docs/measurements/kernels.md)."""
 
 SCORE_TILE_BYTES = 64 * 2**20
-"""Largest size in bytes of a tile of attention scores, where no fused kernel computes them (block_attention.py)."""
+"""Largest size in bytes of a tile of attention scores, where no fused kernel computes them (block_attention.py). The
+backward pass holds three tiles."""
 
 IGNORE_INDEX = -100
 """Label that the loss ignores; torch's default."""

@@ -371,13 +371,19 @@ class MemoryModel:
 
 
 def _num_masks(config: TrainConfig, layout: Layout) -> int:
-    """Return how many dense masks a micro-batch needs: one a row for documents under the ring, one for a window."""
-    loop, window = config.train, config.model.sliding_window
-    if loop.mask_documents and layout.cp > 1 and layout.cp_kind == "ring":
-        return loop.micro_batch_size
-    if window is None or window >= loop.seq_len:
-        return 0
-    return loop.micro_batch_size if loop.mask_documents else 1
+    """Return how many dense masks a micro-batch needs: one a row for documents, one for a sliding window, or none.
+
+    Documents need none where attention takes them one by one (kernels/attention.py).
+    """
+    loop, model = config.train, config.model
+    has_window = model.sliding_window is not None and model.sliding_window < loop.seq_len
+    if not loop.mask_documents:
+        return int(has_window)
+    is_ring = layout.cp > 1 and layout.cp_kind == "ring"
+    is_fused = FORMAT_BYTES[config.precision.name] == 2 and model.head_dim % 8 == 0 and model.head_dim <= 256
+    on_gpu = config.launch.device != "cpu"
+    is_dense = has_window or is_ring or (on_gpu and (model.dropout > 0 or not is_fused))
+    return loop.micro_batch_size if is_dense else 0
 
 
 def _two_at_once(units: list[tuple[_Counts, int, bool]]) -> int:

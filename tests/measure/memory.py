@@ -21,6 +21,7 @@ from megatrain.parallel.layout import Layout
 from megatrain.planner.memory import DeepSpeedSizes, MemoryModel
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
+SHOWN = ("cp_kind", "dp_replicate", "recompute", "seq_len", "documents", "window")
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     print("| ranks | model, layout | " + " | ".join(KINDS) + " |")
     print("| ---: | --- | " + "---: | " * len(KINDS))
     for world, changes in CASES:
-        config = job(**changes)
+        config = job(world, **changes)
         layout = Layout.of(config, world)
         model = MemoryModel(config.model, config.optim, DeepSpeedSizes(reduce_bucket=BUCKET, persistence_threshold=0))
         held = run_ranks(held_in_a_step, world, config, PATCH, timeout_s=300)
@@ -37,7 +38,7 @@ def main() -> None:
         for kind in KINDS:
             off = [getattr(memory, kind) / rank[kind] - 1 for rank, memory in zip(held, formula, strict=True)]
             cells.append(f"{max(rank[kind] for rank in held):,} ({max(off, key=abs):+.1%})")
-        parts = [f"{key}={changes[key]}" for key in ("cp_kind", "dp_replicate", "recompute") if key in changes]
+        parts = [f"{key}={changes[key]}" for key in SHOWN if key in changes]
         name = " ".join([changes.get("family", "llama"), layout.describe(), *parts])
         print(f"| {world} | {name} | {' | '.join(cells)} |", flush=True)
 

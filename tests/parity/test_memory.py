@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.holdings import held_in_a_step, peak_bytes
+from support.holdings import held_in_a_step
 from support.jobs import SEQ_LEN, VOCAB, layout_job, rows
+from support.peak import peak_bytes
 from support.ranks import run_ranks
 
 from megatrain.config import ModelConfig

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -214,17 +213,6 @@ def held_in_a_step(world: Any, config: TrainConfig, patch: dict[str, Any]) -> di
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.tensor):
         step(2)
     return {**largest, "activations": saved.peak}
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the most bytes that a call allocates at once on a CPU, with the kernels' own buffers."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(accumulate(changes))
 
 
 def patch_deepspeed(changes: dict[str, Any]) -> None:

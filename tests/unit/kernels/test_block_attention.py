@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.peak import peak_bytes
 
 from megatrain.kernels import block_attention as module
 from megatrain.kernels.block_attention import block_attention, block_attention_backward
@@ -110,3 +111,17 @@ def test_any_layout_in_memory_is_read_rightly(fused):
         results.append([out, *block_attention_backward(d_out, q, k, v, out, logsumexp, None, True, fused)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_tiles_bound_the_memory(monkeypatch):
+    """Beside the results there are three tiles and the causal mask of one, however many tiles there are."""
+    tile = 2**19
+    monkeypatch.setattr(module, "SCORE_TILE_BYTES", tile)
+    q, k, v, d_out = (x.contiguous() for x in inputs(torch.float32, kv_heads=4, queries=1024, keys=1024))
+    out, logsumexp = block_attention(q, k, v, None, True, fused=False)
+    forward = peak_bytes(lambda: block_attention(q, k, v, None, True, False))
+    backward = peak_bytes(lambda: block_attention_backward(d_out, q, k, v, out, logsumexp, None, True, False))
+    scores = 2 * 4 * 1024 * 1024 * 4
+    assert scores == 64 * tile
+    assert forward - out.nbytes - logsumexp.nbytes < 3.5 * tile
+    assert backward - 3 * q.nbytes < 3.5 * tile

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.holdings import peak_bytes
+from support.peak import peak_bytes
 from support.ranks import run_ranks
 
 from megatrain.data.batch import MicroBatch
