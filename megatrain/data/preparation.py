@@ -50,8 +50,8 @@ def prepare(config: PrepareConfig) -> Path:
     name), `DataError` (the text itself) or `EnvironmentFault` (a missing library, an unreachable hub).
     """
     target = Path(config.data.dir) / config.data.name
-    given = _given_tokenizer(config)
     opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
+    given = _given_tokenizer(config)  # may ask a hub, so mistakes in paths are found first
     identity = opened.identity if isinstance(opened, Source) else _names(opened)
     settings = _settings(config)
     if _already_prepared(target, settings | {"source": identity}, given, config.data.overwrite):
@@ -291,7 +291,11 @@ def _train_tokenizer(config: PrepareConfig, spool: Spool, cleaned: CleaningResul
     start = time.monotonic()
     tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.tokenizer.vocab_size, config.data.bos)
     tokenizer.starts_with_bos = config.data.bos
-    print(f"tokenizer: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    asked = config.tokenizer.vocab_size
+    fewer = "" if tokenizer.vocab_size == asked else f" (fewer than the {asked} asked for: the text has no more)"
+    print(
+        f"tokenizer: trained {tokenizer.vocab_size} pieces{fewer} in {time.monotonic() - start:.1f} s", file=sys.stderr
+    )
     return tokenizer
 
 
@@ -329,7 +333,7 @@ def _format_counts(counts: Counter[str] | dict[str, int]) -> str:
 def _summary(target: Path, card: Card) -> str:
     lines = [f"{target}: prepared, fingerprint {card.fingerprint}"]
     for name, split in card.splits.items():
-        size = f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens"
+        size = f"  {name}: {split.documents:,} document{'s' * (split.documents != 1)}, {split.tokens:,} tokens"
         if split.bytes is not None:  # unknown for data that came as token ids
             size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
         lines.append(size)

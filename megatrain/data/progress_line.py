@@ -9,7 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0
+"""Seconds between lines where there is no terminal to redraw."""
+
 _REDRAW_EVERY_S = 0.1
 
 
@@ -34,7 +36,7 @@ class Meter:
         """Set the number of bytes done so far."""
         self._done = done
         now = time.monotonic()
-        if now - self._drawn >= (_REDRAW_EVERY_S if self._bar else _LINE_EVERY_S):
+        if now - self._drawn >= (_REDRAW_EVERY_S if self._bar else LINE_EVERY_S):
             self._drawn = now
             self._draw()
 

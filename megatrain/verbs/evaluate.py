@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
 from megatrain.data.normalise import normalise
+from megatrain.data.progress_line import LINE_EVERY_S
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.engine.common import evaluate as sum_losses
@@ -99,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> None:
         end_of_document=end,
     )
     started = time.perf_counter()
-    loss_sum, tokens = sum_losses(model, _with_progress_bar(batches, num_batches), device)
+    loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches), device)
     seconds = time.perf_counter() - started
     result = {
         "checkpoint": str(loaded.folder),
@@ -238,6 +239,18 @@ def training_dataset(loaded: Loaded) -> Path:
     return folder
 
 
-def _with_progress_bar(batches: Iterable[MicroBatch], total: int) -> Iterable[MicroBatch]:
+def _with_progress(batches: Iterable[MicroBatch], total: int) -> Iterable[MicroBatch]:
+    """Return the batches, shown as a bar on a terminal, else as a line every `LINE_EVERY_S`."""
     console = Console(stderr=True)
-    return track(batches, "evaluate", total=total, console=console, transient=True, disable=not console.is_terminal)
+    if console.is_terminal:
+        return track(batches, "evaluate", total=total, console=console, transient=True)
+    return _with_lines(batches, total)
+
+
+def _with_lines(batches: Iterable[MicroBatch], total: int) -> Iterator[MicroBatch]:
+    told = time.monotonic()
+    for done, batch in enumerate(batches):
+        if time.monotonic() - told >= LINE_EVERY_S:
+            told = time.monotonic()
+            print(f"evaluate: {done} of {total} batches ({100 * done / total:.0f}%)", file=sys.stderr, flush=True)
+        yield batch

@@ -202,6 +202,20 @@ def test_a_given_tokenizer_is_used_unchanged(tmp_path, corpus):
     assert Card.load(first).tokenizer == Card.load(second).tokenizer
 
 
+def test_a_vocabulary_smaller_than_asked_is_said(tmp_path, corpus, capsys):
+    folder = make(tmp_path, tokenizer=dict(vocab_size=20_000))
+    found = Card.load(folder).tokenizer.vocab_size
+    assert f"trained {found} pieces (fewer than the 20000 asked for" in capsys.readouterr().err
+    make(tmp_path, data=dict(name="e"), tokenizer=dict(vocab_size=found))
+    assert "fewer" not in capsys.readouterr().err
+
+
+def test_a_missing_corpus_is_noticed_before_a_hub_is_asked_for_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatrain.data.preparation.find_tokenizer", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match="matches no file"):
+        make(tmp_path, data=dict(paths=[str(tmp_path / "none" / "*.txt")]), tokenizer=dict(kind="hf", path="gpt2"))
+
+
 def test_a_hugging_face_tokenizer_prepares_data(tmp_path, corpus):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers

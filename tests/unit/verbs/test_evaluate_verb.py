@@ -44,6 +44,14 @@ def test_evaluate_gives_the_final_heldout_loss_of_training(finished, capsys):
         assert found["perplexity"] == pytest.approx(math.exp(trained))
 
 
+def test_without_a_terminal_progress_is_told_in_lines(finished, capsys, monkeypatch):
+    monkeypatch.setattr("megatrain.verbs.evaluate.LINE_EVERY_S", 0.0)
+    capsys.readouterr()
+    evaluate(EvaluateConfig(path=str(finished), device="cpu", batch_size=2, max_batches=3))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate: ")]
+    assert told == [f"evaluate: {done} of 3 batches ({share}%)" for done, share in ((0, 0), (1, 33), (2, 67))]
+
+
 def test_a_model_trained_document_by_document_is_evaluated_document_by_document(
     train_job, dataset, tokenizer, tmp_path, capsys
 ):
