@@ -9,10 +9,11 @@ import torch
 from support.peak import peak_bytes
 
 from megatrain.kernels import block_attention as module
-from megatrain.kernels.block_attention import block_attention, block_attention_backward
+from megatrain.kernels.block_attention import block_attention, block_attention_backward, wide
 
 torch.set_num_threads(1)
 
+_ATEN = torch.ops.aten
 PATHS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "tiled"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -111,6 +112,55 @@ def test_any_layout_in_memory_is_read_rightly(fused):
         results.append([out, *block_attention_backward(d_out, q, k, v, out, logsumexp, None, True, fused)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+HAS_FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+class FlashOnACPU:
+    """Torch's two operators of flash attention on a GPU, with their schemas, computed on a CPU."""
+
+    @staticmethod
+    def _scaled_dot_product_flash_attention(q, k, v, dropout, causal):
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and dropout == 0.0
+        _ATEN._scaled_dot_product_flash_attention(*(x.to("meta") for x in (q, k, v)), dropout, causal)
+        out, logsumexp = _ATEN._scaled_dot_product_flash_attention_for_cpu(*map(wide, (q, k, v)), 0.0, causal)
+        return out.bfloat16(), logsumexp, None, None, 0, 0, None, None, None
+
+    @staticmethod
+    def _scaled_dot_product_flash_attention_backward(*arguments):
+        on_meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
+        shapes = [x.shape for x in _ATEN._scaled_dot_product_flash_attention_backward(*on_meta)]
+        d_out, q, k, v, out, logsumexp, *_, dropout, causal, _, _ = arguments
+        assert {x.dtype for x in (d_out, q, k, v, out)} == {torch.bfloat16} and logsumexp.is_contiguous()
+        gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(wide(x) for x in (d_out, q, k, v, out, logsumexp)), dropout, causal
+        )
+        assert [x.shape for x in gradients] == shapes
+        return [x.bfloat16() for x in gradients]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "device", ["stand-in", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_FLASH, reason="needs a GPU"))]
+)
+def test_flash_attention_on_a_gpu_is_softmax_attention(device, causal, monkeypatch):
+    """In bf16, from grouped heads and a merged output in fp32. Without a GPU a stand-in checks how it is called."""
+    if device == "stand-in":
+        monkeypatch.setattr(module, "_flash_applies", lambda *_: True)
+        monkeypatch.setattr(module, "_ATEN", FlashOnACPU)
+    where = "cpu" if device == "stand-in" else device
+    q, k, v, d_out = (x.to(where) for x in inputs(torch.bfloat16, queries=32, keys=32, size=8))
+    assert module._flash_applies(q, None, causal)
+    out, logsumexp = block_attention(q, k, v, None, causal)
+    gradients = block_attention_backward(d_out.float(), q, k, v, out, logsumexp, None, causal)
+    mask = causal_mask(32) if causal else torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    true = expected(q.cpu(), k.cpu(), v.cpu(), d_out.cpu(), mask)
+    for name, one, other in zip(
+        ("out", "logsumexp", "d_q", "d_k", "d_v"), (out, logsumexp, *gradients), true, strict=True
+    ):
+        assert one.dtype == torch.float32, name
+        torch.testing.assert_close(one.cpu().double(), other, rtol=0.03, atol=0.03, msg=name)
 
 
 def test_tiles_bound_the_memory(monkeypatch):
