@@ -11,7 +11,7 @@ import pytest
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.parallel.layout import Layout
-from megatrain.planner import timeline
+from megatrain.planner import memory, timeline
 from megatrain.planner.candidates import Axes, judge
 from megatrain.planner.memory import MemoryModel, in_flight
 
@@ -49,6 +49,43 @@ def test_sharding_and_cutting_never_cost_memory_of_optimizer_states():
         config.parallel.zero = zero
         found.append(model.largest(config, Layout.of(config, world)).optimizer)
     assert found == sorted(found, reverse=True) and found[0] == found[1] and found[2] > found[3] == found[4] > found[5]
+
+
+@pytest.mark.parametrize(
+    ("masks", "changes"),
+    [
+        (0, {"launch.device": "cpu"}),
+        (0, {"precision.name": "bf16"}),
+        (0, {"precision.name": "bf16", "parallel.cp": 2}),
+        (0, {"train.mask_documents": False, "parallel.cp": 2, "parallel.cp_kind": "ring"}),
+        (0, {"train.mask_documents": False, "model.sliding_window": 128}),
+        (1, {"train.mask_documents": False, "model.sliding_window": 64}),
+        (2, {"precision.name": "bf16", "model.sliding_window": 64}),
+        (2, {"precision.name": "bf16", "parallel.cp": 2, "parallel.cp_kind": "ring"}),
+        (2, {"precision.name": "bf16", "model.head_size": 12}),
+        (2, {"precision.name": "bf16", "model.dropout": 0.1}),
+        (2, {}),
+    ],
+    ids=str,
+)
+def test_dense_masks_are_counted_where_attention_needs_them(masks, changes):
+    """Each has T x T numbers in the compute format; two rows of documents need two."""
+    config = job()
+    config.train.seq_len, config.train.mask_documents = 128, True
+    for key, value in changes.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    model, layout = MemoryModel(config.model), Layout.of(config, 2)
+    w = 2 if config.precision.name == "bf16" else 4
+    assert memory._num_masks(config, layout) == masks
+    masked = model.largest(config, layout).activations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_num_masks", lambda *_: 0)
+        unmasked = model.largest(config, layout).activations
+    if masks == 0 or layout.cp > 1:  # otherwise each query head needs keys and values of its own, too
+        assert masked - unmasked == masks * w * 128**2
+    else:
+        assert masked - unmasked > masks * w * 128**2
 
 
 def most_in_flight(order):
