@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_SHORT = 512
+"""Tokens up to which a 16-bit document is computed in fp32 on a CPU: torch's 16-bit gradient is slow for so few."""
+
 
 class Documents:
     """The lengths of the documents in a batch of rows `[B, T]`, whose tokens attend within their document only.
@@ -86,8 +89,10 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: 
     """Attend with a call for each document. `split` is used because the gradient of many slices would be slow."""
     results = []
     for lengths, *row in zip(documents.lengths, q.split(1), k.split(1), v.split(1), strict=True):
-        for one_q, one_k, one_v in zip(*(x.split(lengths, dim=2) for x in row), strict=True):
-            results.append(attention(one_q, one_k, one_v, None, dropout).transpose(1, 2))
+        for length, *document in zip(lengths, *(x.split(lengths, dim=2) for x in row), strict=True):
+            dtype = torch.float32 if length <= _SHORT and q.element_size() == 2 else q.dtype
+            one_q, one_k, one_v = (x.to(dtype) for x in document)
+            results.append(attention(one_q, one_k, one_v, None, dropout).to(q.dtype).transpose(1, 2))
     # tokens before heads in memory, as the output projection reads them
     y = torch.cat(results, dim=1).squeeze(0)
     return y.view(len(q), -1, *y.shape[1:]).transpose(1, 2)
