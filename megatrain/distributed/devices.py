@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+from pathlib import Path
 
 import torch
 
 from megatrain.config import LaunchConfig
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
+
+_LOG = logging.getLogger("megatrain")
+
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 PEAK_TFLOPS = {
     # from the makers' data sheets: name as CUDA reports it -> (bf16 and fp16 tensor cores, fp32)
@@ -53,6 +60,34 @@ def device_of_rank(config: LaunchConfig, environment: RankEnvironment) -> torch.
             f"set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
         )
     return torch.device("cuda", environment.local_rank)
+
+
+def stay_near(device: torch.device) -> None:
+    """Let this thread, and those that it starts later, run only on the cores of the GPU's NUMA node (Linux).
+
+    A copy between the GPU and memory of another node takes a detour. Of the cores that this process may use at all,
+    those near the GPU are kept; nothing changes if there are none, or if the system does not tell.
+    """
+    if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
+        return
+    gpu = torch.cuda.get_device_properties(device)
+    if not hasattr(gpu, "pci_bus_id"):
+        return
+    near = near_cores(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
+    chosen = near & os.sched_getaffinity(0)
+    if chosen and chosen != os.sched_getaffinity(0):
+        os.sched_setaffinity(0, chosen)
+        _LOG.info("%s: runs on the %d cores near it", device, len(chosen))
+
+
+def near_cores(address: str) -> set[int]:
+    """Return the cores of the NUMA node of a PCI device, such as `0000:3b:00.0`; empty if the system does not tell."""
+    try:
+        text = (PCI_DEVICES / address / "local_cpulist").read_text().strip()
+    except OSError:
+        return set()
+    ranges = [part.partition("-") for part in text.split(",") if part]
+    return {core for low, _, high in ranges for core in range(int(low), int(high or low) + 1)}
 
 
 def device_by_name(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from megatrain.config import LaunchConfig
-from megatrain.distributed.devices import device_of_rank
+from megatrain.distributed.devices import device_of_rank, stay_near
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
 from megatrain.resilience.heartbeat import Heartbeat
@@ -127,6 +127,7 @@ def join(
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # of groups that are made without one
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        stay_near(device)
     if environment.world_size == 1:  # needs no rendezvous and no network
         _join_alone(device, timeout)
         control = None
