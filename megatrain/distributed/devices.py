@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def stay_near(device: torch.device) -> None:
     """
     if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
         return
-    gpu = torch.cuda.get_device_properties(device)
+    gpu: Any = torch.cuda.get_device_properties(device)  # its stub lacks the PCI address
     if not hasattr(gpu, "pci_bus_id"):
         return
     near = near_cores(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
