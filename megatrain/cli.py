@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import megatrain
 from megatrain.config import VERBS
-from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, SEARCH_PATH
 from megatrain.config.suggest import did_you_mean
 from megatrain.distributed.python_process import SAFE_PATH
 from megatrain.distributed.rank_environment import WORKER_MARK, is_launched
@@ -72,6 +72,8 @@ class Arguments:
     verb: str | None = None
     overrides: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
+    own_choices: list[str] = field(default_factory=list)
+    """With --help: the words of `overrides` that name folders of the user's own choices."""
     asked: tuple[str, str] | None = None
     """A flag that asks for something else than a verb, and its value."""
 
@@ -148,6 +150,7 @@ def _end_without_output(error: OSError) -> int:
 
 def run(arguments: Arguments) -> int:
     """Run the parsed command and return its exit code."""
+    from megatrain.config.compose import own_folders
     from megatrain.config.usage import overview, verb_help
 
     verb = arguments.verb
@@ -163,7 +166,7 @@ def run(arguments: Arguments) -> int:
         print(overview())
         return EXIT_OK
     if "--help" in arguments.flags:
-        print(verb_help(verb, arguments.overrides))
+        print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices)))
         return EXIT_OK
     if "--multirun" in arguments.flags:
         if verb != "train":
@@ -246,7 +249,9 @@ def parse(argv: list[str]) -> Arguments:
         else:
             arguments.overrides.append(text)
     if arguments.verb is not None and "--help" in arguments.flags:
-        arguments.overrides = [text for text in arguments.overrides if not set("=/") & set(text)]  # words to select
+        given = arguments.overrides
+        arguments.own_choices = [text for text in given if text.partition("=")[0] in (CONFIG_DIR, SEARCH_PATH)]
+        arguments.overrides = [text for text in given if not set("=/") & set(text)]  # words to select
     elif arguments.verb is not None:
         from megatrain.verbs.path_words import expand_path
 

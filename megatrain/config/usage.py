@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from megatrain.config import VERBS, walk
@@ -80,13 +81,13 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def verb_help(verb: str, words: Sequence[str] = ()) -> str:
+def verb_help(verb: str, words: Sequence[str] = (), folders: Sequence[Path] = ()) -> str:
     """Return the text of `megatrain <verb> --help`: groups and keys with meaning, type, choices and default.
 
-    `words` select: a group or section (`optim`), or keys whose name or meaning has the word (`clip`). Raises
-    ConfigError for a word that nothing has, except where it may be the verb's PATH.
+    `words` select: a group or section (`optim`), or keys whose name or meaning has the word (`clip`). `folders` hold
+    choices of the user's own. Raises ConfigError for a word that nothing has, except where it may be the verb's PATH.
     """
-    if words and (selected := [text for word in words if (text := _selected(verb, word))]):
+    if words and (selected := [text for word in words if (text := _selected(verb, word, folders))]):
         return "\n\n".join(selected)
     schema = VERBS[verb]
     positional = " [PATH]" if "path" in walk(schema) else ""
@@ -95,10 +96,10 @@ def verb_help(verb: str, words: Sequence[str] = ()) -> str:
     if verb == "train":
         lines += [MULTIRUN, ""]
     lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
-    groups = [group for group in GROUPS.get(verb, ()) if choices_of(group)]
+    groups = [group for group in GROUPS.get(verb, ()) if choices_of(group, folders)]
     if groups:
         lines += [f"groups (megatrain {verb} --help {groups[0]} shows one with its keys):"]
-        lines += [*_group_lines(verb, groups), ""]
+        lines += [*_group_lines(verb, groups, folders), ""]
     lines.append("keys:")
     types = key_types(schema)
     for section in dict.fromkeys(name.rpartition(".")[0] for name in types):
@@ -106,10 +107,10 @@ def verb_help(verb: str, words: Sequence[str] = ()) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _selected(verb: str, word: str) -> str:
+def _selected(verb: str, word: str, folders: Sequence[Path]) -> str:
     """Return the help of one group or section, or of the keys that have `word` in their name or meaning."""
     keys = walk(VERBS[verb])
-    groups = [group for group in GROUPS.get(verb, ()) if choices_of(group)]
+    groups = [group for group in GROUPS.get(verb, ()) if choices_of(group, folders)]
     found = [name for name in keys if name == word or name.startswith(f"{word}.")]
     if not found and word not in groups:
         found = [name for name, f in keys.items() if word.lower() in f"{name} {f.metadata['help']}".lower()]
@@ -120,15 +121,17 @@ def _selected(verb: str, word: str) -> str:
         listed = ", ".join(dict.fromkeys([*groups, *sections]))
         hint = did_you_mean("", word, [*groups, *sections, *keys])
         raise ConfigError(f"--help {word}: {verb} has no such group or key{hint} (groups: {listed})")
-    shown = [*_group_lines(verb, [word])] if word in groups else []
+    shown = [*_group_lines(verb, [word], folders)] if word in groups else []
     return "\n".join([*shown, *_key_lines(verb, found)])
 
 
-def _group_lines(verb: str, groups: Sequence[str]) -> list[str]:
+def _group_lines(verb: str, groups: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Return each group with its choices and its default choice."""
     defaults = default_choices(verb)
-    texts = {group: f"{', '.join(choices_of(group))} (default {defaults.get(group) or 'none'})" for group in groups}
-    return [_wrapped(f"{group}=", text, 14) for group, text in texts.items()]
+    return [
+        _wrapped(f"{group}=", f"{', '.join(choices_of(group, folders))} (default {defaults.get(group) or 'none'})", 14)
+        for group in groups
+    ]
 
 
 def _key_lines(verb: str, names: Sequence[str]) -> list[str]:

@@ -35,6 +35,17 @@ def refusal(*words, verb="train"):
 MODEL = "num_layers: 3\nnum_heads: 2\nhidden_size: 48\n"
 
 
+def test_help_lists_the_choices_of_a_folder(own, capsys):
+    folder = own(model__mine=MODEL, experiment__night="# @package _global_\nseed: 3\n")
+    for words in (["--help", "model"], ["--help"]):
+        assert cli.main(["train", *words, f"--config-dir={folder}"]) == 0
+        assert "mine" in capsys.readouterr().out
+    assert cli.main(["train", "--help", "experiment", f"hydra.searchpath=['{folder}']"]) == 0
+    assert "night, quickstart" in capsys.readouterr().out
+    assert cli.main(["train", "--help", "model"]) == 0
+    assert "mine" not in capsys.readouterr().out
+
+
 def test_every_group_takes_choices_from_a_folder_however_it_is_named(own):
     folder = own(
         model__my=MODEL,
