@@ -20,7 +20,7 @@ from megatrain.resilience.terminal import show
 
 KEPT_LINES = 30
 """Last lines of the output that an error quotes at most."""
-POLL_S = 0.2
+POLL_MS = 200
 
 
 def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
@@ -59,6 +59,8 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
 def _follow(command: Sequence[str], quiet: bool) -> tuple[int, list[str]]:
     """Run a command to its end; return its exit code and the last lines of its output.
 
+    After an error here the command gets SIGTERM, and is waited for.
+
     Raises:
         KeyboardInterrupt: this process was interrupted meanwhile. The command got the signal too and has ended.
     """
@@ -74,7 +76,7 @@ def _follow(command: Sequence[str], quiet: bool) -> tuple[int, list[str]]:
     assert process.stdout is not None
     output = _Output(process, quiet)
     interrupted = False
-    with process.stdout:
+    try:
         while True:
             try:
                 if not output.more():
@@ -82,6 +84,11 @@ def _follow(command: Sequence[str], quiet: bool) -> tuple[int, list[str]]:
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
+    finally:
+        process.stdout.close()
+        if process.poll() is None:  # an error here, such as that of a notebook whose front end has gone
+            process.terminate()
+            process.wait()
     if interrupted:
         raise KeyboardInterrupt
     return process.returncode, list(output.lines)
@@ -94,6 +101,8 @@ class _Output:
         assert process.stdout is not None
         self._process = process
         self._file = process.stdout.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._file, select.POLLIN)
         self._quiet = quiet
         self._rest = b""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -101,7 +110,7 @@ class _Output:
     def more(self) -> bool:
         """Wait a moment for output. Return False once the process has ended and all it wrote was read."""
         ended = self._process.poll() is not None  # asked first: what it wrote before its end is then in the pipe
-        if select.select([self._file], [], [], 0 if ended else POLL_S)[0]:
+        if self._poll.poll(0 if ended else POLL_MS):
             data = os.read(self._file, 1 << 16)
             *whole, self._rest = (self._rest + data).split(b"\n")
             for line in whole:

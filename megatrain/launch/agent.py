@@ -358,9 +358,10 @@ class Agent:
             return
         self.next_notice += STOPPING_S
         beat = self.heartbeats.read(0)
+        how = "another Ctrl-C" if self.interrupts else "Ctrl-C twice"
         print_message(
             f"asked to stop {waited:.0f} s ago, and rank 0 is in step {beat.step} ({beat.phase}): the run saves "
-            f"and ends once the step is done; Ctrl-C twice ends it without saving"
+            f"and ends once the step is done; {how} ends it without saving"
         )
 
     def _running(self) -> list[RankProcess]:

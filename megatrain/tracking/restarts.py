@@ -43,7 +43,7 @@ class Restarts:
         found: list[Restart] = []
         for event in self._new_events():
             kind, step = event["kind"], event.get("step", 0)
-            if kind in ("failure", "restart", "node_lost", "signal", "stop"):
+            if kind in ("failure", "restart", "node_lost", "interrupt", "signal", "stop"):
                 self._before.append(event)
             elif kind in ("start", "resume"):
                 if kind == "start" and not any(one["kind"] in ("restart", "node_lost") for one in self._before):

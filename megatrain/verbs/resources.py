@@ -14,7 +14,9 @@ from megatrain.errors import EnvironmentFault
 from megatrain.model.count import flops_per_token
 
 GPU_VARIABLES = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
-"""Variables that Slurm sets in a job that was given GPUs."""
+"""Variables that Slurm sets in a job that was given GPUs: their number, and their indices, which begin at 0."""
+
+NO_GPUS = ("SLURM_GPUS_ON_NODE", "0")
 
 CORE_FLOPS = 2e11
 """FLOP/s in fp32 that a core hardly exceeds: two fused multiply-adds of 16 numbers a cycle, at 3 GHz."""
@@ -28,7 +30,8 @@ def check_gpus(config: TrainConfig, has_gpu: bool, environ: Mapping[str, str] = 
     Raises:
         EnvironmentFault: `launch.device=auto`, and the node's GPUs are not there.
     """
-    given = next((f"{name}={environ[name]}" for name in GPU_VARIABLES if environ.get(name, "0") not in ("", "0")), None)
+    values = ((name, environ.get(name)) for name in GPU_VARIABLES)
+    given = next((f"{name}={value}" for name, value in values if value and (name, value) != NO_GPUS), None)
     if config.launch.device == "auto" and not has_gpu and given:
         raise EnvironmentFault(
             f"Slurm gave this job GPUs on {socket.gethostname()} ({given}), but there is no device /dev/nvidia*: its "

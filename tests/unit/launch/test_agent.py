@@ -150,13 +150,14 @@ def test_a_slow_save_after_a_signal_is_never_cut_short(tmp_path):
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
 
 
-def test_a_stop_that_takes_long_says_what_it_waits_for(tmp_path):
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "Ctrl-C twice"), (signal.SIGINT, "another Ctrl-C")])
+def test_a_stop_that_takes_long_says_what_it_waits_for(tmp_path, number, how):
     agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 1.5), 2, tmp_path)
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
-    agent.terminate()
+    agent.send_signal(number)
     assert agent.wait(timeout=20) == 75
     told = [line for line in agent.stderr.read().splitlines() if "asked to stop" in line]
-    assert told and "rank 0 is in step 0 (start)" in told[0] and "Ctrl-C twice" in told[0]
+    assert told and "rank 0 is in step 0 (start)" in told[0] and f"; {how} ends" in told[0]
     assert len(told) <= 3, "not with every poll"
 
 

@@ -448,14 +448,19 @@ def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
     log.emit("stop", 20, status="stopped")
     log.emit("resume", 20)
     log.emit("resume", 25)
+    log.emit("interrupt", 30)
+    log.emit("signal", 30, signal=15)
+    log.emit("stop", 30, status="stopped")
+    log.emit("resume", 30)
     again.catch_up()
     assert again.run_id == one.run_id
     more = {
         "restart_2": "stopped by SIGUSR1 at step 20; from step 20",
         "restart_3": "ended without a word; from step 25",
+        "restart_4": "stopped by Ctrl-C at step 30; from step 30",
     }
-    assert restarts_of(again) == (first | more, [(1, 10), (2, 20), (3, 25)])
-    assert [what["tags"][0].key for what in sent] == ["restart_2", "restart_3"]
+    assert restarts_of(again) == (first | more, [(1, 10), (2, 20), (3, 25), (4, 30)])
+    assert [what["tags"][0].key for what in sent] == ["restart_2", "restart_3", "restart_4"]
 
 
 def test_restarts_before_a_fresh_start_do_not_count_for_the_new_run(runs):

@@ -52,6 +52,8 @@ def test_gpus_that_slurm_gave_and_that_are_not_there(job):
     config, given = job(), {"SLURM_GPUS_ON_NODE": "8"}
     with pytest.raises(EnvironmentFault, match=r"SLURM_GPUS_ON_NODE=8.*launch\.device=cpu"):
         resources.check_gpus(config, False, given)
+    with pytest.raises(EnvironmentFault, match="SLURM_JOB_GPUS=0"):
+        resources.check_gpus(config, False, {"SLURM_JOB_GPUS": "0"})  # the GPU with index 0
     resources.check_gpus(config, True, given)
     resources.check_gpus(config, False, {"SLURM_GPUS_ON_NODE": "0"})
     resources.check_gpus(job("launch.device=cpu"), False, given)
