@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs megatrain into .venv (the first time) and runs the tests, tier by tier:
 #
-#   bash tools/test.sh               unit, e2e and parity on up to two ranks, without offload to a disk: at
+#   bash tools/test.sh               unit, e2e and parity on up to two ranks, without what compiles for long: at
 #                                    most 15 minutes on two cores
-#   bash tools/test.sh --all         everything, with chaos and slurm: at most 30 minutes on two cores
+#   bash tools/test.sh --all         everything, with chaos and slurm: about 40 minutes on two cores
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
 #
 # Exits with 1 if a test failed or a tier ran no test. The last line sums the tiers up in pytest's own form.

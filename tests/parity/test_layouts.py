@@ -228,10 +228,10 @@ def test_query_and_key_norms_learn_from_the_heads_of_all_tensor_ranks(engine, tm
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (2, {"tp": 2}),
+        pytest.param(2, {"tp": 2}, marks=pytest.mark.slow_build),
         (2, {"zero": 3}),
         (2, {"pp": 2}),
-        (2, {"engine": "deepspeed", "tp": 2}),
+        pytest.param(2, {"engine": "deepspeed", "tp": 2}, marks=pytest.mark.slow_build),
     ],
     ids=str,
 )

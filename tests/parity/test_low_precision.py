@@ -144,7 +144,13 @@ def test_a_run_may_change_the_format_of_its_moments(saved, resumed, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(1, {}), (2, {"zero": 3}), (2, {"pp": 2}), (1, {"recompute": "selective"}), (1, {"compile": True})],
+    [
+        (1, {}),
+        (2, {"zero": 3}),
+        (2, {"pp": 2}),
+        (1, {"recompute": "selective"}),
+        pytest.param(1, {"compile": True}, marks=pytest.mark.slow_build),
+    ],
     ids=str,
 )
 def test_losses_in_fp8_stay_near_those_in_bf16(ranks, changes):
