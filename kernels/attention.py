@@ -29,6 +29,11 @@ class Documents:
         self.longest = max(in_order)
         self.offsets = torch.tensor([0, *accumulate(in_order)], dtype=torch.int32) if offsets is None else offsets
 
+    @property
+    def are_whole_rows(self) -> bool:
+        """Whether each row is one document."""
+        return all(len(row) == 1 for row in self.lengths)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Documents:
         """Return a copy with its tensor on `device`."""
         return Documents(self.lengths, self.offsets.to(device, non_blocking=non_blocking))

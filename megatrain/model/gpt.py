@@ -329,6 +329,8 @@ class GPT(nn.Module):
         """
         num_tokens = positions.shape[-1]
         window = self.config.sliding_window
+        if documents is not None and documents.are_whole_rows:
+            documents = None
         if window is not None and window >= (documents.longest if documents else past + num_tokens):
             window = None
         if documents is not None:

