@@ -27,7 +27,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
     deterministic: bool = key(
-        False, "use deterministic algorithms on CUDA, so that a repeated run gives the same bits (CPUs do without)"
+        False, "use deterministic algorithms on CUDA, so that a repeated run gives the same bits (not needed on CPUs)"
     )
     compile: bool = key(False, "compile each block with torch.compile")
     kernels: str = key(

@@ -136,9 +136,7 @@ def _ring(model: ModelConfig, split: Split, micro_batch_size: int, seq_len: int,
     # A block has half of a rank's tokens: copies of output and gradient, the three gradients, and copies of the inputs.
     repeated = 8 * queries if copied or keys < queries else 0
     block = tokens * (20 * queries + 4 * queries * copied + repeated + 8 * heads) // 2
-    if split.on_gpu and (
-        w == 4 or split.masks
-    ):  # no fused kernel: tiles of probabilities, of their gradients, of scores
+    if split.on_gpu and (w == 4 or split.masks):  # no fused kernel: tiles of scores, probabilities and their gradients
         block += 3 * SCORE_TILE_BYTES
     elif copied:
         block += 4 * split.masks * (seq_len // (2 * split.cp)) ** 2

@@ -40,7 +40,7 @@ def check_gpus(config: TrainConfig, has_gpu: bool, environ: Mapping[str, str] = 
 
 
 def warnings(config: TrainConfig, has_gpu: bool) -> Iterator[str]:
-    """Yield what the job asks for that this machine or its dataset hardly gives. The dataset was checked before."""
+    """Yield warnings about a job that is too large for its dataset or this machine. The dataset was checked before."""
     folder = Path(config.data.dir) / config.data.name
     card = Card.load(folder)
     config = with_vocabulary(config, card, folder)

@@ -159,7 +159,8 @@ def test_the_memory_of_a_copy_is_used_again():
 
 def test_a_copy_takes_the_bytes_of_its_state():
     """An allocator that rounds each tensor up to a power of two would take almost twice as much."""
-    state = {f"t{n}": torch.full((2**n + 1,), float(n)) for n in range(4, 12)} | {"scalar": torch.tensor(3)}
+    state = {"odd": torch.ones(3, dtype=torch.uint8), "scalar": torch.tensor(3)}
+    state |= {f"t{n}": torch.full((2**n + 1,), float(n)) for n in range(4, 12)}
     copied = Staging().copy(state)
     assert all(torch.equal(copied[name], state[name]) for name in state)
     blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in copied.values()}
