@@ -5,10 +5,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 
 from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.loader import TrainStream, heldout_batches, in_sample_order, sample_hash, samples_of_rank, step_hash
+from megatrain.data.loader import (
+    TrainStream,
+    document_lengths,
+    heldout_batches,
+    in_sample_order,
+    sample_hash,
+    samples_of_rank,
+    step_hash,
+)
 from megatrain.data.order import SampleOrder
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
@@ -212,6 +221,14 @@ def test_documents_are_separated_by_the_token_that_ends_them(stream):
         for tokens, lengths in zip(micro_batch.tokens.tolist(), micro_batch.documents.lengths, strict=True):
             assert repeated(lengths) == [tokens[:place].count(end) for place in range(T)]
     assert next(stream()).micro_batches[0].documents is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths"),
+    [([1, 2, 3], [3]), ([1, 2, 7], [3]), ([7, 1, 2], [1, 2]), ([7, 7, 7], [1, 1, 1]), ([1, 7, 7], [2, 1])],
+)
+def test_a_document_ends_with_its_end_token_or_with_the_window(tokens, lengths):
+    assert document_lengths(torch.tensor(tokens), 7) == lengths
 
 
 def test_held_out_documents_are_separated_too(make_dataset):
