@@ -116,5 +116,5 @@ class Run:
 def _timed(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table with its ISO 8601 column `time` as timestamps."""
     if "time" in table:
-        table["time"] = pd.to_datetime(table["time"], utc=True)
+        table["time"] = pd.to_datetime(table["time"], utc=True, format="ISO8601")
     return table

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -44,7 +46,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
-        self._locked: Tensor | None = None
+        self._unlock: Callable[[], object] = lambda: None
 
     def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a copy of the state, valid until the next call."""
@@ -63,21 +65,28 @@ class Staging:
 
     def _allocate(self, sources: dict[str, Tensor], on_gpu: bool) -> None:
         """Make a block for copies of `sources`, and drop the one before."""
-        if self._locked is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr())
-            self._locked = None
+        self._unlock()
         self._copies = {}
         ends = list(accumulate(-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources.values()))
         block = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
         for (name, source), start in zip(sources.items(), [0, *ends], strict=False):
             part = block[start : start + source.nbytes]
             self._copies[name] = part.view(source.dtype).view(source.shape)
-        if on_gpu:
-            code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-            if code == 0:
-                self._locked = block
-            else:
-                _LOG.warning("%d bytes cannot be page-locked (CUDA error %d): saving blocks longer", block.nbytes, code)
+        if on_gpu and _lock(block):
+            # the block lives until its pages are free again, for CUDA would take other memory there for locked
+            unlock = weakref.finalize(self, lambda: torch.cuda.cudart().cudaHostUnregister(block.data_ptr()))
+            unlock.atexit = False
+            self._unlock = unlock
+
+
+def _lock(block: Tensor) -> bool:
+    """Page-lock a block of host memory for CUDA; if that is impossible, log a warning and return False."""
+    code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    if code:
+        with suppress(RuntimeError):  # CUDA keeps the error, and the next kernel's start reports it once
+            torch.zeros(1, device="cuda")
+        _LOG.warning("%d bytes cannot be page-locked (CUDA error %d): saving blocks longer", block.nbytes, code)
+    return code == 0
 
 
 def _forms(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

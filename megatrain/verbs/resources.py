@@ -21,6 +21,9 @@ NO_GPUS = ("SLURM_GPUS_ON_NODE", "0")
 CORE_FLOPS = 2e11
 """FLOP/s in fp32 that a core hardly exceeds: two fused multiply-adds of 16 numbers a cycle, at 3 GHz."""
 
+LOW_PRECISION = 10
+"""How many times faster a core with matrix units computes in 16 bits, at most."""
+
 SLOW_STEP_S = 60.0
 
 
@@ -61,7 +64,8 @@ def warnings(config: TrainConfig, has_gpu: bool) -> Iterator[str]:
             f"expect a step to take {ranks / cores:.0f} times as long as it would on {ranks} cores"
         )
     nodes = config.launch.num_nodes or 1
-    least = tokens * flops_per_token(config.model, loop.seq_len, causal=True) / (CORE_FLOPS * cores * nodes)
+    rate = CORE_FLOPS * (1 if config.precision.name == "fp32" else LOW_PRECISION)
+    least = tokens * flops_per_token(config.model, loop.seq_len, causal=True) / (rate * cores * nodes)
     if least > SLOW_STEP_S:
         yield (
             f"no GPU is used on {socket.gethostname()} (launch.device={config.launch.device}), and a step of "

@@ -101,7 +101,7 @@ class Job:
 def alternate(
     jobs: Sequence[Job], turns: int, seconds: float, figure: Callable[[Records], float]
 ) -> dict[str, list[float]]:
-    """Return the figure of each turn, by the name of the job; every second round goes backwards. Kills the jobs.
+    """Return the figure of each turn, by the name of the job; every second round goes backwards. Kills the jobs last.
 
     Raises:
         TurnFailed: a job ended, was too slow to start, or finished too few steps in a turn.

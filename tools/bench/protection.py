@@ -5,7 +5,8 @@ runs it: under the agent with its heartbeats, ledger and fork server, with the l
 exchange of their reports, background saves and copies in memory. The bare one is two plain processes with all that
 turned off; it saves nothing. A turn's figure is the wall time from the end of its first step to the end of its last,
 saves included, over the number of steps between. The verdict is the median of protected over bare, with an interval
-that holds the true median with 95% probability.
+that holds the true median with 95% probability. A turn must be shorter than resilience.hang_timeout_s, because clocks
+go on while a job is stopped.
 """
 
 from __future__ import annotations
@@ -57,17 +58,20 @@ def main() -> int:
         command = [sys.executable, "-m", "megatrain", "train", *words]
         protected, bare = Job("protected", folder), Job("bare", folder)
         saves = [f"checkpoint.every={arguments.save}", f"checkpoint.memory_every={arguments.copy}"]
-        protected.start([*command, *saves, "run.name=protected"], environ(1, "cpu"))
         port, own = free_port(), environ(1, "cpu")
-        for rank in range(RANKS):
-            place = rank_environ(rank, RANKS, SingleNode(), port)  # the settings of the memory allocator included
-            del place[WORKER_MARK]  # no agent watches it
-            bare.start([*command, *OFF, "run.name=bare"], {**place, **own})
         try:
+            protected.start([*command, *saves, "run.name=protected"], own)
+            for rank in range(RANKS):
+                place = rank_environ(rank, RANKS, SingleNode(), port)  # the settings of the memory allocator included
+                del place[WORKER_MARK]  # no agent watches it
+                bare.start([*command, *OFF, "run.name=bare"], {**place, **own})
             times = alternate([protected, bare], arguments.turns, arguments.seconds, wall_time)
         except TurnFailed as error:
             print(f"protection.py: {error}", file=sys.stderr)
             return 1
+        finally:
+            for job in (protected, bare):
+                job.kill()
     for job in (protected, bare):
         print(f"{job.name}: {1e3 * statistics.median(times[job.name]):.1f} ms a step")
     ratio = median_interval([p / b for p, b in zip(times["protected"], times["bare"], strict=True)])

@@ -46,6 +46,10 @@ def test_a_model_that_a_cpu_hardly_moves(job):
     (warning,) = told(config)
     assert "llama_8b" in warning and "at least 14 minutes" in warning and "launch.device=cuda" in warning
     assert told(config, has_gpu=True) == []
+    config.launch.num_nodes = 7
+    assert "at least 2 minutes" in told(config)[0]
+    config.precision.name = "bf16"
+    assert told(config) == [], "a core with matrix units may be fast enough"
 
 
 def test_gpus_that_slurm_gave_and_that_are_not_there(job):
