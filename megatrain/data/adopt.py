@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from megatrain.data.indexed import pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
+_PAIR = (".bin", ".idx")
+
 
 def check_prefixes(paths: list[str]) -> dict[str, list[Path]]:
     """Return each split's file prefixes, in the order in which they are read.
 
     One path names the train split, two the train and the held-out split, more than two train alone. A path is a prefix,
     a glob of prefixes, a folder of pairs, or a text file with a prefix in each line. Matches of a glob and of a folder
-    are sorted. Raises `ConfigError` or `DataError` if a file is missing or incomplete, or a pair is named twice.
+    are sorted. Raises `ConfigError` or `DataError` if a file is missing or incomplete, a pair is named twice, or the
+    held-out split has a file of the train split.
     """
     if not paths:
         raise ConfigError(
@@ -44,27 +48,49 @@ def check_prefixes(paths: list[str]) -> dict[str, list[Path]]:
                 )
             read_header(prefix)
         prefixes[split] = found
+    _check_apart(*prefixes.values())
     return prefixes
+
+
+def _check_apart(train: list[Path], heldout: Sequence[Path] = ()) -> None:
+    """Raise `ConfigError` if a held-out pair is a train pair, whatever links or spellings lead to it."""
+    trained = {_identity(prefix): prefix for prefix in train}
+    for prefix in heldout:
+        if also := trained.get(_identity(prefix)):
+            raise ConfigError(
+                f"data.paths: the held-out {prefix}.bin is {also}.bin of the train split; a held-out loss on training "
+                "data says nothing, so give other pairs, or the train pairs alone"
+            )
+
+
+def _identity(prefix: Path) -> tuple[int, int]:
+    """Return the device and inode of a pair's `.bin`, the same through every link and spelling of its path."""
+    found = pair(prefix)[0].stat()
+    return found.st_dev, found.st_ino
 
 
 def _prefixes(given: str) -> list[Path]:
     """Return the prefixes that a path stands for, absolute; the path itself if it is no glob, folder or list."""
     place = Path(given).expanduser()
-    if place.suffix in (".bin", ".idx") or not place.is_file() or pair(place)[1].is_file():
+    if place.suffix in _PAIR or not place.is_file() or pair(place)[1].is_file():
         return _matches(given)
     return [prefix for line in _lines(place) for prefix in _matches(line)]
 
 
 def _matches(given: str) -> list[Path]:
-    """Return the prefixes that a glob or a folder stands for, sorted; the path itself if it is neither."""
+    """Return the prefixes that a glob or a folder stands for, sorted; the path itself if it is neither.
+
+    A file without its partner counts, so that the caller refuses it instead of losing a shard.
+    """
     stem, place = given.removesuffix(".bin").removesuffix(".idx"), Path(given).expanduser()
     if place.is_dir() and not pair(place)[1].is_file():
-        names = [str(path) for path in place.glob("*.idx")]
-        if not names:
+        files = [str(path) for suffix in _PAIR for path in place.glob(f"*{suffix}")]
+        if not files:
             raise ConfigError(f"data.paths: the folder {given} has no .idx; give .bin/.idx pairs, by prefix or folder")
     else:
-        names = expand(f"{stem}.idx") or [f"{stem}.idx"]
-    return [Path(name.removesuffix(".idx")).expanduser().absolute() for name in sorted(names)]
+        files = [name for suffix in _PAIR for name in expand(stem + suffix)] or [f"{stem}.idx"]
+    names = sorted({f"{os.path.splitext(name)[0]}.idx" for name in files})
+    return [Path(name.removesuffix(".idx")).expanduser().absolute() for name in names]
 
 
 def _lines(file: Path) -> list[str]:
@@ -73,7 +99,7 @@ def _lines(file: Path) -> list[str]:
     Raises `ConfigError` if the file has none, is not text, or gives weights.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.paths: {file} is not a list of prefixes (byte {error.start} is not UTF-8)") from error
     found = []
@@ -82,7 +108,7 @@ def _lines(file: Path) -> list[str]:
             continue
         if re.fullmatch(r"[0-9.eE+-]+\s+\S.*", line):
             raise ConfigError(f"data.paths: {file}: {line!r} gives a weight; give prefixes alone, one a line")
-        here = any(pair(prefix)[1].is_file() for prefix in _matches(line))
+        here = any(path.is_file() for prefix in _matches(line) for path in pair(prefix))
         found.append(line if here else str(file.parent / line))
     if not found:
         raise ConfigError(f"data.paths: {file} names no prefix; write one a line")

@@ -143,11 +143,12 @@ def read_header(prefix: Path) -> IndexHeader:
     bytes than the `.bin` has.
     """
     bin_path, idx_path = pair(prefix)
-    for path in (bin_path, idx_path):
+    for path, partner in ((bin_path, idx_path), (idx_path, bin_path)):
         if path.is_symlink() and not path.exists():
             raise DataError(_moved(path))
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a dataset needs both its .bin and its .idx")
+            beside = f", but {partner} is there" if partner.is_file() else ""
+            raise DataError(f"{path}: no such file{beside}; a dataset needs both its .bin and its .idx")
     size = idx_path.stat().st_size
     with open(idx_path, "rb") as file:
         head = file.read(HEADER.size)

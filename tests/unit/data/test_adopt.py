@@ -150,3 +150,40 @@ def test_a_pair_that_was_moved_is_named_with_its_old_place_and_the_remedy(tmp_pa
             check(folder)
     adopt(tmp_path, [tmp_path / "moved" / "s.0_document"], overwrite=True)
     assert check_dataset(folder).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("missing", [".bin", ".idx"])
+@pytest.mark.parametrize("way", ["glob", "glob of files", "folder", "file with a glob"])
+def test_a_file_without_its_partner_is_refused_and_no_shard_is_lost(tmp_path, shards, way, missing):
+    (shards / f"s.3_document{missing}").unlink()
+    present = {".bin": ".idx", ".idx": ".bin"}[missing]
+    message = rf"s.3_document{missing}: no such file, but .*s.3_document{present} is there"
+    with pytest.raises(DataError, match=message):
+        adopt(tmp_path, WAYS[way](shards))
+
+
+@pytest.mark.parametrize("way", ["same", "spelling", "symlink", "folder link", "hard link", "in a folder"])
+def test_held_out_data_that_is_training_data_is_refused(tmp_path, shards, way):
+    train = heldout = shards / "s.0_document"
+    other = tmp_path / "other"
+    if way == "spelling":
+        heldout = shards / ".." / "shards" / "s.0_document"
+    elif way == "folder link":
+        other.symlink_to(shards)
+        heldout = other / "s.0_document"
+    elif "link" in way:
+        other.mkdir()
+        heldout = other / "mine"
+        for suffix in (".bin", ".idx"):
+            source, target = shards / f"s.0_document{suffix}", other / f"mine{suffix}"
+            target.symlink_to(source) if way == "symlink" else target.hardlink_to(source)
+    elif way == "in a folder":
+        train = shards
+    with pytest.raises(ConfigError, match=r"data.paths: the held-out .*\.bin is .*s.0_document.bin of the train split"):
+        adopt(tmp_path, [train, heldout])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_prefixes_may_begin_with_a_byte_order_mark(tmp_path, shards):
+    (shards / "list.txt").write_text("s.0_document\ns.3_document\n", encoding="utf-8-sig")
+    assert Card.load(adopt(tmp_path, [shards / "list.txt"])).splits["train"].tokens == 750
