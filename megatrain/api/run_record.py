@@ -102,6 +102,7 @@ class Run:
 
         if step is None:
             return load(self.path, device)
+        step = int(step)  # also from a table's index
         folders = {checkpoint_step(folder): folder for folder in list_checkpoints(self.path / "checkpoints")}
         if step not in folders:
             kept = ", ".join(str(number) for number in sorted(n for n in folders if n is not None)) or "none"

@@ -50,10 +50,11 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
             "train waits for a run on this machine, but launch=slurm only submits one: use megatrain train, "
             "and then megatrain.Run(folder)"
         )
+    folder = Path(config.run.dir, str(config.run.name)).absolute()  # before the program changes its working directory
     code, lines = _follow(python_command("megatrain", "train", *arguments.overrides), quiet)
     if code != EXIT_OK:
         raise _error(code, lines)
-    return Run(Path(config.run.dir) / str(config.run.name))
+    return Run(folder)
 
 
 def _follow(command: Sequence[str], quiet: bool) -> tuple[int, list[str]]:

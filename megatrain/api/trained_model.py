@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatrain.config import GenerateConfig, ModelConfig
-from megatrain.config.compose import check_bounds
+from megatrain.config.compose import check_bounds, key_types
+from megatrain.config.suggest import did_you_mean
+from megatrain.config.values import read_value
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError
@@ -37,9 +39,21 @@ class TrainedModel(NamedTuple):
         """
         if self.tokenizer is None:
             raise ConfigError("this model comes without a tokenizer: copy the one that made its data into its folder")
-        config = GenerateConfig(path="", prompt=prompt, **options)
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt: give text, not {type(prompt).__name__}")
+        config = GenerateConfig(
+            path="", prompt=prompt, **{name: _typed(name, value) for name, value in options.items()}
+        )
         check_bounds(config)
         return "".join(stream(self.model, self.tokenizer, config))
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return the value of a key of `megatrain generate`, read as on the command line. Raises ConfigError."""
+    hints = {key: hint for key, hint in key_types(GenerateConfig).items() if key not in ("path", "prompt", "device")}
+    if name not in hints:
+        raise ConfigError(f"generate has no {name}{did_you_mean('', name, list(hints))} (it has {', '.join(hints)})")
+    return read_value(name, hints[name], str(value))
 
 
 def load(path: str | PathLike[str], device: str = "auto") -> TrainedModel:

@@ -9,8 +9,10 @@ like a number stays as typed. This file checks one key at a time; `verbs/value_c
 from __future__ import annotations
 
 import math
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from megatrain.config.flatten import flatten
 from megatrain.config.suggest import did_you_mean, nearest_key
 from megatrain.config.values import describe, expand_home, is_sweep, kind_of, literal, read_value, sweep_message
 from megatrain.errors import ConfigError
+
+_HYDRA = threading.Lock()
 
 LARGEST_INT = 2**63 - 1
 """Largest integer that a config accepts: integers end up in 64-bit tensors and files."""
@@ -170,6 +174,12 @@ def _unknown(verb: str, name: str, known: list[str]) -> str:
 
 
 def _merge(verb: str, request: Request) -> Any:
+    """Do the work of `_merged` for one thread at a time: Hydra is global."""
+    with _HYDRA:
+        return _merged(verb, request)
+
+
+def _merged(verb: str, request: Request) -> Any:
     """Merge schema, group files, experiment or `--config` file, and command line, in this order, into a node."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -195,18 +205,34 @@ def _merge(verb: str, request: Request) -> Any:
                 _store_file(verb, request, request.file)
                 files[f"experiment/{OWN}"] = request.file
                 chosen.append(f"{'' if 'experiment' in GROUPS[verb] else '+'}experiment={OWN}")
-            with initialize_config_dir(str(first.absolute()), version_base="1.3"):
+            with _own_hydra(), initialize_config_dir(str(first.absolute()), version_base="1.3"):
                 node = hydra_compose(config_name=f"megatrain_{verb}", overrides=chosen)
         else:
             node = OmegaConf.structured(VERBS[verb])
         for name, value in request.values.items():
             OmegaConf.update(node, name, value)
+    except RecursionError as error:
+        own = ", ".join(str(place) for place in (*request.folders, *files.values()))
+        raise ConfigError(f"cannot compose the config: a choice in {own} includes itself in its defaults") from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = _whole_cause(error)
         for name, file in files.items():
             cause = cause.replace(name, str(file))
         raise ConfigError(f"cannot compose the config: {cause}") from error
     return node
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Put aside the Hydra of the program that calls this from Python, which is global."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 OWN = "own_file"

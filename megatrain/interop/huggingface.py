@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatrain.config import ModelConfig
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 from megatrain.interop.hf_config import family_of, hf_config, model_config, transformers_module
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.model.count import parameter_shapes
@@ -201,6 +201,7 @@ def export_model(
         setattr(theirs, name, token)
     tensors = to_theirs(config, kind, weights, DTYPES[dtype])
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -212,8 +213,10 @@ def export_model(
         if tokenizer_dir is not None:
             export_tokenizer(tokenizer_dir, partial, config.max_seq_len)
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # its only errors in writing are the disk's
+            raise EnvironmentFault(f"out={out} cannot be written ({error})") from error
         raise
 
 

@@ -239,11 +239,17 @@ def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments:
 
 
 def find_profile(name: str | None, folder: Path) -> Path | None:
-    """Find a cluster profile by its path or by its name in `folder`. Raises ConfigError if there is none."""
+    """Find a cluster profile by its path or by its name in `folder`.
+
+    Raises ConfigError if there is none, or if it is no script that bash can read.
+    """
     if name is None:
         return None
     for path in (Path(name), folder / f"{name}.sh"):
         if path.is_file():
+            checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False)
+            if checked.returncode:
+                raise ConfigError(f"launch.profile={name}: bash cannot read it: {checked.stderr.strip()}")
             return path.resolve()
     known = ", ".join(sorted(path.stem for path in folder.glob("*.sh")))
     raise ConfigError(f"launch.profile={name} is neither a file nor a profile of {folder} (there: {known})")

@@ -44,7 +44,9 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such folder; `megatrain report` takes a run's folder, runs/<run.name>")
     if not any((run_dir / name).exists() for name in RECORDS):
-        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(RECORDS)}")
+        runs = sorted(str(path.parent) for path in run_dir.glob(f"*/{RECORDS[0]}"))
+        listed = f"; the runs in it: {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}" if runs else ""
+        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(RECORDS)}{listed}")
     return write_page(RUN_PAGE, collect(run_dir), out or run_dir / "report.html")
 
 

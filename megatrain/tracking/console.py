@@ -11,6 +11,7 @@ from collections import deque
 from typing import Any
 
 from megatrain.config.suggest import next_step
+from megatrain.resilience.signals import signal_name
 from megatrain.resilience.terminal import Terminal, show
 from megatrain.tracking.tracker import RunInfo
 
@@ -85,6 +86,8 @@ class Console:
         if kind == "change":
             how = " (checkpoint.override)" if event["override"] else ""
             self.note(f"changed: {event['key']} {_plain(event['before'])} → {_plain(event['now'])}{how}")
+        elif kind == "signal":
+            self.note(f"{signal_name(event['signal'])} at step {event.get('step')}: the run saves and ends")
         elif kind != "start":
             detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
             shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
@@ -93,7 +96,7 @@ class Console:
     def finish(self, status: str) -> None:
         """Stop the bar and print how the run ended."""
         self.abandon()
-        self.note(f"run {status}")
+        self.note(f"run {status}" + ("; the same command continues it" if status == "stopped" else ""))
         if self._next and status == "done":
             self.note(self._next)
 

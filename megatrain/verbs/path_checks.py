@@ -57,6 +57,10 @@ def check_paths(config: Any) -> None:
         refuse_existing(Path(config.out))
         check_writable("out", Path(config.out))
     if isinstance(config, ReportConfig) and config.out is not None:
+        if Path(config.out).is_dir():
+            raise ConfigError(
+                f"out={config.out} is a folder; give the page's file, such as out={config.out}/report.html"
+            )
         check_writable("out", Path(config.out).parent)
 
 
@@ -145,9 +149,9 @@ def check_writable(key: str, path: Path) -> None:
     """Refuse a path that cannot be made, because the nearest folder above it is no folder or is not writable."""
     folder = path.absolute()
     try:
-        while not folder.exists():
+        while not folder.exists() and not folder.is_symlink():
             folder = folder.parent
-        reason = "is not writable" if folder.is_dir() else "is a file"
+        reason = "is not writable" if folder.is_dir() else "is a file" if folder.exists() else "is a link to nowhere"
         if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
             return
     except OSError as error:

@@ -5,6 +5,7 @@ The ranks check the same again (`training/job.py`), with verified files. Here a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -96,11 +97,16 @@ def check_origin(config: TrainConfig, card: Card) -> None:
         check_tokenizer(folder, manifest, card, dataset, config.checkpoint.override)
 
 
+def real(path: Path) -> Path:
+    """Return a path without symbolic links; unlike `Path.resolve`, a loop of them is no error."""
+    return Path(os.path.realpath(path))
+
+
 def _to_continue(resume: str, checkpoints: Path) -> tuple[Path, Manifest] | None:
     """Return the checkpoint that the ranks would most likely continue; None for a new run, or if none can be read."""
-    own = checkpoints.resolve()
+    own = real(checkpoints)
     if resume not in ("auto", "never"):
-        place = Path(resume).resolve()
+        place = real(Path(resume))
         if place in (own, own.parent) or place.parent == own or not list_checkpoints(checkpoints):
             return peek(Path(resume))
     return peek(checkpoints)
@@ -108,8 +114,8 @@ def _to_continue(resume: str, checkpoints: Path) -> tuple[Path, Manifest] | None
 
 def _refuse_own_weights(origin: Path, run_dir: Path) -> None:
     """Refuse to start a run from its own checkpoint: it would be continued, not started."""
-    run = run_dir.resolve()
-    if run in (origin.resolve(), *origin.resolve().parents):
+    run, weights = real(run_dir), real(origin)
+    if run in (weights, *weights.parents):
         raise ConfigError(
             f"{INIT_FROM}={origin} belongs to the run {run_dir.name} itself, which would be continued; give "
             f"run.name=<new name> to start a new run from its weights, or leave {INIT_FROM} out to continue it"

@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.commands import TRAIN, events, metrics
 
@@ -62,7 +63,7 @@ def test_the_guide_runs_as_printed(tmp_path):
 
 def test_train_returns_the_run_and_continues_it(here, capfd):
     run = megatrain.train([*JOB, "run.name=by_python", "train.steps=6", "checkpoint.every=3"])
-    assert run.path == Path("runs/by_python")
+    assert run.path == here / "runs" / "by_python"
     assert list(run.metrics.index) == [1, 2, 3, 4, 5, 6]
     assert list(run.metrics["loss"]) == [record["loss"] for record in metrics(here, "by_python")]
     assert list(run.checkpoints.index) == [3, 6]
@@ -141,6 +142,15 @@ def test_load_gives_the_model_its_tokenizer_and_its_config(here):
     assert "import " + newest.generate("import ", **options) == printed.removesuffix("\n")
     with pytest.raises(ConfigError, match=r"temperature=-1"):
         newest.generate(temperature=-1)
+    assert newest.generate(
+        "import ", max_new_tokens=np.int64(12), temperature=0.7, seed=np.int64(3)
+    ) == newest.generate("import ", **options)
+    for wrong in ({"seed": 1.5}, {"top_k": True}, {"temperature": None}, {"max_tokens": 3}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            newest.generate("import ", **wrong)
+    with pytest.raises(ConfigError, match="prompt: give text, not int"):
+        newest.generate(3)
+    assert run.load(step=np.int64(2)).config == config
     with pytest.raises(ConfigError, match=r"no checkpoint of step 3 \(there are: 2, 4\)"):
         run.load(step=3)
     with pytest.raises(ConfigError, match="device=gpu"):

@@ -150,3 +150,8 @@ def test_the_ranks_and_the_points_of_a_sweep_get_the_same_flags(own, monkeypatch
     points = compose_points([*arguments.overrides[:1], "data.name=x", "model=glob(m*)"])
     assert [point.config.run.name for point in points] == ["x-model-mine", "x-model-my"]
     assert all(point.overrides[0] == f"--config-dir={folder}" for point in points)
+
+
+def test_a_choice_that_includes_itself_is_refused(own):
+    folder = own(model__loop="defaults: [loop]\n")
+    assert re.search(r"my configs.* includes itself in its defaults", refusal(f"--config-dir={folder}", "model=loop"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatrain.config import ExportConfig, ModelConfig, walk
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 from megatrain.interop.hf_config import (
     FAMILIES,
     HARMLESS_FIELDS,
@@ -559,3 +559,17 @@ def test_an_export_that_fails_leaves_nothing_and_one_that_exists_is_kept(tmp_pat
         export_model(model.config, weights_of(model), tmp_path / "hf")
     with pytest.raises(ConfigError, match="dtype=int8"):
         export_model(model.config, weights_of(model), tmp_path / "other", dtype="int8")
+
+
+def test_a_full_disk_during_an_export_is_no_defect(tmp_path, monkeypatch):
+    import huggingface_hub
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
+    model = make_model(make_config("llama"))
+    with pytest.raises(EnvironmentFault, match=r"out=.*hf cannot be written .*No space left"):
+        export_model(model.config, weights_of(model), tmp_path / "hf")
+    assert not list(tmp_path.iterdir())

@@ -119,6 +119,9 @@ def test_a_profile_is_a_path_or_a_name(tmp_path):
     assert find_profile("site", tmp_path) == find_profile(str(tmp_path / "site.sh"), tmp_path) == tmp_path / "site.sh"
     with pytest.raises(ConfigError, match=r"launch.profile=sit is neither .*there: site\)"):
         find_profile("sit", tmp_path)
+    (tmp_path / "broken.sh").write_text("this is ( broken\n")
+    with pytest.raises(ConfigError, match=r"launch.profile=broken: bash cannot read it: .*syntax error"):
+        find_profile("broken", tmp_path)
 
 
 @pytest.fixture

@@ -150,3 +150,13 @@ def test_only_the_beginning_of_a_long_list_is_shown(tmp_path, capsys):
         capsys.readouterr().err
         == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip_range [8, 16]\n"
     )
+
+
+def test_a_stop_is_named_by_its_signal_and_says_how_to_go_on(tmp_path, capfd):
+    shown = Console(20)
+    shown.start(info(tmp_path))
+    shown.event({"time": "", "kind": "signal", "step": 7, "signal": 15})
+    shown.finish("stopped")
+    text = capfd.readouterr().err
+    assert "SIGTERM at step 7: the run saves and ends" in text
+    assert "run stopped; the same command continues it" in text

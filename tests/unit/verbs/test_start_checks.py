@@ -18,6 +18,7 @@ from megatrain.report.run_page import collect
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.inspect import checkpoint_facts, highlights
+from megatrain.verbs.path_checks import check_writable
 from megatrain.verbs.start_checks import check_origin, with_checkpoint_model
 from megatrain.verbs.value_checks import check_values
 
@@ -312,3 +313,11 @@ def test_inspect_shows_the_whole_shape():
         "model.num_kv_heads": "4", "model.head_size": "8", "model.ffn_size": "128",
         "model.attention_bias": "none",
     }  # fmt: skip
+
+
+def test_a_loop_of_links_is_refused_and_not_followed(started, tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    started("model=tiny", runs=tmp_path / "a")  # raises no error of its own: path_checks says what is wrong
+    with pytest.raises(ConfigError, match="is a link to nowhere"):
+        check_writable("run.dir", tmp_path / "a" / "run")
