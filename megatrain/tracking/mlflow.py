@@ -52,7 +52,8 @@ class MlflowTracker:
         self._listener: threading.Thread | None = None
         self._last_step = 0
         self._sent_step = 0
-        self._abandoned = False
+        self._finishing = False
+        self._stopped = False  # by this process
 
     def start(self, info: RunInfo) -> None:
         """Start the helper and return at once. It imports mlflow, finds or creates the run and catches up."""
@@ -85,6 +86,7 @@ class MlflowTracker:
         """Wait until everything is sent or the time limit is reached; warn about what was not sent."""
         if self._helper is None:
             return
+        self._finishing = True
         self._tell({"finish": status})
         if self._helper.stdin is not None and not self._helper.stdin.closed:
             self._helper.stdin.close()
@@ -92,8 +94,13 @@ class MlflowTracker:
         if not self._ends_within(min(limit, PATIENCE_S)):
             show(f"waiting for MLflow to receive the last records (at most {limit:g} s)")
             if not self._ends_within(limit - PATIENCE_S):
-                self._helper.kill()
-                self._helper.wait()
+                self._stop()
+                self._log.warning(
+                    "MLflow did not answer in time, so its helper process was stopped after %g s; all records are in"
+                    " %s. A larger tracking.finish_timeout_s waits longer",
+                    limit,
+                    self._run_dir / "metrics.jsonl",
+                )
         if self._listener is not None:
             self._listener.join(1.0)
         if self._sent_step < self._last_step:
@@ -106,16 +113,20 @@ class MlflowTracker:
             )
         elif self._helper.returncode != 0:
             self._log.warning(
-                "MLflow has all steps, but its helper was stopped after %g s, before the artifacts were sent",
-                self._config.finish_timeout_s,
+                "MLflow has all steps, but its helper process ended before the artifacts were sent; details are in %s",
+                self._run_dir / "logs" / "mlflow.log",
             )
 
     def abandon(self) -> None:
         """Kill the helper. The next start sends what it has not sent."""
         if self._helper is not None:
-            self._abandoned = True
-            self._helper.kill()
-            self._helper.wait()
+            self._stop()
+
+    def _stop(self) -> None:
+        assert self._helper is not None
+        self._stopped = True
+        self._helper.kill()
+        self._helper.wait()
 
     def _ends_within(self, seconds: float) -> bool:
         assert self._helper is not None
@@ -144,5 +155,6 @@ class MlflowTracker:
                 self._log.warning("MLflow: %s", message["warning"])
             if "info" in message:
                 self._log.info("MLflow: %s", message["info"])
-        if not finished and not self._abandoned:
-            self._log.warning("MLflow's helper process is gone; training goes on, and metrics.jsonl has all records")
+        if not finished and not self._stopped:
+            goes_on = "" if self._finishing else "training goes on, and "
+            self._log.warning("MLflow's helper process is gone; %smetrics.jsonl has all records", goes_on)

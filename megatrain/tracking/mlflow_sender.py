@@ -28,6 +28,7 @@ from megatrain.config.flatten import flatten
 from megatrain.resilience.atomic_file import write_atomically
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.mlflow_database import prepare_database
 from megatrain.tracking.mlflow_store import plain
 from megatrain.tracking.restarts import Restart, Restarts
 from megatrain.tracking.sweep_record import SweepRecord, is_sweep_folder
@@ -204,9 +205,12 @@ class Sender:
             self.client = MlflowClient(tracking_uri(runs_dir))
             run_id = self._find_or_create_run(None)
         else:
+            artifacts = (runs_dir / "mlartifacts").as_uri()
             with exclusive(runs_dir / "mlflow.db.lock"):  # the first process creates the tables
+                if warning := prepare_database(runs_dir / "mlflow.db", artifacts):
+                    self.parent.tell(warning=warning)
                 self.client = MlflowClient(tracking_uri(runs_dir) + "?timeout=60")
-                run_id = self._find_or_create_run((runs_dir / "mlartifacts").as_uri())
+                run_id = self._find_or_create_run(artifacts)
         run = self.client.get_run(run_id)
         self._start_s = run.info.start_time / 1000
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in self._tags().items()])

@@ -119,23 +119,63 @@ def _sqlite_problem(uri: str) -> str | None:
             database.execute("PRAGMA user_version = 1")  # a write, so that a read-only database is noticed
             found = database.execute("SELECT name FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
             revision = database.execute("SELECT version_num FROM alembic_version").fetchone() if found else None
+            half_made = bool(_tables(database)) and is_half_made(database)
             database.execute("ROLLBACK")
     except sqlite3.Error as error:
         if "locked" in str(error):
             return None  # by another writer; MLflow waits
         advice = "make it writable, or set MLFLOW_TRACKING_URI to another" if "readonly" in str(error) else ""
         return f"cannot be used: {error}{advice and '; ' + advice}"
+    if half_made:
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            return None  # the helper sets it aside (mlflow_database.py)
+        return (
+            "holds no runs, and its tables are incomplete or of an earlier MLflow; remove it, "
+            "or set MLFLOW_TRACKING_URI to another"
+        )
     return _schema_problem(uri, revision[0]) if revision else None
 
 
-def _schema_problem(uri: str, revision: str) -> str | None:
-    """Compare a database's revision with those that the installed MLflow knows."""
+def is_half_made(database: sqlite3.Connection) -> bool:
+    """Return whether tables of this MLflow are missing in a database in which no user has stored anything.
+
+    MLflow writes the revision `alembic_version` after each step of their creation.
+    """
+    tables = _tables(database)
+    if tables and not {"alembic_version", "experiments", "runs"}.intersection(tables):
+        return False  # of another program
+    has_revision = "alembic_version" in tables
+    written = database.execute("SELECT version_num FROM alembic_version").fetchone() if has_revision else None
+    known = _known_revisions()
+    if written and (written[0] not in known or written[0] not in known.values()):
+        return False  # of a later MLflow, or complete
+    own = {"alembic_version": "", "workspaces": "", "experiments": "WHERE experiment_id != 0"}  # MLflow's own
+    for table in tables:
+        where = own.get(table, "LIMIT 1")
+        if where and database.execute(f'SELECT 1 FROM "{table}" {where}').fetchone():
+            return False
+    return True
+
+
+def _tables(database: sqlite3.Connection) -> list[str]:
+    found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+    return [name for (name,) in found]
+
+
+def _known_revisions() -> dict[str, str | None]:
+    """Return the revisions of the tables that the installed MLflow knows, each with its predecessor."""
     known: dict[str, str | None] = {}
     for file in (_package() / "store/db_migrations/versions").glob("*.py"):
         source = file.read_text(encoding="utf-8")
         names = dict(re.findall(r'^(revision|down_revision) = "(\w+)"', source, re.MULTILINE))
         if "revision" in names:
             known[names["revision"]] = names.get("down_revision")
+    return known
+
+
+def _schema_problem(uri: str, revision: str) -> str | None:
+    """Compare a database's revision with those that the installed MLflow knows."""
+    known = _known_revisions()
     if not known or (revision in known and revision not in known.values()):
         return None
     if revision in known:

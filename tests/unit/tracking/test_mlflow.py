@@ -222,6 +222,9 @@ def test_a_server_that_never_answers_delays_no_step(tmp_path, monkeypatch, caplo
         assert waits == [1.0, 0.5] and messages[1:] == [{"finish": "done"}]
     assert capsys.readouterr().err.count("waiting for MLflow to receive the last records (at most 1.5 s)") == 1
     assert "MLflow did not receive steps 1 to 25. They are in metrics.jsonl" in caplog.text
+    assert "helper process is gone" not in caplog.text, "it was stopped here"
+    records = tmp_path / "run" / "metrics.jsonl"
+    assert f"stopped after 1.5 s; all records are in {records}. A larger tracking.finish_timeout_s" in caplog.text
 
 
 def test_records_that_a_dead_server_missed_are_sent_at_the_next_start(tmp_path, monkeypatch, server, caplog):

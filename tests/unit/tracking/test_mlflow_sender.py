@@ -2,17 +2,25 @@
 
 import json
 import os
+import signal
+import sqlite3
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from megatrain.config.flatten import flatten
 from megatrain.report.run_page import report
-from megatrain.tracking import mlflow_sender
+from megatrain.tracking import mlflow_database, mlflow_sender
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
+from megatrain.tracking.mlflow_database import prepare_database
 from megatrain.tracking.mlflow_sender import Sender, text
+from megatrain.tracking.mlflow_store import store_problem
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
 
@@ -479,3 +487,94 @@ def test_restarts_before_a_fresh_start_do_not_count_for_the_new_run(runs):
     one = sender(run_dir)
     one.catch_up()
     assert restarts_of(one) == ({"restart_1": "SIGSEGV of rank 0 on n1 at step 2; from step 0"}, [(1, 0)])
+
+
+# ---------------------------------------------------------------------------------------------------- the database
+
+KILL = """
+import os, signal, sys
+from sqlalchemy import Engine, event
+@event.listens_for(Engine, "after_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if "CREATE TABLE secrets" in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""Code that kills its process in the middle of the creation of MLflow's tables."""
+
+
+def killed(code, *words):
+    """Run `code` in a process that is killed while it creates MLflow's tables."""
+    code = f"{KILL}\nsys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n{code}"
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def half_make(path):
+    """Let MLflow itself create the database `path` and be killed."""
+    killed(
+        "from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore\n"
+        "SqlAlchemyStore(f'sqlite:///{sys.argv[1]}', 'file:///nowhere')",
+        path,
+    )
+
+
+def tracked(run_dir):
+    """Track a run of three steps; return the warnings."""
+    one = sender(run_dir)
+    write(MetricsLog(run_dir / "metrics.jsonl"), 1, 3)
+    one.catch_up()
+    assert steps_at(one) == [1, 2, 3]
+    return [told["warning"] for told in one.parent.told if "warning" in told]
+
+
+def test_a_helper_killed_while_it_creates_the_database_leaves_none(tmp_path):
+    """The next run creates it, without a word, and removes what was left."""
+    killed(
+        "from pathlib import Path; from test_mlflow_sender import sender; sender(Path(sys.argv[1])).connect()",
+        tmp_path / "first",
+    )
+    assert not (tmp_path / "mlflow.db").exists() and len(list(tmp_path.glob("mlflow.db.creating-*"))) >= 1
+    assert tracked(tmp_path / "second") == []
+    assert {path.name for path in tmp_path.glob("mlflow*")} == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_a_half_made_database_is_set_aside(tmp_path, monkeypatch):
+    """The preflight leaves it to the helper, unless the user named the database."""
+    monkeypatch.setattr(mlflow_database, "SETTLE_S", 0.0)
+    path = tmp_path / "mlflow.db"
+    half_make(path)
+    content = path.read_bytes()
+    assert store_problem(f"sqlite:///{path}", "demo", 1.0) is None
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        assert "holds no runs, and its tables are incomplete" in store_problem(f"sqlite:///{path}", "demo", 1.0)
+    (warning,) = tracked(tmp_path / "run")
+    (aside,) = tmp_path.glob("mlflow.half-made-*.db")
+    assert f"{path} was half made and held no runs" in warning and warning.endswith(f"is now {aside.name}")
+    assert aside.read_bytes() == content
+    assert tracked(tmp_path / "other") == []
+
+
+def test_a_database_with_runs_is_never_set_aside(tmp_path, monkeypatch):
+    """Even if its tables have an earlier revision; then MLflow refuses it."""
+    monkeypatch.setattr(mlflow_database, "SETTLE_S", 0.0)
+    assert tracked(tmp_path / "run") == []
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    content = path.read_bytes()
+    assert prepare_database(path, "file:///nowhere") is None and path.read_bytes() == content
+    assert "was written by an earlier MLflow" in store_problem(f"sqlite:///{path}", "demo", 1.0)
+
+
+def test_a_database_that_another_program_is_creating_is_waited_for(tmp_path):
+    """`mlflow ui` creates it in place, without our lock."""
+    assert prepare_database(tmp_path / "whole.db", "file:///nowhere") is None
+    path = tmp_path / "mlflow.db"
+    half_make(path)
+    path.touch()
+    later = threading.Timer(0.5, os.replace, (tmp_path / "whole.db", path))
+    later.start()
+    assert prepare_database(path, "file:///nowhere") is None
+    later.join()
+    assert not list(tmp_path.glob("*half-made*"))

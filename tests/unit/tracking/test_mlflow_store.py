@@ -55,6 +55,8 @@ def make(path, revision=None):
         if revision:
             database.execute("CREATE TABLE alembic_version (version_num TEXT)")
             database.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
+            database.execute("CREATE TABLE runs (run_uuid TEXT)")
+            database.execute("INSERT INTO runs VALUES ('1')")
     database.close()
     return path
 
