@@ -42,6 +42,20 @@ def probes(names: list[str]) -> Iterator[str]:
     yield "\u0378 \ue123 \U0001f9ff \u16a0\U000e0041 \u05d0\u4e00"
 
 
+def spellings(name: str, spelling: str) -> Iterator[str]:
+    """Yield texts of which the token `name`, decoded as `spelling`, may be a piece.
+
+    A piece of one character, or such as `<0x0A>`, may stand for a byte, so the texts then have every byte of UTF-8.
+    """
+    for text in (name, spelling):
+        yield from (text, f"a{text}b")
+    if len(name) == 1 or name.startswith("<0x"):
+        yield from (f"a{chr(code)}b" for code in range(0x80))
+        yield from (chr(code) for code in (*range(0x80, 0x800, 0x40), *range(0x80, 0xC0), *range(0x1000, 0x1040)))
+        yield from (chr(code) for code in (*range(0x800, 0xD800, 0x400), 0xE000, 0xF000))
+        yield from (chr(code) for code in (*range(0x10000, 0x110000, 0x30000), 0x100000))
+
+
 def unspellable(definition: str, names: set[str]) -> str:
     """Return the definition with the tokens `names` renamed so that clean text, which has no U+0000, cannot spell them.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from megatrain.data.control_tokens import control_ids, probes, unknown_id, unspellable
+from megatrain.data.control_tokens import control_ids, probes, spellings, unknown_id, unspellable
 from megatrain.data.tokenizer import StreamDecoder, Tokenizer, read_text, segments
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
@@ -41,10 +41,18 @@ class Folder:
     ids: dict[str, Any] = field(default_factory=dict)
 
     def token(self, name: str) -> str | None:
-        """Return a special token by its name in the settings, such as `bos_token`; None if there is none."""
+        """Return a special token by its name in the settings, such as `bos_token`; None if there is none.
+
+        Raises `DataError` if it is no text.
+        """
         token = self.settings.get(name)
         content = token.get("content") if isinstance(token, dict) else token
-        return str(content) if content else None
+        if token is not None and not isinstance(content, str):
+            raise DataError(
+                f"{name} is {json.dumps(token)}, not text; in tokenizer_config.json or special_tokens_map.json give "
+                'the text of a special token, such as "<|endoftext|>", or an object with it under "content"'
+            )
+        return content or None
 
     def names(self) -> list[str]:
         """Return all special tokens that the settings name."""
@@ -77,7 +85,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _find(self, name: str, usual: tuple[str, ...]) -> int | None:
         """Return the id of a special token: the one that the folder names, else one of its usual names, else None."""
-        given = self._folder.token(name)
+        try:
+            given = self._folder.token(name)
+        except DataError as error:
+            raise DataError(f"{self._origin}: {error}") from error
         for token in [given] if given else usual:
             found = self._tokenizer.token_to_id(token)
             if found is not None:
@@ -122,6 +133,27 @@ class HuggingFaceTokenizer(Tokenizer):
             self._control |= {self.beginning_of_document}
         for text in probes(self._names(self._control)):
             self.encode(text)
+        for token in sorted(self._control):
+            self._check_unneeded(token)
+
+    def _check_unneeded(self, token: int) -> None:
+        """Raise `DataError` if text that the library decodes exactly is lost because `token` marks documents.
+
+        A model of whole words may make the spelling of a token such as `</s>` its token for unknown words.
+        """
+        name, spelling = self._tokenizer.id_to_token(token), self._tokenizer.decode([token], skip_special_tokens=False)
+        for text in spellings(name, spelling):
+            plain = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if token not in plain or self._tokenizer.decode(plain, skip_special_tokens=False) != text:
+                continue
+            found = self.encode(text)
+            is_word = spelling.strip().isalnum() or len(spelling.strip()) < 2
+            if self.decode(found) != text and (self._unknown is None or (is_word and self._unknown in found)):
+                raise DataError(
+                    f"{self._origin}: the token {name!r} marks documents, but it is also a piece of ordinary text: "
+                    f"{text!r} would be encoded without it; as eos_token, bos_token and the like, give special tokens "
+                    "that text does not need, such as <|endoftext|> (one may be added to tokenizer.json)"
+                )
 
     def _names(self, tokens: frozenset[int]) -> list[str]:
         return [name for token in sorted(tokens) if (name := self._tokenizer.id_to_token(token))]
@@ -181,7 +213,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _load(definition: str, origin: str) -> Any:
-    """Return the library's tokenizer, without truncation and padding, which does not look for special tokens."""
+    """Return the library's tokenizer, without truncation, padding and dropout; it does not look for special tokens."""
     import tokenizers
 
     try:
@@ -191,6 +223,8 @@ def _load(definition: str, origin: str) -> Any:
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None  # it would encode a text differently each time
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Text stays text: no spelling of a control token in a document becomes its id, whatever a tokenizer.json says."""
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -8,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
+from megatrain.data.control_tokens import spellings
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
@@ -124,6 +126,41 @@ def test_a_tokenizer_whose_unknown_token_marks_documents_is_refused_by_name(tmp_
     folder = saved(tmp_path / "t", made, unk_token=unknown)
     with pytest.raises(DataError, match=rf"t: text becomes the control token '{unknown}'"):
         find_tokenizer("hf", str(folder))
+
+
+# a newline, a digit, a space, and three single bytes of longer characters, as byte-level BPE writes them
+@pytest.mark.parametrize("end", ["\u010a", "7", "\u0120", "\u0122", "\u00c4", "\u00f4"])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("key", ["eos_token", "bos_token"])
+def test_a_control_token_that_text_needs_is_refused_by_name(tmp_path, end, added, key):
+    made = byte_level()
+    made.add_special_tokens(["</s>", *([end] if added else [])])
+    folder = saved(tmp_path / "t", made, **dict(bos_token=None, pad_token=None, unk_token=None) | {key: end})
+    with pytest.raises(
+        DataError, match=rf"t: the token '{end}' marks documents, but it is also .* special tokens that"
+    ):
+        find_tokenizer("hf", str(folder))
+
+
+@pytest.mark.parametrize("model", ["word list", "word pieces", "unigram"])
+def test_a_control_token_that_is_an_ordinary_word_or_letter_is_refused(tmp_path, model):
+    folder = saved(tmp_path / "t", MODELS[model](), eos_token="a")
+    with pytest.raises(DataError, match=r"the token 'a' marks documents, but it is also a piece of ordinary text"):
+        find_tokenizer("hf", str(folder))
+
+
+def test_the_texts_that_a_piece_of_one_character_is_tried_with_have_every_byte_of_utf_8():
+    tried = set("".join(spellings("x", "x")).encode())
+    assert set(range(256)) - tried == {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+
+@pytest.mark.parametrize("given", [7, 0, False, ["</s>"], {"lstrip": True}, {"content": 7}])
+@pytest.mark.parametrize("key", ["eos_token", "bos_token", "pad_token"])
+def test_a_special_token_that_is_no_text_is_refused_by_key(tmp_path, given, key):
+    made = byte_level()
+    made.add_special_tokens(NAMES)
+    with pytest.raises(DataError, match=rf"t: {key} is {re.escape(json.dumps(given))}, not text; in tokenizer_config"):
+        find_tokenizer("hf", str(saved(tmp_path / "t", made, **{key: given})))
 
 
 CONFIG = {

@@ -196,6 +196,16 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_ignored(gpt2, tmp_path):
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
 
 
+def test_dropout_of_a_tokenizer_json_is_ignored(gpt2, tmp_path):
+    """Also for text that spells the end of a document, which a second tokenizer encodes."""
+    definition = json.loads(gpt2[1].to_str())
+    definition["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer, plain = find_tokenizer("hf", str(tmp_path / "tokenizer.json")), find_tokenizer("hf", str(gpt2[0]))
+    for text in (TEXTS[0], f"<|endoftext|>{TEXTS[1]}"):
+        assert tokenizer.encode(text) == plain.encode(text)
+
+
 def test_the_end_of_document_is_the_eos_token_the_folder_names(gpt2, tmp_path):
     library = tokenizers.Tokenizer.from_str(gpt2[1].to_str())
     library.add_special_tokens(["<my_end>"])
