@@ -81,17 +81,9 @@ class Console:
             self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
 
     def event(self, event: dict[str, Any]) -> None:
-        """Show an event as a note, except `start`, which `start()` has already shown."""
-        kind = event["kind"]
-        if kind == "change":
-            how = " (checkpoint.override)" if event["override"] else ""
-            self.note(f"changed: {event['key']} {_plain(event['before'])} → {_plain(event['now'])}{how}")
-        elif kind == "signal":
-            self.note(f"{signal_name(event['signal'])} at step {event.get('step')}: the run saves and ends")
-        elif kind != "start":
-            detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
-            shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
-            self.note(f"{kind} at step {event.get('step')}" + (f": {shown}" if shown else ""))
+        """Show an event as a note, except `start` and `stop`, which `start()` and `finish()` show."""
+        if event["kind"] not in ("start", "stop"):
+            self.note(describe(event))
 
     def finish(self, status: str) -> None:
         """Stop the bar and print how the run ended."""
@@ -163,6 +155,28 @@ def clock(seconds: float) -> str:
     days, rest = divmod(round(seconds), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}d {text}" if days else text
+
+
+def describe(event: dict[str, Any]) -> str:
+    """Return an event as a line: a sentence for the usual ones, else its kind, step and fields."""
+    kind, step = event["kind"], event.get("step")
+    if kind == "change":
+        how = " (checkpoint.override)" if event["override"] else ""
+        return f"changed: {event['key']} {_plain(event['before'])} → {_plain(event['now'])}{how}"
+    if kind == "signal":
+        return f"{signal_name(event['signal'])} at step {step}: the run saves and ends"
+    if kind == "preflight":
+        return f"preflight: all checks passed in {event['seconds']:.2f} s"
+    if kind == "save":
+        return f"saved {event['checkpoint']} in {event['seconds']:.2f} s"
+    if kind == "evaluate":
+        bits = event.get("bits_per_byte")
+        return f"step {step}: held-out loss {event['heldout_loss']:.4f}" + (
+            f", {bits:.3f} bits a byte" if bits is not None else ""
+        )
+    detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
+    shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
+    return f"{kind} at step {step}" + (f": {shown}" if shown else "")
 
 
 def _plain(value: Any) -> str:

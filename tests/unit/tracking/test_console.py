@@ -69,14 +69,14 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
     shown = Console(20, terminal=terminal)
     shown.start(info(tmp_path))
     shown.step({"step": 7, "loss": 2.25, "step_time_s": 1.0})
-    shown.event({"time": "", "kind": "save", "step": 7, "seconds": 0.123456})
+    shown.event({"time": "", "kind": "save", "step": 7, "checkpoint": "runs/a/step_7", "seconds": 0.123456})
     shown.finish("done")
     terminal.close()
     text = os.read(reader, 1 << 16).decode()
     os.close(reader)
     os.close(writer)
     lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
-    assert lines[1] == "save at step 7: seconds 0.1235"
+    assert lines[1] == "saved runs/a/step_7 in 0.12 s"
     assert re.fullmatch(r"step 7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
     assert lines[3] == "run done" and lines[4].startswith("next: ") and lines[5:] == [""]
 
