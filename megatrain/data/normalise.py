@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import unicodedata
@@ -15,6 +16,12 @@ from megatrain.errors import DataError
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OTHER_ENCODINGS = {  # by their byte order marks; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def normalise(text: str) -> str:
@@ -66,8 +73,8 @@ class BadRecordError(Exception):
 def clean(record: Record, policy: Policy) -> tuple[str, bool]:
     """Return a record's clean text, and whether it had undecodable bytes or lone surrogates.
 
-    Raises `BadRecordError` if the record is not JSON but should be, has no text in its column, or is undecodable and
-    the policy skips that; `DataError` if the policy refuses undecodable records.
+    Raises `BadRecordError` if the record is not JSON but should be, has no text in its column, is UTF-16 or UTF-32, or
+    is undecodable and the policy skips that; `DataError` if the policy refuses undecodable records.
     """
     if record.problem:
         raise BadRecordError(record.problem)
@@ -78,6 +85,9 @@ def clean(record: Record, policy: Policy) -> tuple[str, bool]:
         except UnicodeDecodeError as error:
             line = payload.count(b"\n", 0, error.start) + 1
             bad, at = True, f"byte {error.start}, line {line}"
+            if other := next((name for mark, name in _OTHER_ENCODINGS.items() if payload.startswith(mark)), None):
+                remedy = f"convert it with iconv -f {other.lower()} -t utf-8"
+                raise _undecodable(record, f"{other} by its byte order mark", remedy, "skip", policy) from error
             text = payload.decode("utf-8", errors="replace")
     else:
         text = payload
@@ -86,11 +96,17 @@ def clean(record: Record, policy: Policy) -> tuple[str, bool]:
     if _SURROGATE.search(text):
         bad, at = True, at or "a lone surrogate"
         text = _SURROGATE.sub("\ufffd", text)
-    if bad and policy.undecodable == "refuse":
-        raise DataError(f"{record.where}: not UTF-8 ({at}); convert it, or set data.undecodable=replace or skip")
-    if bad and policy.undecodable == "skip":
-        raise BadRecordError(Problem("undecodable", f"not UTF-8 ({at})"))
+    if bad and policy.undecodable != "replace":
+        raise _undecodable(record, at, "convert it", "replace or skip", policy)
     return normalise(text), bad
+
+
+def _undecodable(record: Record, what: str, remedy: str, others: str, policy: Policy) -> DataError | BadRecordError:
+    """Return the error for a record that is not UTF-8 and whose bytes are not to be replaced."""
+    if policy.undecodable == "refuse":
+        return DataError(f"{record.where}: not UTF-8 ({what}); {remedy}, or set data.undecodable={others}")
+    kind = "undecodable" if policy.undecodable == "skip" else "not_utf_8"
+    return BadRecordError(Problem(kind, f"not UTF-8 ({what})", remedy))
 
 
 def _json_text(line: str, column: str) -> str:

@@ -95,6 +95,22 @@ def test_undecodable_bytes_are_replaced_or_their_document_skipped_and_counted(ru
     assert Card.load(skipped).counts["skipped_undecodable"] == 1
 
 
+@pytest.mark.parametrize("file", ["a.txt", "a.md.gz", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("order, encoding", [("le", "utf-16"), ("be", "utf-16"), ("le", "utf-32"), ("be", "utf-32")])
+def test_utf_16_and_utf_32_are_named_and_never_replaced(run, file, order, encoding):
+    text = '{"text": "naïve"}\n' * 3 if "json" in file else "naïve\n" * 3
+    content = ("\ufeff" + text).encode(f"{encoding}-{order}")
+    content = gzip.compress(content) if file.endswith(".gz") else content
+    message = rf"{file}.*: not UTF-8 \({encoding.upper()} by .*\); convert it with iconv -f {encoding} -t utf-8, or"
+    for policy in ("replace", "refuse"):
+        with pytest.raises(DataError, match=message):
+            run(file, content, name=policy, undecodable=policy)
+    skipped = run(file, content, beside=True, name="s", undecodable="skip", on_bad_record="skip")
+    assert Card.load(skipped).counts["skipped_undecodable"] >= 1
+    skipped = run(file, content, name="b", on_bad_record="skip")
+    assert Card.load(skipped).counts["bad_not_utf_8"] == 1
+
+
 def test_bad_bytes_and_lone_surrogates_in_json_follow_the_same_policy(run):
     content = b'{"text": "raw \xff byte"}\n{"text": "lone \\ud800 surrogate"}\n' + GOOD.encode()
     folder = run("a.jsonl", content, name="r")
