@@ -144,9 +144,9 @@ class HuggingFaceTokenizer(Tokenizer):
         name, spelling = self._tokenizer.id_to_token(token), self._tokenizer.decode([token], skip_special_tokens=False)
         for text in spellings(name, spelling):
             plain = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if token not in plain or self._tokenizer.decode(plain, skip_special_tokens=False) != text:
+            if self._tokenizer.decode(plain, skip_special_tokens=False) != text:
                 continue
-            found = self.encode(text)
+            found = self._encode_apart(text)  # as any text is encoded that stands beside a control token's spelling
             is_word = spelling.strip().isalnum() or len(spelling.strip()) < 2
             if self.decode(found) != text and (self._unknown is None or (is_word and self._unknown in found)):
                 raise DataError(

@@ -142,6 +142,24 @@ def test_a_control_token_that_text_needs_is_refused_by_name(tmp_path, end, added
         find_tokenizer("hf", str(folder))
 
 
+def test_a_control_token_that_text_needs_only_beside_the_spelling_of_another_is_refused(tmp_path):
+    """The byte 0xC3 is always merged with the byte after it, until a text also spells `</s>`."""
+    vocabulary = byte_level().get_vocab()
+    merges = []
+    for code in range(0xC0, 0x100):
+        (whole, _), *_ = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(code))
+        vocabulary[whole] = len(vocabulary)
+        merges.append((whole[0], whole[1]))
+    made = byte_level()
+    made.model = models.BPE(vocabulary, merges)
+    made.add_special_tokens(["</s>", "<s>"])
+    plain = dict(bos_token="<s>", pad_token=None, unk_token=None)
+    tokenizer = find_tokenizer("hf", str(saved(tmp_path / "good", made, **plain)))
+    assert tokenizer.decode(tokenizer.encode("na\u00efve </s>")) == "na\u00efve </s>"
+    with pytest.raises(DataError, match="t: the token '\u00c3' marks documents"):
+        find_tokenizer("hf", str(saved(tmp_path / "t", made, **plain | dict(bos_token="\u00c3"))))
+
+
 @pytest.mark.parametrize("model", ["word list", "word pieces", "unigram"])
 def test_a_control_token_that_is_an_ordinary_word_or_letter_is_refused(tmp_path, model):
     folder = saved(tmp_path / "t", MODELS[model](), eos_token="a")
