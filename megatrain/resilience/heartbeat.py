@@ -1,9 +1,10 @@
 """Heartbeats: which step and phase each rank of a node is in, and how its time was spent. Imports no torch.
 
-Each local rank has a record of 256 bytes in an unnamed file that the rank and its agent map into memory. Writing one
-takes a few microseconds. The last record of a rank that is stopped, stuck or dead stays readable. A rank that ends with
-an error leaves a report of it beside the record, which needs no disk. The file vanishes with the last process that maps
-it. Times are from the monotonic clock, which all processes of a machine share.
+Each local rank has a record in an unnamed file that the rank and its agent map into memory. Writing one takes a few
+microseconds, in which a busy machine may well suspend the rank. So a record has two slots: the rank writes the one that
+is not current, and then makes it current by one byte. The last record of a rank that is stopped, stuck or dead stays
+readable. A rank that ends with an error leaves a report of it beside the record, which needs no disk. The file vanishes
+with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _COMPUTING = frozenset(_NUMBERS[phase] for phase in ("forward", "backward", "upd
 _AFTER_A_STEP = ("data", "save", "end")
 _ACCOUNTS = len(PHASES) + 1  # each phase, and the time waited
 _PLACE = ("step", "finished", "when", "phase", "first", "done")
-# native 8-byte integers, each of which is written atomically
-_RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")
-_SIZE = 256
+_RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")  # packing it clears its bytes first
+_SIZE = 512
+_SLOTS = (32, 272)
+"""Where a rank's two slots begin, after the byte that counts its writes; its lowest bit names the current slot."""
 _REPORT_SIZE = 16384
 _LENGTH = struct.Struct("@q")
 
@@ -92,7 +94,7 @@ class Heartbeat:
         self._spent_on_steps = [0] * _ACCOUNTS
         self._when = time.monotonic_ns()
         if self._map is not None:
-            self._when = _RECORD.unpack_from(self._map, self._offset)[2]  # when the agent began to start this rank
+            self._when = _current(self._map, self._offset)[2]  # when the agent began to start this rank
 
     @classmethod
     def from_environ(cls, local_rank: int, environ: Mapping[str, str] | None = None) -> Heartbeat:
@@ -153,7 +155,7 @@ class Heartbeat:
     def _write(self) -> None:
         if self._map is not None:
             place = (self.step, self.finished, self._when, _NUMBERS[self.phase], self._first, self._done)
-            _RECORD.pack_into(self._map, self._offset, *place, *self._spent, *self._spent_on_steps)
+            _replace(self._map, self._offset, *place, *self._spent, *self._spent_on_steps)
 
 
 class Heartbeats:
@@ -176,12 +178,12 @@ class Heartbeats:
         """Reset all records: every rank starts now."""
         nothing = (0,) * (_ACCOUNTS * 2)
         for rank in range(self.num_ranks):
-            _RECORD.pack_into(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
+            _replace(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
             _LENGTH.pack_into(self._map, self._report_offset(rank), 0)
 
     def read(self, local_rank: int) -> Beat:
         """Return a rank's last heartbeat."""
-        step, finished, when, phase, *_ = self._record(local_rank)
+        step, finished, when, phase, *_ = _current(self._map, local_rank * _SIZE)
         return Beat(step, finished, PHASES[phase], (time.monotonic_ns() - when) / 1e9)
 
     def report(self, local_rank: int) -> str:
@@ -195,7 +197,7 @@ class Heartbeats:
 
     def account(self, local_rank: int, until: float | None = None) -> Account:
         """Return how a rank's time was spent until `until` (time.monotonic(), after its last heartbeat; None: now)."""
-        record = self._record(local_rank)
+        record = _current(self._map, local_rank * _SIZE)
         _, finished, when, phase, first, done = record[: len(_PLACE)]
         spent = list(record[len(_PLACE) : -_ACCOUNTS])
         now = time.monotonic_ns() if until is None else int(until * 1e9)
@@ -205,17 +207,23 @@ class Heartbeats:
         on_steps = {name: value / 1e9 for name, value in zip(names, record[-_ACCOUNTS:], strict=True)}
         return Account(first, done, finished, seconds, {name: seconds[name] - on_steps[name] for name in names})
 
-    def _record(self, local_rank: int) -> tuple[int, ...]:
-        """Read a rank's record until two reads agree, because the rank may be writing it."""
-        record: tuple[int, ...] = ()
-        for _ in range(8):
-            again = _RECORD.unpack_from(self._map, local_rank * _SIZE)
-            if again == record:
-                break
-            record = again
-        return record
-
     def close(self) -> None:
         """Unmap and close the file."""
         self._map.close()
         self._file.close()
+
+
+def _replace(memory: mmap.mmap, offset: int, *numbers: int) -> None:
+    """Write a record into the slot that is not current, and make it current."""
+    writes = (memory[offset] + 1) % 256
+    _RECORD.pack_into(memory, offset + _SLOTS[writes % 2], *numbers)
+    memory[offset] = writes
+
+
+def _current(memory: mmap.mmap, offset: int) -> tuple[int, ...]:
+    """Return a whole record: read again if its slot was written meanwhile, which takes two writes."""
+    while True:
+        writes = memory[offset]
+        record = _RECORD.unpack_from(memory, offset + _SLOTS[writes % 2])
+        if memory[offset] == writes:
+            return record
