@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tests/support
 from torch import cuda
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if cuda.is_available() else "1")  # read when Triton is imported
+for ignored in (signal.SIGINT, signal.SIGHUP):  # as in the background of a script or under nohup; children inherit it
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

@@ -30,13 +30,9 @@ def here(workplace, monkeypatch):
 
 
 def script(folder, source, **streams):
-    """Start a Python script of the user's, in a session of its own, as a notebook's kernel is.
-
-    It hears Ctrl-C even where this process ignores it, as a shell's background job does.
-    """
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    """Start a Python script of the user's, in a session of its own, as a notebook's kernel is."""
     return subprocess.Popen(
-        [sys.executable, "-c", listen + textwrap.dedent(source)],
+        [sys.executable, "-c", textwrap.dedent(source)],
         cwd=folder,
         text=True,
         start_new_session=True,
