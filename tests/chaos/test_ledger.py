@@ -12,8 +12,12 @@ from support.faults import fault, run_with
 from megatrain.report.run_page import report
 from megatrain.resilience.ledger import summarise
 
-OUTSIDE_S = 0.6
-"""What the ledger cannot see of a command: the interpreter's exit, and starting a process of it."""
+OUTSIDE_S = 1.5
+"""What the ledger cannot see of a command: the interpreter's exit, and starting a process of it.
+
+0.81 s were seen on two cores with a load of six. A ledger that forgets the two seconds between the
+commands, or a start, still fails.
+"""
 
 
 def timed(*arguments):
