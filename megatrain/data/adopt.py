@@ -63,6 +63,24 @@ def _check_apart(train: list[Path], heldout: Sequence[Path] = ()) -> None:
             )
 
 
+def check_contents_apart(card: Card, prefixes: dict[str, list[Path]]) -> None:
+    """Raise `ConfigError` if a held-out pair is a copy of a train pair.
+
+    `card` is that of the pairs in `prefixes`, whose hashes it compares.
+    """
+    trained: dict[tuple[str, ...], Path] = {}
+    for split in prefixes:
+        for prefix, (_, part) in zip(prefixes[split], card.splits[split].pairs(split), strict=True):
+            contents = (part.dtype, str(part.bin_size), *part.block_hashes)
+            if split == "train":
+                trained[contents] = prefix
+            elif part.tokens and (also := trained.get(contents)):
+                raise ConfigError(
+                    f"data.paths: the held-out {prefix}.bin has the same contents as {also}.bin of the train split; a "
+                    "held-out loss on training data says nothing, so give other pairs, or the train pairs alone"
+                )
+
+
 def _identity(prefix: Path) -> tuple[int, int]:
     """Return the device and inode of a pair's `.bin`, the same through every link and spelling of its path."""
     found = pair(prefix)[0].stat()

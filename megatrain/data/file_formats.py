@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from megatrain.data.normalise import Problem
 from megatrain.errors import DataError
 
 _READ_BYTES = 2**20
@@ -90,8 +91,11 @@ def json_values(file: BinaryIO, name: str, limit: int) -> Iterator[str]:
 class TextColumn:
     """The column of a `.parquet` that holds the text; `content.text` is the field `text` of the struct `content`.
 
-    Raises `DataError` if there is none, there are two, or it holds something else.
+    `problem` is what is wrong with every row, if there is no such column or it holds something else than text; `texts`
+    is not for such a file. Raises `DataError` if there are two columns of that name.
     """
+
+    problem: Problem | None = None
 
     def __init__(self, schema: Any, name: str, origin: str) -> None:
         import pyarrow
@@ -110,13 +114,14 @@ class TextColumn:
             at = fields.get_field_index(part) if fields is not None else -1
             if at < 0:
                 has = ", ".join(_paths(schema))
-                raise DataError(f"{origin}: no column {name!r} (it has {has}); set data.text_column")
+                self.problem = Problem("no_field", f"no column {name!r} (it has {has})", "set data.text_column")
+                return
             kind = fields.field(at).type
             fields = kind if types.is_struct(kind) else None
         text = kind.value_type if types.is_dictionary(kind) else kind
         known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
         if not any(getattr(types, f"is_{known_kind}")(text) for known_kind in known):
-            raise DataError(f"{origin}: column {name!r} is {kind}, not text; set data.text_column")
+            self.problem = Problem("not_text", f"column {name!r} is {kind}, not text", "set data.text_column")
 
     def texts(self, batch: Any) -> list[bytes | None]:
         """Return the texts of a record batch, None for a null."""

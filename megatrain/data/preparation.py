@@ -12,7 +12,7 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import xxhash
 
 from megatrain.config import DataConfig, PrepareConfig
 from megatrain.config.flatten import flatten
-from megatrain.data.adopt import check_prefixes, link, make_card
+from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.indexed import IndexedWriter, token_dtype
 from megatrain.data.normalise import Policy, Record
@@ -40,6 +40,10 @@ CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
 QUARANTINE = "quarantine.jsonl"
 """The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
+_BAD = "bad_"
+"""The start of the names of counts of bad records by reason; `bad` counts them all."""
+_MANY_BAD = 0.01
+"""The share of bad records above which the end of `prepare` warns."""
 _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
 
 
@@ -60,17 +64,19 @@ def prepare(config: PrepareConfig) -> Path:
         )
         return target
     with StagingFolder(target) as staging:
+        first_bad = None
         if isinstance(opened, Source):
-            card = _prepare_text(opened, config, given, staging.folder)
+            card, first_bad = _prepare_text(opened, config, given, staging.folder)
         else:
             link(opened, staging.folder)
             card = make_card(staging.folder, config.data.name, given)
+            check_contents_apart(card, opened)
             if given:
                 given.save(staging.folder / "tokenizer")
         card.source, card.config = identity, settings
         card.save(staging.folder)
         staging.publish()
-    print(_summary(target, card), file=sys.stderr)
+    print("\n".join([*_summary(target, card), *_bad_records(target, card.counts, first_bad)]), file=sys.stderr)
     return target
 
 
@@ -79,20 +85,26 @@ def _names(prefixes: dict[str, list[Path]]) -> dict[str, Any]:
     return {split: str(found[0]) if len(found) == 1 else list(map(str, found)) for split, found in prefixes.items()}
 
 
-def _prepare_text(source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path) -> Card:
-    """Read, clean, tokenize and write everything in `folder` except the card, and return the card."""
+def _prepare_text(
+    source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path
+) -> tuple[Card, str | None]:
+    """Read, clean, tokenize and write everything in `folder` except the card.
+
+    Returns the card, and where the first bad record is and why it is bad (None if there is none).
+    """
     with Workers(config.data.workers or usable_cores()) as pool, Spool(folder) as spool:
         cleaned = _clean(source, config, pool, spool, folder)
         tokenizer = given or _train_tokenizer(config, spool, cleaned)
         tokenizer.save(folder / "tokenizer")
         splits = _encode(spool, folder, tokenizer, pool)
-    return Card(
+    card = Card(
         name=config.data.name,
         fingerprint=fingerprint(splits),
         splits=splits,
         tokenizer=TokenizerCard.of(tokenizer),
         counts=dict(sorted(cleaned.counts.items())),
     )
+    return card, cleaned.first_bad
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -176,6 +188,7 @@ class CleaningResult:
     kept: Counter[int] = field(default_factory=Counter)
     lowest: tuple[int, int] | None = None  # (random draw, document) of the document to hold out first
     highest: tuple[int, int] | None = None  # the same for the one to hold out last
+    first_bad: str | None = None  # where the first bad record is, and why it is bad
 
 
 def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> CleaningResult:
@@ -184,11 +197,10 @@ def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, f
     result = CleaningResult(Sample(config.tokenizer.train_bytes))
     seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
     tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
-    first_bad = None
     with Meter("reading", source.total_bytes) as meter:
         for cleaned in pool.map(clean_chunk, tasks):
             _store_chunk(cleaned, spool, result, seen, config)
-            first_bad = first_bad or cleaned.first_bad
+            result.first_bad = result.first_bad or cleaned.first_bad
             if cleaned.quarantine:
                 with open(folder / QUARANTINE, "ab") as file:
                     file.write(cleaned.quarantine)
@@ -196,17 +208,22 @@ def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, f
     if seen:
         seen.close()
     result.counts["oversized"] = source.progress.oversized
-    _check_bad_fraction(result.counts, config.data.max_bad_fraction, first_bad)
+    _check_bad_fraction(result.counts, config.data.max_bad_fraction, result.first_bad)
     if not sum(result.kept.values()):
-        raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(result.counts)})")
+        first = f"; the first bad record: {result.first_bad}" if result.first_bad else ""
+        raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(result.counts)}){first}")
     if config.data.heldout_fraction > 0:
         _fill_both_splits(spool, result, config.data.heldout_fraction)
     return result
 
 
+def _num_bad(counts: Mapping[str, int]) -> int:
+    return counts.get("bad", 0) + counts.get("skipped_undecodable", 0)
+
+
 def _check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None) -> None:
     """Raise `DataError` if more than `data.max_bad_fraction` of the records were left out as bad."""
-    bad = counts["bad"] + counts["skipped_undecodable"]
+    bad = _num_bad(counts)
     if bad > limit * counts["read"]:
         raise DataError(
             f"data.max_bad_fraction={limit:g}: {bad} of {counts['read']} records are bad ({_format_counts(counts)}); "
@@ -323,22 +340,39 @@ def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> 
     return cards
 
 
-def _format_counts(counts: Counter[str] | dict[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return (
         ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
         or "nothing read"
     )
 
 
-def _summary(target: Path, card: Card) -> str:
-    lines = [f"{target}: prepared, fingerprint {card.fingerprint}"]
+def _summary(target: Path, card: Card) -> Iterator[str]:
+    """Yield the lines that say what was prepared."""
+    yield f"{target}: prepared, fingerprint {card.fingerprint}"
     for name, split in card.splits.items():
         size = f"  {name}: {split.documents:,} document{'s' * (split.documents != 1)}, {split.tokens:,} tokens"
         if split.bytes is not None:  # unknown for data that came as token ids
             size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
-        lines.append(size)
+        yield size
+    counts = {name: count for name, count in card.counts.items() if not name.startswith(_BAD)}
     if card.counts:
-        lines.append(f"  documents: {_format_counts(card.counts)}")
-    if (target / QUARANTINE).is_file():
-        lines.append(f"  bad records: {target / QUARANTINE}")
-    return "\n".join(lines)
+        yield f"  documents: {_format_counts(counts)}"
+
+
+def _bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> Iterator[str]:
+    """Yield the lines that say how many records were left out as bad, by reason, where they are, and the first."""
+    bad, read = _num_bad(counts), counts.get("read", 0)
+    if not bad:
+        return
+    kinds = {name.removeprefix(_BAD): count for name, count in counts.items() if name.startswith(_BAD)}
+    kinds["undecodable"] = counts.get("skipped_undecodable", 0)
+    kept = target / QUARANTINE
+    where = f"kept in {kept}" if kept.is_file() else "not kept; data.on_bad_record=quarantine keeps them"
+    yield f"  bad records left out: {bad:,} of {read:,} ({_format_counts(kinds)}), {where}"
+    yield f"  the first: {first}"
+    if bad > _MANY_BAD * read:
+        yield (
+            f"warning: {100 * bad / read:.3g}% of the records are bad and were left out; mend the data, or refuse so "
+            f"many with data.max_bad_fraction={_MANY_BAD:g}"
+        )

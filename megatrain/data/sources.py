@@ -218,13 +218,15 @@ class FilesSource(Source):
             with parquet.ParquetFile(path) as file:
                 column = TextColumn(file.schema_arrow, self.config.text_column, str(path))
                 row, rows = 0, max(file.metadata.num_rows, 1)
-                for batch in file.iter_batches(batch_size=64, columns=[self.config.text_column]):
-                    for text in column.texts(batch):
+                null = Problem("null", f"no text under {self.config.text_column!r}: it is null")
+                for batch in file.iter_batches(64, columns=None if column.problem else [self.config.text_column]):
+                    for value in batch.to_pylist() if column.problem else column.texts(batch):
                         row += 1
-                        null = Problem("null", f"no text under {self.config.text_column!r}: it is null")
-                        yield from self._field(null if text is None else text, f"{path}:{row}", text)
+                        yield from self._field(
+                            column.problem or (null if value is None else value), f"{path}:{row}", value
+                        )
                     self.progress.bytes = before + path.stat().st_size * row // rows
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
 
 

@@ -187,3 +187,18 @@ def test_held_out_data_that_is_training_data_is_refused(tmp_path, shards, way):
 def test_a_list_of_prefixes_may_begin_with_a_byte_order_mark(tmp_path, shards):
     (shards / "list.txt").write_text("s.0_document\ns.3_document\n", encoding="utf-8-sig")
     assert Card.load(adopt(tmp_path, [shards / "list.txt"])).splits["train"].tokens == 750
+
+
+@pytest.mark.parametrize("among", [False, True])
+def test_a_copy_of_training_data_is_refused_as_held_out_data(tmp_path, shards, among):
+    """A copy has another name, inode and `.idx` of other documents; only the token ids tell."""
+    other = tmp_path / "other"
+    other.mkdir()
+    writer = IndexedWriter(other / "copy", np.dtype(np.uint16))
+    writer.add(np.arange(300, dtype=np.uint16), np.array([100, 200], np.int32))
+    writer.finish()
+    message = r"data.paths: the held-out .*copy.bin has the same contents as .*s.0_document.bin of the train split"
+    with pytest.raises(ConfigError, match=message):
+        adopt(tmp_path, [shards if among else shards / "s.0_document", other])
+    assert not (tmp_path / "out" / "d").exists()
+    adopt(tmp_path, [shards / "s.3_document", other])

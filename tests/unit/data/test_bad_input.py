@@ -131,6 +131,58 @@ def test_undecodable_bytes_in_a_parquet_column_follow_the_policy(run, tmp_path):
         run("", None, name="x", undecodable="refuse")
 
 
+@pytest.mark.parametrize(
+    ("table", "kind", "first"),
+    [
+        ({"text": [1, 2, 3]}, "not_text", "column 'text' is int64, not text"),
+        ({"text": [["a"], ["b"], None]}, "not_text", "column 'text' is list<"),
+        ({"body": ["a", "b", "c"], "n": [1, 2, 3]}, "no_field", "no column 'text' (it has body, n)"),
+        ({"text": [None, None, None]}, "null", "no text under 'text': it is null"),
+    ],
+)
+def test_a_parquet_without_text_is_as_many_bad_records_as_it_has_rows(run, tmp_path, capsys, table, kind, first):
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in" / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:1: .*data.on_bad_record=skip or quarantine"):
+        run("", None, beside=True)
+    folder = run("", None, beside=True, on_bad_record="quarantine")
+    counts = Card.load(folder).counts
+    assert (counts["read"], counts["bad"], counts[f"bad_{kind}"]) == (53, 3, 3)
+    kept = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["where"].rpartition("/")[2] for line in kept] == ["a.parquet:1", "a.parquet:2", "a.parquet:3"]
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    assert [json.loads(line["record"]) for line in kept] == (rows if kind != "null" else [None] * 3)
+    assert f"a.parquet:1: {first}" in capsys.readouterr().err
+
+
+def test_the_end_says_how_many_records_are_bad_of_what_kind_where_they_are_and_the_first(run, capsys):
+    content = b'{"text": 3}\n[]\n{"text": null}\n{"text": null}\n'
+    folder = run("a.jsonl", content, beside=True, on_bad_record="quarantine")
+    said = capsys.readouterr().err
+    kept = f"kept in {folder / 'quarantine.jsonl'}"
+    assert f"bad records left out: 4 of 54 (not object 1, not text 1, null 2), {kept}" in said
+    assert "a.jsonl:1: no text under 'text': it is a number (3)" in said
+    assert "warning: 7.41% of the records are bad" in said
+    run("a.jsonl", content, beside=True, name="s", on_bad_record="skip")
+    assert "not kept; data.on_bad_record=quarantine keeps them" in capsys.readouterr().err
+    run("a.jsonl", b'{"text": "\xff"}\n', beside=True, name="u", undecodable="skip")
+    assert "bad records left out: 1 of 51 (undecodable 1)" in capsys.readouterr().err
+
+
+def test_few_bad_records_are_counted_without_a_warning_and_none_are_not_mentioned(run, capsys):
+    many = b"".join(b'{"text": "document %d"}\n' % number for number in range(99))
+    run("a.jsonl", many + b'{"text": 3}\n', name="few", on_bad_record="skip")
+    said = capsys.readouterr().err
+    assert "bad records left out: 1 of 100 (not text 1)" in said and "warning" not in said
+    run("a.jsonl", many, name="none", on_bad_record="skip")
+    assert "bad records" not in capsys.readouterr().err
+
+
+def test_an_empty_corpus_of_bad_records_names_the_first(run):
+    with pytest.raises(DataError, match=r"the corpus is empty \(bad 1.*the first bad record: .*a.jsonl:1: no text"):
+        run("a.jsonl", b'{"text": 3}\n', on_bad_record="skip")
+
+
 def compress(kind, data):
     return {"gz": gzip.compress, "zst": zstandard.compress}[kind](data)
 
@@ -157,9 +209,9 @@ def test_a_cut_or_damaged_parquet_or_one_without_the_column_is_named(run, tmp_pa
     path = tmp_path / "in" / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": [str(i**20) for i in range(2000)], "n": range(2000)}), path)
     whole = path.read_bytes()
-    with pytest.raises(DataError, match=r"a.parquet: no column 'text' \(it has body, n\); set data.text_column"):
+    with pytest.raises(DataError, match=r"a.parquet:1: no column 'text' \(it has body, n\); set data.text_column"):
         run("", None)
-    with pytest.raises(DataError, match=r"a.parquet: column 'n' is int64, not text"):
+    with pytest.raises(DataError, match=r"a.parquet:1: column 'n' is int64, not text"):
         run("", None, text_column="n")
     damaged = bytearray(whole)
     damaged[200:2000] = bytes(1800)
