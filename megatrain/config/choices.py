@@ -28,6 +28,8 @@ SEARCH_PATH = "hydra.searchpath"
 
 YAML = (".yaml", ".yml")
 
+TIME = re.compile(r"[-+]?[0-9]+(:[0-9]+)+(\.[0-9]*)?$")
+
 
 def conf_folder() -> Path:
     """Return the folder of conf/, in a checkout or an installed wheel."""
@@ -109,19 +111,37 @@ def find_choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
 def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     """Return the mapping in a YAML file, and the package that its header (`# @package _global_`) names.
 
-    Raises ConfigError if the file cannot be read or holds something else.
+    Raises ConfigError if the file cannot be read, is empty or holds something else.
     """
     import yaml
 
     try:
         text = file.read_text(encoding="utf-8-sig")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _loader())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"{file} cannot be read: {reason}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if content is not None and not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
+    if content is None or content == {}:
+        raise ConfigError(
+            f"{file} is empty, which would mean the default of every key; restore it, or give another file"
+        )
+    if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
         raise ConfigError(f"{file} does not hold keys with values, as in num_layers: 4")
     header = re.search(r"^#\s*@package[ \t]+(\S+)", text, re.MULTILINE)
-    return content or {}, header.group(1) if header else None
+    return content, header.group(1) if header else None
+
+
+def _loader() -> Any:
+    """Return YAML's safe loader, except that 1:00:00 stays text: YAML 1.1 reads it as a number to the base 60, 3600."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        letter: [("tag:yaml.org,2002:str", TIME), *known]
+        for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader

@@ -6,6 +6,7 @@ key, the given value and the nearest value that works.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatrain.checkpoint.resume import OVERRIDES, may_change
@@ -30,6 +31,8 @@ from megatrain.parallel.rule_checks import divisors, listed
 LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
 
+TIME_LIMIT = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|(?i:UNLIMITED|INFINITE)")
+"""Time limits of jobs, as sbatch's manual lists them; the last two words are what Slurm prints for none."""
 
 LONGEST_NAME = 200
 """Longest name of a run, sweep or dataset, in bytes. File systems allow 255, of which temporary names need some."""
@@ -53,6 +56,7 @@ def check_values(config: Any) -> None:
         check_skip_ranges(config.train.skip_ranges)
         check_slow_rank_ratio(config.resilience.slow_rank_ratio)
         check_kernels(config)
+        check_time_limit(config.launch.time)
         check_layout(config, ranks)
 
 
@@ -90,6 +94,16 @@ def check_slow_rank_ratio(ratio: float) -> None:
         raise ConfigError(
             f"resilience.slow_rank_ratio={ratio:g} would report ranks that are as fast as the others; give more than 1 "
             f"(the default is 1.2), or 0 to turn the comparison off"
+        )
+
+
+def check_time_limit(limit: str | None) -> None:
+    """Check that sbatch can read the time limit of a job."""
+    if limit is not None and not TIME_LIMIT.fullmatch(limit):
+        raise ConfigError(
+            f"launch.time={limit!r} is not a time limit that sbatch reads; give minutes (90), minutes:seconds, "
+            f"hours:minutes:seconds (12:00:00), or days-hours, days-hours:minutes, days-hours:minutes:seconds "
+            f"(1-00:00:00)"
         )
 
 

@@ -101,6 +101,8 @@ def test_a_choice_may_be_a_file_anywhere(own):
         ({"model__my": "num_layers: many"}, ["model=my"], r"my.yaml: model.num_layers: many: expected a whole number"),
         ({"model__my": "num_layers: 0"}, ["model=my"], r"model.num_layers=0 is out of range"),
         ({"model__my": "a: [1"}, ["model=my"], r"my.yaml is not YAML: .*line 1"),
+        ({"model__my": ""}, ["model=my"], r"my.yaml is empty, .*; restore it, or give another file"),
+        ({"experiment__my": "# only a comment\n{}"}, ["experiment=my"], r"my.yaml is empty"),
         ({"model__my": "just text"}, ["model=my"], r"my.yaml does not hold keys with values"),
         ({"model__my": "defaults: [tinny]"}, ["model=my"], r"my.yaml.*tinny"),
         ({"experiment__my": "model: tiny"}, ["experiment=my"], r"defaults: \[override /model: tiny\]"),
@@ -139,6 +141,8 @@ def test_a_printed_config_composes_to_itself_and_the_command_line_wins_over_it(o
     assert compose("prepare", [f"--config={saved}"]).data.paths == ["a (1).txt"]
     assert compose("layouts", [f"--config={saved}"]).model.name == "tiny"
     assert "give one of them" in refusal(f"--config={saved}", "experiment=quickstart")
+    saved.write_text("")
+    assert f"{saved} is empty" in refusal(f"--config={saved}")
     saved.write_text("train: {stepz: 3}")
     assert f"{saved}: unknown key train.stepz; did you mean train.steps?" in refusal(f"--config={saved}")
 
@@ -150,6 +154,11 @@ def test_the_ranks_and_the_points_of_a_sweep_get_the_same_flags(own, monkeypatch
     points = compose_points([*arguments.overrides[:1], "data.name=x", "model=glob(m*)"])
     assert [point.config.run.name for point in points] == ["x-model-mine", "x-model-my"]
     assert all(point.overrides[0] == f"--config-dir={folder}" for point in points)
+
+
+def test_a_time_in_a_file_is_not_a_number_to_the_base_60(own):
+    folder = own(launch__my="defaults: [slurm, _self_]\ntime: 12:00:00\n")
+    assert compose("train", [f"--config-dir={folder}", "launch=my"]).launch.time == "12:00:00"
 
 
 def test_a_choice_that_includes_itself_is_refused(own):

@@ -52,6 +52,8 @@ def refusal(check, config) -> str:
         ["model.rope_scaling=llama3", "model.rope_factor=8", "model.rope_original_seq_len=64"],
         ["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_beta_fast=16", "model.rope_truncate=false"],
         ["model.qk_norm=true", "model.qk_norm_over=heads", "model.norm_place=after"],
+        *([f"launch.time={limit}"] for limit in ("90", "90:30", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "0")),
+        ["launch.time=UNLIMITED"],
     ],
 )
 def test_keys_that_agree_pass(base, overrides):
@@ -127,6 +129,10 @@ def test_keys_that_agree_pass(base, overrides):
         (["run.name=.."], "run.name='..' cannot"),
         (["run.name="], "run.name='' cannot"),
         (["data.name=../x"], "data.name='../x' cannot"),
+        *(
+            ([f"launch.time={limit!r}"], f"launch.time='{limit}' is not a time limit .*12:00:00")
+            for limit in ("soon", "1h", "-5", "1.5", "1-", "1-2-3", "1:2:3:4", "::", "", "1 00:00", "٣")
+        ),
     ],
 )
 def test_contradicting_keys_are_refused_with_the_nearest_values_that_work(base, overrides, says):
