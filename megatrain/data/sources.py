@@ -26,6 +26,7 @@ from megatrain.config import DataConfig
 from megatrain.data.compressed import opened
 from megatrain.data.file_formats import TextColumn, json_values, starts_with_a_line
 from megatrain.data.file_search import find_paths, saved_to_disk
+from megatrain.data.hub import one_line_a_wait
 from megatrain.data.normalise import Problem, Record, find_text
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
@@ -260,11 +261,15 @@ class HuggingFaceSource(Source):
         self._datasets = require_library("datasets", "data.kind=huggingface")
         place = f"data.hf_path={config.hf_path}, data.hf_config={config.hf_config}, data.hf_split={config.hf_split}"
         try:
-            self._rows = self._load(config)
+            with one_line_a_wait(f"data.hf_path={config.hf_path}"):
+                self._rows = self._load(config)
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{place}: {_first_line(error)}") from error
         except (ConnectionError, OSError) as error:
-            raise EnvironmentFault(f"{place}: the hub could not be reached ({_first_line(error)})") from error
+            raise EnvironmentFault(
+                f"{place}: the hub could not be reached ({_first_line(error)}); check the network, or give a folder "
+                "with the dataset's files"
+            ) from error
         columns = self._rows.column_names
         if columns is not None and not {config.text_column, config.text_column.split(".")[0]} & set(columns):
             raise ConfigError(f"data.text_column={config.text_column}: {config.hf_path} has {', '.join(columns)}")
@@ -286,10 +291,11 @@ class HuggingFaceSource(Source):
         column, path = self.config.text_column, self.config.hf_path
         number = 0
         try:
-            for number, row in enumerate(self._rows, start=1):
-                text = find_text(row, column)
-                self.progress.bytes += 0 if isinstance(text, Problem) else _num_bytes(text)
-                yield from self._field(text, f"{path}, row {number}", row)
+            with one_line_a_wait(f"data.hf_path={path}"):
+                for number, row in enumerate(self._rows, start=1):
+                    text = find_text(row, column)
+                    self.progress.bytes += 0 if isinstance(text, Problem) else _num_bytes(text)
+                    yield from self._field(text, f"{path}, row {number}", row)
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from megatrain.data.control_tokens import control_ids, probes, spellings, unknown_id, unspellable
+from megatrain.data.hub import one_line_a_wait
 from megatrain.data.tokenizer import StreamDecoder, Tokenizer, read_text, segments
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
@@ -283,10 +284,11 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
     )
 
     try:
-        folder = Path(hf_hub_download(name, "tokenizer.json")).parent
-        for also in ("tokenizer_config.json", _TEMPLATE, "config.json"):
-            with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # not every tokenizer has one
-                hf_hub_download(name, also)
+        with one_line_a_wait(f"tokenizer.path={name}"):
+            folder = Path(hf_hub_download(name, "tokenizer.json")).parent
+            for also in ("tokenizer_config.json", _TEMPLATE, "config.json"):
+                with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):  # not every tokenizer has one
+                    hf_hub_download(name, also)
     except LocalEntryNotFoundError as error:
         raise EnvironmentFault(
             f"tokenizer.path: {name} is not on this disk and the Hugging Face hub cannot be reached"
