@@ -31,6 +31,7 @@ from megatrain.errors import (
     EnvironmentFault,
     OwnedError,
 )
+from megatrain.launch import notices
 from megatrain.launch.fork_server import ForkServer, ForkServerError
 from megatrain.launch.nodes import DONE, FAILED, HUNG, RUNNING, STALLED, Peers, SingleNode
 from megatrain.launch.outcome import KILLED, LOST_A_PEER, TOLD, Blame, StartOutcome, most_to_blame, suspicion
@@ -283,12 +284,12 @@ class Agent:
             self._tell_of_long_stop()
             if self.ledger is not None:
                 self.ledger.watch()
-            if self.interrupts > 1:
+            failed = [worker for worker in self._poll() if worker.code not in GOOD_CODES]
+            if self.interrupts > 1 and self._running():
                 self.peers.report_state(FAILED)
                 self.kill()
-                message = "stopped without saving (second Ctrl-C)"
+                message = notices.cut_short(self.log_dir.parent, self.heartbeats.account(0).done)
                 return StartOutcome(EXIT_INTERRUPTED, (KILLED, -1), message=message)
-            failed = [worker for worker in self._poll() if worker.code not in GOOD_CODES]
             failed = failed or self._end_after_report()
             if failed:
                 self.peers.report_state(FAILED)
@@ -341,7 +342,7 @@ class Agent:
             if number == signal.SIGINT:
                 self.interrupts += 1
                 if self.interrupts == 1:
-                    print_message("stopping: the workers save and end; press Ctrl-C again to stop without saving")
+                    print_message(notices.STOPPING)
                     self._record_interrupt()
             number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
             self.forwarded_signals.add(number)
@@ -357,12 +358,7 @@ class Agent:
         if self.asked_at is None or waited < self.next_notice or self.peers.node != 0 or not self._running():
             return
         self.next_notice += STOPPING_S
-        beat = self.heartbeats.read(0)
-        how = "another Ctrl-C" if self.interrupts else "Ctrl-C twice"
-        print_message(
-            f"asked to stop {waited:.0f} s ago, and rank 0 is in step {beat.step} ({beat.phase}): the run saves "
-            f"and ends once the step is done; {how} ends it without saving"
-        )
+        print_message(notices.long_stop(waited, self.heartbeats.read(0), interrupted=self.interrupts > 0))
 
     def _running(self) -> list[RankProcess]:
         return [worker for worker in self.workers if worker.code is None]
@@ -435,9 +431,7 @@ class Agent:
         assert code is not None, "a worker that is still running cannot have failed"
         blame = self._blame(cause)
         if -code in self.forwarded_signals:
-            name = signal.Signals(-code).name
-            message = f"stopped by {name} before training began or after its end; start again to continue"
-            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=message)
+            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=notices.outside_training(-code))
         report = self._report(cause)
         if code < 0 and report is None and self.recovery is not None:
             beat = self.heartbeats.read(cause.local_rank)

@@ -13,7 +13,8 @@ from support.workers import SAVE_ON_TERM, exit_with, is_running, wait_for, worke
 
 from megatrain.errors import EnvironmentFault
 from megatrain.launch import agent as agent_module
-from megatrain.launch import rank_process
+from megatrain.launch import notices, rank_process
+from megatrain.launch.nodes import SingleNode
 
 
 def start_agent(command: list[str], num_workers: int, folder: Path) -> subprocess.Popen:
@@ -170,6 +171,35 @@ def test_a_second_ctrl_c_ends_a_save_at_once(tmp_path):
     assert agent.wait(timeout=5) == 130
     assert not (tmp_path / "saved_0").exists()
     assert not is_running(int((tmp_path / "pid_0").read_text()))
+
+
+def test_a_second_ctrl_c_says_what_is_saved(tmp_path):
+    """The workers have saved, and wait for something else, such as MLflow."""
+    (tmp_path / "checkpoints/step_00000007").mkdir(parents=True)
+    agent = start_agent(worker(SAVE_ON_TERM, tmp_path, 60), 2, tmp_path)
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    agent.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "got_0", tmp_path / "got_1")
+    agent.send_signal(signal.SIGINT)
+    assert agent.wait(timeout=20) == 130
+    assert "stopped (second Ctrl-C); the checkpoint of step 7 is complete" in agent.stderr.read()
+    assert "stopped without saving (second Ctrl-C); the last step was 8, " in notices.cut_short(tmp_path, 8)
+    assert notices.cut_short(tmp_path / "new", 0) == "stopped without saving (second Ctrl-C)"
+
+
+def test_ctrl_c_after_all_workers_have_saved_and_ended_changes_nothing(tmp_path):
+    agent = agent_module.Agent(worker(SAVE_ON_TERM, tmp_path, 0), 1, tmp_path, None, SingleNode())
+    try:
+        agent._start_workers()
+        wait_for(tmp_path / "pid_0")
+        agent.on_signal(signal.SIGINT, None)
+        agent._forward_signals()
+        agent.workers[0].process.wait()
+        agent.on_signal(signal.SIGINT, None)
+        agent.on_signal(signal.SIGINT, None)
+        assert agent._wait().code == 75
+    finally:
+        agent.close()
 
 
 def test_a_signal_before_the_workers_can_save_still_asks_for_a_restart(tmp_path):
