@@ -71,6 +71,8 @@ class Arguments:
 
     verb: str | None = None
     overrides: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    """A line for each key that is given several values."""
     flags: set[str] = field(default_factory=set)
     own_choices: list[str] = field(default_factory=list)
     """With --help: the words of `overrides` that name folders of the user's own choices."""
@@ -168,6 +170,8 @@ def run(arguments: Arguments) -> int:
     if "--help" in arguments.flags:
         print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices)))
         return EXIT_OK
+    for line in arguments.repeated if not is_launched() else ():
+        say(f"warning: {line}")
     if "--multirun" in arguments.flags:
         if verb != "train":
             raise ConfigError(
@@ -253,8 +257,10 @@ def parse(argv: list[str]) -> Arguments:
         arguments.own_choices = [text for text in given if text.partition("=")[0] in (CONFIG_DIR, SEARCH_PATH)]
         arguments.overrides = [text for text in given if not set("=/") & set(text)]  # words to select
     elif arguments.verb is not None:
+        from megatrain.config.compose import repeated
         from megatrain.verbs.path_words import expand_path
 
+        arguments.repeated = repeated(arguments.verb, arguments.overrides)
         arguments.overrides = expand_path(arguments.verb, arguments.overrides)
     return arguments
 

@@ -105,6 +105,22 @@ def read_overrides(verb: str, overrides: list[str]) -> Request:
     return request
 
 
+def repeated(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Return a line for each key or group that is given several values, of which the last one counts."""
+    known = {*key_types(VERBS[verb]), *GROUPS.get(verb, ()), CONFIG_FILE}
+    given: dict[str, list[str]] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if equals and (name := name.strip().lstrip("+").replace("/", ".")) in known:
+            given.setdefault(name, []).append(value.strip())
+    return [
+        f"{name} is given {len(values)} times; the last one counts: {name}={values[-1]} (before: "
+        f"{', '.join(dict.fromkeys(values[:-1]))})"
+        for name, values in given.items()
+        if set(values[:-1]) - {values[-1]}
+    ]
+
+
 def own_folders(overrides: Sequence[str]) -> tuple[Path, ...]:
     """Return the folders with the user's own choices: `--config-dir=DIR` and `hydra.searchpath=[DIR,...]`, in order."""
     folders = []

@@ -6,20 +6,25 @@ A rank runs `training/rank.py` instead.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config import TrainConfig
+from megatrain.config.compose import read_overrides
+from megatrain.config.values import quoted
 from megatrain.distributed.python_process import python_command
 from megatrain.launch import agent, slurm
 from megatrain.launch.nodes import Peers, SingleNode
-from megatrain.launch.recovery import Recovery
+from megatrain.launch.recovery import EVENTS, Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.terminal import keep_log, say
 from megatrain.resilience.watchdog import Limits
 from megatrain.verbs import path_checks, resources
+from megatrain.verbs.start_checks import INIT_FROM, real
 
 
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
@@ -31,12 +36,15 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
         path_checks.check_paths(config)
+        _say_if_new(config, overrides)
         arguments = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, arguments, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else SingleNode()
     try:
         slurm.together(peers, lambda: _check(config))
+        if peers.node == 0:
+            _say_if_new(config, overrides)
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
@@ -45,6 +53,23 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
 def _check(config: TrainConfig) -> None:
     path_checks.check_paths(config)
     resources.check_gpus(config, has_gpu(config.launch.device))
+
+
+def _say_if_new(config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Say that a start with another run's saved config begins a run of its own, which is not a resume."""
+    given = read_overrides("train", list(overrides))
+    run_dir = Path(config.run.dir) / str(config.run.name)
+    if given.file is None or not (given.file.parent / EVENTS).exists():
+        return
+    source = given.file.parent
+    continues = config.checkpoint.resume not in ("auto", "never") or list_checkpoints(run_dir / "checkpoints")
+    if real(source) == real(run_dir) or continues or INIT_FROM in given.values:
+        return
+    weights = shlex.quote(quoted(INIT_FROM, str(source)))
+    say(
+        f"{config.run.name} is a new run, from step 0, with the config of {source}; to continue {source} instead: "
+        f"megatrain train {shlex.quote(str(source))}; to start from its weights: add {weights}"
+    )
 
 
 def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -> int:

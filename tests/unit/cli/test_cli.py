@@ -169,6 +169,25 @@ def test_an_interrupt_ends_with_130(action, tmp_path):
     assert cli.main(["inspect", str(tmp_path)]) == 130
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["optim.lr=1", "seed=2", "+optim.lr=2"],
+            "optim.lr is given 2 times; the last one counts: optim.lr=2 (before: 1)",
+        ),
+        (["optim/lr=1", "optim.lr=3", "optim.lr=2"], "3 times; the last one counts: optim.lr=2 (before: 1, 3)"),
+        (["model=tiny", "model=small"], "model is given 2 times; the last one counts: model=small (before: tiny)"),
+        (["optim.lr=2", "optim.lr=2", "model=tiny", "model.num_layers=3", "optim=adamw"], None),
+    ],
+)
+def test_a_key_given_several_values_says_which_one_counts(words, says, capsys):
+    assert cli.main(["train", "--cfg", *words]) == 0
+    shown = capsys.readouterr()
+    assert (says in shown.err) if says else not shown.err
+    assert yaml.safe_load(shown.out)["optim"]["lr"] == 2 or "model=small" in words
+
+
 def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_path):
     from megatrain.launch import agent as local
 

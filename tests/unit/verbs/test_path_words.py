@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import types
 from pathlib import Path
 
@@ -169,16 +170,42 @@ def test_what_is_no_run_folder_is_refused_with_what_would_work(run, places):
         assert says in refusal(cli.parse, ["train", word])
 
 
-def test_ranks_and_jobs_get_the_words_of_a_run_folder(run, monkeypatch):
+@pytest.fixture
+def seen(run, monkeypatch):
+    """Start nothing; return the commands of ranks and the words of jobs that would have been started."""
     from megatrain.launch import agent, slurm
 
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    (run / "events.jsonl").touch()
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
     monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
     seen = []
     monkeypatch.setattr(agent, "launch", lambda command, *rest: seen.append(command) or 0)
     monkeypatch.setattr(slurm, "submit", lambda config, name, words, dry_run: seen.append(words) or 0)
+    return seen
+
+
+def test_another_run_with_a_runs_config_says_that_it_is_new(run, seen, capsys):
+    for words in (["run.name=other"], ["run.name=other", "launch=slurm"], ["run.dir=elsewhere"]):
+        assert cli.main(["train", "runs/lr=0.5, b", *words]) == 0
+        said = capsys.readouterr().err
+        assert "is a new run, from step 0, with the config of runs/lr=0.5, b; " in said, words
+        assert "to continue runs/lr=0.5, b instead: megatrain train 'runs/lr=0.5, b'; " in said
+        (weights,) = shlex.split(said.strip().partition(": add ")[2])
+        assert compose("train", [weights]).checkpoint.init_from == "runs/lr=0.5, b"
+    (run.parent / "other" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    for words in (
+        ["run.name=other"],
+        ["run.name=new", "checkpoint.init_from=runs/other"],
+        ["checkpoint.resume=runs/x"],
+    ):
+        assert cli.main(["train", "runs/lr=0.5, b", *words]) == 0
+        assert "is a new run" not in capsys.readouterr().err, words
+
+
+def test_ranks_and_jobs_get_the_words_of_a_run_folder(run, seen, capsys):
     assert cli.main(["train", str(run)]) == cli.main(["train", str(run), "launch=slurm"]) == 0
     started, submitted = seen
+    assert "is a new run" not in capsys.readouterr().err
     words = [f"--config={run}/config.yaml", f"run.dir={run.parent}", "run.name='lr=0.5, b'", "checkpoint.resume=auto"]
     assert started[-4:] == words and submitted == [*words, "launch=slurm"]
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["name"] == "old", "nothing has written to it"
