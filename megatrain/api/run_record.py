@@ -99,15 +99,11 @@ class Run:
             CheckpointError: it is damaged, or no checkpoint is intact.
         """
         from megatrain.api.trained_model import load
+        from megatrain.interop.load_model import find_checkpoint
 
         if step is None:
             return load(self.path, device)
-        step = int(step)  # also from a table's index
-        folders = {checkpoint_step(folder): folder for folder in list_checkpoints(self.path / "checkpoints")}
-        if step not in folders:
-            kept = ", ".join(str(number) for number in sorted(n for n in folders if n is not None)) or "none"
-            raise ConfigError(f"{self.path}: no checkpoint of step {step} (there are: {kept})")
-        return load(folders[step], device)
+        return load(find_checkpoint(self.path, int(step)), device)  # int: it may come from a table's index
 
     def report(self) -> Path:
         """Write the run's page, `report.html` in its folder, and return its path."""

@@ -34,14 +34,24 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain layouts model=gpt2_124m launch.nproc_per_node=8 parallel.zero=3 layouts.memory_gib=24",
     ),
     "evaluate": ("megatrain evaluate runs/small-python_stdlib", "megatrain evaluate runs/mine data=book.txt"),
-    "generate": ('megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',),
-    "export": ("megatrain export runs/small-python_stdlib out=exported",),
+    "generate": (
+        'megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',
+        'megatrain generate runs/mine step=500 prompt="def main("',
+    ),
+    "export": (
+        "megatrain export runs/small-python_stdlib out=exported",
+        "megatrain export runs/mine step=500 out=exported",
+    ),
     "import": (
         "megatrain import gpt2-folder out=imported",
         "megatrain prepare data.name=finetune tokenizer=hf tokenizer.path=imported/tokenizer",
         "megatrain train checkpoint.init_from=imported data.name=finetune",
     ),
-    "inspect": ("megatrain inspect runs/small-python_stdlib", "megatrain inspect data/python_stdlib"),
+    "inspect": (
+        "megatrain inspect runs/small-python_stdlib",
+        "megatrain inspect runs/mine step=500",
+        "megatrain inspect data/python_stdlib",
+    ),
     "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
 }
 

@@ -155,11 +155,15 @@ class LayoutsConfig(TrainConfig):
     layouts: LayoutListConfig = field(default_factory=LayoutListConfig)
 
 
+STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact one"
+
+
 @dataclass
 class EvaluateConfig:
     """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
     data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset", path=True)
     split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
     seq_len: int | None = key(
@@ -175,6 +179,7 @@ class GenerateConfig:
     """`megatrain generate <run | checkpoint> prompt=...`: sample text."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
     prompt: str = key("", "text to continue; empty starts a new document")
     max_new_tokens: int = key(200, "largest number of tokens to sample", minimum=1)
     temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
@@ -190,6 +195,7 @@ class ExportConfig:
     """`megatrain export <run | checkpoint> out=DIR`: write a Hugging Face folder."""
 
     path: str = key(MISSING, "run folder or checkpoint folder", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
     out: str = key(MISSING, "Hugging Face folder to write; must not exist yet", path=True)
     dtype: str = key("fp32", "number format of the exported weights", choices=("fp32", "bf16", "fp16"))
     family: str | None = key(
@@ -212,6 +218,7 @@ class InspectConfig:
     """`megatrain inspect <run | checkpoint | dataset>`: show what it holds and verify every checksum."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder", path=True)
+    step: int | None = key(None, "step of the run's checkpoint to show; null shows the run", minimum=0)
 
 
 @dataclass

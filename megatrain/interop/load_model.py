@@ -114,13 +114,32 @@ def checkpoints_folder(run: Path) -> Path:
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 
-def load(path: Path) -> Loaded:
-    """Load the model at a path. For a run, load the newest valid checkpoint, and warn of each damaged newer one.
+def find_checkpoint(path: Path, step: int) -> Path:
+    """Return the checkpoint of a run's `step`, without verifying it.
 
     Raises:
-        ConfigError: the path holds no model.
+        ConfigError: the path is no run, or the run keeps no checkpoint of that step; the message names those it keeps.
+    """
+    if kind_of(path) != "run":
+        raise ConfigError(f"step={step} chooses a checkpoint of a run, but path={path} is no run; leave step out")
+    found = {checkpoint_step(folder): folder for folder in list_checkpoints(checkpoints_folder(path))}
+    if step not in found:
+        kept = ", ".join(str(number) for number in sorted(n for n in found if n is not None)) or "none"
+        raise ConfigError(f"{path}: no checkpoint of step {step} (there are: {kept})")
+    return found[step]
+
+
+def load(path: Path, step: int | None = None) -> Loaded:
+    """Load the model at a path. For a run, load the checkpoint of `step`.
+
+    Without a step, that is the newest valid one, with a warning of each damaged newer one.
+
+    Raises:
+        ConfigError: the path holds no model, or there is no checkpoint of that step.
         CheckpointError: the checkpoint is damaged, or a run has no valid one.
     """
+    if step is not None:
+        path = find_checkpoint(path, step)
     kind = kind_of(path)
     if kind == "huggingface":
         return _load_huggingface(path)

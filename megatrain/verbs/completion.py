@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.config import VERBS, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, choices_of
 from megatrain.config.compose import key_types, own_folders
@@ -82,6 +83,8 @@ def candidates(line: str, flags: Iterable[str]) -> list[str]:
         return _starting(last, VERBS)
     name, equals, value = last.partition("=")
     if equals:
+        if name == "step" and "path" in walk(VERBS[verb]):
+            return [f"step={step}" for step in _starting(value, _steps(words[words.index(verb) + 1 :]))]
         return [f"{name}={choice}" for choice in _values(verb, name, value, _folders(words))]
     fields = walk(VERBS[verb])
     has_path = "path" in fields or verb == "train"
@@ -95,6 +98,14 @@ def _folders(words: list[str]) -> tuple[Path, ...]:
         return own_folders([*(word for word in words if word != CONFIG_DIR), *given])
     except MegatrainError:
         return ()
+
+
+def _steps(words: list[str]) -> list[str]:
+    """Return the steps of the checkpoints of the run among the words, newest first."""
+    given = [word.removeprefix("path=") for word in words if word.startswith("path=") or "=" not in word]
+    runs = [Path(word).expanduser() for word in given if not word.startswith("-")]
+    found = [path for run in runs for folder in (run / "checkpoints", run) for path in list_checkpoints(folder)]
+    return [str(checkpoint_step(path)) for path in found]
 
 
 def _names(verb: str, last: str, fields: dict[str, Any]) -> list[str]:

@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> None:
         DataError: the dataset is damaged, or the text is not UTF-8.
         CheckpointError: there is no intact model.
     """
-    loaded = load(Path(config.path))
+    loaded = load(Path(config.path), config.step)
     source = open_source(config, loaded)
     seq_len = choose_sequence_length(config, loaded)
     device = device_by_name(config.device)

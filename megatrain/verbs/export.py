@@ -14,7 +14,7 @@ from megatrain.verbs.path_checks import refuse_existing
 
 
 def export_(config: ExportConfig) -> None:
-    """Write the Hugging Face folder `out` from a checkpoint, or from the newest valid checkpoint of a run.
+    """Write the Hugging Face folder `out` from a checkpoint, or a run's: that of `step`, or the newest valid one.
 
     Raises:
         ConfigError: `out` exists or cannot be written, or no class of transformers can express this model.
@@ -24,7 +24,7 @@ def export_(config: ExportConfig) -> None:
     refuse_existing(out)
     if kind_of(Path(config.path)) == "huggingface":
         raise ConfigError(f"path={config.path} is a Hugging Face folder already")
-    loaded = load(Path(config.path))
+    loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer() if loaded.tokenizer else None
     try:
         export_model(

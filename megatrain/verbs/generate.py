@@ -24,7 +24,7 @@ def generate(config: GenerateConfig) -> None:
         ConfigError: the prompt is not text or is too long for the model, or the model has no tokenizer.
         CheckpointError: there is no intact model.
     """
-    loaded = load(Path(config.path))
+    loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer()
     prompt = read_prompt(config.prompt)
     pieces = stream(loaded.build(device_by_name(config.device)), tokenizer, config)

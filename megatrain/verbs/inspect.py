@@ -26,7 +26,7 @@ from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
-from megatrain.interop.load_model import checkpoints_folder, kind_of
+from megatrain.interop.load_model import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.model.formats import DTYPE_BYTES
 from megatrain.tracking.console import short
 from megatrain.tracking.events import read_events
@@ -49,10 +49,12 @@ def inspect(config: InspectConfig) -> None:
     """Print what the path holds.
 
     Raises:
-        ConfigError: the path is not a run, a checkpoint or a prepared dataset.
+        ConfigError: the path is not a run, a checkpoint or a prepared dataset, or the run has no checkpoint of `step`.
         CheckpointError, DataError: a file is damaged. Raised after everything was printed; names the files.
     """
     path = Path(config.path)
+    if config.step is not None:
+        path = find_checkpoint(path, config.step)
     printer = Printer()
     kind = kind_of(path)
     if kind == "dataset":
