@@ -5,6 +5,8 @@ A message names the key, the given value and values that work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatrain.config import TrainConfig
 from megatrain.parallel.layout import DEGREES, Layout, data_parallel_degree
 from megatrain.parallel.stages import LOOPED, V_SHAPED, balance_layers, end_loads
@@ -21,13 +23,22 @@ def listed(numbers: list[int], most: int = 24) -> str:
     return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
+def nearest(numbers: Sequence[int], given: int) -> list[int]:
+    """Return the numbers on both sides of `given` that are closest to it. `numbers` ascend and lack it."""
+    return [*[number for number in numbers if number < given][-1:], *[n for n in numbers if n > given][:1]]
+
+
+def either(numbers: Sequence[int]) -> str:
+    """Return alternatives as text for a message."""
+    return " or ".join(map(str, numbers))
+
+
 def not_divisible(key: str, size: int, degree_key: str, degree: int, tp: int = 1) -> str | None:
     """Return a message if `size / tp` is not divisible by `degree`, else None."""
     if (size // tp) % degree == 0:
         return None
     share = f" / parallel.tp={tp}" if tp > 1 else ""
-    fitting = listed(divisors(size // tp))
-    return f"{key}={size}{share} is not divisible by {degree_key}={degree}; its divisors are {fitting}"
+    return f"{key}={size}{share} is not divisible by {degree_key}={degree}"
 
 
 def world_size(config: TrainConfig, ranks: int) -> str | None:
@@ -37,14 +48,9 @@ def world_size(config: TrainConfig, ranks: int) -> str | None:
         unit *= getattr(config.parallel, axis)
     if ranks % unit == 0:
         return None
-    below, above = ranks // unit * unit, (ranks // unit + 1) * unit
     product = " x ".join(f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in DEGREES)
     given = f"{ranks} ranks are" if ranks > 1 else "1 rank is"
-    other = f"choose degrees whose product is one of {listed(divisors(ranks))}" if ranks > 1 else "leave them at 1"
-    return (
-        f"{given} not divisible by {product} = {unit}; start {f'{below} or {above}' if below else above} ranks "
-        f"(launch.nproc_per_node), or {other}"
-    )
+    return f"{given} not divisible by {product} = {unit}"
 
 
 def tensor_cuts(config: TrainConfig, _: int) -> str | None:
@@ -79,7 +85,7 @@ def ulysses_heads(config: TrainConfig, _: int) -> str | None:
         return None
     for key, size in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.kv_heads)):
         if text := not_divisible(key, size, "parallel.cp", p.cp, p.tp):
-            return f"{text}; or use parallel.cp_kind=ring, which does not exchange heads"
+            return f"{text}; use parallel.cp_kind=ring, which does not exchange heads"
     return None
 
 
@@ -92,12 +98,12 @@ def sequence_cut(config: TrainConfig, _: int) -> str | None:
     if length % unit == 0:
         return None
     longest = config.model.max_seq_len
-    nearest = [size for size in (length // unit * unit, (length // unit + 1) * unit) if 0 < size <= longest]
+    near = [size for size in (length // unit * unit, (length // unit + 1) * unit) if 0 < size <= longest]
     return (
         f"train.seq_len={length} is not divisible into {unit} equal pieces (parallel.cp={p.cp}"
         f"{', two pieces a rank for ring' if is_ring else ''}"
         f"{f', parallel.tp={p.tp} for sequence parallelism' if tensor_pieces > 1 else ''}); "
-        + (f"nearest: {' or '.join(map(str, nearest))}" if nearest else f"lower them: model.max_seq_len={longest}")
+        + (f"nearest: {either(near)}" if near else f"lower them: model.max_seq_len={longest}")
     )
 
 
@@ -130,10 +136,9 @@ def stages(config: TrainConfig, _: int) -> str | None:
         return None
     num_stages = p.pp * p.virtual_stages
     if num_stages > layers:
-        fitting = f"parallel.pp={layers // p.virtual_stages} or less" if layers > p.virtual_stages else "parallel.pp=1"
         return (
             f"model.num_layers={layers} blocks are fewer than parallel.pp={p.pp} x parallel.virtual_stages="
-            f"{p.virtual_stages} = {num_stages} stages, and each needs one; use at most {layers} stages: {fitting}"
+            f"{p.virtual_stages} = {num_stages} stages, and each needs one; use at most {layers} stages"
         )
     given = list(p.layers_per_stage)
     if given and (len(given) != num_stages or sum(given) != layers or 0 in given):
@@ -228,11 +233,11 @@ def fp8_tokens(config: TrainConfig, _: int) -> str | None:
     if config.precision.name != "fp8" or tokens % 16 == 0:
         return None
     unit = 16 * cp
-    nearest = max(unit, loop.seq_len // unit * unit)
+    whole = max(unit, loop.seq_len // unit * unit)
     return (
         f"precision=fp8 needs micro-batches of a multiple of 16 tokens on a rank, and train.micro_batch_size="
         f"{loop.micro_batch_size} x train.seq_len={loop.seq_len} / parallel.cp={cp} is {tokens}; use "
-        f"train.seq_len={nearest} or precision=bf16"
+        f"train.seq_len={whole} or precision=bf16"
     )
 
 

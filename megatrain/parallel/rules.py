@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 from megatrain.config import TrainConfig
 from megatrain.errors import ConfigError
+from megatrain.optim.schedule import batch_sizes
 from megatrain.parallel import rule_checks
+from megatrain.parallel.layout import DEGREES, Layout
 from megatrain.parallel.stages import ZERO_BUBBLE
 
 Condition = Callable[[Any], bool]
@@ -60,18 +63,22 @@ class Combination:
 class Refusal:
     """One row of the table: a combination that is refused, why, and what to change.
 
-    `check(config, world_size)` returns the message if the row applies, else None. `summary` is for the docs.
+    `check(config, world_size)` returns the message if the row applies, else None. `summary` is for the docs. `degrees`
+    names the keys of `parallel` another value of which may be what was meant.
     """
 
     name: str
     summary: str
     check: Callable[[TrainConfig, int], str | None]
+    degrees: tuple[str, ...] = ()
 
 
 SPLIT_BACKWARD: dict[str, object] = {"parallel.pp": above(1), "parallel.schedule": one_of(ZERO_BUBBLE)}
 
 REFUSALS = (
-    Refusal("world_does_not_factor", "a number of ranks not divisible by tp x cp x pp", rule_checks.world_size),
+    Refusal(
+        "world_does_not_factor", "a number of ranks not divisible by tp x cp x pp", rule_checks.world_size, DEGREES
+    ),
     Refusal(
         "deepspeed_pipeline",
         "a pipeline under engine=deepspeed: its PipelineModule refuses ZeRO 2 and 3",
@@ -80,13 +87,15 @@ REFUSALS = (
             "parallel.pp={parallel.pp} needs engine=native",
         ),
     ),
-    Refusal("tensor_cuts", "heads, key-value heads or ffn width not divisible by tp", rule_checks.tensor_cuts),
+    Refusal("tensor_cuts", "heads, key-value heads or ffn width not divisible by tp", rule_checks.tensor_cuts, ("tp",)),
     Refusal(
         "vocabulary_cut",
         "deepspeed with a vocabulary so small that a tensor rank gets no row of it",
         rule_checks.vocabulary_cut,
     ),
-    Refusal("ulysses_heads", "ulysses with a tensor rank's heads not divisible by cp", rule_checks.ulysses_heads),
+    Refusal(
+        "ulysses_heads", "ulysses with a tensor rank's heads not divisible by cp", rule_checks.ulysses_heads, ("cp",)
+    ),
     Refusal("sequence_cut", "sequences not divisible into equal pieces", rule_checks.sequence_cut),
     Refusal(
         "ring_dropout",
@@ -120,9 +129,14 @@ REFUSALS = (
         "a number of stages a rank that the schedule does not support",
         rule_checks.virtual_stages,
     ),
-    Refusal("stages", "more stages than blocks, or a split that does not add up", rule_checks.stages),
+    Refusal("stages", "more stages than blocks, or a split that does not add up", rule_checks.stages, ("pp",)),
     Refusal("micro_batches", "fewer micro-batches than the schedule needs", rule_checks.micro_batches),
-    Refusal("hybrid", "hybrid sharding under DeepSpeed, at ZeRO 0, or in unequal groups", rule_checks.hybrid_sharding),
+    Refusal(
+        "hybrid",
+        "hybrid sharding under DeepSpeed, at ZeRO 0, or in unequal groups",
+        rule_checks.hybrid_sharding,
+        ("dp_replicate",),
+    ),
     Refusal(
         "offload",
         "offload under native, of what is not sharded, without a place, or of parameters to a disk",
@@ -287,13 +301,54 @@ def refusal(config: TrainConfig, world_size: int) -> Refusal | None:
     return next((row for row in REFUSALS if row.check(config, world_size) is not None), None)
 
 
+def is_legal(config: TrainConfig, world_size: int) -> bool:
+    """Return whether no row refuses a job, and every rank gets whole micro-batches in every step."""
+    unit = config.train.micro_batch_size * Layout.of(config, world_size).dp
+    return refusal(config, world_size) is None and all(size % unit == 0 for size in batch_sizes(config.train))
+
+
+def explain(row: Refusal, config: TrainConfig, world_size: int) -> str | None:
+    """Return the row's message with the nearest values of its degrees that work, or None if the row does not apply.
+
+    Such a value makes the whole job legal; where none does, it makes at least this row and the ranks' division legal.
+    """
+    text = row.check(config, world_size)
+    if text is None or not row.degrees:
+        return text
+    options: list[str] = []
+    for degree in row.degrees:
+        given = getattr(config.parallel, degree)
+        if given > 1 and (found := _legal_values(row, degree, config, world_size)):
+            verb = "" if options else "give "
+            options.append(f"{verb}parallel.{degree}={rule_checks.either(rule_checks.nearest(found, given))}")
+    if row.check is rule_checks.world_size:
+        unit = prod(getattr(config.parallel, axis) for axis in DEGREES)
+        ranks = [count for count in (world_size // unit * unit, (world_size // unit + 1) * unit) if count]
+        if ranks := [count for count in ranks if is_legal(config, count)]:
+            options.append(f"start {rule_checks.either(ranks)} ranks (launch.nproc_per_node)")
+    return f"{text}; {', or '.join(options)}" if options else text
+
+
+def _legal_values(row: Refusal, degree: str, config: TrainConfig, world_size: int) -> list[int]:
+    """Return the values of one degree with which the job is legal, the other keys as given."""
+    parallel: Any = config.parallel
+    jobs = {
+        value: replace(config, parallel=replace(parallel, **{degree: value}))
+        for value in rule_checks.divisors(world_size)
+    }
+    if legal := [value for value, job in jobs.items() if is_legal(job, world_size)]:
+        return legal
+    both = (row.check, rule_checks.world_size)
+    return [value for value, job in jobs.items() if not any(check(job, world_size) for check in both)]
+
+
 def check_degrees(config: TrainConfig, world_size: int) -> None:
     """Refuse ranks that are not divisible by the product of the degrees. Run it before checks that need `dp`.
 
     Raises:
-        ConfigError: with numbers of ranks that work.
+        ConfigError: with degrees and numbers of ranks that work.
     """
-    if text := rule_checks.world_size(config, world_size):
+    if text := explain(REFUSALS[0], config, world_size):
         raise ConfigError(text)
 
 
@@ -304,5 +359,5 @@ def check(config: TrainConfig, world_size: int) -> None:
         ConfigError: with the reason and the nearest legal change.
     """
     for row in REFUSALS:
-        if text := row.check(config, world_size):
+        if text := explain(row, config, world_size):
             raise ConfigError(text)

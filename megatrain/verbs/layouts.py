@@ -19,7 +19,7 @@ from megatrain.config import LayoutsConfig, TrainConfig
 from megatrain.errors import ConfigError
 from megatrain.model.count import num_parameters
 from megatrain.parallel.layout import Layout
-from megatrain.parallel.rules import Refusal
+from megatrain.parallel.rules import Refusal, explain
 from megatrain.planner.candidates import SCHEDULES, Axes, Candidate, judge
 from megatrain.planner.memory import KINDS, Memory, MemoryModel
 from megatrain.verbs.value_checks import check_batches, check_loop
@@ -336,7 +336,7 @@ def _given_keys(config: LayoutsConfig) -> list[str]:
 
 def _message(refusal: Refusal, config: TrainConfig, world_size: int) -> str:
     """Return the refusal's message for this config, or else its summary."""
-    return refusal.check(config, world_size) or refusal.summary
+    return explain(refusal, config, world_size) or refusal.summary
 
 
 def _distance(row: Row, config: LayoutsConfig) -> tuple[int, ...]:

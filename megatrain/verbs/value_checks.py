@@ -7,9 +7,11 @@ key, the given value and the nearest value that works.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
-from megatrain.checkpoint.resume import OVERRIDES, may_change
+from megatrain.checkpoint.resume import OVERRIDES, may_change, override_of
 from megatrain.checkpoint.weights import MEANING, TOKENIZER
 from megatrain.config import (
     ROPE_SCALING_KEYS,
@@ -26,7 +28,7 @@ from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError
 from megatrain.kernels import MAX_ROW
 from megatrain.launch.slurm import Step, num_nodes
-from megatrain.parallel.rule_checks import divisors, listed
+from megatrain.parallel.rule_checks import divisors, either, listed, nearest
 
 LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
@@ -194,7 +196,7 @@ def check_loop(config: TrainConfig) -> None:
     if loop.seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={loop.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}; give "
-            f"train.seq_len={config.model.max_seq_len} or model.max_seq_len={loop.seq_len}"
+            f"train.seq_len={config.model.max_seq_len}{_longer_model(config)}"
         )
     if config.optim.warmup_steps > loop.steps:
         raise ConfigError(
@@ -212,6 +214,17 @@ def check_loop(config: TrainConfig) -> None:
             f"{config.checkpoint.resume} continues one; give one of them"
         )
     check_override(config.checkpoint.override)
+
+
+def _longer_model(config: TrainConfig) -> str:
+    """Return the advice to train a model for longer sequences, if that is possible: not with others' positions."""
+    key, wanted = "model.max_seq_len", config.train.seq_len
+    if config.checkpoint.init_from is None:
+        return f" or {key}={wanted}"
+    if config.model.position == "learned":
+        return f" (the weights of checkpoint.init_from have learned positions for {config.model.max_seq_len} tokens)"
+    allow = override_of(dict.fromkeys([*config.checkpoint.override, key]))
+    return f", or {key}={wanted} with {allow}"
 
 
 def check_override(keys: list[str]) -> None:
@@ -273,10 +286,9 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
             f"train.batch_ramp_start={config.batch_ramp_start} is above train.global_batch_size="
             f"{config.global_batch_size}; a ramp only rises: give at most {config.global_batch_size}"
         )
-    unit = config.micro_batch_size * ranks
-    for size in batch_sizes(config):
+    sizes, unit = batch_sizes(config), config.micro_batch_size * ranks
+    for size in sizes:
         if size % unit:
-            below, above = size // unit * unit, (size // unit + 1) * unit
             where = f"train.global_batch_size={size}"
             if size != config.global_batch_size:
                 where = (
@@ -285,8 +297,23 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
                 )
             raise ConfigError(
                 f"{where} is not divisible by train.micro_batch_size={config.micro_batch_size} x {ranks} "
-                f"data-parallel ranks = {unit}; nearest that are: {f'{below} or {above}' if below else above}"
+                f"data-parallel ranks = {unit}; {_whole_batches(config, ranks, size, sizes)}"
             )
+
+
+def _whole_batches(config: TrainLoopConfig, ranks: int, size: int, sizes: Sequence[int]) -> str:
+    """Return advice for a batch size that is not divisible: the nearest micro-batch and batch sizes, on both sides.
+
+    First comes the key that was most likely mistaken: the micro-batch size if it is more than a rank's share of a step.
+    """
+    unit = config.micro_batch_size * ranks
+    batches = either([batch for batch in (size // unit * unit, (size // unit + 1) * unit) if batch])
+    batch_text = f"train.global_batch_size={batches}" if len(sizes) == 1 else f"a batch size of {batches}"
+    if any(number % ranks for number in sizes):  # no micro-batch size divides it
+        return f"nearest that works: {batch_text}"
+    fitting = nearest(divisors(gcd(*sizes) // ranks), config.micro_batch_size)
+    options = [f"train.micro_batch_size={either(fitting)}", batch_text]
+    return f"nearest that work: {', or '.join(options if size < unit else options[::-1])}"
 
 
 def check_layout(config: TrainConfig, ranks: int) -> None:
@@ -302,5 +329,4 @@ def check_layout(config: TrainConfig, ranks: int) -> None:
 def _nearest_divisors(given: int, number: int) -> str:
     """Return advice: the divisors of `number` closest to `given`, and all of them."""
     found = divisors(number)
-    near = [*[count for count in found if count < given][-1:], *[count for count in found if count > given][:1]]
-    return f"nearest that work: {' or '.join(map(str, near))}; all: {listed(found)}"
+    return f"nearest that work: {either(nearest(found, given))}; all: {listed(found)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -14,7 +15,8 @@ import pytest
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.errors import ConfigError
 from megatrain.parallel.layout import Layout, describe
-from megatrain.parallel.rules import REFUSALS, check, refusal
+from megatrain.parallel.rule_checks import divisors
+from megatrain.parallel.rules import REFUSALS, check, is_legal, refusal
 from megatrain.parallel.stages import balance_layers, stage_layers
 
 
@@ -46,7 +48,7 @@ REFUSED: dict[str, list[Any]] = {
         (
             native(parallel__tp=3),
             3,
-            "model.num_heads=8 is not divisible by parallel.tp=3; its divisors are 1, 2, 4, 8",
+            "model.num_heads=8 is not divisible by parallel.tp=3; give parallel.tp=1",
             dict(parallel__tp=1),
         ),
         (native(parallel__tp=8), 8, "model.num_kv_heads=4", dict(parallel__tp=4)),
@@ -146,7 +148,7 @@ REFUSED: dict[str, list[Any]] = {
     "hybrid": [
         (job(parallel__dp_replicate=2), 4, "engine=native", dict(engine__name="native")),
         (native(zero=0, parallel__dp_replicate=2), 4, "parallel.zero=1", dict(parallel__zero=1)),
-        (native(parallel__dp_replicate=3), 4, "divisors are 1, 2, 4", dict(parallel__dp_replicate=2)),
+        (native(parallel__dp_replicate=3), 4, "parallel.dp_replicate=2 or 4", dict(parallel__dp_replicate=2)),
     ],
     "offload": [
         (native(engine__offload="cpu"), 2, "engine=deepspeed", dict(engine__name="deepspeed")),
@@ -298,6 +300,47 @@ def test_each_refused_row_speaks_for_itself(row):
         other = refusal(mended, change.get("world", world_size))
         assert other is not row, str(caught.value)
         assert other is None or row.name in ("tensor_cuts", "sequence_cut"), (row.name, other)
+
+
+DEGREE = re.compile(r"parallel\.(tp|cp|pp|dp_replicate)=(\d+)(?: or (\d+))?(?=, or |$)")
+
+
+def test_advised_degrees_make_the_job_legal_wherever_one_does():
+    """The values after the reason, whichever row refuses; so do the advised numbers of ranks."""
+    draw, advised = random.Random(1), 0
+    for _ in range(2000):
+        config = native(
+            parallel__tp=draw.choice((1, 2, 3, 4, 6, 8)),
+            parallel__pp=draw.choice((1, 1, 2, 3, 8)),
+            parallel__cp=draw.choice((1, 1, 2, 8)),
+            parallel__dp_replicate=draw.choice((1, 1, 3)),
+            model__num_heads=draw.choice((4, 8, 12)),
+            train__global_batch_size=draw.choice((8, 64)),
+        )
+        world_size = draw.choice((4, 6, 8, 12, 48))
+        try:
+            check(config, world_size)
+            continue
+        except ConfigError as error:
+            reason, _, advice = str(error).rpartition("; ")
+        row = refusal(config, world_size)
+        for degree, *values in DEGREE.findall(advice):
+            jobs = {value: with_degree(config, degree, value) for value in divisors(world_size)}
+            one_is_legal = any(is_legal(mended, world_size) for mended in jobs.values())
+            for value in map(int, filter(None, values)):
+                assert is_legal(jobs[value], world_size) or not one_is_legal, (reason, degree, value)
+                assert refusal(jobs[value], world_size) is not row, (reason, degree, value)
+                advised += 1
+        for count in re.findall(r"\d+", advice.partition("start ")[2].partition(" ranks")[0]):
+            assert is_legal(config, int(count)), (reason, count)
+            advised += 1
+    assert advised > 300
+
+
+def with_degree(config, degree, value):
+    changed = deepcopy(config)
+    setattr(changed.parallel, degree, value)
+    return changed
 
 
 def test_everything_else_is_legal():

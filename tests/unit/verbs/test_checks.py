@@ -102,13 +102,28 @@ def test_keys_that_agree_pass(base, overrides):
         (["train.seq_len=257"], "train.seq_len=257 is longer.*train.seq_len=256 or model.max_seq_len=257"),
         (
             ["train.global_batch_size=9"],
-            r"global_batch_size=9 .*=4 x 1 data-parallel ranks = 4; nearest that are: 8 or 12",
+            r"=9 .*=4 x 1 .* = 4; .*: train.global_batch_size=8 or 12, or train.micro_batch_size=3 or 9$",
         ),
-        (["launch.nproc_per_node=3"], r"global_batch_size=8 .*=4 x 3 data-parallel ranks = 12; nearest that are: 12"),
+        (["train.micro_batch_size=100"], r"work: train.micro_batch_size=8, or train.global_batch_size=100$"),
+        (["train.micro_batch_size=3"], r"global_batch_size=6 or 9, or train.micro_batch_size=2 or 4$"),
+        (
+            ["train.micro_batch_size=3", "launch.nproc_per_node=4"],
+            r"= 12; nearest that work: train.micro_batch_size=2, or train.global_batch_size=12$",
+        ),
+        (["launch.nproc_per_node=3"], r"=8 .*=4 x 3 data-parallel ranks = 12; .* works: train.global_batch_size=12$"),
+        (
+            ["launch.nproc_per_node=4", "parallel.tp=3", "engine.name=native"],
+            r"4 ranks are not divisible by parallel.tp=3 .* = 3; give parallel.tp=2 or 4$",
+        ),
+        (
+            ["launch.nproc_per_node=6", "parallel.tp=3", "train.global_batch_size=24", "engine.name=native"],
+            r"model.num_heads=4 is not divisible by parallel.tp=3; give parallel.tp=2$",
+        ),
         (["train.batch_ramp_start=2", "train.batch_ramp_steps=9"], r"train.batch_ramp_start=2 .* is not divisible"),
         (
             ["train.batch_ramp_start=4", "train.batch_ramp_increment=2", "train.batch_ramp_steps=9"],
-            r"the batch ramp's size 6 .*train.batch_ramp_increment=\d+\) is not divisible",
+            r"the batch ramp's size 6 .*train.batch_ramp_increment=\d+\) is not .*: a batch size of 4 or 8, or "
+            r"train.micro_batch_size=2$",
         ),
         (["train.batch_ramp_start=4"], "a ramp needs both; give train.batch_ramp_steps too"),
         (["train.batch_ramp_steps=4"], "a ramp needs both; give train.batch_ramp_start too"),

@@ -90,7 +90,7 @@ def test_a_short_list_has_the_first_of_each_engine_and_degrees(capsys):
             ["train.global_batch_size=7", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"],
             ["train.global_batch_size=7", "without train.global_batch_size=7"],
         ),
-        (["parallel.tp=16"], ["model.num_kv_heads=8 is not divisible by parallel.tp=16; its divisors are 1, 2, 4, 8"]),
+        (["parallel.tp=16"], ["model.num_kv_heads=8 is not divisible by parallel.tp=16; give parallel.tp=8"]),
         (["train.seq_len=100000"], ["is longer than model.max_seq_len"]),
     ],
 )

@@ -1,5 +1,6 @@
 """What a command may say of the checkpoint that it continues or starts from, before and in the ranks."""
 
+import shlex
 import shutil
 from dataclasses import asdict, replace
 
@@ -93,6 +94,22 @@ def test_a_contradicted_key_of_the_model_is_refused_with_both_values(name, key, 
             started(*words, allow)
     elif key != "max_seq_len" or name == "llama":
         started(*words, allow)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_advice_for_longer_sequences_is_accepted_at_once(name, family, started):
+    folder = family(name)[0]
+    words = [f"checkpoint.init_from={folder}", "train.seq_len=96"]
+    with pytest.raises(ConfigError, match=r"longer than model.max_seq_len=64") as caught:
+        check_values(command(*words))
+    advice = str(caught.value).partition("; give ")[2]
+    check_values(command(*words, advice.split()[0].strip(",")))
+    if name == "gpt2":
+        assert advice.endswith("(the weights of checkpoint.init_from have learned positions for 64 tokens)")
+        return
+    longer = shlex.split(advice.partition(", or ")[2].replace(" with ", " "))
+    check_values(command(*words, *longer))
+    started(*words, *longer)
 
 
 def test_learned_positions_cannot_grow(family, started):
