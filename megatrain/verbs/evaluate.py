@@ -68,7 +68,7 @@ class TextTokens:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print the result: a few lines on standard error, one line of JSON on standard output.
+    """Print the result: a few lines on a terminal; elsewhere one line of JSON, and the lines on standard error.
 
     `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
     loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card.
@@ -131,7 +131,7 @@ def compute_scores(loss_sum: float, tokens: int, source: Source) -> dict[str, An
 
 
 def print_result(result: dict[str, Any], loaded: Loaded) -> None:
-    """Print a summary for people on standard error and JSON for programs on standard output."""
+    """Print a summary for people; where standard output is no terminal, it gets JSON for programs instead."""
     bits, num_bytes = result["bits_per_byte"], result["bytes"]
     lines = [
         f"{loaded.describe()} on {result['data']}",
@@ -142,8 +142,10 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
         f"  bytes          {f'{num_bytes:,}' if num_bytes is not None else 'unknown'}",
         f"  seconds        {result['seconds']:.2f}",
     ]
-    print("\n".join(lines), file=sys.stderr)
-    print(json.dumps(result), flush=True)
+    to_terminal = sys.stdout.isatty()
+    print("\n".join(lines), file=sys.stdout if to_terminal else sys.stderr, flush=True)
+    if not to_terminal:
+        print(json.dumps(result), flush=True)
 
 
 def choose_sequence_length(config: EvaluateConfig, loaded: Loaded) -> int:

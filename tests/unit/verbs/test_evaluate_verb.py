@@ -44,6 +44,22 @@ def test_evaluate_gives_the_final_heldout_loss_of_training(finished, capsys):
         assert found["perplexity"] == pytest.approx(math.exp(trained))
 
 
+def test_a_terminal_shows_the_scores_without_json(finished, capsys, monkeypatch):
+    """Elsewhere standard output has the JSON alone, and standard error the same lines."""
+    evaluate(EvaluateConfig(path=str(finished), device="cpu", max_batches=1))
+    piped = capsys.readouterr()
+    assert set(json.loads(piped.out)) >= {"loss", "perplexity", "bits_per_byte"}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    evaluate(EvaluateConfig(path=str(finished), device="cpu", max_batches=1))
+    shown = capsys.readouterr()
+    assert "{" not in shown.out and "perplexity" not in shown.err
+
+    def without_seconds(text):
+        return [line for line in text.splitlines() if "seconds" not in line]
+
+    assert without_seconds(shown.out) == without_seconds(piped.err) and len(shown.out.splitlines()) == 7
+
+
 def test_without_a_terminal_progress_is_told_in_lines(finished, capsys, monkeypatch):
     monkeypatch.setattr("megatrain.verbs.evaluate.LINE_EVERY_S", 0.0)
     capsys.readouterr()
