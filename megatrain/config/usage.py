@@ -60,6 +60,14 @@ one after another, or with launch=slurm each as a job. Values: a,b,c or range(1,
 glob(gpt2*). --dry-run shows what launch=slurm or --multirun would do. See docs/guide/sweeps.md for details."""
 
 
+LAYOUTS = """The best guess is listed first; nothing is measured. Layouts that fit the memory come before
+those that do not. Those that fit are sorted by the product tp x pp x cp, smallest first, because splitting
+the model costs communication; equal ones by recompute, none first, because it costs computation; then by ZeRO
+stage, lowest first, because higher ones communicate more; then by memory, least first. Those that do not fit
+are sorted by memory alone. Each engine and set of degrees is shown once before any is shown twice, as far as
+layouts.limit allows."""
+
+
 def overview() -> str:
     """Return the text of `megatrain --help`."""
     lines = [
@@ -105,6 +113,8 @@ def verb_help(verb: str, words: Sequence[str] = (), folders: Sequence[Path] = ()
     lines = [f"usage: megatrain {verb}{flags}{positional} [key=value | group=choice] ...", "", summary(schema), ""]
     if verb == "train":
         lines += [MULTIRUN, ""]
+    if verb == "layouts":
+        lines += [LAYOUTS, ""]
     lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
     groups = [group for group in GROUPS.get(verb, ()) if choices_of(group, folders)]
     if groups:

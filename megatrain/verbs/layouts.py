@@ -231,7 +231,7 @@ def _sort_key(row: Row, limit: float | None) -> tuple[Any, ...]:
     """Return the sort key: layouts that fit come first, and among them those with less communication and recompute.
 
     In order: a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage, less memory.
-    Layouts that do not fit are sorted by memory alone.
+    Layouts that do not fit are sorted by memory alone. `LAYOUTS` of config/usage.py explains it to users.
     """
     if not row.fits(limit):
         return (1, row.memory.total)
@@ -256,15 +256,19 @@ def header_lines(
     )
     if notes:
         yield f"assumed, because not given: {'; '.join(notes)}"
-    if limit is None:
-        yield f"{len(rows):,} legal layouts; GiB of the fullest rank:"
-        return
     fitting = sum(row.fits(limit) for row in rows)
-    yield (
-        f"{len(rows):,} legal layouts, {fitting:,} of them within {limit / GIB:g} GiB "
-        f"(layouts.memory_gib={config.layouts.memory_gib:g}, less layouts.margin={config.layouts.margin:g})"
+    if limit is None:
+        yield f"{len(rows):,} legal layouts"
+    else:
+        yield (
+            f"{len(rows):,} legal layouts, {fitting:,} of them within {limit / GIB:g} GiB "
+            f"(layouts.memory_gib={config.layouts.memory_gib:g}, less layouts.margin={config.layouts.margin:g})"
+        )
+    best = (
+        "best guess first: the smallest tp x pp x cp, then the least recompute, the lowest ZeRO stage, the least memory"
     )
-    yield "first those that fit, from little to much communication: tp x pp x cp, recompute, ZeRO stage, memory"
+    others = "" if fitting == len(rows) else "; those that do not fit come last, by memory"
+    yield (best + others if fitting else "none fits, so the least memory comes first") + " (why: --help)"
     yield "GiB of the fullest rank:"
 
 

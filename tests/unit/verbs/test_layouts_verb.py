@@ -65,6 +65,47 @@ def test_the_table_names_its_job(capsys):
     assert len(table) == 4 and table[0].split()[:3] == ["engine", "dp", "tp"]
 
 
+@pytest.mark.parametrize(
+    ("memory", "order"),
+    [
+        ("null", "best guess first: the smallest tp x pp x cp, then the least recompute, the lowest ZeRO stage, the"),
+        ("100000", "the least memory (why: --help)"),
+        ("40", "the least memory; those that do not fit come last, by memory (why: --help)"),
+        ("0.1", "none fits, so the least memory comes first (why: --help)"),
+    ],
+)
+def test_the_table_says_what_its_order_is_by(memory, order, capsys):
+    assert cli.main([*LLAMA, "layouts.limit=1", f"layouts.memory_gib={memory}", "engine=native"]) == 0
+    assert order in capsys.readouterr().out.split("\n\n")[0]
+
+
+def test_the_order_of_the_list_is_the_one_that_help_explains(capsys):
+    assert cli.main(["layouts", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    keys = [
+        "tp x pp x cp, smallest first",
+        "by recompute, none first",
+        "by ZeRO stage, lowest first",
+        "by memory, least",
+    ]
+    places = [said.index(key) for key in keys]
+    assert places == sorted(places)
+    rows = records(capsys, "engine=native", "layouts.memory_gib=40")
+    fitting = [row for row in rows if row["fits"]]
+    by_help = [
+        (
+            row["parallel.tp"] * row["parallel.pp"] * row["parallel.cp"],
+            ["none", "selective", "full"].index(row["train.recompute"]),
+            row["parallel.zero"],
+            row["total_bytes"],
+        )
+        for row in fitting
+    ]
+    assert by_help == sorted(by_help) and len(fitting) < len(rows)
+    others = [row["total_bytes"] for row in rows if not row["fits"]]
+    assert others == sorted(others)
+
+
 def test_csv_has_the_same_rows(capsys):
     assert cli.main([*LLAMA, "layouts.format=csv", "layouts.limit=5"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
