@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[3] / "slurm" / "train.sbatch"
+GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "slurm.md"
 
 
 def start(folder, code, facts="", excluded="(null)", **environ):
     """Start a job whose srun ends with `code`; return its exit code and the content of its output file.
 
-    `facts` is what the run answers before a requeue, and `excluded` the job's own list of nodes to leave out.
+    `facts` is what the run answers before a requeue, and `excluded` the job's own list of nodes to leave out. `srun
+    --container` stands for a container: without it, `python` is not found where MEGATRAIN_PYTHON=in_the_image.
     """
     out = folder / "job.out"
     job = f"JobId=1 JobState=RUNNING StdOut={out} ExcNodeList={excluded}"
     answers = f'case "$*" in *show*job*) echo "{job}" ;; *update*) echo "$*" >> {folder}/updates ;; esac'
-    for name, body in {"srun": f"exit {code}", "scontrol": answers, "python": f'echo "{facts}"'}.items():
+    asked = f'[ "$1 $5" = "--overlap --container" ] && echo "{facts}"'
+    ran = f'echo "$*" > {folder}/call; env > {folder}/environment; exit {code}'
+    srun = f'case "$*" in *requeue*) {asked} ;; *) {ran} ;; esac'
+    for name, body in {"srun": srun, "scontrol": answers, "python": f'echo "{facts}"'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "MASTER_ADDR": "n1"}
@@ -71,3 +77,37 @@ def test_nodes_that_failed_twice_are_left_out_of_the_next_start(own, all_of_them
     _, log = start(tmp_path, 8, "step=3 limit=10 exclude=n3,n7", excluded=own)
     assert (tmp_path / "updates").read_text() == f"update JobId=1 ExcNodeList={all_of_them}\n"
     assert f"nodes left out from now on: {all_of_them}" in log
+
+
+def test_the_run_is_asked_inside_of_the_container_that_srun_starts(tmp_path):
+    """There is no megatrain outside of it: without an answer every start would count, and no node be left out."""
+    profile = tmp_path / "site.sh"
+    profile.write_text("MEGATRAIN_PYTHON=in_the_image\nSRUN_OPTIONS=(--container)\n")
+    _, log = start(tmp_path, 8, "step=3 limit=10 exclude=n3", MEGATRAIN_PROFILE=str(profile))
+    assert "at step 3: a fault of the machines; requeued" in log
+    assert (tmp_path / "updates").read_text() == "update JobId=1 ExcNodeList=n3\n"
+
+
+@pytest.mark.parametrize(
+    ("container", "before_python"),
+    [("", ""), ("WRAPPER", "apptainer exec --nv "), ("SRUN_OPTIONS", "--container-image=")],
+)
+def test_the_profiles_of_the_guide_do_what_it_says(container, before_python, tmp_path):
+    """Every variable that they set is one of sbatch's or one that the script reads, and reaches srun."""
+    guide = GUIDE.read_text()
+    (text,) = re.findall(r"^cat > \S+mysite.sh <<'EOF'\n(.*?)^EOF$", guide, re.MULTILINE | re.DOTALL)
+    if container:
+        (other,) = re.findall(rf"^MEGATRAIN_PYTHON=python .*\n{container}=.*\n", guide, re.MULTILINE)
+        text, replaced = re.subn(r"^MEGATRAIN_PYTHON=.*\n", other, text, flags=re.MULTILINE)
+        assert replaced == 1
+    names = re.findall(r"^(?:export )?(\w+)=", text, re.MULTILINE)
+    script = SCRIPT.read_text()
+    assert len(names) >= 8 and all(name.startswith("SBATCH_") or name in script for name in names)
+    profile = tmp_path / "mysite.sh"
+    profile.write_text(text)
+    found, log = start(tmp_path, 0, MEGATRAIN_PROFILE=str(profile))
+    assert found == 0, log
+    python = "python" if container else "/shared/gpt/venv/bin/python"
+    assert re.search(rf" {before_python}.*{python} -c import", (tmp_path / "call").read_text())
+    environment = (tmp_path / "environment").read_text().splitlines()
+    assert {"NCCL_SOCKET_IFNAME=ib0", "NCCL_IB_HCA=mlx5", "HF_HUB_OFFLINE=1"} <= set(environment)
