@@ -11,14 +11,17 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from megatrain.config import TrackingConfig
 from megatrain.distributed.python_process import python_command
+from megatrain.resilience.signals import STOP_SIGNALS
 from megatrain.resilience.terminal import show
 from megatrain.tracking.tracker import RunInfo
 
@@ -59,14 +62,20 @@ class MlflowTracker:
         """Start the helper and return at once. It imports mlflow, finds or creates the run and catches up."""
         log_path = self._run_dir / "logs" / "mlflow.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_path, "ab") as log:
-            self._helper = subprocess.Popen(
-                python_command(self._module),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the trainer, which then calls finish
-            )
+        # srun forwards a signal to every process of the step, but the trainer decides when the helper ends. A blocked
+        # signal stays blocked in the new process, from its first instruction on.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            with open(log_path, "ab") as log:
+                self._helper = subprocess.Popen(
+                    python_command(self._module),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for the trainer, which then calls finish
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._listener = threading.Thread(target=self._listen, args=(self._helper.stdout,), daemon=True)
         self._listener.start()
         described = asdict(info) | {"run_dir": str(self._run_dir)}
@@ -88,8 +97,9 @@ class MlflowTracker:
             return
         self._finishing = True
         self._tell({"finish": status})
-        if self._helper.stdin is not None and not self._helper.stdin.closed:
-            self._helper.stdin.close()
+        if self._helper.stdin is not None:
+            with suppress(BrokenPipeError):  # the helper is gone, and a message to it was still in the buffer
+                self._helper.stdin.close()
         limit = self._config.finish_timeout_s
         if not self._ends_within(min(limit, PATIENCE_S)):
             show(f"waiting for MLflow to receive the last records (at most {limit:g} s)")

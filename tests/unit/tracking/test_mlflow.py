@@ -256,3 +256,22 @@ def test_passwords_are_never_shown():
     assert without_password("http://me:p@ss@host") == "http://host"
     assert without_password("sqlite:///a@b.db") == "sqlite:///a@b.db"
     assert without_password("sqlite:////runs/a@b/mlflow.db") == "sqlite:////runs/a@b/mlflow.db"
+
+
+def test_signals_to_the_whole_job_leave_the_helper_to_its_trainer(tmp_path, caplog):
+    """As srun sends them before the time limit: the trainer saves, and all of its records are still sent."""
+    training = Training(tmp_path / "runs" / "warned")
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # while Python still starts
+        training.tracker._helper.send_signal(number)
+    training.steps(3).finish("stopped")
+    assert training.tracker._helper.returncode == 0 and not caplog.records
+    run = client(tracking_uri(tmp_path / "runs")).get_run(run_id_of(tmp_path / "runs" / "warned"))
+    assert run.info.status == "KILLED" and run.data.metrics["progress/step"] == 3
+
+
+def test_a_trainer_whose_helper_was_killed_finishes(tmp_path, caplog):
+    training = Training(tmp_path / "runs" / "alone")
+    training.tracker._helper.kill()
+    training.tracker._helper.wait()
+    training.steps(3).finish("stopped")
+    assert any("did not receive steps 1 to 3" in record.getMessage() for record in caplog.records)
