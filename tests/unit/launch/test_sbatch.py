@@ -23,7 +23,7 @@ def start(folder, code, facts="", excluded="(null)", **environ):
     job = f"JobId=1 JobState=RUNNING StdOut={out} ExcNodeList={excluded}"
     answers = f'case "$*" in *show*job*) echo "{job}" ;; *update*) echo "$*" >> {folder}/updates ;; esac'
     asked = f'[ "$1 $5" = "--overlap --container" ] && echo "{facts}"'
-    ran = f'echo "$*" > {folder}/call; env > {folder}/environment; exit {code}'
+    ran = f'trap "" USR1; echo "$*" > {folder}/call; env > {folder}/environment; exit {code}'
     srun = f'case "$*" in *requeue*) {asked} ;; *) {ran} ;; esac'
     for name, body in {"srun": srun, "scontrol": answers, "python": f'echo "{facts}"'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -70,6 +70,12 @@ def test_a_start_that_saved_in_time_ends_the_count(tmp_path):
         start(tmp_path, code, "step=3 limit=1 exclude=")
     _, log = start(tmp_path, 8, "step=3 limit=2 exclude=")
     assert log.count("; requeued") == 2 and "not requeued" in log
+
+
+def test_a_save_before_the_time_limit_is_requeued_and_names_no_step(tmp_path):
+    """The step is asked for after a fault alone."""
+    found, log = start(tmp_path, "$(kill -USR1 $PPID; sleep 1; echo 75)", "step=3 limit=10 exclude=")
+    assert found == 75 and re.search(r"exit code 75 after \d+ s: saved before the time limit; requeued\n$", log), log
 
 
 @pytest.mark.parametrize(("own", "all_of_them"), [("(null)", "n3,n7"), ("n1", "n1,n3,n7")])
