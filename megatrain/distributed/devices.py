@@ -55,10 +55,12 @@ def device_of_rank(config: LaunchConfig, environment: RankEnvironment) -> torch.
     if config.device == "cpu" or (config.device == "auto" and not available):
         return torch.device("cpu")
     if available < environment.local_world_size:
+        remedy = f"set launch.nproc_per_node={available} or launch.device=cpu"
+        if not available:
+            remedy = "look at nvidia-smi there, ask Slurm for GPUs (--gpus-per-node), or set launch.device=cpu"
         raise EnvironmentFault(
             f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on "
-            f"{socket.gethostname()} (one per rank), found {available}; "
-            f"set launch.nproc_per_node={max(1, available)} or launch.device=cpu"
+            f"{socket.gethostname()} (one per rank), found {available}; {remedy}"
         )
     return torch.device("cuda", environment.local_rank)
 

@@ -59,5 +59,6 @@ def test_too_few_devices_are_refused_instead_of_using_the_cpu(asked, available, 
     if chosen is not None:
         assert device_of_rank(config, second) == torch.device(chosen)
         return
-    with pytest.raises(EnvironmentFault, match=rf"launch\.nproc_per_node={max(1, available)} or launch\.device=cpu"):
+    remedy = rf"launch\.nproc_per_node={available} or launch\.device=cpu" if available else "0; look at nvidia-smi"
+    with pytest.raises(EnvironmentFault, match=remedy):
         device_of_rank(config, second)
