@@ -15,6 +15,10 @@ SCORE_TILE_BYTES = 64 * 2**20
 """Largest size in bytes of a tile of attention scores, where no fused kernel computes them (block_attention.py). The
 backward pass holds three tiles."""
 
+SHORT_DOCUMENT = 512
+"""Tokens up to which a 16-bit document is computed in fp32 on a CPU (attention.py): torch's 16-bit gradient is slow for
+so few."""
+
 IGNORE_INDEX = -100
 """Label that the loss ignores; torch's default."""
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_SHORT = 512
-"""Tokens up to which a 16-bit document is computed in fp32 on a CPU: torch's 16-bit gradient is slow for so few."""
+from megatrain.kernels import SHORT_DOCUMENT
 
 
 class Documents:
@@ -95,7 +94,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: 
     results = []
     for lengths, *row in zip(documents.lengths, q.split(1), k.split(1), v.split(1), strict=True):
         for length, *document in zip(lengths, *(x.split(lengths, dim=2) for x in row), strict=True):
-            dtype = torch.float32 if length <= _SHORT and q.element_size() == 2 else q.dtype
+            dtype = torch.float32 if length <= SHORT_DOCUMENT and q.element_size() == 2 else q.dtype
             one_q, one_k, one_v = (x.to(dtype) for x in document)
             results.append(attention(one_q, one_k, one_v, None, dropout).to(q.dtype).transpose(1, 2))
     # tokens before heads in memory, as the output projection reads them

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig
-from megatrain.kernels import SCORE_TILE_BYTES
+from megatrain.kernels import SCORE_TILE_BYTES, SHORT_DOCUMENT
 from megatrain.model.formats import FORMAT_BYTES
 from megatrain.parallel import plan
 
@@ -49,6 +49,8 @@ class Split(NamedTuple):
     on_gpu: bool
     masks: int = 0
     """Number of dense masks over the whole sequence that a micro-batch needs: none, one, or one a row."""
+    by_document: bool = False
+    """Whether attention takes rows document by document, without a mask (kernels/attention.py)."""
 
 
 def count(
@@ -111,6 +113,9 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
     copied = w * queries if model.position == "rope" or split.cp > 1 else 0
     products = tokens * (w * (queries + 2 * keys) + result)
     whole = products + tokens * copied
+    if split.by_document:
+        more, more_products = _by_document(split, tokens, length * split.cp, queries, keys, w)
+        whole, products = whole - tokens * copied + more, products + more_products
     if split.masks and not is_ring:  # with a mask, torch's kernels need a key and a value for each query head
         whole += tokens * 2 * w * (queries - keys)
     if model.position == "rope":  # each block computes its own cosines and sines
@@ -119,6 +124,27 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
         each = (queries, keys) if model.qk_norm_over == "heads" else (heads + kv_heads) * (model.head_dim,)
         whole += tokens * sum(_norm(size, w, "rmsnorm") for size in each)
     return whole, products
+
+
+def _by_document(split: Split, tokens: int, seq_len: int, queries: int, keys: int, w: int) -> tuple[int, int]:
+    """Return what attention by document keeps beyond queries, keys, values and its result: all, and selective.
+
+    `queries` and `keys` are the widths of a token's queries and keys.
+    """
+    exchanged = w * queries * tokens if split.cp > 1 else 0
+    if split.on_gpu:  # torch's kernel needs a key and a value for each query head; its result has tokens before heads
+        return exchanged + 2 * w * (queries - keys) * tokens, 0
+    joined = exchanged or w * queries * tokens  # the results of all documents, tokens before heads
+    if w == 4:
+        return joined, 0
+    # Short documents are computed from fp32 copies. Below that length, all are short. Above, most is held where all but
+    # one are: the long one's queries, keys and values are slices that keep those of the whole batch.
+    inputs, short, kept = queries + 2 * keys, tokens, 0
+    if seq_len > SHORT_DOCUMENT:
+        short, kept = tokens - (SHORT_DOCUMENT + 1) // split.cp, w * inputs * tokens
+    in_fp32 = 4 * inputs * short + kept - w * inputs * tokens
+    results = (4 - w) * queries * short
+    return joined + in_fp32 + results, results
 
 
 def _ring(model: ModelConfig, split: Split, micro_batch_size: int, seq_len: int, w: int) -> int:

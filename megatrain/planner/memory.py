@@ -171,7 +171,9 @@ class MemoryModel:
             states = self._deepspeed(cut, layout.zero, *dtypes, config.engine.offload, config.engine.offload_parameters)
         on_gpu = config.launch.device != "cpu"  # device=auto means a GPU here
         chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
-        sizes_of = (layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu, _num_masks(config, layout))
+        masks = _num_masks(config, layout)
+        by_document = config.train.mask_documents and not masks
+        sizes_of = (layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu, masks, by_document)
         split = activations.Split(*sizes_of)
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
