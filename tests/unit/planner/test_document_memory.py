@@ -21,8 +21,8 @@ def model(position="rope", kv_heads=2):
 
 def counted(config, w, tokens, seq_len, **split):
     """Return the formula's bytes per token: all that attention keeps, and what selective recompute keeps."""
-    split = activations.Split("native", split.pop("tp", 1), split.pop("cp", 1), "ulysses", 0, **split)
-    found = activations._attention(config, split, tokens, seq_len // split.cp, w)
+    layout = activations.Split("native", split.pop("tp", 1), split.pop("cp", 1), "ulysses", 0, **split)
+    found = activations._attention(config, layout, tokens, seq_len // layout.cp, w)
     return tuple(size / tokens for size in found)
 
 
