@@ -239,6 +239,7 @@ class _GrowingStream(StreamDecoder):
         self._returned_chars = 0  # length of that text
 
     def push(self, token: int) -> str:
+        """Return the text that this id completes; empty while a character is incomplete."""
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith("\ufffd"):
@@ -250,6 +251,7 @@ class _GrowingStream(StreamDecoder):
         return new
 
     def finish(self) -> str:
+        """Return the remaining text, with U+FFFD for an incomplete character."""
         return self._decode(self._ids)[self._returned_chars :]
 
 

@@ -102,9 +102,11 @@ class _ByteStream(StreamDecoder):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
+        """Return the text that this id completes; empty while a character is incomplete."""
         return self._decoder.decode(self._table[token])
 
     def finish(self) -> str:
+        """Return the remaining text, with U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -60,6 +60,7 @@ class Waits:
         """Wrap `function`, which waits, so that its time is counted."""
 
         def wait(*args: Any, **kwargs: Any) -> Any:
+            """Call the function and return its result; count the nanoseconds that it took in this thread."""
             # the compiler cannot trace a clock: it would read it once, at compile time
             if torch.compiler.is_compiling() or self._inside or threading.get_ident() != self._thread:
                 return function(*args, **kwargs)

@@ -203,6 +203,7 @@ class NativeEngine:
         for held in self.held:
 
             def add(parameter: Tensor, held: LocalParameter = held) -> None:
+                """Add the parameter's gradient to its master's, in fp32 and of the same shape, and free it."""
                 gradient = self._local_gradient(held)
                 if held.master.grad is None:
                     held.master.grad = gradient.float()

@@ -75,6 +75,7 @@ def _normal(name: str, seed: int, start: int, stop: int) -> Tensor:
     values = np.empty(stop - start, dtype=np.float32)
 
     def fill(block: int) -> None:
+        """Draw the part of `values` that lies in elements `[block * BLOCK, (block + 1) * BLOCK)` of the stream."""
         first, last = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
         # NumPy's generator takes the whole hash. torch's CPU generator keeps 32 bits of a seed, so some of the million
         # blocks of a large model would share a stream.

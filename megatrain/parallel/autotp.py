@@ -129,10 +129,12 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum of `x` over the group, in its shape."""
         return _all_reduced(x.clone(), group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient as it is."""
         return gradients[0], None
 
 
@@ -141,11 +143,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return `x`."""
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the sum of the gradient over the group, in its shape."""
         return _all_reduced(gradients[0], ctx.group), None
 
 

@@ -101,13 +101,17 @@ def exchange(x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> 
 
 
 class _Exchange(torch.autograd.Function):
+    """All-to-all that cuts dimension `scatter` and joins dimension `gather`; the reverse in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
+        """Return `x` with `scatter` divided, and `gather` multiplied, by the ranks of the group."""
         ctx.group, ctx.scatter, ctx.gather = group, scatter, gather
         return _all_to_all(x, group, scatter, gather)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient of `x`, in its shape."""
         return _all_to_all(gradients[0], ctx.group, ctx.gather, ctx.scatter), None, None, None
 
 

@@ -28,6 +28,8 @@ def vocabulary_parallel_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The loss of `vocabulary_parallel_cross_entropy` and its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -38,6 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         kernels: Kernels,
     ) -> Tensor:
+        """Return the summed loss in nats, fp32 `[]`, of `logits` `[..., V]`, `labels` and `weights` `[...]`."""
         scores, targets = logits.flatten(0, -2), labels.flatten()
         own_largest, sums, label_logits = kernels.vocabulary_statistics(scores, targets, first)
         largest = own_largest.clone()
@@ -55,6 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient of the logits `[..., V]` for that of the loss `[]`, in the logits' own memory."""
         assert not ctx.is_spent, "the logits of this loss were overwritten with their gradient"
         ctx.is_spent = True
         scores, targets, logsumexp, weights = ctx.saved_tensors
