@@ -200,7 +200,8 @@ def run(arguments: Arguments) -> int:
 
         return start(config, sorted(arguments.flags), arguments.overrides)
     check_paths(config)
-    result = _action(verb)(config)
+    action = _action(verb)
+    result = action(config, arguments.overrides) if verb == "prepare" else action(config)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
 
 
@@ -272,10 +273,10 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _action(verb: str) -> Callable[[Any], Any]:
+def _action(verb: str) -> Callable[..., Any]:
     """Import and return the function behind a verb."""
     module, _, name = ACTIONS[verb].partition(":")
-    function: Callable[[Any], Any] = getattr(import_module(module), name)
+    function: Callable[..., Any] = getattr(import_module(module), name)
     return function
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -119,6 +119,16 @@ def repeated(verb: str, overrides: Sequence[str]) -> list[str]:
         for name, values in given.items()
         if set(values[:-1]) - {values[-1]}
     ]
+
+
+def last_words(overrides: Sequence[str], names: Container[str]) -> list[str]:
+    """Return the overrides of these names, as they count: the last of each, and all of the user's own folders."""
+    kept: dict[str, str] = {}
+    for text in overrides:
+        name = text.partition("=")[0].strip().lstrip("+").replace("/", ".")
+        if name in names:
+            kept[text if name in (CONFIG_DIR, SEARCH_PATH) else name] = text
+    return list(kept.values())
 
 
 def own_folders(overrides: Sequence[str]) -> tuple[Path, ...]:

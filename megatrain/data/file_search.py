@@ -30,16 +30,21 @@ def find_paths(patterns: list[str], suffixes: tuple[str, ...]) -> list[Path]:
         if place.is_dir():
             found.update(_below(place, pattern, suffixes))
             continue
-        matched = [Path(name) for name in expand(pattern) if os.path.isfile(name)]
-        if not matched:
-            raise ConfigError(f"data.paths: {pattern!r} matches no file (working folder {os.getcwd()})")
-        found.update(matched)
+        found.update(matches(pattern))
     for path in sorted(found):
         if path.name.endswith(".arrow") and saved_to_disk(path.parent):
             raise _is_saved_to_disk(path.parent)
         if not path.name.lower().endswith(suffixes):
             raise ConfigError(f"data.paths: {path} has none of the suffixes {', '.join(suffixes)}; narrow the glob")
     return sorted(found, key=lambda path: path.as_posix())
+
+
+def matches(pattern: str) -> list[Path]:
+    """Return the files that a pattern names. Raises `ConfigError` if it names none."""
+    found = [Path(name) for name in expand(pattern) if os.path.isfile(name)]
+    if not found:
+        raise ConfigError(f"data.paths: {pattern!r} matches no file (working folder {os.getcwd()})")
+    return found
 
 
 def _below(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -19,6 +19,7 @@ from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, choices_of
 from megatrain.config.compose import key_types, own_folders
 from megatrain.config.values import split_optional
 from megatrain.errors import ConfigError, MegatrainError
+from megatrain.verbs.places import OF_RUNS, is_offered
 
 BASH = r"""# megatrain's completion. Add to ~/.bashrc: eval "$(megatrain --completion bash)"
 _megatrain() {
@@ -88,7 +89,7 @@ def candidates(line: str, flags: Iterable[str]) -> list[str]:
         return [f"{name}={choice}" for choice in _values(verb, name, value, _folders(words))]
     fields = walk(VERBS[verb])
     has_path = "path" in fields or verb == "train"
-    return _names(verb, last, fields) + (_paths(last) if has_path and (last or "path" in fields) else [])
+    return _names(verb, last, fields) + (_paths(last, of_runs=True) if has_path and (last or "path" in fields) else [])
 
 
 def _folders(words: list[str]) -> tuple[Path, ...]:
@@ -129,7 +130,7 @@ def _values(verb: str, name: str, value: str, folders: tuple[Path, ...]) -> list
     metadata = fields[name].metadata
     known = [str(choice) for choice in metadata.get("choices", ())] or (["true", "false"] if kind is bool else [])
     if metadata.get("path"):
-        return _paths(value)
+        return _paths(value, of_runs=name in OF_RUNS)
     return _starting(value, [*known, "null"] if optional else known)
 
 
@@ -137,8 +138,11 @@ def _starting(text: str, known: Any) -> list[str]:
     return [name for name in known if name.startswith(text)]
 
 
-def _paths(text: str) -> list[str]:
-    """Return the paths that start with a text; those of folders end in a slash. None for a name with odd characters."""
+def _paths(text: str, of_runs: bool = False) -> list[str]:
+    """Return the paths that start with a text; those of folders end in a slash. None for a name with odd characters.
+
+    `of_runs`: only folders that may be, or lead to, those of runs, checkpoints, datasets or models.
+    """
     folder, slash, name = text.rpartition("/")
     try:
         entries = sorted(os.scandir(Path(folder + slash or ".").expanduser()), key=lambda entry: entry.name)
@@ -150,4 +154,5 @@ def _paths(text: str) -> list[str]:
         if entry.name.startswith(name)
         and (name or not entry.name.startswith("."))
         and shlex.quote(entry.name) == entry.name
+        and (not of_runs or is_offered(Path(entry.path)))
     ]

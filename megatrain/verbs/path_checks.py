@@ -6,6 +6,7 @@ Every message names the key, the given path and what is nearby.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,18 @@ from megatrain.config import (
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
+from megatrain.data.file_search import matches
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.tracking.sweep_record import is_sweep_folder
-from megatrain.verbs.start_checks import check_origin, prepare_hint
+from megatrain.verbs.places import require
+from megatrain.verbs.start_checks import check_origin, prepare_command
 
 
-def check_paths(config: Any) -> None:
+def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
     """Check that everything a config reads exists, and that `out` of an export or import does not.
+
+    `overrides` are those of the command, for the advice in messages.
 
     Raises:
         ConfigError, DataError: a file or folder is missing, unusable or in the way.
@@ -42,11 +47,15 @@ def check_paths(config: Any) -> None:
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_installed(config)
-        card = check_dataset_folder(config.data, config.train.mask_documents, prepare_hint(config))
+        if not is_launched() and not (Path(config.data.dir) / config.data.name).is_dir():
+            check_sources(config.data)
+            check_tokenizer(config.tokenizer)
+        card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
         if not is_launched():  # ranks check it themselves, with verified files
             check_origin(config, card)
     if isinstance(config, PrepareConfig):
         check_tokenizer(config.tokenizer)
+        check_sources(config.data)
         if not exists(f"{config.data.dir}/{config.data.name}"):
             check_writable("data.dir", Path(config.data.dir))
     if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
@@ -87,19 +96,17 @@ def check_installed(config: TrainConfig) -> None:
         )
 
 
-def check_dataset_folder(config: DataConfig, mask_documents: bool, tokenizer: str = "") -> Card:
+def check_dataset_folder(config: DataConfig, mask_documents: bool, command: str = "megatrain prepare") -> Card:
     """Check that the prepared dataset exists with the recorded file sizes, and marks documents if they matter.
 
-    Return its card. `tokenizer` holds the arguments that the advice to prepare it must add.
+    Return its card. `command` is the one that prepares it.
     """
     folder = Path(config.dir) / config.name
     if not folder.is_dir():
         prepared = sorted(card.parent.name for card in Path(config.dir).glob("*/card.json"))
         hint = did_you_mean("data.name=", config.name, prepared)
-        source = config.name if config.kind == "huggingface" else config.kind
         raise ConfigError(
-            f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: megatrain prepare "
-            f"data={source} data.name={config.name} data.dir={config.dir}{tokenizer}"
+            f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: {command}"
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     card = check_dataset(folder)
@@ -121,28 +128,22 @@ def check_tokenizer(config: TokenizerConfig) -> None:
     if config.path is None:
         return
     path = Path(config.path)
-    is_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or path.suffix == ".json"
-    if config.kind == "hf" and not is_path:
-        return
-    require("tokenizer.path", path)
+    if config.kind != "hf" or is_local(config.path) or path.suffix == ".json":
+        require("tokenizer.path", path)
 
 
-def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
-    """Refuse a path that does not exist, and suggest one that does. `also` lists allowed values that are not paths."""
-    if exists(str(path)):
-        return
-    parent = path.parent
-    while not exists(str(parent)) or not parent.is_dir():
-        parent = parent.parent
-    try:
-        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise ConfigError(f"{key}={path}: {parent} cannot be read ({error.strerror})") from error
-    hint = did_you_mean("", str(path), also)
-    if not hint and path.parent == parent:
-        hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
-    contents = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-    raise ConfigError(f"{key}={path}: no such file or folder{hint} ({parent.resolve()} holds {contents})")
+def check_sources(config: DataConfig) -> None:
+    """Check that the files or the folder to prepare a dataset from exist. Opens none of them."""
+    for pattern in config.paths if config.kind == "files" else ():
+        if not Path(pattern).expanduser().is_dir():
+            matches(pattern)
+    if config.kind == "huggingface" and config.hf_path is not None and is_local(config.hf_path):
+        require("data.hf_path", Path(config.hf_path))
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name is a path, and not that of a repository on the Hugging Face hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_writable(key: str, path: Path) -> None:

@@ -9,7 +9,7 @@ from megatrain.config.choices import CONFIG_FILE, GROUPS, YAML, home
 from megatrain.config.values import exists, quoted
 from megatrain.errors import ConfigError
 from megatrain.tracking.sweep_record import is_sweep_folder
-from megatrain.verbs.path_checks import require
+from megatrain.verbs.places import require
 
 
 def expand_path(verb: str, words: Sequence[str]) -> list[str]:

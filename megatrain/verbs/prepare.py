@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megatrain.config import PrepareConfig
-from megatrain.config.compose import compose
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, SEARCH_PATH
+from megatrain.config.compose import compose, last_words
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
 
 
-def prepare(config: PrepareConfig) -> Path:
-    """Prepare the dataset that `config` describes, say what to type next, and return its folder."""
+def prepare(config: PrepareConfig, overrides: Sequence[str] = ()) -> Path:
+    """Prepare the dataset that `config` describes, say what to type next, and return its folder.
+
+    `overrides` are those of the command; what is to be typed next has its folders, config file and choice of data.
+    """
     folder = preparation.prepare(config)
+    words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data"))
     given = {"data.name": config.data.name, "data.dir": config.data.dir}
-    default = asdict(compose("train", []).data)
-    words = [
-        shlex.quote(quoted(key, value)) for key, value in given.items() if value != default[key.removeprefix("data.")]
-    ]
-    print(next_step(" ".join(["megatrain train", *words])), file=sys.stderr)
+    default = asdict(compose("train", words).data)
+    words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
+    print(next_step(shlex.join(["megatrain", "train", *words])), file=sys.stderr)
     return folder

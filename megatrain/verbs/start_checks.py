@@ -6,6 +6,7 @@ The ranks check the same again (`training/job.py`), with verified files. Here a 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +18,15 @@ from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments
-from megatrain.config import TrainConfig
-from megatrain.config.compose import compose, read_overrides
+from megatrain.config import PrepareConfig, TrainConfig, walk
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
+from megatrain.config.compose import compose, last_words, read_overrides
+from megatrain.config.values import quoted
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
+from megatrain.verbs.places import require
 
 INIT_FROM = "checkpoint.init_from"
 
@@ -31,6 +35,7 @@ def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a command, preceded by the model of `checkpoint.init_from` as its default.
 
     A model that the command chooses (`model=<preset>`, or an experiment with one) stays: `check_origin` compares it.
+    Raises ConfigError if there is no such checkpoint.
     """
     given = list(overrides)
     if not any(text.lstrip("+").startswith(f"{INIT_FROM}=") for text in given):
@@ -39,9 +44,11 @@ def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
     path = request.values.get(INIT_FROM)
     if path is None or "model" in request.groups or _experiment_sets_model(verb, given):
         return given
-    found = peek(Path(path).expanduser())
+    place = Path(path).expanduser()
+    require(INIT_FROM, place)  # before any complaint about the sizes of a default model
+    found = peek(place)
     if found is None:
-        return given  # path_checks says what is wrong
+        return given  # whoever loads it says what is wrong
     try:
         model = asdict(model_of(*found))
     except CheckpointError:
@@ -122,8 +129,18 @@ def _refuse_own_weights(origin: Path, run_dir: Path) -> None:
         )
 
 
-def prepare_hint(config: TrainConfig) -> str:
-    """Return the arguments that prepare data with the tokenizer of `checkpoint.init_from`; empty if it has none."""
+def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:
+    """Return the command that prepares the data of a `train` command with these overrides.
+
+    It has those of its words that `prepare` reads, and the tokenizer of `checkpoint.init_from`.
+    """
+    data = config.data
+    known = {*walk(PrepareConfig), *GROUPS["prepare"], CONFIG_DIR, CONFIG_FILE, SEARCH_PATH}
+    words = last_words(overrides, known - {"data.name", "data.dir"})
+    if not last_words(overrides, ("data", CONFIG_FILE)):
+        words.append(f"data={data.name if data.kind == 'huggingface' else data.kind}")
+    words += [quoted("data.name", data.name), quoted("data.dir", data.dir)]
     found = peek(Path(config.checkpoint.init_from)) if config.checkpoint.init_from else None
     place = tokenizer_folder(*found) if found else None
-    return f" {tokenizer_arguments(place)}" if place else ""
+    own = f" {tokenizer_arguments(place)}" if place else ""
+    return f"megatrain prepare {shlex.join(words)}{own}"

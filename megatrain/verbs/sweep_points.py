@@ -234,7 +234,7 @@ def check_points(points: Sequence[Point]) -> None:
         with errors_name_point(number, len(points), point.values):
             if point.config.launch.name == "local":
                 slurm.check_plain_start(point.config.launch, None)
-            check_paths(point.config)
+            check_paths(point.config, point.overrides)
     folder = sweep_folder(points)
     if any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "checkpoints")):
         raise ConfigError(f"run.name={folder.name}: {folder} is a run's folder; give the sweep another run.name")

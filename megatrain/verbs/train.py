@@ -35,14 +35,14 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
-        path_checks.check_paths(config)
+        path_checks.check_paths(config, overrides)
         _say_if_new(config, overrides)
         arguments = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, arguments, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
     peers = step.meet(config.launch.timeout_s) if step else SingleNode()
     try:
-        slurm.together(peers, lambda: _check(config))
+        slurm.together(peers, lambda: _check(config, overrides))
         if peers.node == 0:
             _say_if_new(config, overrides)
         return start_workers(config, [*flags, *overrides], peers)
@@ -50,8 +50,8 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
         peers.close()
 
 
-def _check(config: TrainConfig) -> None:
-    path_checks.check_paths(config)
+def _check(config: TrainConfig, overrides: Sequence[str]) -> None:
+    path_checks.check_paths(config, overrides)
     resources.check_gpus(config, has_gpu(config.launch.device))
 
 

@@ -140,7 +140,7 @@ def test_a_first_argument_without_equals_is_the_path_taken_as_typed(action, tmp_
 def test_the_result_of_an_action_is_the_exit_code(action, tmp_path):
     action("inspect", lambda config: 75)
     assert cli.main(["inspect", str(tmp_path)]) == 75
-    action("inspect", lambda config: None)
+    action("inspect", lambda *_: None)
     assert cli.main(["inspect", str(tmp_path)]) == 0
 
 
@@ -193,7 +193,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
 
     seen = []
     monkeypatch.setattr(cli, "is_launched", lambda: False)
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
     monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
     monkeypatch.setattr(local, "launch", lambda *arguments: seen.append(arguments) or 75)
     overrides = ["model=tiny", f"run.dir={tmp_path}", "run.name=a b", "launch.nproc_per_node=2"]
@@ -209,7 +209,7 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
 def test_a_launched_train_is_a_worker(monkeypatch, action):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
     action("train", lambda config: 40 + config.seed)
     assert cli.main(["train", "model=tiny", "seed=2"]) == 42
 

@@ -133,7 +133,7 @@ def fake_sbatch(tmp_path, monkeypatch):
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     return tmp_path / "called"

@@ -213,6 +213,13 @@ def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, t
         ("generate", ["path=nowhere/at/all"], "path=nowhere/at/all: no such file or folder .* holds runs"),
         ("inspect", ["path=x"], "path=x: no such"),
         ("report", ["path=x"], "path=x: no such"),
+        ("report", ["path=runs/mlflow"], r"path=runs/mlflow: no such file or folder \(.*runs holds mine\)"),
+        ("train", ["checkpoint.init_from=runs/logs/x"], r"runs/logs/x: no such file or folder \(.* holds none\)"),
+        ("evaluate", ["path=runs/mine", "data=runs/x"], r"holds logs, mine, mlartifacts, mlflow.db\)"),
+        ("train", ["data.kind=files", "data.paths=[a.txt,no/*.txt]"], "data.paths: 'no/.*' matches no file"),
+        ("train", ["tokenizer.path=no.model"], "tokenizer.path=no.model: no such"),
+        ("prepare", ["data=files", "data.paths=[runs,no/*.txt]"], "data.paths: 'no/.*' matches no file"),
+        ("prepare", ["data=huggingface", "data.hf_path=./no"], "data.hf_path=no: no such"),
         ("export", ["path=x", "out=y"], "path=x: no such"),
         ("import", ["path=x", "out=y"], "path=x: no such"),
         ("export", ["path=runs/mine", "out=runs"], "out=runs exists already"),
@@ -224,6 +231,10 @@ def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, t
 def test_a_missing_path_is_refused_with_similar_paths(base, verb, overrides, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    for name in ("logs/x.log", "mlartifacts/x", "mlflow.db"):
+        (tmp_path / "runs" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "runs" / name).touch()
+    (tmp_path / "a.txt").touch()
     config = changed(base, overrides) if verb == "train" else compose(verb, overrides)
     assert re.search(says, refusal(check_paths, config))
 

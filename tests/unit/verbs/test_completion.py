@@ -17,6 +17,9 @@ def complete(line):
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
     (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    for made in ("mlartifacts", "logs"):
+        (tmp_path / "runs" / made).mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
     (tmp_path / "odd name").mkdir()
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "model" / "tidy.yaml").write_text("num_layers: 1")
@@ -37,6 +40,9 @@ def places(tmp_path, monkeypatch):
         ("train run.dir=ru", ["run.dir=runs/"]),
         ("train run", ["run.", "runs/"]),
         ("inspect runs/", ["runs/lr=0.1/"]),
+        ("train checkpoint.init_from=runs/", ["checkpoint.init_from=runs/lr=0.1/"]),
+        ("train runs/", ["runs/lr=0.1/"]),
+        ("evaluate x data=runs/ml", ["data=runs/mlartifacts/", "data=runs/mlflow.db"]),
         ("train --conf", ["--config", "--config-dir"]),
         ("train --config-dir o", ["own/"]),
         ("--completion z", ["zsh"]),

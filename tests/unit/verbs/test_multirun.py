@@ -175,7 +175,7 @@ def test_a_sweep_inside_a_job_is_refused(monkeypatch, capsys):
 
 def test_cfg_and_dry_run_show_every_point_and_do_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda config: None)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
     words = ["train", "--multirun", *TINY, "seed=1,2", "run.name=two words"]
     assert cli.main([*words, "--cfg"]) == 0
     shown = list(yaml.safe_load_all(capsys.readouterr().out))

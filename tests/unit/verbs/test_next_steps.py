@@ -77,3 +77,44 @@ def test_export_says_how_to_use_its_folder(monkeypatch, capsys, tmp_path):
     generate, theirs = commands(capsys)
     assert read(generate)[1].path == "my models/it's"
     assert theirs == 'transformers.AutoModelForCausalLM.from_pretrained("my models/it\'s")'
+
+
+FOLDER = "--config-dir=my configs"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a dataset and a model of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    for file, text in {"data/mine": "kind: files\npaths: [a.txt]\n", "model/my": "num_layers: 1\n"}.items():
+        (tmp_path / "my configs" / file).parent.mkdir(parents=True)
+        (tmp_path / "my configs" / f"{file}.yaml").write_text(text)
+    (tmp_path / "a.txt").write_text("text")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[FOLDER, "data=mine"], [FOLDER, "+data=mine", "data.name=b", "data.dir=d d"], ["data=my configs/data/mine.yaml"]],
+)
+def test_prepare_says_how_to_train_with_the_same_folders_and_choice(words, own, monkeypatch, capsys):
+    monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
+    assert cli.main(["prepare", "data=files", *words]) == 0
+    (command,) = commands(capsys)
+    verb, found = read(command)
+    assert (verb, found.data) == ("train", compose("prepare", words).data)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [FOLDER, "data=mine", "model=my"],
+        [FOLDER, "data=tinystories", "data=mine", "data.name=b", "data.dir=d d", "tokenizer.vocab_size=300", "seed=3"],
+        ["data=files", "data.paths=[a.txt]", "data.name=c"],
+        ["data.name=python_stdlib", "optim.lr=1"],
+    ],
+)
+def test_a_missing_dataset_names_a_command_that_prepares_the_one_asked_for(words, own, capsys):
+    assert cli.main(["train", *words]) == 2
+    verb, found = read(capsys.readouterr().err.partition("prepare it first: ")[2].partition(" (prepared so far")[0])
+    wanted = compose("train", words)
+    assert (verb, found.data, found.tokenizer) == ("prepare", wanted.data, wanted.tokenizer)

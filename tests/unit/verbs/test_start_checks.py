@@ -112,6 +112,11 @@ def test_advice_for_longer_sequences_is_accepted_at_once(name, family, started):
     started(*words, *longer)
 
 
+def test_a_missing_checkpoint_comes_before_the_sizes_of_a_default_model():
+    with pytest.raises(ConfigError, match=r"checkpoint\.init_from=nowhere: no such file or folder"):
+        command("checkpoint.init_from=nowhere", "train.seq_len=100000")
+
+
 def test_learned_positions_cannot_grow(family, started):
     folder = family("gpt2")[0]
     with pytest.raises(CheckpointError, match=r"learned positions for 64 tokens"):
@@ -235,7 +240,7 @@ def test_a_resume_is_refused_before_ranks_start(started, finished):
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         started(*resuming(finished, "checkpoint.resume=never"), runs=runs)
     with pytest.raises(CheckpointError, match="began from no other weights"):
-        started(*resuming(finished, "checkpoint.init_from=elsewhere"), runs=runs)
+        started(*resuming(finished, f"checkpoint.init_from={runs}"), runs=runs)
 
 
 def test_another_dataset_is_refused_before_ranks_start(started, finished, dataset):

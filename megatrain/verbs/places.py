@@ -1,0 +1,43 @@
+"""Which paths are offered to a user who has to name one: in messages about one that is missing, and in completion.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatrain.config.suggest import did_you_mean
+from megatrain.config.values import exists
+from megatrain.errors import ConfigError
+
+OF_RUNS = ("path", "run folder", "checkpoint.resume", "checkpoint.init_from")
+"""Keys whose value is the folder of a run, a checkpoint, a dataset or a Hugging Face model."""
+
+OTHERS = ("logs", "mlartifacts", "owner", "profile")
+"""Folders that megatrain makes in and beside those of runs, and that are none themselves."""
+
+
+def is_offered(entry: Path) -> bool:
+    """Return whether an existing path may be, or lead to, the folder of a run, a checkpoint, a dataset or a model."""
+    return entry.is_dir() and (entry.name not in OTHERS or (entry / "config.yaml").is_file())
+
+
+def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
+    """Refuse a path that does not exist, and suggest one that does. `also` lists allowed values that are not paths."""
+    if exists(str(path)):
+        return
+    parent = path.parent
+    while not exists(str(parent)) or not parent.is_dir():
+        parent = parent.parent
+    try:
+        entries = sorted(entry for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: {parent} cannot be read ({error.strerror})") from error
+    names = [entry.name for entry in entries if key not in OF_RUNS or is_offered(entry)]
+    hint = did_you_mean("", str(path), also)
+    if not hint and path.parent == parent:
+        hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
+    contents = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    contents = contents or ("none" if entries else "nothing")
+    raise ConfigError(f"{key}={path}: no such file or folder{hint} ({parent.resolve()} holds {contents})")
