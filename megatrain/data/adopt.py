@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, card_of_parts, fingerprint
-from megatrain.data.file_search import expand
+from megatrain.data.corpus.file_search import expand
 from megatrain.data.indexed import pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError

@@ -1,43 +1,41 @@
 """`megatrain prepare`: read, clean, deduplicate, split, train or load a tokenizer, encode, write.
 
-Three stages, each in bounded memory for any corpus size. First, workers clean the source into a compressed spool on
-disk; duplicates are dropped and documents held out as it is written. Then the tokenizer is trained on a sample of the
-spool. Last, workers encode the spool, and the results are written in order. All of this happens in a hidden folder
-beside the target, which one rename turns into the dataset, so an incomplete dataset never has the dataset's name.
+The stages are in corpus/, each in bounded memory for any corpus size. All of this happens in a hidden folder beside the
+target, which one rename turns into the dataset, so an incomplete dataset never has the dataset's name.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from megatrain.config import DataConfig, PrepareConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
-from megatrain.data.indexed import IndexedWriter, token_dtype
-from megatrain.data.normalise import Policy, Record
-from megatrain.data.progress_line import Meter
-from megatrain.data.sources import Source, open_source
-from megatrain.data.spool import DROPPED, HELDOUT, TRAIN, Sample, Seen, Spool, pack, unpack
+from megatrain.data.corpus import pipeline
+from megatrain.data.corpus.cleaned import CleanedShard
+from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.source import Source
+from megatrain.data.corpus.sources import open_source
+from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.indexed import token_dtype
 from megatrain.data.staging import StagingFolder
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.data.tokenizer_loading import find_tokenizer
+from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
-from megatrain.data.workers import Cleaned, CleanTask, EncodeTask, Workers, clean_chunk, encode_chunk
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import ConfigError, DataError
+from megatrain.resilience.atomic_file import write_atomically
 
-CHUNK_BYTES = 2**20
-CHUNK_RECORDS = 2048
 QUARANTINE = "quarantine.jsonl"
 """The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
 _BAD = "bad_"
@@ -63,10 +61,10 @@ def prepare(config: PrepareConfig) -> Path:
             f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
         )
         return target
-    with StagingFolder(target) as staging:
+    with StagingFolder(target) as staging, _kept_work_is_named(staging):
         first_bad = None
         if isinstance(opened, Source):
-            card, first_bad = _prepare_text(opened, config, given, staging.folder)
+            card, first_bad = _prepare_text(opened, config, given, staging)
         else:
             link(opened, staging.folder)
             card = make_card(staging.folder, config.data.name, given)
@@ -80,31 +78,24 @@ def prepare(config: PrepareConfig) -> Path:
     return target
 
 
+@contextmanager
+def _kept_work_is_named(staging: StagingFolder) -> Iterator[None]:
+    """Say what an error or Ctrl-C leaves to go on from."""
+    try:
+        yield
+    except BaseException:
+        if staging.has_work():
+            print(
+                f"what is finished is kept in {staging.work}; the same command goes on from there, and does again only "
+                "what a changed file or setting concerns",
+                file=sys.stderr,
+            )
+        raise
+
+
 def _names(prefixes: dict[str, list[Path]]) -> dict[str, Any]:
     """Return each split's prefix as text, or a list of several."""
     return {split: str(found[0]) if len(found) == 1 else list(map(str, found)) for split, found in prefixes.items()}
-
-
-def _prepare_text(
-    source: Source, config: PrepareConfig, given: Tokenizer | None, folder: Path
-) -> tuple[Card, str | None]:
-    """Read, clean, tokenize and write everything in `folder` except the card.
-
-    Returns the card, and where the first bad record is and why it is bad (None if there is none).
-    """
-    with Workers(config.data.workers or usable_cores()) as pool, Spool(folder) as spool:
-        cleaned = _clean(source, config, pool, spool, folder)
-        tokenizer = given or _train_tokenizer(config, spool, cleaned)
-        tokenizer.save(folder / "tokenizer")
-        splits = _encode(spool, folder, tokenizer, pool)
-    card = Card(
-        name=config.data.name,
-        fingerprint=fingerprint(splits),
-        splits=splits,
-        tokenizer=TokenizerCard.of(tokenizer),
-        counts=dict(sorted(cleaned.counts.items())),
-    )
-    return card, cleaned.first_bad
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -176,45 +167,58 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
     return True
 
 
-# ---------------------------------------------------------------------------------------------------- cleaning
+# ---------------------------------------------------------------------------------------------------- text
 
 
-@dataclass
-class CleaningResult:
-    """Counts, the number of documents in each split, and the documents to train the tokenizer on."""
+def _prepare_text(
+    source: Source, config: PrepareConfig, given: Tokenizer | None, staging: StagingFolder
+) -> tuple[Card, str | None]:
+    """Read, clean, tokenize and write everything in the staging folder except the card.
 
-    sample: Sample
-    counts: Counter[str] = field(default_factory=Counter)
-    kept: Counter[int] = field(default_factory=Counter)
-    lowest: tuple[int, int] | None = None  # (random draw, document) of the document to hold out first
-    highest: tuple[int, int] | None = None  # the same for the one to hold out last
-    first_bad: str | None = None  # where the first bad record is, and why it is bad
+    Returns the card, and where the first bad record is and why it is bad (None if there is none).
+    """
+    folder, work = staging.folder, staging.work
+    with Workers(config.data.workers or usable_cores()) as pool:
+        shards = pipeline.clean_source(source, config, pool, work / "cleaned")
+        counts = pipeline.total_counts(shards)
+        first_bad = next((shard.first_bad for shard in shards if shard.first_bad), None)
+        _check_bad_fraction(counts, config.data.max_bad_fraction, first_bad)
+        selection = _select(shards, config, counts, first_bad, work)
+        _join_quarantine(shards, folder / QUARANTINE)
+        tokenizer = given or _train_tokenizer(config, selection, work)
+        tokenizer.save(folder / "tokenizer")
+        dtype = token_dtype(tokenizer.vocab_size)
+        encoded = pipeline.encode_selection(selection, tokenizer, folder / "tokenizer", dtype, pool, work / "encoded")
+    splits = {}
+    for number, name in enumerate(SPLITS, start=1):
+        if joined := pipeline.join(encoded, number, folder / name, dtype):
+            splits[name] = card_of_written(*joined)
+    card = Card(
+        name=config.data.name,
+        fingerprint=fingerprint(splits),
+        splits=splits,
+        tokenizer=TokenizerCard.of(tokenizer),
+        counts=dict(sorted(counts.items())),
+    )
+    return card, first_bad
 
 
-def _clean(source: Source, config: PrepareConfig, pool: Workers, spool: Spool, folder: Path) -> CleaningResult:
-    """Fill the spool. Raises `DataError` if nothing is left to train on."""
-    policy = Policy(config.data.text_column, config.data.undecodable, config.data.on_bad_record)
-    result = CleaningResult(Sample(config.tokenizer.train_bytes))
-    seen = Seen(folder / "seen.sqlite") if config.data.deduplicate else None
-    tasks = (CleanTask(chunk, policy) for chunk in _chunks(source, config.data.max_documents))
-    with Meter("reading", source.total_bytes) as meter:
-        for cleaned in pool.map(clean_chunk, tasks):
-            _store_chunk(cleaned, spool, result, seen, config)
-            result.first_bad = result.first_bad or cleaned.first_bad
-            if cleaned.quarantine:
-                with open(folder / QUARANTINE, "ab") as file:
-                    file.write(cleaned.quarantine)
-            meter.update(source.progress.bytes)
-    if seen:
-        seen.close()
-    result.counts["oversized"] = source.progress.oversized
-    _check_bad_fraction(result.counts, config.data.max_bad_fraction, result.first_bad)
-    if not sum(result.kept.values()):
-        first = f"; the first bad record: {result.first_bad}" if result.first_bad else ""
-        raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(result.counts)}){first}")
-    if config.data.heldout_fraction > 0:
-        _fill_both_splits(spool, result, config.data.heldout_fraction)
-    return result
+def _select(
+    shards: list[CleanedShard], config: PrepareConfig, counts: Counter[str], first_bad: str | None, work: Path
+) -> Selection:
+    """Decide what is kept and what is held out, and count it. Raises `DataError` if nothing is left to train on."""
+    selection = Selection(shards, work / "flags")
+    if config.data.deduplicate and (dropped := selection.drop_duplicates(pipeline.DEDUPLICATION_BYTES)):
+        counts["duplicates"] = dropped
+    kept = selection.num_documents - selection.count(DROPPED)
+    if not kept:
+        first = f"; the first bad record: {first_bad}" if first_bad else ""
+        raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(counts)}){first}")
+    if kept == 1 and config.data.heldout_fraction > 0:
+        counts["cut_in_two"] = 1
+        return pipeline.cut_in_two(shards, selection, config.data.heldout_fraction, work / "flags_of_halves")
+    selection.hold_out(config.data.heldout_fraction)
+    return selection
 
 
 def _num_bad(counts: Mapping[str, int]) -> int:
@@ -231,113 +235,33 @@ def _check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | Non
         )
 
 
-def _chunks(source: Source, max_documents: int | None) -> Iterator[list[Record]]:
-    chunk: list[Record] = []
-    size = 0
-    for record in itertools.islice(source.records(), max_documents):
-        chunk.append(record)
-        size += len(record.payload)
-        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _join_quarantine(shards: list[CleanedShard], path: Path) -> None:
+    """Write the bad records of all shards into one file, if there are any."""
+    for shard in shards:
+        if shard.quarantine_path.exists():
+            with open(path, "ab") as file, open(shard.quarantine_path, "rb") as part:
+                shutil.copyfileobj(part, file)
 
 
-def _store_chunk(
-    cleaned: Cleaned, spool: Spool, result: CleaningResult, seen: Seen | None, config: PrepareConfig
-) -> None:
-    """Assign each document of a chunk to a split or drop it, and write the chunk to the spool."""
-    result.counts.update(cleaned.counts)
-    held_below = int(config.data.heldout_fraction * 2**64)
-    flags = bytearray(len(cleaned.sizes))
-    draws: list[int] = []
-    for i in range(len(flags)):
-        digest = cleaned.hashes[16 * i : 16 * i + 16]
-        draws.append(xxhash.xxh3_64_intdigest(b"sample" + digest, seed=config.seed))
-        if seen is not None and not seen.add(digest):
-            result.counts["duplicates"] += 1
-            continue
-        held = xxhash.xxh3_64_intdigest(b"heldout" + digest, seed=config.seed)
-        flags[i] = HELDOUT if held < held_below else TRAIN
-        result.kept[flags[i]] += 1
-        drawn = (held, spool.documents + i)
-        result.lowest = min(result.lowest or drawn, drawn)
-        result.highest = max(result.highest or drawn, drawn)
-    frame = spool.add(cleaned.frame, bytes(flags), sum(cleaned.sizes))
-    for i, flag in enumerate(flags):
-        if flag == TRAIN:
-            result.sample.offer(draws[i], cleaned.sizes[i], frame, i)
-
-
-def _fill_both_splits(spool: Spool, result: CleaningResult, fraction: float) -> None:
-    """Give each split of a small corpus at least one document; cut a single document in two."""
-    assert result.lowest and result.highest
-    if sum(result.kept.values()) == 1:
-        _cut_in_two(spool, result, fraction)
-    elif not result.kept[HELDOUT]:
-        spool.set_flag(result.lowest[1], HELDOUT)
-        result.sample.forget(*spool.locate(result.lowest[1]))
-    elif not result.kept[TRAIN]:
-        spool.set_flag(result.highest[1], TRAIN)
-        frame, index = spool.locate(result.highest[1])
-        result.sample.offer(0, len(unpack(spool.path, frame)[index]), frame, index)
-
-
-def _cut_in_two(spool: Spool, result: CleaningResult, fraction: float) -> None:
-    """Hold out the end of the only document, cut at the start of a line if possible."""
-    assert result.lowest
-    frame, index = spool.locate(result.lowest[1])
-    text = unpack(spool.path, frame)[index].decode()
-    if len(text) < 2:
-        raise DataError("the corpus is a single character, too short to be split; set data.heldout_fraction=0")
-    middle = min(max(1, int(len(text) * (1 - fraction))), len(text) - 1)
-    at = text.rfind("\n", 0, middle) + 1 or middle
-    spool.set_flag(result.lowest[1], DROPPED)
-    parts = [text[:at].encode(), text[at:].encode()]
-    frame = spool.add(pack(parts), bytes([TRAIN, HELDOUT]), sum(map(len, parts)))
-    result.counts["cut_in_two"] = 1
-    result.sample = Sample(result.sample.budget)
-    result.sample.offer(0, len(parts[0]), frame, 0)
-
-
-# ---------------------------------------------------------------------------------------------------- encoding
-
-
-def _train_tokenizer(config: PrepareConfig, spool: Spool, cleaned: CleaningResult) -> Tokenizer:
+def _train_tokenizer(config: PrepareConfig, selection: Selection, work: Path) -> Tokenizer:
+    """Train a tokenizer on a sample of the corpus, or take the one that an interrupted preparation trained on it."""
+    keys = [shard.key for shard in selection.shards]
+    key = json.dumps([keys, config.seed, asdict(config.data), asdict(config.tokenizer)], sort_keys=True)
+    saved, saved_key = work / "tokenizer", work / "tokenizer.json"
+    if saved_key.is_file() and saved_key.read_text(encoding="utf-8") == key:
+        return load_tokenizer(saved)
     start = time.monotonic()
-    tokenizer = train_sentencepiece(cleaned.sample.texts(spool), config.tokenizer.vocab_size, config.data.bos)
+    texts = pipeline.sample_texts(selection, config.tokenizer.train_bytes)
+    tokenizer = train_sentencepiece(texts, config.tokenizer.vocab_size, config.data.bos)
     tokenizer.starts_with_bos = config.data.bos
     asked = config.tokenizer.vocab_size
     fewer = "" if tokenizer.vocab_size == asked else f" (fewer than the {asked} asked for: the text has no more)"
     print(
         f"tokenizer: trained {tokenizer.vocab_size} pieces{fewer} in {time.monotonic() - start:.1f} s", file=sys.stderr
     )
+    tokenizer.save(saved)
+    write_atomically(saved_key, key)
     return tokenizer
-
-
-def _encode(spool: Spool, folder: Path, tokenizer: Tokenizer, pool: Workers) -> dict[str, Any]:
-    """Write each split's `.bin/.idx` in corpus order and return the cards; splits without documents are skipped."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    encoding = (folder / "tokenizer", tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
-    tasks = (EncodeTask(spool.path, frame, flags, *encoding) for frame, flags in spool.frames())
-    writers: dict[int, IndexedWriter] = {}
-    text_bytes: Counter[int] = Counter()
-    done = 0
-    with Meter("encoding", spool.text_bytes) as meter:
-        for encoded in pool.map(encode_chunk, tasks):
-            for flag, (ids, lengths, size) in sorted(encoded.splits.items()):
-                if flag not in writers:
-                    writers[flag] = IndexedWriter(folder / SPLITS[flag - 1], dtype)
-                writers[flag].add(ids, lengths)
-                text_bytes[flag] += size
-            done += encoded.text_bytes
-            meter.update(done)
-    cards = {}
-    for flag, writer in sorted(writers.items()):
-        writer.finish()
-        cards[SPLITS[flag - 1]] = card_of_written(writer, text_bytes[flag])
-    return cards
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:

@@ -1,7 +1,7 @@
 """The folder that a dataset is prepared in, and its rename to the dataset's name. Ignores the files' contents.
 
-The staging folder is `.<name>.preparing` beside the target, locked while a process uses it. What an interrupted
-preparation leaves behind is removed by the next one.
+The staging folder is `.<name>.preparing` beside the target, locked while a process uses it. An interrupted preparation
+leaves its folder `work` in it, from which the next one goes on; all else is made anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatrain.errors import ConfigError
 
 
 class StagingFolder:
-    """A locked, empty folder for one preparation; `publish` renames it to the target.
+    """A locked folder for one preparation, empty but for `work`; `publish` renames it to the target, without `work`.
 
     Entering it raises `ConfigError` if another process is preparing this target, or its parent cannot be created.
     """
@@ -24,6 +24,7 @@ class StagingFolder:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target.with_name(f".{target.name}.preparing")
+        self.work = self.folder / "work"
         self._replaced = target.with_name(f".{target.name}.replaced")
         self._lock = -1
 
@@ -40,9 +41,18 @@ class StagingFolder:
                 shutil.rmtree(self._replaced)
             else:
                 os.rename(self._replaced, self.target)
-        for entry in self.folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._remove_all_but_work()
+        self.work.mkdir(exist_ok=True)
         return self
+
+    def _remove_all_but_work(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry != self.work:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def has_work(self) -> bool:
+        """Return whether there is something to go on from: a finished part of any stage."""
+        return any(self.work.glob("*/*.json"))
 
     def _lock_folder(self) -> int:
         """Lock the folder itself and return its file descriptor; the lock ends with the process."""
@@ -65,6 +75,7 @@ class StagingFolder:
 
     def publish(self) -> None:
         """Flush the folder to disk and rename it to the target, replacing an existing dataset."""
+        shutil.rmtree(self.work)
         for path in sorted(self.folder.rglob("*"), reverse=True):
             _flush(path)
         _flush(self.folder)
@@ -78,7 +89,7 @@ class StagingFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.folder.is_dir():
+        if kind is not None and self.folder.is_dir() and not self.has_work():
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 

@@ -22,10 +22,10 @@ from rich.progress import track
 from megatrain.checkpoint.find import own_dataset
 from megatrain.config import EvaluateConfig
 from megatrain.data.batch import MicroBatch
+from megatrain.data.corpus.normalise import normalise
 from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
-from megatrain.data.normalise import normalise
 from megatrain.data.progress_line import LINE_EVERY_S
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name

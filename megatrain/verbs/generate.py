@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatrain.config import GenerateConfig
-from megatrain.data.normalise import normalise
+from megatrain.data.corpus.normalise import normalise
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError

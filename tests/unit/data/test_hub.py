@@ -6,8 +6,8 @@ import re
 import pytest
 
 from megatrain.config import DataConfig
+from megatrain.data.corpus.sources import open_source
 from megatrain.data.hub import one_line_a_wait
-from megatrain.data.sources import open_source
 from megatrain.data.tokenizer_loading import find_tokenizer
 from megatrain.errors import EnvironmentFault
 

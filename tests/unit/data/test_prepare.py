@@ -18,11 +18,12 @@ import zstandard
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
+from megatrain.data.corpus.cleaned import CleanedShardWriter, describe, pack
+from megatrain.data.corpus.selection import DROPPED, TRAIN, Selection
+from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.preparation import prepare
-from megatrain.data.spool import Frame, Sample, Seen
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.data.workers import Workers
 from megatrain.errors import ConfigError, DataError
 
 
@@ -61,7 +62,7 @@ def lines(of):
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """Write 300 documents over every file format, read in chunks of at most 16; return their texts."""
-    monkeypatch.setattr("megatrain.data.preparation.CHUNK_RECORDS", 16)
+    monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 16)
     (tmp_path / "in").mkdir()
     all_texts = texts(300)
     (tmp_path / "in" / "a.jsonl").write_text(lines(all_texts[:60]) + "\n  \n")
@@ -158,7 +159,7 @@ def test_max_documents_reads_the_first_ones(tmp_path, corpus):
 
 
 def test_the_standard_library_is_prepared_without_its_tests(tmp_path):
-    from megatrain.data.sources import open_source
+    from megatrain.data.corpus.sources import open_source
 
     given = config(tmp_path, data=dict(kind="python_stdlib", paths=[]))
     source: Any = open_source(given.data)
@@ -338,7 +339,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatrain.config import *
-from megatrain.data import staging as finish, indexed, preparation as prepare, spool
+from megatrain.data import staging as finish, indexed, preparation as prepare
+from megatrain.data.corpus import cleaned, encoded, selection
 owner, name, count = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 original = getattr(owner, name)
 def dying(*args, **kwargs):
@@ -356,12 +358,17 @@ prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=40
 @pytest.mark.parametrize(
     "place",
     [
-        ("spool.Spool", "add", "1"),
+        ("cleaned.CleanedShardWriter", "add", "1"),
+        ("cleaned.CleanedShardWriter", "finish", "1"),
+        ("selection.Selection", "drop_duplicates", "1"),
+        ("encoded.EncodedShardWriter", "add", "1"),
+        ("encoded.EncodedShardWriter", "finish", "1"),
         ("indexed.IndexedWriter", "finish", "2"),
         ("prepare.Card", "save", "1"),
         ("finish.os", "rename", "1"),
         ("finish.os", "rename", "2"),
         ("finish.shutil", "rmtree", "1"),
+        ("finish.shutil", "rmtree", "2"),
     ],
 )
 @pytest.mark.parametrize("existing", [False, True])
@@ -369,7 +376,7 @@ def test_a_killed_preparation_leaves_nothing_partial_and_restarts_cleanly(tmp_pa
     """After a kill during an overwrite, either the old or the new dataset is in place."""
     out = tmp_path / "out"
     old = Card.load(make(tmp_path, data=dict(max_documents=50))).fingerprint if existing else None
-    if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "1")):
+    if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "2")):
         place = ("finish.os", "rename", "1")  # nothing to replace: there is one rename and nothing to remove
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out), *place], capture_output=True, text=True
@@ -377,7 +384,7 @@ def test_a_killed_preparation_leaves_nothing_partial_and_restarts_cleanly(tmp_pa
     assert done.returncode == -signal.SIGKILL, done.stderr
     if (out / "d").exists():
         verify_dataset(out / "d")
-        assert (Card.load(out / "d").fingerprint == old) == (place[1] != "rmtree")
+        assert (Card.load(out / "d").fingerprint == old) == (place != ("finish.shutil", "rmtree", "2"))
     else:
         assert not existing or place == ("finish.os", "rename", "2")
     fresh = Card.load(make(tmp_path, data=dict(name="fresh"))).fingerprint
@@ -406,34 +413,49 @@ def test_two_preparations_of_one_name_at_once_are_refused(tmp_path, corpus):
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def test_the_tokenizers_sample_does_not_depend_on_the_order_of_offers():
-    rng = np.random.default_rng(0)
-    offers = [
-        (int(draw), int(size), Frame(i, 1, 1), 0) for i, (draw, size) in enumerate(rng.integers(1, 1000, (300, 2)))
-    ]
-    chosen = []
-    for order in (offers, offers[::-1], sorted(offers)):
-        sample = Sample(20_000)
-        for offer in order:
-            sample.offer(*offer)
-        chosen.append(sorted(-entry[0] for entry in sample._heap))
+def shards_of(folder, groups):
+    """Write groups of texts as cleaned shards."""
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for number, group in enumerate(groups):
+        writer = CleanedShardWriter(folder, f"s{number}")
+        for start in range(0, len(group), 7):
+            part = [text.encode() for text in group[start : start + 7]]
+            writer.add(pack(part), describe(part, 5))
+        shards.append(writer.finish())
+    return shards
+
+
+def selected(tmp_path, groups):
+    return Selection(shards_of(tmp_path / "shards", groups), tmp_path / "flags")
+
+
+@pytest.mark.parametrize("memory", [2**30, 4000])
+def test_the_first_of_equal_documents_is_kept_in_one_pass_or_many(tmp_path, memory):
+    values = np.random.default_rng(0).integers(0, 200, 500)
+    selection = selected(tmp_path, [[str(value) for value in part] for part in (values[:90], [], values[90:])])
+    seen, expected = set(), []
+    for value in values:
+        expected.append(TRAIN if value not in seen else DROPPED)
+        seen.add(value)
+    assert selection.drop_duplicates(memory) == expected.count(DROPPED)
+    assert selection.flags.tolist() == expected
+
+
+def test_the_tokenizers_sample_depends_on_the_documents_alone(tmp_path):
+    every = [f"{i} " + "x" * (i % 91) for i in range(300)]
+    budget = 5000
+    draws = {text: int(describe([text.encode()], 5)["sample_draw"][0]) for text in every}
     expected, total = [], 0
-    for draw, size, _, _ in sorted(offers):
-        if total >= 20_000:
+    for text in sorted(every, key=lambda text: draws[text]):
+        if total >= budget:
             break
-        expected.append(draw)
-        total += size
-    assert chosen[0] == chosen[1] == chosen[2] == expected
-
-
-def test_the_set_of_hashes_on_disk_behaves_like_a_set(tmp_path):
-    seen, mirror = Seen(tmp_path / "s"), set()
-    for value in np.random.default_rng(0).integers(0, 2000, 5000):
-        digest = int(value).to_bytes(16, "big")
-        assert seen.add(digest) == (digest not in mirror)
-        mirror.add(digest)
-    seen.close()
-    assert not (tmp_path / "s").exists()
+        expected.append(text)
+        total += len(text)
+    for number, groups in enumerate([[every], [every[::-1]], [every[:7], [], every[7:150], every[150:]]]):
+        selection = selected(tmp_path / str(number), groups) if (tmp_path / str(number)).mkdir() is None else None
+        chosen = [group[at] for group, found in zip(groups, selection.sample(budget), strict=True) for at in found]
+        assert sorted(chosen) == sorted(expected)
 
 
 def test_workers_ignore_ctrl_c():

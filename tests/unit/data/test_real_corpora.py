@@ -12,10 +12,10 @@ import zstandard
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
-from megatrain.data.file_formats import json_values
+from megatrain.data.corpus.file_formats import json_values
+from megatrain.data.corpus.sources import open_source
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
-from megatrain.data.sources import open_source
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
 
@@ -160,7 +160,7 @@ def test_a_damaged_array_is_named_with_the_record(read, content, message):
 
 
 def test_an_array_is_read_piece_by_piece(monkeypatch, tmp_path):
-    monkeypatch.setattr("megatrain.data.file_formats._READ_BYTES", 7)
+    monkeypatch.setattr("megatrain.data.corpus.file_formats._READ_BYTES", 7)
     for content in (json.dumps(RECORDS), json.dumps(RECORDS, ensure_ascii=False, indent=3), "[]", "", "[12345678, 9]"):
         (tmp_path / "a").write_text(content)
         with open(tmp_path / "a", "rb") as file:

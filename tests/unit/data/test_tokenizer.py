@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatrain.data import tokenizer_sentencepiece
-from megatrain.data.normalise import normalise
+from megatrain.data.corpus.normalise import normalise
 from megatrain.data.tokenizer import segments
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece

@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = """
 import os, time
-from megatrain.data.workers import Workers
+from megatrain.data.corpus.worker_pool import Workers
 
 def pid(_):
     time.sleep(0.3)  # long enough that both workers get one

@@ -44,13 +44,15 @@ class Record:
     """A document as it was read.
 
     `payload` is UTF-8 bytes, or text from a column. With `json` it is a JSON object whose `text_column` is the text.
-    `where` is its file, or file:line. `problem` is what the source found wrong with it.
+    `where` is its file, or file:line. `problem` is what the source found wrong with it. An `oversized` record has no
+    payload, because it was longer than `data.max_document_bytes`.
     """
 
     payload: bytes | str
     where: str
     json: bool = False
     problem: Problem | None = None
+    oversized: bool = False
 
 
 @dataclass(frozen=True)

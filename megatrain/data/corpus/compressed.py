@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from megatrain.errors import EnvironmentFault
+import zstandard
 
 _READ_BYTES = 256  # compressed bytes read at once: as few as 4 can decompress to a block of 128 KiB
 
@@ -29,11 +29,6 @@ class ZstdReader(io.RawIOBase):
     """Decompresses a zstd file of one or more frames. Unlike the library's own stream, it detects a truncated file."""
 
     def __init__(self, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise EnvironmentFault("reading .zst needs the library zstandard: pip install 'megatrain[data]'") from error
-        self._error = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._raw = raw
         self._frame: Any = None  # decompressor of the current frame
@@ -57,7 +52,7 @@ class ZstdReader(io.RawIOBase):
                 self._frame = self._decompressor.decompressobj()
             try:
                 self._ready = memoryview(self._frame.decompress(data))
-            except self._error as error:
+            except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from error
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None

@@ -1,0 +1,158 @@
+"""Cleaned shards on disk: compressed frames of documents, what is known of each document, and a marker.
+
+A shard is `<key>.text` (frames), `<key>.documents` (a `DOCUMENT` each) and `<key>.json`, which is written last and has
+the checksums of the others: a shard without it was interrupted. The key is a hash of all that determines the content,
+so a shard can be used again by whatever preparation needs the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+
+from megatrain.data.indexed import hash_file
+from megatrain.resilience.atomic_file import write_atomically
+
+DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("heldout_draw", "<u8"), ("sample_draw", "<u8"), ("size", "<u8")])
+"""What is known of a document: the xxh3-128 of its text, two random numbers that depend on text and seed alone (they
+decide what is held out and what the tokenizer is trained on), and its size in bytes of UTF-8."""
+
+_LEVEL = 1
+
+
+@dataclass(frozen=True, order=True)
+class Frame:
+    """A frame's byte offset and size in `.text`, and its number of documents. It can be read on its own."""
+
+    offset: int
+    size: int
+    documents: int
+
+
+def describe(texts: list[bytes], seed: int) -> np.ndarray:
+    """Return a `DOCUMENT` for each text."""
+    documents = np.zeros(len(texts), DOCUMENT)
+    digests = [xxhash.xxh3_128_digest(text) for text in texts]
+    documents["hash"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    for name, purpose in (("heldout_draw", b"heldout"), ("sample_draw", b"sample")):
+        documents[name] = [xxhash.xxh3_64_intdigest(purpose + digest, seed=seed) for digest in digests]
+    documents["size"] = [len(text) for text in texts]
+    return documents
+
+
+def pack(texts: list[bytes]) -> bytes:
+    """Compress documents into a frame: their number, their sizes and their bytes."""
+    sizes = np.array([len(texts), *map(len, texts)], dtype="<u8").tobytes()
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(sizes + b"".join(texts))
+
+
+def unpack(path: Path, frame: Frame) -> list[bytes]:
+    """Return the documents of a frame of a `.text` file."""
+    with open(path, "rb") as file:
+        file.seek(frame.offset)
+        data = zstandard.ZstdDecompressor().decompress(file.read(frame.size))
+    sizes = np.frombuffer(data, dtype="<u8", count=1 + frame.documents)[1:]
+    ends = np.cumsum(sizes, dtype=np.int64) + 8 * (1 + frame.documents)
+    return [data[int(end) - int(size) : int(end)] for end, size in zip(ends, sizes, strict=True)]
+
+
+class CleanedShard:
+    """A finished cleaned shard, opened by its marker."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.key = key
+        self.text_path, self._documents_path, marker = _paths(folder, key)
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        self.frames = [Frame(*frame) for frame in content["frames"]]
+        self.counts: dict[str, int] = content["counts"]
+        self.first_bad: str | None = content["first_bad"]
+        self.quarantine_path = folder / f"{key}.quarantine"
+        self.num_documents: int = content["documents"]
+        self.text_bytes: int = content["text_bytes"]
+        self._hashes: dict[str, str] = content["hashes"]
+
+    @staticmethod
+    def find(folder: Path, key: str) -> CleanedShard | None:
+        """Return the shard if it is finished and its files are what was written."""
+        try:
+            shard = CleanedShard(folder, key)
+            whole = all(hash_file(folder / name) == digest for name, digest in shard._hashes.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return shard if whole else None
+
+    def documents(self) -> np.ndarray:
+        """Return a `DOCUMENT` for each document, mapped from the file."""
+        if not self.num_documents:  # an empty file cannot be mapped
+            return np.zeros(0, DOCUMENT)
+        return np.memmap(self._documents_path, DOCUMENT, "r")
+
+    def locate(self, document: int) -> tuple[Frame, int]:
+        """Return the frame that holds a document, and the document's index in it."""
+        for frame in self.frames:
+            if document < frame.documents:
+                return frame, document
+            document -= frame.documents
+        raise IndexError(document)
+
+
+class CleanedShardWriter:
+    """Writes a cleaned shard; it exists once `finish` has been called. A killed writer's files are overwritten."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._text_path, self._documents_path, self._marker = _paths(folder, key)
+        self._quarantine_path = folder / f"{key}.quarantine"
+        self._quarantine_path.unlink(missing_ok=True)
+        self._text = open(self._text_path, "wb")  # noqa: SIM115, closed by finish
+        self._documents = open(self._documents_path, "wb")  # noqa: SIM115
+        self._frames: list[Frame] = []
+        self._text_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._first_bad: str | None = None
+
+    def add(self, frame: bytes, documents: np.ndarray) -> None:
+        """Append documents: `pack` of their texts, and `describe` of them."""
+        self._frames.append(Frame(self._text.tell(), len(frame), len(documents)))
+        self._text.write(frame)
+        self._documents.write(documents.tobytes())
+        self._text_bytes += int(documents["size"].sum())
+
+    def count(self, counts: dict[str, int], first_bad: str | None, quarantine: bytes) -> None:
+        """Add counts, the first bad record if there was none yet, and lines of the quarantine."""
+        self._counts.update(counts)
+        self._first_bad = self._first_bad or first_bad
+        if quarantine:
+            with open(self._quarantine_path, "ab") as file:
+                file.write(quarantine)
+
+    def finish(self) -> CleanedShard:
+        """Write the marker and return the shard."""
+        self.close()
+        written = [path for path in (self._text_path, self._documents_path, self._quarantine_path) if path.exists()]
+        content: dict[str, Any] = {
+            "frames": [(frame.offset, frame.size, frame.documents) for frame in self._frames],
+            "documents": sum(frame.documents for frame in self._frames),
+            "text_bytes": self._text_bytes,
+            "counts": dict(self._counts),
+            "first_bad": self._first_bad,
+            "hashes": {path.name: hash_file(path) for path in written},
+        }
+        write_atomically(self._marker, json.dumps(content) + "\n")
+        return CleanedShard(self._folder, self._key)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._text.close()
+        self._documents.close()
+
+
+def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
+    return folder / f"{key}.text", folder / f"{key}.documents", folder / f"{key}.json"

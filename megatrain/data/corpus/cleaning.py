@@ -1,0 +1,86 @@
+"""What a worker does with a chunk of records: decode, normalise, count what is bad. A pure function of the chunk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatrain.data.corpus.cleaned import describe, pack
+from megatrain.data.corpus.normalise import BadRecordError, Policy, Problem, Record, clean
+from megatrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class CleanTask:
+    """Records to clean, the policy for bad ones, and the seed of the documents' draws."""
+
+    records: list[Record]
+    policy: Policy
+    seed: int
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """Clean documents as a frame, `describe` of them, and counts.
+
+    `first_bad` describes the first bad record, and `quarantine` has a line of JSON for each if they are to be kept.
+    """
+
+    frame: bytes
+    documents: np.ndarray
+    counts: dict[str, int]
+    first_bad: str | None
+    quarantine: bytes
+
+
+def clean_chunk(task: CleanTask) -> Cleaned:
+    """Decode and normalise records; empty records and those that the policy skips are left out and counted.
+
+    Raises `DataError` for the first bad record if the policy is to stop there.
+    """
+    texts: list[bytes] = []
+    counts = dict.fromkeys(("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized"), 0)
+    first_bad, quarantine = None, []
+    for record in task.records:
+        if record.oversized:
+            counts["oversized"] += 1
+            continue
+        counts["read"] += 1
+        try:
+            text, undecodable = clean(record, task.policy)
+        except BadRecordError as error:
+            problem = error.problem
+            first_bad = first_bad or f"{record.where}: {problem.message}"
+            _count_bad(record, problem, task.policy, counts)
+            if task.policy.on_bad_record == "quarantine":
+                quarantine.append(_quarantined(record, problem))
+            continue
+        counts["undecodable"] += undecodable
+        if text:
+            texts.append(text.encode())
+        else:
+            counts["empty"] += 1
+    return Cleaned(pack(texts), describe(texts, task.seed), counts, first_bad, b"".join(quarantine))
+
+
+def _count_bad(record: Record, problem: Problem, policy: Policy, counts: dict[str, int]) -> None:
+    if problem.kind == "undecodable":  # data.undecodable=skip has been chosen for it
+        counts["undecodable"] += 1
+        counts["skipped_undecodable"] += 1
+        return
+    if policy.on_bad_record == "stop":
+        raise DataError(
+            f"{record.where}: {problem.message}; {problem.remedy}, or set data.on_bad_record=skip or quarantine"
+        )
+    counts["bad"] += 1
+    counts[f"bad_{problem.kind}"] = counts.get(f"bad_{problem.kind}", 0) + 1
+
+
+def _quarantined(record: Record, problem: Problem) -> bytes:
+    """Return a bad record as a line of JSON: where it was, the reason, and what was read."""
+    payload = record.payload
+    text = payload.decode(errors="backslashreplace") if isinstance(payload, bytes) else payload
+    line = {"where": record.where, "reason": problem.kind, "message": problem.message, "record": text.rstrip("\r\n")}
+    return json.dumps(line).encode() + b"\n"

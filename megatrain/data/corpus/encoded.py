@@ -1,0 +1,88 @@
+"""Encoded shards on disk: token ids and document lengths of each split, and a marker written last.
+
+A shard is `<key>.<split>.ids` and `<key>.<split>.lengths` (int32) for each split that it has documents of, and
+`<key>.json` with their sizes and checksums. Joined in corpus order, shards are the dataset's `.bin/.idx` pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatrain.data.indexed import hash_file
+from megatrain.resilience.atomic_file import write_atomically
+
+_DOCUMENTS = 2**14  # read at once
+
+
+class EncodedShard:
+    """A finished encoded shard, opened by its marker. `text_bytes` has the bytes of UTF-8 of each split."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+        self.text_bytes = {int(split): size for split, size in content["text_bytes"].items()}
+        self._hashes: dict[str, str] = content["hashes"]
+
+    @staticmethod
+    def find(folder: Path, key: str) -> EncodedShard | None:
+        """Return the shard if it is finished and its files are what was written."""
+        try:
+            shard = EncodedShard(folder, key)
+            whole = all(hash_file(folder / name) == digest for name, digest in shard._hashes.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return shard if whole else None
+
+    def read(self, split: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield token ids and the lengths (int32) of the documents they belong to, a few thousand documents at once."""
+        if split not in self.text_bytes:
+            return
+        ids_path, lengths_path = _paths(self._folder, self._key, split)
+        with open(ids_path, "rb") as ids, open(lengths_path, "rb") as lengths:
+            while len(found := np.fromfile(lengths, "<i4", _DOCUMENTS)):
+                yield np.fromfile(ids, dtype, int(found.sum(dtype=np.int64))), found
+
+
+class EncodedShardWriter:
+    """Writes an encoded shard; it exists once `finish` has been called. A killed writer's files are overwritten."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._files: dict[int, tuple[BinaryIO, BinaryIO]] = {}
+        self._text_bytes: Counter[int] = Counter()
+
+    def add(self, split: int, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Append documents of a split: their concatenated token ids, the number of ids in each, their size as text."""
+        if split not in self._files:
+            ids_path, lengths_path = _paths(self._folder, self._key, split)
+            self._files[split] = open(ids_path, "wb"), open(lengths_path, "wb")  # noqa: SIM115, closed by finish
+        self._files[split][0].write(ids.tobytes())
+        self._files[split][1].write(lengths.astype("<i4").tobytes())
+        self._text_bytes[split] += text_bytes
+
+    def finish(self) -> EncodedShard:
+        """Write the marker and return the shard."""
+        self.close()
+        written = [path for split in self._files for path in _paths(self._folder, self._key, split)]
+        content = {
+            "text_bytes": dict(self._text_bytes),
+            "hashes": {path.name: hash_file(path) for path in written},
+        }
+        write_atomically(self._folder / f"{self._key}.json", json.dumps(content) + "\n")
+        return EncodedShard(self._folder, self._key)
+
+    def close(self) -> None:
+        """Close the files."""
+        for pair in self._files.values():
+            for file in pair:
+                file.close()
+
+
+def _paths(folder: Path, key: str, split: int) -> tuple[Path, Path]:
+    return folder / f"{key}.{split}.ids", folder / f"{key}.{split}.lengths"

@@ -1,0 +1,65 @@
+"""What a worker does with a frame of clean text: encode it. A pure function of the frame and the tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.data.corpus.cleaned import Frame, unpack
+from megatrain.data.corpus.selection import DROPPED
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use."""
+
+    text: Path
+    frame: Frame
+    flags: bytes
+    tokenizer: Path
+    fingerprint: str
+    starts_with_bos: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Per split: its documents' concatenated token ids, the number of ids in each, and their bytes of text.
+
+    `text_bytes` counts dropped documents too.
+    """
+
+    splits: dict[int, tuple[np.ndarray, np.ndarray, int]]
+    text_bytes: int
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, fingerprint: str, starts_with_bos: bool) -> Tokenizer:
+    """Load the tokenizer once per process; the cache key has its properties because the folder may be rewritten."""
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.fingerprint, tokenizer.starts_with_bos) == (fingerprint, starts_with_bos)
+    return tokenizer
+
+
+def encode_chunk(task: EncodeTask) -> Encoded:
+    """Encode the kept documents of a frame, each between BOS (if the dataset has it) and the end-of-document token."""
+    tokenizer = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
+    found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
+    total = 0
+    for flag, text in zip(task.flags, unpack(task.text, task.frame), strict=True):
+        total += len(text)
+        if flag == DROPPED:
+            continue
+        ids = [*tokenizer.start(), *tokenizer.encode(text.decode()), tokenizer.end_of_document]
+        arrays, lengths, size = found.get(flag, ([], [], 0))
+        arrays.append(np.array(ids, dtype=task.dtype))
+        lengths.append(len(ids))
+        found[flag] = (arrays, lengths, size + len(text))
+    return Encoded(
+        {f: (np.concatenate(a), np.array(n, dtype=np.int32), size) for f, (a, n, size) in found.items()}, total
+    )

@@ -1,0 +1,196 @@
+"""Files as a corpus: text files, lines and arrays of JSON, columns of Parquet, compressed or not."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from megatrain.config import DataConfig
+from megatrain.data.corpus.compressed import opened
+from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_with_a_line
+from megatrain.data.corpus.file_search import find_paths
+from megatrain.data.corpus.normalise import Problem, Record
+from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, stamp
+from megatrain.data.corpus.source import Source, require_library
+from megatrain.errors import DataError
+
+_PLAIN, _LINES = (".txt", ".md"), (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*(f"{kind}{packed}" for kind in (*_PLAIN, *_LINES) for packed in ("", ".gz", ".zst")), ".parquet")
+
+
+class FilesSource(Source):
+    """Files that `data.paths` matches, sorted by path.
+
+    A document is a `.txt` or `.md` file, a line of `.jsonl` or `.ndjson` or a row of `.parquet`. A `.json` has lines
+    like a `.jsonl`, or is one array of objects, or one object.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__(config)
+        self.files = find_paths(config.paths, SUFFIXES)
+        self.total_bytes = sum(path.stat().st_size for path in self.files)
+        self.identity = {
+            "kind": config.kind,
+            "files": len(self.files),
+            "bytes": self.total_bytes,
+            "listing": _listing_hash(self.files),
+        }
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield groups of small files, and ranges of large ones that can be cut."""
+        group: list[tuple[Path, int]] = []
+        for path in self.files:
+            size = path.stat().st_size
+            if size > SHARD_BYTES and (ends := _ends(path, size)):
+                yield from group_files(group)
+                group = []
+                yield from cut_file(path, ends)
+            else:
+                group.append((path, size))
+        yield from group_files(group)
+
+    def read(self, shard: Shard) -> Iterator[Record]:
+        """Yield the documents of each file in turn. Raises `DataError` if a file is damaged or cannot be read."""
+        for path in map(Path, shard.paths):
+            before = self.progress.bytes
+            try:
+                yield from self._read(path, shard.start, shard.stop)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"{path}: cut short or damaged ({error}); download or compress it again") from error
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+            if shard.stop is None and not shard.start:
+                self.progress.bytes = before + path.stat().st_size
+
+    def _read(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
+        name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        if name.endswith(_PLAIN):
+            return self.whole_file(path)
+        if name.endswith(".parquet"):
+            return self._parquet(path, start, stop)
+        if start or stop is not None:
+            return self._range_of_lines(path, start, stop)
+        return self._json(path, any_layout=name.endswith(".json"))
+
+    def _json(self, path: Path, any_layout: bool) -> Iterator[Record]:
+        before = self.progress.bytes
+        with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
+            in_lines = not any_layout or starts_with_a_line(file)
+            for record in self._lines(path, file) if in_lines else self._values(path, file):
+                yield record
+                self.progress.bytes = before + raw.tell()
+
+    def _lines(self, path: Path, file: BinaryIO) -> Iterator[Record]:
+        """Yield the lines of a `.jsonl`, with at most `data.max_document_bytes` in memory."""
+        for number in itertools.count(1):
+            line, too_long = self._line(file)
+            if not line:
+                return
+            if too_long:
+                yield self.too_long(f"{path}:{number}")
+            elif line.strip():
+                yield Record(line, f"{path}:{number}", json=True)
+
+    def _range_of_lines(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
+        """Yield the lines that begin in bytes `[start, stop)` of a `.jsonl`.
+
+        Only from the start of the file on are their numbers known; others are named by their first byte.
+        """
+        before = self.progress.bytes
+        with open(path, "rb", buffering=2**20) as file:
+            if start:
+                file.seek(start - 1)
+                while not (file.readline(2**20) or b"\n").endswith(b"\n"):
+                    pass
+            at = file.tell()
+            for number in itertools.count(1):
+                if stop is not None and at >= stop:
+                    return
+                line, too_long = self._line(file)
+                if not line:
+                    return
+                where = f"{path}, byte {at}" if start else f"{path}:{number}"
+                if too_long:
+                    yield self.too_long(where)
+                elif line.strip():
+                    yield Record(line, where, json=True)
+                at = file.tell()
+                self.progress.bytes = before + at - start
+
+    def _line(self, file: BinaryIO) -> tuple[bytes, bool]:
+        """Return a line (the beginning of one that is too long), and whether it is too long."""
+        limit = self.config.max_document_bytes
+        line = rest = file.readline(limit + 2)
+        too_long = len(line.rstrip(b"\r\n")) > limit
+        while too_long and rest and not rest.endswith(b"\n"):
+            rest = file.readline(2**20)
+        return line, too_long
+
+    def _values(self, path: Path, file: BinaryIO) -> Iterator[Record]:
+        """Yield the objects of a `.json` that is not one object a line."""
+        for number, text in enumerate(json_values(file, str(path), self.config.max_document_bytes), start=1):
+            yield Record(text, f"{path}, record {number}", json=True)
+
+    def _parquet(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
+        """Yield the rows of row groups `[start, stop)`."""
+        pyarrow = require_library("pyarrow", ".parquet")
+        import pyarrow.parquet as parquet
+
+        before = self.progress.bytes
+        try:
+            with parquet.ParquetFile(path) as file:
+                column = TextColumn(file.schema_arrow, self.config.text_column, str(path))
+                groups = range(start, file.num_row_groups if stop is None else stop)
+                row = sum(file.metadata.row_group(group).num_rows for group in range(start))
+                rows = max(file.metadata.num_rows, 1)
+                null = Problem("null", f"no text under {self.config.text_column!r}: it is null")
+                columns = None if column.problem else [self.config.text_column]
+                for batch in file.iter_batches(64, row_groups=groups, columns=columns):
+                    for value in batch.to_pylist() if column.problem else column.texts(batch):
+                        row += 1
+                        yield from self.field(
+                            column.problem or (null if value is None else value), f"{path}:{row}", value
+                        )
+                    if not start:
+                        self.progress.bytes = before + path.stat().st_size * row // rows
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
+
+
+def _listing_hash(files: list[Path]) -> str:
+    """Return the xxh3-128 of all names, sizes and modification times, which detects edits without reading the files."""
+    digest = xxhash.xxh3_128()
+    for path in files:
+        digest.update(f"{stamp(path)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _ends(path: Path, size: int) -> list[tuple[int, int]]:
+    """Return where a large file can be cut: each end, and the bytes stored up to it; empty if it cannot be."""
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".ndjson")):
+        return [(min(end, size), min(end, size)) for end in range(SHARD_BYTES, size + SHARD_BYTES, SHARD_BYTES)]
+    if not name.endswith(".parquet"):
+        return []
+    pyarrow = require_library("pyarrow", ".parquet")
+    import pyarrow.parquet as parquet
+
+    ends: list[tuple[int, int]] = []
+    stored = 0
+    try:
+        metadata = parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        return []  # reading it says what is wrong
+    groups = metadata.num_row_groups
+    for group in range(groups):
+        columns = metadata.row_group(group)
+        stored += sum(columns.column(at).total_compressed_size for at in range(columns.num_columns))
+        if stored - (ends[-1][1] if ends else 0) >= SHARD_BYTES or group == groups - 1:
+            ends.append((group + 1, stored))
+    return ends

@@ -1,0 +1,274 @@
+"""From a source to token ids on disk, shard by shard: clean, select, encode, join.
+
+Each stage keeps its finished shards in a work folder. A stage that is started again takes what is finished there and
+does the rest; the result has the same bytes whatever was interrupted, and on any number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import xxhash
+
+from megatrain.config import PrepareConfig
+from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, describe, pack, unpack
+from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
+from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
+from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
+from megatrain.data.corpus.normalise import Policy, Record
+from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
+from megatrain.data.corpus.shard import Shard
+from megatrain.data.corpus.source import Source
+from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.indexed import IndexedWriter
+from megatrain.data.progress_line import Meter
+from megatrain.data.tokenizer import Tokenizer, segments
+from megatrain.errors import DataError
+
+CHUNK_BYTES = 2**20
+CHUNK_RECORDS = 2048
+DEDUPLICATION_BYTES = 2**30
+"""Memory for finding duplicates; larger corpora take several passes."""
+FORMAT = 1
+"""Part of every key: raise it when the content of a cleaned or encoded shard changes."""
+
+T = TypeVar("T")
+
+
+class _Writer(Protocol):
+    def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------------- cleaning
+
+
+def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: Path) -> list[CleanedShard]:
+    """Clean every shard of a source into `folder` and return them in corpus order. Raises `DataError` for bad input."""
+    folder.mkdir(exist_ok=True)
+    data = config.data
+    policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
+    cleaned: list[CleanedShard | None] = []
+    coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
+    left = data.max_documents
+    found = 0
+
+    def tasks() -> Iterator[CleanTask]:
+        nonlocal left, found
+        for shard in source.shards():
+            if left == 0:
+                return
+            before = source.progress.bytes
+            if finished := _find_cleaned(folder, shard, left, config):
+                found += 1
+                cleaned.append(finished)
+                if left is not None:
+                    left -= finished.counts["read"] + finished.counts["oversized"]
+            else:
+                writer = CleanedShardWriter(folder, _clean_key(shard, left, config, data.on_bad_record))
+                cleaned.append(None)
+                for chunk, last in _marking_last(_chunks(itertools.islice(source.read(shard), left))):
+                    if left is not None:
+                        left -= len(chunk)
+                    coming.append((len(cleaned) - 1, writer, last))
+                    yield CleanTask(chunk, policy, config.seed)
+            source.progress.bytes = before + shard.num_bytes
+
+    with Meter("reading", source.total_bytes) as meter, _closing(coming):
+        for result in pool.map(clean_chunk, tasks()):
+            number, writer, last = coming.popleft()
+            if len(result.documents):
+                writer.add(result.frame, result.documents)
+            writer.count(result.counts, result.first_bad, result.quarantine)
+            if last:
+                cleaned[number] = writer.finish()
+            meter.update(source.progress.bytes)
+    if found:
+        print(f"{found} of {len(cleaned)} parts of the corpus were cleaned earlier and are used again", file=sys.stderr)
+    done = [shard for shard in cleaned if shard]
+    assert len(done) == len(cleaned)
+    _remove_others(folder, {shard.key for shard in done})
+    return done
+
+
+def total_counts(shards: Iterable[CleanedShard]) -> Counter[str]:
+    """Return the sums of the counts of shards."""
+    total: Counter[str] = Counter()
+    for shard in shards:
+        total.update(shard.counts)
+    return total
+
+
+def _find_cleaned(folder: Path, shard: Shard, limit: int | None, config: PrepareConfig) -> CleanedShard | None:
+    """Return the shard if it is finished. One that was finished where bad records stop has none: any policy will do."""
+    for policy in dict.fromkeys((config.data.on_bad_record, "stop")):
+        if finished := CleanedShard.find(folder, _clean_key(shard, limit, config, policy)):
+            return finished
+    return None
+
+
+_CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable")
+
+
+def _clean_key(shard: Shard, limit: int | None, config: PrepareConfig, on_bad_record: str) -> str:
+    settings = {name: getattr(config.data, name) for name in _CLEANS}
+    return _key(asdict(shard), limit, config.seed, settings, on_bad_record)
+
+
+def _key(*parts: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, *parts], sort_keys=True).encode())
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += len(record.payload)
+        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _marking_last(chunks: Iterator[list[T]]) -> Iterator[tuple[list[T], bool]]:
+    """Yield each chunk and whether it is the last; an empty one if there is none."""
+    chunk = next(chunks, [])
+    for following in chunks:
+        yield chunk, False
+        chunk = following
+    yield chunk, True
+
+
+class _closing:
+    """Closes the writers of unfinished shards when an error ends a stage."""
+
+    def __init__(self, coming: deque[Any]) -> None:
+        self._coming = coming
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for _, writer, *_ in self._coming:
+            writer.close()
+
+
+def _remove_others(folder: Path, keys: set[str]) -> None:
+    """Remove what is left of shards that are not part of the corpus any more."""
+    for path in folder.iterdir():
+        if path.name.partition(".")[0] not in keys:
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------- selecting
+
+
+def cut_in_two(shards: list[CleanedShard], selection: Selection, fraction: float, path: Path) -> Selection:
+    """Return a selection in which the end of the only document is held out, cut at the start of a line if possible.
+
+    Raises `DataError` if the document is a single character.
+    """
+    number, index = selection.locate(int(np.flatnonzero(selection.flags != DROPPED)[0]))
+    only = shards[number]
+    frame, at_in_frame = only.locate(index)
+    text = unpack(only.text_path, frame)[at_in_frame].decode()
+    if len(text) < 2:
+        raise DataError("the corpus is a single character, too short to be split; set data.heldout_fraction=0")
+    middle = min(max(1, int(len(text) * (1 - fraction))), len(text) - 1)
+    at = text.rfind("\n", 0, middle) + 1 or middle
+    writer = CleanedShardWriter(only.text_path.parent, _key(only.key, index, at))
+    parts = [text[:at].encode(), text[at:].encode()]
+    writer.add(pack(parts), describe(parts, 0))
+    cut = Selection([writer.finish()], path)
+    cut.flags[:] = TRAIN, HELDOUT
+    return cut
+
+
+def sample_texts(selection: Selection, budget: int) -> Iterator[str]:
+    """Yield at least `budget` bytes of random documents to train on, in corpus order and in segments, if there are."""
+    left = budget
+    for shard, chosen in zip(selection.shards, selection.sample(budget), strict=True):
+        wanted = iter(chosen)
+        document = next(wanted, None)
+        before = 0
+        for frame in shard.frames:
+            texts = None
+            while document is not None and document < before + frame.documents:
+                texts = texts or unpack(shard.text_path, frame)
+                for segment in segments(texts[document - before].decode()):
+                    if left > 0:
+                        left -= len(segment.encode())
+                        yield segment
+                document = next(wanted, None)
+            before += frame.documents
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
+def encode_selection(
+    selection: Selection, tokenizer: Tokenizer, saved: Path, dtype: np.dtype, pool: Workers, folder: Path
+) -> list[EncodedShard]:
+    """Encode every shard into `folder` and return them in corpus order. `saved` is the tokenizer's folder."""
+    folder.mkdir(exist_ok=True)
+    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
+    encoded: list[EncodedShard | None] = []
+    coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
+    done = 0
+
+    def tasks() -> Iterator[EncodeTask]:
+        nonlocal done
+        for number, shard in enumerate(selection.shards):
+            flags = selection.flags_of(number).tobytes()
+            key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), tokenizer.fingerprint, *encoding[2:])
+            if finished := EncodedShard.find(folder, key):
+                encoded.append(finished)
+                done += shard.text_bytes
+                continue
+            writer = EncodedShardWriter(folder, key)
+            if not shard.frames:
+                encoded.append(writer.finish())
+                continue
+            encoded.append(None)
+            before = 0
+            for frame in shard.frames:
+                coming.append((number, writer, frame is shard.frames[-1]))
+                yield EncodeTask(shard.text_path, frame, flags[before : before + frame.documents], *encoding)
+                before += frame.documents
+
+    with Meter("encoding", sum(shard.text_bytes for shard in selection.shards)) as meter, _closing(coming):
+        for result in pool.map(encode_chunk, tasks()):
+            number, writer, last = coming.popleft()
+            for split, (ids, lengths, text_bytes) in result.splits.items():
+                writer.add(split, ids, lengths, text_bytes)
+            if last:
+                encoded[number] = writer.finish()
+            done += result.text_bytes
+            meter.update(done)
+    finished_shards = [shard for shard in encoded if shard]
+    assert len(finished_shards) == len(selection.shards)
+    return finished_shards
+
+
+def join(shards: Sequence[EncodedShard], split: int, prefix: Path, dtype: np.dtype) -> tuple[IndexedWriter, int] | None:
+    """Write a split's `.bin/.idx` from its shards, in order; return the finished writer and the bytes of text.
+
+    None if the split has no documents.
+    """
+    if not any(split in shard.text_bytes for shard in shards):
+        return None
+    writer = IndexedWriter(prefix, dtype)
+    for shard in shards:
+        for ids, lengths in shard.read(split, dtype):
+            writer.add(ids, lengths)
+    writer.finish()
+    return writer, sum(shard.text_bytes.get(split, 0) for shard in shards)

@@ -1,0 +1,103 @@
+"""What a source of documents is: shards in a fixed order, and the raw records of each. Cleans nothing.
+
+A source is opened, and its paths checked, before any expensive work. Documents come in the same order on every machine.
+Nothing here keeps more than one document in memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.config import DataConfig
+from megatrain.data.corpus.compressed import opened
+from megatrain.data.corpus.normalise import Problem, Record
+from megatrain.data.corpus.shard import Shard
+from megatrain.errors import DataError, EnvironmentFault
+
+
+@dataclass
+class Progress:
+    """Bytes read from the source so far (as stored, maybe compressed)."""
+
+    bytes: int = 0
+
+
+class Source(ABC):
+    """A source of documents.
+
+    Two sources are the same if their `identity` is equal. `total_bytes` is what `progress.bytes` will be at the end,
+    None if unknown.
+    """
+
+    identity: dict[str, Any]
+    total_bytes: int | None
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.progress = Progress()
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]:
+        """Yield the parts of the source in a fixed order, which its files alone decide."""
+
+    @abstractmethod
+    def read(self, shard: Shard) -> Iterator[Record]:
+        """Yield the documents of a shard in a fixed order."""
+
+    def records(self) -> Iterator[Record]:
+        """Yield all documents in a fixed order."""
+        for shard in self.shards():
+            yield from self.read(shard)
+
+    def too_long(self, where: str) -> Record:
+        """Apply `data.oversized` to a document or line longer than `data.max_document_bytes`."""
+        if self.config.oversized == "refuse":
+            raise DataError(
+                f"{where}: longer than data.max_document_bytes={self.config.max_document_bytes}; "
+                "raise it, split the document, or set data.oversized=skip"
+            )
+        return Record(b"", where, oversized=True)
+
+    def bounded(self, text: bytes | str, where: str) -> Iterator[Record]:
+        """Yield a text as one document, unless it is too long."""
+        if num_bytes(text) > self.config.max_document_bytes:
+            yield self.too_long(where)
+        else:
+            yield Record(text, where)
+
+    def field(self, value: str | bytes | Problem, where: str, whole: Any) -> Iterator[Record]:
+        """Yield the text of a record's field, or the record `whole` with its problem."""
+        if isinstance(value, Problem):
+            yield Record(json.dumps(whole, default=str), where, problem=value)
+        else:
+            yield from self.bounded(value, where)
+
+    def whole_file(self, path: Path) -> Iterator[Record]:
+        """Yield a file as one document."""
+        limit = self.config.max_document_bytes
+        with open(path, "rb") as raw, opened(path, raw) as file:
+            data = file.read(limit + 1)
+        self.progress.bytes += path.stat().st_size
+        if len(data) > limit:
+            yield self.too_long(str(path))
+        else:
+            yield Record(data, str(path))
+
+
+def num_bytes(text: bytes | str) -> int:
+    """Return the size of a text in UTF-8."""
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def require_library(name: str, what: str) -> Any:
+    """Import an optional library. Raises `EnvironmentFault` if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EnvironmentFault(f"{what} needs the library {name}: pip install 'megatrain[data]' ({error})") from error
