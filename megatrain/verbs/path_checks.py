@@ -27,7 +27,7 @@ from megatrain.config import (
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
-from megatrain.data.file_search import matches
+from megatrain.data.corpus.file_search import matches
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.tracking.sweep_record import is_sweep_folder
