@@ -1,8 +1,8 @@
 """Write and read Hugging Face folders: config.json and safetensors.
 
-hf_config.py says which classes of transformers compute what our GPT computes, and translates configs; hf_tokenizer.py
-handles the tokenizer. One table (`layout`) maps our weights to theirs, for export and import. This file knows nothing
-of our checkpoints.
+hf_families.py says which classes of transformers compute what our GPT computes; hf_config.py translates configs;
+hf_tokenizer.py handles the tokenizer. One table (`layout`) maps our weights to theirs, for export and import. This file
+knows nothing of our checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
-from megatrain.interop.hf_config import family_of, hf_config, model_config, transformers_module
+from megatrain.interop.hf_config import hf_config, model_config, transformers_module
+from megatrain.interop.hf_families import family_of
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.model.count import parameter_shapes
 from megatrain.model.dtypes import DTYPES
@@ -183,7 +184,7 @@ def export_model(
     `weights` has single-device names, a tied weight once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
     saved tokenizer; its files are copied too, so that our own verbs can read the folder. Generation stops at
     `end_of_document`. `special_tokens` (`bos_token_id` and the like, an id, a list or None) override what follows from
-    `end_of_document`. `family` is a `model_type` of `hf_config.FAMILIES`, or None for the one that `family_of` finds.
+    `end_of_document`. `family` is a `model_type` of `hf_families.FAMILIES`, or None for the one that `family_of` finds.
 
     Raises:
         ConfigError: no class of transformers can express the config, or `out` exists.

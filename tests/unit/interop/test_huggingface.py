@@ -11,15 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from megatrain.config import ExportConfig, ModelConfig, walk
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
-from megatrain.interop.hf_config import (
-    FAMILIES,
-    HARMLESS_FIELDS,
-    HARMLESS_VALUES,
-    REPEATED_FIELDS,
-    UNSUPPORTED,
-    hf_config,
-    model_config,
-)
+from megatrain.interop.hf_config import HARMLESS_FIELDS, HARMLESS_VALUES, REPEATED_FIELDS, hf_config, model_config
+from megatrain.interop.hf_families import FAMILIES, UNSUPPORTED
 from megatrain.interop.huggingface import export_model, import_model
 from megatrain.model.gpt import GPT
 from megatrain.model.init import build_model
