@@ -19,7 +19,8 @@ from megatrain.tracking import mlflow_database, mlflow_sender
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.mlflow_database import prepare_database
-from megatrain.tracking.mlflow_sender import Sender, text
+from megatrain.tracking.mlflow_run import text
+from megatrain.tracking.mlflow_sender import Sender
 from megatrain.tracking.mlflow_store import store_problem
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
 from megatrain.tracking.system_metrics import SystemMetrics, parse_gpus
@@ -104,7 +105,7 @@ def test_a_failed_request_loses_and_duplicates_nothing(runs, monkeypatch, at, af
     one.send()
     assert steps_at(one) == list(range(1, 18)) and one.sent_step == 17
     again = sender(run_dir, resumed_from_step=17)
-    again._lock = one._lock
+    again.run._lock = one.run._lock
     again.catch_up()
     assert again.run_id == one.run_id and again.sent_step == 17
     assert steps_at(one) == list(range(1, 18))
@@ -160,7 +161,7 @@ def test_a_run_deleted_on_the_server_is_created_again_with_all_steps(runs):
     one.catch_up()
     one.client.delete_run(one.run_id)
     again = sender(runs / "deleted", resumed_from_step=5)
-    again._lock = one._lock
+    again.run._lock = one.run._lock
     again.catch_up()
     assert again.run_id != one.run_id and steps_at(again) == [1, 2, 3, 4, 5]
     assert "was deleted there" in again.parent.told[0]["warning"]
@@ -208,7 +209,7 @@ def test_an_experiment_deleted_before_the_start_is_restored(runs):
     one.connect()
     one.client.delete_experiment(one.client.get_experiment_by_name("before").experiment_id)
     again = sender(runs / "before", {"seed": 2})
-    again.settings["experiment"], again._lock = "before", one._lock
+    again.settings["experiment"], again.run._lock = "before", one.run._lock
     again.connect()
     assert again.run_id != one.run_id and "it was restored" in again.parent.told[0]["warning"]
     assert again.client.get_run(again.run_id).info.lifecycle_stage == "active"
@@ -264,7 +265,7 @@ def test_a_damaged_mlflow_json_makes_a_new_run(runs, content):
     one = sender(runs / "json")
     (runs / "json" / "mlflow.json").write_text(content)
     one.connect()
-    one._lock.close()
+    one.run._lock.close()
     assert (
         "mlflow.json is damaged" in one.parent.told[0]["warning"]
         and one.run_id in (runs / "json" / "mlflow.json").read_text()
@@ -277,7 +278,7 @@ def test_a_fresh_start_is_another_mlflow_run_only_with_another_config(runs):
     for config in ({"seed": 1}, {"seed": 1}, {"seed": 2}):
         one = sender(runs / "anew", config=config)
         one.connect()
-        one._lock.close()
+        one.run._lock.close()
         ids.append(one.run_id)
     assert ids[0] == ids[1] != ids[2]
 
@@ -371,7 +372,7 @@ def test_points_of_a_sweep_share_one_parent_run_also_after_a_restart(runs):
     senders = [point_of(runs, "scan", name) for name in ("scan-1", "scan-2")]
     for one in senders:
         one.connect()
-        one._lock.close()
+        one.run._lock.close()
     again = point_of(runs, "scan", "scan-1")
     again.connect()
     parents, under = family(again, "scan")
@@ -388,13 +389,13 @@ def test_points_that_start_at_once_make_one_parent(runs):
 
     def connect(name):
         one = point_of(runs, "race", name)
-        found = one._find_or_create_parent
+        found = one.run._find_or_create_parent
 
         def at_once(experiment_id):
             together.wait(60)
             return found(experiment_id)
 
-        one._find_or_create_parent = at_once
+        one.run._find_or_create_parent = at_once
         one.connect()
         return one
 
@@ -446,7 +447,7 @@ def test_every_restart_of_a_run_is_on_its_mlflow_run_once(runs):
     one.catch_up()
     first = {"restart_1": "SIGKILL of rank 1 on n7 at step 14; from step 10"}
     assert restarts_of(one) == (first, [(1, 10)])
-    one._lock.close()
+    one.run._lock.close()
     sent = []
     again = sender(runs / "restarts", resumed_from_step=20)
     again.connect()
