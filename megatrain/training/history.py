@@ -10,6 +10,11 @@ from megatrain.errors import CheckpointError, ConfigError
 from megatrain.tracking.events import read_events
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Return whether a run's folder holds more than the logs and the owners of starts that did not get to a run."""
+    return any((run_dir / name).exists() for name in ("config.yaml", "events.jsonl", "metrics.jsonl", "checkpoints"))
+
+
 def refuse_to_overwrite(checkpoints: Path) -> None:
     """Refuse `checkpoint.resume=never` over existing checkpoints. Raises ConfigError."""
     if list_checkpoints(checkpoints):

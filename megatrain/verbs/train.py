@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.naming import list_checkpoints
@@ -16,15 +18,24 @@ from megatrain.config import TrainConfig
 from megatrain.config.compose import read_overrides
 from megatrain.config.values import quoted
 from megatrain.distributed.python_process import python_command
+from megatrain.errors import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_ENVIRONMENT
 from megatrain.launch import agent, slurm
 from megatrain.launch.nodes import Peers, SingleNode
+from megatrain.launch.rank_process import log_name
 from megatrain.launch.recovery import EVENTS, Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
 from megatrain.resilience.terminal import keep_log, say
 from megatrain.resilience.watchdog import Limits
+from megatrain.training.history import has_begun
 from megatrain.verbs import path_checks, resources
 from megatrain.verbs.start_checks import INIT_FROM, real
+
+REFUSED = (EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_BAD_CHECKPOINT)
+"""Exit codes of a user's mistake."""
+
+ERROR = "megatrain: error: "
+"""How the line of an error begins."""
 
 
 def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -> int:
@@ -80,6 +91,7 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
     command = python_command("megatrain", "train", *arguments)
     run_dir = Path(config.run.dir) / str(config.run.name)
     on_gpu = has_gpu(config.launch.device)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     limits = Limits(config.resilience.hang_timeout(on_gpu), config.launch.timeout_s)
     ownership = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
@@ -102,10 +114,35 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
             can_move="SLURM_JOB_ID" in os.environ,
             since=since,
         )
-        return agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
+        code = agent.launch(command, config.launch.nproc_per_node, run_dir / "logs", recovery, peers)
+        if peers.node == 0 and run_dir in made and _is_refused(code, run_dir):
+            _remove(made)
+        return code
     finally:
         if ownership is not None:
             ownership.release()
+
+
+def _is_refused(code: int, run_dir: Path) -> bool:
+    """Return whether the ranks refused a new run before it began, and rank 0 has said why on the terminal.
+
+    A requeue counts starts by the ledger in the folder, so under Slurm a fault of the machine is no refusal.
+    """
+    codes = REFUSED if "SLURM_JOB_ID" in os.environ else (*REFUSED, EXIT_ENVIRONMENT)
+    if code not in codes or has_begun(run_dir):
+        return False
+    with suppress(OSError):
+        return ERROR in (run_dir / "logs" / log_name(0)).read_text(encoding="utf-8", errors="replace")
+    return False
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Remove the folder of a run that never began, and the folders above it that were made for it."""
+    run_dir, *parents = made
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for folder in parents:
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def worker_modules(config: TrainConfig) -> list[str]:

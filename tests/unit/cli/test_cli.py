@@ -206,6 +206,59 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
     assert last_owner(tmp_path / "a b" / "owner")[1]["released"], "the folder is free again at the end"
 
 
+@pytest.mark.parametrize(
+    ("code", "left", "environ", "is_removed"),
+    [
+        (2, (), {}, True),
+        (3, (), {"SLURM_JOB_ID": "1"}, True),
+        (8, (), {}, True),
+        (8, (), {"SLURM_JOB_ID": "1"}, False),
+        (1, (), {}, False),
+        (2, ("events.jsonl",), {}, False),
+        (2, ("checkpoints",), {}, False),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_refusal_by_the_ranks_leaves_no_folder(code, left, environ, is_removed, exists, monkeypatch, tmp_path):
+    """Unless it was there before, the run had begun, or a requeue needs it. Nothing else is removed."""
+    from megatrain.launch import agent as local
+
+    run = tmp_path / "new" / "runs" / "a"
+
+    def launch(command, count, logs, *_):
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "rank_00000.log").write_text("megatrain: error: no such device\n")
+        for name in left:
+            (run / name).touch()
+        return code
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "is_launched", lambda: False)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
+    monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
+    monkeypatch.setattr(local, "launch", launch)
+    if exists:
+        run.mkdir(parents=True)
+    assert cli.main(["train", "model=tiny", f"run.dir={run.parent}", "run.name=a"]) == code
+    assert run.exists() == (exists or not is_removed)
+    assert (tmp_path / "new").exists() == run.exists() and tmp_path.exists()
+    (run.parent / "b").mkdir(parents=True, exist_ok=True)
+    cli.main(["train", "model=tiny", f"run.dir={run.parent}", "run.name=a"])
+    assert (run.parent / "b").exists()
+
+
+def test_a_refusal_that_only_a_ranks_log_tells_keeps_the_log(monkeypatch, tmp_path):
+    from megatrain.launch import agent as local
+
+    monkeypatch.setattr(cli, "is_launched", lambda: False)
+    monkeypatch.setattr("megatrain.verbs.path_checks.check_paths", lambda *_: None)
+    monkeypatch.setattr("megatrain.verbs.resources.warnings", lambda config, on_gpu: [])
+    monkeypatch.setattr(local, "launch", lambda command, count, logs, *_: 2)
+    assert cli.main(["train", "model=tiny", f"run.dir={tmp_path}", "run.name=a"]) == 2
+    assert (tmp_path / "a").is_dir()
+
+
 def test_a_launched_train_is_a_worker(monkeypatch, action):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
