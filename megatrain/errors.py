@@ -20,7 +20,7 @@ EXIT_OWNED = 7
 EXIT_ENVIRONMENT = 8
 EXIT_SAVED_AFTER_SIGNAL = 75
 EXIT_INTERRUPTED = 130
-"""A second Ctrl-C in training, or one in any other verb: stopped without saving."""
+"""A second Ctrl-C in training, or one in any other verb: stopped at once."""
 
 BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 """System errors of a disk that is full, read-only, failing or gone. Another machine may do better."""

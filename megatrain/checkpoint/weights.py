@@ -5,6 +5,7 @@ Compares names, shapes and configs; reads no tensor. Imports no torch.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatrain.checkpoint.find import model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.resume import changed_keys, override_of
 from megatrain.config import ModelConfig
+from megatrain.config.values import quoted
 from megatrain.data.card import Card
 from megatrain.data.tokenizer import saved_meta
 from megatrain.errors import CheckpointError, ConfigError
@@ -109,7 +111,7 @@ def check_tokenizer(folder: Path, manifest: Manifest, card: Card, dataset: Path,
 
 def tokenizer_arguments(folder: Path) -> str:
     """Return the arguments of `megatrain prepare` that use the tokenizer saved in `folder`."""
-    return f"tokenizer={saved_meta(folder)['kind']} tokenizer.path={folder}"
+    return f"tokenizer={saved_meta(folder)['kind']} {shlex.quote(quoted('tokenizer.path', str(folder)))}"
 
 
 def _check_tensors(folder: Path, manifest: Manifest, own: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
             return found
     if (path / "config.json").exists():
         raise CheckpointError(
-            f"{path} is a Hugging Face folder, not a checkpoint; turn it into one: megatrain import {path} out=imported"
+            f"{path} is a Hugging Face folder, not a checkpoint; turn it into one: megatrain import "
+            f"{shlex.quote(str(path))} out=imported"
         )
     raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
 

@@ -199,7 +199,9 @@ def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
         rows.append((str(point.config.run.name), "not run" if code is None else str(code), *losses))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
-    return "\n".join(["", *lines, "", f"megatrain report {sweep_folder(points)} makes a page of them"])
+    return "\n".join(
+        ["", *lines, "", f"megatrain report {shlex.quote(str(sweep_folder(points)))} makes a page of them"]
+    )
 
 
 def last_losses(run_dir: Path) -> tuple[float | None, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from megatrain.config import VERBS, walk
@@ -54,13 +55,13 @@ def _run_words(word: str) -> list[str]:
         )
     require("run folder", folder)
     if folder.is_file():
-        advice = f"; to start from a config: {CONFIG_FILE} {word}" if folder.suffix in YAML else ""
+        advice = f"; to start from a config: {CONFIG_FILE} {shlex.quote(word)}" if folder.suffix in YAML else ""
         raise ConfigError(f"{word} is a file; give the folder of the run to continue{advice}")
     if is_sweep_folder(folder):
         raise ConfigError(f"{word} is the folder of a sweep; repeat its megatrain train --multirun to continue it")
     if not (folder / "config.yaml").is_file():
         owner = next((parent for parent in folder.absolute().parents if (parent / "config.yaml").is_file()), None)
-        advice = f"; it is inside a run: megatrain train {owner}" if owner else ""
+        advice = f"; it is inside a run: megatrain train {shlex.quote(str(owner))}" if owner else ""
         raise ConfigError(f"{word} holds no config.yaml, so it is not the folder of a run{advice}")
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = folder.resolve()

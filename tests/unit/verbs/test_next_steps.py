@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatrain import cli
+from megatrain.checkpoint import weights
 from megatrain.config import ModelConfig
 from megatrain.config.compose import compose
 from megatrain.data import preparation
-from megatrain.verbs import export, import_, prepare
+from megatrain.verbs import export, import_, multirun, prepare
 
 
 def commands(capsys):
@@ -118,3 +119,13 @@ def test_a_missing_dataset_names_a_command_that_prepares_the_one_asked_for(words
     verb, found = read(capsys.readouterr().err.partition("prepare it first: ")[2].partition(" (prepared so far")[0])
     wanted = compose("train", words)
     assert (verb, found.data, found.tokenizer) == ("prepare", wanted.data, wanted.tokenizer)
+
+
+@pytest.mark.parametrize("folder", ["runs/x", "it's, (odd)/[1] x"])
+def test_a_path_in_advice_is_quoted_for_the_shell(folder, monkeypatch):
+    monkeypatch.setattr(weights, "saved_meta", lambda _: {"kind": "hf"})
+    _, found = read(f"megatrain prepare {weights.tokenizer_arguments(Path(folder))}")
+    assert (found.tokenizer.kind, found.tokenizer.path) == ("hf", folder)
+    monkeypatch.setattr(multirun, "sweep_folder", lambda _: Path(folder))
+    command = multirun.table([], []).splitlines()[-1].removesuffix(" makes a page of them")
+    assert read(command)[1].path == folder

@@ -162,8 +162,8 @@ def test_what_is_no_run_folder_is_refused_with_what_would_work(run, places):
         "small": "small is neither a run's folder nor key=value; give for example model=small",
         "runs/nome": "run folder=runs/nome: no such file or folder",
         "runs/lr=0.4, b": "did you mean runs/lr=0.5, b",
-        "runs/lr=0.5, b/config.yaml": "to start from a config: --config runs/lr=0.5, b/config.yaml",
-        "runs/lr=0.5, b/checkpoints/step_5": f"it is inside a run: megatrain train {run}",
+        "runs/lr=0.5, b/config.yaml": "to start from a config: --config 'runs/lr=0.5, b/config.yaml'",
+        "runs/lr=0.5, b/checkpoints/step_5": f"it is inside a run: megatrain train '{run}'",
         "runs/scan": "is the folder of a sweep",
         "runs": "holds no config.yaml",
     }.items():
