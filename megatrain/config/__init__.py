@@ -7,6 +7,7 @@ overrides into these dataclasses. Everything below the command line takes them a
 from __future__ import annotations
 
 from megatrain.config.checkpoint_config import CheckpointConfig
+from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key, walk
@@ -43,6 +44,7 @@ __all__ = [
     "ROPE_SCALING_KEYS",
     "VERBS",
     "CheckpointConfig",
+    "CleanConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",

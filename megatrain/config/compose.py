@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import typing
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -363,18 +363,22 @@ def check_bounds(config: Any) -> None:
             value = getattr(value, part)
         if value is None:
             continue
-        metadata = f.metadata
-        if "choices" in metadata and value not in metadata["choices"]:
-            known = [str(choice) for choice in metadata["choices"]]
-            hint = did_you_mean("", str(value), known)
-            raise ConfigError(f"{name}={value} is not one of {', '.join(known)}{hint}")
-        for number in [value] if isinstance(value, (int, float)) else []:
-            _check_number(name, number, number, metadata, "")
-        for number in value if isinstance(value, list) else []:
-            _check_number(name, number, value, metadata, "each_")
+        check_value(name, value, f.metadata)
     betas = getattr(getattr(config, "optim", None), "betas", None)
     if betas is not None and len(betas) != 2:
         raise ConfigError(f"optim.betas={betas}: expected two numbers, given {len(betas)}; for example [0.9,0.95]")
+
+
+def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Check one value, not None, against the choices and bounds of its `key`. Raises ConfigError."""
+    if "choices" in metadata and value not in metadata["choices"]:
+        known = [str(choice) for choice in metadata["choices"]]
+        hint = did_you_mean("", str(value), known)
+        raise ConfigError(f"{name}={value} is not one of {', '.join(known)}{hint}")
+    for number in [value] if isinstance(value, (int, float)) else []:
+        _check_number(name, number, number, metadata, "")
+    for number in value if isinstance(value, list) else []:
+        _check_number(name, number, value, metadata, "each_")
 
 
 def _check_number(name: str, number: Any, given: Any, metadata: Any, prefix: str) -> None:

@@ -44,7 +44,7 @@ def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
     value = _parse(name, text)
     if isinstance(value, str) and "${" in value:
         return value
-    if not _fits(kind, value):
+    if not fits(kind, value):
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
         if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
             hint_text = f" (write {shlex.quote(f'{name}=[{stripped}]')})"
@@ -55,7 +55,6 @@ def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
 def _parse(name: str, text: str) -> Any:
     """Parse a value with Hydra's grammar: int, float, bool, str, list or dict."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import QuotedString
     from hydra.errors import HydraException
 
     try:
@@ -65,8 +64,17 @@ def _parse(name: str, text: str) -> Any:
     if override.is_sweep_override():
         raise ConfigError(sweep_message(name, text))
     value = override.value()
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a parsed value with its quoted texts as plain ones, at any depth."""
+    from hydra.core.override_parser.types import QuotedString
+
     if isinstance(value, list):
-        return [item.text if isinstance(item, QuotedString) else item for item in value]
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(name): _plain(item) for name, item in value.items()}
     return value.text if isinstance(value, QuotedString) else value
 
 
@@ -156,16 +164,20 @@ def describe(hint: Any) -> str:
         list[str]: "a list of texts such as [a,b]",
         list[int]: "a list of whole numbers such as [3,4]",
         list[float]: "a list of numbers such as [0.9,0.95]",
+        list[Any]: "a list such as [a,{b:{c:1}}]",
         list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
     }
     return words[kind] + (" or null" if optional else "")
 
 
-def _fits(kind: Any, value: Any) -> bool:
+def fits(kind: Any, value: Any) -> bool:
     """Return whether a parsed value is valid for a key of this type."""
+    kind, optional = split_optional(kind)
+    if value is None:
+        return optional
     if typing.get_origin(kind) is list:
         (element,) = typing.get_args(kind)
-        return isinstance(value, list) and all(element is str or _fits(element, item) for item in value)
+        return isinstance(value, list) and all(element in (str, Any) or fits(element, item) for item in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:

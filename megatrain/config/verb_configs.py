@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 
 from megatrain.config.checkpoint_config import CheckpointConfig
+from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key
@@ -60,6 +61,7 @@ class PrepareConfig:
     seed: int = key(1234, "seed of the held-out split and of the sample that the tokenizer is trained on", minimum=0)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
 
 
 @dataclass

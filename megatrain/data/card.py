@@ -70,7 +70,11 @@ class TokenizerCard:
 
 @dataclass
 class Card:
-    """The contents of `card.json`. `tokenizer` is None for foreign data whose tokenizer is unknown."""
+    """The contents of `card.json`.
+
+    `tokenizer` is None for foreign data whose tokenizer is unknown. `cleaning` has what each step of the recipe did, in
+    order: the fields of `StepReport` without examples.
+    """
 
     name: str
     fingerprint: str
@@ -79,6 +83,7 @@ class Card:
     source: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    cleaning: list[Any] = field(default_factory=list)
     format: int = FORMAT
 
     def pairs(self) -> list[tuple[str, SplitCard]]:

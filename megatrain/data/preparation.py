@@ -23,6 +23,7 @@ from megatrain.data.adopt import check_contents_apart, check_prefixes, link, mak
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
+from megatrain.data.corpus.recipe import StepReport, build_recipe, settings_of
 from megatrain.data.corpus.selection import DROPPED, Selection
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.sources import open_source
@@ -38,6 +39,8 @@ from megatrain.resilience.atomic_file import write_atomically
 
 QUARANTINE = "quarantine.jsonl"
 """The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
+EXAMPLES = "examples.jsonl"
+"""Documents that the cleaning steps removed or changed, in the dataset's folder, if there were any."""
 _BAD = "bad_"
 """The start of the names of counts of bad records by reason; `bad` counts them all."""
 _MANY_BAD = 0.01
@@ -135,7 +138,8 @@ def _choose_start(tokenizer: Tokenizer, config: PrepareConfig) -> None:
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that determine the dataset's content, as recorded in the card."""
     data = {key: value for key, value in asdict(config.data).items() if key not in _NOT_IDENTITY}
-    return {"seed": config.seed, "data": data, "tokenizer": asdict(config.tokenizer)}
+    clean = {"steps": settings_of(build_recipe(config.clean.steps))}
+    return {"seed": config.seed, "data": data, "clean": clean, "tokenizer": asdict(config.tokenizer)}
 
 
 def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
@@ -149,7 +153,10 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
     if overwrite:
         return False
     card = check_dataset(target)
-    newer = {"data": {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY}}
+    newer: dict[str, Any] = {
+        "data": {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY},
+        "clean": {"steps": []},
+    }
     was = flatten(newer) | flatten(card.config | {"source": card.source})  # older cards lack newer keys
     now = flatten(settings)
     changed = [
@@ -185,6 +192,8 @@ def _prepare_text(
         _check_bad_fraction(counts, config.data.max_bad_fraction, first_bad)
         selection = _select(shards, config, counts, first_bad, work)
         _join_quarantine(shards, folder / QUARANTINE)
+        reports = pipeline.total_reports(shards)
+        _write_examples(reports, folder / EXAMPLES)
         tokenizer = given or _train_tokenizer(config, selection, work)
         tokenizer.save(folder / "tokenizer")
         dtype = token_dtype(tokenizer.vocab_size)
@@ -199,6 +208,7 @@ def _prepare_text(
         splits=splits,
         tokenizer=TokenizerCard.of(tokenizer),
         counts=dict(sorted(counts.items())),
+        cleaning=[report.without_examples() for report in reports],
     )
     return card, first_bad
 
@@ -243,6 +253,13 @@ def _join_quarantine(shards: list[CleanedShard], path: Path) -> None:
                 shutil.copyfileobj(part, file)
 
 
+def _write_examples(reports: list[StepReport], path: Path) -> None:
+    """Write what the steps' examples are, one a line, if there are any."""
+    lines = [json.dumps({"step": report.name} | example) for report in reports for example in report.examples]
+    if lines:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def _train_tokenizer(config: PrepareConfig, selection: Selection, work: Path) -> Tokenizer:
     """Train a tokenizer on a sample of the corpus, or take the one that an interrupted preparation trained on it."""
     keys = [shard.key for shard in selection.shards]
@@ -282,6 +299,11 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
     counts = {name: count for name, count in card.counts.items() if not name.startswith(_BAD)}
     if card.counts:
         yield f"  documents: {_format_counts(counts)}"
+    for step in card.cleaning:
+        removed = step["documents_in"] - step["documents_out"]
+        what = [f"{removed:,} removed ({_format_counts(step['rules'])})"] if removed else []
+        what += [f"{step['changed']:,} changed"] if step["changed"] else []
+        yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
 
 
 def _bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 import zstandard
 
+from megatrain.data.corpus.recipe import StepReport, add_reports
 from megatrain.data.indexed import hash_file
 from megatrain.resilience.atomic_file import write_atomically
 
@@ -72,6 +73,7 @@ class CleanedShard:
         content = json.loads(marker.read_text(encoding="utf-8"))
         self.frames = [Frame(*frame) for frame in content["frames"]]
         self.counts: dict[str, int] = content["counts"]
+        self.reports = [StepReport(**report) for report in content["reports"]]
         self.first_bad: str | None = content["first_bad"]
         self.quarantine_path = folder / f"{key}.quarantine"
         self.num_documents: int = content["documents"]
@@ -116,6 +118,7 @@ class CleanedShardWriter:
         self._frames: list[Frame] = []
         self._text_bytes = 0
         self._counts: Counter[str] = Counter()
+        self._reports: list[StepReport] = []
         self._first_bad: str | None = None
 
     def add(self, frame: bytes, documents: np.ndarray) -> None:
@@ -125,9 +128,15 @@ class CleanedShardWriter:
         self._documents.write(documents.tobytes())
         self._text_bytes += int(documents["size"].sum())
 
-    def count(self, counts: dict[str, int], first_bad: str | None, quarantine: bytes) -> None:
-        """Add counts, the first bad record if there was none yet, and lines of the quarantine."""
+    def count(
+        self, counts: dict[str, int], reports: list[StepReport], first_bad: str | None, quarantine: bytes
+    ) -> None:
+        """Add counts, what the steps did, the first bad record if there was none yet, and lines of the quarantine."""
         self._counts.update(counts)
+        if self._reports:
+            add_reports(self._reports, reports)
+        else:
+            self._reports = reports
         self._first_bad = self._first_bad or first_bad
         if quarantine:
             with open(self._quarantine_path, "ab") as file:
@@ -142,6 +151,7 @@ class CleanedShardWriter:
             "documents": sum(frame.documents for frame in self._frames),
             "text_bytes": self._text_bytes,
             "counts": dict(self._counts),
+            "reports": [asdict(report) for report in self._reports],
             "first_bad": self._first_bad,
             "hashes": {path.name: hash_file(path) for path in written},
         }

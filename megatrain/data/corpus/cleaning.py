@@ -8,22 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatrain.data.corpus.cleaned import describe, pack
-from megatrain.data.corpus.normalise import BadRecordError, Policy, Problem, Record, clean
+from megatrain.data.corpus.document import Document, Step
+from megatrain.data.corpus.normalise import BadRecordError, Policy, Problem, Record, clean, normalise
+from megatrain.data.corpus.recipe import StepReport, new_reports, run_recipe
 from megatrain.errors import DataError
+
+_COUNTS = ("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized", "cleaned_away", "emptied")
 
 
 @dataclass(frozen=True)
 class CleanTask:
-    """Records to clean, the policy for bad ones, and the seed of the documents' draws."""
+    """Records to clean, the policy for bad ones, the recipe, and the seed of the documents' draws."""
 
     records: list[Record]
     policy: Policy
+    recipe: tuple[Step, ...]
     seed: int
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean documents as a frame, `describe` of them, and counts.
+    """Clean documents as a frame, `describe` of them, counts, and what each step of the recipe did.
 
     `first_bad` describes the first bad record, and `quarantine` has a line of JSON for each if they are to be kept.
     """
@@ -31,17 +36,19 @@ class Cleaned:
     frame: bytes
     documents: np.ndarray
     counts: dict[str, int]
+    reports: list[StepReport]
     first_bad: str | None
     quarantine: bytes
 
 
 def clean_chunk(task: CleanTask) -> Cleaned:
-    """Decode and normalise records; empty records and those that the policy skips are left out and counted.
+    """Decode, normalise and clean records; empty ones and those that policy or recipe leave out are counted.
 
     Raises `DataError` for the first bad record if the policy is to stop there.
     """
     texts: list[bytes] = []
-    counts = dict.fromkeys(("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized"), 0)
+    counts = dict.fromkeys(_COUNTS, 0)
+    reports = new_reports(task.recipe)
     first_bad, quarantine = None, []
     for record in task.records:
         if record.oversized:
@@ -58,11 +65,20 @@ def clean_chunk(task: CleanTask) -> Cleaned:
                 quarantine.append(_quarantined(record, problem))
             continue
         counts["undecodable"] += undecodable
+        if not text:
+            counts["empty"] += 1
+            continue
+        if task.recipe:
+            document = Document(text, record.where)
+            if not run_recipe(task.recipe, document, reports, task.seed):
+                counts["cleaned_away"] += 1
+                continue
+            text = normalise(document.text)
         if text:
             texts.append(text.encode())
         else:
-            counts["empty"] += 1
-    return Cleaned(pack(texts), describe(texts, task.seed), counts, first_bad, b"".join(quarantine))
+            counts["emptied"] += 1
+    return Cleaned(pack(texts), describe(texts, task.seed), counts, reports, first_bad, b"".join(quarantine))
 
 
 def _count_bad(record: Record, problem: Problem, policy: Policy, counts: dict[str, int]) -> None:

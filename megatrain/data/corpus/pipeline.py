@@ -11,6 +11,7 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +25,7 @@ from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
 from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
 from megatrain.data.corpus.normalise import Policy, Record
+from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
 from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
 from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source
@@ -55,6 +57,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
     folder.mkdir(exist_ok=True)
     data = config.data
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
+    recipe = build_recipe(config.clean.steps)
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
     left = data.max_documents
@@ -78,7 +81,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                     if left is not None:
                         left -= len(chunk)
                     coming.append((len(cleaned) - 1, writer, last))
-                    yield CleanTask(chunk, policy, config.seed)
+                    yield CleanTask(chunk, policy, recipe, config.seed)
             source.progress.bytes = before + shard.num_bytes
 
     with Meter("reading", source.total_bytes) as meter, _closing(coming):
@@ -86,7 +89,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
             number, writer, last = coming.popleft()
             if len(result.documents):
                 writer.add(result.frame, result.documents)
-            writer.count(result.counts, result.first_bad, result.quarantine)
+            writer.count(result.counts, result.reports, result.first_bad, result.quarantine)
             if last:
                 cleaned[number] = writer.finish()
             meter.update(source.progress.bytes)
@@ -106,6 +109,17 @@ def total_counts(shards: Iterable[CleanedShard]) -> Counter[str]:
     return total
 
 
+def total_reports(shards: Iterable[CleanedShard]) -> list[StepReport]:
+    """Return what each step of the recipe did to all shards."""
+    total: list[StepReport] = []
+    for shard in shards:
+        if total:
+            add_reports(total, shard.reports)
+        else:
+            total = deepcopy(shard.reports)
+    return total
+
+
 def _find_cleaned(folder: Path, shard: Shard, limit: int | None, config: PrepareConfig) -> CleanedShard | None:
     """Return the shard if it is finished. One that was finished where bad records stop has none: any policy will do."""
     for policy in dict.fromkeys((config.data.on_bad_record, "stop")):
@@ -119,7 +133,8 @@ _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_docum
 
 def _clean_key(shard: Shard, limit: int | None, config: PrepareConfig, on_bad_record: str) -> str:
     settings = {name: getattr(config.data, name) for name in _CLEANS}
-    return _key(asdict(shard), limit, config.seed, settings, on_bad_record)
+    recipe = settings_of(build_recipe(config.clean.steps))
+    return _key(asdict(shard), limit, config.seed, settings, recipe, on_bad_record)
 
 
 def _key(*parts: Any) -> str:

@@ -1,0 +1,43 @@
+"""A document on its way through the cleaning steps, and what a step is. Opens no files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass
+class Document:
+    """A document: its text, which steps may change, and what its source knows of it.
+
+    `id` is the record's own, or where it was read. `markup` says that `text` is HTML. `language` is a code such as `en`
+    or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path`.
+    """
+
+    text: str
+    id: str
+    markup: bool = False
+    language: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Why a step removes a document: the name of its rule, and the figure that broke it, in words."""
+
+    rule: str
+    detail: str
+
+
+class Step(ABC):
+    """A cleaning step: a frozen dataclass whose fields are its parameters, declared with `config.key`.
+
+    A step depends on nothing but the document and its parameters, so results do not depend on how work is divided.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, document: Document) -> Removal | None:
+        """Change the document's text if need be, or return why it is removed."""
