@@ -1,22 +1,26 @@
-"""Write docs/reference/config.md, the reference of every config key, from the schema: python tools/config_reference.py
+"""Write docs/reference/config.md and cleaning.md, every config key and cleaning step: python tools/config_reference.py
 
 `tests/unit/config/test_config_reference.py` fails when the page differs from this program's output.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
 from megatrain.config import VERBS, walk
-from megatrain.config.choices import GROUPS, choices_of
+from megatrain.config.choices import GROUPS, choices_of, conf_folder, read_yaml
 from megatrain.config.compose import key_types
 from megatrain.config.usage import EXAMPLES, bounds_text, default_text, summary
 from megatrain.config.values import describe
+from megatrain.data.corpus.steps.registry import STEPS
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "config.md"
+FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 
 LONGEST_ROW = 200
 """Characters of a table's row; the meaning of a longer one moves below the table."""
@@ -94,6 +98,50 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+CLEANING = """# Cleaning steps
+
+Written by `python tools/config_reference.py` from `megatrain/data/corpus/steps/` and `conf/clean/`; edit those, not
+this page.
+
+`megatrain prepare clean=<recipe>` runs a recipe's steps over every document, before duplicates are dropped and text is
+tokenized. A recipe of your own is a file (`clean=my.yaml`) with a `name` and a list `steps`, or the list itself on the
+command line, each step a name, or a name with parameters:
+
+```
+megatrain prepare data=files "data.paths=[corpus]" data.name=long "clean.steps=[{length:{min_characters:500}}]"
+```
+
+The dataset's card counts what each step removed, by rule, and changed; `examples.jsonl` beside it has documents to look
+at, five for each rule.
+
+## Recipes
+
+| recipe | steps |
+| --- | --- |
+"""
+
+
+def cleaning_page() -> str:
+    """Return the page of the cleaning steps."""
+    lines = [CLEANING.rstrip("\n")]
+    for name in choices_of("clean"):
+        content, _ = read_yaml(conf_folder() / "clean" / f"{name}.yaml")
+        names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in content.get("steps", [])]
+        lines.append(f"| `{name}` | {', '.join(f'[`{step}`](#{step})' for step in names) or 'none'} |")
+    for name, step in sorted(STEPS.items()):
+        assert step.__doc__
+        lines += ["", f"## {name}", "", inspect.cleandoc(step.__doc__)]
+        parameters = dataclasses.fields(step)  # type: ignore[arg-type]  # every step is a dataclass
+        if parameters:
+            lines += ["", "| parameter | value | default | meaning |", "| --- | --- | --- | --- |"]
+        types = typing.get_type_hints(step)
+        lines += [row(field.name, types[field.name], field, field.metadata["help"]) for field in parameters]
+    return "\n".join([*lines, ""])
+
+
+PAGES = {FOLDER / "config.md": page, FOLDER / "cleaning.md": cleaning_page}
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for place, written in PAGES.items():
+        place.write_text(written(), encoding="utf-8")
+        print(f"wrote {place}")

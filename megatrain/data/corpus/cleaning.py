@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from megatrain.data.corpus.normalise import BadRecordError, Policy, Problem, Rec
 from megatrain.data.corpus.recipe import StepReport, new_reports, run_recipe
 from megatrain.errors import DataError
 
-_COUNTS = ("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized", "cleaned_away", "emptied")
+_COUNTS = ("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def clean_chunk(task: CleanTask) -> Cleaned:
     Raises `DataError` for the first bad record if the policy is to stop there.
     """
     texts: list[bytes] = []
-    counts = dict.fromkeys(_COUNTS, 0)
+    counts = Counter(dict.fromkeys(_COUNTS, 0))
     reports = new_reports(task.recipe)
     first_bad, quarantine = None, []
     for record in task.records:
@@ -81,7 +82,7 @@ def clean_chunk(task: CleanTask) -> Cleaned:
     return Cleaned(pack(texts), describe(texts, task.seed), counts, reports, first_bad, b"".join(quarantine))
 
 
-def _count_bad(record: Record, problem: Problem, policy: Policy, counts: dict[str, int]) -> None:
+def _count_bad(record: Record, problem: Problem, policy: Policy, counts: Counter[str]) -> None:
     if problem.kind == "undecodable":  # data.undecodable=skip has been chosen for it
         counts["undecodable"] += 1
         counts["skipped_undecodable"] += 1
@@ -91,7 +92,7 @@ def _count_bad(record: Record, problem: Problem, policy: Policy, counts: dict[st
             f"{record.where}: {problem.message}; {problem.remedy}, or set data.on_bad_record=skip or quarantine"
         )
     counts["bad"] += 1
-    counts[f"bad_{problem.kind}"] = counts.get(f"bad_{problem.kind}", 0) + 1
+    counts[f"bad_{problem.kind}"] += 1
 
 
 def _quarantined(record: Record, problem: Problem) -> bytes:

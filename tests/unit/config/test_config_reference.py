@@ -1,4 +1,4 @@
-"""docs/reference/config.md matches the schema."""
+"""docs/reference/config.md and cleaning.md match the schema."""
 
 import importlib.util
 from pathlib import Path
@@ -12,4 +12,5 @@ def test_the_config_reference_is_current():
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.PAGE.read_text(encoding="utf-8") == tool.page()
+    for place, written in tool.PAGES.items():
+        assert place.read_text(encoding="utf-8") == written()
