@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatrain.errors import DataError
 
@@ -38,6 +40,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Names of control tokens in it are plain text; no control token is added."""
+
+    def prove_bulk(self) -> str | None:
+        """Return what `bulk_encoder` needs to know to be faster than `encode`; None if it would not be."""
+        return None
+
+    def bulk_encoder(self, proof: str | None) -> Callable[[str], np.ndarray]:
+        """Return an encoder for large amounts of clean text: the ids of `encode`, as an array of integers.
+
+        `proof` is the result of `prove_bulk`, here or in another process.
+        """
+        return lambda text: np.array(self.encode(text), dtype=np.int64)
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
+from megatrain.data.byte_level_bpe import ByteLevelBpe
 from megatrain.data.control_tokens import control_ids, probes, spellings, unknown_id, unspellable
 from megatrain.data.hub import one_line_a_wait
 from megatrain.data.tokenizer import StreamDecoder, Tokenizer, read_text, segments
@@ -172,6 +176,30 @@ class HuggingFaceTokenizer(Tokenizer):
                 found = self._encode_apart(segment)
             ids += found
         return ids
+
+    def prove_bulk(self) -> str | None:
+        """Return the characters that tiktoken's engine must leave to the library; None if it cannot be used at all."""
+        try:
+            return ByteLevelBpe(self._definition).prove(self.encode)
+        except (ValueError, ImportError) as error:
+            print(f"tokenizer: encoding with the library tokenizers, because of tiktoken: {error}", file=sys.stderr)
+            return None
+
+    def bulk_encoder(self, proof: str | None) -> Callable[[str], np.ndarray]:
+        """Return an encoder by tiktoken's engine where that was proven equal."""
+        if proof is None:
+            return super().bulk_encoder(proof)
+        engine = ByteLevelBpe(self._definition)
+        engine.leave(proof)
+
+        def encode(text: str) -> np.ndarray:
+            found = [np.zeros(0, np.uint32)]
+            for segment in segments(text, _HF_SEGMENT):
+                ids = engine(segment)
+                found.append(np.array(self.encode(segment), dtype=np.uint32) if ids is None else ids)
+            return np.concatenate(found)
+
+        return encode
 
     def _encode_apart(self, segment: str) -> list[int]:
         if self._apart is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from megatrain.data.tokenizer_loading import load_tokenizer
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use."""
+    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use.
+
+    `proof` is the tokenizer's `prove_bulk`.
+    """
 
     text: Path
     frame: Frame
@@ -25,6 +29,7 @@ class EncodeTask:
     fingerprint: str
     starts_with_bos: bool
     dtype: str
+    proof: str | None
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,29 @@ class Encoded:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, fingerprint: str, starts_with_bos: bool) -> Tokenizer:
+def _load(
+    folder: Path, fingerprint: str, starts_with_bos: bool, proof: str | None
+) -> tuple[Tokenizer, Callable[[str], np.ndarray]]:
     """Load the tokenizer once per process; the cache key has its properties because the folder may be rewritten."""
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.fingerprint, tokenizer.starts_with_bos) == (fingerprint, starts_with_bos)
-    return tokenizer
+    return tokenizer, tokenizer.bulk_encoder(proof)
 
 
 def encode_chunk(task: EncodeTask) -> Encoded:
     """Encode the kept documents of a frame, each between BOS (if the dataset has it) and the end-of-document token."""
-    tokenizer = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
+    tokenizer, encode = _load(task.tokenizer, task.fingerprint, task.starts_with_bos, task.proof)
+    first, last = np.array(tokenizer.start(), task.dtype), np.array([tokenizer.end_of_document], task.dtype)
     found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
     total = 0
     for flag, text in zip(task.flags, unpack(task.text, task.frame), strict=True):
         total += len(text)
         if flag == DROPPED:
             continue
-        ids = [*tokenizer.start(), *tokenizer.encode(text.decode()), tokenizer.end_of_document]
+        ids = encode(text.decode())
         arrays, lengths, size = found.get(flag, ([], [], 0))
-        arrays.append(np.array(ids, dtype=task.dtype))
-        lengths.append(len(ids))
+        arrays += [first, ids.astype(task.dtype), last]
+        lengths.append(len(first) + len(ids) + 1)
         found[flag] = (arrays, lengths, size + len(text))
     return Encoded(
         {f: (np.concatenate(a), np.array(n, dtype=np.int32), size) for f, (a, n, size) in found.items()}, total

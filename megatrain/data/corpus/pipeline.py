@@ -39,6 +39,8 @@ CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
 DEDUPLICATION_BYTES = 2**30
 """Memory for finding duplicates; larger corpora take several passes."""
+WORTH_A_PROOF = 32 * 2**20
+"""Bytes of text from which proving a faster encoder (a few seconds) pays."""
 FORMAT = 1
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
@@ -235,7 +237,9 @@ def encode_selection(
 ) -> list[EncodedShard]:
     """Encode every shard into `folder` and return them in corpus order. `saved` is the tokenizer's folder."""
     folder.mkdir(exist_ok=True)
-    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
+    text_bytes = sum(shard.text_bytes for shard in selection.shards)
+    proof = tokenizer.prove_bulk() if text_bytes >= WORTH_A_PROOF else None
+    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, proof)
     encoded: list[EncodedShard | None] = []
     coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
     done = 0
@@ -244,7 +248,7 @@ def encode_selection(
         nonlocal done
         for number, shard in enumerate(selection.shards):
             flags = selection.flags_of(number).tobytes()
-            key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), tokenizer.fingerprint, *encoding[2:])
+            key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), tokenizer.fingerprint, *encoding[2:4])
             if finished := EncodedShard.find(folder, key):
                 encoded.append(finished)
                 done += shard.text_bytes
@@ -260,7 +264,7 @@ def encode_selection(
                 yield EncodeTask(shard.text_path, frame, flags[before : before + frame.documents], *encoding)
                 before += frame.documents
 
-    with Meter("encoding", sum(shard.text_bytes for shard in selection.shards)) as meter, _closing(coming):
+    with Meter("encoding", text_bytes) as meter, _closing(coming):
         for result in pool.map(encode_chunk, tasks()):
             number, writer, last = coming.popleft()
             for split, (ids, lengths, text_bytes) in result.splits.items():

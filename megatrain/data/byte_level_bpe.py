@@ -1,0 +1,157 @@
+"""Byte-level BPE by tiktoken: the ids of the `tokenizers` library, several times faster, where that is proven.
+
+A definition qualifies if it is byte-level BPE without a normaliser, whose merges come in the order of their ids, and
+whose text is cut by one regular expression. tiktoken and `tokenizers` then agree but for characters that their versions
+of Unicode class differently, and but for vocabularies with rare orders of merges. `prove` tries every character and
+thousands of made words; what it finds different is left to `tokenizers`, or all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How the ByteLevel pre-tokenizer cuts text by itself (Radford et al. 2019, encoder.py of GPT-2)."""
+
+_MOST_APART = 4096  # characters; more of them mean that the engines do not agree
+_BATCH = 4096  # characters tried at once
+_MADE_TEXTS = 4000
+
+Encode = Callable[[str], Sequence[int]]
+
+
+class ByteLevelBpe:
+    """tiktoken's engine for one definition. Raises `ValueError` with the reason if the definition does not qualify."""
+
+    def __init__(self, definition: str) -> None:
+        content = json.loads(definition)
+        model = content["model"]
+        _check(content, model)
+        alphabet = {letter: byte for byte, letter in enumerate(byte_letters())}
+        self._ranks = _ranks(model, alphabet)
+        self._pattern = _split_pattern(content["pre_tokenizer"])
+        self._added = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
+        self._apart: re.Pattern[str] | None = None
+        self._encoding: Any = None
+
+    def __call__(self, text: str) -> np.ndarray | None:
+        """Return the token ids (uint32) of a text; None if it has something that is left to `tokenizers`."""
+        if self._encoding is None:
+            self.leave("")
+        if self._apart is not None and self._apart.search(text):
+            return None
+        found: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return found
+
+    def leave(self, characters: str) -> None:
+        """Leave texts with any of these characters to `tokenizers`, as those with added tokens."""
+        import tiktoken
+
+        parts = [re.escape(token) for token in self._added] + ([f"[{re.escape(characters)}]"] if characters else [])
+        self._apart = re.compile("|".join(parts)) if parts else None
+        self._encoding = tiktoken.Encoding(
+            "megatrain", pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens={}
+        )
+
+    def prove(self, encode: Encode) -> str:
+        """Compare with `encode` of the `tokenizers` library, and return the characters to `leave` to it.
+
+        Raises `ValueError` if more than these differ.
+        """
+        self.leave("")
+        tried = assigned_characters()
+        apart = "".join(
+            found for at in range(0, len(tried), _BATCH) for found in self._differing(tried[at : at + _BATCH], encode)
+        )
+        if len(apart) > _MOST_APART:
+            raise ValueError(f"{len(apart)} characters are cut differently")
+        self.leave(apart)
+        words = [word for word in map(_text, self._ranks) if word]
+        chosen = random.Random(0)
+        for _ in range(_MADE_TEXTS):
+            text = "".join(chosen.choices(words, k=12))
+            if (found := self(text)) is not None and found.tolist() != list(encode(text)):
+                raise ValueError(f"the text {text!r} is encoded differently")
+        return apart
+
+    def _differing(self, letters: list[str], encode: Encode) -> list[str]:
+        """Return the characters whose ids differ, after a letter, before a digit, after a space and doubled."""
+        text = "".join(f"x{letter}1 {letter}{letter}\n" for letter in letters)
+        found = self(text)
+        if found is None or found.tolist() == list(encode(text)):
+            return []
+        if len(letters) == 1:
+            return letters
+        half = len(letters) // 2
+        return self._differing(letters[:half], encode) + self._differing(letters[half:], encode)
+
+
+def assigned_characters() -> list[str]:
+    """Return every character that Unicode assigns, but for surrogates."""
+    characters = map(chr, range(sys.maxunicode + 1))
+    return [letter for letter in characters if unicodedata.category(letter) not in ("Cs", "Cn")]
+
+
+def byte_letters() -> str:
+    """Return the letter that stands for each byte in byte-level vocabularies: itself if it is visible, else the next
+    free one from U+0100 on (GPT-2's encoder.py)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return "".join(chr(byte) if byte in visible else chr(next(others)) for byte in range(256))
+
+
+def _text(token: bytes) -> str:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _check(content: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the definition is plain BPE."""
+    if model.get("type") != "BPE":
+        raise ValueError(f"the model is {model.get('type')}, not BPE")
+    if content.get("normalizer"):
+        raise ValueError("it has a normaliser")
+    for setting in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+        if model.get(setting):
+            raise ValueError(f"its model has {setting}")
+
+
+def _ranks(model: dict[str, Any], alphabet: dict[str, int]) -> dict[bytes, int]:
+    """Return the id of each token that text can become: single bytes and results of merges."""
+    vocabulary: dict[str, int] = model["vocab"]
+    if not all(letter in vocabulary for letter in alphabet):
+        raise ValueError("its vocabulary lacks some bytes")
+    tokens = {letter: vocabulary[letter] for letter in alphabet}
+    last = -1
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        joined = left + right
+        if joined not in vocabulary or joined in tokens or vocabulary[joined] <= last:
+            raise ValueError("its merges are not in the order of their ids")
+        tokens[joined] = last = vocabulary[joined]
+    return {bytes(alphabet[letter] for letter in token): number for token, number in tokens.items()}
+
+
+def _split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
+    """Return the regular expression by which text is cut."""
+    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    last: dict[str, Any] = parts[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        raise ValueError("it is not plain byte-level BPE")
+    if len(parts) == 1 and last.get("use_regex", True):
+        return _GPT2_SPLIT
+    split: dict[str, Any] = parts[0] if len(parts) == 2 else {}
+    pattern = split.get("pattern", {}).get("Regex")
+    if last.get("use_regex", True) or split.get("behavior") != "Isolated" or split.get("invert") or not pattern:
+        raise ValueError("its text is not cut by one regular expression")
+    return str(pattern)
