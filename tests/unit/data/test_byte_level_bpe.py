@@ -85,15 +85,15 @@ def test_long_text_is_cut_as_the_library_cuts_it(definition, few_letters, monkey
 
 
 def test_characters_that_are_cut_differently_are_left_to_the_library(definition, few_letters):
-    """A library of another Unicode version might take é for no letter."""
+    """A library of another Unicode version might take some letter for none; here it is w."""
     tokenizer = HuggingFaceTokenizer(definition, END, "made")
 
     def other(text):
-        return [number for part in re.split("(é)", text) for number in tokenizer.encode(part)]
+        return [number for part in re.split("(w)", text) for number in tokenizer.encode(part)]
 
     engine = ByteLevelBpe(definition)
-    assert engine.prove(other) == "é"
-    assert engine("a cafe") is not None and engine("a café") is None
+    assert engine.prove(other) == "w"
+    assert engine("a cafe") is not None and engine("a wall") is None
 
 
 def test_other_differences_are_found(definition, few_letters):
