@@ -45,7 +45,7 @@ show_progress() {
 
 install() {
   local log=.venv/install.log pid
-  .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,hf,test,docs]' >"$log" 2>&1 &
+  .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,corpus,hf,test,docs]' >"$log" 2>&1 &
   pid=$!
   trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
   show_progress "$pid" "$log"

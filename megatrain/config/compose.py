@@ -375,6 +375,10 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         known = [str(choice) for choice in metadata["choices"]]
         hint = did_you_mean("", str(value), known)
         raise ConfigError(f"{name}={value} is not one of {', '.join(known)}{hint}")
+    for item in value if isinstance(value, list) and "each_choices" in metadata else []:
+        if item not in metadata["each_choices"]:
+            known = [str(choice) for choice in metadata["each_choices"]]
+            raise ConfigError(f"{name}: {item} is not one of {', '.join(known)}{did_you_mean('', str(item), known)}")
     for number in [value] if isinstance(value, (int, float)) else []:
         _check_number(name, number, number, metadata, "")
     for number in value if isinstance(value, list) else []:

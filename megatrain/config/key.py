@@ -17,12 +17,14 @@ def key(
     below: float | None = None,
     each_minimum: float | None = None,
     each_below: float | None = None,
+    each_choices: tuple[Any, ...] | None = None,
     path: bool = False,
 ) -> Any:
     """Declare a config key: its default, its meaning (with unit) and the values it allows.
 
     `minimum` and `maximum` are inclusive, `above` and `below` exclusive; `each_minimum` (inclusive) and `each_below`
-    (exclusive) bound the elements of a list. `path` marks paths of files and folders, in which `~` is home. A default
+    (exclusive) bound the elements of a list,
+    `each_choices` lists them. `path` marks paths of files and folders, in which `~` is home. A default
     of `MISSING` makes the key mandatory.
     """
     metadata = {
@@ -36,6 +38,7 @@ def key(
             "below": below,
             "each_minimum": each_minimum,
             "each_below": each_below,
+            "each_choices": each_choices,
             "path": path or None,
         }.items()
         if value is not None

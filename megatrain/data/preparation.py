@@ -302,7 +302,8 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
     for step in card.cleaning:
         removed = step["documents_in"] - step["documents_out"]
         what = [f"{removed:,} removed ({_format_counts(step['rules'])})"] if removed else []
-        what += [f"{step['changed']:,} changed"] if step["changed"] else []
+        changes = f" ({_format_counts(step['changes'])})" if step["changes"] else ""
+        what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
         yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
 
 

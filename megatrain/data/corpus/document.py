@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ class Document:
 
     `id` is the record's own, or where it was read. `markup` says that `text` is HTML. `language` is a code such as `en`
     or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path`.
+    `counts` is what the step at work has changed so far.
     """
 
     text: str
@@ -20,6 +22,12 @@ class Document:
     markup: bool = False
     language: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count what the present step changed, such as masked addresses, for its report."""
+        if number:
+            self.counts[what] += number
 
 
 @dataclass(frozen=True)

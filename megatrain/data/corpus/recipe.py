@@ -67,7 +67,7 @@ def settings_of(recipe: Sequence[Step]) -> list[dict[str, Any]]:
 
 @dataclass
 class StepReport:
-    """What a step did: documents and bytes that came and that stayed, documents it changed, removals by rule.
+    """What a step did: documents and bytes that came and that stayed, documents it changed, removals by rule, changes.
 
     `examples` are documents that it removed (with `rule` and `detail`) or changed (with the text `after`): those of the
     lowest draws, so they do not depend on how the work was divided.
@@ -80,6 +80,7 @@ class StepReport:
     bytes_out: int = 0
     changed: int = 0
     rules: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: StepReport) -> None:
@@ -87,6 +88,7 @@ class StepReport:
         for name in ("documents_in", "documents_out", "bytes_in", "bytes_out", "changed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.rules = dict(Counter(self.rules) + Counter(other.rules))
+        self.changes = dict(Counter(self.changes) + Counter(other.changes))
         self.examples = _fewest([*self.examples, *other.examples])
 
     def without_examples(self) -> dict[str, Any]:
@@ -112,7 +114,10 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
         before = document.text
         report.documents_in += 1
         report.bytes_in += size
+        document.counts.clear()
         removal = step.apply(document)
+        if document.counts:
+            report.changes = dict(Counter(report.changes) + document.counts)
         if removal is not None:
             report.rules[removal.rule] = report.rules.get(removal.rule, 0) + 1
             _show(report, document, seed, before, {"rule": removal.rule, "detail": removal.detail})

@@ -95,9 +95,11 @@ def num_bytes(text: bytes | str) -> int:
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def require_library(name: str, what: str) -> Any:
+def require_library(name: str, what: str, extra: str = "data") -> Any:
     """Import an optional library. Raises `EnvironmentFault` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EnvironmentFault(f"{what} needs the library {name}: pip install 'megatrain[data]' ({error})") from error
+        raise EnvironmentFault(
+            f"{what} needs the library {name}: pip install 'megatrain[{extra}]' ({error})"
+        ) from error
