@@ -16,8 +16,8 @@ class DataConfig:
     kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron"))
     paths: list[str] = key(
         [],
-        "files, folders or globs to read: .txt, .md, .jsonl, .ndjson, .json, each also .gz or .zst, and .parquet; for "
-        "data=megatron, path prefixes, or globs, folders or text files of them",
+        "files, folders or globs to read, each file by its suffix: text, JSON, Parquet, HTML, also compressed (the "
+        "guide to your own data lists them); for data=megatron, path prefixes, or globs, folders or text files of them",
         path=True,
     )
     text_column: str = key(

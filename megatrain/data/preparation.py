@@ -23,6 +23,7 @@ from megatrain.data.adopt import check_contents_apart, check_prefixes, link, mak
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
+from megatrain.data.corpus.cleaning import KIND
 from megatrain.data.corpus.recipe import StepReport, build_recipe, settings_of
 from megatrain.data.corpus.selection import DROPPED, Selection
 from megatrain.data.corpus.source import Source
@@ -64,6 +65,9 @@ def prepare(config: PrepareConfig) -> Path:
             f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
         )
         return target
+    if isinstance(opened, Source):
+        for note in opened.notes():
+            print(f"note: {note}", file=sys.stderr)
     with StagingFolder(target) as staging, _kept_work_is_named(staging):
         first_bad = None
         if isinstance(opened, Source):
@@ -188,6 +192,12 @@ def _prepare_text(
     with Workers(config.data.workers or usable_cores()) as pool:
         shards = pipeline.clean_source(source, config, pool, work / "cleaned")
         counts = pipeline.total_counts(shards)
+        if counts["markup"]:
+            print(
+                f"note: {counts['markup']:,} documents are HTML, and their tags stay in the text; clean=web extracts "
+                "their text, as does the step html in a recipe of your own (clean.steps)",
+                file=sys.stderr,
+            )
         first_bad = next((shard.first_bad for shard in shards if shard.first_bad), None)
         _check_bad_fraction(counts, config.data.max_bad_fraction, first_bad)
         selection = _select(shards, config, counts, first_bad, work)
@@ -296,7 +306,10 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
         if split.bytes is not None:  # unknown for data that came as token ids
             size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
         yield size
-    counts = {name: count for name, count in card.counts.items() if not name.startswith(_BAD)}
+    kinds = {name.removeprefix(KIND): count for name, count in card.counts.items() if name.startswith(KIND)}
+    if kinds:
+        yield f"  read as: {_format_counts(kinds)}"
+    counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND))}
     if card.counts:
         yield f"  documents: {_format_counts(counts)}"
     for step in card.cleaning:

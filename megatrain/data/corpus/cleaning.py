@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatrain.data.corpus.cleaned import describe, pack
+from megatrain.data.corpus.decoding import decode
 from megatrain.data.corpus.document import Document, Step
-from megatrain.data.corpus.normalise import BadRecordError, Policy, Problem, Record, clean, normalise
+from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.recipe import StepReport, new_reports, run_recipe
+from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record
 from megatrain.errors import DataError
 
-_COUNTS = ("read", "empty", "bad", "undecodable", "skipped_undecodable", "oversized")
+_COUNTS = ("read", "left_out", "empty", "bad", "undecodable", "skipped_undecodable", "oversized")
+KIND = "kind_"
+"""The start of the names of counts of documents by what they were read as."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +59,47 @@ def clean_chunk(task: CleanTask) -> Cleaned:
         if record.oversized:
             counts["oversized"] += 1
             continue
-        counts["read"] += 1
+        if record.left_out:
+            _count_left_out(record.left_out, counts)
+            continue
         try:
-            text, undecodable = clean(record, task.policy)
+            decoded = decode(record, task.policy)
+        except LeftOutError as error:
+            _count_left_out(error.reason, counts)
+            continue
         except BadRecordError as error:
             problem = error.problem
+            counts["read"] += 1
             first_bad = first_bad or f"{record.where}: {problem.message}"
             _count_bad(record, problem, task.policy, counts)
             if task.policy.on_bad_record == "quarantine":
                 quarantine.append(_quarantined(record, problem))
             continue
-        counts["undecodable"] += undecodable
-        if not text:
+        counts["read"] += 1
+        if decoded.kind:
+            counts[f"{KIND}{decoded.kind}"] += 1
+        counts["undecodable"] += decoded.undecodable
+        if not decoded.text:
             counts["empty"] += 1
             continue
+        document = Document(decoded.text, decoded.id or record.where, markup=record.markup, metadata=decoded.metadata)
         if task.recipe:
-            document = Document(text, record.where)
             if not run_recipe(task.recipe, document, reports, task.seed):
                 counts["cleaned_away"] += 1
                 continue
-            text = normalise(document.text)
-        if text:
-            texts.append(text.encode())
+            document.text = normalise(document.text)
+        if document.text:
+            if document.markup:
+                counts["markup"] += 1
+            texts.append(document.text.encode())
         else:
             counts["emptied"] += 1
     return Cleaned(pack(texts), describe(texts, task.seed), counts, reports, first_bad, b"".join(quarantine))
+
+
+def _count_left_out(reason: str, counts: Counter[str]) -> None:
+    counts["left_out"] += 1
+    counts[f"left_out_{reason}"] += 1
 
 
 def _count_bad(record: Record, problem: Problem, policy: Policy, counts: Counter[str]) -> None:

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import zstandard
 
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+"""What reading a file that is cut short or damaged raises; bz2 raises an `OSError` without a number."""
+
 _READ_BYTES = 256  # compressed bytes read at once: as few as 4 can decompress to a block of 128 KiB
+_ARCHIVES = {
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\xfd7zXZ\0": "an xz file",
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+}
+_TAR = (257, b"ustar")  # at this byte
+
+
+def without_suffix(name: str) -> str:
+    """Return a file's name in lower case, without the suffix of its compression."""
+    name = name.lower()
+    return next((name.removesuffix(packed) for packed in SUFFIXES if name.endswith(packed)), name)
+
+
+def archive_kind(head: bytes) -> str | None:
+    """Return what a file is if it begins as a compressed file or an archive does."""
+    if head[_TAR[0] :].startswith(_TAR[1]):
+        return "a tar archive"
+    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        return "a bzip2 file"
+    return next((what for magic, what in _ARCHIVES.items() if head.startswith(magic)), None)
 
 
 def opened(path: Path, raw: BinaryIO) -> BinaryIO:
     """Return a buffered reader that decompresses `raw` according to the suffix of `path`.
 
-    Reading raises `EOFError` if the file is cut short or a `.zst` is damaged, `zlib.error` or `gzip.BadGzipFile` if a
-    `.gz` is damaged.
+    Opening or reading raises one of `ERRORS`, or an `OSError` without a number, if the file is empty, cut short or
+    damaged.
     """
-    if path.name.lower().endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**17))
-    if path.name.lower().endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), 2**17))
-    return raw
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return raw
+    if os.fstat(raw.fileno()).st_size == 0:  # most decompressors take it for a file of nothing
+        raise EOFError("the compressed file has no bytes")
+    return cast(BinaryIO, io.BufferedReader(_decompressor(suffix, raw), 2**17))
+
+
+def _decompressor(suffix: str, raw: BinaryIO) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".bz2":
+        return bz2.BZ2File(raw)
+    if suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    return ZstdReader(raw)
 
 
 class ZstdReader(io.RawIOBase):

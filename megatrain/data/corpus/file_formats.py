@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from megatrain.data.corpus.normalise import Problem
+from megatrain.data.corpus.record import Problem
 from megatrain.errors import DataError
 
 _READ_BYTES = 2**20

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from megatrain.errors import ConfigError
@@ -14,29 +16,32 @@ def saved_to_disk(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def find_paths(patterns: list[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that the patterns name, sorted by path.
+def find_paths(patterns: list[str], wanted: Callable[[str], bool], known: str) -> tuple[list[Path], Counter[str]]:
+    """Return the files that the patterns name, sorted by path, and how many files of folders are not wanted, by suffix.
 
-    A path that exists is meant literally, whatever characters it has. A folder stands for all files below it that have
-    one of the suffixes, hidden ones excepted.
+    A path that exists is meant literally, whatever characters it has. A folder stands for all files below it that are
+    `wanted` by their names, hidden ones excepted. `known` says in words which are.
 
-    Raises `ConfigError` if a pattern names no file, or a file without one of the suffixes.
+    Raises `ConfigError` if a pattern names no file, or a file that is not wanted.
     """
     if not patterns:
         raise ConfigError("data.paths: empty; give globs, for example 'data.paths=[corpus/**/*.jsonl]'")
     found: set[Path] = set()
+    left_out: Counter[str] = Counter()
     for pattern in patterns:
         place = Path(pattern).expanduser()
         if place.is_dir():
-            found.update(_below(place, pattern, suffixes))
+            below, others = _below(place, pattern, wanted, known)
+            found.update(below)
+            left_out.update(others)
             continue
         found.update(matches(pattern))
     for path in sorted(found):
         if path.name.endswith(".arrow") and saved_to_disk(path.parent):
             raise _is_saved_to_disk(path.parent)
-        if not path.name.lower().endswith(suffixes):
-            raise ConfigError(f"data.paths: {path} has none of the suffixes {', '.join(suffixes)}; narrow the glob")
-    return sorted(found, key=lambda path: path.as_posix())
+        if not wanted(path.name):
+            raise ConfigError(f"data.paths: {path} has none of {known}; narrow the glob")
+    return sorted(found, key=lambda path: path.as_posix()), left_out
 
 
 def matches(pattern: str) -> list[Path]:
@@ -47,18 +52,19 @@ def matches(pattern: str) -> list[Path]:
     return found
 
 
-def _below(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files to read below a folder. Raises `ConfigError` if there are none."""
+def _below(folder: Path, pattern: str, wanted: Callable[[str], bool], known: str) -> tuple[list[Path], Counter[str]]:
+    """Return the files to read below a folder, and the others by suffix. Raises `ConfigError` if there are none."""
     for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
         if saved_to_disk(place):
             raise _is_saved_to_disk(folder if saved_to_disk(folder) else place)
     names = [Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)]
-    files = [path for path in names if path.is_file() and path.name.lower().endswith(suffixes)]
-    if files:
-        return files
-    others = sorted({path.suffix or path.name for path in names if path.is_file()})
-    holds = f"it holds {', '.join(others[:8])}" if others else "it holds no files"
-    raise ConfigError(f"data.paths: the folder {pattern} has no file with one of {', '.join(suffixes)} ({holds})")
+    files = [path for path in names if path.is_file()]
+    read = [path for path in files if wanted(path.name)]
+    others = Counter(path.suffix.lower() or path.name for path in files if not wanted(path.name))
+    if read:
+        return read, others
+    holds = f"it holds {', '.join(sorted(others)[:8])}" if others else "it holds no files"
+    raise ConfigError(f"data.paths: the folder {pattern} has no file with one of {known} ({holds})")
 
 
 def _is_saved_to_disk(folder: Path) -> ConfigError:

@@ -1,10 +1,8 @@
-"""Files as a corpus: text files, lines and arrays of JSON, columns of Parquet, compressed or not."""
+"""Files as a corpus: text, HTML, JSON, Parquet, compressed or not."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,28 +10,33 @@ from typing import BinaryIO
 import xxhash
 
 from megatrain.config import DataConfig
-from megatrain.data.corpus.compressed import opened
+from megatrain.data.corpus.compressed import ERRORS, archive_kind, opened, without_suffix
 from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_with_a_line
+from megatrain.data.corpus.file_kinds import KNOWN, kind_of
 from megatrain.data.corpus.file_search import find_paths
-from megatrain.data.corpus.normalise import Problem, Record
+from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, stamp
 from megatrain.data.corpus.source import Source, require_library
 from megatrain.errors import DataError
 
-_PLAIN, _LINES = (".txt", ".md"), (".jsonl", ".ndjson", ".json")
-SUFFIXES = (*(f"{kind}{packed}" for kind in (*_PLAIN, *_LINES) for packed in ("", ".gz", ".zst")), ".parquet")
+_HEAD_BYTES = 512  # of a file, by which an archive is recognised
+_LISTED = 8  # suffixes of files that are left out, in the note
 
 
 class FilesSource(Source):
-    """Files that `data.paths` matches, sorted by path.
+    """Files that `data.paths` matches, sorted by path; `file_kinds.py` says by their names what they hold.
 
-    A document is a `.txt` or `.md` file, a line of `.jsonl` or `.ndjson` or a row of `.parquet`. A `.json` has lines
-    like a `.jsonl`, or is one array of objects, or one object.
+    A document is a file of text, HTML or source code, a line of `.jsonl` or `.ndjson`, a row of `.parquet`, a page of a
+    WARC or of a Wikipedia dump. A `.json` has lines like a `.jsonl`, or is one array of objects, or one object.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
-        self.files = find_paths(config.paths, SUFFIXES)
+        self.files, self.left_out = find_paths(config.paths, lambda name: kind_of(name) is not None, KNOWN)
+        kinds = {kind_of(path.name) for path in self.files}
+        for kind, library in (("html", "resiliparse"), ("warc", "resiliparse"), ("wikipedia", "mwparserfromhell")):
+            if kind in kinds:
+                require_library(library, f"reading {kind}", "corpus")
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         self.identity = {
             "kind": config.kind,
@@ -41,6 +44,13 @@ class FilesSource(Source):
             "bytes": self.total_bytes,
             "listing": _listing_hash(self.files),
         }
+
+    def notes(self) -> Iterator[str]:
+        """Yield how many files of the folders are not read."""
+        if self.left_out:
+            listed = [f"{suffix} {count:,}" for suffix, count in self.left_out.most_common(_LISTED)]
+            more = ", ..." if len(self.left_out) > _LISTED else ""
+            yield f"data.paths: {self.left_out.total():,} files of other kinds are not read ({', '.join(listed)}{more})"
 
     def shards(self) -> Iterator[Shard]:
         """Yield groups of small files, and ranges of large ones that can be cut."""
@@ -61,30 +71,40 @@ class FilesSource(Source):
             before = self.progress.bytes
             try:
                 yield from self._read(path, shard.start, shard.stop)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"{path}: cut short or damaged ({error}); download or compress it again") from error
+            except ERRORS as error:
+                raise _damaged(path, error) from error
             except OSError as error:
+                if error.errno is None:  # bz2's
+                    raise _damaged(path, error) from error
                 raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
             if shard.stop is None and not shard.start:
                 self.progress.bytes = before + path.stat().st_size
 
     def _read(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
-        name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-        if name.endswith(_PLAIN):
-            return self.whole_file(path)
-        if name.endswith(".parquet"):
-            return self._parquet(path, start, stop)
+        kind = kind_of(path.name)
+        assert kind
+        if kind == "parquet":
+            yield from self._parquet(path, start, stop)
+            return
         if start or stop is not None:
-            return self._range_of_lines(path, start, stop)
-        return self._json(path, any_layout=name.endswith(".json"))
-
-    def _json(self, path: Path, any_layout: bool) -> Iterator[Record]:
+            yield from self._range_of_lines(path, start, stop)
+            return
         before = self.progress.bytes
         with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
-            in_lines = not any_layout or starts_with_a_line(file)
-            for record in self._lines(path, file) if in_lines else self._values(path, file):
+            for record in self._documents(path, file, kind):
                 yield record
                 self.progress.bytes = before + raw.tell()
+
+    def _documents(self, path: Path, file: BinaryIO, kind: str) -> Iterator[Record]:
+        """Yield the documents of an open file."""
+        if kind in ("text", "html"):
+            return self.whole_file(file, path, kind=kind, markup=kind == "html")
+        head: bytes = file.peek(_HEAD_BYTES)  # type: ignore[attr-defined]
+        if archive := archive_kind(head):
+            return iter([Record(b"", str(path), problem=Problem("archive", f"holds {archive}", "unpack it first"))])
+        if kind == "lines" or starts_with_a_line(file):
+            return self._lines(path, file)
+        return self._values(path, file)
 
     def _lines(self, path: Path, file: BinaryIO) -> Iterator[Record]:
         """Yield the lines of a `.jsonl`, with at most `data.max_document_bytes` in memory."""
@@ -95,7 +115,7 @@ class FilesSource(Source):
             if too_long:
                 yield self.too_long(f"{path}:{number}")
             elif line.strip():
-                yield Record(line, f"{path}:{number}", json=True)
+                yield Record(line, f"{path}:{number}", kind="json")
 
     def _range_of_lines(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
         """Yield the lines that begin in bytes `[start, stop)` of a `.jsonl`.
@@ -119,7 +139,7 @@ class FilesSource(Source):
                 if too_long:
                     yield self.too_long(where)
                 elif line.strip():
-                    yield Record(line, where, json=True)
+                    yield Record(line, where, kind="json")
                 at = file.tell()
                 self.progress.bytes = before + at - start
 
@@ -135,7 +155,7 @@ class FilesSource(Source):
     def _values(self, path: Path, file: BinaryIO) -> Iterator[Record]:
         """Yield the objects of a `.json` that is not one object a line."""
         for number, text in enumerate(json_values(file, str(path), self.config.max_document_bytes), start=1):
-            yield Record(text, f"{path}, record {number}", json=True)
+            yield Record(text, f"{path}, record {number}", kind="json")
 
     def _parquet(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
         """Yield the rows of row groups `[start, stop)`."""
@@ -155,12 +175,16 @@ class FilesSource(Source):
                     for value in batch.to_pylist() if column.problem else column.texts(batch):
                         row += 1
                         yield from self.field(
-                            column.problem or (null if value is None else value), f"{path}:{row}", value
+                            column.problem or (null if value is None else value), f"{path}:{row}", value, "parquet"
                         )
                     if not start:
                         self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    return DataError(f"{path}: cut short or damaged ({error}); download or compress it again")
 
 
 def _listing_hash(files: list[Path]) -> str:
@@ -173,10 +197,9 @@ def _listing_hash(files: list[Path]) -> str:
 
 def _ends(path: Path, size: int) -> list[tuple[int, int]]:
     """Return where a large file can be cut: each end, and the bytes stored up to it; empty if it cannot be."""
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".ndjson")):
+    if kind_of(path.name) == "lines" and without_suffix(path.name) == path.name.lower():
         return [(min(end, size), min(end, size)) for end in range(SHARD_BYTES, size + SHARD_BYTES, SHARD_BYTES)]
-    if not name.endswith(".parquet"):
+    if kind_of(path.name) != "parquet":
         return []
     pyarrow = require_library("pyarrow", ".parquet")
     import pyarrow.parquet as parquet

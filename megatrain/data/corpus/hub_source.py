@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import DataConfig
+from megatrain.data.corpus.decoding import find_text
 from megatrain.data.corpus.file_search import saved_to_disk
-from megatrain.data.corpus.normalise import Problem, Record, find_text
+from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source, num_bytes, require_library
 from megatrain.data.hub import one_line_a_wait

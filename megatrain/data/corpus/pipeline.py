@@ -24,8 +24,8 @@ from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, desc
 from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
 from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
-from megatrain.data.corpus.normalise import Policy, Record
 from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
+from megatrain.data.corpus.record import Policy, Record
 from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
 from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source
@@ -41,7 +41,7 @@ DEDUPLICATION_BYTES = 2**30
 """Memory for finding duplicates; larger corpora take several passes."""
 WORTH_A_PROOF = 32 * 2**20
 """Bytes of text from which proving a faster encoder (a few seconds) pays."""
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                 found += 1
                 cleaned.append(finished)
                 if left is not None:
-                    left -= finished.counts["read"] + finished.counts["oversized"]
+                    left -= sum(finished.counts[name] for name in ("read", "left_out", "oversized"))
             else:
                 writer = CleanedShardWriter(folder, _clean_key(shard, left, config, data.on_bad_record))
                 cleaned.append(None)

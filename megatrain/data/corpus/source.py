@@ -12,11 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatrain.config import DataConfig
-from megatrain.data.corpus.compressed import opened
-from megatrain.data.corpus.normalise import Problem, Record
+from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import Shard
 from megatrain.errors import DataError, EnvironmentFault
 
@@ -50,6 +49,10 @@ class Source(ABC):
     def read(self, shard: Shard) -> Iterator[Record]:
         """Yield the documents of a shard in a fixed order."""
 
+    def notes(self) -> Iterator[str]:
+        """Yield what the user should know before the source is read."""
+        yield from ()
+
     def records(self) -> Iterator[Record]:
         """Yield all documents in a fixed order."""
         for shard in self.shards():
@@ -64,30 +67,24 @@ class Source(ABC):
             )
         return Record(b"", where, oversized=True)
 
-    def bounded(self, text: bytes | str, where: str) -> Iterator[Record]:
-        """Yield a text as one document, unless it is too long."""
+    def bounded(self, text: bytes | str, where: str, **about: Any) -> Iterator[Record]:
+        """Yield a text as one document, unless it is too long. `about` has further fields of the record."""
         if num_bytes(text) > self.config.max_document_bytes:
             yield self.too_long(where)
         else:
-            yield Record(text, where)
+            yield Record(text, where, **about)
 
-    def field(self, value: str | bytes | Problem, where: str, whole: Any) -> Iterator[Record]:
+    def field(self, value: str | bytes | Problem, where: str, whole: Any, kind: str | None = None) -> Iterator[Record]:
         """Yield the text of a record's field, or the record `whole` with its problem."""
         if isinstance(value, Problem):
             yield Record(json.dumps(whole, default=str), where, problem=value)
         else:
-            yield from self.bounded(value, where)
+            yield from self.bounded(value, where, kind=kind)
 
-    def whole_file(self, path: Path) -> Iterator[Record]:
-        """Yield a file as one document."""
-        limit = self.config.max_document_bytes
-        with open(path, "rb") as raw, opened(path, raw) as file:
-            data = file.read(limit + 1)
-        self.progress.bytes += path.stat().st_size
-        if len(data) > limit:
-            yield self.too_long(str(path))
-        else:
-            yield Record(data, str(path))
+    def whole_file(self, file: BinaryIO, path: Path, **about: Any) -> Iterator[Record]:
+        """Yield an open file as one document, with its path as metadata."""
+        about["metadata"] = {"path": str(path)} | about.get("metadata", {})
+        yield from self.bounded(file.read(self.config.max_document_bytes + 1), str(path), **about)
 
 
 def num_bytes(text: bytes | str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatrain.config import DataConfig
-from megatrain.data.corpus.normalise import Record
+from megatrain.data.corpus.record import Record
 from megatrain.data.corpus.shard import Shard, group_files
 from megatrain.data.corpus.source import Source
 from megatrain.errors import DataError
@@ -55,5 +55,7 @@ class StdlibSource(Source):
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """Yield the files."""
-        for path in shard.paths:
-            yield from self.whole_file(Path(path))
+        for path in map(Path, shard.paths):
+            with open(path, "rb") as file:
+                yield from self.whole_file(file, path)
+            self.progress.bytes += path.stat().st_size

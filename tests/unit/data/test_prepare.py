@@ -107,7 +107,15 @@ def test_duplicates_are_dropped_after_normalising_and_counted(tmp_path):
     folder = make(tmp_path)
     assert sorted(documents(folder, "train") + documents(folder, "heldout")) == sorted(texts(40))
     assert Card.load(folder).counts == dict(
-        read=82, duplicates=41, empty=1, oversized=0, bad=0, undecodable=0, skipped_undecodable=0
+        read=82,
+        kind_json=82,
+        left_out=0,
+        duplicates=41,
+        empty=1,
+        oversized=0,
+        bad=0,
+        undecodable=0,
+        skipped_undecodable=0,
     )
     both = make(tmp_path, data=dict(name="kept", deduplicate=False))
     assert len(documents(both, "train") + documents(both, "heldout")) == 81

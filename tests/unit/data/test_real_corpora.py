@@ -222,7 +222,7 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path, read):
     assert read(files) == ["one", "two"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.docx").touch()
-    with pytest.raises(ConfigError, match=r"the folder .*other has no file with one of .txt.* \(it holds .docx\)"):
+    with pytest.raises(ConfigError, match=r"the folder .*other has no file with one of the suff.* \(it holds .docx\)"):
         read(paths=[str(tmp_path / "other")], name="x")
 
 

@@ -69,7 +69,7 @@ def test_large_files_are_cut_and_small_ones_grouped_and_every_record_is_read_onc
     texts = []
     for shard in found:
         for record in source.read(shard):
-            texts.append(json.loads(record.payload)["text"] if record.json else record.payload)
+            texts.append(json.loads(record.payload)["text"] if record.kind == "json" else record.payload)
     assert [text.decode() if isinstance(text, bytes) else text for text in texts] == TEXTS
     assert sum(shard.num_bytes for shard in found if "b.parquet" not in shard.paths[0]) == sum(
         path.stat().st_size for path in corpus.iterdir() if path.name != "b.parquet"

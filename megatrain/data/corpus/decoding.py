@@ -1,0 +1,155 @@
+"""Turn a raw record into text by policy: the encoding, the field of a JSON object, what is no text. Opens no files."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatrain.data.corpus.compressed import archive_kind
+from megatrain.data.corpus.html_bytes import decode_html
+from megatrain.data.corpus.normalise import normalise
+from megatrain.data.corpus.record import BadRecordError, Policy, Problem, Record
+from megatrain.errors import DataError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_OTHER_ENCODINGS = {  # by their byte order marks; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_FILES = ("text", "html", "code", "warc")  # kinds whose payload is a whole file or page
+_HEAD_BYTES = 8000  # of a file, by which it is found to be binary: with NUL bytes in it that are no mere accident
+_MANY_NULS = 0.2
+
+
+@dataclass
+class Decoded:
+    """A record's clean text, whether it had undecodable bytes or lone surrogates, and what its source knows of it."""
+
+    text: str
+    undecodable: bool
+    kind: str | None
+    id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def decode(record: Record, policy: Policy) -> Decoded:
+    """Return a record's clean text.
+
+    Raises `BadRecordError` if the record is not JSON but should be, has no text in its column, is UTF-16 or UTF-32, is
+    binary, or is undecodable and the policy skips that; `DataError` if the policy refuses undecodable records.
+    """
+    if record.problem:
+        raise BadRecordError(record.problem)
+    payload, bad, at = record.payload, False, ""
+    decoded = Decoded("", False, record.kind, record.id, record.metadata)
+    if isinstance(payload, bytes):
+        if record.kind in _FILES and (problem := no_text(payload)):
+            raise BadRecordError(problem)
+        if record.markup:
+            text, bad = decode_html(payload, record.charset)
+            at = "in no encoding that it names or resembles" if bad else ""
+        else:
+            text, bad, at = _decode_utf_8(payload, record, policy)
+    else:
+        text = payload
+    if record.kind == "json":
+        text = _from_json(text, policy.text_column, decoded)
+    if _SURROGATE.search(text):
+        bad, at = True, at or "a lone surrogate"
+        text = _SURROGATE.sub("\ufffd", text)
+    if bad and policy.undecodable != "replace":
+        raise _undecodable(record, at, "convert it", "replace or skip", policy)
+    decoded.text, decoded.undecodable = normalise(text), bad
+    return decoded
+
+
+def no_text(payload: bytes) -> Problem | None:
+    """Return what a file is if it is no text: an archive, or binary."""
+    if archive := archive_kind(payload):
+        return Problem("archive", f"holds {archive}, not text", "unpack it first")
+    head = payload[:_HEAD_BYTES]
+    if (at := head.find(b"\0")) < 0 or any(payload.startswith(mark) for mark in _OTHER_ENCODINGS):
+        return None
+    if head.count(b"\0") <= _MANY_NULS * len(head) and _is_utf_8(head):
+        return None
+    return Problem("binary", f"binary, not text (a NUL byte at {at})", "leave the file out")
+
+
+def _is_utf_8(head: bytes) -> bool:
+    """Return whether the beginning of a file is UTF-8; its last character may be incomplete."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decode_utf_8(payload: bytes, record: Record, policy: Policy) -> tuple[str, bool, str]:
+    """Return the text, whether bytes were replaced, and the place of the first."""
+    try:
+        return payload.decode("utf-8"), False, ""
+    except UnicodeDecodeError as error:
+        line = payload.count(b"\n", 0, error.start) + 1
+        if other := next((name for mark, name in _OTHER_ENCODINGS.items() if payload.startswith(mark)), None):
+            remedy = f"convert it with iconv -f {other.lower()} -t utf-8"
+            raise _undecodable(record, f"{other} by its byte order mark", remedy, "skip", policy) from error
+        return payload.decode("utf-8", errors="replace"), True, f"byte {error.start}, line {line}"
+
+
+def _undecodable(record: Record, what: str, remedy: str, others: str, policy: Policy) -> DataError | BadRecordError:
+    """Return the error for a record that is not UTF-8 and whose bytes are not to be replaced."""
+    if policy.undecodable == "refuse":
+        return DataError(f"{record.where}: not UTF-8 ({what}); {remedy}, or set data.undecodable={others}")
+    kind = "undecodable" if policy.undecodable == "skip" else "not_utf_8"
+    return BadRecordError(Problem(kind, f"not UTF-8 ({what})", remedy))
+
+
+def _from_json(line: str, column: str, decoded: Decoded) -> str:
+    """Return the text of a line of JSON; put its id and other fields into `decoded`."""
+    try:
+        value = json.loads(line.lstrip("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(Problem("not_json", f"not a line of JSON ({error})")) from error
+    if not isinstance(value, dict):
+        raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
+    text = find_text(value, column)
+    if isinstance(text, Problem):
+        raise BadRecordError(text)
+    if isinstance(value.get("id"), (str, int)):
+        decoded.id = str(value["id"])
+    decoded.metadata = {name: other for name, other in value.items() if name not in ("id", column)}
+    return str(text)
+
+
+def find_text(record: dict[str, Any], column: str) -> str | bytes | Problem:
+    """Return the text in a record's field, or what is wrong with it.
+
+    A field of that very name comes first; otherwise `content.text` is the field `text` of the object `content`.
+    """
+    value: Any = record
+    for name in [column] if column in record else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            has = ", ".join(map(repr, list(record)[:8])) or "no fields"
+            return Problem("no_field", f"no text under {column!r} (it has {has})", "set data.text_column")
+        value = value[name]
+    if isinstance(value, (str, bytes)):
+        return value
+    if value is None:
+        return Problem("null", f"no text under {column!r}: it is null")
+    remedy = f"name a field in it, such as data.text_column={column}.text" if isinstance(value, dict) else "mend it"
+    return Problem("not_text", f"no text under {column!r}: it is {_described(value)}", remedy)
+
+
+def _described(value: Any) -> str:
+    """Return what a value is, and the value itself if it is short."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(repr, list(value)[:8])) or 'no fields'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    kind = "true or false" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "no text"
+    return f"{kind} ({str(value)[:40]})"

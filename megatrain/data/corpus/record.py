@@ -1,0 +1,65 @@
+"""What a reader gives for a document: a raw `Record`, and what is wrong with a bad one. Decodes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record is bad: a kind, counted in the card, a message, and what would help."""
+
+    kind: str
+    message: str
+    remedy: str = "mend it"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document as it was read.
+
+    `payload` is bytes, or text from a column. `kind` says how it is decoded: `json` is an object whose `text_column` is
+    the text, `wikipedia` the wikitext of a page, `text`, `html` and `code` a file, `warc` a page of a crawl; others are
+    text as they are. With `markup` it is HTML in any encoding; `charset` is what its server said. `where` is its file,
+    or file:line. `id` is the source's own name for it, `metadata` what else the source knows.
+
+    `problem` is what the source found wrong with it. An `oversized` record has no payload, because it was longer than
+    `data.max_document_bytes`; one that is `left_out` has none either, because it is no document, for the reason named.
+    """
+
+    payload: bytes | str
+    where: str
+    kind: str | None = None
+    markup: bool = False
+    problem: Problem | None = None
+    oversized: bool = False
+    left_out: str | None = None
+    id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    charset: str | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to read records and what to do with bad ones: the keys of the same names under `data.`."""
+
+    text_column: str
+    undecodable: str
+    on_bad_record: str = "stop"
+
+
+class BadRecordError(Exception):
+    """A record without text. Never leaves this room: `on_bad_record` decides what becomes of it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class LeftOutError(Exception):
+    """A record that is no document, such as a minified script; counted by its reason. Never leaves this room."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,87 @@
+"""Extract the text of HTML documents."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatrain.config import key
+from megatrain.data.corpus.document import Document, Removal, Step
+from megatrain.data.corpus.source import require_library
+
+
+@dataclass(frozen=True)
+class Html(Step):
+    """Extract the text of documents that are HTML; other documents stay as they are.
+
+    A page that is too large or nested too deeply is removed before it costs time or memory: extraction takes time
+    quadratic in the depth. Browsers nest at most 512 elements.
+    """
+
+    name: ClassVar[str] = "html"
+    extractor: str = key(
+        "resiliparse",
+        "library that extracts the text: resiliparse, or trafilatura, which is slower and keeps more of tables",
+        choices=("resiliparse", "trafilatura"),
+    )
+    main_content: bool = key(True, "extract the main content alone, without navigation, headers and footers")
+    max_bytes: int = key(8 * 2**20, "largest page to extract, in bytes of UTF-8", minimum=1)
+    max_depth: int = key(512, "deepest nesting of elements to extract", minimum=1)
+
+    def __post_init__(self) -> None:
+        require_library("resiliparse", "clean.steps: html", "corpus")
+        require_library(self.extractor, f"clean.steps: html.extractor={self.extractor}", "corpus")
+
+    def apply(self, document: Document) -> Removal | None:
+        """Replace markup by its text."""
+        if not document.markup:
+            return None
+        size = len(document.text.encode(errors="surrogatepass"))
+        if size > self.max_bytes:
+            return Removal("too_large", f"{size} bytes of HTML, more than {self.max_bytes}")
+        from resiliparse.parse.html import HTMLTree
+
+        tree = HTMLTree.parse(document.text)
+        if _deeper(tree, self.max_depth):
+            return Removal("too_deep", f"elements nested deeper than {self.max_depth}")
+        text = (
+            self._with_trafilatura(document.text) if self.extractor == "trafilatura" else self._with_resiliparse(tree)
+        )
+        if not text.strip():
+            return Removal("no_text", f"{self.extractor} found no text in {size} bytes of HTML")
+        document.text, document.markup = text, False
+        return None
+
+    def _with_resiliparse(self, tree: Any) -> str:
+        from resiliparse.extract.html2text import extract_plain_text
+
+        return str(extract_plain_text(tree, preserve_formatting=True, main_content=self.main_content, alt_texts=False))
+
+    def _with_trafilatura(self, page: str) -> str:
+        import trafilatura
+
+        logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it logs pages without text as errors
+        if not self.main_content:
+            return str(trafilatura.html2txt(page))
+        # `deduplicate` would compare with pages that this process saw before.
+        return trafilatura.extract(page, include_comments=False, deduplicate=False) or ""
+
+
+class _TooDeep(Exception):
+    pass
+
+
+def _deeper(tree: Any, limit: int) -> bool:
+    """Return whether elements are nested deeper than `limit`, in time linear in the page and bounded memory."""
+    from resiliparse.parse.html import traverse_dom
+
+    def enter(context: Any) -> None:
+        if context.depth > limit:
+            raise _TooDeep
+
+    try:
+        traverse_dom(tree.document, enter)
+    except _TooDeep:
+        return True
+    return False
