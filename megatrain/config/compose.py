@@ -2,8 +2,8 @@
 
 Hydra merges the group files of conf/ and of the user's folders (`choices.py`), then the experiment or the file of
 `--config`; the keys of the command line come last. Each value is read according to its key's type, so a name that looks
-like a number stays as typed. This file checks one key at a time; `verbs/value_checks.py` checks several keys together,
-`verbs/path_checks.py` the file system.
+like a number stays as typed. This file checks one key at a time; `model_checks.py` and `verbs/value_checks.py` check
+several keys together, `verbs/path_checks.py` the file system.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class ModelConfig:
     """The model's shape. `model=<preset>` sets every key."""
 
     name: str = key("custom", "name of the preset")
-    num_layers: int = key(2, "transformer blocks", minimum=1)
+    num_layers: int = key(2, "transformer blocks", minimum=1, maximum=100_000)
     num_heads: int = key(2, "attention (query) heads", minimum=1)
     num_kv_heads: int | None = key(None, "key-value heads (grouped-query attention); null means num_heads", minimum=1)
     hidden_size: int = key(64, "width of the residual stream", minimum=1)

@@ -6,14 +6,19 @@ and compared field by field with the original, so no field is overlooked: what c
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatrain.config import ROPE_SCALING_KEYS, ModelConfig
+from megatrain.config import ModelConfig
+from megatrain.config.compose import check_value
+from megatrain.config.model_checks import check_model
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 from megatrain.interop.hf_families import FAMILIES, GPT2, HAS_ATTENTION_BIAS, UNSUPPORTED, check_family, family_of
+from megatrain.interop.hf_rope import ROPE, ROPE_FIELDS, rope_fields, rope_keys, rope_of, rope_section
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,9 +48,7 @@ def hf_config(config: ModelConfig, end_of_document: int | None, kind: str | None
     check_family(config, kind)
     family = FAMILIES[kind]
     fields = {
-        "vocab_size": config.vocab,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
+        **{field: _resolved(config)[key] for key, field in names(kind).items()},
         "bos_token_id": end_of_document,
         "eos_token_id": end_of_document,
         "pad_token_id": None,
@@ -56,32 +59,46 @@ def hf_config(config: ModelConfig, end_of_document: int | None, kind: str | None
     return theirs
 
 
+_EVERYWHERE = {"vocab_size": "vocab_size", "init_std": "initializer_range", "tie_embeddings": "tie_word_embeddings"}
+_GPT2 = {
+    "max_seq_len": "n_positions",
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "ffn_size": "n_inner",
+    "dropout": "resid_pdrop",
+    "norm_eps": "layer_norm_epsilon",
+}
+_LLAMA = {
+    "hidden_size": "hidden_size",
+    "ffn_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def names(kind: str) -> dict[str, str]:
+    """Return the names that a family's config.json has for our keys, of those that mean the same."""
+    return {**_EVERYWHERE, **(_GPT2 if kind == "gpt2" else _LLAMA)}
+
+
+def _resolved(config: ModelConfig) -> dict[str, Any]:
+    """Return our keys and values, with nulls replaced by what they mean."""
+    sizes = {"ffn_size": config.ffn_dim, "num_kv_heads": config.kv_heads, "head_size": config.head_dim}
+    return {**vars(config), "vocab_size": config.vocab, **sizes}
+
+
 def _gpt2_fields(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "n_positions": config.max_seq_len,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.ffn_dim,
-        "activation_function": "gelu_new",
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": config.norm_eps,
-    }
+    return {"activation_function": "gelu_new", "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
 
 
 def _llama_fields(config: ModelConfig, kind: str) -> dict[str, Any]:
     fields = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": _rope_fields(config),
+        "rope_parameters": rope_fields(config),
         "attention_dropout": 0.0,  # theirs is on attention weights alone, ours on embeddings and residuals too
     }
     if kind in HAS_ATTENTION_BIAS:
@@ -93,30 +110,6 @@ def _llama_fields(config: ModelConfig, kind: str) -> dict[str, Any]:
     if kind in ("qwen2", "qwen3"):
         windowed = config.sliding_window is not None
         fields.update(use_sliding_window=windowed, sliding_window=config.sliding_window, max_window_layers=0)
-    return fields
-
-
-ROPE_FIELDS = {
-    "rope_factor": "factor",
-    "rope_original_seq_len": "original_max_position_embeddings",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_beta_fast": "beta_fast",
-    "rope_beta_slow": "beta_slow",
-    "rope_truncate": "truncate",
-    "rope_attention_factor": "attention_factor",
-}
-"""Our keys of RoPE's scaling, and their names in `rope_parameters`."""
-
-
-def _rope_fields(config: ModelConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {"rope_type": config.rope_scaling or "default", "rope_theta": config.rope_theta}
-    for key in ROPE_SCALING_KEYS[config.rope_scaling]:
-        value = getattr(config, key)
-        if key == "rope_original_seq_len":
-            value = value or config.max_seq_len
-        if value is not None:
-            fields[ROPE_FIELDS[key]] = value
     return fields
 
 
@@ -164,9 +157,6 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 DROPOUT_FIELDS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 """Dropout of all families but GPT-2: it acts in training alone, and not where `model.dropout` acts."""
 
-ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-"""Fields that describe the rotation. They are read from the file, and never reach transformers."""
-
 
 def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
     """Return our config for the contents of a config.json.
@@ -191,8 +181,11 @@ def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
     )  # the classes' defaults exceed small vocabularies
     transformers = transformers_module()
     try:
+        given = {key: fields.get(field) for key, field in names(kind).items()}
+        _check_bounds(given, names(kind))  # first, because transformers makes a list of the layers
         theirs = getattr(transformers, f"{FAMILIES[kind].prefix}Config")(**used)
         config = _from_gpt2(theirs) if kind == "gpt2" else _from_llama(theirs, kind, fields)
+        _check(config, {**names(kind), "sliding_window": "sliding_window", **_rope_names(fields)})
         rebuilt = hf_config(config, None, kind).to_dict()
     except ConfigError as error:
         raise CheckpointError(f"{origin}: {error}") from error
@@ -202,6 +195,28 @@ def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
     if kind != "gpt2":
         _warn_of_dropout(theirs, origin)
     return config
+
+
+def _rope_names(fields: dict[str, Any]) -> dict[str, str]:
+    inside = {"rope_scaling": "rope_type", **ROPE_FIELDS}
+    return {key: f"{rope_section(fields)}.{field}" for key, field in inside.items()} | {"rope_theta": "rope_theta"}
+
+
+def _check(config: ModelConfig, names: dict[str, str]) -> None:
+    """Check a config as `megatrain train` does. Raises ConfigError, with the names that the config.json has."""
+    _check_bounds(vars(config), names)
+    try:
+        check_model(config)
+    except ConfigError as error:
+        text = re.sub(r"\bmodel\.(\w+)", lambda found: names.get(found[1], found[0]), str(error))
+        raise ConfigError(text) from error
+
+
+def _check_bounds(values: dict[str, Any], names: dict[str, str]) -> None:
+    """Check the values of our keys, None aside, against their bounds. Raises ConfigError with their names."""
+    for f in dataclasses.fields(ModelConfig):
+        if (value := values.get(f.name)) is not None:
+            check_value(names.get(f.name, f"model.{f.name}"), value, f.metadata)
 
 
 def _comparable(given: dict[str, Any], kind: str, config: ModelConfig) -> dict[str, Any]:
@@ -245,47 +260,28 @@ def _warn_of_dropout(theirs: Any, origin: Path) -> None:
             )
 
 
+def _same(theirs: Any, kind: str) -> dict[str, Any]:
+    return {key: getattr(theirs, field) for key, field in names(kind).items() if hasattr(theirs, field)}
+
+
 def _from_gpt2(theirs: Any) -> ModelConfig:
-    return ModelConfig(
-        **{key: values[0] for key, values in GPT2.items()},
-        num_layers=theirs.n_layer,
-        num_heads=theirs.n_head,
-        hidden_size=theirs.n_embd,
-        ffn_size=theirs.n_inner or 4 * theirs.n_embd,
-        vocab_size=theirs.vocab_size,
-        max_seq_len=theirs.n_positions,
-        norm_eps=theirs.layer_norm_epsilon,
-        tie_embeddings=theirs.tie_word_embeddings,
-        dropout=theirs.resid_pdrop,
-        init_std=theirs.initializer_range,
-    )
+    same = {**_same(theirs, "gpt2"), "ffn_size": theirs.n_inner or 4 * theirs.n_embd}
+    return ModelConfig(**{key: values[0] for key, values in GPT2.items()}, **same)
 
 
 def _from_llama(theirs: Any, kind: str, fields: dict[str, Any]) -> ModelConfig:
-    heads, kv_heads, width = theirs.num_attention_heads, theirs.num_key_value_heads, theirs.hidden_size
-    if heads % kv_heads:
-        raise ConfigError(f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}")
+    heads, width = theirs.num_attention_heads, theirs.hidden_size
     head_size = getattr(theirs, "head_dim", None) or width // heads
-    if head_size % 2:
-        raise ConfigError(f"the size of a head is {head_size}; rotary positions need an even one")
     bias = kind == "llama" and theirs.mlp_bias
     in_attention = "qkv" if kind == "qwen2" else "none"
     if kind in HAS_ATTENTION_BIAS and theirs.attention_bias:
         in_attention = "all"
     olmo2, gemma = kind == "olmo2", kind == "gemma"
     return ModelConfig(
+        **{**_same(theirs, kind), "head_size": None if head_size * heads == width else head_size},
         norm="rmsnorm",
         position="rope",
         activation="geglu" if gemma else "swiglu",
-        num_layers=theirs.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        hidden_size=width,
-        head_size=None if head_size * heads == width else head_size,
-        ffn_size=theirs.intermediate_size,
-        vocab_size=theirs.vocab_size,
-        max_seq_len=theirs.max_position_embeddings,
-        norm_eps=theirs.rms_norm_eps,
         bias=bias,
         attention_bias=None if in_attention == ("all" if bias else "none") else in_attention,
         sliding_window=_window(theirs),
@@ -293,9 +289,7 @@ def _from_llama(theirs: Any, kind: str, fields: dict[str, Any]) -> ModelConfig:
         norm_place="after" if olmo2 else "before",
         qk_norm=kind in ("olmo2", "qwen3"),
         qk_norm_over="heads" if olmo2 else "head",
-        tie_embeddings=theirs.tie_word_embeddings,
-        init_std=theirs.initializer_range,
-        **_rope_keys(_rope_of(fields, theirs), theirs.max_position_embeddings, kind),
+        **rope_keys(rope_of(fields, theirs), rope_section(fields), theirs.max_position_embeddings, kind),
     )
 
 
@@ -309,71 +303,3 @@ def _window(theirs: Any) -> int | None:
             f"in all, can be honoured"
         )
     return None if kinds == {"full_attention"} else window
-
-
-def _rope_of(fields: dict[str, Any], theirs: Any) -> dict[str, Any]:
-    """Return `rope_parameters` of a config.json, from whichever fields it has them in, without nulls."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"rope_parameters={rope!r} is not an object")
-    beside = {field: fields.get(field) for field in ("rope_theta", "partial_rotary_factor")}
-    rope = {"rope_theta": getattr(theirs, "default_theta", 10000.0), **_set(beside), **_set(rope)}
-    if (original := fields.get("original_max_position_embeddings")) is not None:  # transformers prefers this one
-        rope["original_max_position_embeddings"] = original
-    return rope
-
-
-def _set(fields: dict[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _rope_keys(rope: dict[str, Any], longest: int, family: str) -> dict[str, Any]:
-    """Return our keys for their `rope_parameters`. Raises ConfigError for what is missing, unknown or invalid."""
-    kind = rope.pop("rope_type", rope.get("type", "default"))
-    rope.pop("type", None)
-    rope.pop("finetuned", None)  # a remark of old YaRN configs
-    scaling = None if kind == "default" else kind
-    allowed = (None,) if family == "phi3" else tuple(ROPE_SCALING_KEYS)
-    if scaling not in allowed:
-        raise ConfigError(
-            f"rope_parameters.rope_type={kind!r} of {family} cannot be honoured; allowed: "
-            f"{', '.join(name or 'default' for name in allowed)}"
-        )
-    if (part := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"rope_parameters.partial_rotary_factor={part!r} cannot be honoured; only 1.0 can")
-    for field, value in sorted(rope.items()):
-        if field != "truncate" and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
-            raise ConfigError(f"rope_parameters.{field}={value!r} with rope_type={kind} is not a number that it takes")
-    keys: dict[str, Any] = {"rope_scaling": scaling, "rope_theta": float(rope.pop("rope_theta"))}
-    used = ROPE_SCALING_KEYS[scaling]
-    original = rope.get("original_max_position_embeddings", longest)
-    if scaling == "yarn":
-        rope.setdefault("factor", longest / original)
-        _resolve_attention_factor(rope)
-        rope = {field: value for field, value in rope.items() if field not in ("beta_fast", "beta_slow") or value}
-    if "rope_original_seq_len" not in used or original == longest:
-        rope.pop("original_max_position_embeddings", None)
-    for key in used:
-        field = ROPE_FIELDS[key]
-        if field in rope:
-            value = rope.pop(field)
-            keys[key] = {"rope_truncate": bool, "rope_original_seq_len": int}.get(key, float)(value)
-        elif field in ("factor", "low_freq_factor", "high_freq_factor"):
-            raise ConfigError(f"rope_parameters.{field} is missing; rope_type={kind} needs it")
-    if rope:
-        field, value = sorted(rope.items())[0]
-        raise ConfigError(f"rope_parameters.{field}={value!r} has no known effect with rope_type={kind}")
-    for key, value in keys.items():
-        if key not in ("rope_scaling", "rope_truncate") and value == 0:
-            raise ConfigError(f"rope_parameters.{ROPE_FIELDS.get(key, key)}=0 must be above 0")
-    if keys.get("rope_factor", 1) < 1:
-        raise ConfigError(f"rope_parameters.factor={keys['rope_factor']!r} must be 1 or more")
-    return keys
-
-
-def _resolve_attention_factor(rope: dict[str, Any]) -> None:
-    """Replace DeepSeek's `mscale` and `mscale_all_dim` by the attention factor that they give."""
-    above, below = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    if above and below and "attention_factor" not in rope and rope["factor"] > 1:
-        growth = 0.1 * math.log(rope["factor"])
-        rope["attention_factor"] = (above * growth + 1) / (below * growth + 1)

@@ -210,9 +210,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
-    `config` must be checked (verbs/value_checks.py): its vocabulary size is known and its sizes fit together. `kernels`
-    are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then computed
-    from the head's output. Set `needs_dense_mask` if another `attend` than `attention` takes no `Documents`.
+    `config` must be checked (config/model_checks.py): its vocabulary size is known and its sizes fit together.
+    `kernels` are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then
+    computed from the head's output. Set `needs_dense_mask` if another `attend` than `attention` takes no `Documents`.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:

@@ -28,7 +28,7 @@ def model_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 
 def scaled_frequencies(config: ModelConfig, positions: Tensor) -> Tensor:
     """Return the frequencies of a config with `rope_scaling`, fp32 `[K/2]`. Only `dynamic` depends on the positions."""
-    assert config.rope_factor is not None, "value_checks.py and the import refuse it"
+    assert config.rope_factor is not None, "config/model_checks.py refuses it"
     device, factor = positions.device, config.rope_factor
     if config.rope_scaling == "dynamic":
         return rope_frequencies(config.head_dim, _dynamic_theta(config, positions, factor), device)

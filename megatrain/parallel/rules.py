@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 from megatrain.config import TrainConfig
+from megatrain.config.arithmetic import divisors, either, nearest
 from megatrain.errors import ConfigError
 from megatrain.optim.schedule import batch_sizes
 from megatrain.parallel import rule_checks
@@ -320,22 +321,19 @@ def explain(row: Refusal, config: TrainConfig, world_size: int) -> str | None:
         given = getattr(config.parallel, degree)
         if given > 1 and (found := _legal_values(row, degree, config, world_size)):
             verb = "" if options else "give "
-            options.append(f"{verb}parallel.{degree}={rule_checks.either(rule_checks.nearest(found, given))}")
+            options.append(f"{verb}parallel.{degree}={either(nearest(found, given))}")
     if row.check is rule_checks.world_size:
         unit = prod(getattr(config.parallel, axis) for axis in DEGREES)
         ranks = [count for count in (world_size // unit * unit, (world_size // unit + 1) * unit) if count]
         if ranks := [count for count in ranks if is_legal(config, count)]:
-            options.append(f"start {rule_checks.either(ranks)} ranks (launch.nproc_per_node)")
+            options.append(f"start {either(ranks)} ranks (launch.nproc_per_node)")
     return f"{text}; {', or '.join(options)}" if options else text
 
 
 def _legal_values(row: Refusal, degree: str, config: TrainConfig, world_size: int) -> list[int]:
     """Return the values of one degree with which the job is legal, the other keys as given."""
     parallel: Any = config.parallel
-    jobs = {
-        value: replace(config, parallel=replace(parallel, **{degree: value}))
-        for value in rule_checks.divisors(world_size)
-    }
+    jobs = {value: replace(config, parallel=replace(parallel, **{degree: value})) for value in divisors(world_size)}
     if legal := [value for value, job in jobs.items() if is_legal(job, world_size)]:
         return legal
     both = (row.check, rule_checks.world_size)

@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from megatrain.config import TrainConfig
-from megatrain.parallel.rule_checks import divisors
+from megatrain.config.arithmetic import divisors
 from megatrain.parallel.rules import Refusal, refusal
 
 SCHEDULES = (

@@ -303,7 +303,7 @@ MIXED_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_la
     ("shape", "changes", "field"),
     [
         ("llama", scaled("longrope", factor=2.0, short_factor=[1.0], long_factor=[2.0]), "rope_type='longrope'.*yarn"),
-        ("llama", scaled("linear", factor=0.5), "rope_parameters.factor=0.5 must be 1 or more"),
+        ("llama", scaled("linear", factor=0.5), "rope_parameters.factor=0.5 is out of range: must be at least 1"),
         ("llama", scaled("linear", factor=2.0, mrope_section=[2, 1, 1]), "mrope_section=.* is not a number"),
         (
             "llama",

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from megatrain.config import ModelConfig, TrainConfig
+from megatrain.config.arithmetic import divisors
 from megatrain.errors import ConfigError
 from megatrain.parallel.layout import Layout, describe
-from megatrain.parallel.rule_checks import divisors
 from megatrain.parallel.rules import REFUSALS, check, is_legal, refusal
 from megatrain.parallel.stages import balance_layers, stage_layers
 
