@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.config.key import key
+
+
+@dataclass
+class MinhashConfig:
+    """How near duplicates are found: MinHash signatures in bands, the candidates compared by their whole signatures."""
+
+    ngram: int = key(5, "words in an n-gram; two documents are as alike as their sets of n-grams", minimum=1)
+    bands: int = key(14, "bands of a signature; documents with an equal band are compared", minimum=1)
+    rows: int = key(8, "hashes in a band", minimum=1)
+    threshold: float = key(
+        0.75, "estimated Jaccard similarity from which documents are near duplicates", minimum=0, maximum=1
+    )
+    seed: int = key(1, "seed of the hashes", minimum=0)
 
 
 @dataclass
@@ -18,3 +31,11 @@ class CleanConfig:
         "cleaning steps in order, each a name, or a name with parameters: [{length: {min_characters: 200}}]; "
         "docs/reference/cleaning.md lists them",
     )
+    dedup: str = key(
+        "exact",
+        "documents to drop as duplicates: none, those of exactly equal text, or with minhash also near duplicates (of "
+        "each cluster the first is kept)",
+        choices=("none", "exact", "minhash"),
+    )
+    minhash: MinhashConfig = field(default_factory=MinhashConfig)
+    dedup_memory_mb: int = key(1024, "memory for finding duplicates, in MiB; less takes more passes", minimum=1)

@@ -47,7 +47,7 @@ class DataConfig:
         1.0, "largest fraction of the records that may be skipped as bad", minimum=0, maximum=1
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")
-    deduplicate: bool = key(True, "drop documents that are exact duplicates after normalisation")
+    deduplicate: bool = key(True, "older name: false is clean.dedup=none")
     workers: int | None = key(
         None, "processes that read and tokenize; null means one for each core this process may use", minimum=1
     )

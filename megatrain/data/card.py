@@ -73,7 +73,8 @@ class Card:
     """The contents of `card.json`.
 
     `tokenizer` is None for foreign data whose tokenizer is unknown. `cleaning` has what each step of the recipe did, in
-    order: the fields of `StepReport` without examples.
+    order: the fields of `StepReport` without examples. `near_duplicates` has those of `NearDuplicates`, likewise, if
+    they were looked for.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Card:
     counts: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     cleaning: list[Any] = field(default_factory=list)
+    near_duplicates: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def pairs(self) -> list[tuple[str, SplitCard]]:

@@ -24,6 +24,7 @@ from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_writt
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
 from megatrain.data.corpus.cleaning import KIND
+from megatrain.data.corpus.near_duplicates import NearDuplicates, drop_near_duplicates
 from megatrain.data.corpus.recipe import StepReport, build_recipe, settings_of
 from megatrain.data.corpus.selection import DROPPED, Selection
 from megatrain.data.corpus.source import Source
@@ -46,7 +47,7 @@ _BAD = "bad_"
 """The start of the names of counts of bad records by reason; `bad` counts them all."""
 _MANY_BAD = 0.01
 """The share of bad records above which the end of `prepare` warns."""
-_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify")
+_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "deduplicate")  # the last: see `_dedup`
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -142,8 +143,28 @@ def _choose_start(tokenizer: Tokenizer, config: PrepareConfig) -> None:
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that determine the dataset's content, as recorded in the card."""
     data = {key: value for key, value in asdict(config.data).items() if key not in _NOT_IDENTITY}
-    clean = {"steps": settings_of(build_recipe(config.clean.steps))}
+    clean: dict[str, Any] = {"steps": settings_of(build_recipe(config.clean.steps)), "dedup": _dedup(config)}
+    if clean["dedup"] == "minhash":
+        clean["minhash"] = asdict(config.clean.minhash)
     return {"seed": config.seed, "data": data, "clean": clean, "tokenizer": asdict(config.tokenizer)}
+
+
+def _dedup(config: PrepareConfig) -> str:
+    """Return `clean.dedup`, or what the older `data.deduplicate` says of it. Raises `ConfigError` if they differ."""
+    if config.data.deduplicate or config.clean.dedup == "none":
+        return config.clean.dedup
+    if config.clean.dedup == "exact":  # the default
+        return "none"
+    raise ConfigError(
+        f"data.deduplicate=false and clean.dedup={config.clean.dedup} contradict each other; leave data.deduplicate out"
+    )
+
+
+def _older(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that an older card's settings imply: keys that it lacks, and one under an older name."""
+    data = {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY}
+    exact = recorded.get("data", {}).get("deduplicate", True)
+    return {"data": data, "clean": {"steps": [], "dedup": "exact" if exact else "none"}}
 
 
 def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
@@ -157,11 +178,8 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
     if overwrite:
         return False
     card = check_dataset(target)
-    newer: dict[str, Any] = {
-        "data": {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY},
-        "clean": {"steps": []},
-    }
-    was = flatten(newer) | flatten(card.config | {"source": card.source})  # older cards lack newer keys
+    was = flatten(_older(card.config)) | flatten(card.config | {"source": card.source})
+    was.pop("data.deduplicate", None)
     now = flatten(settings)
     changed = [
         f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
@@ -200,10 +218,12 @@ def _prepare_text(
             )
         first_bad = next((shard.first_bad for shard in shards if shard.first_bad), None)
         _check_bad_fraction(counts, config.data.max_bad_fraction, first_bad)
-        selection = _select(shards, config, counts, first_bad, work)
+        selection = Selection(shards, work / "flags")
+        near = _drop_duplicates(selection, config, counts, work)
+        selection = _split(selection, config, counts, first_bad, work)
         _join_quarantine(shards, folder / QUARANTINE)
         reports = pipeline.total_reports(shards)
-        _write_examples(reports, folder / EXAMPLES)
+        _write_examples(reports, near, folder / EXAMPLES)
         tokenizer = given or _train_tokenizer(config, selection, work)
         tokenizer.save(folder / "tokenizer")
         dtype = token_dtype(tokenizer.vocab_size)
@@ -219,24 +239,38 @@ def _prepare_text(
         tokenizer=TokenizerCard.of(tokenizer),
         counts=dict(sorted(counts.items())),
         cleaning=[report.without_examples() for report in reports],
+        near_duplicates=near.without_examples() if near else {},
     )
     return card, first_bad
 
 
-def _select(
-    shards: list[CleanedShard], config: PrepareConfig, counts: Counter[str], first_bad: str | None, work: Path
-) -> Selection:
-    """Decide what is kept and what is held out, and count it. Raises `DataError` if nothing is left to train on."""
-    selection = Selection(shards, work / "flags")
-    if config.data.deduplicate and (dropped := selection.drop_duplicates(pipeline.DEDUPLICATION_BYTES)):
+def _drop_duplicates(
+    selection: Selection, config: PrepareConfig, counts: Counter[str], work: Path
+) -> NearDuplicates | None:
+    """Drop and count duplicates. Return what was found of near duplicates, None if they are not looked for."""
+    dedup, memory = _dedup(config), config.clean.dedup_memory_mb * 2**20
+    if dedup != "none" and (dropped := selection.drop_duplicates(memory)):
         counts["duplicates"] = dropped
+    signing = pipeline.signing_of(config)
+    if not signing:
+        return None
+    found = drop_near_duplicates(selection, config.clean.minhash, signing, memory, work / "bands")
+    if found.documents:
+        counts["near_duplicates"] = found.documents
+    return found
+
+
+def _split(
+    selection: Selection, config: PrepareConfig, counts: Counter[str], first_bad: str | None, work: Path
+) -> Selection:
+    """Decide what is held out, and count it. Raises `DataError` if nothing is left to train on."""
     kept = selection.num_documents - selection.count(DROPPED)
     if not kept:
         first = f"; the first bad record: {first_bad}" if first_bad else ""
         raise DataError(f"data={config.data.kind}: the corpus is empty ({_format_counts(counts)}){first}")
     if kept == 1 and config.data.heldout_fraction > 0:
         counts["cut_in_two"] = 1
-        return pipeline.cut_in_two(shards, selection, config.data.heldout_fraction, work / "flags_of_halves")
+        return pipeline.cut_in_two(selection.shards, selection, config.data.heldout_fraction, work / "flags_of_halves")
     selection.hold_out(config.data.heldout_fraction)
     return selection
 
@@ -263,9 +297,10 @@ def _join_quarantine(shards: list[CleanedShard], path: Path) -> None:
                 shutil.copyfileobj(part, file)
 
 
-def _write_examples(reports: list[StepReport], path: Path) -> None:
-    """Write what the steps' examples are, one a line, if there are any."""
+def _write_examples(reports: list[StepReport], near: NearDuplicates | None, path: Path) -> None:
+    """Write the steps' examples and those of near duplicates, one a line, if there are any."""
     lines = [json.dumps({"step": report.name} | example) for report in reports for example in report.examples]
+    lines += [json.dumps({"step": "near_duplicates"} | example) for example in near.examples] if near else []
     if lines:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -273,7 +308,7 @@ def _write_examples(reports: list[StepReport], path: Path) -> None:
 def _train_tokenizer(config: PrepareConfig, selection: Selection, work: Path) -> Tokenizer:
     """Train a tokenizer on a sample of the corpus, or take the one that an interrupted preparation trained on it."""
     keys = [shard.key for shard in selection.shards]
-    key = json.dumps([keys, config.seed, asdict(config.data), asdict(config.tokenizer)], sort_keys=True)
+    key = json.dumps([keys, _settings(config)], sort_keys=True)
     saved, saved_key = work / "tokenizer", work / "tokenizer.json"
     if saved_key.is_file() and saved_key.read_text(encoding="utf-8") == key:
         return load_tokenizer(saved)
@@ -318,6 +353,12 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
         changes = f" ({_format_counts(step['changes'])})" if step["changes"] else ""
         what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
         yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
+    if near := card.near_duplicates:
+        yield (
+            f"  near duplicates: {near['documents']:,} dropped, in {near['clusters']:,} clusters of up to "
+            f"{near['largest']:,}; {near['compared']:,} pairs compared, {near['rejected']:,} rejected; "
+            f"{near['below']:,} of {near['checked']:,} pairs checked by their text are below the threshold"
+        )
 
 
 def _bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> Iterator[str]:

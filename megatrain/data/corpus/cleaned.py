@@ -1,7 +1,8 @@
 """Cleaned shards on disk: compressed frames of documents, what is known of each document, and a marker.
 
 A shard is `<key>.text` (frames), `<key>.documents` (a `DOCUMENT` each) and `<key>.json`, which is written last and has
-the checksums of the others: a shard without it was interrupted. The key is a hash of all that determines the content,
+the checksums of the others: a shard without it was interrupted. With `clean.dedup=minhash` there is `<key>.signatures`
+too, one MinHash signature a document. The key is a hash of all that determines the content,
 so a shard can be used again by whatever preparation needs the same.
 """
 
@@ -24,6 +25,9 @@ from megatrain.resilience.atomic_file import write_atomically
 DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("heldout_draw", "<u8"), ("sample_draw", "<u8"), ("size", "<u8")])
 """What is known of a document: the xxh3-128 of its text, two random numbers that depend on text and seed alone (they
 decide what is held out and what the tokenizer is trained on), and its size in bytes of UTF-8."""
+
+SIGNATURE = np.dtype("<u4")
+"""A hash of a document's signature."""
 
 _LEVEL = 1
 
@@ -76,6 +80,8 @@ class CleanedShard:
         self.reports = [StepReport(**report) for report in content["reports"]]
         self.first_bad: str | None = content["first_bad"]
         self.quarantine_path = folder / f"{key}.quarantine"
+        self.signatures_path = folder / f"{key}.signatures"
+        self.signing: dict[str, Any] | None = content["signing"]
         self.num_documents: int = content["documents"]
         self.text_bytes: int = content["text_bytes"]
         self._hashes: dict[str, str] = content["hashes"]
@@ -96,6 +102,14 @@ class CleanedShard:
             return np.zeros(0, DOCUMENT)
         return np.memmap(self._documents_path, DOCUMENT, "r")
 
+    def signatures(self) -> np.ndarray:
+        """Return the signature of each document, `[documents, hashes]`, mapped from the file."""
+        assert self.signing
+        shape = self.num_documents, int(self.signing["hashes"])
+        if not self.num_documents:
+            return np.zeros(shape, SIGNATURE)
+        return np.memmap(self.signatures_path, SIGNATURE, "r", shape=shape)
+
     def locate(self, document: int) -> tuple[Frame, int]:
         """Return the frame that holds a document, and the document's index in it."""
         for frame in self.frames:
@@ -106,26 +120,35 @@ class CleanedShard:
 
 
 class CleanedShardWriter:
-    """Writes a cleaned shard; it exists once `finish` has been called. A killed writer's files are overwritten."""
+    """Writes a cleaned shard; it exists once `finish` has been called. A killed writer's files are overwritten.
 
-    def __init__(self, folder: Path, key: str) -> None:
+    `signing` says how the documents' signatures are made, None if they have none.
+    """
+
+    def __init__(self, folder: Path, key: str, signing: dict[str, Any] | None = None) -> None:
         self._folder, self._key = folder, key
         self._text_path, self._documents_path, self._marker = _paths(folder, key)
         self._quarantine_path = folder / f"{key}.quarantine"
         self._quarantine_path.unlink(missing_ok=True)
         self._text = open(self._text_path, "wb")  # noqa: SIM115, closed by finish
         self._documents = open(self._documents_path, "wb")  # noqa: SIM115
+        self._signing = signing
+        self._signatures_path = folder / f"{key}.signatures"
+        self._signatures = open(self._signatures_path, "wb") if signing else None  # noqa: SIM115
         self._frames: list[Frame] = []
         self._text_bytes = 0
         self._counts: Counter[str] = Counter()
         self._reports: list[StepReport] = []
         self._first_bad: str | None = None
 
-    def add(self, frame: bytes, documents: np.ndarray) -> None:
-        """Append documents: `pack` of their texts, and `describe` of them."""
+    def add(self, frame: bytes, documents: np.ndarray, signatures: np.ndarray | None = None) -> None:
+        """Append documents: `pack` of their texts, `describe` of them, and their signatures."""
         self._frames.append(Frame(self._text.tell(), len(frame), len(documents)))
         self._text.write(frame)
         self._documents.write(documents.tobytes())
+        if self._signatures is not None:
+            assert signatures is not None and signatures.dtype == SIGNATURE
+            self._signatures.write(signatures.tobytes())
         self._text_bytes += int(documents["size"].sum())
 
     def count(
@@ -145,7 +168,9 @@ class CleanedShardWriter:
     def finish(self) -> CleanedShard:
         """Write the marker and return the shard."""
         self.close()
-        written = [path for path in (self._text_path, self._documents_path, self._quarantine_path) if path.exists()]
+        written = [self._text_path, self._documents_path]
+        written += [self._quarantine_path] if self._quarantine_path.exists() else []
+        written += [self._signatures_path] if self._signing else []
         content: dict[str, Any] = {
             "frames": [(frame.offset, frame.size, frame.documents) for frame in self._frames],
             "documents": sum(frame.documents for frame in self._frames),
@@ -153,6 +178,7 @@ class CleanedShardWriter:
             "counts": dict(self._counts),
             "reports": [asdict(report) for report in self._reports],
             "first_bad": self._first_bad,
+            "signing": self._signing,
             "hashes": {path.name: hash_file(path) for path in written},
         }
         write_atomically(self._marker, json.dumps(content) + "\n")
@@ -162,6 +188,8 @@ class CleanedShardWriter:
         """Close the files."""
         self._text.close()
         self._documents.close()
+        if self._signatures is not None:
+            self._signatures.close()
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:

@@ -14,6 +14,7 @@ from megatrain.data.corpus.document import Document, Step
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.recipe import StepReport, new_reports, run_recipe
 from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record
+from megatrain.data.corpus.signatures import Signing, sign
 from megatrain.errors import DataError
 
 _COUNTS = ("read", "left_out", "empty", "bad", "undecodable", "skipped_undecodable", "oversized")
@@ -23,23 +24,25 @@ KIND = "kind_"
 
 @dataclass(frozen=True)
 class CleanTask:
-    """Records to clean, the policy for bad ones, the recipe, and the seed of the documents' draws."""
+    """Records to clean, the policy for bad ones, the recipe, the seed of the documents' draws, how to sign them."""
 
     records: list[Record]
     policy: Policy
     recipe: tuple[Step, ...]
     seed: int
+    signing: Signing | None = None
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean documents as a frame, `describe` of them, counts, and what each step of the recipe did.
+    """Clean documents as a frame, `describe` of them, their signatures, counts, and what each step did.
 
     `first_bad` describes the first bad record, and `quarantine` has a line of JSON for each if they are to be kept.
     """
 
     frame: bytes
     documents: np.ndarray
+    signatures: np.ndarray | None
     counts: dict[str, int]
     reports: list[StepReport]
     first_bad: str | None
@@ -94,7 +97,10 @@ def clean_chunk(task: CleanTask) -> Cleaned:
             texts.append(document.text.encode())
         else:
             counts["emptied"] += 1
-    return Cleaned(pack(texts), describe(texts, task.seed), counts, reports, first_bad, b"".join(quarantine))
+    signatures = sign([text.decode() for text in texts], task.signing) if task.signing else None
+    return Cleaned(
+        pack(texts), describe(texts, task.seed), signatures, counts, reports, first_bad, b"".join(quarantine)
+    )
 
 
 def _count_left_out(reason: str, counts: Counter[str]) -> None:

@@ -28,6 +28,7 @@ from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, 
 from megatrain.data.corpus.record import Policy, Record
 from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
 from megatrain.data.corpus.shard import Shard
+from megatrain.data.corpus.signatures import Signing
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed import IndexedWriter
@@ -37,8 +38,6 @@ from megatrain.errors import DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
-DEDUPLICATION_BYTES = 2**30
-"""Memory for finding duplicates; larger corpora take several passes."""
 WORTH_A_PROOF = 32 * 2**20
 """Bytes of text from which proving a faster encoder (a few seconds) pays."""
 FORMAT = 2
@@ -60,6 +59,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
     data = config.data
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
     recipe = build_recipe(config.clean.steps)
+    signing = signing_of(config)
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
     left = data.max_documents
@@ -77,20 +77,24 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                 if left is not None:
                     left -= sum(finished.counts[name] for name in ("read", "left_out", "oversized"))
             else:
-                writer = CleanedShardWriter(folder, _clean_key(shard, left, config, data.on_bad_record))
+                writer = CleanedShardWriter(
+                    folder,
+                    _clean_key(shard, left, config, data.on_bad_record),
+                    signing.settings() if signing else None,
+                )
                 cleaned.append(None)
                 for chunk, last in _marking_last(_chunks(itertools.islice(source.read(shard), left))):
                     if left is not None:
                         left -= len(chunk)
                     coming.append((len(cleaned) - 1, writer, last))
-                    yield CleanTask(chunk, policy, recipe, config.seed)
+                    yield CleanTask(chunk, policy, recipe, config.seed, signing)
             source.progress.bytes = before + shard.num_bytes
 
     with Meter("reading", source.total_bytes) as meter, _closing(coming):
         for result in pool.map(clean_chunk, tasks()):
             number, writer, last = coming.popleft()
             if len(result.documents):
-                writer.add(result.frame, result.documents)
+                writer.add(result.frame, result.documents, result.signatures)
             writer.count(result.counts, result.reports, result.first_bad, result.quarantine)
             if last:
                 cleaned[number] = writer.finish()
@@ -101,6 +105,11 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
     assert len(done) == len(cleaned)
     _remove_others(folder, {shard.key for shard in done})
     return done
+
+
+def signing_of(config: PrepareConfig) -> Signing | None:
+    """Return how documents are signed, None if they need no signatures."""
+    return Signing.of(config.clean.minhash) if config.clean.dedup == "minhash" else None
 
 
 def total_counts(shards: Iterable[CleanedShard]) -> Counter[str]:
@@ -136,7 +145,10 @@ _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_docum
 def _clean_key(shard: Shard, limit: int | None, config: PrepareConfig, on_bad_record: str) -> str:
     settings = {name: getattr(config.data, name) for name in _CLEANS}
     recipe = settings_of(build_recipe(config.clean.steps))
-    return _key(asdict(shard), limit, config.seed, settings, recipe, on_bad_record)
+    signing = signing_of(config)
+    return _key(
+        asdict(shard), limit, config.seed, settings, recipe, on_bad_record, signing.settings() if signing else None
+    )
 
 
 def _key(*parts: Any) -> str:
@@ -189,7 +201,7 @@ def _remove_others(folder: Path, keys: set[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- selecting
 
 
-def cut_in_two(shards: list[CleanedShard], selection: Selection, fraction: float, path: Path) -> Selection:
+def cut_in_two(shards: Sequence[CleanedShard], selection: Selection, fraction: float, path: Path) -> Selection:
     """Return a selection in which the end of the only document is held out, cut at the start of a line if possible.
 
     Raises `DataError` if the document is a single character.

@@ -93,7 +93,7 @@ def num_bytes(text: bytes | str) -> int:
 
 
 def require_library(name: str, what: str, extra: str = "data") -> Any:
-    """Import an optional library. Raises `EnvironmentFault` if it is not installed."""
+    """Import an optional library, which `extra` installs. Raises `EnvironmentFault` if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
