@@ -1,0 +1,201 @@
+"""The pages of WARC and WET files are read whole, whatever is beside them, and a file that is cut short is noticed."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+
+import pytest
+import zstandard
+from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.card import Card
+from megatrain.data.corpus.decoding import decode
+from megatrain.data.corpus.record import Policy
+from megatrain.data.corpus.sources import open_source
+from megatrain.data.corpus.warc import WarcError, read_warc
+from megatrain.data.preparation import prepare
+from megatrain.errors import DataError
+
+LIMIT = 2**20
+COMPRESSED = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def record(kind, content, url="http://a.example/", **headers):
+    lines = [f"WARC-Type: {kind}", "WARC-Date: 2026-11-29T10:00:00Z", f"WARC-Record-ID: <urn:uuid:{url}>"]
+    lines += [f"WARC-Target-URI: {url}", f"Content-Length: {len(content)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return b"WARC/1.0\r\n" + "\r\n".join(lines).encode() + b"\r\n\r\n" + content + b"\r\n\r\n"
+
+
+def response(body, url="http://a.example/", status="200 OK", media="text/html", **http):
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {media}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in http.items()]
+    head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+    return record("response", head + body, url, Content_Type="application/http; msgtype=response")
+
+
+def page(text):
+    return f"<html><body><p>{text}</p></body></html>".encode()
+
+
+def chunked(body):
+    parts = [body[at : at + 10] for at in range(0, len(body), 10)]
+    return b"".join(f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in parts) + b"0\r\n\r\n"
+
+
+CRAWL = [
+    record("warcinfo", b"software: none\r\n"),
+    record("request", b"GET / HTTP/1.1\r\n\r\n"),
+    response(page("first")),
+    response(page("WARC/1.0\r\n\r\n\r\nWARC-Type: response"), "http://a.example/2"),
+    response(gzip.compress(page("gzipped")), "http://a.example/3", Content_Encoding="gzip"),
+    response(page("not gzipped any more"), "http://a.example/4", Content_Encoding="gzip"),
+    response(chunked(page("in chunks, and not too few")), "http://a.example/5", Transfer_Encoding="chunked"),
+    response(page("汉字").decode().encode("gbk"), "http://a.example/6", media='text/html; charset="GBK"'),
+    response(zlib.compress(page("deflated")), "http://a.example/7", Content_Encoding="deflate"),
+    response(b"plain", "http://a.example/8", media="text/plain"),
+    response(b"\x89PNG\0\0", "http://a.example/9.png", media="image/png"),
+    response(page("gone"), "http://a.example/10", status="404 Not Found"),
+    record("metadata", b"fetchTimeMs: 3\r\n"),
+    record("conversion", "Text of a WET 文本\n".encode(), "http://a.example/11", Content_Type="text/plain"),
+    record("resource", page("a resource"), "http://a.example/12", Content_Type="text/html"),
+    record("response", b"20261129\r\na.example. 10 IN A", "dns:a.example", Content_Type="text/dns"),
+]
+TEXTS = [
+    "first",
+    "WARC/1.0\n\n\nWARC-Type: response",
+    "gzipped",
+    "not gzipped any more",
+    "in chunks, and not too few",
+    "汉字",
+    "deflated",
+    "plain",
+    "Text of a WET 文本\n",
+    "a resource",
+]
+
+
+def pages(file, limit=LIMIT):
+    return list(read_warc(file, "a.warc", limit))
+
+
+def text_of(found):
+    text = decode(found, Policy("text", "refuse")).text
+    return text.removeprefix("<html><body><p>").removesuffix("</p></body></html>") if found.markup else text
+
+
+def test_pages_are_read_with_their_texts_addresses_and_dates_and_the_rest_is_left_out_by_reason():
+    found = pages(io.BytesIO(b"".join(CRAWL)))
+    kept = [one for one in found if not one.left_out]
+    assert [text_of(one) for one in kept] == TEXTS
+    assert [one.markup for one in kept] == [*[True] * 7, False, False, True]
+    assert [one.left_out for one in found if one.left_out] == ["no_page", "http_status", "no_page"]
+    assert kept[1].metadata == {"url": "http://a.example/2", "date": "2026-11-29T10:00:00Z"}
+    assert kept[1].id == "urn:uuid:http://a.example/2" and kept[1].where == "a.warc, record 4"
+
+
+def test_pages_are_those_that_another_reader_finds():
+    wanted = WarcRecordType.response | WarcRecordType.conversion | WarcRecordType.resource
+    theirs = [one.reader.read() for one in ArchiveIterator(io.BytesIO(b"".join(CRAWL)), record_types=wanted)]
+    ours = [one for one in pages(io.BytesIO(b"".join(CRAWL)))]
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        if one.payload and not other.startswith((b"\x1f\x8b", b"\x78", b"a\r\n")):
+            assert one.payload == other
+
+
+def test_a_page_beyond_the_limit_is_oversized_and_other_large_records_are_left_out():
+    large = b"x" * (2**20 + 4000)
+    crawl = [
+        response(large, media="video/mp4"),
+        response(large),
+        response(gzip.compress(large), Content_Encoding="gzip"),
+        response(page("small")),
+        record("metadata", large),
+    ]
+    found = pages(io.BytesIO(b"".join(crawl)), limit=1000)
+    assert [(one.left_out, one.oversized) for one in found] == [
+        ("no_page", False),
+        (None, True),
+        (None, True),
+        (None, False),
+    ]
+
+
+def test_lines_may_end_in_a_newline_alone_and_headers_may_go_on():
+    crawl = b"WARC/1.1\nWARC-Type:\n conversion\nContent-Length: 2\nWARC-Target-URI: <http://x/>\n\nhi\n\n\n\n"
+    (found,) = pages(io.BytesIO(crawl))
+    assert (found.payload, found.metadata["url"]) == (b"hi", "http://x/")
+
+
+def test_wherever_a_file_is_cut_between_records_or_not_it_is_noticed():
+    whole = b"".join(CRAWL[:4])
+    ends = {sum(map(len, CRAWL[:count])) for count in range(1, 5)}
+    for cut in range(len(whole)):
+        if cut in ends:  # the file of a shorter crawl
+            assert len(pages(io.BytesIO(whole[:cut]))) == max(0, sum(end <= cut for end in ends) - 2)
+        else:
+            with pytest.raises(WarcError):
+                pages(io.BytesIO(whole[:cut]))
+
+
+@pytest.mark.parametrize(
+    "crawl, message",
+    [
+        (CRAWL[2] + b"WARC/1.0\r\nWARC-Type: response\r\n\r\n", "record 2 has no Content-Length"),
+        (CRAWL[2] + b"more\n", "no WARC record where record 2 should begin"),
+        (CRAWL[2].replace(b"first", b"first and more"), "record 1 is damaged .*bytes follow its length"),
+        (b"", "it has no WARC record"),
+        (b"<html>\n", "no WARC record where record 1 should begin"),
+    ],
+)
+def test_damage_is_named_by_its_record(crawl, message):
+    with pytest.raises(WarcError, match=message):
+        pages(io.BytesIO(crawl))
+
+
+def config(tmp_path, name="d", workers=1, steps=("html",), **data):
+    given = DataConfig(name=name, dir=str(tmp_path / "out"), paths=[str(tmp_path / "in")], workers=workers, **data)
+    tokenizer = TokenizerConfig(vocab_size=400)
+    return PrepareConfig(data=given, clean=CleanConfig(steps=list(steps)), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESSED])
+@pytest.mark.parametrize("share", [0.31, 0.72, 0.97])
+def test_a_compressed_crawl_that_is_cut_short_is_refused_by_name(tmp_path, suffix, share):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / f"a.warc{suffix}"
+    whole = COMPRESSED.get(suffix, bytes)(b"".join(CRAWL * 20))
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DataError, match=rf"a.warc{suffix}: cut short or damaged"):
+        list(open_source(config(tmp_path).data).records())
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"a.warc{suffix}: cut short or damaged"):
+        list(open_source(config(tmp_path).data).records())
+    path.write_bytes(whole)
+    assert sum(not one.left_out for one in open_source(config(tmp_path).data).records()) == 20 * len(TEXTS)
+
+
+def test_crawls_of_any_compression_give_the_same_dataset_on_any_number_of_workers(tmp_path, monkeypatch):
+    crawl = [response(page(f"Page {i} " + "says something " * (i % 7)), f"http://a.example/{i}") for i in range(150)]
+    (tmp_path / "in").mkdir()
+    found = []
+    ways = {".warc.gz": lambda all_of: b"".join(map(gzip.compress, all_of))}
+    ways |= {f".warc.wet{suffix}": lambda all_of, way=way: way(b"".join(all_of)) for suffix, way in COMPRESSED.items()}
+    monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 11)
+    for number, (suffix, way) in enumerate(ways.items()):
+        for path in (tmp_path / "in").iterdir():
+            path.unlink()
+        (tmp_path / "in" / f"a{suffix}").write_bytes(way(CRAWL + crawl))
+        folder = prepare(config(tmp_path, f"d{number}", workers=1 + number % 2))
+        card = Card.load(folder)
+        assert card.counts["kind_warc"] == 150 + len(TEXTS) and card.counts["left_out_no_page"] == 2
+        found.append((folder / "train.bin").read_bytes())
+    assert len(set(found)) == 1
+    limited = prepare(config(tmp_path, "few", max_documents=40))
+    again = prepare(config(tmp_path, "few", max_documents=40))
+    counts = Card.load(limited).counts
+    assert counts["read"] + counts["left_out"] == 40 and limited == again
