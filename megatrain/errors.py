@@ -78,10 +78,10 @@ class LostPeerError(EnvironmentFault):
     """Another rank ended or is out of reach. The other ranks' logs say why."""
 
 
-def cannot_write(folder: Path, error: OSError) -> MegatrainError:
-    """Return the error for a run folder that cannot be written: a broken disk, or else a wrong `run.dir`."""
+def cannot_write(path: Path, error: OSError, key: str = "run.dir") -> MegatrainError:
+    """Return the error for a path that cannot be written: a broken disk, or else a wrong value of its `key`."""
     kind = EnvironmentFault if error.errno in BROKEN_DISK else ConfigError
-    return kind(f"run.dir: {folder} cannot be written ({error.strerror})")
+    return kind(f"{key}: {path} cannot be written ({error.strerror})")
 
 
 def disk_fault(error: Exception) -> EnvironmentFault | None:

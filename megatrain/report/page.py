@@ -6,22 +6,34 @@ The page loads nothing: style, script and data are inline, and its content secur
 from __future__ import annotations
 
 import html
+import os
 import re
+import sys
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatrain.errors import ConfigError, cannot_write
 from megatrain.resilience.atomic_file import write_atomically
 from megatrain.tracking.metrics import to_json
 
 RUN_PAGE = ("run.html", "page.css", "page.js", "run_charts.js", "run_strips.js", "run.js")
 SWEEP_PAGE = ("sweep.html", "page.css", "sweep.css", "page.js", "sweep.js")
 
+_OWN = re.compile(rb"\s*<!doctype html>.*\xc2\xb7 megatrain</title>", re.DOTALL)
+"""How a page begins that `write_page` made, in this version or an earlier one."""
+
 
 def write_page(assets: tuple[str, ...], data: dict[str, Any], out: Path) -> Path:
     """Write the page made of `assets` (`RUN_PAGE` or `SWEEP_PAGE`) and `data` to `out`, and return `out`.
 
-    `data["name"]` is the page's title. The scripts read `data` as JSON.
+    `data["name"]` is the page's title. The scripts read `data` as JSON. The file that a link leads to is replaced, not
+    the link; a device, a FIFO and this process's standard output are written to.
+
+    Raises:
+        ConfigError: `out` is a file other than a report page, or cannot be written.
+        EnvironmentFault: its disk is full or broken.
     """
     title = html.escape(data["name"])
     page = fill(
@@ -32,9 +44,40 @@ def write_page(assets: tuple[str, ...], data: dict[str, Any], out: Path) -> Path
         data=to_json(data).replace("<", "\\u003c"),  # no text of the run can end the script element
         script=join(assets, ".js"),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    if is_standard_output(out):
+        sys.stdout.write(page)
+        return out
+    try:
+        if out.exists() and not out.is_file():
+            out.write_text(page, encoding="utf-8")
+        else:
+            _refuse_other_file(out)
+            target = out.resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, page)
+    except OSError as error:
+        raise cannot_write(out, error, "out") from error
     return out
+
+
+def is_standard_output(path: Path) -> bool:
+    """Return whether a path, such as /dev/stdout, leads to this process's standard output."""
+    with suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(1))
+    return False
+
+
+def _refuse_other_file(out: Path) -> None:
+    """Refuse to replace a file that is neither a report page nor empty. Raises ConfigError."""
+    if not out.exists():
+        return
+    with out.open("rb") as file:
+        beginning = file.read(8192)
+    if beginning and not _OWN.match(beginning):
+        raise ConfigError(
+            f"out={out} exists and is not a report page of megatrain; give another out, the name of a new file, or "
+            f"remove this one"
+        )
 
 
 def fill(template: str, **values: str) -> str:

@@ -16,7 +16,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     `durable` flushes the file and its directory entry to disk, so that it survives a power cut.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; the error names it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two processes may write the same page
     try:
@@ -26,9 +26,11 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as after a failed write
+            error.filename = str(path)
         raise
     if durable:
         sync_folder(path.parent)

@@ -70,7 +70,9 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
             raise ConfigError(
                 f"out={config.out} is a folder; give the page's file, such as out={config.out}/report.html"
             )
-        check_writable("out", Path(config.out).parent)
+        target = Path(config.out).resolve()
+        if not exists(config.out) or target.is_file():  # a device or a FIFO is written to
+            check_writable("out", target.parent)
 
 
 def check_start(config: TrainConfig) -> None:
