@@ -4,8 +4,8 @@ All three read the same JSONL, encode it with the same byte-level BPE and write 
 turns, each in one process (ours with data.workers=1, datatrove with one worker). The plain loop is what one would write
 by hand: json.loads, Tokenizer.encode, an end token, tofile. datatrove is its DocumentTokenizer without shuffling; the
 row is left out where `--datatrove` names no Python that has it. The ids must be equal. The text is the standard
-library's source, normalised and repeated with another first line each time, so that no two documents are equal. prepare also
-does what it does by default: normalise, look for duplicates, hash. A ratio is the peer's time over ours in one turn.
+library's source, normalised and repeated with another first line each time, so that no two documents are equal.
+prepare also does what it does by default: normalise, look for duplicates, hash. A ratio is the peer's time over ours.
 """
 
 from __future__ import annotations
