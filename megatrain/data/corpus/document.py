@@ -14,7 +14,8 @@ class Document:
 
     `id` is the record's own, or where it was read. `markup` says that `text` is HTML. `language` is a code such as `en`
     or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path`.
-    `counts` is what the step at work has changed so far.
+    `counts` is what the step at work has changed so far. `split` is kept by `splitting.py`: the text, language and
+    words of its last call.
     """
 
     text: str
@@ -23,6 +24,7 @@ class Document:
     language: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    split: tuple[str, str, list[str]] | None = field(default=None, repr=False, compare=False)
 
     def count(self, what: str, number: int = 1) -> None:
         """Count what the present step changed, such as masked addresses, for its report."""

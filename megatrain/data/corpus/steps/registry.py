@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from megatrain.data.corpus.document import Step
+from megatrain.data.corpus.steps.c4 import C4Paragraphs, C4Quality
+from megatrain.data.corpus.steps.fineweb_quality import FinewebQuality
+from megatrain.data.corpus.steps.gopher_quality import GopherQuality
+from megatrain.data.corpus.steps.gopher_repetition import GopherRepetition
 from megatrain.data.corpus.steps.html import Html
 from megatrain.data.corpus.steps.language import Language
 from megatrain.data.corpus.steps.length import Length
 from megatrain.data.corpus.steps.personal_data import PersonalData
 from megatrain.data.corpus.steps.unicode import UnicodeRepair
 
-STEPS: dict[str, type[Step]] = {step.name: step for step in (Html, Language, Length, PersonalData, UnicodeRepair)}
+STEPS: dict[str, type[Step]] = {
+    step.name: step
+    for step in (
+        C4Paragraphs,
+        C4Quality,
+        FinewebQuality,
+        GopherQuality,
+        GopherRepetition,
+        Html,
+        Language,
+        Length,
+        PersonalData,
+        UnicodeRepair,
+    )
+}
