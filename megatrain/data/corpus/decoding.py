@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.data.corpus.compressed import archive_kind
+from megatrain.data.corpus.conversations import find_conversation, render
 from megatrain.data.corpus.html_bytes import decode_html
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.record import BadRecordError, Policy, Problem, Record
@@ -122,15 +123,23 @@ def _from_json(line: str, column: str, decoded: Decoded) -> str:
         raise BadRecordError(text)
     if isinstance(value.get("id"), (str, int)):
         decoded.id = str(value["id"])
-    decoded.metadata = {name: other for name, other in value.items() if name not in ("id", column)}
+    conversation = find_conversation(value, column)
+    if conversation is not None:
+        decoded.kind = "conversation"
+    decoded.metadata = {
+        name: other for name, other in value.items() if name not in ("id", column) and other is not conversation
+    }
     return str(text)
 
 
 def find_text(record: dict[str, Any], column: str) -> str | bytes | Problem:
     """Return the text in a record's field, or what is wrong with it.
 
-    A field of that very name comes first; otherwise `content.text` is the field `text` of the object `content`.
+    A field of that very name comes first; otherwise `content.text` is the field `text` of the object `content`. A list
+    of messages in that field, or in a record without it, is written as text (`conversations.py`).
     """
+    if (conversation := find_conversation(record, column)) is not None:
+        return render(conversation, record)
     value: Any = record
     for name in [column] if column in record else column.split("."):
         if not isinstance(value, dict) or name not in value:

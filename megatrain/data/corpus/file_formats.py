@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from megatrain.data.corpus.conversations import FIELDS, render
 from megatrain.data.corpus.record import Problem
 from megatrain.errors import DataError
 
@@ -91,11 +92,13 @@ def json_values(file: BinaryIO, name: str, limit: int) -> Iterator[str]:
 class TextColumn:
     """The column of a `.parquet` that holds the text; `content.text` is the field `text` of the struct `content`.
 
-    `problem` is what is wrong with every row, if there is no such column or it holds something else than text; `texts`
-    is not for such a file. Raises `DataError` if there are two columns of that name.
+    A list of messages in that column, or in a file without it, is a conversation. `problem` is what is wrong with every
+    row, if there is no such column or it holds something else; `texts` is not for such a file. `column` is the column
+    to read, `kind` what it holds. Raises `DataError` if there are two columns of that name.
     """
 
     problem: Problem | None = None
+    kind = "parquet"
 
     def __init__(self, schema: Any, name: str, origin: str) -> None:
         import pyarrow
@@ -103,6 +106,9 @@ class TextColumn:
         from pyarrow import types
 
         self._pyarrow = pyarrow
+        if name.partition(".")[0] not in schema.names:
+            name = next((other for other in FIELDS if _holds_objects(schema, other)), name)
+        self.column = name
         self._path = [name] if name in schema.names else name.split(".")
         if schema.names.count(self._path[0]) > 1:
             raise DataError(
@@ -118,14 +124,19 @@ class TextColumn:
                 return
             kind = fields.field(at).type
             fields = kind if types.is_struct(kind) else None
+        if _holds_objects(schema, name):
+            self.kind = "conversation"
+            return
         text = kind.value_type if types.is_dictionary(kind) else kind
         known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
         if not any(getattr(types, f"is_{known_kind}")(text) for known_kind in known):
             self.problem = Problem("not_text", f"column {name!r} is {kind}, not text", "set data.text_column")
 
-    def texts(self, batch: Any) -> list[bytes | None]:
-        """Return the texts of a record batch, None for a null."""
+    def texts(self, batch: Any) -> list[str | bytes | Problem | None]:
+        """Return the texts of a record batch, None for a null, or what is wrong with a conversation."""
         column = batch.column(self._path[0])
+        if self.kind == "conversation":
+            return [None if value is None else render(value, {}) for value in column.to_pylist()]
         for part in self._path[1:]:
             column = self._pyarrow.compute.struct_field(column, part)
         if self._pyarrow.types.is_dictionary(column.type):
@@ -134,6 +145,16 @@ class TextColumn:
             return [None] * len(column)
         values: list[Any] = column.to_pylist() if _is_view(column.type) else column.cast("large_binary").to_pylist()
         return [value.encode(errors="surrogatepass") if isinstance(value, str) else value for value in values]
+
+
+def _holds_objects(schema: Any, name: str) -> bool:
+    """Return whether a column holds lists of objects."""
+    from pyarrow import types
+
+    if schema.names.count(name) != 1:
+        return False
+    kind = schema.field(name).type
+    return bool((types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type))
 
 
 def _is_view(kind: Any) -> bool:

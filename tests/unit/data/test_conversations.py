@@ -1,0 +1,115 @@
+"""Messages and threads of comments become plain text by one template; what is no message is a bad record."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatrain.config import DataConfig
+from megatrain.data.corpus.decoding import decode
+from megatrain.data.corpus.record import BadRecordError, Policy, Record
+from megatrain.data.corpus.sources import open_source
+
+
+def read(value, column="text"):
+    return decode(Record(json.dumps(value).encode(), "a.jsonl:1", kind="json"), Policy(column, "replace"))
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "你好! What is 2 + 2?\n"},
+    {"role": "assistant", "content": "4"},
+]
+TEXT = "System: Be brief.\n\nUser: 你好! What is 2 + 2?\n\nAssistant: 4"
+
+
+def test_messages_of_either_layout_are_written_by_the_same_template():
+    decoded = read({"id": "c7", "messages": MESSAGES, "source": "made"})
+    assert (decoded.text, decoded.kind, decoded.id, decoded.metadata) == (
+        TEXT,
+        "conversation",
+        "c7",
+        {"source": "made"},
+    )
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[one["role"]], "value": one["content"]} for one in MESSAGES]
+    assert read({"conversations": shared}).text == TEXT
+    assert read({"chat": MESSAGES}, "chat").text == TEXT
+
+
+def test_the_named_field_comes_before_a_conversation():
+    decoded = read({"text": "rendered", "messages": MESSAGES, "id": 3})
+    assert (decoded.text, decoded.kind, decoded.id) == ("rendered", "json", "3")
+    assert read({"text": "rendered", "messages": MESSAGES}, "messages").text == TEXT
+
+
+def test_content_in_parts_and_calls_of_tools_are_written_and_empty_messages_left_out():
+    call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Add"}, {"type": "text", "text": "these."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": " "},
+    ]
+    assert read({"messages": messages}).text == f"User: Add\nthese.\n\nAssistant: {json.dumps(call)}\n\nTool: 4"
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([{"role": "user"}], r"message 1 is not role and content, or from and value, both text \(it has 'role'\)"),
+        ([*MESSAGES, {"content": "x"}], "message 4 is not"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "message 1 is not"),
+        ([{"role": 1, "content": "x"}], "message 1 is not"),
+        ([{"id": 1, "parent_id": 2, "body": "a"}, {"id": 2, "parent_id": 1, "body": "b"}], "2 comments .* in a circle"),
+        ([{"id": 1, "parent_id": 2, "score": 3}], r"a comment has no text .* \(it has 'id', 'parent_id', 'score'\)"),
+    ],
+)
+def test_what_is_no_message_is_a_bad_record(messages, message):
+    with pytest.raises(BadRecordError, match=message) as caught:
+        read({"messages": messages})
+    assert caught.value.problem.kind == "not_a_message"
+
+
+def test_an_empty_or_other_list_is_no_conversation():
+    for value in ([], ["a"], "text", None):
+        with pytest.raises(BadRecordError, match="no text under 'text'"):
+            read({"messages": value})
+
+
+def test_an_answer_follows_what_it_answers():
+    comments = [
+        {"id": "a", "parent_id": "t3_post", "author": "Ann", "body": "First."},
+        {"id": "b", "parent_id": "t3_post", "author": "Bob", "body": "Second."},
+        {"id": "c", "parent_id": "t1_a", "author": "Cid", "body": "To the first."},
+        {"id": "d", "parent_id": "t1_c", "author": "Dee", "body": "Deeper."},
+        {"id": "e", "parent_id": "t1_a", "body": "Without a name."},
+        {"id": "f", "parent_id": None, "author": "Fay", "body": " "},
+    ]
+    decoded = read({"title": "A thread", "selftext": "What do you say?", "comments": comments})
+    assert decoded.text.split("\n\n") == [
+        "A thread",
+        "What do you say?",
+        "Ann: First.",
+        "Cid, to Ann: To the first.",
+        "Dee, to Cid: Deeper.",
+        "Comment, to Ann: Without a name.",
+        "Bob: Second.",
+    ]
+
+
+def test_a_thread_of_any_depth_is_written():
+    comments = [{"id": i, "parent_id": i - 1 or None, "author": f"n{i}", "text": f"t{i}"} for i in range(1, 5001)]
+    lines = read({"comments": comments}).text.split("\n\n")
+    assert lines == ["n1: t1", *(f"n{i}, to n{i - 1}: t{i}" for i in range(2, 5001))]
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_a_column_of_messages_is_read_from_parquet(tmp_path, column):
+    rows = [MESSAGES, [{"role": "user", "content": None}], None, [{"role": None, "content": "x"}]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    config = DataConfig(name="d", paths=[str(tmp_path)], text_column=column)
+    first, empty, null, bad = open_source(config).records()
+    assert (first.payload, first.kind) == (TEXT, "conversation") and not empty.payload
+    assert (null.problem.kind, bad.problem.kind) == ("null", "not_a_message")
