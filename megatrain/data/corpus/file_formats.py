@@ -93,8 +93,8 @@ class TextColumn:
     """The column of a `.parquet` that holds the text; `content.text` is the field `text` of the struct `content`.
 
     A list of messages in that column, or in a file without it, is a conversation. `problem` is what is wrong with every
-    row, if there is no such column or it holds something else; `texts` is not for such a file. `column` is the column
-    to read, `kind` what it holds. Raises `DataError` if there are two columns of that name.
+    row, if there is no such column or it holds something else. `column` is the column to read, `kind` what it holds.
+    Raises `DataError` if there are two columns of that name.
     """
 
     problem: Problem | None = None
@@ -132,11 +132,19 @@ class TextColumn:
         if not any(getattr(types, f"is_{known_kind}")(text) for known_kind in known):
             self.problem = Problem("not_text", f"column {name!r} is {kind}, not text", "set data.text_column")
 
-    def texts(self, batch: Any) -> list[str | bytes | Problem | None]:
-        """Return the texts of a record batch, None for a null, or what is wrong with a conversation."""
-        column = batch.column(self._path[0])
+    def rows(self, batch: Any) -> list[tuple[str | bytes | Problem, Any]]:
+        """Return for each row of a record batch its text or what is wrong with it, and the row if that is known."""
+        if self.problem:
+            return [(self.problem, row) for row in batch.to_pylist()]
+        null = Problem("null", f"no text under {self.column!r}: it is null")
         if self.kind == "conversation":
-            return [None if value is None else render(value, {}) for value in column.to_pylist()]
+            found = [(row, row[self.column]) for row in batch.to_pylist()]
+            return [(null if messages is None else render(messages, {}), row) for row, messages in found]
+        return [(null if text is None else text, None) for text in self._texts(batch)]
+
+    def _texts(self, batch: Any) -> list[bytes | None]:
+        """Return the texts of a record batch, None for a null."""
+        column = batch.column(self._path[0])
         for part in self._path[1:]:
             column = self._pyarrow.compute.struct_field(column, part)
         if self._pyarrow.types.is_dictionary(column.type):

@@ -177,14 +177,11 @@ class FilesSource(Source):
                 groups = range(start, file.num_row_groups if stop is None else stop)
                 row = sum(file.metadata.row_group(group).num_rows for group in range(start))
                 rows = max(file.metadata.num_rows, 1)
-                null = Problem("null", f"no text under {column.column!r}: it is null")
                 columns = None if column.problem else [column.column]
                 for batch in file.iter_batches(64, row_groups=groups, columns=columns):
-                    for value in batch.to_pylist() if column.problem else column.texts(batch):
+                    for value, whole in column.rows(batch):
                         row += 1
-                        yield from self.field(
-                            column.problem or (null if value is None else value), f"{path}:{row}", value, column.kind
-                        )
+                        yield from self.field(value, f"{path}:{row}", whole, column.kind)
                     if not start:
                         self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
