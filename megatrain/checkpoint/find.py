@@ -55,9 +55,12 @@ def tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:
 
 
 def own_dataset(manifest: Manifest) -> Path | None:
-    """Return the dataset folder that a checkpoint's run was trained on, if it exists and is unchanged."""
+    """Return the dataset folder that a checkpoint's run was trained on, if it exists and is unchanged.
+
+    A mixture is not one dataset: None.
+    """
     data = manifest.identity.config.get("data")
-    if not data:
+    if not data or manifest.identity.mixture is not None:
         return None
     folder = Path(data["dir"]) / data["name"]
     same = (folder / CARD).is_file() and Card.load(folder).fingerprint == manifest.identity.dataset_fingerprint

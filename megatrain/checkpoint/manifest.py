@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 
 import xxhash
 
+from megatrain.data.mixture import MixturePlan
 from megatrain.errors import CheckpointError
 from megatrain.optim.loss_scale import LossScaleState
 from megatrain.resilience.atomic_file import write_atomically
@@ -109,6 +110,7 @@ class Identity:
 
     `origin` is the checkpoint that the run was started from by path. Imported weights belong to no run: they have no
     dataset, and `imported_from` is the folder that they came from. `overrides` are in the order they were made.
+    `mixture` is None for a run on one dataset.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +120,7 @@ class Identity:
     origin: str | None = None
     imported_from: str | None = None
     overrides: list[Override] = field(default_factory=list)
+    mixture: MixturePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,8 @@ class Manifest(RunRecord):
         del identity[absent]
         if not self.identity.overrides:
             del identity["overrides"]
+        if self.identity.mixture is None:
+            del identity["mixture"]
         optimizer = self.counters.optimizer
         document: dict[str, Any] = {
             "format": FORMAT_VERSION,

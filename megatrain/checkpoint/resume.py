@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.continued_mixture import MIXTURE_KEYS
 from megatrain.checkpoint.manifest import Manifest, Override, Progress
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.config.flatten import flatten
@@ -75,6 +76,7 @@ OVERRIDES = (
     "train.skip_ranges",
     "train.mask_documents",
     "model.dropout",
+    *MIXTURE_KEYS,
 )
 """Keys that a resume changes only if `checkpoint.override` names them. Weights, moments and position are kept."""
 
@@ -123,11 +125,12 @@ def may_change(key: str) -> bool:
 
 
 def check_resume(
-    saved: Manifest, config: dict[str, Any], dataset_fingerprint: str, origin: str
+    saved: Manifest, config: dict[str, Any], dataset_fingerprint: str | None, origin: str
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue `origin` with another model, data order, optimizer or dataset, except where overridden.
 
-    Return the permitted changes as `{key: (old, new)}`.
+    Return the permitted changes as `{key: (old, new)}`. A mixture has no `dataset_fingerprint`: `continue_mixture`
+    compares its datasets.
 
     Raises:
         CheckpointError: a key changed that may not (the message gives both values), an override cannot be honoured, or
@@ -145,7 +148,7 @@ def check_resume(
     forbidden = [key for key in changed if not may_change(key) and not (key in named and key in OVERRIDES)]
     if forbidden:
         raise CheckpointError(_refusal(origin, {key: changed[key] for key in forbidden}))
-    if identity.dataset_fingerprint != dataset_fingerprint:
+    if dataset_fingerprint is not None and identity.dataset_fingerprint != dataset_fingerprint:
         raise DataError(
             f"the dataset changed since {origin} was written: its fingerprint was {identity.dataset_fingerprint} and "
             f"is now {dataset_fingerprint}; restore the dataset, or start a new run: {_new_run(origin)}"

@@ -236,7 +236,7 @@ def _merged(verb: str, request: Request) -> Any:
         else:
             node = OmegaConf.structured(VERBS[verb])
         for name, value in request.values.items():
-            OmegaConf.update(node, name, value)
+            OmegaConf.update(node, name, value, merge=False)  # a mapping of the command line replaces a file's
     except RecursionError as error:
         own = ", ".join(str(place) for place in (*request.folders, *files.values()))
         raise ConfigError(f"cannot compose the config: a choice in {own} includes itself in its defaults") from error

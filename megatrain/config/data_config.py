@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from typing import Any
 
 from megatrain.config.key import key
 
@@ -13,7 +14,25 @@ class DataConfig:
 
     name: str = key(MISSING, "dataset identity; the prepared dataset is the folder <data.dir>/<data.name>")
     dir: str = key("data", "folder of all prepared datasets", path=True)
-    kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron"))
+    kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron", "mixture"))
+    mixture: dict[str, Any] = key(
+        {},
+        "data=mixture: prepared datasets (names in data.dir, or paths) with their share of the samples: a weight "
+        "{web: 0.7, code: 0.3}, or epochs {web: {epochs: 1}, code: {epochs: 4}}; max_epochs limits a weight: "
+        "{code: {weight: 0.3, max_epochs: 4}}",
+    )
+    mixture_temperature: float | None = key(
+        None,
+        "take the weights from the sizes, as size^(1/temperature): 1 is proportional, more is closer to equal; "
+        "data.mixture={web: null, code: null} then names the datasets alone",
+        above=0,
+        maximum=1e6,
+    )
+    phases: list[Any] = key(
+        [],
+        "later mixtures, in order, each from a step or a number of tokens on: [{from_step: 1000, mixture: {web: 0.5, "
+        "code: 0.5}}] or {from_tokens: 1000000, mixture: ...}",
+    )
     paths: list[str] = key(
         [],
         "files, folders or globs to read, each file by its suffix: text, JSON, Parquet, HTML, also compressed (the "

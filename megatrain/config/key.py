@@ -43,8 +43,8 @@ def key(
         }.items()
         if value is not None
     }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     if default is MISSING:
         return field(default="???", metadata=metadata)  # OmegaConf's mark for a mandatory value
     return field(default=default, metadata=metadata)

@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {_plain(name): _plain(item) for name, item in value.items()}
+        return {str(_plain(name)): _plain(item) for name, item in value.items()}
     return value.text if isinstance(value, QuotedString) else value
 
 
@@ -165,6 +165,7 @@ def describe(hint: Any) -> str:
         list[int]: "a list of whole numbers such as [3,4]",
         list[float]: "a list of numbers such as [0.9,0.95]",
         list[Any]: "a list such as [a,{b:{c:1}}]",
+        dict[str, Any]: "a mapping such as {a: 0.7, b: 0.3}",
         list[list[int]]: "a list of pairs such as [[96,128],[400,480]]",
     }
     return words[kind] + (" or null" if optional else "")
@@ -178,6 +179,8 @@ def fits(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is list:
         (element,) = typing.get_args(kind)
         return isinstance(value, list) and all(element in (str, Any) or fits(element, item) for item in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:

@@ -61,8 +61,11 @@ class IndexedDataset:
 
         Raises `ConfigError` if there is no dataset, `DataError` if it is damaged or has no such split.
         """
-        folder = Path(folder)
-        card = check_dataset(folder)
+        return IndexedDataset.of_card(Path(folder), split, check_dataset(Path(folder)), verify)
+
+    @staticmethod
+    def of_card(folder: Path, split: str, card: Card, verify: bool = True) -> IndexedDataset:
+        """Open a split of a dataset whose card `check_dataset` returned. Raises `DataError` if it has no such split."""
         if split not in card.splits:
             raise DataError(f"{folder}: has no {split} split; prepare it with data.heldout_fraction above 0")
         if not card.splits[split].tokens:
@@ -238,6 +241,11 @@ class ChainedDataset(IndexedDataset):
         """Return the token's offset in its `.bin`."""
         at, offset = self._locate(token)
         return f"{self._part(at).place(offset)} of {self._part(at).name}"
+
+    def pause(self) -> None:
+        """Close all pairs until they are read again."""
+        while self._in_use:
+            self._parts[self._in_use.pop()].pause()
 
     def _locate(self, token: int) -> tuple[int, int]:
         """Return the pair that holds a token, and the token's index in it."""

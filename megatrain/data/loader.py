@@ -17,7 +17,7 @@ import xxhash
 
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.data.dataset import Dataset
-from megatrain.data.order import SampleOrder, merge_ranges, take
+from megatrain.data.order import Order, merge_ranges, take
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.attention import Documents
@@ -62,7 +62,7 @@ class TrainStream:
     def __init__(
         self,
         dataset: Dataset,
-        order: SampleOrder,
+        order: Order,
         *,
         seq_len: int,
         vocab_size: int,

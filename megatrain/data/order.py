@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import xxhash
 
 _ROUNDS = 8
+
+
+class Order(Protocol):
+    """An order of samples: which window of the data is sample k of a run."""
+
+    seq_len: int
+
+    def windows(self, k: np.ndarray) -> np.ndarray:
+        """Return the window (int64, same shape) of each sample number `k` (int64, from 0)."""
 
 
 class SampleOrder:

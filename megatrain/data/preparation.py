@@ -47,7 +47,8 @@ _BAD = "bad_"
 """The start of the names of counts of bad records by reason; `bad` counts them all."""
 _MANY_BAD = 0.01
 """The share of bad records above which the end of `prepare` warns."""
-_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "deduplicate")  # the last: see `_dedup`
+_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "mixture", "mixture_temperature", "phases", "deduplicate")
+"""The last: see `_dedup`."""
 
 
 def prepare(config: PrepareConfig) -> Path:

@@ -50,3 +50,10 @@ def batch_sizes(config: TrainLoopConfig) -> list[int]:
     if config.batch_ramp_start is not None:
         sizes = sorted({batch_size(config, step) for step in range(1, config.batch_ramp_steps + 2)})
     return sizes
+
+
+def samples_before(config: TrainLoopConfig, step: int) -> int:
+    """Return the number of sequences in the steps before `step` (1-based)."""
+    ramped = min(step - 1, config.batch_ramp_steps) if config.batch_ramp_start is not None else 0
+    ramp = sum(batch_size(config, each) for each in range(1, ramped + 1))
+    return ramp + (step - 1 - ramped) * config.global_batch_size

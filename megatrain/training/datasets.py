@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatrain.config import TrainConfig
@@ -11,23 +11,45 @@ from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
+from megatrain.data.mixed_dataset import MixedDataset, Mixture, open_mixture, open_split
+from megatrain.data.mixture import MixtureOrder
+from megatrain.data.order import Order, SampleOrder
 from megatrain.errors import ConfigError, DataError
+from megatrain.optim.schedule import samples_before
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's opened dataset. In `config` the vocabulary size is filled in."""
+    """A run's opened data: one dataset, or a mixture of several. In `config` the vocabulary size is filled in.
+
+    `heldout` has the held-out splits by source; a run on one dataset has one, by the name "". `folder` is that of the
+    dataset, or of a mixture's first source.
+    """
 
     config: TrainConfig
     folder: Path
     card: Card
-    train: IndexedDataset
-    heldout: IndexedDataset | None
+    train: IndexedDataset | MixedDataset
+    heldout: dict[str, IndexedDataset]
+    mixture: Mixture | None = None
 
     @property
     def fingerprint(self) -> str:
-        """The hash that identifies the dataset."""
+        """The hash that identifies the dataset, or the mixture and its datasets."""
         return self.card.fingerprint
+
+    @property
+    def order(self) -> Order:
+        """The order of the training samples."""
+        seq_len, seed = self.config.train.seq_len, self.config.seed
+        if self.mixture is not None:
+            return MixtureOrder(self.mixture.plan, "train", seq_len, seed)
+        return SampleOrder(self.fingerprint, "train", seq_len, self.train.num_tokens, seed)
+
+    def continued(self, mixture: Mixture) -> RunData:
+        """Return the data of a run that continues a mixture's plan."""
+        train = MixedDataset(mixture, self.config.train.seq_len, self.config.data.verify)
+        return replace(self, mixture=mixture, card=mixture.card(self.card.name), train=train)
 
     @property
     def end_of_document(self) -> int | None:
@@ -46,6 +68,8 @@ def open_data(config: TrainConfig) -> RunData:
         ConfigError: the tokenizer has more tokens than the model, evaluation is on but there is no held-out data, or
             documents should be masked but do not end with the tokenizer's end-of-document token.
     """
+    if mixture := open_mixture(config, samples_before):
+        return _open_mixed(config, mixture)
     folder = Path(config.data.dir) / config.data.name
     train = IndexedDataset.open(folder, "train", config.data.verify)
     config = with_vocabulary(config, train.card, folder)
@@ -54,9 +78,9 @@ def open_data(config: TrainConfig) -> RunData:
             f"{train.name} holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
             f"needs {config.train.seq_len + 1}; use a smaller train.seq_len or more data"
         )
-    heldout = None
-    if "heldout" in train.card.splits and train.card.splits["heldout"].tokens > 1:
-        heldout = IndexedDataset.open(folder, "heldout", config.data.verify)
+    heldout = {}
+    if _has_heldout(train.card):
+        heldout[""] = IndexedDataset.open(folder, "heldout", config.data.verify)
     elif config.train.eval_every:
         raise ConfigError(
             f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "
@@ -67,24 +91,54 @@ def open_data(config: TrainConfig) -> RunData:
     return data
 
 
+def _has_heldout(card: Card) -> bool:
+    return "heldout" in card.splits and card.splits["heldout"].tokens > 1
+
+
+def _open_mixed(config: TrainConfig, mixture: Mixture) -> RunData:
+    """Open a mixture, whose cards have been read. Raises as `open_data`."""
+    card = mixture.card(config.data.name)
+    config = with_vocabulary(config, card, mixture.folder)
+    first = mixture.plan.phases[0].weights
+    names = [name for name, source in mixture.cards.items() if _has_heldout(source)]
+    if config.train.eval_every and not any(name in first for name in names):
+        raise ConfigError(
+            f"train.eval_every={config.train.eval_every}, but no dataset of data.mixture has a held-out split; prepare "
+            f"one with data.heldout_fraction above 0 or set train.eval_every=0"
+        )
+    verify = config.data.verify
+    heldout = {name: open_split(mixture, name, "heldout", verify) for name in names}
+    train = MixedDataset(mixture, config.train.seq_len, verify)
+    data = RunData(config, mixture.folder, card, train, heldout, mixture)
+    _check_document_ends(data)
+    return data
+
+
 def _check_document_ends(data: RunData) -> None:
     """Refuse to mask documents if they do not end with the end-of-document token."""
     end = data.end_of_document
     if end is None:
         return
-    last = next(ids for ids in data.train.documents() if len(ids))[-1]
-    if last != end:
-        raise ConfigError(
-            f"train.mask_documents=true: a document should end with token {end}, as {data.folder}'s tokenizer says, "
-            f"but its first document ends with {last}; name the tokenizer that made the data when preparing it, "
-            f"make the data with end-of-document tokens (Megatron-LM: --append-eod), or set train.mask_documents=false"
-        )
+    for dataset in data.train.sources() if isinstance(data.train, MixedDataset) else [data.train]:
+        last = next(ids for ids in dataset.documents() if len(ids))[-1]
+        if last != end:
+            raise ConfigError(
+                f"train.mask_documents=true: a document should end with token {end}, as {dataset.folder}'s tokenizer "
+                f"says, but its first document ends with {last}; name the tokenizer that made the data when preparing "
+                f"it, make the data with end-of-document tokens (Megatron-LM: --append-eod), or set "
+                f"train.mask_documents=false"
+            )
 
 
 @dataclass(frozen=True)
 class HeldoutShare:
-    """The held-out batches of one data-parallel rank."""
+    """The held-out batches of one data-parallel rank, from one source.
 
+    `source` is "" for a run on one dataset. `weight` is the source's in the run's held-out loss.
+    """
+
+    source: str
+    weight: float
     dataset: IndexedDataset
     config: TrainConfig
     dp_rank: int

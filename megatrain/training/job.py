@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatrain.checkpoint.continued_mixture import continue_mixture
 from megatrain.checkpoint.manifest import Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import OVERRIDES, UNTOLD, check_resume, take_over
@@ -22,7 +23,8 @@ from megatrain.checkpoint.store import CheckpointStore
 from megatrain.checkpoint.weights import Transfer, check_tokenizer, plan_transfer
 from megatrain.config import OptimConfig, TrainConfig
 from megatrain.data.loader import TrainStream, in_sample_order, step_hash
-from megatrain.data.order import SampleOrder, merge_ranges
+from megatrain.data.mixture import seen_shares
+from megatrain.data.order import Order, merge_ranges
 from megatrain.distributed.devices import peak_flops
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.distributed.waits import timed_waits
@@ -30,7 +32,7 @@ from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.optim.schedule import batch_size, learning_rate
+from megatrain.optim.schedule import batch_size, learning_rate, samples_before
 from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.fault_classes import PEER, USER, classify
 from megatrain.resilience.owner import Ownership
@@ -112,6 +114,8 @@ class RankJob:
             self._record_failure(error)
             raise
         if self.has_begun:  # a finished run that is started again records nothing
+            if shares := self._shares(self.progress):
+                self.journal.event("mixture", self.progress.step, sources=shares)
             self.journal.finish(status, self.progress.step, **self._peak_memory())
         return status
 
@@ -125,6 +129,8 @@ class RankJob:
                 return "done"
         elif origin:
             self._begin_from(origin)
+        if self.data.mixture:
+            self.data.mixture.check_caps(self._last_sample())
         engine = build_engine(self.config, self.world)
         if origin:
             self.world.heartbeat.enter("load")
@@ -160,7 +166,10 @@ class RankJob:
     def _resume_from(self, origin: Origin) -> None:
         """Check that the run may continue from a checkpoint, and take over its progress."""
         saved = origin.manifest
-        changed = check_resume(saved, asdict(self.config), self.data.fingerprint, str(origin.folder))
+        mixture, folder = self.data.mixture, str(origin.folder)
+        changed = check_resume(saved, asdict(self.config), None if mixture else self.data.fingerprint, folder)
+        if mixture:
+            self.data = self.data.continued(continue_mixture(saved, mixture, self.config.train, changed, folder))
         progress, self.overrides = take_over(saved, changed)
         self.progress.assign(progress)
         self.changes = {key: values for key, values in changed.items() if key not in UNTOLD}
@@ -223,6 +232,7 @@ class RankJob:
                     stop=self.stop,
                     rollback=rollback,
                     slow_ranks=slow_ranks,
+                    shares=self._shares,
                     identity=self._identity(origin),
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
@@ -232,10 +242,13 @@ class RankJob:
             stream.close()
 
     @cached_property
-    def _order(self) -> SampleOrder:
-        return SampleOrder(
-            self.data.fingerprint, "train", self.config.train.seq_len, self.data.train.num_tokens, self.config.seed
-        )
+    def _order(self) -> Order:
+        return self.data.order
+
+    def _last_sample(self) -> int:
+        """Return the sample after the last one that the run reads if it skips nothing more."""
+        loop, step = self.config.train, self.progress.step
+        return self.progress.cursor + samples_before(loop, loop.steps + 1) - samples_before(loop, step + 1)
 
     def _stream(self) -> TrainStream:
         config = self.config
@@ -255,11 +268,22 @@ class RankJob:
             pin_memory=self.on_gpu,
         )
 
-    def _heldout(self) -> HeldoutShare | None:
-        if self.data.heldout is None:
-            return None
-        dp_rank = self.layout.dp_rank(self.world.rank)
-        return HeldoutShare(self.data.heldout, self.config, dp_rank, self.layout.dp, self.data.end_of_document)
+    def _heldout(self) -> list[HeldoutShare]:
+        """Return this rank's held-out shares. What the run began with weighs them, so their mean stays comparable."""
+        dp_rank, mixture = self.layout.dp_rank(self.world.rank), self.data.mixture
+        weights: Mapping[str, float] = mixture.plan.phases[0].weights if mixture else {"": 1.0}
+        return [
+            HeldoutShare(
+                *(name, weights.get(name, 0), dataset, self.config, dp_rank, self.layout.dp, self.data.end_of_document)
+            )
+            for name, dataset in self.data.heldout.items()
+        ]
+
+    def _shares(self, progress: Progress) -> dict[str, Any]:
+        """Return what the run has seen of each source of its mixture; empty for one dataset."""
+        if self.data.mixture is None:
+            return {}
+        return seen_shares(self.data.mixture.plan, progress.cursor, progress.skip_ranges)
 
     @contextmanager
     def _clock(self) -> Iterator[Clock]:
@@ -291,6 +315,7 @@ class RankJob:
             engine=self.config.engine.name,
             origin=origin.began_from if origin else None,
             overrides=self.overrides,
+            mixture=self.data.mixture.plan if self.data.mixture else None,
         )
 
     def _trackers(self) -> Trackers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,7 +54,15 @@ class Journal(Protocol):
 
 
 class Heldout(Protocol):
-    """This rank's share of the held-out data."""
+    """This rank's share of the held-out data of one source."""
+
+    @property
+    def source(self) -> str:
+        """The source's name in the records; "" for a run on one dataset."""
+
+    @property
+    def weight(self) -> float:
+        """The source's relative weight in the run's held-out loss."""
 
     def batches(self) -> Iterable[MicroBatch]:
         """Return the batches, starting with the first."""
@@ -120,11 +128,14 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Parts:
-    """The trainer's collaborators. `identity` goes into every checkpoint."""
+    """The trainer's collaborators. `identity` goes into every checkpoint.
+
+    `shares` returns what the run has seen of each source of a mixture (empty: one dataset).
+    """
 
     engine: Engine
     stream: Iterator[StepBatch]
-    heldout: Heldout | None
+    heldout: Sequence[Heldout]
     store: Store
     journal: Journal
     exchange: Exchange
@@ -132,5 +143,6 @@ class Parts:
     stop: StopSignal
     rollback: Rollback
     slow_ranks: SlowRanks
+    shares: Callable[[Progress], dict[str, Any]]
     identity: Identity
     throughput: Throughput

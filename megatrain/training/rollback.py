@@ -16,7 +16,7 @@ from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.loader import TrainStream
-from megatrain.data.order import SampleOrder, merge_ranges, take
+from megatrain.data.order import Order, merge_ranges, take
 from megatrain.distributed.world import World
 from megatrain.engine.protocol import Engine
 from megatrain.errors import CheckpointError
@@ -40,7 +40,7 @@ class CheckpointRollback:
     memory: MemoryStore | None
     journal: Journal
     stream: TrainStream
-    order: SampleOrder
+    order: Order
     batch_size: Callable[[int], int]
     skip_steps: int
     not_before: int = 0

@@ -16,6 +16,7 @@ from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.errors import DivergedError
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, report
+from megatrain.training.evaluation import Evaluation
 from megatrain.training.exchange import JobReport, RankReport
 from megatrain.training.in_flight import InFlight, SubmittedStep
 from megatrain.training.protocols import Parts
@@ -214,17 +215,18 @@ class Trainer:
 
     def _evaluate_if_due(self, record: dict[str, Any]) -> float:
         """Evaluate if this is an evaluation step or the last step; return the seconds it took."""
-        every, step, heldout = self.config.train.eval_every, record["step"], self.parts.heldout
+        every, step = self.config.train.eval_every, record["step"]
         is_last = step == self.config.train.steps
-        if heldout is None or not (is_last or (every and step % every == 0)):
+        if not self.parts.heldout or not (is_last or (every and step % every == 0)):
             return 0.0
         started = time.perf_counter()
-        loss_sum, tokens = self.parts.engine.evaluate(self._with_signs_of_life(heldout.batches(), step))
-        loss = float(loss_sum) / max(1, int(tokens))
-        record["heldout_loss"] = loss
-        detail = {"heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
-        if heldout.bytes_per_token:
-            detail["bits_per_byte"] = loss / math.log(2) / heldout.bytes_per_token
+        evaluation = Evaluation()
+        for share in self.parts.heldout:
+            loss_sum, tokens = self.parts.engine.evaluate(self._with_signs_of_life(share.batches(), step))
+            evaluation.add(share, float(loss_sum), int(tokens))
+        loss = evaluation.loss
+        record |= evaluation.metrics()
+        detail = evaluation.detail() | ({"sources": shares} if (shares := self.parts.shares(self.progress)) else {})
         seen = self.progress.early_stop
         best = seen.best_heldout_loss
         if math.isfinite(loss) and (best is None or loss < best - self.config.train.early_stop_min_delta):

@@ -230,6 +230,11 @@ def training_dataset(loaded: Loaded) -> Path:
     data = loaded.run_config().get("data")
     if loaded.manifest is None or not data:
         raise ConfigError(f"data: {loaded.folder} does not record a dataset; give data=<prepared dataset or text file>")
+    if mixture := loaded.manifest.identity.mixture:
+        raise ConfigError(
+            f"data: the model was trained on a mixture of {', '.join(mixture.sources)}; give one of them, for example "
+            f"data={Path(data['dir']) / next(iter(mixture.sources))}"
+        )
     folder = Path(data["dir"]) / str(data["name"])
     if not folder.exists():
         raise ConfigError(f"data: the run's dataset {folder} does not exist; give data=<prepared dataset or text file>")

@@ -23,6 +23,7 @@ from megatrain.config import InspectConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.card import Card
 from megatrain.data.indexed_dataset import verify_dataset
+from megatrain.data.mixture import seen_shares
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -119,6 +120,7 @@ def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
     printer.title(f"checkpoint {folder}")
     if found.manifest:
         printer.facts(checkpoint_facts(found.manifest))
+        printer.table("mixture", ("source", "samples", "share", "weight now", "epochs"), mixture_rows(found.manifest))
         printer.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
         printer.table("config", ("key", "value"), highlights(found.manifest.identity.config))
     printer.table("files", ("file", "bytes", "checksum"), file_rows(folder, found))
@@ -144,6 +146,17 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
         "dataset": identity.dataset_fingerprint or "none",
         "imported from": identity.imported_from,
     }
+
+
+def mixture_rows(manifest: Manifest) -> list[list[str]]:
+    """Return a row for each source of a mixture: what the run has seen of it, without skipped samples."""
+    plan, progress = manifest.identity.mixture, manifest.progress
+    if plan is None:
+        return []
+    return [
+        [name, f"{seen['samples']:,}", f"{seen['share']:.4%}", f"{seen['weight']:.4%}", f"{seen['epochs']:.3f}"]
+        for name, seen in seen_shares(plan, progress.cursor, progress.skip_ranges).items()
+    ]
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:

@@ -28,8 +28,10 @@ from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
 from megatrain.data.corpus.file_search import matches
+from megatrain.data.mixed_dataset import open_mixture
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.optim.schedule import samples_before
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.places import require
 from megatrain.verbs.start_checks import check_origin, prepare_command
@@ -47,12 +49,17 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_installed(config)
-        if not is_launched() and not (Path(config.data.dir) / config.data.name).is_dir():
-            check_sources(config.data)
-            check_tokenizer(config.tokenizer)
-        card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
+        mixture = open_mixture(config, samples_before)
+        if mixture is not None:
+            card = mixture.card(config.data.name)
+            check_documents(config.data, config.train.mask_documents, card, mixture.folder)
+        else:
+            if not is_launched() and not (Path(config.data.dir) / config.data.name).is_dir():
+                check_sources(config.data)
+                check_tokenizer(config.tokenizer)
+            card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
         if not is_launched():  # ranks check it themselves, with verified files
-            check_origin(config, card)
+            check_origin(config, card, mixture)
     if isinstance(config, PrepareConfig):
         check_tokenizer(config.tokenizer)
         check_sources(config.data)
@@ -112,6 +119,12 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool, command: str 
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     card = check_dataset(folder)
+    check_documents(config, mask_documents, card, folder)
+    return card
+
+
+def check_documents(config: DataConfig, mask_documents: bool, card: Card, folder: Path) -> None:
+    """Check that documents begin with BOS if the config says so, and that their ends are known if they matter."""
     if config.bos and (card.tokenizer is None or card.tokenizer.beginning_of_document is None):
         raise ConfigError(
             f"data.bos=true: the documents of {folder} do not begin with BOS; prepare them again with data.bos=true "
@@ -122,7 +135,6 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool, command: str 
             f"train.mask_documents=true: {folder} has no tokenizer, so its end-of-document token is unknown; prepare "
             f"it with the tokenizer that made it (tokenizer=hf tokenizer.path=...) or set train.mask_documents=false"
         )
-    return card
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from megatrain.config import TrainConfig
 from megatrain.data.card import Card, with_vocabulary
+from megatrain.data.mixed_dataset import open_mixture
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import EnvironmentFault
 from megatrain.model.count import flops_per_token
+from megatrain.optim.schedule import samples_before
 
 GPU_VARIABLES = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 """Variables that Slurm sets in a job that was given GPUs: their number, and their indices, which begin at 0."""
@@ -44,8 +46,9 @@ def check_gpus(config: TrainConfig, has_gpu: bool, environ: Mapping[str, str] = 
 
 def warnings(config: TrainConfig, has_gpu: bool) -> Iterator[str]:
     """Yield warnings about a job that is too large for its dataset or this machine. The dataset was checked before."""
-    folder = Path(config.data.dir) / config.data.name
-    card = Card.load(folder)
+    mixture = open_mixture(config, samples_before)
+    folder = mixture.folder if mixture else Path(config.data.dir) / config.data.name
+    card = mixture.card(config.data.name) if mixture else Card.load(folder)
     config = with_vocabulary(config, card, folder)
     loop, ranks, cores = config.train, config.launch.nproc_per_node, usable_cores()
     tokens = loop.global_batch_size * loop.seq_len
@@ -53,7 +56,8 @@ def warnings(config: TrainConfig, has_gpu: bool) -> Iterator[str]:
     if tokens > available:
         yield (
             f"a step reads {tokens:,} tokens (train.global_batch_size={loop.global_batch_size} x "
-            f"train.seq_len={loop.seq_len}), but {folder} has {available:,} to train on: each is read "
+            f"train.seq_len={loop.seq_len}), but "
+            f"{config.data.name if mixture else folder} has {available:,} to train on: each is read "
             f"{tokens / available:.1f} times a step"
         )
     if has_gpu:

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.continued_mixture import continue_mixture
 from megatrain.checkpoint.find import model_of, peek, tokenizer_folder
-from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume
@@ -23,8 +24,10 @@ from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PAT
 from megatrain.config.compose import compose, last_words, read_overrides
 from megatrain.config.values import quoted
 from megatrain.data.card import Card, with_vocabulary
+from megatrain.data.mixed_dataset import Mixture
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.optim.schedule import samples_before
 from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 from megatrain.verbs.places import require
 
@@ -74,7 +77,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def check_origin(config: TrainConfig, card: Card) -> None:
+def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None) -> None:
     """Refuse a resume, or a start from weights, that the ranks would refuse.
 
     Raises:
@@ -93,12 +96,20 @@ def check_origin(config: TrainConfig, card: Card) -> None:
         refuse_to_overwrite(checkpoints)
     if resume == "auto":
         refuse_if_lost(run_dir)
-    dataset = Path(config.data.dir) / config.data.name
+    dataset = mixture.folder if mixture else Path(config.data.dir) / config.data.name
     config = with_vocabulary(config, card, dataset)
     if found := _to_continue(resume, checkpoints):
         folder, manifest = found
-        check_resume(manifest, asdict(config), card.fingerprint, str(folder))
-    elif origin is not None and resume in ("auto", "never") and (weights := peek(Path(origin))):
+        changed = check_resume(manifest, asdict(config), None if mixture else card.fingerprint, str(folder))
+        if mixture:
+            mixture = continue_mixture(manifest, mixture, config.train, changed, str(folder))
+        done = manifest.progress
+    else:
+        done = Progress()
+    if mixture is not None:
+        loop = config.train
+        mixture.check_caps(done.cursor + samples_before(loop, loop.steps + 1) - samples_before(loop, done.step + 1))
+    if found is None and origin is not None and resume in ("auto", "never") and (weights := peek(Path(origin))):
         folder, manifest = weights
         plan_transfer(folder, manifest, config.model, config.checkpoint.override)
         check_tokenizer(folder, manifest, card, dataset, config.checkpoint.override)

@@ -24,6 +24,7 @@ from megatrain.config.arithmetic import divisors, either, nearest
 from megatrain.config.compose import key_types
 from megatrain.config.model_checks import check_model
 from megatrain.config.suggest import did_you_mean
+from megatrain.data.mixture_settings import KIND, read_phases
 from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError
 from megatrain.kernels import MAX_ROW
@@ -44,6 +45,7 @@ def check_values(config: Any) -> None:
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
         check_source(config.data)
+        read_phases(config.data)
     if isinstance(config, LayoutsConfig):
         check_model(config.model)  # the rest depends on the layout: layouts.py checks it
     elif isinstance(config, TrainConfig):
@@ -51,6 +53,7 @@ def check_values(config: Any) -> None:
         check_folder_name("run.name", config.run.name or "")
         if config.run.sweep is not None:
             check_folder_name("run.sweep", config.run.sweep)
+        read_phases(config.data)
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
@@ -119,6 +122,11 @@ def check_kernels(config: TrainConfig) -> None:
 
 def check_source(config: DataConfig) -> None:
     """Check that the data source names what to read."""
+    if config.kind == KIND:
+        raise ConfigError(
+            "data=mixture trains on datasets that are prepared already, so there is nothing to prepare; prepare each "
+            "of them by its own name, for example with data=files data.name=web"
+        )
     if config.kind in ("files", "megatron") and not config.paths:
         raise ConfigError(
             f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"

@@ -149,7 +149,7 @@ def trainer(
     parts = Parts(
         engine=engine,
         stream=stream(),
-        heldout=SimpleNamespace(batches=lambda: ["batch"], bytes_per_token=4.0),
+        heldout=[SimpleNamespace(source="", weight=1.0, batches=lambda: ["batch"], bytes_per_token=4.0)],
         store=FakeStore(copies_every=copies_every),
         journal=FakeJournal(),
         exchange=alone(),
@@ -157,6 +157,7 @@ def trainer(
         stop=FakeStop(engine, stop_at),
         rollback=rollback,
         slow_ranks=lambda step, own_times: None,
+        shares=lambda progress: {},
         identity=Identity(),
         throughput=Throughput(3, None),
     )

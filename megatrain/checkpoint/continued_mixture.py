@@ -1,0 +1,103 @@
+"""The mixture of a resumed run: what it has read stays as it was, what lies ahead may be changed on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.config import DataConfig, TrainLoopConfig
+from megatrain.data.mixed_dataset import Mixture
+from megatrain.data.mixture import MixturePlan, Phase
+from megatrain.data.mixture_settings import PhaseSetting, first_sample, phase_weights, place_phases, read_phases
+from megatrain.errors import CheckpointError, DataError
+from megatrain.optim.schedule import samples_before
+
+MIXTURE_KEYS = ("data.mixture", "data.mixture_temperature", "data.phases")
+PLAN_KEYS = (
+    *MIXTURE_KEYS,
+    "train.global_batch_size",
+    "train.batch_ramp_start",
+    "train.batch_ramp_increment",
+    "train.batch_ramp_steps",
+)
+"""Keys that decide where phases begin, or what they are mixed of."""
+
+
+def continue_mixture(
+    saved: Manifest, mixture: Mixture, loop: TrainLoopConfig, changed: Iterable[str], origin: str
+) -> Mixture:
+    """Return the mixture with the plan to go on with: the checkpoint's, or its past and what the config says next.
+
+    `changed` are the keys that differ. A changed `data.mixture` holds from the checkpoint's sample on; the steps of
+    later phases are counted from there.
+
+    Raises:
+        CheckpointError: the run had no mixture, or a changed key speaks of samples that it has passed.
+        DataError: a source is not the dataset that it was.
+    """
+    old = saved.identity.mixture
+    if old is None:
+        raise CheckpointError(
+            f"data.mixture: {origin} was trained on one dataset, so its past is no mixture; start a new run from its "
+            f"weights: run.name=<new name> checkpoint.init_from={origin} (in place of any checkpoint.resume)"
+        )
+    for name, source in old.sources.items():
+        if name in mixture.plan.sources and mixture.plan.sources[name] != source:
+            raise DataError(
+                f"the dataset {name} changed since {origin} was written: its fingerprint was {source.fingerprint} and "
+                f"is now {mixture.plan.sources[name].fingerprint}; restore {mixture.folders[name]}"
+            )
+    if not set(PLAN_KEYS) & set(changed):
+        return mixture.continued(old)
+    before = read_phases(_data_config(saved.identity.config.get("data", {})))
+    return mixture.continued(_plan_ahead(saved, old, before, mixture, loop))
+
+
+def _plan_ahead(
+    saved: Manifest, old: MixturePlan, before: list[PhaseSetting], mixture: Mixture, loop: TrainLoopConfig
+) -> MixturePlan:
+    cursor, step = saved.progress.cursor, saved.step
+
+    def has_begun(setting: PhaseSetting) -> bool:
+        if setting.from_step is not None:
+            return setting.from_step <= step
+        return first_sample(setting, loop.seq_len, lambda _: 0) < cursor
+
+    begun = [[phase for phase in phases[1:] if has_begun(phase)] for phases in (before, mixture.phases)]
+    if begun[0] != begun[1]:
+        raise CheckpointError(
+            f"data.phases: the run is at step {step} (sample {cursor}), so the phases that have begun must stay as "
+            f"they were ({', '.join(phase.place for phase in begun[0]) or 'none had begun'}); change only those that "
+            f"begin at step {step + 1} or later"
+        )
+    past = [phase for phase in old.phases if phase.start < cursor]
+    sources = {**old.sources, **mixture.plan.sources}
+    if _of_first(before) != _of_first(mixture.phases):
+        if begun[0]:
+            raise CheckpointError(
+                f"data.mixture: the run is at step {step}, where {begun[0][-1].place} has replaced it; restore "
+                f"data.mixture, and change the future with a phase from_step: {step + 1} or later"
+            )
+        past.append(Phase(cursor, phase_weights(mixture.phases[0], sources)))
+    elif not past:
+        past = [old.phases[0]]
+    ahead = place_phases(
+        mixture.phases[1 + len(begun[1]) :],
+        sources,
+        loop.seq_len,
+        lambda first: cursor + samples_before(loop, first) - samples_before(loop, step + 1),
+    )
+    if past[-1].start >= (ahead[0].start if ahead else cursor + 1):
+        past.pop()  # nothing was read of it: the next phase begins at the same sample
+    return MixturePlan({name: sources[name] for name in sorted(sources)}, [*past, *ahead])
+
+
+def _of_first(phases: list[PhaseSetting]) -> Any:
+    return (phases[0].sources, phases[0].temperature) if phases else None
+
+
+def _data_config(saved: dict[str, Any]) -> DataConfig:
+    known = {f.name for f in fields(DataConfig)}
+    return DataConfig(**{name: value for name, value in saved.items() if name in known})

@@ -1,0 +1,208 @@
+"""The prepared datasets of a mixture: their cards, checked against one another, and their tokens as one dataset.
+
+Opening reads cards alone; the files of a source are opened when it is first read. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.config import DataConfig, TrainConfig, TrainLoopConfig
+from megatrain.config.suggest import did_you_mean
+from megatrain.data.card import CARD, Card, SplitCard, check_dataset
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.mixture import MixturePlan, PlannedSource, first_windows
+from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, check_caps, make_plan, read_phases
+from megatrain.errors import ConfigError, DataError
+
+_MAX_OPEN = 64
+"""Sources whose files are open at once; a process may often open no more than 1,024 files."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A run's mixture: its settings, its plan, and the folder and the card of each source by name."""
+
+    phases: list[PhaseSetting]
+    plan: MixturePlan
+    folders: dict[str, Path]
+    cards: dict[str, Card]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the first source; all have its tokenizer."""
+        return next(iter(self.folders.values()))
+
+    def card(self, name: str) -> Card:
+        """Return a card of the whole: the fingerprint of the plan, the common tokenizer, and the sizes together."""
+        splits = {}
+        for split in ("train", "heldout"):
+            if parts := [card.splits[split] for card in self.cards.values() if split in card.splits]:
+                splits[split] = _together(parts)
+        sources = {source: card.fingerprint for source, card in self.cards.items()}
+        tokenizer = next((card.tokenizer for card in self.cards.values()), None)
+        return Card(name, self.plan.fingerprint, splits, tokenizer, source={"sources": sources})
+
+    def check_caps(self, end: int) -> None:
+        """Refuse a run of `end` samples that reads a source more often than its `max_epochs`. Raises ConfigError."""
+        check_caps(self.phases, self.plan, end)
+
+    def continued(self, plan: MixturePlan) -> Mixture:
+        """Return the mixture with the plan that a resumed run continues."""
+        return replace(self, plan=plan)
+
+
+def _together(parts: list[SplitCard]) -> SplitCard:
+    sizes = [part.bytes for part in parts if part.bytes is not None]
+    return SplitCard(
+        documents=sum(part.documents for part in parts),
+        bytes=sum(sizes) if len(sizes) == len(parts) else None,
+        tokens=sum(part.tokens for part in parts),
+        dtype=np.result_type(*(part.dtype for part in parts)).name,
+        bin_size=sum(part.bin_size for part in parts),
+        idx_size=sum(part.idx_size for part in parts),
+        idx_hash="",
+        block_hashes=[],
+    )
+
+
+def open_mixture(config: TrainConfig, samples_before: Callable[[TrainLoopConfig, int], int]) -> Mixture | None:
+    """Read the cards of a run's mixture and plan it; None if the run is on one dataset.
+
+    `samples_before` returns how many samples precede a step (`optim/schedule.py`).
+
+    Raises:
+        ConfigError: a dataset is missing or was made with another tokenizer, or a setting is wrong. Names the key.
+        DataError: a dataset is damaged, or too short for one sample.
+    """
+    phases = read_phases(config.data)
+    if not phases:
+        return None
+    folders: dict[str, Path] = {}
+    cards: dict[str, Card] = {}
+    for phase in phases:
+        for name, source in sorted(phase.sources.items()):
+            if name not in cards:
+                folders[name] = _folder(config.data, phase, source)
+                cards[name] = check_dataset(folders[name])
+    folders, cards = dict(sorted(folders.items())), dict(sorted(cards.items()))
+    _check_tokenizers(folders, cards)
+    _check_apart(folders, cards)
+    seq_len = config.train.seq_len
+    planned = {name: _planned(folders[name], card, seq_len) for name, card in cards.items()}
+    plan = make_plan(phases, planned, seq_len, partial(samples_before, config.train))
+    return Mixture(phases, plan, folders, cards)
+
+
+def _folder(config: DataConfig, phase: PhaseSetting, source: SourceSetting) -> Path:
+    """Return the folder of a source. Raises ConfigError if it is not a prepared dataset."""
+    folder = Path(source.place).expanduser() if "/" in source.place else Path(config.dir) / source.place
+    if not (folder / CARD).is_file():
+        prepared = sorted(card.parent.name for card in folder.parent.glob(f"*/{CARD}"))
+        known = f" (prepared there so far: {', '.join(prepared[:8])})" if prepared else ""
+        raise ConfigError(
+            f"{phase.key}.{source.place}: there is no prepared dataset at {folder}"
+            f"{did_you_mean('', source.name, prepared)}{known}; make it with: megatrain prepare data=... "
+            f"data.dir={folder.parent} data.name={source.name}"
+        )
+    return folder
+
+
+def _check_tokenizers(folders: dict[str, Path], cards: dict[str, Card]) -> None:
+    first, *others = cards
+    ours = cards[first].tokenizer
+    for name in others:
+        theirs = cards[name].tokenizer
+        if ours == theirs:
+            continue
+        if ours is None or theirs is None:
+            known, unknown = (first, name) if ours else (name, first)
+            raise ConfigError(
+                f"data.mixture: {folders[unknown]} names no tokenizer and {folders[known]} does; adopt {unknown} again "
+                f"with tokenizer.path={folders[known] / 'tokenizer'} if that made its ids"
+            )
+        differing = next(key for key in vars(ours) if getattr(ours, key) != getattr(theirs, key))
+        raise ConfigError(
+            f"data.mixture: {first} and {name} were prepared with different tokenizers (their {differing}: "
+            f"{getattr(ours, differing)} and {getattr(theirs, differing)}), so equal ids mean different text; prepare "
+            f"{name} again with tokenizer={ours.kind} tokenizer.path={folders[first] / 'tokenizer'}"
+        )
+
+
+def _check_apart(folders: dict[str, Path], cards: dict[str, Card]) -> None:
+    seen: dict[str, str] = {}
+    for name, card in cards.items():
+        if other := seen.get(card.fingerprint):
+            raise ConfigError(
+                f"data.mixture: {folders[other]} and {folders[name]} hold the same data, which would be read in the "
+                f"same order twice; name it once, with the larger weight"
+            )
+        seen[card.fingerprint] = name
+
+
+def _planned(folder: Path, card: Card, seq_len: int) -> PlannedSource:
+    tokens = card.splits["train"].tokens if "train" in card.splits else 0
+    if tokens <= seq_len:
+        raise DataError(
+            f"{folder} holds {tokens} tokens to train on, one sample of train.seq_len={seq_len} needs {seq_len + 1}; "
+            "leave it out of data.mixture, use a smaller train.seq_len or prepare more data"
+        )
+    return PlannedSource(card.fingerprint, (tokens - 1) // seq_len)
+
+
+class MixedDataset:
+    """The train splits of a mixture's sources as one `Dataset` for `MixtureOrder`, one after another.
+
+    A source takes whole windows: its first token is at first_windows[source] * seq_len. A window ends in its source.
+    """
+
+    def __init__(self, mixture: Mixture, seq_len: int, verify: bool) -> None:
+        self._mixture, self._verify = mixture, verify
+        self._names = list(mixture.plan.sources)
+        self._starts = first_windows(mixture.plan) * seq_len
+        self._opened: dict[str, IndexedDataset] = {}
+        self._in_use: list[str] = []  # those whose files are open, the latest last
+        self.name = f"the mixture of {', '.join(self._names)}"
+        self.num_tokens = int(self._starts[-1]) + 1
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return token ids `[start, start + count)` of one source as a new int64 array."""
+        name, offset = self._locate(start)
+        return self._source(name).read(offset, count)
+
+    def place(self, token: int) -> str:
+        """Return where a token is stored: its source's file, and its offset there."""
+        name, offset = self._locate(token)
+        source = self._source(name)
+        return f"{source.place(offset)} of {source.name}"
+
+    def sources(self) -> list[IndexedDataset]:
+        """Open every source and return them all."""
+        return [self._source(name) for name in self._mixture.cards]
+
+    def _locate(self, token: int) -> tuple[str, int]:
+        at = int(np.searchsorted(self._starts, token, side="right")) - 1
+        at = min(at, len(self._names) - 1)  # the token after the last window
+        return self._names[at], token - int(self._starts[at])
+
+    def _source(self, name: str) -> IndexedDataset:
+        """Return a source, and close the files of the one that was used longest ago if too many are open."""
+        if name not in self._in_use:
+            if name not in self._opened:
+                self._opened[name] = open_split(self._mixture, name, "train", self._verify)
+            if len(self._in_use) >= _MAX_OPEN:
+                self._opened[self._in_use.pop(0)].pause()
+        else:
+            self._in_use.remove(name)
+        self._in_use.append(name)
+        return self._opened[name]
+
+
+def open_split(mixture: Mixture, name: str, split: str, verify: bool) -> IndexedDataset:
+    """Open a split of one source, whose card has been checked."""
+    return IndexedDataset.of_card(mixture.folders[name], split, mixture.cards[name], verify)
