@@ -27,7 +27,7 @@ from megatrain.errors import ConfigError, DataError, EnvironmentFault
 # fmt: off
 _KEPT_SETTINGS = frozenset({
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-    "additional_special_tokens", "extra_special_tokens", "add_bos_token", "add_eos_token", "chat_template",
+    "additional_special_tokens", "extra_special_tokens", "chat_template",
     "clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side", "split_special_tokens",
     "spaces_between_special_tokens", "model_input_names",
 })
@@ -35,6 +35,9 @@ _KEPT_SETTINGS = frozenset({
 """Keys of a tokenizer_config.json that go along; the others name classes, code or paths, or repeat tokenizer.json."""
 
 _TEMPLATE = "chat_template.jinja"
+
+OWN_DEFINITION = "megatrain_tokenizer_definition.json"
+"""The definition that a tokenizer came with, in an exported folder whose tokenizer.json had to differ from it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _adds_bos(self) -> bool:
         """Return whether the definition itself puts BOS before a text, as Llama's does."""
-        given = self._folder.settings.get("add_bos_token")
-        if isinstance(given, bool):
-            return given and self.beginning_of_document is not None
         ids = self._tokenizer.encode("x", add_special_tokens=True).ids
         return self.beginning_of_document is not None and ids[:1] == [self.beginning_of_document]
 
@@ -233,12 +233,37 @@ class HuggingFaceTokenizer(Tokenizer):
         for name, token in named.items():
             if token is not None and self._folder.token(name) != self._tokenizer.id_to_token(token):
                 config[name] = self._tokenizer.id_to_token(token)
-        if self.starts_with_bos != self._adds_bos():
-            config["add_bos_token"] = self.starts_with_bos
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if self._folder.template is not None:
             (folder / _TEMPLATE).write_text(self._folder.template, encoding="utf-8")
         self.save_meta(folder)
+
+    def definition_for_transformers(self) -> str:
+        """Return the definition with a post-processor that adds exactly what `start` gives: BOS, or nothing.
+
+        That is the definition itself, to the byte, if its own does.
+        """
+        plain, added = (self._tokenizer.encode("x", add_special_tokens=adds).ids for adds in (False, True))
+        if added == self.start() + plain:
+            return self._definition
+        definition = json.loads(self._definition)
+        given = definition.get("post_processor") or {}
+        steps = [step for step in given.get("processors", [given]) if step.get("type") == "ByteLevel"]  # adds no token
+        if self.starts_with_bos:
+            steps.append(_bos_template(self._tokenizer.id_to_token(self.start()[0]), self.start()[0]))
+        definition["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
+        return json.dumps(definition, ensure_ascii=False)
+
+
+def _bos_template(name: str, token: int) -> dict[str, Any]:
+    """Return a post-processor, as tokenizer.json has it, that puts BOS before each text."""
+
+    def begun(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        return [{kind: {"id": id, "type_id": type_id}} for kind, id in (("SpecialToken", name), ("Sequence", sequence))]
+
+    special = {name: {"id": name, "ids": [token], "tokens": [name]}}
+    pair = begun("A", 0) + begun("B", 1)
+    return {"type": "TemplateProcessing", "single": begun("A", 0), "pair": pair, "special_tokens": special}
 
 
 def _load(definition: str, origin: str) -> Any:
@@ -292,8 +317,9 @@ def find_hugging_face(path: str) -> HuggingFaceTokenizer:
     place = Path(path).expanduser()
     if place.is_file():
         return HuggingFaceTokenizer(read_text(place), read_folder(place.parent), path)
-    if (place / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(read_text(place / "tokenizer.json"), read_folder(place), path)
+    for name in (OWN_DEFINITION, "tokenizer.json"):
+        if (place / name).is_file():
+            return HuggingFaceTokenizer(read_text(place / name), read_folder(place), path)
     if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
         return HuggingFaceTokenizer(_gpt2_definition(place), read_folder(place), path)
     if place.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
@@ -337,7 +363,7 @@ def _from_hub(name: str) -> HuggingFaceTokenizer:
 def _gpt2_definition(folder: Path) -> str:
     """Return the definition of a byte-level BPE tokenizer made from GPT-2's two files."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -347,6 +373,10 @@ def _gpt2_definition(folder: Path) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([name for name in _END_TOKENS if tokenizer.token_to_id(name) is not None])
+    bos = read_folder(folder).token("bos_token") or ""
+    first = tokenizer.token_to_id(bos)
+    if first is not None and _read_object(folder / "tokenizer_config.json").get("add_bos_token") is True:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, first)])
     definition: str = tokenizer.to_str()
     return definition
 

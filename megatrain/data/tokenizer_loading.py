@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatrain.data.tokenizer import META, Tokenizer, saved_meta
-from megatrain.data.tokenizer_hf import find_hugging_face
+from megatrain.data.tokenizer_hf import OWN_DEFINITION, find_hugging_face
 from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from megatrain.errors import ConfigError, DataError
 
@@ -20,7 +20,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ConfigError(f"{folder}: no saved tokenizer (it has no {META})")
     meta = saved_meta(folder)
     kind, fingerprint = meta["kind"], meta["fingerprint"]
-    tokenizer = find_tokenizer(kind, str(folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model")))
+    definition = OWN_DEFINITION if (folder / OWN_DEFINITION).is_file() else "tokenizer.json"
+    tokenizer = find_tokenizer(kind, str(folder / (definition if kind == "hf" else "tokenizer.model")))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
     tokenizer.starts_with_bos = bool(meta.get("starts_with_bos", False))

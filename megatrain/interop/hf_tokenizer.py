@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import META, SEGMENT
+from megatrain.data.tokenizer_hf import OWN_DEFINITION, HuggingFaceTokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, EnvironmentFault
 
@@ -20,7 +21,8 @@ SPACE = "▁"
 def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
     """Copy a saved tokenizer to the folder `out`, in a form that `AutoTokenizer` loads.
 
-    A Hugging Face tokenizer is copied unchanged.
+    What it puts before a text is what `Tokenizer.start` gives. A Hugging Face tokenizer whose own definition adds
+    something else gets another post-processor; its own definition lies beside it, for our verbs.
 
     Raises:
         ConfigError: `tokenizer_dir` is not a saved tokenizer, or tokenizer.json cannot express its SentencePiece model.
@@ -31,9 +33,15 @@ def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
     for file in sorted(tokenizer_dir.iterdir()):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
+    saved = load_tokenizer(tokenizer_dir) if (tokenizer_dir / META).is_file() else None
     if model.is_file():
-        starts_with_bos = (tokenizer_dir / META).is_file() and load_tokenizer(tokenizer_dir).starts_with_bos
-        fast_tokenizer(model, max_seq_len, starts_with_bos).save_pretrained(out)
+        fast_tokenizer(model, max_seq_len, saved is not None and saved.starts_with_bos).save_pretrained(out)
+    elif isinstance(saved, HuggingFaceTokenizer):
+        definition = saved.definition_for_transformers()
+        own = next(out / name for name in (OWN_DEFINITION, "tokenizer.json") if (out / name).is_file())
+        if definition != own.read_text(encoding="utf-8"):
+            own.rename(out / OWN_DEFINITION)
+            (out / "tokenizer.json").write_text(definition, encoding="utf-8")
 
 
 def fast_tokenizer(model: Path, max_seq_len: int, starts_with_bos: bool = False) -> Any:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
@@ -186,7 +186,6 @@ CONFIG = {
     "pad_token": "<pad>",
     "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "additional_special_tokens": ["<extra>"],
-    "add_bos_token": True,
     "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
     "tokenizer_class": "EvilTokenizer",
 }
@@ -196,7 +195,8 @@ def test_special_tokens_and_the_chat_template_are_saved_with_the_tokenizer(tmp_p
     """Twice in a row: a dataset's tokenizer becomes a run's, a checkpoint's and an export's. BOS has id 0 here."""
     made = unigram(["<s>", "</s>", "<unk>", "<pad>"])
     made.add_special_tokens(["<s>", "</s>", "<unk>", "<pad>", "<extra>"])
-    folder = saved(tmp_path / "t", made, **CONFIG)
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    folder = saved(tmp_path / "t", made, **CONFIG, add_bos_token=False)
     (folder / "chat_template.jinja").write_text("a template")
     tokenizer = find_tokenizer("hf", str(folder))
     for name in ("once", "twice"):
@@ -206,7 +206,7 @@ def test_special_tokens_and_the_chat_template_are_saved_with_the_tokenizer(tmp_p
         tokenizer = load_tokenizer(tmp_path / name)
         config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
         kept = {key: value for key, value in CONFIG.items() if key not in ("auto_map", "tokenizer_class")}
-        assert kept.items() <= config.items() and "auto_map" not in config
+        assert kept.items() <= config.items() and not {"auto_map", "add_bos_token"} & config.keys()
         assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert (tmp_path / name / "chat_template.jinja").read_text() == "a template"
 
@@ -238,7 +238,8 @@ def test_documents_begin_with_bos_on_request_and_are_another_dataset(tmp_path, c
     """Id 0 is BOS. The same documents without it differ in the fingerprint and under the same name are refused."""
     made = unigram(["<s>", "</s>", "<unk>", "<pad>"])
     made.add_special_tokens(["<s>", "</s>", "<unk>", "<pad>"])
-    given = dict(kind="hf", path=str(saved(tmp_path / "t", made, add_bos_token=True)))
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    given = dict(kind="hf", path=str(saved(tmp_path / "t", made)))
     bare, without = prepared(tmp_path, "bare", tokenizer=given)
     assert "data.bos=true adds it" in capsys.readouterr().err
     folder, with_bos = prepared(tmp_path, "d", tokenizer=given, bos=True)
@@ -249,8 +250,6 @@ def test_documents_begin_with_bos_on_request_and_are_another_dataset(tmp_path, c
     assert Card.load(folder).tokenizer.beginning_of_document == 0
     assert Card.load(bare).tokenizer.beginning_of_document is None
     assert load_tokenizer(folder / "tokenizer").start() == [0] and load_tokenizer(bare / "tokenizer").start() == []
-    config = json.loads((bare / "tokenizer" / "tokenizer_config.json").read_text())
-    assert config["add_bos_token"] is False, "transformers then encodes as the dataset was encoded"
     with pytest.raises(ConfigError, match=r"data.bos \(was True, now False\)"):
         prepared(tmp_path, "d", tokenizer=given)
     adopted = dict(kind="megatron", paths=[str(folder / "train")], tokenizer=dict(path=str(folder / "tokenizer")))

@@ -5,12 +5,14 @@ import json
 import pytest
 import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from megatrain.config import ExportConfig, GenerateConfig, ImportConfig, ModelConfig
-from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import load
 from megatrain.model.init import build_model
@@ -32,7 +34,7 @@ def foreign(folder, with_tokenizer=True, **ids):
         made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Metaspace()
         made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
-        made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
         made.save(str(folder / "tokenizer.json"))
         config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": "{{ messages }}"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -57,6 +59,85 @@ def test_special_tokens_come_back_from_an_import_and_an_export(tmp_path, ids, wi
         assert theirs.chat_template == "{{ messages }}"
         assert theirs("abc").input_ids == AutoTokenizer.from_pretrained(tmp_path / "hf")("abc").input_ids
         assert theirs("abc").input_ids[0] == 0
+
+
+BOS = ("<s>", 0)
+POST_PROCESSORS = {
+    "none": None,
+    "bos": processors.TemplateProcessing("<s> $A", special_tokens=[BOS]),
+    "bos and eos": processors.TemplateProcessing("<s> $A </s>", special_tokens=[BOS, ("</s>", 2)]),
+    "eos": processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)]),
+    "roberta": processors.RobertaProcessing(("</s>", 2), BOS),
+    "bytes": processors.ByteLevel(trim_offsets=False),
+    "bytes, then bos": processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing("<s> $A", special_tokens=[BOS])]
+    ),
+}
+
+
+def with_post_processor(folder, post_processor, **settings):
+    """Give the tokenizer of a folder another post-processor, and its tokenizer_config.json other settings."""
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = post_processor or processors.Sequence([])
+    made.save(str(folder / "tokenizer.json"))
+    if post_processor is None:
+        whole = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**whole, "post_processor": None}))
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_an_exported_tokenizer_begins_texts_as_its_dataset_did(tmp_path, kind, bos):
+    """Whatever its own post-processor adds: transformers' ids are ours, and it stays the tokenizer of the dataset."""
+    with_post_processor(foreign(tmp_path / "hf", **IDS), POST_PROCESSORS[kind])
+    ours = find_tokenizer("hf", str(tmp_path / "hf"))
+    ours.starts_with_bos = bos
+    ours.save(tmp_path / "tokenizer")
+    config = ModelConfig(num_layers=1, num_heads=2, hidden_size=16, vocab_size=40)
+    weights = {name: p.detach() for name, p in build_model(config, seed=1).named_parameters()}
+    for family in ("llama", "phi3"):  # transformers chooses the tokenizer's class by the model's, too
+        out = tmp_path / family
+        export_model(config, weights, out, tokenizer_dir=tmp_path / "tokenizer", end_of_document=2, family=family)
+        theirs = AutoTokenizer.from_pretrained(out)
+        for text in ("abc", "", "b a"):
+            assert theirs(text).input_ids == [*ours.start(), *ours.encode(text)]
+        for again in (load_tokenizer(out), load(out).need_tokenizer(), find_tokenizer("hf", str(out))):
+            assert again.fingerprint == ours.fingerprint
+        assert load_tokenizer(out).start() == ours.start()
+    (tmp_path / "again").mkdir()
+    export_tokenizer(
+        tmp_path / "llama", (again := tmp_path / "again"), 32
+    )  # a tokenizer that was copied from an export
+    for name in {path.name for path in (tmp_path / "llama").glob("*tokenizer*")}:
+        assert (again / name).read_bytes() == (tmp_path / "llama" / name).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"add_bos_token": True}, {"add_bos_token": False}, {}])
+@pytest.mark.parametrize("kind", ["none", "bos", "bytes, then bos"])
+def test_an_imported_tokenizer_begins_texts_as_transformers_does_and_so_does_its_export(tmp_path, kind, settings):
+    """A tokenizer.json decides; `add_bos_token` beside it has no effect in transformers."""
+    folder = foreign(tmp_path / "hf", **IDS)
+    with_post_processor(folder, POST_PROCESSORS[kind], **settings)
+    expected = AutoTokenizer.from_pretrained(folder)("abc").input_ids
+    ours = load(folder).need_tokenizer()
+    assert [*ours.start(), *ours.encode("abc")] == expected
+    back = there_and_back(tmp_path, folder)
+    assert AutoTokenizer.from_pretrained(back)("abc").input_ids == expected
+    assert (back / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_two_files_of_gpt2_begin_texts_as_their_settings_say(tmp_path, bos):
+    vocabulary = {piece: i for i, piece in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "add_bos_token": bos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = AutoTokenizer.from_pretrained(tmp_path)("abc").input_ids
+    ours = find_tokenizer("hf", str(tmp_path))
+    assert [*ours.start(), *ours.encode("abc")] == expected and (expected[0] == 0) == bos
 
 
 def prompts(path, prompt, monkeypatch):
