@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 
@@ -47,6 +47,10 @@ class Step(ABC):
     """
 
     name: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the step's result: its parameters, and what else it reads."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]  # every step is a dataclass
 
     @abstractmethod
     def apply(self, document: Document) -> Removal | None:

@@ -60,6 +60,11 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
     recipe = build_recipe(config.clean.steps)
     signing = signing_of(config)
+    settings = {name: getattr(data, name) for name in _CLEANS} | {
+        "seed": config.seed,
+        "recipe": settings_of(recipe),
+        "signing": signing.settings() if signing else None,
+    }
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
     left = data.max_documents
@@ -71,17 +76,14 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
             if left == 0:
                 return
             before = source.progress.bytes
-            if finished := _find_cleaned(folder, shard, left, config):
+            if finished := _find_cleaned(folder, shard, left, settings, data.on_bad_record):
                 found += 1
                 cleaned.append(finished)
                 if left is not None:
                     left -= sum(finished.counts[name] for name in ("read", "left_out", "oversized"))
             else:
-                writer = CleanedShardWriter(
-                    folder,
-                    _clean_key(shard, left, config, data.on_bad_record),
-                    signing.settings() if signing else None,
-                )
+                key = _clean_key(shard, left, settings, data.on_bad_record)
+                writer = CleanedShardWriter(folder, key, settings["signing"])
                 cleaned.append(None)
                 for chunk, last in _marking_last(_chunks(itertools.islice(source.read(shard), left))):
                     if left is not None:
@@ -131,10 +133,12 @@ def total_reports(shards: Iterable[CleanedShard]) -> list[StepReport]:
     return total
 
 
-def _find_cleaned(folder: Path, shard: Shard, limit: int | None, config: PrepareConfig) -> CleanedShard | None:
+def _find_cleaned(
+    folder: Path, shard: Shard, limit: int | None, settings: dict[str, Any], on_bad_record: str
+) -> CleanedShard | None:
     """Return the shard if it is finished. One that was finished where bad records stop has none: any policy will do."""
-    for policy in dict.fromkeys((config.data.on_bad_record, "stop")):
-        if finished := CleanedShard.find(folder, _clean_key(shard, limit, config, policy)):
+    for policy in dict.fromkeys((on_bad_record, "stop")):
+        if finished := CleanedShard.find(folder, _clean_key(shard, limit, settings, policy)):
             return finished
     return None
 
@@ -142,13 +146,8 @@ def _find_cleaned(folder: Path, shard: Shard, limit: int | None, config: Prepare
 _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable")
 
 
-def _clean_key(shard: Shard, limit: int | None, config: PrepareConfig, on_bad_record: str) -> str:
-    settings = {name: getattr(config.data, name) for name in _CLEANS}
-    recipe = settings_of(build_recipe(config.clean.steps))
-    signing = signing_of(config)
-    return _key(
-        asdict(shard), limit, config.seed, settings, recipe, on_bad_record, signing.settings() if signing else None
-    )
+def _clean_key(shard: Shard, limit: int | None, settings: dict[str, Any], on_bad_record: str) -> str:
+    return _key(asdict(shard), limit, settings, on_bad_record)
 
 
 def _key(*parts: Any) -> str:

@@ -62,7 +62,7 @@ def _single(place: str, entry: Any) -> tuple[str, dict[str, Any]]:
 
 def settings_of(recipe: Sequence[Step]) -> list[dict[str, Any]]:
     """Return the steps with all their parameters, defaults included: what determines a recipe's result."""
-    return [{step.name: asdict(step)} for step in recipe]  # type: ignore[call-overload]  # every step is a dataclass
+    return [{step.name: step.settings()} for step in recipe]
 
 
 @dataclass

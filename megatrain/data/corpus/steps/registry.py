@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatrain.data.corpus.document import Step
 from megatrain.data.corpus.steps.c4 import C4Paragraphs, C4Quality
+from megatrain.data.corpus.steps.decontaminate import Decontaminate
 from megatrain.data.corpus.steps.fineweb_quality import FinewebQuality
 from megatrain.data.corpus.steps.gopher_quality import GopherQuality
 from megatrain.data.corpus.steps.gopher_repetition import GopherRepetition
@@ -18,6 +19,7 @@ STEPS: dict[str, type[Step]] = {
     for step in (
         C4Paragraphs,
         C4Quality,
+        Decontaminate,
         FinewebQuality,
         GopherQuality,
         GopherRepetition,
