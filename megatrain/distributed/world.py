@@ -189,7 +189,7 @@ def _within(timeout: datetime.timedelta, stopped: Callable[[], bool], work: Call
     def run() -> None:
         try:
             found.set_result(work())
-        except Exception as error:
+        except BaseException as error:  # any error is raised in the waiting thread
             found.set_exception(error)
 
     threading.Thread(target=run, name="rendezvous", daemon=True).start()

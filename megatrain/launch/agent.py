@@ -34,7 +34,17 @@ from megatrain.errors import (
 from megatrain.launch import notices
 from megatrain.launch.fork_server import ForkServer, ForkServerError
 from megatrain.launch.nodes import DONE, FAILED, HUNG, RUNNING, STALLED, Peers, SingleNode
-from megatrain.launch.outcome import KILLED, LOST_A_PEER, TOLD, Blame, StartOutcome, most_to_blame, suspicion
+from megatrain.launch.outcome import (
+    GOOD_CODES,
+    KILLED,
+    LOST_A_PEER,
+    TOLD,
+    Blame,
+    StartOutcome,
+    failure_of,
+    most_to_blame,
+    suspicion,
+)
 from megatrain.launch.rank_process import (
     LINUX,
     RankProcess,
@@ -56,8 +66,7 @@ from megatrain.launch.recovery import (
     save_copies,
 )
 from megatrain.resilience import watchdog
-from megatrain.resilience.failure import Failure
-from megatrain.resilience.fault_classes import USER, ErrorReport
+from megatrain.resilience.fault_classes import ErrorReport
 from megatrain.resilience.heartbeat import ENVIRONMENT as HEARTBEATS
 from megatrain.resilience.heartbeat import Heartbeats
 from megatrain.resilience.ledger import FILE as LEDGER
@@ -75,9 +84,6 @@ REPORTED_S = 10.0
 
 KILL_S = 8.0
 """Seconds from a worker's failure to SIGKILL for those that still run."""
-
-GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
-"""Exit codes of a worker that did not fail."""
 
 STOPPING_S = 30.0
 """Seconds between messages that the workers have not ended since they were asked to."""
@@ -284,7 +290,7 @@ class Agent:
             self._tell_of_long_stop()
             if self.ledger is not None:
                 self.ledger.watch()
-            failed = [worker for worker in self._poll() if worker.code not in GOOD_CODES]
+            failed = [worker for worker in self._poll() if not self._is_good(worker)]
             if self.interrupts > 1 and self._running():
                 self.peers.report_state(FAILED)
                 self.kill()
@@ -372,6 +378,11 @@ class Agent:
                 ended.append(worker)
         return ended
 
+    def _is_good(self, worker: RankProcess) -> bool:
+        """Return whether a worker ended well: with a good exit code, which a rank of a run must have announced."""
+        announced = self.heartbeats.ended(worker.local_rank) if self.recovery is not None else worker.code
+        return worker.code in GOOD_CODES and announced == worker.code
+
     # ------------------------------------------------------------------------------------------------- ending
 
     def _stop_after_failure(self, failed: RankProcess | None) -> StartOutcome:
@@ -393,7 +404,7 @@ class Agent:
             for worker in self._poll():
                 if worker.rank == 0 and not terminated:
                     rank0_code = worker.code
-                if worker.code in GOOD_CODES:
+                if self._is_good(worker):
                     continue
                 how, _ = self._blame(worker)
                 if cause is None and (how <= TOLD or (worker.killed and not terminated)):
@@ -413,7 +424,7 @@ class Agent:
         pids = {worker.local_rank: worker.process.pid for worker in self._running()}
         witnesses = watchdog.collect_stacks(pids, self.heartbeats, files)
         self._poll()
-        if all(worker.code in GOOD_CODES for worker in self.workers):
+        if all(self._is_good(worker) for worker in self.workers):
             return self._outcome(None)  # they were only slow to exit
         self.kill()
         first_rank = self.peers.node * self.num_workers
@@ -432,18 +443,9 @@ class Agent:
         blame = self._blame(cause)
         if -code in self.forwarded_signals:
             return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=notices.outside_training(-code))
-        report = self._report(cause)
-        if code < 0 and report is None and self.recovery is not None:
-            beat = self.heartbeats.read(cause.local_rank)
-            failure = Failure(signal.Signals(-code).name, cause.rank, beat.step, beat.phase, HOST)
+        beat = self.heartbeats.read(cause.local_rank)
+        if self.recovery and (failure := failure_of(cause.rank, code, self._report(cause), beat, HOST)):
             return StartOutcome(EXIT_DEFECT, blame, failure)
-        if report is not None and report.kind != USER and self.recovery is not None:
-            beat = self.heartbeats.read(cause.local_rank)
-            failure = Failure(
-                *(report.error, cause.rank, beat.step, beat.phase, HOST, report.message),
-                *(report.kind, report.place, report.trace, beat.finished),
-            )
-            return StartOutcome(EXIT_ENVIRONMENT, blame, failure)
         message = describe_end(cause.rank, code, cause.log)
         return StartOutcome(EXIT_DEFECT if code < 0 else code, blame, message=message)
 

@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT
-from megatrain.resilience.failure import Failure
-from megatrain.resilience.fault_classes import PEER, ErrorReport
+from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
+from megatrain.resilience.failure import EXIT, SIGNAL, Failure
+from megatrain.resilience.fault_classes import PEER, USER, ErrorReport
 from megatrain.resilience.heartbeat import Beat
 from megatrain.resilience.watchdog import Witness
 
 Blame = tuple[int, int]
 """A sort key for workers that failed: the likeliest cause of the job's failure sorts first."""
 
+GOOD_CODES = (EXIT_OK, EXIT_SAVED_AFTER_SIGNAL)
+"""Exit codes of a worker that did not fail."""
+
 SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
 """Exit codes of a rank that may have died only because it lost a peer or was asked to exit."""
 
 KILLED, TOLD, ABORTED, LOST_A_PEER = range(4)
-"""How a worker failed, the likeliest cause of the others' failures first: a signal killed it; it ended with an error of
+"""How a worker failed, the likeliest cause of the others' failures first: a signal killed it, or it ended without a word
+in the middle of training; it ended with an error of
 its own; it may have been aborted because of a peer; it says no more than that a peer is gone, or nothing."""
 
 
@@ -52,12 +56,31 @@ class StartOutcome:
 
 
 def suspicion(code: int, report: ErrorReport | None) -> int:
-    """Return how a worker with this exit code failed: `KILLED`, `TOLD`, `ABORTED` or `LOST_A_PEER`."""
+    """Return how a worker that failed with this exit code did: `KILLED`, `TOLD`, `ABORTED` or `LOST_A_PEER`."""
+    if code in GOOD_CODES:
+        return KILLED
     if code < 0 and not (code in SECONDARY_SIGNALS and report is not None):
         return ABORTED if code in SECONDARY_SIGNALS else KILLED
     if report is not None:
         return LOST_A_PEER if report.kind == PEER else TOLD
     return {EXIT_ENVIRONMENT: LOST_A_PEER, EXIT_DEFECT: ABORTED}.get(code, TOLD)
+
+
+def failure_of(rank: int, code: int, report: ErrorReport | None, beat: Beat, host: str) -> Failure | None:
+    """Return the failure of a rank that ended, or None if its own message says it all and no restart may help.
+
+    A process that ends by itself in the middle of training, without a report, is a failure whatever its exit code.
+    """
+    if report is not None:
+        if report.kind == USER:
+            return None
+        how, kind, detail, place, trace = report.error, report.kind, report.message, report.place, report.trace
+        return Failure(how, rank, beat.step, beat.phase, host, detail, kind, place, trace, beat.finished)
+    if code < 0:
+        return Failure(signal.Signals(-code).name, rank, beat.step, beat.phase, host, kind=SIGNAL)
+    if code in GOOD_CODES or beat.step:
+        return Failure(f"exit code {code}", rank, beat.step, beat.phase, host, kind=EXIT)
+    return None
 
 
 def most_to_blame(outcomes: Sequence[StartOutcome]) -> StartOutcome | None:

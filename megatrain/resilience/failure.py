@@ -21,6 +21,7 @@ BEFORE_ANY_STEP = 2
 
 SIGNAL = "signal"
 HANG = "hang"
+EXIT = "exit"
 
 SUSPECT_AFTER = 2
 """Faults of the machine after which a host is suspected."""
@@ -31,9 +32,9 @@ SUSPECT_WINDOW_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed: `how` is a signal's name, `hang` or an exception's type.
+    """How a rank failed: `how` is a signal's name, `hang`, `exit code 0` and so on, or an exception's type.
 
-    `kind` is `signal`, `hang` or the exception's class (`fault_classes.py`); `step` (1-based) and `phase` are where the
+    `kind` is `signal`, `hang`, `exit` or the exception's class (`fault_classes.py`); `step` (1-based) and `phase` are where the
     rank was, `finished` is the number of steps it had finished since its start. For an exception, `detail` is its
     message, `place` the line that raised it and `trace` its stack trace.
     """
@@ -52,7 +53,7 @@ class Failure:
     def event(self) -> dict[str, Any]:
         """Return the fields of the event in events.jsonl, without `step`."""
         fields: dict[str, Any] = {"how": self.how, "rank": self.rank, "phase": self.phase, "host": self.host}
-        if self.kind not in (SIGNAL, HANG):
+        if self.kind not in (SIGNAL, HANG, EXIT):
             fields |= {"class": self.kind, "place": self.place, "trace": self.trace, "finished": self.finished}
         return fields | ({"detail": self.detail} if self.detail else {})
 
@@ -61,6 +62,8 @@ class Failure:
             what = "hung"
         elif self.kind == SIGNAL:
             what = f"was killed by {self.how}" + (" (out of memory, perhaps)" if self.how == "SIGKILL" else "")
+        elif self.kind == EXIT:
+            what = f"ended with {self.how}, but neither finished nor saved nor reported an error,"
         else:
             what = f"raised {self.how}"
         where = f"at step {self.step} in {self.phase}" if self.step else f"in {self.phase}, before its first step"

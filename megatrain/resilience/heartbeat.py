@@ -3,8 +3,8 @@
 Each local rank has a record in an unnamed file that the rank and its agent map into memory. Writing one takes a few
 microseconds, in which a busy machine may well suspend the rank. So a record has two slots: the rank writes the one that
 is not current, and then makes it current by one byte. The last record of a rank that is stopped, stuck or dead stays
-readable. A rank that ends with an error leaves a report of it beside the record, which needs no disk. The file vanishes
-with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
+readable. A rank that ends with an error leaves a report of it beside the record, which needs no disk; one that ends well
+says so there, or its exit code would not count. The file vanishes with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _RECORD = struct.Struct(f"@{len(_PLACE)}q{_ACCOUNTS}q{_ACCOUNTS}q")  # packing i
 _SIZE = 512
 _SLOTS = (32, 272)
 """Where a rank's two slots begin, after the byte that counts its writes; its lowest bit names the current slot."""
+_END = 1
+"""Where a rank says that it ends well: its exit code + 1, or 0."""
 _REPORT_SIZE = 16384
 _LENGTH = struct.Struct("@q")
 
@@ -147,6 +149,11 @@ class Heartbeat:
             self._map[start : start + len(encoded)] = encoded
             _LENGTH.pack_into(self._map, self._report_offset, len(encoded))  # last: only a whole report is read
 
+    def end(self, code: int) -> None:
+        """Tell the agent that this rank ends well, with this exit code: it is done (0) or has saved (75)."""
+        if self._map is not None:
+            self._map[self._offset + _END] = code + 1
+
     def _book(self) -> None:
         now = time.monotonic_ns()
         self._spent[_NUMBERS[self.phase]] += now - self._when
@@ -180,6 +187,7 @@ class Heartbeats:
         for rank in range(self.num_ranks):
             _replace(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
             _LENGTH.pack_into(self._map, self._report_offset(rank), 0)
+            self._map[rank * _SIZE + _END] = 0
 
     def read(self, local_rank: int) -> Beat:
         """Return a rank's last heartbeat."""
@@ -191,6 +199,11 @@ class Heartbeats:
         (length,) = _LENGTH.unpack_from(self._map, self._report_offset(local_rank))
         start = self._report_offset(local_rank) + _LENGTH.size
         return bytes(self._map[start : start + length]).decode("utf-8", "replace")
+
+    def ended(self, local_rank: int) -> int | None:
+        """Return the exit code with which a rank says it ends well; None if it says nothing."""
+        said = self._map[local_rank * _SIZE + _END]
+        return said - 1 if said else None
 
     def _report_offset(self, local_rank: int) -> int:
         return self.num_ranks * _SIZE + local_rank * _REPORT_SIZE

@@ -61,17 +61,19 @@ def run(config: TrainConfig) -> int:
     run_dir = run_folder(config)
     with log_to(run_dir, environment.rank), answer_with_stacks(stack_file(run_dir, environment.rank)):
         try:
-            return _train(config, environment, heartbeat, stop)
+            code = _train(config, environment, heartbeat, stop)
         except StoppedWhileJoining:
             if environment.rank == 0:
                 name = signal.Signals(stop.signal_number).name
                 say(f"stopped by {name} before training began; start again to continue")
-            return EXIT_SAVED_AFTER_SIGNAL
-        except Exception as error:
+            code = EXIT_SAVED_AFTER_SIGNAL
+        except BaseException as error:  # SystemExit too: only what ends this function may end the rank
             return _report(error, environment, heartbeat)
+        heartbeat.end(code)
+        return code
 
 
-def _report(error: Exception, environment: RankEnvironment, heartbeat: Heartbeat) -> int:
+def _report(error: BaseException, environment: RankEnvironment, heartbeat: Heartbeat) -> int:
     """Leave a report of the error for the agent, which decides what becomes of the job; return this rank's exit code.
 
     Raises:
@@ -86,7 +88,9 @@ def _report(error: Exception, environment: RankEnvironment, heartbeat: Heartbeat
     if heartbeat.has_agent:
         return EXIT_DEFECT if report.kind == JOB else EXIT_ENVIRONMENT
     if report.kind == JOB:
-        raise error
+        if isinstance(error, Exception):
+            raise error
+        raise RuntimeError(f"rank {environment.rank} was to end by {report}") from error  # SystemExit(0) is no success
     if report.kind == PEER:
         raise LostPeerError(
             f"rank {environment.rank} lost another rank, which ended or is out of reach; the other ranks' logs say why"

@@ -67,6 +67,37 @@ def test_deepspeeds_ranks_recover_alike(workplace, undisturbed):
     assert [(one["step"], one["class"]) for one in failures] == [(8, "machine"), (17, "machine")]
 
 
+SAVE = "megatrain.checkpoint.store:CheckpointStore.save"
+
+
+def test_a_rank_that_ends_in_the_middle_of_training_has_neither_finished_nor_saved(workplace, undisturbed_native):
+    """Whatever its exit code, and whether C code or an exception ends it."""
+    faults = [
+        fault(0, 4, "forward", "exit", by=0),
+        fault(1, 8, "backward", "exit", by=0),
+        fault(0, 13, "forward", "raise", by="SystemExit(0)"),
+        fault(1, 17, "update", "exit", by=75),
+        fault(1, 22, "forward", "raise", by="SystemExit(75)"),
+        fault(0, 28, None, "raise", by="SystemExit(0)", where=SAVE),
+        fault(1, 33, "forward", "raise", by="GeneratorExit()"),
+        fault(0, 37, "forward", "exit", by=3),
+    ]
+    words = (*TWO_NATIVE, "resilience.max_restarts=9")
+    failures = recovers(workplace, undisturbed_native, "undisturbed-native", "vanishes", faults, *words)
+    assert [one["how"] for one in failures] == [
+        *("exit code 0", "exit code 0", "SystemExit", "exit code 75", "SystemExit", "SystemExit", "GeneratorExit"),
+        "exit code 3",
+    ]
+    assert [one["rank"] for one in failures] == [0, 1, 0, 1, 1, 0, 1, 0]
+
+
+def test_deepspeeds_ranks_that_end_early_are_started_again(workplace, undisturbed):
+    faults = [fault(1, 8, "forward", "exit", by=0), fault(0, 17, "backward", "raise", by="SystemExit(75)")]
+    words = (*TRAIN, "launch.nproc_per_node=2")
+    failures = recovers(workplace, undisturbed, "undisturbed", "vanishes-deepspeed", faults, *words)
+    assert [(one["step"], one["how"]) for one in failures] == [(8, "exit code 0"), (17, "SystemExit")]
+
+
 def test_an_error_at_the_same_step_of_three_starts_ends_the_job(workplace):
     faults = [fault(1, 8, "forward", "raise", by=DEFECT, times=9)]
     done = run_with(workplace, faults, *TWO_NATIVE, "run.name=raises-again")

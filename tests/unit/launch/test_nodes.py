@@ -76,6 +76,7 @@ def test_a_killed_rank_restarts_the_ranks_of_all_nodes(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         if again == "0":
             time.sleep(60)
+        end(0)
     """
     found, said = ends(start_nodes(worker(code, tmp_path), tmp_path))
     assert found == [0, 0], said
@@ -85,6 +86,13 @@ def test_a_killed_rank_restarts_the_ranks_of_all_nodes(tmp_path):
         assert [one["LOCAL_RANK"] for one in seen] == ["0", "1", "0", "1"]
         assert {(one["WORLD_SIZE"], one["MASTER_ADDR"]) for one in seen} == {("4", "127.0.0.1")}
         assert len({one["MASTER_PORT"] for one in seen}) == 1
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_rank_that_ends_without_a_word_is_a_failure_whatever_its_exit_code(code, tmp_path):
+    found, said = ends(start_nodes(exit_with("sleep(9)", "sleep(9)", f"os._exit({code})", "sleep(9)"), tmp_path))
+    assert found == [6, 6], said
+    assert f"rank 2 on node1 ended with exit code {code}, but neither finished nor saved" in said[0]
 
 
 def test_all_nodes_stop_restarting_at_the_same_time(tmp_path):
@@ -128,7 +136,7 @@ def test_a_job_hangs_only_when_no_rank_of_any_node_makes_progress(tmp_path):
         from megatrain.resilience.watchdog import answer_with_stacks
         from megatrain.resilience.watchdog import stack_file
         if os.environ["MEGATRAIN_RESTARTS"] == "1":
-            sys.exit(0)
+            end(0)
         rank = int(os.environ["RANK"])
         file = answer_with_stacks(stack_file(pathlib.Path(sys.argv[1]), rank))
         beat = Heartbeat.from_environ(int(os.environ["LOCAL_RANK"]))
