@@ -3,8 +3,9 @@
 Each local rank has a record in an unnamed file that the rank and its agent map into memory. Writing one takes a few
 microseconds, in which a busy machine may well suspend the rank. So a record has two slots: the rank writes the one that
 is not current, and then makes it current by one byte. The last record of a rank that is stopped, stuck or dead stays
-readable. A rank that ends with an error leaves a report of it beside the record, which needs no disk; one that ends well
-says so there, or its exit code would not count. The file vanishes with the last process that maps it. Times are from the monotonic clock, which all processes of a machine share.
+readable. A rank that ends with an error leaves a report of it beside the record, which needs no disk. One that ends
+well says so in its record, or its exit code does not count. The file vanishes with the last process that maps it. Times
+are from the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
