@@ -24,7 +24,8 @@ SECONDARY_SIGNALS = (-signal.SIGABRT, -signal.SIGTERM)
 
 KILLED, TOLD, ABORTED, LOST_A_PEER = range(4)
 """How a worker failed, the likeliest cause of the others' failures first: a signal killed it, or it ended without a
-word in the middle of training; it ended with an error of its own; it may have been aborted because of a peer; it says no more than that a peer is gone, or nothing."""
+word in the middle of training; it ended with an error of its own; it may have been aborted because of a peer; it says
+no more than that a peer is gone, or nothing."""
 
 
 @dataclass(frozen=True)

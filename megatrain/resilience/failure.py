@@ -34,9 +34,9 @@ SUSPECT_WINDOW_S = 24 * 3600.0
 class Failure:
     """How a rank failed: `how` is a signal's name, `hang`, `exit code 0` and so on, or an exception's type.
 
-    `kind` is `signal`, `hang`, `exit` or the exception's class (`fault_classes.py`); `step` (1-based) and `phase` are where
-    the rank was, `finished` is the number of steps it had finished since its start. For an exception, `detail` is its
-    message, `place` the line that raised it and `trace` its stack trace.
+    `kind` is `signal`, `hang`, `exit` or the exception's class (`fault_classes.py`); `step` (1-based) and `phase` are
+    where the rank was, `finished` is the number of steps it had finished since its start. For an exception, `detail` is
+    its message, `place` the line that raised it and `trace` its stack trace.
     """
 
     how: str

@@ -6,8 +6,9 @@ Every Python process with this folder on its path imports this module.
 how many `times` it strikes (default 1; counted over all starts by files in `FAULTS_DONE`) and what to `do`: the name of
 a signal to send; `sleep`; `wait` until the test creates the file `by` in `FAULTS_DONE`; `slow` down from then on, with
 `by` 0.3 for 30 % more time; `run` the shell command `by`; `exit` with the status `by`, as C code may; `raise` the
-exception that `by` is an expression of; or `add` the number `by` to a micro-batch's loss, or `multiply` the loss by it. A fault with `where` strikes in the first call of
-that function, `module:Class.method`, at that step or a later one, in any thread and phase.
+exception that `by` is an expression of; or `add` the number `by` to a micro-batch's loss, or `multiply` the loss by it.
+A fault with `where` strikes in the first call of that function, `module:Class.method`, at that step or a later one, in
+any thread and phase.
 """
 
 import importlib.util
