@@ -42,11 +42,12 @@ ACTIONS: dict[str, str] = {
     "export": "megatrain.verbs.export:export_",
     "import": "megatrain.verbs.import_:import_",
     "inspect": "megatrain.verbs.inspect:inspect",
+    "tokenizers": "megatrain.verbs.tokenizers:tokenizers",
     "report": "megatrain.verbs.report:report",
 }
 """The function behind each verb, as module:function; it is imported only when called, with the config."""
 
-READERS = ("layouts", "evaluate", "generate", "inspect")
+READERS = ("layouts", "evaluate", "generate", "inspect", "tokenizers")
 """Verbs that change nothing: what they print is all they are for. The others do their work even if nobody reads it."""
 
 COMPLETION, COMPLETE = "--completion", "--complete"

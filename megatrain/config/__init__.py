@@ -37,6 +37,7 @@ from megatrain.config.verb_configs import (
     OpenTrainLoopConfig,
     PrepareConfig,
     ReportConfig,
+    TokenizersConfig,
     TrainConfig,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "ResilienceConfig",
     "RunConfig",
     "TokenizerConfig",
+    "TokenizersConfig",
     "TrackingConfig",
     "TrainConfig",
     "TrainLoopConfig",

@@ -52,6 +52,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain inspect runs/mine step=500",
         "megatrain inspect data/python_stdlib",
     ),
+    "tokenizers": ("megatrain tokenizers corpus/ tokenizers=[data/mine,gpt2/tokenizer.json,my.model]",),
     "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
 }
 

@@ -224,6 +224,19 @@ class InspectConfig:
 
 
 @dataclass
+class TokenizersConfig:
+    """`megatrain tokenizers <text> tokenizers=[...]`: compare tokenizers by bytes of text per token."""
+
+    path: str = key(MISSING, "text files, a folder, a glob, or a prepared dataset", path=True)
+    tokenizers: list[str] = key(
+        [], "tokenizers: folders of datasets or tokenizers, .model or tokenizer.json files, hub names", path=True
+    )
+    text_column: str = key("text", "column or field with the text")
+    bytes_per_source: int = key(2**20, "bytes of text to encode of each source", minimum=1)
+    languages: bool = key(True, "identify languages, which needs megatrain[corpus]")
+
+
+@dataclass
 class ReportConfig:
     """`megatrain report <run | sweep>`: write a self-contained HTML page."""
 
@@ -240,5 +253,6 @@ VERBS: dict[str, type] = {
     "export": ExportConfig,
     "import": ImportConfig,
     "inspect": InspectConfig,
+    "tokenizers": TokenizersConfig,
     "report": ReportConfig,
 }

@@ -61,7 +61,7 @@ def test_help_of_a_group_shows_its_choices_its_default_and_its_keys_alone(capsys
     assert "model." not in shown and "optim/" not in shown
     assert cli.main(["train", "model", "checkpoint.every", "--help", "model=tiny", "runs/x"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "tiny (default small)" in shown and "(a whole number, at least 1; default 6, from model=small)" in shown
+    assert "tiny (default small)" in shown and "at most 100000; default 6, from model=small)" in shown
     assert "checkpoint.every " in shown and "checkpoint.keep" not in shown
 
 

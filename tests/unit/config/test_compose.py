@@ -9,7 +9,13 @@ from megatrain.config.choices import GROUPS, choices_of
 from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 
-PATHS = {"evaluate": ["path=x"], "generate": ["path=x"], "inspect": ["path=x"], "report": ["path=x"]}
+PATHS = {
+    "evaluate": ["path=x"],
+    "generate": ["path=x"],
+    "inspect": ["path=x"],
+    "report": ["path=x"],
+    "tokenizers": ["path=x"],
+}
 PATHS |= {"export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}
 
 
