@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -44,10 +44,6 @@ FORMAT = 2
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")
-
-
-class _Writer(Protocol):
-    def close(self) -> None: ...
 
 
 # ---------------------------------------------------------------------------------------------------- cleaning
