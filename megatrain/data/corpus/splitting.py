@@ -46,9 +46,10 @@ class English:
     def __init__(self) -> None:
         import spacy
 
-        self._nlp = spacy.blank("en")
+        complete = spacy.blank("en").tokenizer
+        self._tokenizer = _copy(complete, complete.rules)
         self._runs: dict[str, tuple[str, ...]] = {}
-        self._pairs = _pairs_of_exceptions(self._nlp.tokenizer)
+        self._pairs = _pairs_of_exceptions(complete)
         firsts: dict[bool, set[str]] = {True: set(), False: set()}
         for last, first in self._pairs:
             firsts[_is_letter(last)].add(first)
@@ -94,13 +95,14 @@ class English:
         # spaCy fails on the token IS_ALPHA, the name of its own attribute 1, so it splits another word in its place.
         given = text.replace("IS_ALPHA", "IS_ALPHB")
         words: list[list[str]] = [[]]
-        with self._nlp.memory_zone():
-            for token in self._nlp.tokenizer(given):
-                word = text[token.idx : token.idx + len(token)]
-                if word == "\n":
-                    words.append([])
-                else:
-                    words[-1].append(word)
+        with self._tokenizer.vocab.memory_zone():
+            found = self._tokenizer(given).to_array(["IDX", "LENGTH"]).tolist()
+        for start, length in found:
+            word = text[start : start + length]
+            if word == "\n":
+                words.append([])
+            else:
+                words[-1].append(word)
         self._runs.update(zip(runs, map(tuple, words), strict=True))
 
     def _mark_gap(self, match: re.Match[str]) -> str:
@@ -122,6 +124,24 @@ class English:
         return " "
 
 
+def _copy(tokenizer: Any, rules: dict[str, Any]) -> Any:
+    """Return the tokenizer with other exceptions and a vocabulary of bare words, without their shapes and so on.
+
+    Those have no part in how text is split, and take most of the time.
+    """
+    from spacy.vocab import Vocab
+
+    return type(tokenizer)(
+        Vocab(),
+        rules=rules,
+        prefix_search=tokenizer.prefix_search,
+        suffix_search=tokenizer.suffix_search,
+        infix_finditer=tokenizer.infix_finditer,
+        token_match=tokenizer.token_match,
+        url_match=tokenizer.url_match,
+    )
+
+
 class _Pairs(dict[tuple[str, str], list[tuple[str, str]]]):
     def __missing__(self, key: tuple[str, str]) -> list[tuple[str, str]]:
         return []
@@ -129,15 +149,7 @@ class _Pairs(dict[tuple[str, str], list[tuple[str, str]]]):
 
 def _pairs_of_exceptions(tokenizer: Any) -> _Pairs:
     """Return pairs of neighbouring tokens in exceptions, by the last character of one and the first of the other."""
-    plain = type(tokenizer)(
-        tokenizer.vocab,
-        rules={},
-        prefix_search=tokenizer.prefix_search,
-        suffix_search=tokenizer.suffix_search,
-        infix_finditer=tokenizer.infix_finditer,
-        token_match=tokenizer.token_match,
-        url_match=tokenizer.url_match,
-    )
+    plain = _copy(tokenizer, {})
     pairs = _Pairs()
     for exception in tokenizer.rules:
         tokens = [token.text for token in plain(exception)]
