@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -128,12 +129,22 @@ def _split_card(raw: dict[str, Any]) -> SplitCard:
 def _check_types(*parts: Any) -> None:
     """Check each value's type against its field's, and that no count is negative. Raises TypeError or ValueError."""
     for part in parts:
-        for name, hint in get_type_hints(type(part)).items():
-            value, kinds = getattr(part, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
-            if type(value) not in [get_origin(kind) or kind for kind in kinds]:
+        for name, kinds in _kinds(type(part)).items():  # type: ignore[arg-type]  # a class is hashable
+            value = getattr(part, name)
+            if type(value) not in kinds:
                 raise TypeError(f"{name} is {value!r}")
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} is {value}")
+
+
+@lru_cache
+def _kinds(kind: type) -> dict[str, list[Any]]:
+    """Return the types that each field of a card's class may have."""
+    hints = {
+        name: get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        for name, hint in get_type_hints(kind).items()
+    }
+    return {name: [get_origin(each) or each for each in found] for name, found in hints.items()}
 
 
 def fingerprint(splits: dict[str, SplitCard]) -> str:

@@ -18,7 +18,7 @@ from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.signals import signal_name
-from megatrain.tracking.console import clock, short
+from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 
@@ -89,13 +89,19 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "pipeline": pipeline(config, events),
         "x": {"step": curves.steps, "time": [time - first for time in curves.times], "tokens": curves.tokens},
         "curves": curves.curves,
-        "heldout": [[step, time - first, tokens, value] for step, time, tokens, value in curves.heldout],
+        "heldout": marks(curves.heldout, first),
+        "heldout_by_source": {name: marks(found, first) for name, found in curves.heldout_by_source.items()},
         "time_spent": curves.time_spent(),
         "life": describe_life(life) if life and life.wall_s else None,
         "events": shown_events,
         "config": config_text,
         "notices": notices,
     }
+
+
+def marks(found: list[tuple[int, float, int | None, float]], first: float) -> list[list[Any]]:
+    """Return held-out losses as the page draws them: step, seconds since `first`, tokens, value."""
+    return [[step, time - first, tokens, value] for step, time, tokens, value in found]
 
 
 class Curves:
@@ -112,6 +118,7 @@ class Curves:
         self.tokens: list[int | None] = []
         self.curves: dict[str, dict[str, list[float | None]]] = {}
         self.heldout: list[tuple[int, float, int | None, float]] = []
+        self.heldout_by_source: dict[str, list[tuple[int, float, int | None, float]]] = {}
         self.totals = dict.fromkeys(("step_time_s", *PARTS), 0.0)
         self.rates: dict[str, tuple[float, int]] = {"tokens_per_s": (0.0, 0), "mfu": (0.0, 0)}
         self.num_steps = self.num_skipped = 0
@@ -143,6 +150,7 @@ class Curves:
             self._close(bucket, stretch)
         every = max(1, math.ceil(len(self.heldout) / self.max_points))
         self.heldout = self.heldout[::-every][::-1]  # always keeps the last one
+        self.heldout_by_source = {name: found[::-every][::-1] for name, found in self.heldout_by_source.items()}
 
     def _note(self, record: dict[str, Any]) -> None:
         self.last = record
@@ -153,6 +161,9 @@ class Curves:
         if is_number(record.get("heldout_loss")):
             moment = seconds(record.get("time"))
             self.heldout.append((record["step"], moment, record.get("tokens"), record["heldout_loss"]))
+        for name in (name for name in record if name.startswith(SOURCE_LOSS) and is_number(record[name])):
+            found = self.heldout_by_source.setdefault(name.removeprefix(SOURCE_LOSS), [])
+            found.append((record["step"], seconds(record.get("time")), record.get("tokens"), record[name]))
         for name in ("step_time_s", *PARTS):
             self.totals[name] += record[name] if is_number(record.get(name)) else 0.0
         for name, (total, count) in self.rates.items():
@@ -291,6 +302,8 @@ def facts(
     for event in starts:
         merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step", "cut_metrics")}
     rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
+    mixed = next((event["sources"] for event in reversed(events) if isinstance(event.get("sources"), dict)), None)
+    rows.append(("read of each source", describe_sources(mixed) if mixed else None))
     rows.append(("changed on a resume", changes(events)))
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))

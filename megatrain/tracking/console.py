@@ -23,6 +23,10 @@ MIN_BAR = 10
 """Width of the narrowest bar; where less is left, there is none."""
 
 
+SOURCE_LOSS = "heldout_loss/"
+"""How the key of one source's held-out loss begins."""
+
+
 class Console:
     """The progress of a run on standard error.
 
@@ -171,12 +175,23 @@ def describe(event: dict[str, Any]) -> str:
         return f"saved {event['checkpoint']} in {event['seconds']:.2f} s"
     if kind == "evaluate":
         bits = event.get("bits_per_byte")
-        return f"step {step}: held-out loss {event['heldout_loss']:.4f}" + (
-            f", {bits:.3f} bits a byte" if bits is not None else ""
+        by_source = {name: loss for name, loss in event.items() if name.startswith(SOURCE_LOSS)}
+        listed = ", ".join(f"{name.removeprefix(SOURCE_LOSS)} {loss:.4f}" for name, loss in by_source.items())
+        return (
+            f"step {step}: held-out loss {event['heldout_loss']:.4f}"
+            + (f", {bits:.3f} bits a byte" if bits is not None else "")
+            + (f" ({listed})" if listed else "")
         )
+    if kind == "mixture":
+        return f"read of each source: {describe_sources(event['sources'])}"
     detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
     shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
     return f"{kind} at step {step}" + (f": {shown}" if shown else "")
+
+
+def describe_sources(sources: dict[str, Any]) -> str:
+    """Return what a run has read of each source of its mixture: `web 70.0% (0.11 epochs), code 30.0% (2.40 epochs)`."""
+    return ", ".join(f"{name} {seen['share']:.1%} ({seen['epochs']:.2f} epochs)" for name, seen in sources.items())
 
 
 def _plain(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import sys
 import tempfile
@@ -33,6 +34,8 @@ MAX_METRICS = 1000
 """MLflow's limit per request."""
 MAX_SYSTEM_SAMPLES = 1000
 """Samples kept while the server is down. Older ones are dropped and counted."""
+FORBIDDEN = re.compile(r"[^/\w.\- ]")
+"""A character that no metric's name may have."""
 MAX_READ = 1 << 20
 """Bytes of metrics.jsonl held in memory at once."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
@@ -296,9 +299,12 @@ class Sender:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Return a step's finite numbers to plot, without the step itself, times of 0 and `updated` if it is true."""
+    """Return a step's finite numbers to plot, without the step itself, times of 0 and `updated` if it is true.
+
+    What MLflow allows in no metric's name, such as the `+` of a dataset's name, becomes `_`.
+    """
     return {
-        name: float(value)
+        FORBIDDEN.sub("_", name): float(value)
         for name, value in record.items()
         if isinstance(value, (int, float))
         and math.isfinite(value)

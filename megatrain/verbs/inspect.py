@@ -45,6 +45,8 @@ HIGHLIGHTS = (
 )
 """Config keys to print after those of the model."""
 
+MIXTURE_COLUMNS = ("source", "samples", "share", "weight now", "epochs")
+
 
 def inspect(config: InspectConfig) -> None:
     """Print what the path holds.
@@ -120,7 +122,7 @@ def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
     printer.title(f"checkpoint {folder}")
     if found.manifest:
         printer.facts(checkpoint_facts(found.manifest))
-        printer.table("mixture", ("source", "samples", "share", "weight now", "epochs"), mixture_rows(found.manifest))
+        printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(found.manifest))
         printer.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
         printer.table("config", ("key", "value"), highlights(found.manifest.identity.config))
     printer.table("files", ("file", "bytes", "checksum"), file_rows(folder, found))
@@ -215,6 +217,7 @@ def print_run(printer: Printer, run: Path) -> None:
     newest = next((path for path, inspection in found.items() if not inspection.problems), None)
     if newest is not None and (manifest := found[newest].manifest) is not None:
         printer.table("config", ("key", "value"), highlights(manifest.identity.config))
+        printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(manifest))
     rows = [[path.name, f"{format_tokens(c)}", f"{folder_bytes(path):,}", c.verdict] for path, c in found.items()]
     printer.table("checkpoints", ("checkpoint", "tokens", "bytes", "verdict"), rows)
     for path in sorted(folder.glob("*.writing")):

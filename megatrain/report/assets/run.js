@@ -24,6 +24,13 @@ function build() {
   if (N) {
     const heldout = D.heldout.length && {name: 'held-out', tone: 'b', points: D.heldout};
     add({title: 'Loss', wide: true, height: 300, legend: true, series: [curve('loss', 'training', 'a'), heldout]});
+    const tones = ['a', 'b', 'c', 'd'];
+    add({
+      title: 'Held-out loss by source',
+      legend: true,
+      height: 208,
+      series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % 4], points})),
+    });
     add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
     add({

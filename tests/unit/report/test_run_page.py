@@ -227,3 +227,26 @@ def test_the_numbers_at_the_top_match_the_run(tmp_path):
     facts = dict(data["facts"])
     assert (facts["model"], facts["world size"], facts["steps planned"]) == ("tiny · 2 layers", "1", "300")
     assert (facts["resumes"], facts["steps skipped"]) == ("1", "1")
+
+
+def test_a_mixture_has_a_chart_of_its_sources_and_what_was_read_of_them(tmp_path):
+    run_dir = make_run(tmp_path, 60)
+    log, events = MetricsLog(run_dir / "metrics.jsonl"), EventLog(run_dir / "events.jsonl")
+    for step in (70, 80):
+        log.append({"step": step, "loss": 2.0, "heldout_loss": 3.0, "heldout_loss/web": 2.5, "heldout_loss/zh": 4.0})
+    seen = {"web": {"share": 0.75, "epochs": 0.5}, "zh": {"share": 0.25, "epochs": 2.25}}
+    events.emit("mixture", 80, sources=seen)
+    page = collect(run_dir)
+    assert [mark[3] for mark in page["heldout_by_source"]["zh"]] == [4.0, 4.0]
+    assert ["read of each source", "web 75.0% (0.50 epochs), zh 25.0% (2.25 epochs)"] in page["facts"]
+
+
+@needs_browser
+def test_a_browser_draws_the_sources_of_a_mixture(tmp_path):
+    run_dir = make_run(tmp_path, 60)
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    for step in (70, 80):
+        log.append({"step": step, "loss": 2.0, "heldout_loss/web": 2.5, "heldout_loss/zh": 4.0})
+    document = drawn(report(run_dir))
+    assert "<h2>Held-out loss by source" in document
+    assert re.search(r'data-drawn="(\d+)"', document).group(1) == "11"

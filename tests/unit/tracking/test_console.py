@@ -10,7 +10,7 @@ import pytest
 
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
-from megatrain.tracking.console import Console, clock, short
+from megatrain.tracking.console import Console, clock, describe, short
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
 
@@ -160,3 +160,11 @@ def test_a_stop_is_named_by_its_signal_and_says_how_to_go_on(tmp_path, capfd):
     text = capfd.readouterr().err
     assert "SIGTERM at step 7: the run saves and ends" in text
     assert "run stopped; the same command continues it" in text
+
+
+def test_the_sources_of_a_mixture_are_named():
+    event = {"kind": "evaluate", "step": 5, "heldout_loss": 3.0, "heldout_loss/web": 2.5, "heldout_loss/zh": 4.0}
+    assert describe(event) == "step 5: held-out loss 3.0000 (web 2.5000, zh 4.0000)"
+    seen = {"web": {"samples": 3, "share": 0.75, "epochs": 0.5}, "zh": {"samples": 1, "share": 0.25, "epochs": 2.25}}
+    told = "read of each source: web 75.0% (0.50 epochs), zh 25.0% (2.25 epochs)"
+    assert describe({"kind": "mixture", "step": 5, "sources": seen}) == told

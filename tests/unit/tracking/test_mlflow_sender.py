@@ -579,3 +579,13 @@ def test_a_database_that_another_program_is_creating_is_waited_for(tmp_path):
     assert prepare_database(path, "file:///nowhere") is None
     later.join()
     assert not list(tmp_path.glob("*half-made*"))
+
+
+def test_the_name_of_a_source_becomes_one_that_mlflow_takes():
+    from mlflow.utils.validation import _validate_metric_name
+
+    record = {"step": 1, "heldout_loss/中文": 2.0, "heldout_loss/c++ (new)": 3.0}
+    sent = mlflow_sender.numbers(record)
+    assert sent == {"heldout_loss/中文": 2.0, "heldout_loss/c__ _new_": 3.0}
+    for name in sent:
+        _validate_metric_name(name)

@@ -6,8 +6,11 @@ import shutil
 import pytest
 
 from megatrain import cli
+from megatrain.checkpoint.manifest import Identity, Manifest, Progress
+from megatrain.data.mixture import MixturePlan, Phase, PlannedSource
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.count import num_parameters
+from megatrain.verbs.inspect import mixture_rows
 
 
 @pytest.fixture
@@ -127,3 +130,12 @@ def test_anything_else_is_refused(inspect, tmp_path):
     assert (
         code == ConfigError.exit_code and out == "" and "is not a run folder, a checkpoint or a prepared dataset" in err
     )
+
+
+def test_a_checkpoint_of_a_mixture_shows_what_was_read_of_each_source():
+    sources = {"code": PlannedSource("c", 10), "web": PlannedSource("w", 100)}
+    plan = MixturePlan(sources, [Phase(0, {"code": 1, "web": 3}), Phase(40, {"code": 1})])
+    progress = Progress(step=6, cursor=48, skip_ranges=[(0, 8)])
+    rows = mixture_rows(Manifest(progress=progress, identity=Identity(mixture=plan)))
+    assert rows == [["code", "16", "40.0000%", "100.0000%", "1.600"], ["web", "24", "60.0000%", "0.0000%", "0.240"]]
+    assert mixture_rows(Manifest()) == []
