@@ -8,15 +8,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.find import model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.resume import changed_keys, override_of
-from megatrain.config import ModelConfig
+from megatrain.config import ModelConfig, TrainConfig
 from megatrain.config.values import quoted
-from megatrain.data.card import Card
+from megatrain.data.card import Card, made_by
 from megatrain.data.tokenizer import saved_meta
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.count import parameter_shapes
@@ -39,6 +40,8 @@ MEANING = (
 
 TOKENIZER = "tokenizer"
 """The word for the tokenizer in `checkpoint.override`."""
+
+VOCABULARY = "model.vocab_size"
 
 SHOWN = 6
 """Most names that a message lists."""
@@ -91,21 +94,44 @@ def plan_transfer(folder: Path, manifest: Manifest, model: ModelConfig, override
     )
 
 
-def check_tokenizer(folder: Path, manifest: Manifest, card: Card, dataset: Path, override: Iterable[str]) -> None:
-    """Refuse a dataset whose tokenizer is not the checkpoint's, unless `override` says so.
+def check_tokenizer(folder: Path, manifest: Manifest, card: Card, dataset: Path, config: TrainConfig) -> None:
+    """Refuse a dataset whose tokenizer or vocabulary is not the checkpoint's, unless the config says that it is meant.
 
-    Raises ConfigError. A checkpoint or a dataset that names no tokenizer is accepted.
+    Raises ConfigError with both ways out. A dataset that names no tokenizer is accepted.
     """
-    place = tokenizer_folder(folder, manifest)
-    if place is None or card.tokenizer is None or TOKENIZER in override:
+    if card.tokenizer is None:
         return
-    ours, theirs = saved_meta(place)["fingerprint"], card.tokenizer.fingerprint
-    if ours == theirs:
+    place, given, vocab = tokenizer_folder(folder, manifest), config.checkpoint.override, card.tokenizer.vocab_size
+    theirs = saved_meta(place)["fingerprint"] if place else card.tokenizer.fingerprint
+    needed = [TOKENIZER] if theirs != card.tokenizer.fingerprint else []
+    size = model_of(folder, manifest).vocab_size or 0
+    too_small = vocab > (vocab if config.model.vocab_size is None else config.model.vocab_size)
+    if vocab > size:
+        needed.append(VOCABULARY)
+    if set(needed) <= set(given) and not (too_small and vocab > size):
         return
+    larger = f", of {vocab:,} tokens, more than model.vocab_size={size}" if vocab > size else ""
+    meant = [override_of(dict.fromkeys((*given, *needed)))]
+    meant += [f"{VOCABULARY}={vocab}"] if vocab > size else []
+    effect = "the embeddings are then drawn anew" if vocab > size else "the embeddings then stand for other tokens"
     raise ConfigError(
-        f"data.name: {dataset} was prepared with another tokenizer than that of checkpoint.init_from={folder} "
-        f"(fingerprints {theirs} and {ours}), so its ids mean other text; prepare the data with "
-        f"{tokenizer_arguments(place)}, or, if it is meant, give {override_of([TOKENIZER])}"
+        f"data.name: {dataset} was prepared with another tokenizer than that of checkpoint.init_from={folder}{larger}, "
+        f"so its ids mean other text; either {_again(card, dataset, place)}, or, if it is meant, add "
+        f"{' '.join(meant)} ({effect})"
+    )
+
+
+def _again(card: Card, dataset: Path, place: Path | None) -> str:
+    """Return how to prepare a dataset with the tokenizer saved in `place`, under another name."""
+    if place is None:
+        return "prepare it with the tokenizer that made the checkpoint's data"
+    free = next(name for n in count(2) if not (dataset.parent / (name := f"{card.name}_{n}")).exists())
+    if not (words := made_by(card)):
+        return f"prepare its text under another data.name with {tokenizer_arguments(place)}"
+    named = [quoted("data.name", free), quoted("data.dir", str(dataset.parent))]
+    return (
+        f"prepare it with the checkpoint's tokenizer (megatrain prepare {shlex.join([*words, *named])} "
+        f"{tokenizer_arguments(place)}) and give {shlex.quote(named[0])}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -89,6 +90,28 @@ def quoted(key: str, text: str) -> str:
 
     plain = re.fullmatch(r"[\w.+/-]+", text)
     return f"{key}={text if plain else QuotedString(literal(text), Quote.single).with_quotes()}"
+
+
+def as_text(value: Any) -> str:
+    """Return a value as the text of an override: text is quoted, lists and mappings are written out."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(as_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{name}: {as_text(item)}' for name, item in value.items())}}}"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "nan",
+            "inf",
+        )
+        return value if plain else str(QuotedString(literal(value), Quote.single).with_quotes())
+    return str(value)
 
 
 def split_list(text: str) -> list[str]:

@@ -17,7 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import xxhash
 
-from megatrain.config import TrainConfig
+from megatrain.config import PrepareConfig, TrainConfig
+from megatrain.config.flatten import flatten
+from megatrain.config.values import as_text
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -235,6 +237,25 @@ def check_dataset(folder: Path) -> Card:
                 f"but the card says {split.tokens} {split.dtype}"
             )
     return card
+
+
+def made_by(card: Card) -> list[str]:
+    """Return the words of `megatrain prepare` that read and clean the text of a dataset again, without its tokenizer.
+
+    Empty if the card does not say, or if the ids came without text.
+    """
+    kind = card.config.get("data", {}).get("kind")
+    if kind in (None, "megatron", "mixture"):
+        return []
+    default = flatten(asdict(PrepareConfig()))
+    words = [
+        f"{key}={as_text(value)}"
+        for key, value in flatten(card.config).items()
+        if value != default.get(key, value)
+        and key not in ("data.kind", "data.name")
+        and not key.startswith("tokenizer.")
+    ]
+    return [f"data={kind}", *words]
 
 
 def with_vocabulary(config: TrainConfig, card: Card, folder: Path) -> TrainConfig:

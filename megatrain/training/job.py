@@ -188,9 +188,9 @@ class RankJob:
 
     def _begin_from(self, origin: Origin) -> None:
         """Check that the weights of another run's checkpoint belong to this run's model and tokenizer."""
-        override = self.config.checkpoint.override
-        self.transfer = plan_transfer(origin.folder, origin.manifest, self.config.model, override)
-        check_tokenizer(origin.folder, origin.manifest, self.data.card, self.data.folder, override)
+        folder, manifest = origin.folder, origin.manifest
+        check_tokenizer(folder, manifest, self.data.card, self.data.folder, self.config)
+        self.transfer = plan_transfer(folder, manifest, self.config.model, self.config.checkpoint.override)
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:

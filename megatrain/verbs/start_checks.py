@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from megatrain.checkpoint.continued_mixture import continue_mixture
 from megatrain.checkpoint.find import model_of, peek, tokenizer_folder
@@ -22,7 +21,7 @@ from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokeniz
 from megatrain.config import PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
 from megatrain.config.compose import compose, last_words, read_overrides
-from megatrain.config.values import quoted
+from megatrain.config.values import as_text, quoted
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.mixed_dataset import Mixture
 from megatrain.distributed.rank_environment import was_requeued
@@ -56,7 +55,7 @@ def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
         model = asdict(model_of(*found))
     except CheckpointError:
         return given
-    return [*(f"model.{name}={_text(value)}" for name, value in model.items()), *given]
+    return [*(f"model.{name}={as_text(value)}" for name, value in model.items()), *given]
 
 
 def _experiment_sets_model(verb: str, overrides: list[str]) -> bool:
@@ -64,17 +63,6 @@ def _experiment_sets_model(verb: str, overrides: list[str]) -> bool:
     groups = [text for text in overrides if "." not in text.partition("=")[0]]
     without = [text for text in groups if not text.lstrip("+").startswith("experiment=")]
     return groups != without and compose(verb, groups).model != compose(verb, without).model
-
-
-def _text(value: Any) -> str:
-    """Return a value as an override's text."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        from hydra.core.override_parser.types import Quote, QuotedString
-
-        return str(QuotedString(value, Quote.single).with_quotes())
-    return str(value)
 
 
 def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None) -> None:
@@ -97,8 +85,12 @@ def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None
     if resume == "auto":
         refuse_if_lost(run_dir)
     dataset = mixture.folder if mixture else Path(config.data.dir) / config.data.name
+    found = _to_continue(resume, checkpoints)
+    weights = peek(Path(origin)) if found is None and origin is not None and resume in ("auto", "never") else None
+    if weights:  # before the vocabulary is compared: another tokenizer explains another size
+        check_tokenizer(*weights, card, dataset, config)
     config = with_vocabulary(config, card, dataset)
-    if found := _to_continue(resume, checkpoints):
+    if found:
         folder, manifest = found
         changed = check_resume(manifest, asdict(config), None if mixture else card.fingerprint, str(folder))
         if mixture:
@@ -109,10 +101,8 @@ def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None
     if mixture is not None:
         loop = config.train
         mixture.check_caps(done.cursor + samples_before(loop, loop.steps + 1) - samples_before(loop, done.step + 1))
-    if found is None and origin is not None and resume in ("auto", "never") and (weights := peek(Path(origin))):
-        folder, manifest = weights
-        plan_transfer(folder, manifest, config.model, config.checkpoint.override)
-        check_tokenizer(folder, manifest, card, dataset, config.checkpoint.override)
+    if weights:
+        plan_transfer(*weights, config.model, config.checkpoint.override)
 
 
 def real(path: Path) -> Path:

@@ -146,14 +146,35 @@ def test_data_of_another_tokenizer_is_refused_unless_it_is_meant(family, started
     card = Card.load(dataset)
     assert card.tokenizer is not None
     other = replace(card, tokenizer=TokenizerCard("hf", "f" * 32, card.tokenizer.vocab_size, 0))
-    with pytest.raises(
-        ConfigError, match=r"another tokenizer.*ffff.*tokenizer=sentencepiece tokenizer\.path=.*tokenizer"
-    ):
+    with pytest.raises(ConfigError, match=r"another tokenizer.*tokenizer=sentencepiece tokenizer\.path=.*tokenizer"):
         check_origin(config, other)
     config.checkpoint.override = ["tokenizer"]
     check_origin(config, other)
     config.checkpoint.override = []
     check_origin(config, replace(card, tokenizer=None))  # unknown, as for `evaluate`
+
+
+def test_both_ways_out_of_another_vocabulary_work_as_printed(family, started, dataset):
+    """The first message names the tokenizers, and neither way leads to a second refusal."""
+    folder = family("llama")[0]
+    config = started(f"checkpoint.init_from={folder}")
+    recorded = {"data": {"kind": "files", "name": "words", "paths": ["my texts"], "bos": False}, "seed": 1234}
+    other = replace(Card.load(dataset), tokenizer=TokenizerCard("hf", "f" * 32, 900, 0), config=recorded)
+    with pytest.raises(ConfigError, match="with another tokenizer than that of") as refused:
+        check_origin(config, other)
+    message = str(refused.value)
+    printed = shlex.split(message.partition("(megatrain prepare ")[2].partition(") and give")[0])
+    prepared = compose("prepare", printed)
+    assert prepared.data.paths == ["my texts"] and prepared.data.name == "words_2"
+    assert prepared.tokenizer.path == str(folder / "tokenizer")
+    meant = shlex.split(message.partition("if it is meant, add ")[2].partition(" (")[0])
+    config = started(f"checkpoint.init_from={folder}", *meant)
+    check_origin(config, other)
+    config.checkpoint.override = ["tokenizer"]
+    with pytest.raises(
+        ConfigError, match=r"'checkpoint\.override=\[tokenizer,model\.vocab_size\]' model\.vocab_size=900"
+    ):
+        check_origin(config, other)
 
 
 def test_ranks_refuse_what_the_command_line_would(family, train_job, tmp_path):
