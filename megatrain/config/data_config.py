@@ -14,7 +14,7 @@ class DataConfig:
 
     name: str = key(MISSING, "dataset identity; the prepared dataset is the folder <data.dir>/<data.name>")
     dir: str = key("data", "folder of all prepared datasets", path=True)
-    kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "huggingface", "megatron", "mixture"))
+    kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture"))
     mixture: dict[str, Any] = key(
         {},
         "data=mixture: prepared datasets (names in data.dir, or paths) with their share of the samples: a weight "
@@ -35,8 +35,9 @@ class DataConfig:
     )
     paths: list[str] = key(
         [],
-        "files, folders or globs to read, each file by its suffix: text, JSON, Parquet, HTML, also compressed (the "
-        "guide to your own data lists them); for data=megatron, path prefixes, or globs, folders or text files of them",
+        "files, folders or globs to read, each file by its suffix: text, JSON, Parquet, HTML, WARC, code, also "
+        "compressed (the guide to your own data lists them); for data=megatron, path prefixes, or globs, folders or "
+        "text files of them",
         path=True,
     )
     text_column: str = key(

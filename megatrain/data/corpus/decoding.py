@@ -8,11 +8,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatrain.data.corpus.code import license_of, why_left_out
 from megatrain.data.corpus.compressed import archive_kind
 from megatrain.data.corpus.conversations import find_conversation, render
 from megatrain.data.corpus.html_bytes import decode_html
 from megatrain.data.corpus.normalise import normalise
-from megatrain.data.corpus.record import BadRecordError, Policy, Problem, Record
+from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record
 from megatrain.errors import DataError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -41,8 +42,9 @@ class Decoded:
 def decode(record: Record, policy: Policy) -> Decoded:
     """Return a record's clean text.
 
-    Raises `BadRecordError` if the record is not JSON but should be, has no text in its column, is UTF-16 or UTF-32, is
-    binary, or is undecodable and the policy skips that; `DataError` if the policy refuses undecodable records.
+    Raises `LeftOutError` if it is code that people did not write; `BadRecordError` if the record is not JSON but should
+    be, has no text in its column, is UTF-16 or UTF-32, is binary, or is undecodable and the policy skips that;
+    `DataError` if the policy refuses undecodable records.
     """
     if record.problem:
         raise BadRecordError(record.problem)
@@ -50,7 +52,7 @@ def decode(record: Record, policy: Policy) -> Decoded:
     decoded = Decoded("", False, record.kind, record.id, record.metadata)
     if isinstance(payload, bytes):
         if record.kind in _FILES and (problem := no_text(payload)):
-            raise BadRecordError(problem)
+            raise LeftOutError(problem.kind) if record.kind == "code" else BadRecordError(problem)
         if record.markup:
             text, bad = decode_html(payload, record.charset)
             at = "in no encoding that it names or resembles" if bad else ""
@@ -66,6 +68,10 @@ def decode(record: Record, policy: Policy) -> Decoded:
     if bad and policy.undecodable != "replace":
         raise _undecodable(record, at, "convert it", "replace or skip", policy)
     decoded.text, decoded.undecodable = normalise(text), bad
+    if record.kind == "code":
+        if reason := why_left_out(decoded.text, record.where):
+            raise LeftOutError(reason)
+        decoded.metadata = record.metadata | {"license": license_of(decoded.text) or record.metadata.get("license")}
     return decoded
 
 

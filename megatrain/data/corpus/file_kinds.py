@@ -23,6 +23,9 @@ KINDS = {
 KNOWN = f"the suffixes {', '.join(KINDS)}, these with .gz, .zst, .bz2 or .xz, or one of a source code"
 """The suffixes that are read, in words."""
 
+KNOWN_CODE = "the suffixes of a source code"
+"""What `data=code` reads, in words."""
+
 _CODE = {
     "Ada": "adb ads",
     "Assembly": "asm s",

@@ -16,11 +16,11 @@ def saved_to_disk(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def find_paths(patterns: list[str], wanted: Callable[[str], bool], known: str) -> tuple[list[Path], Counter[str]]:
+def find_paths(patterns: list[str], wanted: Callable[[Path], bool], known: str) -> tuple[list[Path], Counter[str]]:
     """Return the files that the patterns name, sorted by path, and how many files of folders are not wanted, by suffix.
 
     A path that exists is meant literally, whatever characters it has. A folder stands for all files below it that are
-    `wanted` by their names, hidden ones excepted. `known` says in words which are.
+    `wanted` by their paths below it, hidden ones excepted. `known` says in words which are.
 
     Raises `ConfigError` if a pattern names no file, or a file that is not wanted.
     """
@@ -39,7 +39,7 @@ def find_paths(patterns: list[str], wanted: Callable[[str], bool], known: str) -
     for path in sorted(found):
         if path.name.endswith(".arrow") and saved_to_disk(path.parent):
             raise _is_saved_to_disk(path.parent)
-        if not wanted(path.name):
+        if not wanted(Path(path.name)):
             raise ConfigError(f"data.paths: {path} has none of {known}; narrow the glob")
     return sorted(found, key=lambda path: path.as_posix()), left_out
 
@@ -52,15 +52,15 @@ def matches(pattern: str) -> list[Path]:
     return found
 
 
-def _below(folder: Path, pattern: str, wanted: Callable[[str], bool], known: str) -> tuple[list[Path], Counter[str]]:
+def _below(folder: Path, pattern: str, wanted: Callable[[Path], bool], known: str) -> tuple[list[Path], Counter[str]]:
     """Return the files to read below a folder, and the others by suffix. Raises `ConfigError` if there are none."""
     for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
         if saved_to_disk(place):
             raise _is_saved_to_disk(folder if saved_to_disk(folder) else place)
     names = [Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)]
     files = [path for path in names if path.is_file()]
-    read = [path for path in files if wanted(path.name)]
-    others = Counter(path.suffix.lower() or path.name for path in files if not wanted(path.name))
+    read = [path for path in files if wanted(path.relative_to(folder))]
+    others = Counter(path.suffix.lower() or path.name for path in files if not wanted(path.relative_to(folder)))
     if read:
         return read, others
     holds = f"it holds {', '.join(sorted(others)[:8])}" if others else "it holds no files"

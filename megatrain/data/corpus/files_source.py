@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
 from megatrain.config import DataConfig
+from megatrain.data.corpus.code import FOLDERS_OF_OTHERS, find_license_files, read_licenses
 from megatrain.data.corpus.compressed import ERRORS, archive_kind, opened, without_suffix
 from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_with_a_line
-from megatrain.data.corpus.file_kinds import KNOWN, kind_of
+from megatrain.data.corpus.file_kinds import KNOWN, KNOWN_CODE, kind_of, programming_language
 from megatrain.data.corpus.file_search import find_paths
 from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, stamp
@@ -33,8 +35,13 @@ class FilesSource(Source):
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
-        self.files, self.left_out = find_paths(config.paths, lambda name: kind_of(name) is not None, KNOWN)
-        kinds = {kind_of(path.name) for path in self.files}
+        self.files, self.left_out = find_paths(
+            config.paths, self._is_read, KNOWN if config.kind == "files" else KNOWN_CODE
+        )
+        folders = [Path(path).expanduser() for path in config.paths]
+        self._folders = [folder for folder in folders if folder.is_dir()]
+        self._licenses: dict[Path, tuple[list[Path], str | None]] = {}
+        kinds = {self._kind(path) for path in self.files}
         for kind, library in (("html", "resiliparse"), ("warc", "resiliparse"), ("wikipedia", "mwparserfromhell")):
             if kind in kinds:
                 require_library(library, f"reading {kind}", "corpus")
@@ -46,6 +53,16 @@ class FilesSource(Source):
             "listing": _listing_hash(self.files),
         }
 
+    def _kind(self, path: Path) -> str | None:
+        """Return the kind of a file by its name: `code` for all that `data=code` reads."""
+        if self.config.kind == "code":
+            return "code" if programming_language(path.name) or kind_of(path.name) == "html" else None
+        return kind_of(path.name)
+
+    def _is_read(self, path: Path) -> bool:
+        kind = self._kind(path)
+        return kind is not None and not (kind == "code" and set(path.parts) & set(FOLDERS_OF_OTHERS))
+
     def notes(self) -> Iterator[str]:
         """Yield how many files of the folders are not read."""
         if self.left_out:
@@ -55,6 +72,11 @@ class FilesSource(Source):
 
     def shards(self) -> Iterator[Shard]:
         """Yield groups of small files, and ranges of large ones that can be cut."""
+        for shard in self._cut():
+            licenses = {path for file in map(Path, shard.paths) for path in self._license(file)[0]}
+            yield replace(shard, stamps=(*shard.stamps, *map(stamp, sorted(licenses))))
+
+    def _cut(self) -> Iterator[Shard]:
         group: list[tuple[Path, int]] = []
         for path in self.files:
             size = path.stat().st_size
@@ -65,6 +87,17 @@ class FilesSource(Source):
             else:
                 group.append((path, size))
         yield from group_files(group)
+
+    def _license(self, path: Path) -> tuple[list[Path], str | None]:
+        """Return the files with the licence of a file of code, and the licence; none for another file."""
+        if self._kind(path) != "code":
+            return [], None
+        folder = path.parent
+        if folder not in self._licenses:
+            tops = [top for top in self._folders if top == folder or top in folder.parents]
+            files = find_license_files(folder, max(tops, key=lambda top: len(top.parts), default=folder))
+            self._licenses[folder] = files, read_licenses(files)
+        return self._licenses[folder]
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """Yield the documents of each file in turn. Raises `DataError` if a file is damaged or cannot be read."""
@@ -82,7 +115,7 @@ class FilesSource(Source):
                 self.progress.bytes = before + path.stat().st_size
 
     def _read(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
-        kind = kind_of(path.name)
+        kind = self._kind(path)
         assert kind
         if kind == "parquet":
             yield from self._parquet(path, start, stop)
@@ -100,6 +133,10 @@ class FilesSource(Source):
         """Yield the documents of an open file."""
         if kind in ("text", "html"):
             return self.whole_file(file, path, kind=kind, markup=kind == "html")
+        if kind == "code":
+            language = programming_language(path.name) or "HTML"
+            about = {"programming_language": language, "license": self._license(path)[1]}
+            return self.whole_file(file, path, kind=kind, metadata=about)
         head: bytes = file.peek(_HEAD_BYTES)  # type: ignore[attr-defined]
         if archive := archive_kind(head):
             return iter([Record(b"", str(path), problem=Problem("archive", f"holds {archive}", "unpack it first"))])

@@ -19,6 +19,7 @@ def open_source(config: DataConfig) -> Source:
     kinds: dict[str, Callable[[DataConfig], Source]] = {
         "python_stdlib": StdlibSource,
         "files": FilesSource,
+        "code": FilesSource,
         "huggingface": HuggingFaceSource,
     }
     return kinds[config.kind](config)
