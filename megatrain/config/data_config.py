@@ -14,7 +14,9 @@ class DataConfig:
 
     name: str = key(MISSING, "dataset identity; the prepared dataset is the folder <data.dir>/<data.name>")
     dir: str = key("data", "folder of all prepared datasets", path=True)
-    kind: str = key("files", "kind of source", choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture"))
+    kind: str = key(
+        "files", "kind of source", choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture")
+    )
     mixture: dict[str, Any] = key(
         {},
         "data=mixture: prepared datasets (names in data.dir, or paths) with their share of the samples: a weight "
