@@ -14,6 +14,7 @@ from megatrain.data.corpus.conversations import find_conversation, render
 from megatrain.data.corpus.html_bytes import decode_html
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record
+from megatrain.data.corpus.wikipedia import wikitext_to_text
 from megatrain.errors import DataError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -60,7 +61,9 @@ def decode(record: Record, policy: Policy) -> Decoded:
             text, bad, at = _decode_utf_8(payload, record, policy)
     else:
         text = payload
-    if record.kind == "json":
+    if record.kind == "wikipedia":
+        text = wikitext_to_text(text)
+    elif record.kind == "json":
         text = _from_json(text, policy.text_column, decoded)
     if _SURROGATE.search(text):
         bad, at = True, at or "a lone surrogate"

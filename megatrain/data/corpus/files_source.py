@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, stamp
 from megatrain.data.corpus.source import Source, require_library
 from megatrain.data.corpus.warc import read_warc
+from megatrain.data.corpus.wikipedia import read_dump
 from megatrain.errors import DataError
 
 _HEAD_BYTES = 512  # of a file, by which an archive is recognised
@@ -140,15 +141,17 @@ class FilesSource(Source):
         head: bytes = file.peek(_HEAD_BYTES)  # type: ignore[attr-defined]
         if archive := archive_kind(head):
             return iter([Record(b"", str(path), problem=Problem("archive", f"holds {archive}", "unpack it first"))])
-        if kind == "warc":
-            return self._pages(path, file)
+        if kind in ("warc", "wikipedia"):
+            return self._pages(path, file, read_warc if kind == "warc" else read_dump)
         if kind == "lines" or starts_with_a_line(file):
             return self._lines(path, file)
         return self._values(path, file)
 
-    def _pages(self, path: Path, file: BinaryIO) -> Iterator[Record]:
-        """Yield the pages of a WARC or WET file."""
-        for record in read_warc(file, str(path), self.config.max_document_bytes):
+    def _pages(
+        self, path: Path, file: BinaryIO, read: Callable[[BinaryIO, str, int], Iterator[Record]]
+    ) -> Iterator[Record]:
+        """Yield the pages of a WARC or WET file or of a dump."""
+        for record in read(file, str(path), self.config.max_document_bytes):
             yield self.too_long(record.where) if record.oversized else record
 
     def _lines(self, path: Path, file: BinaryIO) -> Iterator[Record]:

@@ -250,7 +250,7 @@ CHINESE = (
 
 def test_the_chinese_recipe_keeps_chinese_that_the_english_rules_remove():
     recipe = build_recipe(read_yaml(conf_folder() / "clean" / "zh.yaml")[0]["steps"])
-    repetition, _, quality = recipe
+    _, repetition, _, quality = recipe
     assert isinstance(quality, GopherQuality)
     assert run_recipe(recipe, Document(CHINESE, "id"), new_reports(recipe), seed=1)
     assert rule_of(GopherQuality(), CHINESE) is not None

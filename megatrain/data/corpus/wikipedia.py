@@ -1,0 +1,154 @@
+"""Read the pages of a MediaWiki dump (`pages-articles.xml`), in bounded memory, and turn their wikitext into text.
+
+Parsed with the standard library's expat: of a page only what is wanted is kept, entities cannot be defined, and an XML
+that is cut short is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+from xml.parsers import expat
+
+from megatrain.data.corpus.record import Problem, Record
+
+_READ_BYTES = 2**16
+_KEPT = ("title", "ns", "id", "timestamp", "text")
+_TAGS = ("ref", "table", "gallery", "timeline", "math", "imagemap")
+"""Tags that are removed with what they hold."""
+_NAMESPACE = re.compile(r"^\s*:?[^\s:\[\]|]{1,40}:(?=\S)")
+
+
+class DumpError(EOFError):
+    """A dump that is damaged or cut short; the message has its line, and the last whole page."""
+
+
+@dataclass
+class _Page:
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    size: int = 0
+    redirect: bool = False
+
+    def get(self, name: str) -> str:
+        return "".join(self.fields.get(name, []))
+
+
+class _Reader:
+    """Collects whole pages from expat's events. Of several revisions the last counts."""
+
+    def __init__(self, limit: int) -> None:
+        self.pages: deque[_Page] = deque()
+        self.root: str | None = None
+        self.last = "none"
+        self._limit = limit
+        self._path: list[str] = []
+        self._page: _Page | None = None
+        self._into: list[str] | None = None
+        self.parser = expat.ParserCreate()
+        self.parser.buffer_text = True
+        self.parser.StartElementHandler = self._start
+        self.parser.EndElementHandler = self._end
+        self.parser.CharacterDataHandler = self._characters
+        self.parser.EntityDeclHandler = self._entity
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        name = name.rpartition(":")[2]
+        self.root = self.root or name
+        self._path.append(name)
+        inside = self._path[1:]
+        if inside == ["page"]:
+            self._page = _Page()
+        elif self._page and inside == ["page", "redirect"]:
+            self._page.redirect = True
+        elif self._page and name in _KEPT and inside[:-1] in (["page"], ["page", "revision"]):
+            if name == "id" and inside[:-1] != ["page"]:  # of a revision
+                return
+            self._into = self._page.fields[name] = []
+            if name == "text":
+                self._page.size = 0
+
+    def _end(self, name: str) -> None:
+        self._path.pop()
+        self._into = None
+        if self._page and len(self._path) == 1:
+            self.pages.append(self._page)
+            self.last = repr(self._page.get("title"))
+            self._page = None
+
+    def _characters(self, text: str) -> None:
+        if self._into is None or self._page is None:
+            return
+        self._page.size += len(text)
+        if self._page.size <= self._limit:
+            self._into.append(text)
+
+    def _entity(self, *_: Any) -> None:
+        raise DumpError("it defines entities, which no dump does")
+
+
+def read_dump(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
+    """Yield the articles of a dump: pages of namespace 0 that are no redirects; redirects and others are left out.
+
+    A page of more than `limit` characters is oversized. An XML that is no dump is one bad record. Raises `DumpError` if
+    the file is damaged or cut short.
+    """
+    reader = _Reader(limit)
+    ended = False
+    while not ended:
+        data = file.read(_READ_BYTES)
+        ended = not data
+        try:
+            reader.parser.Parse(data, ended)
+        except expat.ExpatError as error:
+            if reader.root == "mediawiki" or ended:
+                raise DumpError(f"{error}; the last whole page: {reader.last}") from error
+            yield _no_dump(name, str(error))
+            return
+        if reader.root not in (None, "mediawiki"):
+            yield _no_dump(name, f"its root is <{reader.root}>")
+            return
+        while reader.pages:
+            yield _record(reader.pages.popleft(), name, limit)
+
+
+def _no_dump(name: str, what: str) -> Record:
+    problem = Problem("not_a_dump", f"not a MediaWiki dump ({what})", "leave the file out")
+    return Record(b"", name, problem=problem)
+
+
+def _record(page: _Page, name: str, limit: int) -> Record:
+    title = page.get("title")
+    where = f"{name}, page {title!r}"
+    about: dict[str, Any] = {"kind": "wikipedia", "id": title}
+    about["metadata"] = {"title": title, "page": page.get("id"), "date": page.get("timestamp")}
+    if page.get("ns") not in ("", "0"):
+        return Record("", where, left_out="other_namespace", **about)
+    if page.redirect:
+        return Record("", where, left_out="redirect", **about)
+    if page.size > limit:
+        return Record("", where, oversized=True, **about)
+    return Record(page.get("text"), where, **about)
+
+
+def wikitext_to_text(source: str) -> str:
+    """Return the text of a page: without templates, tables, references, files, categories and links' targets."""
+    import mwparserfromhell
+
+    code = mwparserfromhell.parse(source)
+    for tag in list(code.ifilter_tags(matches=lambda node: str(node.tag).strip().lower() in _TAGS)):
+        _remove(code, tag)
+    for link in list(code.ifilter_wikilinks(matches=lambda node: bool(_NAMESPACE.match(str(node.title))))):
+        _remove(code, link)
+    text = str(code.strip_code(normalize=True, collapse=True))
+    text = re.sub(r"__[A-Z]{3,}__", "", text)
+    text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _remove(code: Any, node: Any) -> None:
+    with suppress(ValueError):  # it was inside of one that is removed
+        code.remove(node)

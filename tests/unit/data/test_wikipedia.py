@@ -1,0 +1,135 @@
+"""A dump's articles become text; redirects and other namespaces are left out, and a dump cut short is noticed."""
+
+import bz2
+import gzip
+import io
+from xml.sax.saxutils import escape
+
+import pytest
+
+from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.card import Card
+from megatrain.data.corpus.decoding import decode
+from megatrain.data.corpus.record import Policy
+from megatrain.data.corpus.sources import open_source
+from megatrain.data.corpus.wikipedia import DumpError, read_dump, wikitext_to_text
+from megatrain.data.preparation import prepare
+from megatrain.errors import DataError
+
+HEAD = (
+    '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="en">\n  <siteinfo>\n'
+    '    <sitename>Wiki</sitename>\n    <namespaces><namespace key="0" /></namespaces>\n  </siteinfo>\n'
+)
+TAIL = "</mediawiki>\n"
+
+
+def page(title, text, number=1, namespace=0, redirect=False):
+    return (
+        f"  <page>\n    <title>{escape(title)}</title>\n    <ns>{namespace}</ns>\n    <id>{number}</id>\n"
+        + ('    <redirect title="Other" />\n' if redirect else "")
+        + f"    <revision>\n      <id>{number + 900}</id>\n      <timestamp>2026-11-01T00:00:00Z</timestamp>\n"
+        "      <contributor><username>A</username><id>5</id></contributor>\n      <comment>text</comment>\n"
+        f'      <text bytes="{len(text)}" xml:space="preserve">{escape(text)}</text>\n    </revision>\n  </page>\n'
+    )
+
+
+PAGES = [
+    page("Apple", "An '''apple''' is a [[fruit]] & more.", 1),
+    page("Pomme", "#REDIRECT [[Apple]]", 2, redirect=True),
+    page("Talk:Apple", "I disagree.", 3, namespace=1),
+    page("苹果", "'''苹果'''是[[水果|一种水果]]。", 4),
+]
+
+
+def records(text, limit=1000):
+    return list(read_dump(io.BytesIO(text.encode()), "a.xml", limit))
+
+
+def texts(found):
+    return [decode(one, Policy("text", "refuse")).text for one in found if not one.left_out]
+
+
+def test_articles_are_read_with_their_titles_and_others_left_out_by_reason():
+    found = records(HEAD + "".join(PAGES) + TAIL)
+    assert texts(found) == ["An apple is a fruit & more.", "苹果是一种水果。"]
+    assert [one.left_out for one in found] == [None, "redirect", "other_namespace", None]
+    assert found[3].id == "苹果" and found[3].where == "a.xml, page '苹果'"
+    assert found[0].metadata == {"title": "Apple", "page": "1", "date": "2026-11-01T00:00:00Z"}
+
+
+def test_a_page_beyond_the_limit_is_oversized_and_the_next_is_read():
+    found = records(HEAD + page("Long", "x" * 1500) + page("Short", "x" * 900) + TAIL)
+    assert [(one.id, one.oversized) for one in found] == [("Long", True), ("Short", False)]
+
+
+def test_of_several_revisions_the_last_is_read():
+    first, rest = page("A", "old").split("    </revision>\n")
+    newer = "    <revision><text>new</text></revision>\n"
+    assert texts(records(HEAD + first + "    </revision>\n" + newer + rest + TAIL)) == ["new"]
+
+
+def test_wherever_a_dump_is_cut_it_is_noticed():
+    whole = (HEAD + "".join(PAGES) + TAIL).rstrip("\n")
+    for cut in range(0, len(whole), 7):
+        with pytest.raises(DumpError):
+            records(whole[:cut])
+    with pytest.raises(DumpError, match=r"line \d+, column \d+; the last whole page: 'Apple'"):
+        records(HEAD + PAGES[0] + PAGES[1][:60])
+
+
+def test_entities_cannot_be_defined():
+    bomb = '<!DOCTYPE mediawiki [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>\n'
+    with pytest.raises(DumpError, match="defines entities"):
+        records(bomb + HEAD + page("A", "x") + TAIL)
+
+
+@pytest.mark.parametrize("content, message", [("<feed></feed>", "root is <feed>"), ("no xml", "syntax error")])
+def test_another_xml_is_a_bad_record(tmp_path, content, message):
+    (tmp_path / "a.xml").write_text(content)
+    (found,) = open_source(DataConfig(name="d", paths=[str(tmp_path)])).records()
+    assert found.problem.kind == "not_a_dump" and message in found.problem.message
+
+
+@pytest.mark.parametrize(
+    "wikitext, text",
+    [
+        ("{{Infobox|a={{b|c}}}}\nText{{cite}}.<ref>A book</ref><ref name=a />", "Text."),
+        ("[[File:A.jpg|thumb|A ''caption'' with [[link]].]]Text", "Text"),
+        ("See [[a b|the thing]], [[c]]s and [http://x.example a page].", "See the thing, cs and a page."),
+        ("[[Category:Towns]]Text[[de:Stadt]][[分类:城市]]", "Text"),
+        ("[[2001: A Space Odyssey]]", "2001: A Space Odyssey"),
+        ('Before\n{| class="wikitable"\n|-\n! a !! b\n|-\n| 1 || 2\n|}\nAfter', "Before\n\nAfter"),
+        ("== Head ==\nText <!-- hidden -->more\n__NOTOC__", "Head\nText more"),
+        ("'''b''' ''i'' &amp; &eacute; <b>x</b>", "b i & é x"),
+        ("unclosed {{ and [[ and ''' stay", "unclosed {{ and [[ and ''' stay"),
+    ],
+)
+def test_wikitext_becomes_text(wikitext, text):
+    assert wikitext_to_text(wikitext) == text
+
+
+def test_dumps_of_any_compression_give_the_same_dataset_on_any_number_of_workers(tmp_path, monkeypatch):
+    articles = [page(f"Title {i}", f"The '''article''' {i} says [[word|{'words ' * (i % 9)}]].", i) for i in range(120)]
+    dump = (HEAD + "".join([*PAGES, *articles]) + TAIL).encode()
+    streams = [dump[at : at + 5000] for at in range(0, len(dump), 5000)]  # a multistream dump
+    ways = [("a.xml", dump), ("a.xml.bz2", b"".join(map(bz2.compress, streams))), ("a.XML.gz", gzip.compress(dump))]
+    monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 11)
+    found = []
+    for number, (name, content) in enumerate(ways):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        data = DataConfig(name=f"d{number}", dir=str(tmp_path), paths=[str(folder)], workers=1 + number % 2)
+        prepared = prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=400)))
+        counts = Card.load(prepared).counts
+        assert (counts["kind_wikipedia"], counts["left_out"], counts["left_out_redirect"]) == (122, 2, 1)
+        found.append((prepared / "train.bin").read_bytes())
+    assert len(set(found)) == 1
+
+
+def test_a_compressed_dump_that_is_cut_short_is_refused_by_name(tmp_path):
+    whole = bz2.compress((HEAD + "".join(PAGES * 300) + TAIL).encode())
+    for name, content in (("a.xml.bz2", whole[:-20]), ("b.xml", HEAD.encode()), ("c.xml", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: cut short or damaged"):
+            list(open_source(DataConfig(name="d", paths=[str(tmp_path / name)])).records())
