@@ -109,7 +109,8 @@ class Identity:
     """The run that wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
     `origin` is the checkpoint that the run was started from by path. Imported weights belong to no run: they have no
-    dataset, and `imported_from` is the folder that they came from. `overrides` are in the order they were made.
+    dataset, and `imported_from` is the folder that they came from. `generation` is the generation_config.json of the
+    folder that the weights were first imported from. `overrides` are in the order they were made.
     `mixture` is None for a run on one dataset.
     """
 
@@ -119,6 +120,7 @@ class Identity:
     engine: str | None = None
     origin: str | None = None
     imported_from: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     overrides: list[Override] = field(default_factory=list)
     mixture: MixturePlan | None = None
 
@@ -186,10 +188,9 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
-        if not self.identity.overrides:
-            del identity["overrides"]
-        if self.identity.mixture is None:
-            del identity["mixture"]
+        for name in ("generation", "overrides", "mixture"):
+            if not identity[name]:
+                del identity[name]
         optimizer = self.counters.optimizer
         document: dict[str, Any] = {
             "format": FORMAT_VERSION,

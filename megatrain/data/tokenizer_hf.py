@@ -35,6 +35,8 @@ _KEPT_SETTINGS = frozenset({
 """Keys of a tokenizer_config.json that go along; the others name classes, code or paths, or repeat tokenizer.json."""
 
 _TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Chat templates besides the default one, by the names of their files."""
 
 OWN_DEFINITION = "megatrain_tokenizer_definition.json"
 """The definition that a tokenizer came with, in an exported folder whose tokenizer.json had to differ from it."""
@@ -42,10 +44,10 @@ OWN_DEFINITION = "megatrain_tokenizer_definition.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """What the files beside a tokenizer.json say: settings, the chat template, and special tokens given by id."""
+    """What the files beside a tokenizer.json say: settings, chat templates by file, and special tokens given by id."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    template: str | None = None
+    templates: dict[str, str] = field(default_factory=dict)
     ids: dict[str, Any] = field(default_factory=dict)
 
     def token(self, name: str) -> str | None:
@@ -225,7 +227,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return _GrowingStream(self)
 
     def save(self, folder: Path) -> None:
-        """Write the definition, its special tokens, chat template and meta file into `folder`, created if missing."""
+        """Write the definition, its special tokens, chat templates and meta file into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._folder.settings}
@@ -234,8 +236,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if token is not None and self._folder.token(name) != self._tokenizer.id_to_token(token):
                 config[name] = self._tokenizer.id_to_token(token)
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        if self._folder.template is not None:
-            (folder / _TEMPLATE).write_text(self._folder.template, encoding="utf-8")
+        for name, template in self._folder.templates.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(template, encoding="utf-8")
         self.save_meta(folder)
 
     def definition_for_transformers(self) -> str:
@@ -393,9 +396,10 @@ def read_folder(folder: Path) -> Folder:
         for key, value in _read_object(folder / name).items():
             if key in _KEPT_SETTINGS and value is not None:
                 settings.setdefault(key, value)
-    template = folder / _TEMPLATE
+    files = [path for path in (folder / _TEMPLATE, *sorted(folder.glob(MORE_TEMPLATES))) if path.is_file()]
+    templates = {str(path.relative_to(folder)): read_text(path) for path in files}
     ids = _read_object(folder / "config.json") | _read_object(folder / "generation_config.json")
-    return Folder(settings, read_text(template) if template.is_file() else None, ids)
+    return Folder(settings, templates, ids)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

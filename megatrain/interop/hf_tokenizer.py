@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import META, SEGMENT
-from megatrain.data.tokenizer_hf import OWN_DEFINITION, HuggingFaceTokenizer
+from megatrain.data.tokenizer_hf import MORE_TEMPLATES, OWN_DEFINITION, HuggingFaceTokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, EnvironmentFault
 
@@ -30,9 +30,11 @@ def export_tokenizer(tokenizer_dir: Path, out: Path, max_seq_len: int) -> None:
     model = tokenizer_dir / "tokenizer.model"
     if not model.is_file() and not (tokenizer_dir / "tokenizer.json").is_file():
         raise ConfigError(f"{tokenizer_dir}: not a saved tokenizer; it has neither tokenizer.model nor tokenizer.json")
-    for file in sorted(tokenizer_dir.iterdir()):
+    for file in (*tokenizer_dir.iterdir(), *tokenizer_dir.glob(MORE_TEMPLATES)):
         if file.is_file():
-            shutil.copyfile(file, out / file.name)
+            copy = out / file.relative_to(tokenizer_dir)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     saved = load_tokenizer(tokenizer_dir) if (tokenizer_dir / META).is_file() else None
     if model.is_file():
         fast_tokenizer(model, max_seq_len, saved is not None and saved.starts_with_bos).save_pretrained(out)

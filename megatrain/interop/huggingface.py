@@ -176,15 +176,16 @@ def export_model(
     dtype: str = "fp32",
     tokenizer_dir: Path | None = None,
     end_of_document: int | None = None,
-    special_tokens: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
     family: str | None = None,
 ) -> None:
     """Write the folder `out` for transformers' `from_pretrained`, atomically.
 
     `weights` has single-device names, a tied weight once; `dtype` is `fp32`, `bf16` or `fp16`. `tokenizer_dir` is a
     saved tokenizer; its files are copied too, so that our own verbs can read the folder. Generation stops at
-    `end_of_document`. `special_tokens` (`bos_token_id` and the like, an id, a list or None) override what follows from
-    `end_of_document`. `family` is a `model_type` of `hf_families.FAMILIES`, or None for the one that `family_of` finds.
+    `end_of_document`. `generation` are fields of generation_config.json; `bos_token_id` and the like in it (an id, a
+    list or None) override what follows from `end_of_document`. `family` is a `model_type` of `hf_families.FAMILIES`, or
+    None for the one that `family_of` finds.
 
     Raises:
         ConfigError: no class of transformers can express the config, or `out` exists.
@@ -197,9 +198,9 @@ def export_model(
     kind = family or family_of(config)
     theirs = hf_config(config, end_of_document, kind)
     theirs.dtype = DTYPES[dtype]
-    special = special_tokens or {}
-    for name, token in special.items():
-        setattr(theirs, name, token)
+    given: dict[str, Any] = {**dict.fromkeys(SPECIAL_TOKENS, end_of_document), **(generation or {})}
+    for name in SPECIAL_TOKENS & (generation or {}).keys():
+        setattr(theirs, name, given[name])
     tensors = to_theirs(config, kind, weights, DTYPES[dtype])
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
@@ -209,8 +210,7 @@ def export_model(
     try:
         save_torch_state_dict(tensors, partial, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
         theirs.save_pretrained(partial)
-        stops: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS, end_of_document)
-        transformers_module().GenerationConfig(**stops | special).save_pretrained(partial)
+        _write_generation(given, partial)
         if tokenizer_dir is not None:
             export_tokenizer(tokenizer_dir, partial, config.max_seq_len)
         partial.rename(out)
@@ -245,16 +245,36 @@ def import_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, from_theirs(config, kind, tensors, folder / listing)
 
 
-def special_tokens_of(folder: Path) -> dict[str, Any]:
-    """Return `bos_token_id`, `eos_token_id` and `pad_token_id` of a Hugging Face folder, None where it names none.
+GENERATION = "generation_config.json"
+_NOT_GENERATION = ("_from_model_config", "transformers_version")
 
-    generation_config.json comes before config.json, because it is what stops generation. Empty if both name none.
+
+def _write_generation(fields: dict[str, Any], folder: Path) -> None:
+    """Write generation_config.json as given: transformers would refuse to save some that it reads."""
+    kept = {name: value for name, value in fields.items() if value is not None}
+    content = {**kept, "transformers_version": transformers_module().__version__}
+    (folder / GENERATION).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def generation_of(folder: Path) -> dict[str, Any]:
+    """Return the generation_config.json of a Hugging Face folder, and the special tokens' ids of its config.json.
+
+    Of ids that both name, those of generation_config.json count, because it is what stops generation. An id that
+    neither names is None, unless there are none at all.
+
+    Raises:
+        CheckpointError: a file is no JSON object, or a number in it is not finite.
     """
-    found: dict[str, Any] = {}
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        fields = _read_json(path) if path.is_file() else {}
-        found |= {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
-    return {name: found.get(name) for name in SPECIAL_TOKENS} if found else {}
+    fields = _read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise CheckpointError(f"{folder / GENERATION}: {name}={value!r} is not finite; remove it") from error
+    config = _read_json(folder / "config.json")
+    found = {name: fields.get(name) if fields.get(name) is not None else config.get(name) for name in SPECIAL_TOKENS}
+    others = {name: value for name, value in fields.items() if name not in (*SPECIAL_TOKENS, *_NOT_GENERATION)}
+    return {**others, **(found if any(token is not None for token in found.values()) else {})}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from megatrain.tracking.tracker import RunInfo, Tracker, Trackers, git_commit
 from megatrain.training.clock import CudaClock, HostClock
 from megatrain.training.datasets import HeldoutShare, RunData
 from megatrain.training.exchange import RankExchange
-from megatrain.training.origin import Origin, choose_origin, copy_in_memory, load_origin
+from megatrain.training.origin import Origin, choose_origin, copy_in_memory, inherited_generation, load_origin
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.rollback import CheckpointRollback
 from megatrain.training.run_folder import run_folder, write_run_folder
@@ -314,6 +314,7 @@ class RankJob:
             layout=self.layout.to_dict(),
             engine=self.config.engine.name,
             origin=origin.began_from if origin else None,
+            generation=inherited_generation(origin, self.config.checkpoint.override) if origin else {},
             overrides=self.overrides,
             mixture=self.data.mixture.plan if self.data.mixture else None,
         )

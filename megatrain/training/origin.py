@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
+from megatrain.checkpoint.weights import TOKENIZER
 from megatrain.config import TrainConfig
 from megatrain.distributed.world import World
 from megatrain.engine.protocol import Engine
@@ -56,6 +58,14 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
     if config.checkpoint.init_from is None:
         return None
     return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)
+
+
+def inherited_generation(origin: Origin, override: Collection[str]) -> dict[str, Any]:
+    """Return the defaults of generation that a run takes over; without token ids if it may have another tokenizer."""
+    found = origin.manifest.identity.generation
+    if origin.resumes or TOKENIZER not in override:
+        return found
+    return {name: value for name, value in found.items() if not name.endswith(("_token_id", "_ids", "suppress_tokens"))}
 
 
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:

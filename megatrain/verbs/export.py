@@ -34,7 +34,7 @@ def export_(config: ExportConfig) -> None:
             dtype=config.dtype,
             tokenizer_dir=loaded.tokenizer_dir,
             end_of_document=tokenizer.end_of_document if tokenizer else None,
-            special_tokens=special_tokens(loaded),
+            generation=generation(loaded),
             family=config.family,
         )
     except OSError as error:
@@ -42,10 +42,13 @@ def export_(config: ExportConfig) -> None:
     print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
-def special_tokens(loaded: Loaded) -> dict[str, Any]:
-    """Return the special tokens to export: those of the folder that was imported, or else the tokenizer's."""
-    imported: dict[str, Any] = loaded.run_config().get("special_tokens") or {}
-    if imported or loaded.tokenizer is None:
+def generation(loaded: Loaded) -> dict[str, Any]:
+    """Return the fields of generation_config.json to export: those of the folder that was imported, if it was one.
+
+    Special tokens that it does not name are the tokenizer's.
+    """
+    imported: dict[str, Any] = loaded.manifest.identity.generation if loaded.manifest else {}
+    if "eos_token_id" in imported or loaded.tokenizer is None:
         return imported
     given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
-    return {name: token for name, token in given.items() if token is not None}
+    return {**imported, **{name: token for name, token in given.items() if token is not None}}

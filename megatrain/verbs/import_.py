@@ -18,7 +18,7 @@ from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
 from megatrain.config.values import quoted
 from megatrain.errors import ConfigError
-from megatrain.interop.huggingface import special_tokens_of
+from megatrain.interop.huggingface import generation_of
 from megatrain.interop.load_model import Loaded, kind_of, load
 from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.conversion import print_result
@@ -53,8 +53,11 @@ def write_weights(loaded: Loaded, out: Path) -> None:
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(partial / "tokenizer")
         state = {f"model.{name}": tensor.to(torch.float32) for name, tensor in loaded.weights.items()}
-        config = {"model": asdict(loaded.config), "special_tokens": special_tokens_of(loaded.folder)}
-        identity = Identity(config=config, imported_from=str(loaded.folder))
+        identity = Identity(
+            config={"model": asdict(loaded.config)},
+            imported_from=str(loaded.folder),
+            generation=generation_of(loaded.folder),
+        )
         write(partial, state, RunRecord(identity=identity), None)
         os.rename(partial, out)
         sync_folder(out.parent)

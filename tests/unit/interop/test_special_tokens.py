@@ -61,6 +61,52 @@ def test_special_tokens_come_back_from_an_import_and_an_export(tmp_path, ids, wi
         assert theirs("abc").input_ids[0] == 0
 
 
+def rendered(folder, **which):
+    """Return a chat as the folder's tokenizer writes it."""
+    chat = [{"role": "user", "content": "abc"}]
+    return AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False, **which)
+
+
+@pytest.mark.parametrize("form", ["files", "list", "dict"])
+def test_every_chat_template_comes_back_from_an_import_and_an_export(tmp_path, form):
+    folder = foreign(tmp_path / "hf", **IDS)
+    templates = {"default": "D {{ messages[0].content }}", "tool_use": "T {{ messages[0].content }}"}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    if form == "files":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "chat_template.jinja").write_text(templates["default"])
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+    elif form == "list":
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    else:
+        config["chat_template"] = templates
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for place in (folder, there_and_back(tmp_path, folder)):
+        assert rendered(place) == "D abc" and rendered(place, chat_template="tool_use") == "T abc"
+
+
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99, "eos_token_id": [2, 4]}
+
+
+def test_sampling_defaults_come_back_from_an_import_and_an_export(tmp_path):
+    folder = foreign(tmp_path / "hf", **IDS)
+    GenerationConfig(**{**IDS, **SAMPLING}).save_pretrained(folder)
+    back = there_and_back(tmp_path, folder)
+    assert GenerationConfig.from_pretrained(back) == GenerationConfig.from_pretrained(folder)
+    assert AutoConfig.from_pretrained(back).eos_token_id == [2, 4]
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_taken_over(tmp_path):
+    folder = foreign(tmp_path / "hf", **IDS)
+    path = folder / "generation_config.json"
+    given = {**json.loads(path.read_text()), "do_sample": False, "temperature": 0.6, "custom": {"a": [1]}}
+    path.write_text(json.dumps(given))
+    back = json.loads((there_and_back(tmp_path, folder) / "generation_config.json").read_text())
+    given.pop("_from_model_config", None)
+    assert back == given
+
+
 BOS = ("<s>", 0)
 POST_PROCESSORS = {
     "none": None,

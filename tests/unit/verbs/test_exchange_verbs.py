@@ -65,6 +65,31 @@ def test_a_new_run_starts_from_an_imported_checkpoint(finished, imported, tmp_pa
     assert all(record["updated"] for record in started)
 
 
+def test_a_run_from_an_imported_checkpoint_hands_on_its_defaults_of_generation(finished, tmp_path, train_job):
+    """Through training, a resume and a second run from the first; not where its ids belong to another tokenizer."""
+    export_(ExportConfig(path=str(finished), out=str(tmp_path / "hf")))
+    path = tmp_path / "hf" / "generation_config.json"
+    given = {**json.loads(path.read_text()), "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    given["eos_token_id"] = [given["eos_token_id"], 7]
+    path.write_text(json.dumps(given))
+    import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
+    start = {"checkpoint__init_from": str(tmp_path / "imported"), "train__steps": 2}
+    assert train_job(tmp_path / "runs", **start) == 0
+    assert train_job(tmp_path / "runs", **start | {"train__steps": 3}) == 0
+    second = {"checkpoint__init_from": str(tmp_path / "runs" / "first"), "train__steps": 1}
+    assert train_job(tmp_path / "second", **second) == 0
+    assert train_job(tmp_path / "other", **second, checkpoint__override=["tokenizer"]) == 0
+
+    def exported(run):
+        out = tmp_path / f"from-{run}"
+        export_(ExportConfig(path=str(tmp_path / run / "first"), out=str(out)))
+        return json.loads((out / "generation_config.json").read_text())
+
+    assert exported("runs") == given and exported("second") == given
+    other = exported("other")
+    assert (other["temperature"], other["eos_token_id"]) == (0.6, given["eos_token_id"][0])
+
+
 def test_weights_alone_cannot_continue_a_run(imported, tmp_path, train_job):
     with pytest.raises(CheckpointError, match=r"checkpoint\.init_from"):
         train_job(tmp_path / "runs", checkpoint__resume=str(imported), train__steps=2)

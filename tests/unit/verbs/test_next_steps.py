@@ -70,7 +70,7 @@ def test_import_says_how_to_use_its_checkpoint(out, monkeypatch, capsys, tmp_pat
 def test_export_says_how_to_use_its_folder(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     loaded(monkeypatch, export, "checkpoint")
-    monkeypatch.setattr(export, "special_tokens", lambda _: {})
+    monkeypatch.setattr(export, "generation", lambda _: {})
     monkeypatch.setattr(export, "export_model", lambda *_, **__: None)
     config = compose("export", ["path=x", "out=x"])
     config.out = "my models/it's"
