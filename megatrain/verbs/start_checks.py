@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokeniz
 from megatrain.config import PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
 from megatrain.config.compose import compose, last_words, read_overrides
+from megatrain.config.flatten import flatten
 from megatrain.config.values import as_text, quoted
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.mixed_dataset import Mixture
+from megatrain.data.mixture_settings import read_phases
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.optim.schedule import samples_before
@@ -31,6 +33,13 @@ from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 from megatrain.verbs.places import require
 
 INIT_FROM = "checkpoint.init_from"
+
+ACTING = ("seed", "data.name", "data.dir", "data.kind", "data.mixture", "data.mixture_temperature", "data.phases")
+ACTING += ("data.bos", "data.verify")
+"""Keys of `prepare` that act in `train` too, or are compared with the dataset when it is opened."""
+
+UNRECORDED = ("data.workers", "data.overwrite")
+"""Keys of `prepare` that leave no trace in the dataset."""
 
 
 def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
@@ -127,6 +136,30 @@ def _refuse_own_weights(origin: Path, run_dir: Path) -> None:
         raise ConfigError(
             f"{INIT_FROM}={origin} belongs to the run {run_dir.name} itself, which would be continued; give "
             f"run.name=<new name> to start a new run from its weights, or leave {INIT_FROM} out to continue it"
+        )
+
+
+def ignored_keys(config: TrainConfig, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for each key of a `train` command that acts only in `prepare`, unless the dataset has its value.
+
+    Keys of a saved config or an experiment are not the command's, so they give no warning.
+    """
+    given = read_overrides("train", list(overrides))
+    names = {*given.values, *(["tokenizer.kind"] if "tokenizer" in given.groups else [])}
+    default, ours = flatten(asdict(PrepareConfig())), flatten(asdict(config))
+    mixed, folder = bool(read_phases(config.data)), Path(config.data.dir) / config.data.name
+    card = None if mixed else Card.load(folder)
+    was = default | (flatten(card.config) if card else {})
+    for name in sorted(names & set(default) - set(ACTING)):
+        had = [was[name]]
+        if name == "tokenizer.vocab_size" and card and card.tokenizer:
+            had.insert(0, card.tokenizer.vocab_size)  # perhaps of a tokenizer that was not trained here
+        if ours[name] in had:
+            continue
+        has = "; data=mixture takes datasets that are prepared" if mixed else f"; {folder} has {as_text(had[0])}"
+        yield (
+            f"{name}={as_text(ours[name])} acts in megatrain prepare and does nothing here"
+            f"{'' if name in UNRECORDED else has}; leave it out, or prepare the dataset again under another data.name"
         )
 
 

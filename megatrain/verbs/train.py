@@ -29,7 +29,7 @@ from megatrain.resilience.terminal import keep_log, say
 from megatrain.resilience.watchdog import Limits
 from megatrain.training.history import has_begun
 from megatrain.verbs import path_checks, resources
-from megatrain.verbs.start_checks import INIT_FROM, real
+from megatrain.verbs.start_checks import INIT_FROM, ignored_keys, real
 
 REFUSED = (EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_BAD_CHECKPOINT)
 """Exit codes of a user's mistake."""
@@ -47,7 +47,7 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     step = slurm.Step.from_environ()
     if step is None and config.launch.name == "slurm":
         path_checks.check_paths(config, overrides)
-        _say_if_new(config, overrides)
+        _say_notes(config, overrides)
         arguments = [*(flag for flag in flags if flag != "--dry-run"), *overrides]
         return slurm.submit(config.launch, config.run.name, arguments, dry_run="--dry-run" in flags)
     slurm.check_plain_start(config.launch, step)
@@ -55,7 +55,7 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     try:
         slurm.together(peers, lambda: _check(config, overrides))
         if peers.node == 0:
-            _say_if_new(config, overrides)
+            _say_notes(config, overrides)
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
@@ -64,6 +64,13 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
 def _check(config: TrainConfig, overrides: Sequence[str]) -> None:
     path_checks.check_paths(config, overrides)
     resources.check_gpus(config, has_gpu(config.launch.device))
+
+
+def _say_notes(config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Say what a user may not expect of this command."""
+    for warning in ignored_keys(config, overrides):
+        say(f"warning: {warning}")
+    _say_if_new(config, overrides)
 
 
 def _say_if_new(config: TrainConfig, overrides: Sequence[str]) -> None:

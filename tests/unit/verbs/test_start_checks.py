@@ -20,7 +20,7 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.inspect import checkpoint_facts, highlights
 from megatrain.verbs.path_checks import check_writable
-from megatrain.verbs.start_checks import check_origin, with_checkpoint_model
+from megatrain.verbs.start_checks import check_origin, ignored_keys, with_checkpoint_model
 from megatrain.verbs.value_checks import check_values
 
 
@@ -152,6 +152,29 @@ def test_data_of_another_tokenizer_is_refused_unless_it_is_meant(family, started
     check_origin(config, other)
     config.checkpoint.override = []
     check_origin(config, replace(card, tokenizer=None))  # unknown, as for `evaluate`
+
+
+def test_keys_that_act_in_prepare_are_named_unless_the_dataset_has_their_values(dataset, tmp_path):
+    place = shutil.copytree(dataset, tmp_path / "data" / "words")
+    recorded = {"data": {"heldout_fraction": 0.2, "paths": ["texts"]}, "tokenizer": {"vocab_size": 500}}
+    replace(Card.load(place), config=recorded).save(place)
+    words = [f"data.dir={place.parent}", "data.name=words"]
+
+    def told(*more):
+        return list(ignored_keys(compose("train", [*words, *more]), [*words, *more]))
+
+    assert not told("data.heldout_fraction=0.2", "data.paths=[texts]", "seed=7", "tokenizer=sentencepiece")
+    assert not told("tokenizer.vocab_size=500") and not told("tokenizer.vocab_size=400")  # asked for, and found
+    (line,) = told("tokenizer.vocab_size=4096")
+    assert line.startswith(
+        f"tokenizer.vocab_size=4096 acts in megatrain prepare and does nothing here; {place} has 400"
+    )
+    assert "has 0.2" in told("data.heldout_fraction=0.1")[0] and "has [texts]" in told("data.paths=[others]")[0]
+    assert "data.overwrite=true acts in" in told("data.overwrite=true")[0]
+    assert "tokenizer.kind=hf acts in" in told("tokenizer=hf")[0]
+    saved = tmp_path / "config.yaml"
+    saved.write_text("data:\n  heldout_fraction: 0.1\n")
+    assert not told(f"--config={saved}")
 
 
 def test_both_ways_out_of_another_vocabulary_work_as_printed(family, started, dataset):
