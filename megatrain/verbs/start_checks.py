@@ -34,8 +34,8 @@ from megatrain.verbs.places import require
 
 INIT_FROM = "checkpoint.init_from"
 
-ACTING = ("seed", "data.name", "data.dir", "data.kind", "data.mixture", "data.mixture_temperature", "data.phases")
-ACTING += ("data.bos", "data.verify")
+ACTING = {"seed", "data.name", "data.dir", "data.kind", "data.mixture", "data.mixture_temperature", "data.phases"}
+ACTING |= {"data.bos", "data.verify"}
 """Keys of `prepare` that act in `train` too, or are compared with the dataset when it is opened."""
 
 UNRECORDED = ("data.workers", "data.overwrite")
@@ -150,7 +150,7 @@ def ignored_keys(config: TrainConfig, overrides: Sequence[str]) -> Iterator[str]
     mixed, folder = bool(read_phases(config.data)), Path(config.data.dir) / config.data.name
     card = None if mixed else Card.load(folder)
     was = default | (flatten(card.config) if card else {})
-    for name in sorted(names & set(default) - set(ACTING)):
+    for name in sorted(names & set(default) - ACTING):
         had = [was[name]]
         if name == "tokenizer.vocab_size" and card and card.tokenizer:
             had.insert(0, card.tokenizer.vocab_size)  # perhaps of a tokenizer that was not trained here
