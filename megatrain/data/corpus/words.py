@@ -15,9 +15,10 @@ import numpy as np
 
 _SEPARATOR, _LETTER, _ALONE, _IGNORED = range(4)
 _TABLED = 0x20000  # the characters from here on are Chinese, each a word
-_PIECE = 2**20  # characters that are hashed at a time; a longer text is cut at a space
+_PIECE = 2**16  # characters that are hashed at a time, so that they stay in the cache; a longer text is cut at a space
 _CHARACTERS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (_TABLED, _TABLED))
-_WORD_FACTOR, _NGRAM_FACTOR = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F  # odd, as powers modulo 2^64 must be
+_WORD_FACTOR, _NGRAM_FACTOR = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F  # odd, so that they have inverses modulo 2^64
+_WORD_INVERSE = pow(_WORD_FACTOR, -1, 2**64)
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,10 @@ def hash_words(texts: Sequence[str]) -> Words:
         hashes, starts, stops = _hash(joined)
         lengths = np.array([len(text) + 1 for _, _, text in batch], np.int64)
         begins = np.cumsum(lengths) - lengths
-        part = np.searchsorted(begins, starts, side="right") - 1
-        shift = np.array([at for _, at, _ in batch], np.int64) - begins
-        found.append((hashes, starts + shift[part], stops + shift[part]))
-        per_part = np.bincount(part, minlength=len(batch))
-        np.add.at(counts, np.array([number + 1 for number, _, _ in batch]), per_part)
+        per_piece = np.diff(np.searchsorted(starts, begins), append=len(starts))
+        shift = np.repeat(np.array([at for _, at, _ in batch], np.int64) - begins, per_piece)
+        found.append((hashes, starts + shift, stops + shift))
+        np.add.at(counts, np.array([number + 1 for number, _, _ in batch]), per_piece)
     if not found:
         return Words(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64), counts)
     hashes, starts, stops = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
@@ -127,37 +127,52 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
 def _hash(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the hashes of a text's words, and where each begins and ends.
 
-    A word's hash is a polynomial in its characters, mixed.
+    A word's hash is a polynomial in its characters, mixed. Powers are counted from the beginning of the text, which is
+    the same for every word, and divided by that of the word's first character.
     """
-    kind_of, folded_of = _tables()
-    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
-    capped = np.minimum(points, _TABLED)
-    kinds = kind_of[capped]
-    if (kinds == _IGNORED).any():
-        places = np.flatnonzero(kinds != _IGNORED)
-        points, capped, kinds = points[places], capped[places], kinds[places]
+    places = None  # of the characters that are left, if some are ignored
+    if text.isascii():
+        values: np.ndarray = np.frombuffer(text.encode().translate(_ascii_values()), np.uint8)
+        alone = None
     else:
-        places = None
-    in_word = kinds != _SEPARATOR
-    begins = in_word.copy()
-    begins[1:] &= (kinds[1:] == _ALONE) | (kinds[:-1] != _LETTER)
-    at = np.flatnonzero(in_word)
-    first = np.flatnonzero(begins[at])  # of each word, among the characters in words
-    if not len(first):
-        empty = np.zeros(0, np.int64)
-        return np.zeros(0, np.uint64), empty, empty
-    letters = np.where(capped < _TABLED, folded_of[capped], points)[at]
-    lengths = np.diff(first, append=len(at))
-    inside = np.arange(len(at)) - np.repeat(first, lengths)
-    powers = _powers(_WORD_FACTOR, int(lengths.max()))
-    hashes = mix(np.add.reduceat((letters.astype(np.uint64) + np.uint64(1)) * powers[inside], first))
-    starts, stops = at[first], at[first + lengths - 1] + 1
+        kind_of, folded_of = _tables()
+        points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+        capped = np.minimum(points, _TABLED).astype(np.intp)
+        kinds = kind_of[capped]
+        if (kinds == _IGNORED).any():
+            places = np.flatnonzero(kinds != _IGNORED)
+            points, capped, kinds = points[places], capped[places], kinds[places]
+        values = np.where(capped < _TABLED, folded_of[capped], points) + np.uint32(1)
+        values[kinds == _SEPARATOR] = 0
+        alone = kinds == _ALONE
+    in_word = values != 0
+    joined = in_word[1:] & in_word[:-1]  # each character but the first: whether it continues a word
+    if alone is not None:
+        joined &= ~(alone[1:] | alone[:-1])
+    begins, ends = in_word.copy(), in_word.copy()
+    begins[1:] &= ~joined
+    ends[:-1] &= ~joined
+    starts, stops = np.flatnonzero(begins), np.flatnonzero(ends) + 1
+    if not len(starts):
+        return np.zeros(0, np.uint64), starts, stops
+    size = 1 << (len(values) - 1).bit_length()
+    terms = values * _powers(_WORD_FACTOR, size)[: len(values)]
+    hashes = mix(np.add.reduceat(terms, starts) * _powers(_WORD_INVERSE, size)[starts])
     if places is not None:
         starts, stops = places[starts], places[stops - 1] + 1
     return hashes, starts, stops
 
 
+@functools.cache
+def _ascii_values() -> bytes:
+    """Return the value of each byte of ASCII: that of the folded letter or digit, plus 1, or 0."""
+    letters = bytes(range(128)).lower()
+    return bytes(letter + 1 if chr(letter).isalnum() else 0 for letter in letters) + bytes(128)
+
+
+@functools.lru_cache(maxsize=64)
 def _powers(factor: int, count: int) -> np.ndarray:
+    """Return the powers of a factor from 0 on, modulo 2^64."""
     powers = np.full(count, factor, np.uint64)
     powers[0] = 1
     accumulated: np.ndarray = np.multiply.accumulate(powers)
