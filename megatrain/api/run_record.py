@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import yaml
 
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
+from megatrain.config.choices import read_yaml
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.report.run_page import RECORDS, report
 from megatrain.tracking.events import read_events
@@ -41,9 +41,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config as nested dicts; empty if the run has not written it yet."""
+        """The resolved config as nested dicts; empty if the run has not written it yet.
+
+        Raises:
+            ConfigError: config.yaml is damaged.
+        """
         path = self.path / "config.yaml"
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        return read_yaml(path)[0] if path.exists() else {}
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -95,7 +99,7 @@ class Run:
         """Load the model of the checkpoint of `step`, or of the newest intact one; see `megatrain.load`.
 
         Raises:
-            ConfigError: there is no checkpoint of that step.
+            ConfigError: `step` is no number, or there is no checkpoint of that step.
             CheckpointError: it is damaged, or no checkpoint is intact.
         """
         from megatrain.api.trained_model import load
@@ -103,7 +107,11 @@ class Run:
 
         if step is None:
             return load(self.path, device)
-        return load(find_checkpoint(self.path, int(step)), device)  # int: it may come from a table's index
+        try:
+            number = int(step)  # it may come from a table's index
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"step={step!r}: expected the number of a step, such as those of checkpoints") from error
+        return load(find_checkpoint(self.path, number), device)
 
     def report(self) -> Path:
         """Write the run's page, `report.html` in its folder, and return its path."""

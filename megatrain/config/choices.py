@@ -77,6 +77,7 @@ def choices_of(group: str, folders: Sequence[Path] = ()) -> list[str]:
         str(path.relative_to(folder / group).with_suffix(""))
         for folder in (*folders, conf_folder())
         for path in (folder / group).rglob("*.yaml")
+        if path.is_file()
     }
     return sorted(found)
 
@@ -111,7 +112,7 @@ def find_choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
 def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     """Return the mapping in a YAML file, and the package that its header (`# @package _global_`) names.
 
-    Raises ConfigError if the file cannot be read, is empty or holds something else.
+    Raises ConfigError if the file cannot be read, is empty, gives a key twice or holds something else.
     """
     import yaml
 
@@ -121,6 +122,8 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"{file} cannot be read: {reason}") from error
+    except _TwiceError as error:
+        raise ConfigError(f"{file}, {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if content is None or content == {}:
@@ -133,12 +136,27 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     return content, header.group(1) if header else None
 
 
+class _TwiceError(Exception):
+    """A mapping has the same key twice."""
+
+
 def _loader() -> Any:
-    """Return YAML's safe loader, except that 1:00:00 stays text: YAML 1.1 reads it as a number to the base 60, 3600."""
+    """Return YAML's safe loader, except that 1:00:00 stays text, and that a key given twice raises `_TwiceError`.
+
+    YAML 1.1 reads 1:00:00 as a number to the base 60, 3600. The library takes the last of several values of a key.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                    first = f", first in line {lines[key.value]}" if lines[key.value] != line else ""
+                    raise _TwiceError(f"line {line}: {key.value} is given twice{first}; keep one")
+                lines[key.value if isinstance(key, yaml.ScalarNode) else ""] = line
+            super().flatten_mapping(node)
 
     Loader.yaml_implicit_resolvers = {
         letter: [("tag:yaml.org,2002:str", TIME), *known]

@@ -90,7 +90,7 @@ def _identity(prefix: Path) -> tuple[int, int]:
 def _prefixes(given: str) -> list[Path]:
     """Return the prefixes that a path stands for, absolute; the path itself if it is no glob, folder or list."""
     place = Path(given).expanduser()
-    if place.suffix in _PAIR or not place.is_file() or pair(place)[1].is_file():
+    if place.suffix in _PAIR or not place.is_file() or _has_index(place):
         return _matches(given)
     return [prefix for line in _lines(place) for prefix in _matches(line)]
 
@@ -101,14 +101,19 @@ def _matches(given: str) -> list[Path]:
     A file without its partner counts, so that the caller refuses it instead of losing a shard.
     """
     stem, place = given.removesuffix(".bin").removesuffix(".idx"), Path(given).expanduser()
-    if place.is_dir() and not pair(place)[1].is_file():
+    if place.is_dir() and not _has_index(place):
         files = [str(path) for suffix in _PAIR for path in place.glob(f"*{suffix}")]
         if not files:
-            raise ConfigError(f"data.paths: the folder {given} has no .idx; give .bin/.idx pairs, by prefix or folder")
+            raise ConfigError(f"data.paths: the folder {place} has no .idx; give .bin/.idx pairs, by prefix or folder")
     else:
         files = [name for suffix in _PAIR for name in expand(stem + suffix)] or [f"{stem}.idx"]
     names = sorted({f"{os.path.splitext(name)[0]}.idx" for name in files})
     return [Path(name.removesuffix(".idx")).expanduser().absolute() for name in names]
+
+
+def _has_index(prefix: Path) -> bool:
+    """Return whether a path is the prefix of an `.idx`. The folders `.` and `/` have no name, and so are none."""
+    return bool(prefix.name) and pair(prefix)[1].is_file()
 
 
 def _lines(file: Path) -> list[str]:

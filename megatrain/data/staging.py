@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, cannot_write
 
 
 class StagingFolder:
@@ -31,11 +31,9 @@ class StagingFolder:
     def __enter__(self) -> StagingFolder:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock_folder()
         except OSError as error:
-            raise ConfigError(
-                f"data.dir={self.target.parent} cannot be created ({error.strerror}); give a folder"
-            ) from error
-        self._lock = self._lock_folder()
+            raise cannot_write(self.target.parent, error, "data.dir") from error
         if self._replaced.exists():  # an earlier process was killed in `publish`, after its first rename
             if self.target.exists():
                 shutil.rmtree(self._replaced)

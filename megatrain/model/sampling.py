@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -98,16 +99,20 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Return the probabilities `[V]` that `draw` draws from: 0 for excluded ids; the rest sum to 1."""
-    logits = logits / temperature
+    """Return the probabilities `[V]` that `draw` draws from: 0 for excluded ids; the rest sum to 1.
+
+    The likeliest id is always kept.
+    """
+    # in fp64, and from the largest: the smallest temperatures are 0 in fp32, and logits divided by them overflow
+    logits = ((logits - logits.max()).double() / max(temperature, sys.float_info.min)).float()
     if 0 < top_k < logits.numel():
         smallest_kept = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     if top_p < 1:
         ordered, ids = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # of all likelier ids; the likeliest id is always kept
-        logits = logits.masked_fill(
-            torch.zeros_like(logits, dtype=torch.bool).scatter(0, ids, before >= top_p), -torch.inf
-        )
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier ids
+        excluded = before >= top_p
+        excluded[0] = False
+        logits = logits.masked_fill(torch.zeros_like(excluded).scatter(0, ids, excluded), -torch.inf)
     return logits.softmax(-1)

@@ -87,7 +87,7 @@ class ErrorReport:
         frames = traceback.extract_tb(cause.__traceback__)
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
         trace = "".join(traceback.format_exception(error)).encode("ascii", "backslashreplace").decode()
-        message = (str(cause).strip().splitlines() or [""])[0][:500]
+        message = (message_of(cause).strip().splitlines() or [""])[0][:500]
         return ErrorReport(classify(error), type(cause).__name__, message, place, trace[-TRACE_LENGTH:])
 
     def to_json(self) -> str:
@@ -105,6 +105,14 @@ class ErrorReport:
     def __str__(self) -> str:
         """Return `Type: message`."""
         return f"{self.error}: {self.message}" if self.message else self.error
+
+
+def message_of(error: BaseException) -> str:
+    """Return an exception's text, or how it fails to give one: a class of a library may have a broken `__str__`."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<it has no text: its __str__ raises {type(broken).__name__}>"
 
 
 def memory_fault(error: BaseException) -> EnvironmentFault | None:
@@ -150,7 +158,7 @@ def _kind(error: BaseException) -> str:
     if isinstance(error, MegatrainError):
         return USER
     names = {one.__name__ for one in type(error).__mro__}
-    text = str(error)
+    text = message_of(error)
     if names & set(_MEMORY_CLASSES):
         return MEMORY
     if isinstance(error, OSError):

@@ -34,7 +34,7 @@ from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.schedule import batch_size, learning_rate, samples_before
 from megatrain.parallel.layout import Layout, describe
-from megatrain.resilience.fault_classes import PEER, USER, classify
+from megatrain.resilience.fault_classes import PEER, USER, classify, message_of
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
 from megatrain.resilience.terminal import show
@@ -362,7 +362,7 @@ class RankJob:
         if kind == PEER:
             self.journal.event("lost_rank", step)
         if self.has_begun and not (kind != USER and self.world.heartbeat.has_agent):
-            self.journal.finish("failed", step, error=f"{type(error).__name__}: {error}")
+            self.journal.finish("failed", step, error=f"{type(error).__name__}: {message_of(error)}")
         else:
             self.journal.abandon()
 

@@ -70,7 +70,7 @@ def log_to(run_dir: Path, rank: int) -> Iterator[None]:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         path = run_dir / "logs" / f"rank_{rank:05d}.log"
-        file = LogFile(path)
+        file = LogFile(path, encoding="utf-8", errors="backslashreplace")  # a message may have half a surrogate pair
         if (terminal := Terminal.current()) is not None:
             terminal.log_to(path, redirect=True)
     except OSError as error:

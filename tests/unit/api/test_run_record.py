@@ -30,6 +30,19 @@ def test_a_run_that_has_not_begun_has_empty_tables(folder):
     assert "0 steps" in repr(run)
 
 
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "a: 1\na: 2\n"])
+def test_a_damaged_config_is_named(folder, text):
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        _ = megatrain.Run(folder).config
+
+
+@pytest.mark.parametrize("step", ["x", [1]])
+def test_a_step_that_is_no_number_is_refused(folder, step):
+    with pytest.raises(ConfigError, match="expected the number of a step"):
+        megatrain.Run(folder).load(step=step)
+
+
 def test_tables_grow_with_their_files(folder):
     run = megatrain.Run(str(folder))
     first = {"step": 1, "loss": 2.5, "heldout_loss": None, "time": "2026-01-31T12:00:00.123Z"}

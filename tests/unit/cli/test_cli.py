@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -421,3 +422,25 @@ def test_broken_output_ends_only_verbs_that_do_nothing_but_print(verb, where, li
     assert ("standard output cannot be written (No space left on device)" in said) == (code == 8)
     if where == "other":
         os.close(reader)
+
+
+PROJECT = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+TARGET = PROJECT.partition('[project.scripts]\nmegatrain = "')[2].partition('"')[0]
+SCRIPT = f"from importlib.metadata import EntryPoint; EntryPoint('megatrain', '{TARGET}', 'console_scripts').load()()"
+"""What the installed command does."""
+
+
+@pytest.mark.parametrize("start", ["runpy.run_module('megatrain', run_name='__main__')", SCRIPT])
+def test_ctrl_c_while_the_command_is_being_imported_ends_it_with_one_line(start):
+    """The interrupt comes from the import of the first module that cli.py needs."""
+    program = f"""
+import importlib.util, runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatrain.config":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+{start}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "megatrain: interrupted\n")

@@ -164,3 +164,33 @@ def test_a_time_in_a_file_is_not_a_number_to_the_base_60(own):
 def test_a_choice_that_includes_itself_is_refused(own):
     folder = own(model__loop="defaults: [loop]\n")
     assert re.search(r"my configs.* includes itself in its defaults", refusal(f"--config-dir={folder}", "model=loop"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "num_layers: 3\nnum_heads: 2\nnum_layers: 4\n",
+            "line 3: num_layers is given twice, first in line 1; keep one",
+        ),
+        ("num_layers: 3\nrope: &a\n  x: 1\n  y: 2\n  x: 3\n", "line 5: x is given twice, first in line 3; keep one"),
+        ("defaults: [tiny]\n'num_layers': 3\nnum_layers: 3\n", "line 3: num_layers is given twice, first in line 2"),
+        ("{num_layers: 3, num_heads: 2, num_layers: 4}\n", "line 1: num_layers is given twice; keep one"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_lines(own, tmp_path, text, says):
+    """In a folder of choices, in a file named as a choice, and in a whole config."""
+    folder = own(model__my=text)
+    file = folder / "model" / "my.yaml"
+    for words in ([f"--config-dir={folder}", "model=my"], [f"model={file}"], [f"--config={file}"]):
+        assert f"{file}, {says}" in refusal(*words), words
+
+
+def test_a_folder_or_a_dead_link_named_like_a_choice_is_none(own):
+    folder = own(model__mine=MODEL)
+    (folder / "model" / "folder.yaml").mkdir()
+    (folder / "model" / "dead.yaml").symlink_to("nowhere")
+    for name in ("folder", "dead"):
+        said = refusal(f"--config-dir={folder}", f"model={name}")
+        assert f"unknown choice model={name}" in said and "mine" in said
+        assert f"{name}," not in said

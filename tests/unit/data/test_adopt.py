@@ -202,3 +202,13 @@ def test_a_copy_of_training_data_is_refused_as_held_out_data(tmp_path, shards, a
         adopt(tmp_path, [shards if among else shards / "s.0_document", other])
     assert not (tmp_path / "out" / "d").exists()
     adopt(tmp_path, [shards / "s.3_document", other])
+
+
+@pytest.mark.parametrize("folder", ["", ".", "./", "/"])
+def test_a_folder_without_a_name_is_a_folder_like_any_other(tmp_path, shards, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.paths: the folder [./] has no \.idx"):
+        adopt(tmp_path, [folder])
+    if folder != "/":
+        monkeypatch.chdir(shards)
+        adopt(tmp_path, [folder])

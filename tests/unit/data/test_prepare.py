@@ -339,8 +339,14 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, corpus, overwrite
 
 def test_a_data_dir_that_is_a_file_is_refused_by_name(tmp_path, corpus):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match=r"data.dir=.*out cannot be created \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"data\.dir: .*out cannot be written \(File exists\)"):
         make(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_a_data_dir_in_which_nothing_can_be_made_is_refused_by_name(tmp_path, corpus):
+    with pytest.raises(ConfigError, match=r"data\.dir: /proc cannot be written"):
+        make(tmp_path, data=dict(dir="/proc"))
 
 
 KILLED = """

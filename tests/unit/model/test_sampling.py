@@ -36,6 +36,12 @@ def test_the_distribution_is_that_of_transformers(temperature, top_k, top_p):
     torch.testing.assert_close(distribution(logits, temperature, top_k, top_p), scores.softmax(-1)[0])
 
 
+@pytest.mark.parametrize("settings", [(1e-320, 0, 1.0), (1e-45, 3, 1.0), (1.0, 0, 1e-320), (1e-320, 0, 1e-320)])
+def test_settings_next_to_zero_leave_the_likeliest_id_alone(settings):
+    logits = torch.tensor([2.0, 900.0, -900.0, 1.0])
+    assert distribution(logits, *settings).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     generator = torch.Generator().manual_seed(0)

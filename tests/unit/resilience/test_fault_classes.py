@@ -88,6 +88,20 @@ def test_clean_up_that_fails_after_an_error_does_not_hide_it():
     assert str(report) == "AcceleratorError: CUDA error: an illegal memory access was encountered"
 
 
+class Untold(RuntimeError):
+    """An exception that cannot say what it is."""
+
+    def __str__(self):
+        raise KeyError("detail")
+
+
+@pytest.mark.parametrize("error", [Untold("x"), ConfigError("y")])
+def test_an_exception_without_a_text_is_classified_like_any_other(error):
+    error.__cause__ = Untold("cause")
+    assert classify(error) == (USER if isinstance(error, ConfigError) else JOB)
+    assert ErrorReport.of(Untold("x")).message == "<it has no text: its __str__ raises KeyError>"
+
+
 def test_a_report_reaches_the_agent_whole_until_the_ranks_are_started_again():
     try:
         raise ValueError("\U0001f525" * 10_000 + "\n" * 3)

@@ -37,6 +37,14 @@ def test_the_other_ranks_keep_to_their_files(tmp_path, capsys):
     assert "loud" in (tmp_path / "logs" / "rank_00001.log").read_text()
 
 
+def test_text_that_is_not_unicode_reaches_the_log_escaped(tmp_path, capsys):
+    with log_to(tmp_path, 0):
+        LOG.info("half a pair: \ud83d, a fire: \N{FIRE}")
+    assert capsys.readouterr().err == ""
+    text = (tmp_path / "logs" / "rank_00000.log").read_text(encoding="utf-8")
+    assert "half a pair: \\ud83d, a fire: \N{FIRE}" in text
+
+
 def test_a_folder_that_cannot_be_written_is_refused_by_key(tmp_path):
     """A file in its place, for one."""
     (tmp_path / "run").write_text("")
