@@ -53,7 +53,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain inspect data/python_stdlib",
     ),
     "tokenizers": ("megatrain tokenizers corpus/ tokenizers=[data/mine,gpt2/tokenizer.json,my.model]",),
-    "report": ("megatrain report runs/small-python_stdlib", "megatrain report runs/python_stdlib-model-lr"),
+    "report": (
+        "megatrain report runs/small-python_stdlib",
+        "megatrain report runs/python_stdlib-model-lr",
+        "megatrain report data/python_stdlib",
+    ),
 }
 
 MULTIRUN = """--multirun (-m) trains every combination of the keys that have several values, each as a separate run:

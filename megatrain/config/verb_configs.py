@@ -221,6 +221,8 @@ class InspectConfig:
 
     path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder", path=True)
     step: int | None = key(None, "step of the run's checkpoint to show; null shows the run", minimum=0)
+    samples: int = key(3, "random documents of a dataset to print", minimum=0)
+    seed: int = key(0, "seed of these documents", minimum=0)
 
 
 @dataclass
@@ -238,9 +240,9 @@ class TokenizersConfig:
 
 @dataclass
 class ReportConfig:
-    """`megatrain report <run | sweep>`: write a self-contained HTML page."""
+    """`megatrain report <run | sweep | dataset>`: write a self-contained HTML page."""
 
-    path: str = key(MISSING, "run folder or sweep folder", path=True)
+    path: str = key(MISSING, "run folder, sweep folder or prepared dataset folder", path=True)
     out: str | None = key(None, "HTML file to write; null means <path>/report.html", path=True)
 
 

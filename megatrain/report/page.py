@@ -1,4 +1,4 @@
-"""Assemble a self-contained HTML page from the files in `assets/` and the data of a run or a sweep.
+"""Assemble a self-contained HTML page from the files in `assets/` and the data of a run, sweep or dataset.
 
 The page loads nothing: style, script and data are inline, and its content security policy forbids requests.
 """
@@ -20,13 +20,14 @@ from megatrain.tracking.metrics import to_json
 
 RUN_PAGE = ("run.html", "page.css", "page.js", "run_charts.js", "run_strips.js", "run.js")
 SWEEP_PAGE = ("sweep.html", "page.css", "sweep.css", "page.js", "sweep.js")
+DATASET_PAGE = ("dataset.html", "page.css", "dataset.css", "page.js", "dataset.js")
 
 _OWN = re.compile(rb"\s*<!doctype html>.*\xc2\xb7 megatrain</title>", re.DOTALL)
 """How a page begins that `write_page` made, in this version or an earlier one."""
 
 
 def write_page(assets: tuple[str, ...], data: dict[str, Any], out: Path) -> Path:
-    """Write the page made of `assets` (`RUN_PAGE` or `SWEEP_PAGE`) and `data` to `out`, and return `out`.
+    """Write the page made of `assets` (such as `RUN_PAGE`) and `data` to `out`, and return `out`.
 
     `data["name"]` is the page's title. The scripts read `data` as JSON. The file that a link leads to is replaced, not
     the link; a device, a FIFO and this process's standard output are written to.

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
@@ -21,6 +22,7 @@ from megatrain.resilience.signals import signal_name
 from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
+from megatrain.tracking.sweep_record import FILE as FILE_OF_SWEEP
 
 MAX_POINTS = 1200
 """Most points per curve. A longer run is cut into stretches, each shown as its mean and a min-max band."""
@@ -42,11 +44,19 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         ConfigError: `run_dir` is not a run's folder.
     """
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such folder; `megatrain report` takes a run's folder, runs/<run.name>")
+        raise ConfigError(
+            f"{run_dir}: no such folder; `megatrain report` takes the folder of a run (runs/<run.name>), of a sweep "
+            "or of a prepared dataset (data/<data.name>)"
+        )
     if not any((run_dir / name).exists() for name in RECORDS):
-        runs = sorted(str(path.parent) for path in run_dir.glob(f"*/{RECORDS[0]}"))
-        listed = f"; the runs in it: {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}" if runs else ""
-        raise ConfigError(f"{run_dir}: not a run's folder; it has none of {', '.join(RECORDS)}{listed}")
+        found = sorted(
+            str(path.parent) for name in (RECORDS[0], FILE_OF_SWEEP, CARD) for path in run_dir.glob(f"*/{name}")
+        )
+        listed = f"; such folders in it: {', '.join(found[:8])}{', ...' * (len(found) > 8)}" if found else ""
+        raise ConfigError(
+            f"{run_dir}: not the folder of a run (it has none of {', '.join(RECORDS)}), of a sweep (no "
+            f"{FILE_OF_SWEEP}) or of a prepared dataset (no {CARD}){listed}"
+        )
     return write_page(RUN_PAGE, collect(run_dir), out or run_dir / "report.html")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from megatrain.checkpoint.resume import model_sizes
 from megatrain.config import InspectConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.card import Card
+from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.mixture import seen_shares
 from megatrain.data.tokenizer import META
@@ -29,6 +31,7 @@ from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.interop.load_model import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.model.formats import DTYPE_BYTES
+from megatrain.report.dataset_page import sample_texts
 from megatrain.tracking.console import short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
@@ -61,7 +64,7 @@ def inspect(config: InspectConfig) -> None:
     printer = Printer()
     kind = kind_of(path)
     if kind == "dataset":
-        print_dataset(printer, path)
+        print_dataset(printer, path, config.samples, config.seed)
     elif kind == "checkpoint":
         raise_problems(print_checkpoint(printer, path))
     elif kind == "run":
@@ -281,8 +284,8 @@ def format_number(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------- datasets
 
 
-def print_dataset(printer: Printer, folder: Path) -> None:
-    """Print a prepared dataset's card, then verify every hash."""
+def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -> None:
+    """Print a prepared dataset's card, verify every hash, and print random documents."""
     card = Card.load(folder)
     printer.title(f"dataset {folder}")
     printer.facts({"name": card.name, "fingerprint": card.fingerprint})
@@ -293,13 +296,60 @@ def print_dataset(printer: Printer, folder: Path) -> None:
     printer.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
     if card.tokenizer:
         printer.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
+    printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
     printer.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
     try:
         verify_dataset(folder)
     except (ConfigError, DataError) as error:
         printer.facts({"verdict": "damaged"})
         raise DataError(str(error)) from error
+    for headline, text in sample_texts(folder, card, num_samples, seed, SAMPLE_TOKENS):
+        printer.title(headline)
+        printer.line(printable(text))
     printer.facts({"verdict": "valid: every checksum matches"})
+
+
+FUNNEL_COLUMNS = (
+    "stage",
+    "documents in",
+    "removed",
+    "documents left",
+    "bytes left",
+    "changed",
+    "removed for",
+    "counted",
+)
+SAMPLE_TOKENS = 150
+"""Tokens printed of a random document at most."""
+
+
+def funnel_rows(card: Card) -> list[list[str]]:
+    """Return a row for each stage from the records that were read to the documents that are kept."""
+    return [
+        [
+            stage.name,
+            f"{stage.documents_in:,}",
+            f"{stage.removed:,}",
+            f"{stage.documents_out:,}",
+            "" if stage.bytes_out is None else f"{stage.bytes_out:,}",
+            f"{stage.changed:,}" if stage.is_step else "",
+            largest(stage.reasons),
+            largest(stage.changes),
+        ]
+        for stage in funnel(card)
+    ]
+
+
+def largest(counts: dict[str, int], limit: int = 5) -> str:
+    """Return the largest counts as text, and how many others there are."""
+    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} {count:,}" for name, count in listed[:limit]]
+    return ", ".join([*shown, *([f"{len(listed) - limit} others"] if len(listed) > limit else [])])
+
+
+def printable(text: str) -> str:
+    """Return text that cannot steer a terminal: control and invisible characters except newline and tab as escapes."""
+    return "".join(c if c in "\n\t" or category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------- printing

@@ -26,5 +26,6 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = ()) -> Path:
     given = {"data.name": config.data.name, "data.dir": config.data.dir}
     default = asdict(compose("train", words).data)
     words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
-    print(next_step(shlex.join(["megatrain", "train", *words])), file=sys.stderr)
+    report = shlex.join(["megatrain", "report", str(folder)])
+    print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder

@@ -1,10 +1,12 @@
-"""`megatrain report`: write the HTML page of a run or a sweep. Imports no torch."""
+"""`megatrain report`: write the HTML page of a run, a sweep or a prepared dataset. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megatrain.config import ReportConfig
+from megatrain.data.card import CARD
+from megatrain.report.dataset_page import report_dataset
 from megatrain.report.page import is_standard_output
 from megatrain.report.run_page import report as report_run
 from megatrain.report.sweep_page import report_sweep
@@ -12,9 +14,17 @@ from megatrain.tracking.sweep_record import is_sweep_folder
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page, and print its path unless the page itself went to standard output."""
+    """Write the page, and print its path unless the page itself went to standard output.
+
+    Raises `ConfigError` if the folder is none of the three, `DataError` if a file of it is damaged.
+    """
     path = Path(config.path)
-    write = report_sweep if is_sweep_folder(path) else report_run
-    out = write(path, Path(config.out) if config.out is not None else None)
-    if not is_standard_output(out):
-        print(out)
+    out = Path(config.out) if config.out is not None else None
+    if is_sweep_folder(path):
+        written = report_sweep(path, out)
+    elif (path / CARD).is_file():
+        written = report_dataset(path, out)
+    else:
+        written = report_run(path, out)
+    if not is_standard_output(written):
+        print(written)

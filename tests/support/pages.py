@@ -14,11 +14,14 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or googl
 
 
 def drawn(page):
-    """Return the page's DOM after a real browser has run its scripts, without the scripts."""
+    """Return the page's DOM after a real browser has run its scripts, without the scripts. Its console stays empty."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += ["--window-size=1200,1600", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
-    document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    return re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+    command.insert(1, "--enable-logging=stderr")
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert not said, said
+    return re.sub(r"<script.*?</script>", "", shown.stdout, flags=re.DOTALL)
 
 
 class References(html.parser.HTMLParser):

@@ -191,7 +191,9 @@ def test_a_damaged_ledger_is_reported(tmp_path):
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere: no such folder"):
         report(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"not a run's folder; it has none of metrics\.jsonl.*"):
+    with pytest.raises(
+        ConfigError, match=r"not the folder of a run \(it has none of metrics\.jsonl.*of a sweep.*of a prepared dataset"
+    ):
         report(tmp_path)
 
 

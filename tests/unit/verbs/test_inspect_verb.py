@@ -10,7 +10,7 @@ from megatrain.checkpoint.manifest import Identity, Manifest, Progress
 from megatrain.data.mixture import MixturePlan, Phase, PlannedSource
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.count import num_parameters
-from megatrain.verbs.inspect import mixture_rows
+from megatrain.verbs.inspect import mixture_rows, printable
 
 
 @pytest.fixture
@@ -123,6 +123,41 @@ def test_a_dataset_shows_its_card_and_is_verified_whole(inspect, dataset, tmp_pa
     (damaged / "train.bin").unlink()
     code, _, err = inspect(damaged)
     assert code == DataError.exit_code and "train.bin" in err
+
+
+def test_a_dataset_shows_what_was_left_out_and_random_documents(inspect, dataset, tmp_path, capsys):
+    folder = shutil.copytree(dataset, tmp_path / "cleaned")
+    card = json.loads((folder / "card.json").read_text())
+    rules = {"too_short": 3, **{f"language_{n}": 1 for n in range(6)}}
+    card["counts"] = {"read": 36, "bad": 2, "bad_not_json": 2, "cleaned_away": 9}
+    card["cleaning"] = [
+        {"name": "length", "documents_in": 34, "documents_out": 25, "bytes_in": 9000, "bytes_out": 8000, "changed": 4,
+         "rules": rules, "changes": {"email": 5}}
+    ]  # fmt: skip
+    (folder / "card.json").write_text(json.dumps(card))
+    code, out, _ = inspect(folder)
+    lines = [words(line) for line in out.splitlines()]
+    assert code == 0 and ["bad", "records", "36", "2", "34", "not_json", "2"] in lines
+    (row,) = [line for line in lines if line[:1] == ["length"]]
+    assert row[:8] == ["length", "34", "9", "25", "8,000", "4", "too_short", "3,"] and row[-4:] == [
+        "2",
+        "others",
+        "email",
+        "5",
+    ]
+    shown = [line for line in out.splitlines() if " document " in line and line.endswith(" tokens")]
+    assert len(shown) == 3 and "naïve" in out and "東京" in out
+
+    def documents(*words):
+        assert cli.main(["inspect", str(folder), *words]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if " document " in line]
+
+    assert documents() == shown != documents("seed=1")
+    assert documents("samples=0") == [] and len(documents("samples=99")) == 25
+
+
+def test_no_text_of_a_dataset_steers_the_terminal():
+    assert printable("a\x1b[2Jb\r\u202ec\n\td\u3000é") == "a\\x1b[2Jb\\r\\u202ec\n\td\u3000é"
 
 
 def test_anything_else_is_refused(inspect, tmp_path):

@@ -30,14 +30,16 @@ def read(command):
 
 @pytest.mark.parametrize("name", ["python_stdlib", "mine", "it's, (odd)"])
 @pytest.mark.parametrize("folder", ["data", "my data/[1]"])
-def test_prepare_says_how_to_train_on_its_dataset(name, folder, monkeypatch, capsys):
+def test_prepare_says_how_to_train_on_its_dataset_and_look_at_it(name, folder, monkeypatch, capsys):
     config = compose("prepare", [])
     config.data.name, config.data.dir = name, folder
     monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
     assert prepare.prepare(config) == Path(folder) / name
-    (command,) = commands(capsys)
+    command, report = commands(capsys)
     verb, found = read(command)
     assert (verb, found.data.name, found.data.dir) == ("train", name, folder)
+    verb, page = read(report)
+    assert (verb, page.path) == ("report", f"{folder}/{name}")
     assert ("data.dir" in command) == (folder != "data"), "only what differs from the defaults"
 
 
@@ -100,7 +102,7 @@ def own(tmp_path, monkeypatch):
 def test_prepare_says_how_to_train_with_the_same_folders_and_choice(words, own, monkeypatch, capsys):
     monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
     assert cli.main(["prepare", "data=files", *words]) == 0
-    (command,) = commands(capsys)
+    command, _ = commands(capsys)
     verb, found = read(command)
     assert (verb, found.data) == ("train", compose("prepare", words).data)
 

@@ -1,0 +1,224 @@
+"""The dataset report: one page, drawn by a real browser, with figures that were counted by hand."""
+
+import json
+import re
+
+import pytest
+from support.pages import References, drawn, needs_browser
+
+from megatrain import cli
+from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.card import Card, card_of_written, fingerprint
+from megatrain.data.corpus.near_duplicates import NearDuplicates
+from megatrain.data.indexed import IndexedWriter
+from megatrain.data.preparation import EXAMPLES, prepare
+from megatrain.report.dataset_page import MAX_EXAMPLES, collect, report_dataset
+from megatrain.report.text_diff import diff
+
+ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
+WORDS = "the model reads and writes some words about data and tokens for all that it is worth "
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Prepare 40 records: 2 bad, 1 empty, 3 too short, 2 with an address, 4 copies; return the folder."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"{number} {WORDS * (1 + number % 3)}" for number in range(26)] + [f"100 {WORDS}"] * 5
+    texts += [f"Write to anna.smith@mail{number}.org or not: {WORDS} {number}" for number in range(2)]
+    texts += ["a", "bc", ATTACK[:9], f"{ATTACK} {WORDS}"]
+    lines = [json.dumps({"text": text}) for text in ["", *texts]] + ["not json", '{"body": 1}']
+    (folder / "<img src=x>.jsonl").write_text("\n".join(lines))
+    return prepare(
+        PrepareConfig(
+            data=DataConfig(
+                kind="files", name="made", dir=str(folder / "data"), paths=[str(folder / "*.jsonl")],
+                on_bad_record="skip", heldout_fraction=0.2, workers=1,
+            ),
+            clean=CleanConfig(steps=[{"length": {"min_characters": 20}}, {"personal_data": {"kinds": ["email"]}}]),
+            tokenizer=TokenizerConfig(vocab_size=320),
+        )
+    )  # fmt: skip
+
+
+def test_the_figures_are_those_counted_by_hand(dataset):
+    data = collect(dataset)
+    assert [(s["name"], s["documents_in"], s["removed"], s["reasons"]) for s in data["funnel"]] == [
+        ("bad records", 40, 2, {"no_field": 1, "not_json": 1}),
+        ("empty", 38, 1, {}),
+        ("length", 37, 3, {"too_short": 3}),
+        ("personal_data", 34, 0, {}),
+        ("exact duplicates", 34, 4, {}),
+    ]
+    length, mask = data["funnel"][2:4]
+    assert length["bytes_in"] - length["bytes_out"] == 1 + 2 + 9
+    assert mask["changed"] == 2 and mask["changes"] == {"email": 2}
+    # anna.smith@mail0.org has 20 characters, <EMAIL> has 7
+    assert mask["bytes_in"] - mask["bytes_out"] == 2 * (20 - 7)
+    assert data["counted"] == [{"step": "personal_data", "counts": [("email", 2)]}]
+    assert [s["name"] for s in data["splits"]] == ["train", "heldout"]
+    assert sum(s["documents"] for s in data["splits"]) == 30
+    tile = {t["name"]: (t["value"], t["note"]) for t in data["tiles"]}
+    assert tile["documents"] == ("30", "30") and tile["kept"] == ("75.0%", "of 40 records")
+    tokens, size = (sum(s[name] for s in data["splits"]) for name in ("tokens", "bytes"))
+    assert tile["tokens"][1] == f"{tokens:,}" and tile["bytes a token"][0] == f"{size / tokens:.2f}"
+    assert sum(documents for _, documents, _ in data["lengths"]["bins"]) == 30
+    assert sum(count for _, _, count in data["lengths"]["bins"]) == tokens
+    facts = dict(data["tokens"]["rows"])
+    assert facts["end tokens"] == f"30 ({30 / tokens:.2%} of tokens)"
+    space = data["tokens"]["frequent"][0]
+    assert space["share"] == space["count"] / tokens and space["text"]
+    assert data["near_duplicates"] == []
+    assert len(data["samples"]) == 8 and all(WORDS[:30] in s["text"] for s in data["samples"])
+
+
+def test_examples_have_rule_and_detail_or_what_changed(dataset):
+    removed, changed = collect(dataset)["examples"]
+    assert (removed["step"], removed["rule"], len(removed["examples"])) == ("length", "too_short", 3)
+    details = {e["pieces"][0][1]: e["detail"] for e in removed["examples"]}
+    assert details["bc"] == "2 characters, fewer than 20"
+    assert (changed["step"], changed["rule"], len(changed["examples"])) == ("personal_data", None, 2)
+    pieces = changed["examples"][0]["pieces"]
+    assert pieces[0] == ["=", "Write to "]
+    without = {sign: "".join(text for kind, text in pieces if kind != sign) for sign in "+-"}
+    assert re.fullmatch(r"Write to anna\.smith@mail[01]\.org or not: .*", without["+"])
+    assert without["-"].startswith("Write to <EMAIL> or not: ")
+
+
+@pytest.mark.parametrize(
+    "before, after, are_cut, expected",
+    [
+        ("one two three", "one 2 three", False, [["=", "one "], ["-", "two"], ["+", "2"], ["=", " three"]]),
+        ("a\n\n\nb", "a\n\nb", False, [["=", "a\n\n"], ["-", "\n"], ["=", "b"]]),
+        ("東京は", "東は", False, [["=", "東"], ["-", "京"], ["=", "は"]]),
+        ("one two three", "one two", False, [["=", "one two"], ["-", " three"]]),
+        ("one two three", "one two", True, [["=", "one two"]]),
+        ("same", "same", True, [["=", "same"]]),
+        ("", "new", False, [["+", "new"]]),
+        (
+            "x " * 300 + "old" + " y" * 300,
+            "x " * 300 + "new" + " y" * 300,
+            False,
+            [
+                ["~", "480 characters"],
+                ["=", "x " * 60],
+                ["-", "old"],
+                ["+", "new"],
+                ["=", " y" * 60],
+                ["~", "480 characters"],
+            ],
+        ),
+    ],
+)
+def test_a_diff_shows_changes_amid_what_stayed(before, after, are_cut, expected):
+    assert diff(before, after, are_cut) == expected
+
+
+@needs_browser
+def test_a_browser_draws_every_section_and_texts_stay_texts(dataset):
+    document = drawn(report_dataset(dataset))
+    titles = ["From records to training data", "Document lengths", "Tokens", "What was counted"]
+    titles += ["What cleaning did", "Random documents"]
+    assert re.findall(r"<h2>(.*?)</h2>", document) == titles
+    bins = len(collect(dataset)["lengths"]["bins"])
+    assert re.search(r'data-drawn="(\d+)"', document).group(1) == str(bins) == str(document.count('class="bin"'))
+    stages = re.findall(r'<span class="stage">(?:<a[^>]*>)?(.*?)<', document)
+    assert stages == [
+        "records read", "bad records", "empty", "length", "personal data", "exact duplicates", "train", "held out"
+    ]  # fmt: skip
+    assert [left for left in re.findall(r'<span class="right left">(.*?)<', document)][:6] == [
+        "40", "38", "37", "34", "34", "30"
+    ]  # fmt: skip
+    assert "removed: too short 3" in document and "<ins>&lt;EMAIL" in document.replace("<ins>&lt;</ins>", "<ins>&lt;")
+    assert "2 characters, fewer than 20" in document and "NaN" not in document and "undefined" not in document
+    assert 'href="#step-0"' in document and 'id="step-0"' in document
+
+
+@needs_browser
+def test_markup_in_documents_is_inert(dataset, tmp_path):
+    """The attack is in a document, in an example, and in the name of the file that examples and settings name."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for path in dataset.iterdir():
+        if path.name != "report.html":
+            (folder / path.name).symlink_to(path)
+    (folder / EXAMPLES).unlink()
+    shown = {"step": ATTACK, "rule": ATTACK, "detail": ATTACK, "id": ATTACK, "before": ATTACK}
+    (folder / EXAMPLES).write_text(json.dumps(shown) + "\n" + json.dumps(shown | {"rule": None, "after": f"x{ATTACK}"}))
+    page = report_dataset(folder)
+    document = drawn(page)
+    assert "<title>made" in document and "<img" not in document and page.read_text().count("</script>") == 2
+    assert document.count("&lt;/script&gt;&lt;script&gt;") >= 4
+
+
+def test_the_page_fetches_nothing(dataset):
+    page = report_dataset(dataset).read_text()
+    references = References()
+    references.feed(page)
+    assert references.found == [] and "default-src 'none'" in page
+    assert not re.search(r"https?:|@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
+
+
+@needs_browser
+def test_data_that_came_as_ids_has_a_page(tmp_path):
+    import numpy as np
+
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    writer = IndexedWriter(folder / "train", np.dtype(np.int32))
+    writer.add(np.array([3, 1, 70_000, 1], np.int32), np.array([3, 1], np.int32))
+    writer.finish()
+    split = card_of_written(writer, 0)
+    split.bytes = None
+    Card("foreign", fingerprint({"train": split}), {"train": split}, None).save(folder)
+    data = collect(folder)
+    assert data["funnel"] == [] and [t["name"] for t in data["tiles"]] == ["documents", "tokens"]
+    assert [(f["id"], f["count"]) for f in data["tokens"]["frequent"]] == [(1, 2), (3, 1), (70_000, 1)]
+    assert sorted((s["length"], s["text"]) for s in data["samples"]) == [(1, None), (3, None)]
+    document = drawn(report_dataset(folder))
+    assert "nothing is known of its records" in document and "3 1 70000" in document and "NaN" not in document
+
+
+@needs_browser
+def test_near_duplicates_are_shown_where_the_card_has_them(dataset, monkeypatch):
+    found = NearDuplicates(12, 5, 6, {"4": 1, "2": 4}, compared=30, rejected=8, checked=20, below=1, mean_jaccard=0.875)
+    load = Card.load
+
+    def with_near_duplicates(folder):
+        card = load(folder)
+        card.near_duplicates = found.without_examples()
+        return card
+
+    monkeypatch.setattr(Card, "load", with_near_duplicates)
+    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td>", drawn(report_dataset(dataset)).partition("Near duplicates")[2])
+    assert rows[:6] == [
+        ("dropped", "12 documents"),
+        ("clusters", "5, the largest of 6 documents"),
+        ("clusters by size", "2 to 3: 4 · 4 to 7: 1"),
+        ("pairs compared", "30, of which 8 are below the threshold"),
+        ("checked by text", "20 pairs, of which 1 are below the threshold"),
+        ("mean similarity", "0.875 (Jaccard, of the checked pairs)"),
+    ]
+
+
+def test_damaged_and_many_examples_are_told(dataset, tmp_path):
+    from megatrain.report.dataset_page import read_examples
+
+    path = tmp_path / EXAMPLES
+    example = json.dumps({"step": "length", "rule": "too_short", "id": "a", "before": "x"})
+    cluster = {"step": "near_duplicates", "documents": 3, "jaccard": 0.9,
+               "members": [{"id": 1, "text": "one two"}, {"id": 2, "text": "one 2"}]}  # fmt: skip
+    path.write_text("\n".join(["{", "[]", json.dumps(cluster), *[example] * (MAX_EXAMPLES + 5)]))
+    groups, notices = read_examples(path)
+    assert [(g["step"], len(g["examples"])) for g in groups] == [("near_duplicates", 1), ("length", MAX_EXAMPLES - 1)]
+    assert groups[0]["examples"][0]["pieces"] == [["=", "one "], ["-", "two"], ["+", "2"]]
+    assert "2 lines cannot be read" in notices[0] and f"shows {MAX_EXAMPLES} of {MAX_EXAMPLES + 6}" in notices[1]
+
+
+def test_the_report_verb_knows_a_dataset_and_names_all_three_kinds(dataset, tmp_path, capsys):
+    assert cli.main(["report", str(dataset), f"out={tmp_path}/page.html"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/page.html\n"
+    assert "From records to training data" in (tmp_path / "page.html").read_text()
+    assert cli.main(["report", str(dataset.parent)]) == 2
+    error = capsys.readouterr().err
+    assert "not the folder of a run" in error and "of a sweep" in error and "of a prepared dataset" in error
+    assert str(dataset) in error, "it is suggested"
