@@ -21,7 +21,8 @@ MASK = STEP | {
 
 def test_every_record_is_accounted_for():
     counts = {
-        "read": 97, "oversized": 1, "left_out": 3, "left_out_not_html": 2, "left_out_error": 1, "kind_html": 60, "bad": 4, "bad_no_field": 3, "bad_not_json": 1, "bad_other": 0, "empty": 1,
+        "read": 97, "oversized": 1, "left_out": 3, "left_out_not_html": 2, "left_out_error": 1,
+        "kind_html": 60, "bad": 4, "bad_no_field": 3, "bad_not_json": 1, "bad_other": 0, "empty": 1,
         "undecodable": 5, "skipped_undecodable": 2, "cleaned_away": 10, "emptied": 1, "duplicates": 20,
         "near_duplicates": 9,
     }  # fmt: skip

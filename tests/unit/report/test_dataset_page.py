@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from support.pages import References, drawn, needs_browser
 
@@ -12,7 +13,8 @@ from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.corpus.near_duplicates import NearDuplicates
 from megatrain.data.indexed import IndexedWriter
 from megatrain.data.preparation import EXAMPLES, prepare
-from megatrain.report.dataset_page import MAX_EXAMPLES, collect, report_dataset
+from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.report.dataset_page import MAX_EXAMPLES, collect, decoded, read_examples, report_dataset
 from megatrain.report.text_diff import diff
 
 ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
@@ -54,7 +56,10 @@ def test_the_figures_are_those_counted_by_hand(dataset):
     assert mask["changed"] == 2 and mask["changes"] == {"email": 2}
     # anna.smith@mail0.org has 20 characters, <EMAIL> has 7
     assert mask["bytes_in"] - mask["bytes_out"] == 2 * (20 - 7)
-    assert data["counted"] == [{"step": "personal_data", "counts": [("email", 2)]}]
+    assert data["counted"] == [
+        {"step": "records by kind", "counts": [("json", 38)]},
+        {"step": "personal_data", "counts": [("email", 2)]},
+    ]
     assert [s["name"] for s in data["splits"]] == ["train", "heldout"]
     assert sum(s["documents"] for s in data["splits"]) == 30
     tile = {t["name"]: (t["value"], t["note"]) for t in data["tiles"]}
@@ -160,8 +165,6 @@ def test_the_page_fetches_nothing(dataset):
 
 @needs_browser
 def test_data_that_came_as_ids_has_a_page(tmp_path):
-    import numpy as np
-
     folder = tmp_path / "foreign"
     folder.mkdir()
     writer = IndexedWriter(folder / "train", np.dtype(np.int32))
@@ -200,9 +203,15 @@ def test_near_duplicates_are_shown_where_the_card_has_them(dataset, monkeypatch)
     ]
 
 
-def test_damaged_and_many_examples_are_told(dataset, tmp_path):
-    from megatrain.report.dataset_page import read_examples
+def test_a_document_that_is_cut_inside_a_character_ends_before_it(dataset):
+    tokenizer = load_tokenizer(dataset / "tokenizer")
+    ids = tokenizer.encode("a 東")  # a character that was not in the training text is three bytes
+    assert decoded(ids, len(ids), tokenizer) == {"text": "a 東", "is_cut": False}
+    assert decoded(ids[:-1], len(ids), tokenizer) == {"text": "a ", "is_cut": True}
+    assert decoded([320], 1, tokenizer)["text"] is None, "an id that the tokenizer does not have"
 
+
+def test_damaged_and_many_examples_are_told(dataset, tmp_path):
     path = tmp_path / EXAMPLES
     example = json.dumps({"step": "length", "rule": "too_short", "id": "a", "before": "x"})
     cluster = {"step": "near_duplicates", "documents": 3, "jaccard": 0.9,
