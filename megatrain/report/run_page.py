@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
+from megatrain.resilience.owner import is_held
 from megatrain.resilience.signals import signal_name
 from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, short
 from megatrain.tracking.events import read_events
@@ -93,7 +95,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
             notices.append(f"{FILE} is damaged, so the page cannot show where the run's time went.")
     return {
         "name": run_dir.resolve().name,
-        "status": status(events, curves),
+        "status": status(run_dir, events, curves),
         "tiles": tiles(curves, events, life),
         "facts": facts(config, events, curves, checkpoints),
         "pipeline": pipeline(config, events),
@@ -236,7 +238,7 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = N
         found.append(("tokens/s", short(total / count), mfu))
     spent = sum(curves.time_spent().values())
     if spent:
-        goodput = f"goodput {life.goodput:.1%}" if life and life.busy_s else ""
+        goodput = f"goodput {life.goodput:.1%}" if life and life.busy_s and life.trained else ""
         found.append(("training time", duration(spent), goodput))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
@@ -245,7 +247,9 @@ def describe_life(life: Summary) -> dict[str, Any]:
     """Return the goodput ledger as the page shows it."""
     seconds = life.seconds
     unbooked = life.wall_s - sum(seconds.values())
-    effective = f"effective training time {life.goodput:.1%} of {duration(life.busy_s)}"
+    effective = (
+        f"effective training time {life.goodput:.1%} of {duration(life.busy_s)}" if life.trained else "no step yet"
+    )
     idle = [f"idle {duration(seconds['idle'])} more"] if seconds["idle"] >= 0.5 else []
     starts = count_of(life.num_starts, "start") + f" of the ranks, {count_of(life.failures, 'failure')}"
     mtbf = [f"mean time between failures {duration(life.mtbf_s)}"] if life.mtbf_s is not None else []
@@ -333,15 +337,20 @@ def changes(events: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(told))
 
 
-def status(events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:
-    """Return the run's status as its folder records it. A killed run records no end."""
+def status(run_dir: Path, events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:
+    """Return the run's status as its folder records it. A killed run records no end; a running one has an owner."""
     last = next((event for event in reversed(events) if event["kind"] in ("stop", "start", "resume")), None)
     if last is not None and last["kind"] == "stop":
         how = str(last.get("status") or last.get("reason") or "ended")
         return {"text": how, "tone": "good" if how == "done" else "bad" if how == "failed" else "plain"}
+    alive, last_step = is_held(run_dir), seconds(curves.last.get("time"))
     if not curves.last:
-        return {"text": "no step yet", "tone": "plain"}
-    return {"text": "no end recorded", "tone": "plain"}
+        return {"text": "running, no step yet" if alive else "no step yet", "tone": "plain"}
+    if not alive:
+        return {"text": "no end recorded", "tone": "plain"}
+    ago = max(0.0, time.time() - last_step)
+    when = "" if math.isnan(ago) else f", last step {f'{ago:.0f} s' if ago < 60 else clock(ago)} ago"
+    return {"text": f"running{when}", "tone": "plain"}
 
 
 def thin_out(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

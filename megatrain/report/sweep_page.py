@@ -99,7 +99,7 @@ def describe(run_dir: Path, point: SweepPoint, keys: list[str]) -> dict[str, Any
         "compute": compute(tokens),
         "loss": curves.last_loss,
         "heldout": curves.heldout[-1][3] if curves.heldout else None,
-        "status": status(events, curves) if run_dir.is_dir() else {"text": "not started", "tone": "plain"},
+        "status": status(run_dir, events, curves) if run_dir.is_dir() else {"text": "not started", "tone": "plain"},
         "train_curve": [[compute(seen), value, step] for step, seen, value in stretches],
         "heldout_curve": [[compute(seen), round_for_plot(value), step] for step, _, seen, value in curves.heldout],
         "notice": curves.damage,

@@ -243,6 +243,11 @@ class Summary:
         return self.wall_s - self.seconds["idle"]
 
     @property
+    def trained(self) -> bool:
+        """Return whether the ledger covers any step."""
+        return any(span.steps is not None and 0 < span.steps[0] <= span.steps[1] for span in self.spans)
+
+    @property
     def num_starts(self) -> int:
         """Return how often the ranks were started."""
         return sum(span.steps is not None for span in self.spans)

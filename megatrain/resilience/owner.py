@@ -132,6 +132,23 @@ def last_owner(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return (max(numbers), _read(_path(folder, max(numbers)))) if numbers else None
 
 
+def is_held(run_dir: Path) -> bool:
+    """Return whether a job seems to own the run's folder now. Waits for nothing and writes nothing.
+
+    On another machine, a heartbeat within three times `WATCH_S` counts, as clocks differ a little.
+    """
+    folder = run_dir / FOLDER
+    try:
+        last = last_owner(folder)
+        if last is None or not last[1] or last[1].get("released"):
+            return False
+        if last[1].get("machine") and last[1]["machine"] == _machine():
+            return _runs(last[1])
+        return time.time() - _path(folder, last[0]).stat().st_mtime < 3 * WATCH_S
+    except (OSError, KeyError, ValueError):
+        return False
+
+
 def identity() -> dict[str, Any]:
     """Return the identity of this process as an owner."""
     return {
@@ -162,16 +179,17 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     requeued = job is not None and owner.get("job") == job
     if owner.get("machine") and owner["machine"] == _machine():
-
-        def runs() -> bool:
-            return _started(int(owner["pid"])) == owner.get("process_started")
-
         # the previous start of this job may still be exiting
-        return not runs() or (requeued and _changes(runs, watch_s))
+        return not _runs(owner) or (requeued and _changes(lambda: _runs(owner), watch_s))
     if requeued:
         return True
     say(f"the run folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s")
     return not _changes(lambda: _size_and_time(path), watch_s)
+
+
+def _runs(owner: dict[str, Any]) -> bool:
+    """Return whether the process of an owner on this machine runs."""
+    return _started(int(owner["pid"])) == owner.get("process_started")
 
 
 def _changes(look: Callable[[], Any], seconds: float) -> bool:

@@ -10,6 +10,7 @@ from support.pages import References, drawn, needs_browser
 from megatrain.errors import ConfigError
 from megatrain.report import run_page as report_module
 from megatrain.report.run_page import collect, report
+from megatrain.resilience.owner import Ownership
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 
@@ -209,6 +210,28 @@ def test_a_crashed_run_gives_a_page_of_its_records(tmp_path):
     assert data["x"]["step"] == list(range(1, 9)) and data["config"] == "a: ["
     assert len(data["notices"]) == 2 and "line 9" in data["notices"][0]
     assert data["status"]["text"] == "no end recorded"
+
+
+def test_a_run_whose_owner_is_alive_is_running(tmp_path):
+    run_dir = make_run(tmp_path, 12)
+    assert collect(run_dir)["status"]["text"] == "no end recorded"
+    owner = Ownership.take(run_dir)
+    assert re.fullmatch(r"running, last step (\d+ s|[\d:]+) ago", collect(run_dir)["status"]["text"])
+    owner.release()
+    assert collect(run_dir)["status"]["text"] == "no end recorded"
+    (run_dir / "metrics.jsonl").unlink()
+    Ownership.take(run_dir)
+    assert collect(run_dir)["status"]["text"] == "running, no step yet"
+
+
+def test_a_ledger_without_a_step_has_no_goodput(tmp_path):
+    run_dir = make_run(tmp_path, 12)
+    steps = {"first": 0, "done": 0, "finished": 0}
+    begun = {"from_s": 1, "to_s": 20, "ended": None, **steps, "seconds": {"start": 19.0}, "unfinished": {}}
+    agents = [{"began": 1e9, "seconds": 20.0, "starts": [begun]}]
+    (run_dir / "ledger.json").write_text(json.dumps({"format": 1, "agents": agents}))
+    data = collect(run_dir)
+    assert "goodput" not in json.dumps(data["tiles"]) and "%" not in data["life"]["text"]
 
 
 def test_the_numbers_at_the_top_match_the_run(tmp_path):
