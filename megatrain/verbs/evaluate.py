@@ -230,10 +230,10 @@ def training_dataset(loaded: Loaded) -> Path:
     data = loaded.run_config().get("data")
     if loaded.manifest is None or not data:
         raise ConfigError(f"data: {loaded.folder} does not record a dataset; give data=<prepared dataset or text file>")
-    if mixture := loaded.manifest.identity.mixture:
+    if loaded.manifest.identity.mixture is not None:
+        places = [place if "/" in place else str(Path(data["dir"]) / place) for place in data["mixture"]]
         raise ConfigError(
-            f"data: the model was trained on a mixture of {', '.join(mixture.sources)}; give one of them, for example "
-            f"data={Path(data['dir']) / next(iter(mixture.sources))}"
+            f"data: the model was trained on a mixture; give one of its datasets: data={' or '.join(places)}"
         )
     folder = Path(data["dir"]) / str(data["name"])
     if not folder.exists():

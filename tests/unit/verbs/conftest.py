@@ -52,22 +52,37 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory, tokenizer) -> Path:
+def prepare(tokenizer):
+    """Return a function that writes a prepared dataset of documents of words: `prepare(folder, documents, heldout)`."""
+
+    def write_dataset(folder: Path, train: list[str], heldout: list[str]) -> Path:
+        folder.mkdir()
+        cards = {}
+        for split, documents in (("train", train), ("heldout", heldout)):
+            writer = IndexedWriter(folder / split, np.dtype(np.uint16))
+            for text in documents:
+                ids = [*tokenizer.encode(text), tokenizer.end_of_document]
+                writer.add(np.asarray(ids, dtype=np.uint16), np.array([len(ids)], np.int32))
+            writer.finish()
+            cards[split] = card_of_written(writer, sum(len(text.encode()) for text in documents))
+        tokenizer.save(folder / "tokenizer")
+        maker = TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
+        Card(name=folder.name, fingerprint=fingerprint(cards), splits=cards, tokenizer=maker).save(folder)
+        return folder
+
+    return write_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, prepare) -> Path:
     """Return a prepared dataset of documents of words."""
-    folder = tmp_path_factory.mktemp("data") / "words"
-    folder.mkdir()
-    cards = {}
-    for split, documents in (("train", texts(20, 1)), ("heldout", texts(5, 2))):
-        writer = IndexedWriter(folder / split, np.dtype(np.uint16))
-        for text in documents:
-            ids = [*tokenizer.encode(text), tokenizer.end_of_document]
-            writer.add(np.asarray(ids, dtype=np.uint16), np.array([len(ids)], np.int32))
-        writer.finish()
-        cards[split] = card_of_written(writer, sum(len(text.encode()) for text in documents))
-    tokenizer.save(folder / "tokenizer")
-    maker = TokenizerCard(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
-    Card(name="words", fingerprint=fingerprint(cards), splits=cards, tokenizer=maker).save(folder)
-    return folder
+    return prepare(tmp_path_factory.mktemp("data") / "words", texts(20, 1), texts(5, 2))
+
+
+@pytest.fixture(scope="session")
+def second_dataset(dataset, tmp_path_factory, prepare) -> Path:
+    """Return a smaller dataset of the same tokenizer, in another folder."""
+    return prepare(tmp_path_factory.mktemp("more_data") / "more", texts(9, 7), texts(3, 8))
 
 
 def train(config: TrainConfig) -> int:
@@ -100,6 +115,18 @@ def job(dataset: Path, runs: Path, **changes) -> TrainConfig:
         group, _, key = name.partition("__")
         setattr(getattr(config, group), key, value)
     return config
+
+
+@pytest.fixture(scope="session")
+def make_job(dataset):
+    """Return a function that returns the config of a changed `job` under a folder."""
+    return lambda runs, **changes: job(dataset, runs, **changes)
+
+
+@pytest.fixture(scope="session")
+def run_job():
+    """Return the function that runs a config in this process and returns the exit code."""
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,83 @@
+"""A run on a mixture from start to end: its records, its resumes, and the verbs that read it."""
+
+import pytest
+
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.config import EvaluateConfig
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.tracking.events import read_events
+from megatrain.tracking.metrics import read_metrics
+from megatrain.verbs.evaluate import evaluate
+from megatrain.verbs.path_checks import check_paths
+
+
+@pytest.fixture(scope="module")
+def mixed(make_job, second_dataset):
+    """Return a function that returns the config of a run on the datasets words and more."""
+
+    def make(runs, steps=4, mixture=None, phases=(), override=()):
+        config = make_job(runs, run__name="mixed", train__steps=steps, data__kind="mixture", data__name="both")
+        more = str(second_dataset)
+        config.data.mixture = mixture or {"words": 0.75, more: {"weight": 0.25, "max_epochs": 3}}
+        config.data.phases, config.checkpoint.override = list(phases), list(override)
+        return config
+
+    return make
+
+
+def hashes(run):
+    return [record["batch_hash"] for record in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(mixed, run_job, tmp_path_factory):
+    """A run of four steps without a break."""
+    runs = tmp_path_factory.mktemp("whole")
+    config = mixed(runs)
+    check_paths(config)
+    assert run_job(config) == 0
+    return runs / "mixed"
+
+
+def test_the_records_name_every_source(whole):
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert last["heldout_loss"] == pytest.approx(0.75 * last["heldout_loss/words"] + 0.25 * last["heldout_loss/more"])
+    events = {event["kind"]: event for event in read_events(whole / "events.jsonl")}
+    samples = {name: seen["samples"] for name, seen in events["mixture"]["sources"].items()}
+    total = sum(samples.values())
+    assert samples["words"] * 4 == total * 3 and events["evaluate"]["sources"] == events["mixture"]["sources"]
+    manifest = read_manifest(whole / "checkpoints" / "step_00000004")
+    assert manifest.identity.mixture.phases[0].weights == {"more": 1, "words": 3}
+    assert manifest.progress.cursor == total
+    assert manifest.identity.dataset_fingerprint == manifest.identity.mixture.fingerprint
+
+
+def test_a_resumed_run_reads_what_the_undisturbed_one_reads(whole, mixed, run_job, tmp_path):
+    assert run_job(mixed(tmp_path, steps=2)) == 0
+    assert run_job(mixed(tmp_path)) == 0
+    assert hashes(tmp_path / "mixed") == hashes(whole)
+
+
+def test_a_resume_changes_the_future_alone_and_only_on_purpose(whole, mixed, run_job, tmp_path):
+    assert run_job(mixed(tmp_path, steps=2)) == 0
+    other = {"words": 1}
+    with pytest.raises(CheckpointError, match=r"data.mixture was"):
+        check_paths(mixed(tmp_path, mixture=other))
+    changed = mixed(tmp_path, mixture=other, override=["data.mixture"])
+    check_paths(changed)
+    assert run_job(changed) == 0
+    assert hashes(tmp_path / "mixed")[:2] == hashes(whole)[:2]
+    assert hashes(tmp_path / "mixed")[2:] != hashes(whole)[2:]
+    seen = [event for event in read_events(tmp_path / "mixed" / "events.jsonl") if event["kind"] == "mixture"]
+    assert seen[0]["sources"]["more"]["samples"] == seen[1]["sources"]["more"]["samples"]
+
+
+def test_a_cap_is_checked_before_the_run(mixed, second_dataset, tmp_path):
+    capped = {"words": 0.5, str(second_dataset): {"weight": 0.5, "max_epochs": 0.1}}
+    with pytest.raises(ConfigError, match=r"data.mixture..*/more: max_epochs=0.1 allows"):
+        check_paths(mixed(tmp_path, mixture=capped))
+
+
+def test_evaluate_asks_for_one_of_the_datasets(whole):
+    with pytest.raises(ConfigError, match=r"trained on a mixture; give one of its datasets: data=.*words or .*/more"):
+        evaluate(EvaluateConfig(path=str(whole)))
