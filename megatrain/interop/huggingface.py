@@ -113,6 +113,7 @@ def to_theirs(config: ModelConfig, kind: str, weights: dict[str, Tensor], dtype:
 
     Raises:
         CheckpointError: the weights do not match the config.
+        ConfigError: `dtype` cannot hold a value.
     """
     _check_tensors({name: tuple(w.shape) for name, w in weights.items()}, parameter_shapes(config), "weights")
     tensors = {}
@@ -121,7 +122,27 @@ def to_theirs(config: ModelConfig, kind: str, weights: dict[str, Tensor], dtype:
         if place.one_less:
             tensor = tensor.float() - 1
         tensors[place.name] = (tensor.t() if place.transposed else tensor).to(dtype).contiguous()
+        if beyond := _beyond_range(tensor, dtype):
+            raise ConfigError(f"dtype={_short(dtype)}: tensor {place.name} has {beyond}; use dtype={_wider(dtype)}")
     return tensors
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.bfloat16 else "bf16 or fp32"
+
+
+def _beyond_range(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Return which finite values a format would turn into infinities; None if it holds all of them."""
+    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return None
+    lost = tensor.isfinite() & ~tensor.to(dtype).isfinite()
+    if not (count := int(lost.sum())):
+        return None
+    return f"{count} of {tensor.numel()} values beyond {_short(dtype)}'s range, such as {float(tensor[lost][0]):.6g}"
 
 
 def from_theirs(config: ModelConfig, kind: str, tensors: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
@@ -349,9 +370,11 @@ def _why_missing(folder: Path, file: str, listed: dict[str, str] | None) -> str:
 
 
 def _check_values(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse numbers of a format that holds no weights of ours, and values that are not finite."""
+    """Refuse numbers of a format that holds no weights of ours, and values that are not finite, in fp32 neither."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError(f"{path}: tensor {name} is of {tensor.dtype}; only fp64, fp32, bf16 and fp16 can be read")
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise CheckpointError(f"{path}: tensor {name} has {bad} of {tensor.numel()} values that are NaN or infinite")
+    if beyond := _beyond_range(tensor, torch.float32):
+        raise CheckpointError(f"{path}: tensor {name} has {beyond}, in which weights are kept")

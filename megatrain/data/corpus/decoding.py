@@ -6,10 +6,11 @@ import codecs
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatrain.data.corpus.code import license_of, why_left_out
-from megatrain.data.corpus.compressed import archive_kind
+from megatrain.data.corpus.compressed import SUFFIXES, archive_kind
 from megatrain.data.corpus.conversations import find_conversation, render
 from megatrain.data.corpus.html_bytes import decode_html
 from megatrain.data.corpus.normalise import normalise
@@ -106,9 +107,17 @@ def _decode_utf_8(payload: bytes, record: Record, policy: Policy) -> tuple[str, 
     except UnicodeDecodeError as error:
         line = payload.count(b"\n", 0, error.start) + 1
         if other := next((name for mark, name in _OTHER_ENCODINGS.items() if payload.startswith(mark)), None):
-            remedy = f"convert it with iconv -f {other.lower()} -t utf-8"
+            remedy = _conversion(record, other)
             raise _undecodable(record, f"{other} by its byte order mark", remedy, "skip", policy) from error
         return payload.decode("utf-8", errors="replace"), True, f"byte {error.start}, line {line}"
+
+
+def _conversion(record: Record, encoding: str) -> str:
+    """Return advice for a text in another encoding: iconv helps only where the file as a whole is that text."""
+    if record.kind not in ("text", "code", "html", "json"):
+        return "write its text as UTF-8 where the file is made"
+    unpack = "unpack it, and " if any(suffix in Path(record.where).suffix for suffix in SUFFIXES) else ""
+    return f"{unpack}convert it with iconv -f {encoding.lower()} -t utf-8"
 
 
 def _undecodable(record: Record, what: str, remedy: str, others: str, policy: Policy) -> DataError | BadRecordError:

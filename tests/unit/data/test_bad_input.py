@@ -101,7 +101,8 @@ def test_utf_16_and_utf_32_are_named_and_never_replaced(run, file, order, encodi
     text = '{"text": "naïve"}\n' * 3 if "json" in file else "naïve\n" * 3
     content = ("\ufeff" + text).encode(f"{encoding}-{order}")
     content = gzip.compress(content) if file.endswith(".gz") else content
-    message = rf"{file}.*: not UTF-8 \({encoding.upper()} by .*\); convert it with iconv -f {encoding} -t utf-8, or"
+    how = "unpack it, and convert it" if file.endswith(".gz") else "convert it"
+    message = rf"{file}.*: not UTF-8 \({encoding.upper()} by .*\); {how} with iconv -f {encoding} -t utf-8, or"
     for policy in ("replace", "refuse"):
         with pytest.raises(DataError, match=message):
             run(file, content, name=policy, undecodable=policy)
@@ -119,6 +120,18 @@ def test_bad_bytes_and_lone_surrogates_in_json_follow_the_same_policy(run):
     for line, where in ((content.splitlines()[0], "byte 14"), (content.splitlines()[1], "a lone surrogate")):
         with pytest.raises(DataError, match=rf"b.jsonl:1: not UTF-8 \({where}"):
             run("b.jsonl", line, name="x", paths=[str(folder.parents[1] / "in" / "b.jsonl")], undecodable="refuse")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_advice_for_a_parquet_column_in_another_encoding_leaves_the_file_intact(run, tmp_path, encoding):
+    (tmp_path / "in").mkdir()
+    column = pyarrow.array(["naïve".encode(encoding)], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in" / "a.parquet")
+    message = (
+        rf"a.parquet:1: not UTF-8 \({encoding.upper()} by .*\); write its text as UTF-8 where the file is made, or"
+    )
+    with pytest.raises(DataError, match=message):
+        run("", None, undecodable="refuse")
 
 
 def test_undecodable_bytes_in_a_parquet_column_follow_the_policy(run, tmp_path):

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatrain.errors import CheckpointError
-from megatrain.interop.huggingface import import_model
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.interop.huggingface import export_model, import_model
 from megatrain.model.init import build_model
 
 SIZES = {
@@ -116,3 +117,27 @@ def test_values_that_train_refuses_are_refused_on_import_by_their_names_in_the_f
     folder = folder_with(tmp_path / "theirs", changes, kind)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
         import_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fp64_weights_that_fp32_cannot_hold_are_refused_by_tensor(tmp_path, kind):
+    folder = folder_with(tmp_path / "theirs", {}, kind)
+    weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    import_model(folder)
+    name = max(weights)
+    weights[name].view(-1)[3] = -1e300
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {name} has 1 of \d+ values beyond fp32's range, such as -1e\+300"
+    ):
+        import_model(folder)
+
+
+def test_weights_that_the_exported_dtype_cannot_hold_are_refused_by_tensor(tmp_path):
+    config, weights = import_model(folder_with(tmp_path / "theirs", {}))
+    weights["final_norm.weight"][1] = 7e4
+    export_model(config, weights, tmp_path / "bf16", dtype="bf16")
+    with pytest.raises(ConfigError, match=r"dtype=fp16: tensor model.norm.weight has .* fp16's range, .*; use .*bf16"):
+        export_model(config, weights, tmp_path / "fp16", dtype="fp16")
+    assert not (tmp_path / "fp16").exists()
