@@ -23,7 +23,7 @@ from megatrain.data.adopt import check_contents_apart, check_prefixes, link, mak
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
-from megatrain.data.corpus.cleaning import KIND
+from megatrain.data.corpus.cleaning import KIND, LEFT_OUT
 from megatrain.data.corpus.near_duplicates import NearDuplicates, drop_near_duplicates
 from megatrain.data.corpus.recipe import StepReport, build_recipe, settings_of
 from megatrain.data.corpus.selection import DROPPED, Selection
@@ -345,7 +345,12 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
     kinds = {name.removeprefix(KIND): count for name, count in card.counts.items() if name.startswith(KIND)}
     if kinds:
         yield f"  read as: {_format_counts(kinds)}"
-    counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND))}
+    if left_out := card.counts.get(LEFT_OUT):
+        reasons = {
+            n.removeprefix(f"{LEFT_OUT}_"): count for n, count in card.counts.items() if n.startswith(f"{LEFT_OUT}_")
+        }
+        yield f"  no documents, left out: {left_out:,} ({_format_counts(reasons)})"
+    counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND, LEFT_OUT))}
     if card.counts:
         yield f"  documents: {_format_counts(counts)}"
     for step in card.cleaning:

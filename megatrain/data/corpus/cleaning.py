@@ -20,6 +20,8 @@ from megatrain.errors import DataError
 _COUNTS = ("read", "left_out", "empty", "bad", "undecodable", "skipped_undecodable", "oversized")
 KIND = "kind_"
 """The start of the names of counts of documents by what they were read as."""
+LEFT_OUT = "left_out"
+"""The count of records that are no documents, and the start of the names of their counts by reason."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def clean_chunk(task: CleanTask) -> Cleaned:
 
 
 def _count_left_out(reason: str, counts: Counter[str]) -> None:
-    counts["left_out"] += 1
-    counts[f"left_out_{reason}"] += 1
+    counts[LEFT_OUT] += 1
+    counts[f"{LEFT_OUT}_{reason}"] += 1
 
 
 def _count_bad(record: Record, problem: Problem, policy: Policy, counts: Counter[str]) -> None:

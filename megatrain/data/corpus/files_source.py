@@ -104,13 +104,16 @@ class FilesSource(Source):
         """Yield the documents of each file in turn. Raises `DataError` if a file is damaged or cannot be read."""
         for path in map(Path, shard.paths):
             before = self.progress.bytes
+            last = None
             try:
-                yield from self._read(path, shard.start, shard.stop)
+                for record in self._read(path, shard.start, shard.stop):
+                    last = record.where
+                    yield record
             except ERRORS as error:
-                raise _damaged(path, error) from error
+                raise _damaged(path, error, last) from error
             except OSError as error:
                 if error.errno is None:  # bz2's
-                    raise _damaged(path, error) from error
+                    raise _damaged(path, error, last) from error
                 raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
             if shard.stop is None and not shard.start:
                 self.progress.bytes = before + path.stat().st_size
@@ -228,8 +231,9 @@ class FilesSource(Source):
             raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
-    return DataError(f"{path}: cut short or damaged ({error}); download or compress it again")
+def _damaged(path: Path, error: BaseException, last: str | None) -> DataError:
+    after = f"; the last whole record: {last}" if last else ""
+    return DataError(f"{path}: cut short or damaged ({error}{after}); download or compress it again")
 
 
 def _listing_hash(files: list[Path]) -> str:

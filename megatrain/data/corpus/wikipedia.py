@@ -24,7 +24,7 @@ _NAMESPACE = re.compile(r"^\s*:?[^\s:\[\]|]{1,40}:(?=\S)")
 
 
 class DumpError(EOFError):
-    """A dump that is damaged or cut short; the message has its line, and the last whole page."""
+    """A dump that is damaged or cut short; the message has its line."""
 
 
 @dataclass
@@ -43,7 +43,6 @@ class _Reader:
     def __init__(self, limit: int) -> None:
         self.pages: deque[_Page] = deque()
         self.root: str | None = None
-        self.last = "none"
         self._limit = limit
         self._path: list[str] = []
         self._page: _Page | None = None
@@ -76,7 +75,6 @@ class _Reader:
         self._into = None
         if self._page and len(self._path) == 1:
             self.pages.append(self._page)
-            self.last = repr(self._page.get("title"))
             self._page = None
 
     def _characters(self, text: str) -> None:
@@ -105,7 +103,7 @@ def read_dump(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
             reader.parser.Parse(data, ended)
         except expat.ExpatError as error:
             if reader.root == "mediawiki" or ended:
-                raise DumpError(f"{error}; the last whole page: {reader.last}") from error
+                raise DumpError(str(error)) from error
             yield _no_dump(name, str(error))
             return
         if reader.root not in (None, "mediawiki"):

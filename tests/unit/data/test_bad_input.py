@@ -1,8 +1,13 @@
 """Bad text gives one clear message with its place, is treated by the policy, and never exceeds the memory limit."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import tarfile
 import tracemalloc
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -197,10 +202,10 @@ def test_an_empty_corpus_of_bad_records_names_the_first(run):
 
 
 def compress(kind, data):
-    return {"gz": gzip.compress, "zst": zstandard.compress}[kind](data)
+    return {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind](data)
 
 
-@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
 @pytest.mark.parametrize("cut", [1, 5, 40, 150])
 def test_a_truncated_compressed_file_is_named(run, kind, cut):
     data = "".join(json.dumps({"text": f"{i} {i**9}"}) + "\n" for i in range(500)).encode()
@@ -208,7 +213,48 @@ def test_a_truncated_compressed_file_is_named(run, kind, cut):
         run(f"a.jsonl.{kind}", compress(kind, data)[:-cut])
 
 
-@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.html", "a.warc", "a.xml", "a.py"])
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
+def test_an_empty_compressed_file_is_cut_short(run, name, kind):
+    with pytest.raises(DataError, match=rf"{name}.{kind}: cut short or damaged"):
+        run(f"{name}.{kind}", b"", beside=True)
+
+
+def test_a_damaged_file_names_its_last_whole_record(run):
+    lines = "".join(json.dumps({"text": f"{i} {i**99}"}) + "\n" for i in range(5000)).encode()
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cut .* the last whole record: .*a.jsonl.gz:\d{3,}\); download"):
+        run("a.jsonl.gz", gzip.compress(lines)[:-9000])
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.jsonl", "a.txt.gz", "a.json.gz", "a.warc.gz", "a.xml.gz"])
+@pytest.mark.parametrize("inner", ["gz", "zst", "bz2", "xz", "zip", "tar"])
+def test_an_archive_in_a_file_is_a_bad_record(run, name, inner):
+    if inner in ("zip", "tar"):
+        packed = io.BytesIO()
+        if inner == "zip":
+            with zipfile.ZipFile(packed, "w") as archive:
+                archive.writestr("good.jsonl", GOOD)
+        else:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                archive.addfile(tarfile.TarInfo("good.jsonl"))
+        content = packed.getvalue()
+    else:
+        content = compress(inner, GOOD.encode())
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    with pytest.raises(DataError, match=rf"{name}: holds an? .*; unpack it first, or set data.on_bad_record=skip"):
+        run(name, content)
+    assert Card.load(run(name, content, beside=True, on_bad_record="skip")).counts["bad_archive"] == 1
+
+
+@pytest.mark.parametrize("text", ["text\x00", "te\x00xt of a file\n" * 3])
+def test_a_stray_nul_is_no_binary_file_but_many_or_undecodable_bytes_are(run, text):
+    run("a.txt", text.encode(), beside=True)
+    for content in (b"\xff\xd8\xff\xe0\x00\x10JFIF text", "text".encode("utf-16-le")):
+        with pytest.raises(DataError, match=r"a.txt: binary, not text \(a NUL byte at \d\); leave the file out"):
+            run("a.txt", content, beside=True, name="x")
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
 def test_a_damaged_or_wrongly_named_compressed_file_is_named(run, kind):
     data = bytearray(compress(kind, GOOD.encode()))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)

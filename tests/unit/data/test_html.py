@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from support.raw_corpora import CHINESE, ENGLISH, JAPANESE, TRADITIONAL, web_page
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
@@ -14,21 +15,6 @@ from megatrain.data.corpus.recipe import build_recipe
 from megatrain.data.corpus.record import Policy, Record
 from megatrain.data.preparation import prepare
 from megatrain.errors import ConfigError, DataError
-
-ENGLISH = "The library opens at nine, and the café at ten: “bring a book”, says the sign by the door."
-CHINESE = "图书馆早上九点开门，咖啡馆十点开门。门口的牌子上写着：请带一本书来，坐下来慢慢读，不要着急。"
-TRADITIONAL = "圖書館早上九點開門，咖啡館十點開門。門口的牌子上寫著：請帶一本書來，坐下來慢慢讀，不要著急。"
-JAPANESE = "図書館は朝九時に開き、喫茶店は十時に開きます。入口の看板には、本を持ってきてくださいと書いてあります。"
-
-
-def page(text, charset=None):
-    meta = f'<meta charset="{charset}">' if charset else ""
-    links = "".join(f'<li><a href="/{i}">Section {i}</a></li>' for i in range(8))
-    return (
-        f"<!DOCTYPE html><html><head>{meta}<title>A page</title><style>p {{ color: red }}</style></head><body>"
-        f"<nav><ul>{links}</ul></nav><main><article><h1>Opening hours</h1><p>{text}</p><p>{text[::-1]}</p></article>"
-        "</main><script>alert('never text')</script><footer>Imprint and cookies</footer></body></html>"
-    )
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -47,24 +33,24 @@ def page(text, charset=None):
     ],
 )
 def test_a_page_is_decoded_from_the_encoding_it_names_or_looks_like(text, encoding, named):
-    written = page(text, encoding if named else None)
+    written = web_page(text, encoding if named else None)
     assert decode_html(written.encode(encoding)) == (written, False)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_decides(encoding):
-    assert decode_html(page(CHINESE, "latin-1").encode(encoding)) == (page(CHINESE, "latin-1"), False)
+    assert decode_html(web_page(CHINESE, "latin-1").encode(encoding)) == (web_page(CHINESE, "latin-1"), False)
 
 
 def test_a_server_may_name_the_encoding_and_a_false_name_does_no_harm():
     assert decode_html("<p>naïve</p>".encode("cp1252"), "ISO-8859-1") == ("<p>naïve</p>", False)
     for charset in ("iso-8859-1", "nonsense"):
-        assert decode_html(page(CHINESE).encode(), charset) == (page(CHINESE), False)
-    assert decode_html(page(CHINESE, "utf-8").encode("gbk")) == (page(CHINESE, "utf-8"), False)
+        assert decode_html(web_page(CHINESE).encode(), charset) == (web_page(CHINESE), False)
+    assert decode_html(web_page(CHINESE, "utf-8").encode("gbk")) == (web_page(CHINESE, "utf-8"), False)
 
 
 def test_bytes_of_no_encoding_are_replaced_or_refused():
-    broken = page(CHINESE, "gbk").encode("gbk").replace("请".encode("gbk"), b"\xff\xff\xff")
+    broken = web_page(CHINESE, "gbk").encode("gbk").replace("请".encode("gbk"), b"\xff\xff\xff")
     record = Record(broken, "a.html", kind="html", markup=True)
     decoded = decode(record, Policy("text", "replace"))
     assert decoded.undecodable and "\ufffd" in decoded.text and "图书馆早上九点" in decoded.text
@@ -82,14 +68,14 @@ def extracted(markup, **parameters):
 @pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE])
 def test_the_main_content_is_extracted_and_on_request_all_text(extractor, text):
-    document = extracted(page(text), extractor=extractor)
+    document = extracted(web_page(text), extractor=extractor)
     assert not document.markup
     assert text in document.text and text[::-1] in document.text and "Opening hours" in document.text
     for other in ("<", "never text", "color", "Section 3", "cookies"):
         assert other not in document.text
-    whole = extracted(page(text), extractor=extractor, main_content=False).text
+    whole = extracted(web_page(text), extractor=extractor, main_content=False).text
     assert text in whole and "Section 3" in whole and "never text" not in whole
-    assert extracted(page(text), extractor=extractor).text == document.text, "a page seen before changes nothing"
+    assert extracted(web_page(text), extractor=extractor).text == document.text, "a page seen before changes nothing"
 
 
 def test_text_that_is_no_markup_stays_as_it_is():
@@ -104,8 +90,8 @@ def test_bombs_are_removed_before_they_are_extracted(extractor):
     assert extracted("<font>" * 300_000 + "text", extractor=extractor) == "too_deep"
     assert extracted("<p>" + "a" * 100, extractor=extractor, max_bytes=50) == "too_large"
     assert extracted("<script>1</script>", extractor=extractor) == "no_text"
-    assert "deep" in extracted("<p>deep</p>" + "<div>" * 300 + page("deep " * 40), max_depth=400).text
-    assert extracted("<div>" * 300 + page("deep " * 40), max_depth=200) == "too_deep"
+    assert "deep" in extracted("<p>deep</p>" + "<div>" * 300 + web_page("deep " * 40), max_depth=400).text
+    assert extracted("<div>" * 300 + web_page("deep " * 40), max_depth=200) == "too_deep"
 
 
 def prepared(tmp_path, name="d", steps=(), **data):
@@ -119,9 +105,9 @@ def pages(tmp_path):
     """Write pages in several encodings and compressions, and a text that only looks like one."""
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.html").write_bytes(page(ENGLISH).encode())
-    (folder / "b.HTM").write_bytes(page(CHINESE, "gbk").encode("gbk"))
-    (folder / "c.xhtml.gz").write_bytes(gzip.compress(page(TRADITIONAL, "big5").encode("big5")))
+    (folder / "a.html").write_bytes(web_page(ENGLISH).encode())
+    (folder / "b.HTM").write_bytes(web_page(CHINESE, "gbk").encode("gbk"))
+    (folder / "c.xhtml.gz").write_bytes(gzip.compress(web_page(TRADITIONAL, "big5").encode("big5")))
     (folder / "d.txt").write_text("a tag such as <b> in a text about HTML")
     return folder
 

@@ -9,6 +9,7 @@ import zlib
 import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator, WarcRecordType
+from support.raw_corpora import warc_record, warc_response
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
@@ -23,20 +24,6 @@ LIMIT = 2**20
 COMPRESSED = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def record(kind, content, url="http://a.example/", **headers):
-    lines = [f"WARC-Type: {kind}", "WARC-Date: 2026-11-29T10:00:00Z", f"WARC-Record-ID: <urn:uuid:{url}>"]
-    lines += [f"WARC-Target-URI: {url}", f"Content-Length: {len(content)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return b"WARC/1.0\r\n" + "\r\n".join(lines).encode() + b"\r\n\r\n" + content + b"\r\n\r\n"
-
-
-def response(body, url="http://a.example/", status="200 OK", media="text/html", **http):
-    lines = [f"HTTP/1.1 {status}", f"Content-Type: {media}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in http.items()]
-    head = "\r\n".join(lines).encode() + b"\r\n\r\n"
-    return record("response", head + body, url, Content_Type="application/http; msgtype=response")
-
-
 def page(text):
     return f"<html><body><p>{text}</p></body></html>".encode()
 
@@ -47,22 +34,22 @@ def chunked(body):
 
 
 CRAWL = [
-    record("warcinfo", b"software: none\r\n"),
-    record("request", b"GET / HTTP/1.1\r\n\r\n"),
-    response(page("first")),
-    response(page("WARC/1.0\r\n\r\n\r\nWARC-Type: response"), "http://a.example/2"),
-    response(gzip.compress(page("gzipped")), "http://a.example/3", Content_Encoding="gzip"),
-    response(page("not gzipped any more"), "http://a.example/4", Content_Encoding="gzip"),
-    response(chunked(page("in chunks, and not too few")), "http://a.example/5", Transfer_Encoding="chunked"),
-    response(page("汉字").decode().encode("gbk"), "http://a.example/6", media='text/html; charset="GBK"'),
-    response(zlib.compress(page("deflated")), "http://a.example/7", Content_Encoding="deflate"),
-    response(b"plain", "http://a.example/8", media="text/plain"),
-    response(b"\x89PNG\0\0", "http://a.example/9.png", media="image/png"),
-    response(page("gone"), "http://a.example/10", status="404 Not Found"),
-    record("metadata", b"fetchTimeMs: 3\r\n"),
-    record("conversion", "Text of a WET 文本\n".encode(), "http://a.example/11", Content_Type="text/plain"),
-    record("resource", page("a resource"), "http://a.example/12", Content_Type="text/html"),
-    record("response", b"20261129\r\na.example. 10 IN A", "dns:a.example", Content_Type="text/dns"),
+    warc_record("warcinfo", b"software: none\r\n"),
+    warc_record("request", b"GET / HTTP/1.1\r\n\r\n"),
+    warc_response(page("first")),
+    warc_response(page("WARC/1.0\r\n\r\n\r\nWARC-Type: response"), "http://a.example/2"),
+    warc_response(gzip.compress(page("gzipped")), "http://a.example/3", Content_Encoding="gzip"),
+    warc_response(page("not gzipped any more"), "http://a.example/4", Content_Encoding="gzip"),
+    warc_response(chunked(page("in chunks, and not too few")), "http://a.example/5", Transfer_Encoding="chunked"),
+    warc_response(page("汉字").decode().encode("gbk"), "http://a.example/6", media='text/html; charset="GBK"'),
+    warc_response(zlib.compress(page("deflated")), "http://a.example/7", Content_Encoding="deflate"),
+    warc_response(b"plain", "http://a.example/8", media="text/plain"),
+    warc_response(b"\x89PNG\0\0", "http://a.example/9.png", media="image/png"),
+    warc_response(page("gone"), "http://a.example/10", status="404 Not Found"),
+    warc_record("metadata", b"fetchTimeMs: 3\r\n"),
+    warc_record("conversion", "Text of a WET 文本\n".encode(), "http://a.example/11", Content_Type="text/plain"),
+    warc_record("resource", page("a resource"), "http://a.example/12", Content_Type="text/html"),
+    warc_record("response", b"20261129\r\na.example. 10 IN A", "dns:a.example", Content_Type="text/dns"),
 ]
 TEXTS = [
     "first",
@@ -110,11 +97,11 @@ def test_pages_are_those_that_another_reader_finds():
 def test_a_page_beyond_the_limit_is_oversized_and_other_large_records_are_left_out():
     large = b"x" * (2**20 + 4000)
     crawl = [
-        response(large, media="video/mp4"),
-        response(large),
-        response(gzip.compress(large), Content_Encoding="gzip"),
-        response(page("small")),
-        record("metadata", large),
+        warc_response(large, media="video/mp4"),
+        warc_response(large),
+        warc_response(gzip.compress(large), Content_Encoding="gzip"),
+        warc_response(page("small")),
+        warc_record("metadata", large),
     ]
     found = pages(io.BytesIO(b"".join(crawl)), limit=1000)
     assert [(one.left_out, one.oversized) for one in found] == [
@@ -180,7 +167,9 @@ def test_a_compressed_crawl_that_is_cut_short_is_refused_by_name(tmp_path, suffi
 
 
 def test_crawls_of_any_compression_give_the_same_dataset_on_any_number_of_workers(tmp_path, monkeypatch):
-    crawl = [response(page(f"Page {i} " + "says something " * (i % 7)), f"http://a.example/{i}") for i in range(150)]
+    crawl = [
+        warc_response(page(f"Page {i} " + "says something " * (i % 7)), f"http://a.example/{i}") for i in range(150)
+    ]
     (tmp_path / "in").mkdir()
     found = []
     ways = {".warc.gz": lambda all_of: b"".join(map(gzip.compress, all_of))}
