@@ -42,6 +42,10 @@ def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
         if listed.startswith("[") and listed.endswith("]"):
             items = [listed[1:-1]] if is_path and exists(listed[1:-1]) else split_list(listed[1:-1])
             return [literal(item) if is_path and exists(item) else item for item in items]
+        if stripped.startswith("-"):  # options of a program, which Hydra's grammar cannot read
+            raise ConfigError(
+                f"{name}={text}: expected {describe(hint)}, given text (write {shlex.quote(f'{name}=[{stripped}]')})"
+            )
     value = _parse(name, text)
     if isinstance(value, str) and "${" in value:
         return value

@@ -103,6 +103,9 @@ def start_workers(config: TrainConfig, arguments: Sequence[str], peers: Peers) -
     ownership = slurm.together(peers, lambda: Ownership.take(run_dir) if peers.node == 0 else None)
     try:
         keep_log(run_dir / "logs" / f"agent_{peers.node:05d}.log")
+        if peers.node == 0:  # the ranks' first imports take seconds
+            ranks = config.launch.nproc_per_node * peers.size
+            say(f"starting {ranks} rank{'s' * (ranks > 1)} (log: {run_dir / 'logs' / log_name(0)})")
         for warning in resources.warnings(config, on_gpu) if peers.node == 0 else ():
             say(f"warning: {warning}")
         number = peers.all_gather(ownership.number if ownership else None)[0]

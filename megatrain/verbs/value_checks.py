@@ -15,6 +15,7 @@ from megatrain.checkpoint.resume import OVERRIDES, may_change, override_of
 from megatrain.checkpoint.weights import MEANING, TOKENIZER
 from megatrain.config import (
     DataConfig,
+    LaunchConfig,
     LayoutsConfig,
     PrepareConfig,
     TrainConfig,
@@ -35,6 +36,9 @@ LAST_SAMPLE = 2**62
 
 TIME_LIMIT = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|(?i:UNLIMITED|INFINITE)")
 """Time limits of jobs, as sbatch's manual lists them; the last two words are what Slurm prints for none."""
+
+GPUS_PER_NODE = re.compile(r"--(gpus-per-node=|gres=gpu:)([^:,]+:)?(?P<gpus>[1-9][0-9]*)")
+"""Options of sbatch that say how many GPUs a node has, perhaps with their type."""
 
 LONGEST_NAME = 200
 """Longest name of a run, sweep or dataset, in bytes. File systems allow 255, of which temporary names need some."""
@@ -61,6 +65,7 @@ def check_values(config: Any) -> None:
         check_slow_rank_ratio(config.resilience.slow_rank_ratio)
         check_kernels(config)
         check_time_limit(config.launch.time)
+        check_sbatch_options(config.launch)
         check_layout(config, ranks)
 
 
@@ -109,6 +114,23 @@ def check_time_limit(limit: str | None) -> None:
             f"hours:minutes:seconds (12:00:00), or days-hours, days-hours:minutes, days-hours:minutes:seconds "
             f"(1-00:00:00)"
         )
+
+
+def check_sbatch_options(launch: LaunchConfig) -> None:
+    """Check that each option begins with a dash, and that a node asked for has a GPU for each of its ranks."""
+    for option in launch.sbatch_options:
+        if not option.startswith("-"):
+            raise ConfigError(
+                f"launch.sbatch_options: {option!r} does not begin with -, so sbatch would take it for the script; "
+                f"write each option as one text, such as --qos=high"
+            )
+        found = GPUS_PER_NODE.fullmatch(option)
+        if found and launch.device != "cpu" and (gpus := int(found["gpus"])) < launch.nproc_per_node:
+            raise ConfigError(
+                f"launch.sbatch_options: {option} asks for {gpus} GPUs a node, fewer than "
+                f"launch.nproc_per_node={launch.nproc_per_node} ranks; give launch.nproc_per_node={gpus}, or ask for "
+                f"{launch.nproc_per_node}"
+            )
 
 
 def check_kernels(config: TrainConfig) -> None:

@@ -206,6 +206,7 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
         ("train", "optim.betas=[0.9,x]", r"expected a list of numbers such as \[0.9,0.95\], given a list$"),
         ("train", "optim.betas=[0.9]", "expected two numbers, given 1"),
         ("train", "data.paths=a.txt", r"expected a list of texts.*\(write 'data.paths=\[a.txt\]'\)"),
+        ("train", "launch.sbatch_options=--qos=high", r"\(write 'launch.sbatch_options=\[--qos=high\]'\)"),
         ("train", "run={name: x}", "run is a group of keys, not a key; set one of run.name, run.dir"),
         ("train", "~run.name", "cannot be deleted"),
         ("train", "train.steps", "cannot read 'train.steps': an override is key=value"),

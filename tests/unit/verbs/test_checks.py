@@ -144,6 +144,17 @@ def test_keys_that_agree_pass(base, overrides):
         (["run.name=.."], "run.name='..' cannot"),
         (["run.name="], "run.name='' cannot"),
         (["data.name=../x"], "data.name='../x' cannot"),
+        (
+            ["launch.sbatch_options=[qos=high]"],
+            "'qos=high' does not begin with -, so sbatch would take it for the script",
+        ),
+        *(
+            (
+                ["launch.nproc_per_node=8", "launch.device=cuda", f"launch.sbatch_options=[{option}]"],
+                f"{option} asks for 4 GPUs a node, fewer than launch.nproc_per_node=8 ranks; give .*=4, or ask for 8",
+            )
+            for option in ("--gpus-per-node=4", "--gpus-per-node=h100:4", "--gres=gpu:4", "--gres=gpu:h100:4")
+        ),
         *(
             ([f"launch.time={limit!r}"], f"launch.time='{limit}' is not a time limit .*12:00:00")
             for limit in ("soon", "1h", "-5", "1.5", "1-", "1-2-3", "1:2:3:4", "::", "", "1 00:00", "٣")
