@@ -61,7 +61,7 @@ def funnel(card: Card) -> list[Stage]:
 _AFTER = {
     "emptied by cleaning": "emptied",
     "exact duplicates": "duplicates",
-    "near duplicates": "near_duplicates",
+    "near_duplicates": "near_duplicates",
 }
 """The stages after cleaning, and the counts of what they removed."""
 

@@ -35,7 +35,7 @@ def test_every_record_is_accounted_for():
         Stage("personal_data", 80, 80, 880, 870, changed=4, changes={"email": 6}, is_step=True),
         Stage("emptied by cleaning", 80, 79),
         Stage("exact duplicates", 79, 59),
-        Stage("near duplicates", 59, 50),
+        Stage("near_duplicates", 59, 50),
     ]
 
 

@@ -139,6 +139,29 @@ def test_a_browser_draws_every_section_and_texts_stay_texts(dataset):
 
 
 @needs_browser
+def test_a_stage_leads_to_its_examples_and_lengths_are_shown_by_tokens(dataset, tmp_path):
+    """The test appends clicks on the second step's link and on the switch to the page's script."""
+    page = report_dataset(dataset, tmp_path / "page.html")
+    closed = drawn(page)
+    script = """build();
+      document.querySelectorAll('.funnel a')[1].click(); document.querySelector('[data-by="2"]').click();</script>"""
+    page.write_text(re.sub(r"build\(\);\s*</script>", lambda _: script, page.read_text()))
+    document = drawn(page)
+    opened = [re.findall(r'<h3 id="step-\d">(.*?)</h3><details class="group" ?(.*?)>', d) for d in (closed, document)]
+    assert opened == [
+        [("length", 'open=""'), ("personal data", "")],
+        [("length", 'open=""'), ("personal data", 'open=""')],
+    ]
+    heights = [
+        re.findall(r'class="bin".*?height="([^"]*)".*?fill="var\(--(.)\)"', d, re.DOTALL) for d in (closed, document)
+    ]
+    assert {tone for _, tone in heights[0]} == {"a"} and {tone for _, tone in heights[1]} == {"c"}
+    tokens = [n for _, _, n in collect(dataset)["lengths"]["bins"]]
+    tallest = max(float(height) for height, _ in heights[1])
+    assert [float(h) / tallest for h, _ in heights[1]] == pytest.approx([n / max(tokens) for n in tokens], abs=1e-6)
+
+
+@needs_browser
 def test_markup_in_documents_is_inert(dataset, tmp_path):
     """The attack is in a document, in an example, and in the name of the file that examples and settings name."""
     folder = tmp_path / "made"
