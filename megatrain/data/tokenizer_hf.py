@@ -64,6 +64,10 @@ class Folder:
             )
         return content or None
 
+    def has_chat_template(self) -> bool:
+        """Return whether there is a chat template, in a file of its own or in the settings."""
+        return bool(self.templates or self.settings.get("chat_template"))
+
     def names(self) -> list[str]:
         """Return all special tokens that the settings name."""
         named = [self.settings.get(key) for key in sorted(_KEPT_SETTINGS) if key.endswith("_token")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatrain.checkpoint.manifest import Identity, RunRecord
 from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
 from megatrain.config.values import quoted
+from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import generation_of
 from megatrain.interop.load_model import Loaded, kind_of, load
@@ -41,6 +43,8 @@ def import_(config: ImportConfig) -> None:
         write_weights(loaded, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+    if not isinstance(loaded.tokenizer, HuggingFaceTokenizer) and read_folder(path).has_chat_template():
+        print(f"{path}: without its chat template: that goes along only with a tokenizer.json", file=sys.stderr)
     start = shlex.quote(quoted("checkpoint.init_from", config.out))
     print_result(loaded, out, "fp32", f"megatrain train {start}")
 

@@ -86,6 +86,15 @@ def test_every_chat_template_comes_back_from_an_import_and_an_export(tmp_path, f
         assert rendered(place) == "D abc" and rendered(place, chat_template="tool_use") == "T abc"
 
 
+def test_an_import_says_that_it_leaves_a_chat_template_out(tmp_path, capsys):
+    folder = foreign(tmp_path / "hf", **IDS)
+    there_and_back(tmp_path, folder)
+    assert "chat template" not in capsys.readouterr().err
+    (folder / "tokenizer.json").unlink()
+    import_(ImportConfig(path=str(folder), out=str(tmp_path / "without")))
+    assert "without its chat template: that goes along only with a tokenizer.json" in capsys.readouterr().err
+
+
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99, "eos_token_id": [2, 4]}
 
 
