@@ -94,8 +94,9 @@ class CheckpointStore:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except FileExistsError as error:
+                what = "a link to nowhere" if folder.is_symlink() else "a file"
                 raise ConfigError(
-                    f"run.dir: {folder} is a file, but the run's checkpoints go into a folder of that name"
+                    f"run.dir: {folder} is {what}, but the run's checkpoints go into a folder of that name"
                 ) from error
             for older in folder.glob(f"*{_OLDER}"):  # replacing a checkpoint was interrupted between the two renames
                 if not (final := older.with_name(older.name.removesuffix(_OLDER))).exists():

@@ -225,6 +225,8 @@ def kind_of(value: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
+    if value in ("None", "none", "nil"):
+        return f"the text {value} (no value is null)"
     return names.get(type(value), type(value).__name__)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -132,6 +133,7 @@ def join(
         _join_alone(device, timeout)
         control = None
     else:
+        _check_loopback(environment)
         try:
             control = _within(timeout, stopped, lambda: _connect(device, environment, timeout))
         except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
@@ -142,6 +144,23 @@ def join(
             ) from error
     place = environment.rank, environment.world_size, environment.local_rank
     return World(*place, device, control, heartbeat or Heartbeat(), timeout, environment.local_world_size)
+
+
+def _check_loopback(environment: RankEnvironment) -> None:
+    """Raise EnvironmentFault if the ranks of this node are to meet on loopback and it is down or missing.
+
+    A container or a network namespace may be without it. torch would try to connect until the time limit.
+    """
+    if environment.master_addr not in ("127.0.0.1", "localhost"):
+        return
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10.0).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the ranks on this node cannot reach each other at 127.0.0.1 ({error.strerror or error}): there is no "
+            "loopback interface, or it is down. Bring it up (ip link set lo up), or train with launch.nproc_per_node=1"
+        ) from error
 
 
 def _join_alone(device: torch.device, timeout: datetime.timedelta) -> None:

@@ -438,11 +438,11 @@ class Agent:
         if cause is None:
             saved = any(worker.code == EXIT_SAVED_AFTER_SIGNAL for worker in self.workers)
             return StartOutcome(EXIT_SAVED_AFTER_SIGNAL if saved else EXIT_OK)
-        code = cause.code
+        blame, code = self._blame(cause), cause.code
         assert code is not None, "a worker that is still running cannot have failed"
-        blame = self._blame(cause)
         if -code in self.forwarded_signals:
-            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=notices.outside_training(-code))
+            message = notices.outside_training(-code, self.interrupts > 0)
+            return StartOutcome(EXIT_SAVED_AFTER_SIGNAL, blame, message=message)
         beat = self.heartbeats.read(cause.local_rank)
         if self.recovery and (failure := failure_of(cause.rank, code, self._report(cause), beat, HOST)):
             return StartOutcome(EXIT_DEFECT, blame, failure)

@@ -34,7 +34,10 @@ def cut_short(run_dir: Path, done: int) -> str:
     )
 
 
-def outside_training(number: int) -> str:
-    """Return the notice after a signal that ended a rank at once, because there was nothing to save."""
-    name = signal.Signals(number).name
+def outside_training(number: int, interrupted: bool) -> str:
+    """Return the notice after a signal that ended a rank at once, because there was nothing to save.
+
+    After Ctrl-C, where `interrupted`, the ranks are sent SIGTERM.
+    """
+    name = "Ctrl-C" if interrupted else signal.Signals(number).name
     return f"stopped by {name} before training began or after its end; start again to continue"

@@ -32,7 +32,10 @@ class EventLog:
         event = {"time": now(), "kind": kind, "step": step, **detail}
         line = to_json(event) + "\n"
         with self._lock:
-            os.write(self._fd, line.encode())
+            try:
+                os.write(self._fd, line.encode())
+            except OSError as error:  # which names no file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         return event
 
     def close(self) -> None:

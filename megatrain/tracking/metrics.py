@@ -69,8 +69,11 @@ class MetricsLog:
             raise ValueError(f"step {step} does not follow step {self._last_step} of {self.path}")
         written = {**record, "time": now()}
         line = memoryview((to_json(written) + "\n").encode())
-        while line:
-            line = line[self._file.write(line) :]
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:  # which names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._last_step = step
         return written
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO, cast
 
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking.mlflow import tracking_uri, without_password
@@ -56,6 +56,7 @@ def main(write_report: Callable[[Path, Path], Path]) -> None:
     os.dup2(2, 1)  # what libraries print goes to the log, not among the messages
     Terminal.install().keep_going()  # a full disk under the log must not stop it
     os.nice(5)  # training has priority
+    sys.stdout, sys.stderr = (cast(TextIO, WithoutPasswords(stream)) for stream in (sys.stdout, sys.stderr))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -64,6 +65,21 @@ def main(write_report: Callable[[Path, Path], Path]) -> None:
     if setup is not None:
         Sender(setup, parent, write_report).serve()
     parent.tell(finished=True)
+
+
+class WithoutPasswords:
+    """Text stream that removes user names and passwords of addresses, which mlflow's messages and stack traces have."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, such as a whole log record."""
+        return self._stream.write(without_password(text))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the stream itself has."""
+        return getattr(self._stream, name)
 
 
 class Parent:

@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import ssl
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -108,7 +109,9 @@ def _sqlite_problem(uri: str) -> str | None:
         folder = next(parent for parent in path.parents if parent.exists())  # MLflow makes the others
         if path.is_dir():
             return f"cannot be used: {path} is a folder, not a database; give a file in it"
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
             return f"cannot be used: {folder} cannot be written, and MLflow writes beside its database"
         if not path.exists():
             return None

@@ -161,10 +161,16 @@ def check_disk(config: TrainConfig, run_dir: Path, world: World) -> str | None:
     missing = max(1, config.checkpoint.keep + 1 - existing)  # a checkpoint is written before the oldest is removed
     if free < missing * one:
         return (
-            f"{run_dir} has {free / 1e9:.2f} GB left but needs space for {missing} more checkpoints of {one / 1e9:.2f} "
-            f"GB; free space, lower checkpoint.keep={config.checkpoint.keep}, or set run.dir to another disk"
+            f"{run_dir} has {_size(free)} left but needs space for {missing} more checkpoints of {_size(one)}; free "
+            f"space, lower checkpoint.keep={config.checkpoint.keep}, or set run.dir to another disk"
         )
     return None
+
+
+def _size(num_bytes: int) -> str:
+    """Return a number of bytes in the largest unit of which it has one."""
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((f"{num_bytes / one:.1f} {unit}" for unit, one in units if num_bytes >= one), f"{num_bytes} bytes")
 
 
 def check_server(uri: str, experiment: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -64,8 +63,7 @@ def run(config: TrainConfig) -> int:
             code = _train(config, environment, heartbeat, stop)
         except StoppedWhileJoining:
             if environment.rank == 0:
-                name = signal.Signals(stop.signal_number).name
-                say(f"stopped by {name} before training began; start again to continue")
+                say("stopped before training began; start again to continue")
             code = EXIT_SAVED_AFTER_SIGNAL
         except BaseException as error:  # SystemExit too: only what ends this function may end the rank
             return _report(error, environment, heartbeat)

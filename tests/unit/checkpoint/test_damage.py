@@ -22,7 +22,7 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.store import CheckpointStore, load_into, load_weights, verify
 from megatrain.distributed.world import World
-from megatrain.errors import CheckpointError, EnvironmentFault
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 
 torch.set_num_threads(1)
 SHARD = "0.safetensors"
@@ -366,3 +366,11 @@ def test_a_disk_that_refuses_to_retire_ends_nothing(store, monkeypatch):
     assert len(names(store)) == 3 and all(verify(store.folder / name) for name in names(store))
     store.retire(1, 0)
     assert names(store) == ["step_00000030"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nowhere"])
+def test_what_is_in_the_place_of_the_checkpoints_is_named(tmp_path, kind):
+    place = tmp_path / "checkpoints"
+    place.touch() if kind == "a file" else place.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=f"run.dir: .*checkpoints is {kind}, but"):
+        CheckpointStore(place, World())

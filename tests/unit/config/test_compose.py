@@ -193,6 +193,7 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
         ("train", "train.steps=1e3", r"expected a whole number, given a number \(write 1000\)"),
         ("train", "train.steps=2.5", "expected a whole number, given a number"),
         ("train", "train.steps=true", "expected a whole number, given a boolean"),
+        ("train", "optim.lr=None", r"expected a number, given the text None \(no value is null\)"),
         ("train", "train.steps=", "expected a whole number, given text"),
         ("train", "train.steps=null", "train.steps cannot be null; give a whole number"),
         ("train", "data.workers=many", "expected a whole number or null, given text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ from megatrain.config import LaunchConfig
 from megatrain.distributed import world
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.distributed.world import StoppedWhileJoining, join, leave
+from megatrain.errors import EnvironmentFault
 
 
 @pytest.fixture
@@ -63,3 +65,21 @@ def test_one_rank_meets_nobody_and_every_later_group_waits_no_longer_than_the_li
             assert group._get_backend(torch.device("cpu")).options._timeout == limit
     finally:
         leave()
+
+
+def test_ranks_of_a_node_without_loopback_are_told_at_once(monkeypatch):
+    """torch would try for launch.timeout_s, and then name an address that nobody gave."""
+
+    def unreachable(*given, **named):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(world.socket, "create_connection", unreachable)
+    monkeypatch.setattr(world, "_connect", lambda *given: pytest.fail("it asked torch"))
+    for address in ("127.0.0.1", "localhost"):
+        place = RankEnvironment(rank=1, world_size=2, master_addr=address, master_port=1)
+        with pytest.raises(EnvironmentFault, match=r"cannot reach each other at 127.0.0.1 .*no loopback interface"):
+            join(LaunchConfig(device="cpu", timeout_s=600.0), place)
+
+
+def test_a_node_with_loopback_joins():
+    world._check_loopback(RankEnvironment(world_size=2, master_addr="127.0.0.1"))

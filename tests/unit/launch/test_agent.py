@@ -208,7 +208,18 @@ def test_a_signal_before_the_workers_can_save_still_asks_for_a_restart(tmp_path)
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
     agent.terminate()
     assert agent.wait(timeout=15) == 75
-    assert "before training began" in agent.stderr.read()
+    assert "stopped by SIGTERM before training began" in agent.stderr.read()
+
+
+def test_ctrl_c_before_the_workers_can_save_is_called_so(tmp_path):
+    """The ranks get SIGTERM for it."""
+    code = "import os, sys, time; open(f'{sys.argv[1]}/pid_' + os.environ['RANK'], 'w').write('x'); time.sleep(60)"
+    agent = start_agent(worker(code, tmp_path), 1, tmp_path)
+    wait_for(tmp_path / "pid_0")
+    agent.send_signal(signal.SIGINT)
+    assert agent.wait(timeout=15) == 75
+    said = agent.stderr.read()
+    assert "stopped by Ctrl-C before training began" in said and "SIGTERM" not in said
 
 
 def test_workers_die_with_an_agent_that_gets_sigkill(tmp_path):

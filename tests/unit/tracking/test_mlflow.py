@@ -248,7 +248,9 @@ def test_records_that_a_dead_server_missed_are_sent_at_the_next_start(tmp_path, 
     assert points(mlflow, run_id, "loss") == [(r["step"], r["loss"], milliseconds(r["time"])) for r in written]
     assert len(written) == 13 and mlflow.get_run(run_id).info.status == "FINISHED"
     assert {item.path for item in mlflow.list_artifacts(run_id)} == {"config.yaml", "events.jsonl", "report.html"}
-    assert "secret" not in caplog.text + (run_dir / "mlflow.json").read_text()
+    log = (run_dir / "logs" / "mlflow.log").read_text()
+    assert "attempt failed" in log, "mlflow's own messages are there"
+    assert "secret" not in caplog.text + log + (run_dir / "mlflow.json").read_text()
 
 
 def test_passwords_are_never_shown():

@@ -71,6 +71,7 @@ def test_databases_that_mlflow_cannot_write_are_told(tmp_path):
         f"sqlite:///{later}": "was written by a later MLflow",
         f"sqlite:///file:{make(tmp_path / 'only.db', 'x')}?mode=ro&uri=true": "readonly database; make it writable",
         f"sqlite:///{tmp_path}/text.db/mlflow.db": "cannot be written",
+        "sqlite:////proc/mlflow.db": "/proc cannot be written",
     }
     for uri, told in cases.items():
         assert told in (store_problem(uri, "demo", 1.0) or ""), uri

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +155,17 @@ def test_an_event_after_a_half_written_one_is_not_lost(tmp_path):
     path.write_bytes(b'{"time": "2026-01-01T00:00:00Z", "kind": "start", "step": 0}\n{"time": "2026-0')
     EventLog(path).emit("resume", 5)
     assert [event["kind"] for event in read_events(path)] == ["start", "resume"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("log", [MetricsLog, EventLog])
+def test_a_full_disk_is_told_with_the_file(tmp_path, log):
+    path = tmp_path / "records.jsonl"
+    opened = log(path)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, opened._fd if log is EventLog else opened._file.fileno())
+    os.close(full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        opened.emit("start", 0) if log is EventLog else opened.append({"step": 1})
+    assert caught.value.filename == str(path)
+    opened.close()

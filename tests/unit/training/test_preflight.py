@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatrain.config import ModelConfig, TrainConfig
 from megatrain.training import preflight
 
 
@@ -29,3 +30,15 @@ def test_the_all_reduce_of_thousands_of_ranks_has_an_exact_sum(size, monkeypatch
         all_gather_json=lambda value: [value],
     )
     assert preflight.check_all_reduce(world) > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "model", "says"),
+    [(40_000, {"hidden_size": 16}, "has 40.0 kB left"), (0, {"hidden_size": 1024}, "has 0 bytes left")],
+)
+def test_too_little_space_is_told_in_units_in_which_it_is_not_zero(tmp_path, monkeypatch, free, model, says):
+    config = TrainConfig()
+    config.model = ModelConfig(**{"num_layers": 1, "num_heads": 2, "vocab_size": 64, "max_seq_len": 8, **model})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    problem = preflight.check_disk(config, tmp_path, SimpleNamespace(rank=0))
+    assert says in problem and " 0.0" not in problem
