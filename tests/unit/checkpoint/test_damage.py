@@ -373,4 +373,4 @@ def test_what_is_in_the_place_of_the_checkpoints_is_named(tmp_path, kind):
     place = tmp_path / "checkpoints"
     place.touch() if kind == "a file" else place.symlink_to("nowhere")
     with pytest.raises(ConfigError, match=f"run.dir: .*checkpoints is {kind}, but"):
-        CheckpointStore(place, World())
+        CheckpointStore(place, World(0, 1, 0, torch.device("cpu"), None))

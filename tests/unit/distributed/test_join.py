@@ -73,7 +73,7 @@ def test_ranks_of_a_node_without_loopback_are_told_at_once(monkeypatch):
     def unreachable(*given, **named):
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
-    monkeypatch.setattr(world.socket, "create_connection", unreachable)
+    monkeypatch.setattr("socket.create_connection", unreachable)
     monkeypatch.setattr(world, "_connect", lambda *given: pytest.fail("it asked torch"))
     for address in ("127.0.0.1", "localhost"):
         place = RankEnvironment(rank=1, world_size=2, master_addr=address, master_port=1)

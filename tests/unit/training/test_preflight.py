@@ -39,6 +39,6 @@ def test_the_all_reduce_of_thousands_of_ranks_has_an_exact_sum(size, monkeypatch
 def test_too_little_space_is_told_in_units_in_which_it_is_not_zero(tmp_path, monkeypatch, free, model, says):
     config = TrainConfig()
     config.model = ModelConfig(**{"num_layers": 1, "num_heads": 2, "vocab_size": 64, "max_seq_len": 8, **model})
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     problem = preflight.check_disk(config, tmp_path, SimpleNamespace(rank=0))
     assert says in problem and " 0.0" not in problem
