@@ -113,18 +113,18 @@ def top_n_gram(words: list[str], numbers: np.ndarray, num_distinct: int, n: int)
     `numbers` are the words as numbers below `num_distinct`; there are at least n words.
     """
     if num_distinct**n >= 2**63:  # an n-gram does not fit into one number
-        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-        gram, count = max(counts.items(), key=lambda item: item[1])
+        counted = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        gram, count = max(counted.items(), key=lambda item: item[1])
         return len(" ".join(gram)) * count
     grams = numbers[: len(numbers) - n + 1]
     for i in range(1, n):
         grams = grams * num_distinct + numbers[i : len(numbers) - n + 1 + i]
-    ordered = np.sort(grams)
+    order = np.argsort(grams, kind="stable")
+    ordered = grams[order]
     starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    counted = np.diff(np.append(starts, len(ordered)))
-    count = int(counted.max())
-    commonest = ordered[starts[counted == count]]
-    first = 0 if count == 1 else int(np.flatnonzero(np.isin(grams, commonest))[0])
+    counts = np.diff(starts, append=len(ordered))
+    count = int(counts.max())
+    first = int(order[starts[counts == count]].min())
     return len(" ".join(words[first : first + n])) * count
 
 
@@ -149,13 +149,15 @@ class PrefixHashes:
             return 0
         # the hash of a part, moved to where the last character's power is the same for all
         hashes = (self._prefixes[n:] - self._prefixes[:-n]) * self._powers[len(self._powers) - 1 - starts]
-        ordered = np.sort(hashes)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if not len(twice):
+        order = np.argsort(hashes)
+        ordered = hashes[order]
+        equal = ordered[1:] == ordered[:-1]
+        if not equal.any():
             return 0
+        several = np.concatenate(([False], equal)) | np.concatenate((equal, [False]))
         seen: set[str] = set()
         repeated = free = 0
-        for place in np.flatnonzero(np.isin(hashes, twice)).tolist():
+        for place in np.sort(order[several]).tolist():
             if place < free:
                 continue
             gram = self._text[starts[place] : ends[place]]
