@@ -135,6 +135,12 @@ def test_gopher_repetition_removes_repeated_n_grams_beyond_table_a1(n, fraction)
     assert rule_of(step, repeated_words(n, repeats + 1, size - 1)) == f"duplicate_{n}_grams"
 
 
+def test_gopher_repetition_goes_on_behind_a_repeated_n_gram():
+    text = " ".join(["ab"] * 14)  # two repeated n-grams of 10 characters, not nine that overlap, of 41
+    assert rule_of(GopherRepetition(**{**ALL_OFF, "max_duplicate_5_grams": 0.5}), text) is None
+    assert rule_of(GopherRepetition(**{**ALL_OFF, "max_duplicate_5_grams": 0.48}), text) == "duplicate_5_grams"
+
+
 def test_gopher_repetition_takes_the_same_characters_for_the_same_n_gram_wherever_words_begin():
     step = GopherRepetition(**{**ALL_OFF, "max_duplicate_5_grams": 0.3})
     assert rule_of(step, "ab cd ef gh ij x a bcd ef gh ij") == "duplicate_5_grams"
@@ -229,12 +235,18 @@ def numbered(count, end="", length=40):
 )
 def test_fineweb_removes_beyond_the_thresholds_of_penedo_et_al(rule, inside, outside):
     step = FinewebQuality(max_line_breaks=None)
-    assert (rule_of(step, "\n \n".join(inside)), rule_of(step, "\n".join(outside))) == (None, rule)
+    assert (rule_of(step, "\n".join(inside)), rule_of(step, "\n".join(outside))) == (None, rule)
+
+
+def test_fineweb_does_not_count_blank_lines():
+    step = FinewebQuality(max_line_breaks=None)
+    assert rule_of(step, "\n \n\n".join(numbered(12, ".") + numbered(88))) is None
+    assert rule_of(step, "\n \n") == "empty"
 
 
 def test_fineweb_counts_line_breaks_for_each_word_as_penedo_et_al():
     words = distinct(10, 40)
-    inside = "\n\n\n".join([" ".join(words[:9]), f"{words[9][:-1]}."])  # 3 line breaks, 11 words: less than 0.3
+    inside = "\n\n\n".join([" ".join(words[:8]), f"{words[8]}."])  # 3 line breaks for 10 words, the mark is one: 0.3
     outside = "\n\n\n".join([" ".join(words[:8]), words[9]])  # 3 for 9 words
     step = FinewebQuality(min_ended_lines=None)
     assert (rule_of(step, inside), rule_of(step, outside)) == (None, "line_breaks")

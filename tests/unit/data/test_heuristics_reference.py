@@ -156,6 +156,15 @@ def test_words_and_sentences_are_spacys(texts):
             assert ours.sentences(text) == max(1, len(reference.span_tokenize(text))), text
 
 
+@pytest.mark.parametrize("text", ["8:( ))", "8:(( (y", "8>:( :(x", ":Lovin \u2019\u2019x"])
+def test_an_exception_across_two_runs_hides_one_inside_as_in_spacy(text):
+    from datatrove.utils.word_tokenizers import load_word_tokenizer
+
+    ours = splitter("en")
+    assert ours.words(text) == load_word_tokenizer("en").word_tokenize(text)
+    assert ours.words(text) != [word for run in text.split() for word in ours.words(run)]
+
+
 def test_words_do_not_depend_on_what_was_split_before(monkeypatch):
     monkeypatch.setattr("megatrain.data.corpus.splitting._MOST_RUNS", 5)
     fresh, ours = English(), splitter("en")
