@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -242,9 +243,11 @@ def parse(argv: list[str]) -> Arguments:
             arguments.flags.add("--multirun")
         elif text.startswith("-"):
             if text not in FLAGS:
-                raise ConfigError(
-                    f"unknown flag {text}{did_you_mean('', text, list(FLAGS))} (flags: {', '.join(FLAGS)})"
-                )
+                rest = argv[argv.index(text) + 1 :]
+                hint = did_you_mean("", flag, list(FLAGS)) if get_close_matches(flag, FLAGS, cutoff=0.75) else ""
+                hint = hint or _as_override(arguments.verb, flag, value, rest)
+                hint = hint or did_you_mean("", flag, list(FLAGS))
+                raise ConfigError(f"unknown flag {text}{hint} (flags: {', '.join(FLAGS)})")
             arguments.flags.add(text)
         elif arguments.verb is None:
             if text not in VERBS:
@@ -265,6 +268,21 @@ def parse(argv: list[str]) -> Arguments:
         arguments.repeated = repeated(arguments.verb, arguments.overrides)
         arguments.overrides = expand_path(arguments.verb, arguments.overrides)
     return arguments
+
+
+def _as_override(verb: str | None, flag: str, value: str, rest: list[str]) -> str:
+    """Return advice to write `--steps 20` as `train.steps=20`; empty if no key of the verb has such a name."""
+    from megatrain.config import walk
+    from megatrain.config.choices import GROUPS
+    from megatrain.config.suggest import nearest_key
+
+    if verb is None:
+        return ""
+    helps = {key: f.metadata["help"] for key, f in walk(VERBS[verb]).items()}
+    key = name if (name := flag.lstrip("-")) in helps else nearest_key(name, helps, GROUPS.get(verb, ()))
+    if not value and rest and "=" not in rest[0] and not rest[0].startswith("--"):
+        value = rest[0]
+    return f"; write {key.partition('=')[0]}={value or '<value>'}" if key else ""
 
 
 def to_yaml(config: Any) -> str:

@@ -125,7 +125,8 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     except _TwiceError as error:
         raise ConfigError(f"{file}, {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ConfigError(f"{file} is not YAML: {reason}") from error
     if content is None or content == {}:
         raise ConfigError(
             f"{file} is empty, which would mean the default of every key; restore it, or give another file"
@@ -134,6 +135,43 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
         raise ConfigError(f"{file} does not hold keys with values, as in num_layers: 4")
     header = re.search(r"^#\s*@package[ \t]+(\S+)", text, re.MULTILINE)
     return content, header.group(1) if header else None
+
+
+def check_defaults(verb: str, group: str, file: Path, content: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Check that each choice in the `defaults` of a user's file exists, also in the user's files that it leads to.
+
+    `group` is the file's own. Raises ConfigError with the file, the wrong name and the choices.
+    """
+    waiting, seen = [(group, file, content)], {file}
+    while waiting:
+        group, file, content = waiting.pop()
+        for entry in content.get("defaults") or ():
+            for chosen_of, choice in _entries(group, entry):
+                if chosen_of not in GROUPS[verb] or not isinstance(choice, str) or "${" in choice:
+                    continue
+                try:
+                    found = find_choice(chosen_of, choice, folders)
+                except ConfigError as error:
+                    known = choices_of(chosen_of, folders)
+                    raise ConfigError(
+                        f"{file}: defaults: there is no {chosen_of} named "
+                        f"{choice}{did_you_mean('', choice, known)} (choices of {chosen_of}: {', '.join(known)})"
+                    ) from error
+                if isinstance(found, Path) and found not in seen:
+                    seen.add(found)
+                    waiting.append((chosen_of, found, read_yaml(found)[0]))
+
+
+def _entries(group: str, entry: Any) -> list[tuple[str, Any]]:
+    """Return the groups and choices that an entry of `defaults` names, in Hydra's syntax."""
+    if isinstance(entry, str):
+        before, slash, name = entry.removeprefix("/").rpartition("/")
+        return [] if entry == "_self_" else [(before if slash else group, name)]
+    if not isinstance(entry, dict) or any(str(name).startswith("optional ") for name in entry):
+        return []
+    return [
+        (str(name).removeprefix("override ").partition("@")[0].strip("/"), choice) for name, choice in entry.items()
+    ]
 
 
 class _TwiceError(Exception):

@@ -23,6 +23,7 @@ from megatrain.config.choices import (
     CONFIG_FILE,
     GROUPS,
     SEARCH_PATH,
+    check_defaults,
     conf_folder,
     find_choice,
     home,
@@ -30,7 +31,7 @@ from megatrain.config.choices import (
     read_yaml,
 )
 from megatrain.config.flatten import flatten
-from megatrain.config.suggest import did_you_mean, nearest_key
+from megatrain.config.suggest import did_you_mean, meant_keys
 from megatrain.config.values import describe, expand_home, is_sweep, kind_of, literal, read_value, sweep_message
 from megatrain.errors import ConfigError
 
@@ -188,7 +189,7 @@ def _unknown(verb: str, name: str, known: list[str]) -> str:
     if members:
         return f"{name} is a group of keys, not a key; set one of {', '.join(members)}"
     groups = GROUPS.get(verb, ())
-    nearest = nearest_key(name, {key: f.metadata["help"] for key, f in walk(VERBS[verb]).items()}, groups)
+    nearest = meant_keys(name, {key: f.metadata["help"] for key, f in walk(VERBS[verb]).items()}, groups)
     if nearest:
         return f"unknown key {name}; did you mean {nearest}?"
     siblings = [key for key in known if "." in name and key.startswith(name.split(".")[0] + ".")]
@@ -272,6 +273,7 @@ def _store_own(verb: str, group: str, request: Request) -> None:
     file = request.groups[group]
     assert isinstance(file, Path)
     content, package = read_yaml(file)
+    check_defaults(verb, group, file, content, request.folders)
     package = package or ("_global_" if group == "experiment" else group)
     if group in ("model", "data") and package == group:
         content.setdefault("name", file.stem)
@@ -286,6 +288,7 @@ def _store_file(verb: str, request: Request, file: Path) -> None:
     if "experiment" in request.groups:
         raise ConfigError(f"{CONFIG_FILE}={file} and experiment={request.groups['experiment']}: give one of them")
     content, _ = read_yaml(file)
+    check_defaults(verb, "experiment", file, content, request.folders)
     for group in request.groups:
         content.pop(group, None)
     run = content.get("run")

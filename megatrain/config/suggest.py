@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 OTHER_NAMES = {
     "activation_checkpointing": "train.recompute",
@@ -63,6 +64,8 @@ OTHER_NAMES = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "scheduler": "optim.schedule",
+    "seq_length": "train.seq_len",
+    "sequence_length": "train.seq_len",
     "tensor_parallel_size": "parallel.tp",
     "text_field": "data.text_column",
     "train_batch_size": "train.global_batch_size",
@@ -75,6 +78,9 @@ OTHER_NAMES = {
 }
 """Names that other trainers (nanoGPT, the Trainer of transformers, Megatron-LM) give to our keys."""
 
+SEVERAL = {"batch_size": ("train.global_batch_size", "train.micro_batch_size")}
+"""Names that may mean several keys."""
+
 FILLERS = ("max", "num", "n", "number", "of", "total", "train", "training", "the")
 """Words of a key's name that say little: `max_steps` and `num_train_steps` are `steps`."""
 
@@ -82,10 +88,29 @@ FILLERS = ("max", "num", "n", "number", "of", "total", "train", "training", "the
 def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
     """Return `"; did you mean <prefix><name>?"` for the closest known name, or an empty string."""
     text = given.lower()
-    found = get_close_matches(text, known, n=1, cutoff=0.6)
+    found = [name for name in known if len(text) > 2 and name.startswith(text)]
+    found = found or get_close_matches(text, known, n=1, cutoff=0.6)
     if not found and len(text) > 2:
         found = [name for name in known if text in name.lower()] or [name for name in known if name.lower() in text]
     return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def nearest_path(text: str) -> str | None:
+    """Return the existing path that differs least from one that does not exist; None if a part of it is unlike all."""
+    place = Path("/" if text.startswith("/") else ".")
+    for part in Path(text).parts:
+        try:
+            missing = not (place / part).exists()
+            names = [entry.name for entry in place.iterdir()] if missing else []
+        except (OSError, ValueError):  # too long for a name, not readable, or no folder
+            return None
+        if missing:
+            found = get_close_matches(part, names, n=1, cutoff=0.6)
+            if not found:
+                return None
+            part = found[0]
+        place /= part
+    return str(place)
 
 
 def next_step(*commands: str) -> str:
@@ -111,6 +136,8 @@ def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> 
             return key
     if (other := OTHER_NAMES.get(leaf)) and (other in helps or other.partition("=")[0] in groups):
         return other
+    if len(leaf) > 2 and (found := [key for key in keys if leaves[key].startswith(leaf)]):
+        return found[0]
     for key in keys:
         if _core(leaf) and _core(leaves[key]) == _core(leaf):
             return key
@@ -126,6 +153,12 @@ def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> 
         if words and all(word in meaning for word in words):
             return key
     return None
+
+
+def meant_keys(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> str | None:
+    """Return what an unknown name most likely means, for a message: a key, a group, or several keys with `or`."""
+    several = SEVERAL.get(given.lower().replace("-", "_").rpartition(".")[2], ())
+    return " or ".join(key for key in several if key in helps) or nearest_key(given, helps, groups)
 
 
 def _core(leaf: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
 
     An existing path is a path even if it contains `=`, unless it is an override: a key of the verb, `=` and a value.
     """
+    _refuse_spaces(words)
     names = set(walk(VERBS[verb])) | set(GROUPS.get(verb, ()))
     has_path = "path" in names
     if not has_path and verb != "train":
@@ -28,6 +29,20 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
         return list(words)
     found = [quoted("path", words[place])] if has_path else _run_words(words[place])
     return [*found, *words[:place], *words[place + 1 :]]
+
+
+def _refuse_spaces(words: Sequence[str]) -> None:
+    """Refuse `key = value`, which a shell makes several words of. Raises ConfigError."""
+    for at, word in enumerate(words):
+        before, after = words[at - 1] if at else "", words[at + 1] if at + 1 < len(words) else ""
+        alone = after and "=" not in after and not after.startswith("-") and not exists(after)
+        if before and "=" not in before and word.startswith("="):
+            value = word if word != "=" else f"={after}"
+        elif word.endswith("=") and len(word) > 1 and alone:
+            before, value = word, after
+        else:
+            continue
+        raise ConfigError(f"remove the spaces around =: write {shlex.quote(f'{before}{value}')}")
 
 
 def _is_path(word: str, names: set[str], wanted: bool) -> bool:

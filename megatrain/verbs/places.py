@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatrain.config.suggest import did_you_mean
+from megatrain.config.suggest import did_you_mean, nearest_path
 from megatrain.config.values import exists
 from megatrain.errors import ConfigError
 
@@ -38,6 +38,8 @@ def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
     hint = did_you_mean("", str(path), also)
     if not hint and path.parent == parent:
         hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
+    if not hint and (near := nearest_path(str(path))):
+        hint = f"; did you mean {near}?"
     contents = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     contents = contents or ("none" if entries else "nothing")
     raise ConfigError(f"{key}={path}: no such file or folder{hint} ({parent.resolve()} holds {contents})")

@@ -147,10 +147,13 @@ def ignored_keys(config: TrainConfig, overrides: Sequence[str]) -> Iterator[str]
     given = read_overrides("train", list(overrides))
     names = {*given.values, *(["tokenizer.kind"] if "tokenizer" in given.groups else [])}
     default, ours = flatten(asdict(PrepareConfig())), flatten(asdict(config))
+    names &= set(default) - ACTING
+    if not names:
+        return
     mixed, folder = bool(read_phases(config.data)), Path(config.data.dir) / config.data.name
     card = None if mixed else Card.load(folder)
     was = default | (flatten(card.config) if card else {})
-    for name in sorted(names & set(default) - ACTING):
+    for name in sorted(names):
         had = [was[name]]
         if name == "tokenizer.vocab_size" and card and card.tokenizer:
             had.insert(0, card.tokenizer.vocab_size)  # perhaps of a tokenizer that was not trained here

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from megatrain.config.suggest import nearest_path
 from megatrain.errors import ConfigError
 
 
@@ -48,7 +49,9 @@ def matches(pattern: str) -> list[Path]:
     """Return the files that a pattern names. Raises `ConfigError` if it names none."""
     found = [Path(name) for name in expand(pattern) if os.path.isfile(name)]
     if not found:
-        raise ConfigError(f"data.paths: {pattern!r} matches no file (working folder {os.getcwd()})")
+        near = nearest_path(pattern)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ConfigError(f"data.paths: {pattern!r} matches no file{hint} (working folder {os.getcwd()})")
     return found
 
 

@@ -110,6 +110,11 @@ def test_cfg_prints_the_resolved_config(capsys):
     [
         (["trian"], "unknown verb trian; did you mean train? (verbs: prepare, train"),
         (["train", "--confg"], "unknown flag --confg; did you mean --config?"),
+        (["train", "--steps", "20"], "unknown flag --steps; write train.steps=20 (flags"),
+        (["train", "--optim.lr=3e-4"], "unknown flag --optim.lr=3e-4; write optim.lr=3e-4 (flags"),
+        (["train", "optim.lr", "=", "3e-4"], "remove the spaces around =: write optim.lr=3e-4"),
+        (["train", "optim.lr", "=3e-4"], "remove the spaces around =: write optim.lr=3e-4"),
+        (["train", "optim.lr=", "3e-4"], "remove the spaces around =: write optim.lr=3e-4"),
         (["train", "train.stepz=1"], "unknown key train.stepz; did you mean train.steps?"),
         (["inspect"], "path is not set"),
         (["train", "model=tiny", "model.num_heads=7"], "is not divisible by model.num_heads=7"),

@@ -100,7 +100,7 @@ def test_a_choice_may_be_a_file_anywhere(own):
         ),
         ({"model__my": "num_layers: many"}, ["model=my"], r"my.yaml: model.num_layers: many: expected a whole number"),
         ({"model__my": "num_layers: 0"}, ["model=my"], r"model.num_layers=0 is out of range"),
-        ({"model__my": "a: [1"}, ["model=my"], r"my.yaml is not YAML: .*line 1"),
+        ({"model__my": "a: [1"}, ["model=my"], r"my.yaml is not YAML: [^<]* at line 1"),
         ({"model__my": ""}, ["model=my"], r"my.yaml is empty, .*; restore it, or give another file"),
         ({"experiment__my": "# only a comment\n{}"}, ["experiment=my"], r"my.yaml is empty"),
         ({"model__my": "just text"}, ["model=my"], r"my.yaml does not hold keys with values"),
@@ -159,6 +159,31 @@ def test_the_ranks_and_the_points_of_a_sweep_get_the_same_flags(own, monkeypatch
 def test_a_time_in_a_file_is_not_a_number_to_the_base_60(own):
     folder = own(launch__my="defaults: [slurm, _self_]\ntime: 12:00:00\n")
     assert compose("train", [f"--config-dir={folder}", "launch=my"]).launch.time == "12:00:00"
+
+
+@pytest.mark.parametrize(
+    ("files", "word", "says"),
+    [
+        (
+            {"model__my": "defaults: [tiney]\nnum_layers: 2\n"},
+            "model=my",
+            r"model/my.yaml: .* no model named tiney; .*tiny\? \(c",
+        ),
+        (
+            {"experiment__e": "defaults:\n  - override /model: smal\n"},
+            "experiment=e",
+            r"experiment/e.yaml: .*mean small\?",
+        ),
+        (
+            {"model__my": "defaults: [base]\n", "model__base": "defaults: [nowhere]\nnum_layers: 2\n"},
+            "model=my",
+            r"model/base.yaml: .*no model named nowhere .*choices of model: base, gpt2_124m",
+        ),
+    ],
+)
+def test_a_wrong_name_in_defaults_is_refused_with_file_and_choices(own, files, word, says):
+    message = refusal(f"--config-dir={own(**files)}", word)
+    assert re.search(says, message) and "provider" not in message
 
 
 def test_a_choice_that_includes_itself_is_refused(own):

@@ -190,7 +190,7 @@ def test_another_run_with_a_runs_config_says_that_it_is_new(run, seen, capsys):
         said = capsys.readouterr().err
         assert "is a new run, from step 0, with the config of runs/lr=0.5, b; " in said, words
         assert "to continue runs/lr=0.5, b instead: megatrain train 'runs/lr=0.5, b'; " in said
-        (weights,) = shlex.split(said.strip().partition(": add ")[2])
+        (weights,) = shlex.split(said.partition(": add ")[2].splitlines()[0])
         assert compose("train", [weights]).checkpoint.init_from == "runs/lr=0.5, b"
     (run.parent / "other" / "checkpoints" / "step_00000001").mkdir(parents=True)
     for words in (
