@@ -192,8 +192,8 @@ def run(arguments: Arguments) -> int:
         return EXIT_OK
     if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
         raise ConfigError(
-            "--dry-run shows what megatrain train would submit or start; use it with launch=slurm or --multirun, "
-            "or leave it out"
+            "--dry-run shows what megatrain train would submit or start; use it with launch=slurm or --multirun; "
+            "--cfg shows the config of any command"
         )
     if "--dry-run" not in arguments.flags and verb not in READERS:
         _keep_going(verb)

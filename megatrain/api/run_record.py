@@ -15,6 +15,7 @@ from megatrain.errors import CheckpointError, ConfigError
 from megatrain.report.run_page import RECORDS, report
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
+from megatrain.verbs.places import require
 
 if TYPE_CHECKING:
     from megatrain.api.trained_model import TrainedModel
@@ -29,9 +30,10 @@ class Run:
         """`path` is the folder, `<run.dir>/<run.name>`.
 
         Raises:
-            ConfigError: it is not the folder of a run.
+            ConfigError: there is no such folder, or it is not that of a run.
         """
         self.path = Path(path).expanduser()
+        require("path", self.path)
         if not any((self.path / name).exists() for name in RECORDS):
             raise ConfigError(f"{self.path}: not a run's folder; it has none of {', '.join(RECORDS)}")
 
@@ -103,15 +105,8 @@ class Run:
             CheckpointError: it is damaged, or no checkpoint is intact.
         """
         from megatrain.api.trained_model import load
-        from megatrain.interop.load_model import find_checkpoint
 
-        if step is None:
-            return load(self.path, device)
-        try:
-            number = int(step)  # it may come from a table's index
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"step={step!r}: expected the number of a step, such as those of checkpoints") from error
-        return load(find_checkpoint(self.path, number), device)
+        return load(self.path, device, step=step)
 
     def report(self) -> Path:
         """Write the run's page, `report.html` in its folder, and return its path."""

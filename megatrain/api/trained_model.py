@@ -58,18 +58,24 @@ def _typed(name: str, value: Any) -> Any:
     return read_value(name, hints[name], str(value))
 
 
-def load(path: str | PathLike[str], device: str = "auto") -> TrainedModel:
-    """Load the model of a run (its newest intact checkpoint), a checkpoint, or an imported or Hugging Face folder.
+def load(path: str | PathLike[str], device: str = "auto", *, step: int | None = None) -> TrainedModel:
+    """Load the model of a run, a checkpoint, or an imported or Hugging Face folder.
 
-    Checksums are verified first. `device` is `cpu`, `cuda` or `auto`: CUDA where there is any.
+    Of a run, that is the checkpoint of `step`, or else its newest intact one. Checksums are verified first. `device` is
+    `cpu`, `cuda` or `auto`: CUDA where there is any.
 
     Raises:
-        ConfigError: the path holds no model, its tokenizer is another model's, or the device has another name.
+        ConfigError: the path holds no model, its tokenizer is another model's, `step` is no number or has no
+            checkpoint, or the device has another name.
         CheckpointError: the checkpoint is damaged, or a run has no intact one.
         EnvironmentFault: there is no such device.
     """
     check_bounds(GenerateConfig(path=str(path), device=device))
     target = device_by_name(device)
-    loaded = load_path(Path(path).expanduser())
+    try:
+        number = None if step is None else int(step)  # it may come from a table's index
+    except (TypeError, ValueError):
+        raise ConfigError(f"step={step!r}: expected the number of a step") from None
+    loaded = load_path(Path(path).expanduser(), number)
     tokenizer = loaded.need_tokenizer() if loaded.tokenizer is not None else None
     return TrainedModel(loaded.build(target), tokenizer, loaded.config)

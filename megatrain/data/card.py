@@ -211,8 +211,7 @@ def check_dataset(folder: Path) -> Card:
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"data.dir, data.name: no dataset at {folder}; "
-            f"make it with: megatrain prepare data=... data.name={folder.name}"
+            f"data.name: no dataset at {folder}; make it with: megatrain prepare data=... data.name={folder.name}"
         )
     if not (folder / CARD).is_file():
         pairs = sorted(path.stem for path in folder.glob("*.idx"))

@@ -206,6 +206,8 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
     submission = Submission.of(config, run_name, arguments)
     if dry_run:
         show_script(submission.script)
+        nodes, ranks = config.num_nodes or 1, config.nproc_per_node
+        print(f"# {nodes * ranks} ranks: {nodes} nodes x {ranks}, launch.device={config.device}")
         print(submission)
     else:
         print(submission.submit())
@@ -213,8 +215,12 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
 
 
 def show_script(script: Path) -> None:
-    """Print the script that is submitted. The commands that submit it come after it, so that they are seen."""
-    print(f"# {script}\n{script.read_text()}")
+    """Print the script that is submitted, before the commands that submit it. On a terminal only its path is shown."""
+    print(
+        f"# script: {script} (it is shown where the output goes to a file or a pipe)"
+        if sys.stdout.isatty()
+        else f"# {script}\n{script.read_text()}"
+    )
 
 
 def jobs_here() -> dict[str, str]:

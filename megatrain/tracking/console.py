@@ -166,7 +166,7 @@ def describe(event: dict[str, Any]) -> str:
     kind, step = event["kind"], event.get("step")
     if kind == "change":
         how = " (checkpoint.override)" if event["override"] else ""
-        return f"changed: {event['key']} {_plain(event['before'])} → {_plain(event['now'])}{how}"
+        return f"changed: {event['key']} {change(event['before'], event['now'])}{how}"
     if kind == "signal":
         return f"{signal_name(event['signal'])} at step {step}: the run saves and ends"
     if kind == "preflight":
@@ -192,6 +192,14 @@ def describe(event: dict[str, Any]) -> str:
 def describe_sources(sources: dict[str, Any]) -> str:
     """Return what a run has read of each source of its mixture: `web 70.0% (0.11 epochs), code 30.0% (2.40 epochs)`."""
     return ", ".join(f"{name} {seen['share']:.1%} ({seen['epochs']:.2f} epochs)" for name, seen in sources.items())
+
+
+def change(before: Any, now: Any) -> str:
+    """Return two values that differ, with as many digits as show it."""
+    first, second = _plain(before), _plain(now)
+    if first == second:
+        first, second = str(before), str(now)
+    return f"{first} → {second}"
 
 
 def _plain(value: Any) -> str:

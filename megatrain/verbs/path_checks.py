@@ -113,9 +113,10 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool, command: str 
     folder = Path(config.dir) / config.name
     if not folder.is_dir():
         prepared = sorted(card.parent.name for card in Path(config.dir).glob("*/card.json"))
-        hint = did_you_mean("data.name=", config.name, prepared)
+        near = did_you_mean("data.name=", config.name, prepared)
+        hint = f"{near} Or" if near else ";"
         raise ConfigError(
-            f"data.name={config.name}: there is no dataset at {folder}{hint}; prepare it first: {command}"
+            f"data.name={config.name}: there is no dataset at {folder}{hint} prepare it first: {command}"
             + (f" (prepared so far: {', '.join(prepared)})" if prepared else "")
         )
     card = check_dataset(folder)

@@ -18,7 +18,7 @@ from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments
-from megatrain.config import PrepareConfig, TrainConfig, walk
+from megatrain.config import DataConfig, PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
 from megatrain.config.compose import compose, last_words, read_overrides
 from megatrain.config.flatten import flatten
@@ -176,7 +176,11 @@ def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:
     words = last_words(overrides, known - {"data.name", "data.dir"})
     if not last_words(overrides, ("data", CONFIG_FILE)):
         words.append(f"data={data.name if data.kind == 'huggingface' else data.kind}")
-    words += [quoted("data.name", data.name), quoted("data.dir", data.dir)]
+    if data.kind in ("files", "megatron") and not data.paths:
+        words.append("data.paths=[<paths>]")
+    words.append(quoted("data.name", data.name))
+    if data.dir != DataConfig().dir:
+        words.append(quoted("data.dir", data.dir))
     found = peek(Path(config.checkpoint.init_from)) if config.checkpoint.init_from else None
     place = tokenizer_folder(*found) if found else None
     own = f" {tokenizer_arguments(place)}" if place else ""

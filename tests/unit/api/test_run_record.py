@@ -41,6 +41,10 @@ def test_a_damaged_config_is_named(folder, text):
 def test_a_step_that_is_no_number_is_refused(folder, step):
     with pytest.raises(ConfigError, match="expected the number of a step"):
         megatrain.Run(folder).load(step=step)
+    with pytest.raises(ConfigError, match="expected the number of a step"):
+        megatrain.load(folder, step=step)
+    with pytest.raises(ConfigError, match="no checkpoint of step 3"):
+        megatrain.load(folder, step=3)
 
 
 def test_tables_grow_with_their_files(folder):
@@ -57,8 +61,10 @@ def test_tables_grow_with_their_files(folder):
 
 
 def test_what_is_no_run_is_refused_and_damage_is_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file or folder; did you mean .*holds .*"):
+        megatrain.Run(folder.parent / f"{folder.name}x")
     with pytest.raises(ConfigError, match="not a run's folder"):
-        megatrain.Run(tmp_path / "missing")
+        megatrain.Run(folder.parent)
     write(folder / "metrics.jsonl", {"loss": 1.0})
     with pytest.raises(DataError, match="line 1"):
         megatrain.Run(folder).metrics  # noqa: B018

@@ -139,13 +139,17 @@ def fake_sbatch(tmp_path, monkeypatch):
     return tmp_path / "called"
 
 
-def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_path, capsys):
+def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_path, capsys, monkeypatch):
     (tmp_path / "site.sh").write_text("export SBATCH_PARTITION=gpu\n")
     words = ["model=tiny", "launch=slurm", "launch.num_nodes=2", f"launch.profile={tmp_path}/site.sh"]
     assert cli.main(["train", *words, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert not fake_sbatch.exists() and "#SBATCH --requeue" in shown
     assert "--nodes=2" in shown.splitlines()[-1], "the command comes last"
+    assert "# 2 ranks: 2 nodes x 1, launch.device=auto\n" in shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["train", *words, "--dry-run"]) == 0
+    assert "#SBATCH" not in capsys.readouterr().out, "a terminal would scroll away what matters"
     assert cli.main(["train", *words]) == 0
     assert capsys.readouterr().out == "42\n"
     partition, python, called = fake_sbatch.read_text().strip().split("|")
@@ -158,7 +162,7 @@ def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_pat
     [
         (["launch=slurm", "launch.num_nodes=2", "train.global_batch_size=1"], "train.global_batch_size=1"),
         (["launch.num_nodes=2"], "launch=slurm or sbatch slurm/train.sbatch"),
-        (["--dry-run"], "--dry-run"),
+        (["--dry-run"], "--cfg shows the config"),
     ],
 )
 def test_a_job_that_cannot_run_is_not_submitted(words, says, fake_sbatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
-from megatrain.tracking.console import Console, clock, describe, short
+from megatrain.tracking.console import Console, change, clock, describe, short
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
 
@@ -168,3 +168,7 @@ def test_the_sources_of_a_mixture_are_named():
     seen = {"web": {"samples": 3, "share": 0.75, "epochs": 0.5}, "zh": {"samples": 1, "share": 0.25, "epochs": 2.25}}
     told = "read of each source: web 75.0% (0.50 epochs), zh 25.0% (2.25 epochs)"
     assert describe({"kind": "mixture", "step": 5, "sources": seen}) == told
+
+
+def test_values_that_differ_late_are_shown_with_all_digits():
+    assert change(3e-5, 2.99999e-5) == "3e-05 → 2.99999e-05" and change(0.1, 0.25) == "0.1 → 0.25"

@@ -118,7 +118,9 @@ def test_prepare_says_how_to_train_with_the_same_folders_and_choice(words, own, 
 )
 def test_a_missing_dataset_names_a_command_that_prepares_the_one_asked_for(words, own, capsys):
     assert cli.main(["train", *words]) == 2
-    verb, found = read(capsys.readouterr().err.partition("prepare it first: ")[2].partition(" (prepared so far")[0])
+    said = capsys.readouterr().err
+    assert "?;" not in said
+    verb, found = read(said.partition("prepare it first: ")[2].partition(" (prepared so far")[0])
     wanted = compose("train", words)
     assert (verb, found.data, found.tokenizer) == ("prepare", wanted.data, wanted.tokenizer)
 
@@ -131,3 +133,9 @@ def test_a_path_in_advice_is_quoted_for_the_shell(folder, monkeypatch):
     monkeypatch.setattr(multirun, "sweep_folder", lambda _: Path(folder))
     command = multirun.table([], []).splitlines()[-1].removesuffix(" makes a page of them")
     assert read(command)[1].path == folder
+
+
+def test_a_missing_dataset_of_files_says_where_its_paths_go(own, capsys):
+    assert cli.main(["train", "data=files", "data.name=c"]) == 2
+    said = capsys.readouterr().err
+    assert "megatrain prepare data=files 'data.paths=[<paths>]' data.name=c" in said and "data.dir" not in said
