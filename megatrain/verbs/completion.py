@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
-from megatrain.config import VERBS, walk
+from megatrain.config import VERBS, DataConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, choices_of
 from megatrain.config.compose import key_types, own_folders
 from megatrain.config.values import split_optional
@@ -86,6 +86,8 @@ def candidates(line: str, flags: Iterable[str]) -> list[str]:
     if equals:
         if name == "step" and "path" in walk(VERBS[verb]):
             return [f"step={step}" for step in _starting(value, _steps(words[words.index(verb) + 1 :]))]
+        if name == "data.name" and verb != "prepare":
+            return [f"{name}={dataset}" for dataset in _starting(value, _prepared(words))]
         return [f"{name}={choice}" for choice in _values(verb, name, value, _folders(words))]
     fields = walk(VERBS[verb])
     has_path = "path" in fields or verb == "train"
@@ -107,6 +109,13 @@ def _steps(words: list[str]) -> list[str]:
     runs = [Path(word).expanduser() for word in given if not word.startswith("-")]
     found = [path for run in runs for folder in (run / "checkpoints", run) for path in list_checkpoints(folder)]
     return [str(checkpoint_step(path)) for path in found]
+
+
+def _prepared(words: list[str]) -> list[str]:
+    """Return the names of the prepared datasets in the `data.dir` that the words give, or in its default."""
+    given = [word.partition("=")[2] for word in words if word.startswith("data.dir=")]
+    folder = Path((given or [DataConfig().dir])[-1]).expanduser()
+    return sorted(card.parent.name for card in folder.glob("*/card.json"))
 
 
 def _names(verb: str, last: str, fields: dict[str, Any]) -> list[str]:

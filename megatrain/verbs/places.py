@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.config.suggest import did_you_mean, nearest_path
 from megatrain.config.values import exists
 from megatrain.errors import ConfigError
@@ -19,8 +20,19 @@ OTHERS = ("logs", "mlartifacts", "owner", "profile")
 
 
 def is_offered(entry: Path) -> bool:
-    """Return whether an existing path may be, or lead to, the folder of a run, a checkpoint, a dataset or a model."""
-    return entry.is_dir() and (entry.name not in OTHERS or (entry / "config.yaml").is_file())
+    """Return whether an existing path may be, or lead to, the folder of a run, a checkpoint, a dataset or a model.
+
+    A run's folder without a step is of no use to any verb.
+    """
+    if not entry.is_dir() or (entry.name in OTHERS and not (entry / "config.yaml").is_file()):
+        return False
+    return not (entry / "owner").is_dir() or has_steps(entry)
+
+
+def has_steps(run_dir: Path) -> bool:
+    """Return whether a run's folder records a step or holds a checkpoint."""
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(list_checkpoints(run_dir / "checkpoints"))
 
 
 def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:

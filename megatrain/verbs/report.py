@@ -10,7 +10,9 @@ from megatrain.report.dataset_page import report_dataset
 from megatrain.report.page import is_standard_output
 from megatrain.report.run_page import report as report_run
 from megatrain.report.sweep_page import report_sweep
+from megatrain.resilience.terminal import say
 from megatrain.tracking.sweep_record import is_sweep_folder
+from megatrain.verbs.places import has_steps
 
 
 def report(config: ReportConfig) -> None:
@@ -26,5 +28,7 @@ def report(config: ReportConfig) -> None:
         written = report_dataset(path, out)
     else:
         written = report_run(path, out)
+        if not has_steps(path):
+            say(f"{path} has no steps yet, so the page shows only its config and events")
     if not is_standard_output(written):
         print(written)

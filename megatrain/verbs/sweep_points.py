@@ -163,7 +163,9 @@ def errors_name_point(number: int, count: int, values: dict[str, str]) -> Iterat
     try:
         yield
     except MegatrainError as error:
-        raise type(error)(f"point {number} of {count} ({SweepPoint('', values).label}): {error}") from error
+        label = SweepPoint("", values).label
+        reason = str(error).removeprefix(f"{label}: ")  # it may begin with the one value that is swept
+        raise type(error)(f"point {number} of {count} ({label}): {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- names

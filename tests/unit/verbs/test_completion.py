@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from megatrain import cli
+from megatrain.config import ReportConfig
 from megatrain.verbs.completion import SCRIPTS, candidates
+from megatrain.verbs.report import report
 
 
 def complete(line):
@@ -108,3 +110,18 @@ def test_the_script_of_an_unknown_shell_is_refused(capsys):
     assert "--completion needs a value" in capsys.readouterr().err
     assert cli.main(["--completion=fish"]) == 0
     assert "complete -c megatrain" in capsys.readouterr().out
+
+
+def test_names_of_prepared_datasets_and_runs_with_steps_are_offered(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/small", "elsewhere/mine", "data/unfinished", "runs/begun/owner", "runs/refused/owner"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/small/card.json").touch()
+    (tmp_path / "elsewhere/mine/card.json").touch()
+    (tmp_path / "runs/begun/metrics.jsonl").write_text("{}\n")
+    (tmp_path / "runs/refused/config.yaml").write_text("seed: 1\n")
+    assert complete("train data.name=") == ["data.name=small"]
+    assert complete("train data.dir=elsewhere data.name=m") == ["data.name=mine"]
+    assert "runs/begun/" in (found := complete("evaluate runs/")) and "runs/refused/" not in found
+    report(ReportConfig(path="runs/refused"))
+    assert "runs/refused has no steps yet" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_a_name_that_needs_quotes_gets_them():
         (["train", "-m", "data.name=,books"], "cannot read data.name=,books: a sweep takes a,b,c"),
         (
             ["train", "-m", "data.name=nowhere,books"],
-            "point 1 of 2 (data.name=nowhere): data.name=nowhere: there is no data",
+            "point 1 of 2 (data.name=nowhere): there is no data",
         ),
         (["train", "-m", "seed=1,2", "launch.num_nodes=2"], "point 1 of 2 (seed=1): launch.num_nodes=2: a plain start"),
         (["prepare", "-m", "seed=1,2"], "--multirun runs a sweep of training runs: use megatrain train --multirun"),
