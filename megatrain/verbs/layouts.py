@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from megatrain.config import LayoutsConfig, TrainConfig
+from megatrain.data.card import CARD, Card
 from megatrain.errors import ConfigError
 from megatrain.model.count import num_parameters
 from megatrain.parallel.layout import Layout
@@ -138,6 +140,14 @@ def select_rows(rows: list[Row], limit: int) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------- the job
 
 
+def _vocabulary(config: LayoutsConfig) -> tuple[int, str]:
+    """Return the vocabulary's size and whose it is: that of the dataset if it is prepared, else the one to train."""
+    folder = Path(config.data.dir) / (config.data.name or "")
+    if config.data.name and (folder / CARD).is_file() and (maker := Card.load(folder).tokenizer):
+        return maker.vocab_size, str(folder)
+    return config.tokenizer.vocab_size, "tokenizer.vocab_size; a trained one may differ"
+
+
 def fill_open_sizes(config: LayoutsConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
     """Return the training job with its open sizes filled in, and notes that describe them.
 
@@ -147,10 +157,8 @@ def fill_open_sizes(config: LayoutsConfig, world_size: int) -> tuple[TrainConfig
     _copy_given_keys(config, job)
     loop = job.train
     if config.model.vocab_size is None:
-        job.model.vocab_size = config.tokenizer.vocab_size
-        notes.append(
-            f"a vocabulary of {config.tokenizer.vocab_size:,} (tokenizer.vocab_size; a trained one may differ)"
-        )
+        job.model.vocab_size, whose = _vocabulary(config)
+        notes.append(f"a vocabulary of {job.model.vocab_size:,} ({whose})")
     if config.train.seq_len is None:
         loop.seq_len = config.model.max_seq_len
         notes.append("sequences of model.max_seq_len")

@@ -177,3 +177,11 @@ def test_a_margin_of_memory_stays_free(capsys):
     assert sum(row["fits"] for row in without) > sum(row["fits"] for row in rows)
     assert cli.main([*LLAMA, "layouts.memory_gib=1", "layouts.limit=2"]) == 0
     assert "none fits" in capsys.readouterr().out
+
+
+def test_the_vocabulary_is_that_of_the_prepared_dataset(dataset):
+    words = ["model=tiny", f"data.dir={dataset.parent}"]
+    job, notes = fill_open_sizes(compose("layouts", [*words, f"data.name={dataset.name}"]), 2)
+    assert job.model.vocab_size == 400 and f"a vocabulary of 400 ({dataset})" in notes
+    job, _ = fill_open_sizes(compose("layouts", [*words, "data.name=not_prepared"]), 2)
+    assert job.model.vocab_size == 8192
