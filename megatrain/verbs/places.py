@@ -50,7 +50,7 @@ def require(key: str, path: Path, also: tuple[str, ...] = ()) -> None:
     hint = did_you_mean("", str(path), also)
     if not hint and path.parent == parent:
         hint = did_you_mean("" if str(parent) == "." else f"{parent}/", path.name, names)
-    if not hint and (near := nearest_path(str(path))):
+    elif not hint and (near := nearest_path(str(path))):
         hint = f"; did you mean {near}?"
     contents = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     contents = contents or ("none" if entries else "nothing")

@@ -11,7 +11,7 @@ import yaml
 
 from megatrain import cli
 from megatrain.config import VERBS, walk
-from megatrain.config.compose import compose
+from megatrain.config.compose import compose, key_types
 from megatrain.config.values import split_list
 from megatrain.errors import ConfigError
 from megatrain.verbs.path_checks import check_paths
@@ -61,13 +61,14 @@ def test_a_word_that_is_an_override_stays_one(places):
 def test_in_every_path_key_a_leading_tilde_is_home(verb, places):
     keys = {name: f for name, f in walk(VERBS[verb]).items() if f.metadata.get("path")}
     assert {"data.dir", "data.paths", "run.dir", "checkpoint.resume", "path", "out"} & keys.keys()
-    given = [f"{name}=[~/x y,z]" if name == "data.paths" else f"{name}=~/x y" for name in keys]
+    lists = [name for name, hint in key_types(VERBS[verb]).items() if hint == list[str]]
+    given = [f"{name}=[~/x y,z]" if name in lists else f"{name}=~/x y" for name in keys]
     config = compose(verb, given)
     for name in keys:
         value = config
         for part in name.split("."):
             value = getattr(value, part)
-        assert value == ([f"{places}/home/x y", "z"] if name == "data.paths" else f"{places}/home/x y")
+        assert value == ([f"{places}/home/x y", "z"] if name in lists else f"{places}/home/x y")
 
 
 def test_every_key_that_says_folder_or_path_is_marked_as_one():
