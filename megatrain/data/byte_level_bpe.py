@@ -36,7 +36,7 @@ class ByteLevelBpe:
         model = content["model"]
         _check(content, model)
         alphabet = {letter: byte for byte, letter in enumerate(byte_letters())}
-        self._ranks = _ranks(model, alphabet)
+        self._ranks = _ranks(model, alphabet, {token["content"] for token in content.get("added_tokens", [])})
         self._pattern = _split_pattern(content["pre_tokenizer"])
         self._added = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
         self._apart: re.Pattern[str] | None = None
@@ -126,7 +126,7 @@ def _check(content: dict[str, Any], model: dict[str, Any]) -> None:
             raise ValueError(f"its model has {setting}")
 
 
-def _ranks(model: dict[str, Any], alphabet: dict[str, int]) -> dict[bytes, int]:
+def _ranks(model: dict[str, Any], alphabet: dict[str, int], added: set[str]) -> dict[bytes, int]:
     """Return the id of each token that text can become: single bytes and results of merges."""
     vocabulary: dict[str, int] = model["vocab"]
     if not all(letter in vocabulary for letter in alphabet):
@@ -139,6 +139,8 @@ def _ranks(model: dict[str, Any], alphabet: dict[str, int]) -> dict[bytes, int]:
         if joined not in vocabulary or joined in tokens or vocabulary[joined] <= last:
             raise ValueError("its merges are not in the order of their ids")
         tokens[joined] = last = vocabulary[joined]
+    if model.get("ignore_merges") and (whole := vocabulary.keys() - tokens.keys() - added):
+        raise ValueError(f"no merge makes its token {min(whole)!r}, which it finds whole")
     return {bytes(alphabet[letter] for letter in token): number for token, number in tokens.items()}
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, MegatrainError
 from megatrain.resilience.atomic_file import write_atomically
 
 QUARANTINE = "quarantine.jsonl"
@@ -187,8 +187,12 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
         for key in sorted(was | now)
         if was.get(key) != now.get(key)
     ]
-    if given and card.tokenizer and given.fingerprint != card.tokenizer.fingerprint:
-        changed.append("the tokenizer at tokenizer.path")
+    if given and card.tokenizer:
+        if given.fingerprint != card.tokenizer.fingerprint:
+            changed.append("the tokenizer at tokenizer.path")
+        elif given.end_of_document != card.tokenizer.end_of_document:
+            was_end, now_end = card.tokenizer.end_of_document, given.end_of_document
+            changed.append(f"the end-of-document token of tokenizer.path (was id {was_end}, now {now_end})")
     if changed:
         raise ConfigError(
             f"data.name: {target} was prepared with other settings: {'; '.join(changed)}. "
@@ -312,7 +316,8 @@ def _train_tokenizer(config: PrepareConfig, selection: Selection, work: Path) ->
     key = json.dumps([keys, _settings(config)], sort_keys=True)
     saved, saved_key = work / "tokenizer", work / "tokenizer.json"
     if saved_key.is_file() and saved_key.read_text(encoding="utf-8") == key:
-        return load_tokenizer(saved)
+        with suppress(MegatrainError):  # damaged, as after a power cut: train it again
+            return load_tokenizer(saved)
     start = time.monotonic()
     texts = pipeline.sample_texts(selection, config.tokenizer.train_bytes)
     tokenizer = train_sentencepiece(texts, config.tokenizer.vocab_size, config.data.bos)

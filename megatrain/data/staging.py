@@ -73,9 +73,10 @@ class StagingFolder:
 
     def publish(self) -> None:
         """Flush the folder to disk and rename it to the target, replacing an existing dataset."""
-        shutil.rmtree(self.work)
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            _flush(path)
+            if self.work not in (path, *path.parents):
+                _flush(path)
+        shutil.rmtree(self.work)  # only now: flushing takes minutes, and an interrupted one goes on from there
         _flush(self.folder)
         if self.target.exists():
             os.rename(self.target, self._replaced)

@@ -188,7 +188,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return ByteLevelBpe(self._definition).prove(self.encode)
         except (ValueError, ImportError) as error:
-            print(f"tokenizer: encoding with the library tokenizers, because of tiktoken: {error}", file=sys.stderr)
+            print(f"note: tiktoken, which is faster, cannot encode for this tokenizer: {error}", file=sys.stderr)
             return None
 
     def bulk_encoder(self, proof: str | None) -> Callable[[str], np.ndarray]:

@@ -77,10 +77,10 @@ class CleanedShard:
         content = json.loads(marker.read_text(encoding="utf-8"))
         self.frames = [Frame(*frame) for frame in content["frames"]]
         self.counts: dict[str, int] = content["counts"]
-        self.reports = [StepReport(**report) for report in content["reports"]]
         self.first_bad: str | None = content["first_bad"]
         self.quarantine_path = folder / f"{key}.quarantine"
         self.signatures_path = folder / f"{key}.signatures"
+        self._reports_path = folder / f"{key}.reports"
         self.signing: dict[str, Any] | None = content["signing"]
         self.num_documents: int = content["documents"]
         self.text_bytes: int = content["text_bytes"]
@@ -95,6 +95,11 @@ class CleanedShard:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return shard if whole else None
+
+    def reports(self) -> list[StepReport]:
+        """Read what each step of the recipe did; the examples would fill the memory if every shard kept its own."""
+        content = json.loads(self._reports_path.read_text(encoding="utf-8"))
+        return [StepReport(**report) for report in content]
 
     def documents(self) -> np.ndarray:
         """Return a `DOCUMENT` for each document, mapped from the file."""
@@ -168,7 +173,9 @@ class CleanedShardWriter:
     def finish(self) -> CleanedShard:
         """Write the marker and return the shard."""
         self.close()
-        written = [self._text_path, self._documents_path]
+        reports_path = self._folder / f"{self._key}.reports"
+        reports_path.write_text(json.dumps([asdict(report) for report in self._reports]), encoding="utf-8")
+        written = [self._text_path, self._documents_path, reports_path]
         written += [self._quarantine_path] if self._quarantine_path.exists() else []
         written += [self._signatures_path] if self._signing else []
         content: dict[str, Any] = {
@@ -176,7 +183,6 @@ class CleanedShardWriter:
             "documents": sum(frame.documents for frame in self._frames),
             "text_bytes": self._text_bytes,
             "counts": dict(self._counts),
-            "reports": [asdict(report) for report in self._reports],
             "first_bad": self._first_bad,
             "signing": self._signing,
             "hashes": {path.name: hash_file(path) for path in written},

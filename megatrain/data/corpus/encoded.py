@@ -24,7 +24,7 @@ class EncodedShard:
     """A finished encoded shard, opened by its marker. `text_bytes` has the bytes of UTF-8 of each split."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._folder, self._key = folder, key
+        self._folder, self.key = folder, key
         content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         self.text_bytes = {int(split): size for split, size in content["text_bytes"].items()}
         self._hashes: dict[str, str] = content["hashes"]
@@ -43,7 +43,7 @@ class EncodedShard:
         """Yield token ids and the lengths (int32) of the documents they belong to, a few thousand documents at once."""
         if split not in self.text_bytes:
             return
-        ids_path, lengths_path = _paths(self._folder, self._key, split)
+        ids_path, lengths_path = _paths(self._folder, self.key, split)
         with open(ids_path, "rb") as ids, open(lengths_path, "rb") as lengths:
             while len(found := np.fromfile(lengths, "<i4", _DOCUMENTS)):
                 yield np.fromfile(ids, dtype, int(found.sum(dtype=np.int64))), found

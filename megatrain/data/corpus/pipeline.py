@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +62,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
         "seed": config.seed,
         "recipe": settings_of(recipe),
         "signing": signing.settings() if signing else None,
+        "versions": _versions(_CLEANING_LIBRARIES) | {"unicode": unicodedata.unidata_version},
     }
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
@@ -122,24 +125,46 @@ def total_reports(shards: Iterable[CleanedShard]) -> list[StepReport]:
     """Return what each step of the recipe did to all shards."""
     total: list[StepReport] = []
     for shard in shards:
+        reports = shard.reports()
         if total:
-            add_reports(total, shard.reports)
+            add_reports(total, reports)
         else:
-            total = deepcopy(shard.reports)
+            total = reports
     return total
 
 
 def _find_cleaned(
     folder: Path, shard: Shard, limit: int | None, settings: dict[str, Any], on_bad_record: str
 ) -> CleanedShard | None:
-    """Return the shard if it is finished. One that was finished where bad records stop has none: any policy will do."""
+    """Return the shard if it is finished.
+
+    One that was finished where bad records stop has none, so any policy will do, except that it has not kept the
+    undecodable ones that `data.undecodable=skip` leaves out.
+    """
     for policy in dict.fromkeys((on_bad_record, "stop")):
-        if finished := CleanedShard.find(folder, _clean_key(shard, limit, settings, policy)):
+        finished = CleanedShard.find(folder, _clean_key(shard, limit, settings, policy))
+        if finished and (policy == on_bad_record or not finished.counts["skipped_undecodable"]):
             return finished
     return None
 
 
 _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable")
+
+
+_CLEANING_LIBRARIES = (
+    "datasets", "ftfy", "jieba", "mwparserfromhell", "phonenumbers", "pyarrow", "py3langid", "resiliparse", "spacy",
+    "trafilatura",
+)  # fmt: skip
+_ENCODING_LIBRARIES = ("sentencepiece", "tokenizers")
+
+
+def _versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those libraries that are installed: another one may give another text or other ids."""
+    found = {}
+    for library in libraries:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def _clean_key(shard: Shard, limit: int | None, settings: dict[str, Any], on_bad_record: str) -> str:
@@ -247,6 +272,8 @@ def encode_selection(
     text_bytes = sum(shard.text_bytes for shard in selection.shards)
     proof = tokenizer.prove_bulk() if text_bytes >= WORTH_A_PROOF else None
     encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, proof)
+    ends = (tokenizer.start(), tokenizer.end_of_document)
+    made_by = (tokenizer.fingerprint, ends, dtype.name, _versions(_ENCODING_LIBRARIES))
     encoded: list[EncodedShard | None] = []
     coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
     done = 0
@@ -255,7 +282,7 @@ def encode_selection(
         nonlocal done
         for number, shard in enumerate(selection.shards):
             flags = selection.flags_of(number).tobytes()
-            key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), tokenizer.fingerprint, *encoding[2:4])
+            key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), *made_by)
             if finished := EncodedShard.find(folder, key):
                 encoded.append(finished)
                 done += shard.text_bytes
@@ -282,6 +309,7 @@ def encode_selection(
             meter.update(done)
     finished_shards = [shard for shard in encoded if shard]
     assert len(finished_shards) == len(selection.shards)
+    _remove_others(folder, {shard.key for shard in finished_shards})
     return finished_shards
 
 

@@ -136,7 +136,18 @@ def changes():
     def without_a_byte(tokenizer, content):
         del content["model"]["vocab"]["ÿ"]
 
-    return [with_normaliser, with_prefix_space, with_digits_apart, reordered, with_unknown, without_a_byte]
+    def with_a_word_that_no_merge_makes(tokenizer, content):
+        content["model"] |= {"ignore_merges": True, "vocab": content["model"]["vocab"] | {"zzyzx": 99999}}
+
+    return [
+        with_a_word_that_no_merge_makes,
+        with_normaliser,
+        with_prefix_space,
+        with_digits_apart,
+        reordered,
+        with_unknown,
+        without_a_byte,
+    ]
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)

@@ -1,5 +1,6 @@
 """However a corpus is cut, divided and interrupted, its dataset has the same bytes; what was finished is used again."""
 
+import importlib.metadata
 import json
 import random
 import signal
@@ -229,3 +230,63 @@ def test_a_finished_part_that_was_changed_on_disk_is_made_again(corpus, small_sh
 def test_max_documents_reads_the_first_ones_across_shards(corpus, small_shards, limit):
     card = Card.load(prepare(config(corpus, max_documents=limit, deduplicate=False)))
     assert card.counts["read"] == min(limit, 600)
+
+
+def test_documents_that_were_skipped_are_quarantined_after_all(corpus, small_shards, monkeypatch):
+    """A part that was cleaned under another policy has not kept them."""
+    (corpus / "a0.txt").write_bytes(b"not UTF-8: \xff")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "join", interrupted)
+        prepare(config(corpus, undecodable="skip"))
+    folder = prepare(config(corpus, undecodable="skip", on_bad_record="quarantine"))
+    assert "a0.txt" in (folder / "quarantine.jsonl").read_text()
+
+
+@pytest.mark.parametrize("which", ["_CLEANING_LIBRARIES", "_ENCODING_LIBRARIES"])
+def test_a_part_made_by_another_version_of_a_library_is_made_again(corpus, small_shards, monkeypatch, which):
+    """The preparation is interrupted before its end, then a library is upgraded."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "join", interrupted)
+        prepare(config(corpus))
+    again = []
+    monkeypatch.setattr(pipeline, "clean_chunk", lambda task: again.append("_CLEANING_LIBRARIES") or clean_chunk(task))
+    monkeypatch.setattr(
+        pipeline, "encode_chunk", lambda task: again.append("_ENCODING_LIBRARIES") or encode_chunk(task)
+    )
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        pipeline, "version", lambda name: "999" if name in getattr(pipeline, which) else installed(name)
+    )
+    prepare(config(corpus))
+    assert which in again
+
+
+def test_parts_of_another_end_token_are_encoded_again(corpus, small_shards, monkeypatch):
+    """The tokenizer's file is the same; its end-of-document token is named beside it."""
+    from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "join", interrupted)
+        prepare(config(corpus))
+    again = []
+    monkeypatch.setattr(pipeline, "encode_chunk", lambda task: again.append(task) or encode_chunk(task))
+    original = SentencePieceTokenizer.__init__
+
+    def other_end(self, *arguments, **also):
+        original(self, *arguments, **also)
+        self.end_of_document = 5
+
+    monkeypatch.setattr(SentencePieceTokenizer, "__init__", other_end)
+    prepare(config(corpus))
+    assert again
