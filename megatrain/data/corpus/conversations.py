@@ -16,6 +16,9 @@ from megatrain.data.corpus.record import Problem
 FIELDS = ("messages", "conversations", "comments")
 """Fields that are taken for a conversation in a record without the field `data.text_column`."""
 
+BEGINNINGS = ("title", "text", "body", "selftext")
+"""Fields of a record with which a thread of comments begins."""
+
 _NAMES = {"human": "User", "gpt": "Assistant", "chatgpt": "Assistant", "bot": "Assistant", "model": "Assistant"}
 _PREFIX = re.compile(r"t\d_")  # of the ids that parents are named by in dumps of Reddit
 
@@ -30,8 +33,11 @@ def find_conversation(record: dict[str, Any], column: str) -> list[Any] | None:
     return None
 
 
-def render(conversation: list[dict[str, Any]], record: dict[str, Any]) -> str | Problem:
+def render(conversation: list[Any], record: dict[str, Any]) -> str | Problem:
     """Return a conversation as text, or what is wrong with it. A thread begins with the record's title and text."""
+    if (other := next((at for at, entry in enumerate(conversation, start=1) if not isinstance(entry, dict)), 0)) > 0:
+        value = conversation[other - 1]
+        return Problem("not_a_message", f"message {other} is {'null' if value is None else 'no object'}")
     if any(_first(entry, "parent_id", "parent") is not None for entry in conversation):
         return _render_thread(conversation, record)
     parts = []
@@ -55,9 +61,7 @@ def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> st
     for comment in comments:
         parent = _PREFIX.sub("", str(_first(comment, "parent_id", "parent") or ""))
         (answers[parent] if parent in ids else first).append(comment)
-    parts = [
-        text.strip() for name in ("title", "text", "body", "selftext") if isinstance(text := record.get(name), str)
-    ]
+    parts = [text.strip() for name in BEGINNINGS if isinstance(text := record.get(name), str)]
     seen: set[str] = set()
     waiting = [(comment, "") for comment in reversed(first)]
     written = 0

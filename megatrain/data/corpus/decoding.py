@@ -55,7 +55,7 @@ def decode(record: Record, policy: Policy) -> Decoded:
     if isinstance(payload, bytes):
         if record.kind in _FILES and (problem := no_text(payload)):
             raise LeftOutError(problem.kind) if record.kind == "code" else BadRecordError(problem)
-        if record.markup:
+        if record.markup or record.charset:
             text, bad = decode_html(payload, record.charset)
             at = "in no encoding that it names or resembles" if bad else ""
         else:
@@ -63,7 +63,7 @@ def decode(record: Record, policy: Policy) -> Decoded:
     else:
         text = payload
     if record.kind == "wikipedia":
-        text = wikitext_to_text(text)
+        text = wikitext_to_text(text, record.namespaces)
     elif record.kind == "json":
         text = _from_json(text, policy.text_column, decoded)
     if _SURROGATE.search(text):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from megatrain.data.corpus.conversations import FIELDS, render
+from megatrain.data.corpus.conversations import BEGINNINGS, FIELDS, render
 from megatrain.data.corpus.record import Problem
 from megatrain.errors import DataError
 
@@ -93,8 +93,8 @@ class TextColumn:
     """The column of a `.parquet` that holds the text; `content.text` is the field `text` of the struct `content`.
 
     A list of messages in that column, or in a file without it, is a conversation. `problem` is what is wrong with every
-    row, if there is no such column or it holds something else. `column` is the column to read, `kind` what it holds.
-    Raises `DataError` if there are two columns of that name.
+    row, if there is no such column or it holds something else. `columns` are those to read (None for all), `kind` is
+    what the text's column holds. Raises `DataError` if there are two columns of that name.
     """
 
     problem: Problem | None = None
@@ -109,6 +109,7 @@ class TextColumn:
         if name.partition(".")[0] not in schema.names:
             name = next((other for other in FIELDS if _holds_objects(schema, other)), name)
         self.column = name
+        self.columns: list[str] | None = [name]
         self._path = [name] if name in schema.names else name.split(".")
         if schema.names.count(self._path[0]) > 1:
             raise DataError(
@@ -121,16 +122,20 @@ class TextColumn:
             if at < 0:
                 has = ", ".join(_paths(schema))
                 self.problem = Problem("no_field", f"no column {name!r} (it has {has})", "set data.text_column")
+                self.columns = None
                 return
             kind = fields.field(at).type
             fields = kind if types.is_struct(kind) else None
         if _holds_objects(schema, name):
             self.kind = "conversation"
+            beginnings = [other for other in BEGINNINGS if other != name and schema.names.count(other) == 1]
+            self.columns = [name, *beginnings]
             return
         text = kind.value_type if types.is_dictionary(kind) else kind
         known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
         if not any(getattr(types, f"is_{known_kind}")(text) for known_kind in known):
             self.problem = Problem("not_text", f"column {name!r} is {kind}, not text", "set data.text_column")
+            self.columns = None
 
     def rows(self, batch: Any) -> list[tuple[str | bytes | Problem, Any]]:
         """Return for each row of a record batch its text or what is wrong with it, and the row if that is known."""
@@ -139,7 +144,7 @@ class TextColumn:
         null = Problem("null", f"no text under {self.column!r}: it is null")
         if self.kind == "conversation":
             found = [(row, row[self.column]) for row in batch.to_pylist()]
-            return [(null if messages is None else render(messages, {}), row) for row, messages in found]
+            return [(null if messages is None else render(messages, row), row) for row, messages in found]
         return [(null if text is None else text, None) for text in self._texts(batch)]
 
     def _texts(self, batch: Any) -> list[bytes | None]:

@@ -220,8 +220,7 @@ class FilesSource(Source):
                 groups = range(start, file.num_row_groups if stop is None else stop)
                 row = sum(file.metadata.row_group(group).num_rows for group in range(start))
                 rows = max(file.metadata.num_rows, 1)
-                columns = None if column.problem else [column.column]
-                for batch in file.iter_batches(64, row_groups=groups, columns=columns):
+                for batch in file.iter_batches(64, row_groups=groups, columns=column.columns):
                     for value, whole in column.rows(batch):
                         row += 1
                         yield from self.field(value, f"{path}:{row}", whole, column.kind)

@@ -42,7 +42,7 @@ CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
 WORTH_A_PROOF = 32 * 2**20
 """Bytes of text from which proving a faster encoder (a few seconds) pays."""
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")

@@ -23,6 +23,7 @@ class Record:
     the text, `wikipedia` the wikitext of a page, `text`, `html` and `code` a file, `warc` a page of a crawl; others are
     text as they are. With `markup` it is HTML in any encoding; `charset` is what its server said. `where` is its file,
     or file:line. `id` is the source's own name for it, `metadata` what else the source knows.
+    `charset` is what a server named, `namespaces` are a wiki's own names for its files and categories.
 
     `problem` is what the source found wrong with it. An `oversized` record has no payload, because it was longer than
     `data.max_document_bytes`; one that is `left_out` has none either, because it is no document, for the reason named.
@@ -38,6 +39,7 @@ class Record:
     id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     charset: str | None = None
+    namespaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,15 @@ def _record(kind: str, headers: dict[str, str], content: bytes, where: str, limi
     page = _page(kind, headers, content)
     if page.reason:
         return Record(b"", where, left_out=page.reason, **about)
+    if len(content) == limit + _MAX_HEADER_BYTES:
+        return Record(b"", where, oversized=True, **about)
     body = page.body
     for coding in reversed(page.codings):
         decoded = _decompressed(body, coding, limit)
         if isinstance(decoded, Problem):
             return Record(b"", where, problem=decoded, **about)
         body = decoded
-    if len(body) > limit or len(content) == limit + _MAX_HEADER_BYTES:
+    if len(body) > limit:
         return Record(b"", where, oversized=True, **about)
     return Record(body, where, markup=page.media_type in _HTML, charset=page.charset, **about)
 
@@ -182,12 +184,27 @@ def _decompressed(body: bytes, coding: str, limit: int) -> bytes | Problem:
         if "gzip" in coding and not body.startswith(b"\x1f\x8b"):
             return body
         for window in (47, -15) if coding == "deflate" else (47,):
-            decompressor = zlib.decompressobj(window)
             try:
-                return decompressor.decompress(body, limit + 1)
+                whole = _inflated(body, window, limit)
             except zlib.error:
                 continue
+            return Problem("encoding", f"a {coding} body that ends early") if whole is None else whole
         return body if coding == "deflate" else Problem("encoding", "a damaged gzip body")
     if coding == "br" and b"<" in body[:100]:
         return body
     return Problem("encoding", f"a body in the Content-Encoding {coding}", "leave it out")
+
+
+def _inflated(body: bytes, window: int, limit: int) -> bytes | None:
+    """Decompress all members of a body, up to `limit` + 1 bytes; None if it ends early. Raises `zlib.error`."""
+    parts, left = [], limit + 1
+    while left > 0:
+        decompressor = zlib.decompressobj(window)
+        parts.append(decompressor.decompress(body, left))
+        left -= len(parts[-1])
+        if left > 0 and not decompressor.eof:
+            return None
+        body = decompressor.unused_data
+        if not body.startswith(b"\x1f\x8b"):  # what follows the last member is no text
+            break
+    return b"".join(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -20,7 +20,13 @@ _READ_BYTES = 2**16
 _KEPT = ("title", "ns", "id", "timestamp", "text")
 _TAGS = ("ref", "table", "gallery", "timeline", "math", "imagemap")
 """Tags that are removed with what they hold."""
-_NAMESPACE = re.compile(r"^\s*:?[^\s:\[\]|]{1,40}:(?=\S)")
+_REMOVED = ("6", "14")  # the numbers of the namespaces whose links are no text: files and categories
+_ALIASES = frozenset(  # that every wiki knows, and those that <siteinfo> does not name
+    ("file", "image", "category", "bild", "imagen", "immagine", "imagem", "изображение", "画像", "afbeelding")
+    + ("grafika", "文件", "檔案", "档案", "图像", "圖像", "图片", "圖片", "分类", "分類")
+)
+_LANGUAGE = re.compile(r"(?:[a-z]{2,3}(?:-[a-z]+)*|simple):\S")
+"""A link to the same page in another language, which a page does not show within its text."""
 
 
 class DumpError(EOFError):
@@ -43,10 +49,12 @@ class _Reader:
     def __init__(self, limit: int) -> None:
         self.pages: deque[_Page] = deque()
         self.root: str | None = None
+        self.namespaces: list[str] = []
         self._limit = limit
         self._path: list[str] = []
         self._page: _Page | None = None
         self._into: list[str] | None = None
+        self._name: list[str] = []
         self.parser = expat.ParserCreate()
         self.parser.buffer_text = True
         self.parser.StartElementHandler = self._start
@@ -61,6 +69,8 @@ class _Reader:
         inside = self._path[1:]
         if inside == ["page"]:
             self._page = _Page()
+        elif inside == ["siteinfo", "namespaces", "namespace"] and attributes.get("key") in _REMOVED:
+            self._into = self._name
         elif self._page and inside == ["page", "redirect"]:
             self._page.redirect = True
         elif self._page and name in _KEPT and inside[:-1] in (["page"], ["page", "revision"]):
@@ -72,13 +82,19 @@ class _Reader:
 
     def _end(self, name: str) -> None:
         self._path.pop()
+        if self._into is self._name and self._name:
+            self.namespaces.append("".join(self._name))
+            self._name = []
         self._into = None
         if self._page and len(self._path) == 1:
             self.pages.append(self._page)
             self._page = None
 
     def _characters(self, text: str) -> None:
-        if self._into is None or self._page is None:
+        if self._into is None:
+            return
+        if self._page is None:
+            self._into.append(text)
             return
         self._page.size += len(text)
         if self._page.size <= self._limit:
@@ -110,7 +126,7 @@ def read_dump(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
             yield _no_dump(name, f"its root is <{reader.root}>")
             return
         while reader.pages:
-            yield _record(reader.pages.popleft(), name, limit)
+            yield _record(reader.pages.popleft(), name, limit, tuple(reader.namespaces))
 
 
 def _no_dump(name: str, what: str) -> Record:
@@ -118,7 +134,7 @@ def _no_dump(name: str, what: str) -> Record:
     return Record(b"", name, problem=problem)
 
 
-def _record(page: _Page, name: str, limit: int) -> Record:
+def _record(page: _Page, name: str, limit: int, namespaces: tuple[str, ...]) -> Record:
     title = page.get("title")
     where = f"{name}, page {title!r}"
     about: dict[str, Any] = {"kind": "wikipedia", "id": title}
@@ -129,18 +145,28 @@ def _record(page: _Page, name: str, limit: int) -> Record:
         return Record("", where, left_out="redirect", **about)
     if page.size > limit:
         return Record("", where, oversized=True, **about)
-    return Record(page.get("text"), where, **about)
+    return Record(page.get("text"), where, namespaces=namespaces, **about)
 
 
-def wikitext_to_text(source: str) -> str:
-    """Return the text of a page: without templates, tables, references, files, categories and links' targets."""
+def wikitext_to_text(source: str, namespaces: Iterable[str] = ()) -> str:
+    """Return the text of a page: without templates, tables, references, files, categories and links' targets.
+
+    `namespaces` are the wiki's own names for files and categories.
+    """
     import mwparserfromhell
 
     code = mwparserfromhell.parse(source)
     for tag in list(code.ifilter_tags(matches=lambda node: str(node.tag).strip().lower() in _TAGS)):
         _remove(code, tag)
-    for link in list(code.ifilter_wikilinks(matches=lambda node: bool(_NAMESPACE.match(str(node.title))))):
-        _remove(code, link)
+    removed = _ALIASES | {name.lower() for name in namespaces}
+    for link in list(code.ifilter_wikilinks()):
+        title = str(link.title).strip()
+        if title.partition(":")[0].strip().replace("_", " ").lower() in removed or (
+            link.text is None and _LANGUAGE.match(title)
+        ):
+            _remove(code, link)
+        elif link.text is None and title.startswith(":"):  # shown as a link, without the colon
+            link.title = title.removeprefix(":")
     text = str(code.strip_code(normalize=True, collapse=True))
     text = re.sub(r"__[A-Z]{3,}__", "", text)
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)

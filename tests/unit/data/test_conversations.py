@@ -114,3 +114,23 @@ def test_a_column_of_messages_is_read_from_parquet(tmp_path, column):
     assert (first.payload, first.kind) == (TEXT, "conversation")
     assert [one.problem.kind for one in (empty, null, bad)] == ["not_a_message", "null", "not_a_message"]
     assert json.loads(bad.payload) == {"messages": [{"role": None, "content": "x"}]}
+
+
+def parquet_texts(folder, rows):
+    """Return what each row becomes when it is read from Parquet: its text, or the kind of its problem."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
+    found = []
+    for record in open_source(DataConfig(name="d", kind="files", paths=[str(folder)])).records():
+        found.append(record.problem.kind if record.problem else decode(record, Policy("text", "replace")).text)
+    return found
+
+
+def test_a_null_in_a_list_of_messages_in_parquet_is_a_bad_record(tmp_path):
+    rows = [{"messages": [MESSAGES[0], None]}, {"messages": MESSAGES}]
+    assert parquet_texts(tmp_path, rows) == ["not_a_message", TEXT]
+
+
+def test_a_thread_in_parquet_has_the_same_text_as_in_jsonl(tmp_path):
+    comments = [{"id": "1", "parent_id": "t3_0", "author": "Ann", "body": "Hello"}]
+    row = {"title": "A title", "selftext": "A question", "score": 3, "comments": comments}
+    assert parquet_texts(tmp_path, [row]) == [read(row).text] == ["A title\n\nA question\n\nAnn: Hello"]

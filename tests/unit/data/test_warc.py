@@ -188,3 +188,24 @@ def test_crawls_of_any_compression_give_the_same_dataset_on_any_number_of_worker
     again = prepare(config(tmp_path, "few", max_documents=40))
     counts = Card.load(limited).counts
     assert counts["read"] + counts["left_out"] == 40 and limited == again
+
+
+def test_plain_text_is_decoded_as_its_server_says():
+    body = warc_response("café".encode("latin-1"), media="text/plain; charset=iso-8859-1")
+    (record,) = pages(io.BytesIO(body))
+    decoded = decode(record, Policy("text", "refuse"))
+    assert (decoded.text, decoded.undecodable) == ("café", False)
+
+
+@pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compressed_body_that_ends_early_is_a_bad_record(coding, compress):
+    body = compress(page("".join(f"{i}, " for i in range(999))))
+    for cut in (len(body) - 1, len(body) // 2):
+        (record,) = pages(io.BytesIO(warc_response(body[:cut], Content_Encoding=coding)))
+        assert record.problem.message == f"a {coding} body that ends early"
+
+
+def test_a_gzip_body_of_several_members_is_read_whole():
+    body = gzip.compress(b"one ") + gzip.compress(b"two")
+    (record,) = pages(io.BytesIO(warc_response(body, media="text/plain", Content_Encoding="gzip")))
+    assert record.payload == b"one two"

@@ -80,6 +80,9 @@ def test_another_xml_is_a_bad_record(tmp_path, content, message):
         ("[[File:A.jpg|thumb|A ''caption'' with [[link]].]]Text", "Text"),
         ("See [[a b|the thing]], [[c]]s and [http://x.example a page].", "See the thing, cs and a page."),
         ("[[Category:Towns]]Text[[de:Stadt]][[分类:城市]]", "Text"),
+        ("[[wikt:cat|cat]] and [[Re:Zero]]", "cat and Re:Zero"),
+        ("A [[:Category:Towns|town]], [[:File:A.jpg]]", "A town, File:A.jpg"),
+        ("Old [[image:A.jpg|thumb|x]]names[[圖像:B.jpg]]", "Old names"),
         ("[[2001: A Space Odyssey]]", "2001: A Space Odyssey"),
         ('Before\n{| class="wikitable"\n|-\n! a !! b\n|-\n| 1 || 2\n|}\nAfter', "Before\n\nAfter"),
         ("== Head ==\nText <!-- hidden -->more\n__NOTOC__", "Head\nText more"),
@@ -128,3 +131,13 @@ def test_a_compressed_dump_that_is_cut_short_is_refused_by_name(tmp_path):
         DataError, match=r"d.xml: cut .* \(no element .*; the last whole record: .*d.xml, page '苹果'\)"
     ):
         list(open_source(DataConfig(name="d", paths=[str(tmp_path / "d.xml")])).records())
+
+
+def test_a_dump_names_its_own_namespaces_of_files_and_categories():
+    names = (
+        '<namespace key="6" case="first-letter">Datei</namespace><namespace key="14">Kategorie &amp; Art</namespace>'
+    )
+    names += '<namespace key="4">Wikipedia</namespace>'
+    head = DUMP_HEAD.replace("<namespaces>", f"<namespaces>{names}")
+    text = "[[Datei:A.jpg|mini|Bild]]Eine [[Wikipedia:Stadt|Stadt]].[[kategorie_&_Art:Ort]]"
+    assert texts(records(head + wiki_page("Stadt", text) + DUMP_TAIL)) == ["Eine Stadt."]
