@@ -21,9 +21,9 @@ _KEPT = ("title", "ns", "id", "timestamp", "text")
 _TAGS = ("ref", "table", "gallery", "timeline", "math", "imagemap")
 """Tags that are removed with what they hold."""
 _REMOVED = ("6", "14")  # the numbers of the namespaces whose links are no text: files and categories
-_ALIASES = frozenset(  # that every wiki knows, and those that <siteinfo> does not name
-    ("file", "image", "category", "bild", "imagen", "immagine", "imagem", "изображение", "画像", "afbeelding")
-    + ("grafika", "文件", "檔案", "档案", "图像", "圖像", "图片", "圖片", "分类", "分類")
+_ALIASES = (  # that every wiki knows, and those that <siteinfo> does not name
+    *("file", "image", "category", "bild", "imagen", "immagine", "imagem", "изображение", "画像", "afbeelding"),
+    *("grafika", "文件", "檔案", "档案", "图像", "圖像", "图片", "圖片", "分类", "分類"),
 )
 _LANGUAGE = re.compile(r"(?:[a-z]{2,3}(?:-[a-z]+)*|simple):\S")
 """A link to the same page in another language, which a page does not show within its text."""
@@ -158,7 +158,7 @@ def wikitext_to_text(source: str, namespaces: Iterable[str] = ()) -> str:
     code = mwparserfromhell.parse(source)
     for tag in list(code.ifilter_tags(matches=lambda node: str(node.tag).strip().lower() in _TAGS)):
         _remove(code, tag)
-    removed = _ALIASES | {name.lower() for name in namespaces}
+    removed = {*_ALIASES, *(name.lower() for name in namespaces)}
     for link in list(code.ifilter_wikilinks()):
         title = str(link.title).strip()
         if title.partition(":")[0].strip().replace("_", " ").lower() in removed or (
