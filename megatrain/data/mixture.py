@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -93,6 +93,11 @@ class MixturePlan:
             first, last = self.counts(start), self.counts(stop)
             total = {name: total[name] - last[name] + first[name] for name in total}
         return total
+
+    def first_weights(self, names: Collection[str]) -> dict[str, int]:
+        """Return the weights of those of the named sources that the first phase with any of them has; empty if none."""
+        of_names = ({name: w for name, w in phase.weights.items() if w and name in names} for phase in self.phases)
+        return next(filter(None, of_names), {})
 
     def phase_at(self, k: int) -> Phase:
         """Return the phase that sample k belongs to."""

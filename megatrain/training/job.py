@@ -269,9 +269,16 @@ class RankJob:
         )
 
     def _heldout(self) -> list[HeldoutShare]:
-        """Return this rank's held-out shares. What the run began with weighs them, so their mean stays comparable."""
+        """Return this rank's held-out shares. One set of weights for the whole run keeps their mean comparable.
+
+        The weights are those of the first phase that reads a source with held-out data.
+        """
         dp_rank, mixture = self.layout.dp_rank(self.world.rank), self.data.mixture
-        weights: Mapping[str, float] = mixture.plan.phases[0].weights if mixture else {"": 1.0}
+        weights: Mapping[str, float] = mixture.plan.first_weights(self.data.heldout) if mixture else {"": 1.0}
+        if mixture and self.data.heldout and not weights:
+            if self.world.is_main:
+                _LOG.warning("no phase of data.mixture reads a source with held-out data, so nothing is evaluated")
+            return []
         return [
             HeldoutShare(
                 *(name, weights.get(name, 0), dataset, self.config, dp_rank, self.layout.dp, self.data.end_of_document)

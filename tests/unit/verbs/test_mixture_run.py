@@ -72,6 +72,30 @@ def test_a_resume_changes_the_future_alone_and_only_on_purpose(whole, mixed, run
     assert seen[0]["sources"]["more"]["samples"] == seen[1]["sources"]["more"]["samples"]
 
 
+@pytest.fixture(scope="module")
+def unheld(tmp_path_factory, prepare, dataset):
+    """A dataset without a held-out split."""
+    return str(prepare(tmp_path_factory.mktemp("unheld") / "unheld", [dataset.name * 200], []))
+
+
+def test_a_later_phase_weighs_the_held_out_loss_if_the_first_has_no_held_out_data(mixed, run_job, unheld, tmp_path):
+    later = [{"from_step": 2, "mixture": {"words": 1}}]
+    config = mixed(tmp_path, steps=2, mixture={unheld: 1}, phases=later)
+    config.train.eval_every = 0
+    assert run_job(config) == 0
+    last = read_metrics(tmp_path / "mixed" / "metrics.jsonl")[-1]
+    assert last["heldout_loss"] == last["heldout_loss/words"]
+
+
+def test_a_new_mixture_weighs_the_held_out_loss_if_the_old_had_no_held_out_data(mixed, run_job, unheld, tmp_path):
+    config = mixed(tmp_path, steps=2, mixture={unheld: 1})
+    config.train.eval_every = 0
+    assert run_job(config) == 0
+    assert run_job(mixed(tmp_path, mixture={"words": 1}, override=["data.mixture"])) == 0
+    last = read_metrics(tmp_path / "mixed" / "metrics.jsonl")[-1]
+    assert last["heldout_loss"] == last["heldout_loss/words"]
+
+
 def test_a_cap_is_checked_before_the_run(mixed, second_dataset, tmp_path):
     capped = {"words": 0.5, str(second_dataset): {"weight": 0.5, "max_epochs": 0.1}}
     with pytest.raises(ConfigError, match=r"data.mixture..*/more: max_epochs=0.1 allows"):
