@@ -186,7 +186,14 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self.flattened: list[yaml.MappingNode] = []
+
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            if node in self.flattened:  # what it merged from others by << is in it by now
+                return
+            self.flattened.append(node)
             lines: dict[str, int] = {}
             for key, _ in node.value:
                 line = key.start_mark.line + 1

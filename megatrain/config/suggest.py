@@ -122,8 +122,8 @@ def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> 
     """Return the dotted key or the group that an unknown name most likely means. `helps` maps each key to its meaning.
 
     Tried in this order: a similar last part in the named group; a key with the same last part in another group; the
-    name in another trainer; the same name without filler words; a group's name; a similar last part; a similar whole
-    name; a key whose meaning contains the words of the last part (learning_rate → lr).
+    name in another trainer; the same name without filler words; a key that begins like it; a group's name; a similar
+    last part; a similar whole name; a key whose meaning contains the words of the last part (learning_rate → lr).
     """
     group, _, leaf = given.lower().replace("-", "_").rpartition(".")
     keys = sorted(helps, key=lambda key: not (group and key.startswith(group + ".")))
@@ -136,11 +136,11 @@ def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> 
             return key
     if (other := OTHER_NAMES.get(leaf)) and (other in helps or other.partition("=")[0] in groups):
         return other
-    if len(leaf) > 2 and (found := [key for key in keys if leaves[key].startswith(leaf)]):
-        return found[0]
     for key in keys:
         if _core(leaf) and _core(leaves[key]) == _core(leaf):
             return key
+    if len(leaf) > 2 and (found := [key for key in keys if leaves[key].startswith(leaf)]):
+        return found[0]
     if not group and (found := get_close_matches(leaf, groups, n=1, cutoff=0.6)):
         return f"{found[0]}=<choice>"
     if found := get_close_matches(leaf, leaves.values(), n=1, cutoff=0.7):

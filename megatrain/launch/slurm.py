@@ -207,7 +207,10 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
     if dry_run:
         show_script(submission.script)
         nodes, ranks = config.num_nodes or 1, config.nproc_per_node
-        print(f"# {nodes * ranks} ranks: {nodes} nodes x {ranks}, launch.device={config.device}")
+        given = any(word.startswith("launch.nproc_per_node=") for word in arguments)
+        on_each = str(ranks) if given else "one rank for each GPU that Slurm gives there, or 1"
+        total = f"{nodes * ranks} ranks: " if given else ""
+        print(f"# {total}{nodes} nodes x {on_each}, launch.device={config.device}")
         print(submission)
     else:
         print(submission.submit())

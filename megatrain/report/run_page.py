@@ -340,10 +340,10 @@ def changes(events: list[dict[str, Any]]) -> str:
 def status(run_dir: Path, events: list[dict[str, Any]], curves: Curves) -> dict[str, str]:
     """Return the run's status as its folder records it. A killed run records no end; a running one has an owner."""
     last = next((event for event in reversed(events) if event["kind"] in ("stop", "start", "resume")), None)
-    if last is not None and last["kind"] == "stop":
+    alive, last_step = is_held(run_dir), seconds(curves.last.get("time"))
+    if last is not None and last["kind"] == "stop" and not alive:
         how = str(last.get("status") or last.get("reason") or "ended")
         return {"text": how, "tone": "good" if how == "done" else "bad" if how == "failed" else "plain"}
-    alive, last_step = is_held(run_dir), seconds(curves.last.get("time"))
     if not curves.last:
         return {"text": "running, no step yet" if alive else "no step yet", "tone": "plain"}
     if not alive:

@@ -63,11 +63,12 @@ class Failure:
         elif self.kind == SIGNAL:
             what = f"was killed by {self.how}" + (" (out of memory, perhaps)" if self.how == "SIGKILL" else "")
         elif self.kind == EXIT:
-            what = f"ended with {self.how}, but neither finished nor saved nor reported an error,"
+            what = f"ended with {self.how}"
         else:
             what = f"raised {self.how}"
         where = f"at step {self.step} in {self.phase}" if self.step else f"in {self.phase}, before its first step"
-        return f"rank {self.rank} on {self.host} {what} {where}" + (f": {self.detail}" if self.detail else "")
+        without = ", without finishing, saving or reporting an error" if self.kind == EXIT else ""
+        return f"rank {self.rank} on {self.host} {what} {where}{without}" + (f": {self.detail}" if self.detail else "")
 
 
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:

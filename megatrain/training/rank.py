@@ -88,7 +88,8 @@ def _report(error: BaseException, environment: RankEnvironment, heartbeat: Heart
     if report.kind == JOB:
         if isinstance(error, Exception):
             raise error
-        raise RuntimeError(f"rank {environment.rank} was to end by {report}") from error  # SystemExit(0) is no success
+        # SystemExit(0) is no success.
+        raise RuntimeError(f"rank {environment.rank} was ended in the middle of the run by {report}") from error
     if report.kind == PEER:
         raise LostPeerError(
             f"rank {environment.rank} lost another rank, which ended or is out of reach; the other ranks' logs say why"

@@ -219,3 +219,12 @@ def test_a_folder_or_a_dead_link_named_like_a_choice_is_none(own):
         said = refusal(f"--config-dir={folder}", f"model={name}")
         assert f"unknown choice model={name}" in said and "mine" in said
         assert f"{name}," not in said
+
+
+def test_merged_keys_are_not_given_twice(tmp_path):
+    """YAML's << merges a mapping that has merged another one before."""
+    from megatrain.config.choices import read_yaml
+
+    file = tmp_path / "x.yaml"
+    file.write_text("a: &a {web: 1, code: 2}\nb: &b {<<: *a, code: 5}\nc: {<<: *b, zh: 1}\n")
+    assert read_yaml(file)[0]["c"] == {"web": 1, "code": 5, "zh": 1}

@@ -146,7 +146,7 @@ def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_pat
     shown = capsys.readouterr().out
     assert not fake_sbatch.exists() and "#SBATCH --requeue" in shown
     assert "--nodes=2" in shown.splitlines()[-1], "the command comes last"
-    assert "# 2 ranks: 2 nodes x 1, launch.device=auto\n" in shown
+    assert "# 2 nodes x one rank for each GPU that Slurm gives there, or 1, launch.device=auto\n" in shown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert cli.main(["train", *words, "--dry-run"]) == 0
     assert "#SBATCH" not in capsys.readouterr().out, "a terminal would scroll away what matters"
