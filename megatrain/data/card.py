@@ -7,6 +7,7 @@ The card is written last: a folder without one is not a dataset yet.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -247,9 +248,12 @@ def made_by(card: Card) -> list[str]:
     if kind in (None, "megatron", "mixture"):
         return []
     default = flatten(asdict(PrepareConfig()))
+    config = copy.deepcopy(card.config)
+    for step in config.get("clean", {}).get("steps", []):
+        step.get("decontaminate", {}).pop("digests", None)  # what its sets held, which is no parameter
     words = [
         f"{key}={as_text(value)}"
-        for key, value in flatten(card.config).items()
+        for key, value in flatten(config).items()
         if value != default.get(key, value)
         and key not in ("data.kind", "data.name")
         and not key.startswith("tokenizer.")

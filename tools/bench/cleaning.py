@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import xxhash
 from intervals import median_interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +102,7 @@ def english() -> Iterator[str]:
 
 def hash_of(text: str) -> int:
     """Return a number that is the same in every process."""
-    return int.from_bytes(text.encode()[::-1], "big") * 0x9E3779B97F4A7C15 % 2**64
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogateescape"))
 
 
 def docstrings(source: str) -> Iterator[str]:

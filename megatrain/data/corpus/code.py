@@ -61,14 +61,9 @@ def license_of(text: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def find_license_files(folder: Path, top: Path) -> list[Path]:
-    """Return the licence files of the nearest folder that has any, from `folder` up to `top`."""
-    while True:
-        files = [path for path in folder.iterdir() if path.name.upper().startswith(_LICENSE_FILES) and path.is_file()]
-        found = sorted(files)
-        if found or folder == top or folder == folder.parent:
-            return found
-        folder = folder.parent
+def find_license_files(folder: Path) -> list[Path]:
+    """Return the licence files directly in a folder."""
+    return sorted(path for path in folder.iterdir() if path.name.upper().startswith(_LICENSE_FILES) and path.is_file())
 
 
 def read_licenses(paths: list[Path]) -> str | None:

@@ -40,7 +40,7 @@ class FilesSource(Source):
             config.paths, self._is_read, KNOWN if config.kind == "files" else KNOWN_CODE
         )
         folders = [Path(path).expanduser() for path in config.paths]
-        self._folders = [folder for folder in folders if folder.is_dir()]
+        self._folders = {folder for folder in folders if folder.is_dir()}
         self._licenses: dict[Path, tuple[list[Path], str | None]] = {}
         kinds = {self._kind(path) for path in self.files}
         for kind, library in (("html", "resiliparse"), ("warc", "resiliparse"), ("wikipedia", "mwparserfromhell")):
@@ -93,11 +93,16 @@ class FilesSource(Source):
         """Return the files with the licence of a file of code, and the licence; none for another file."""
         if self._kind(path) != "code":
             return [], None
-        folder = path.parent
+        return self._license_of_folder(path.parent)
+
+    def _license_of_folder(self, folder: Path) -> tuple[list[Path], str | None]:
+        """Return the licence files of the nearest folder that has any, up to one of `data.paths`; list each once."""
         if folder not in self._licenses:
-            tops = [top for top in self._folders if top == folder or top in folder.parents]
-            files = find_license_files(folder, max(tops, key=lambda top: len(top.parts), default=folder))
-            self._licenses[folder] = files, read_licenses(files)
+            files = find_license_files(folder)
+            if files or folder in self._folders or self._folders.isdisjoint(folder.parents):
+                self._licenses[folder] = files, read_licenses(files)
+            else:
+                self._licenses[folder] = self._license_of_folder(folder.parent)
         return self._licenses[folder]
 
     def read(self, shard: Shard) -> Iterator[Record]:

@@ -6,6 +6,7 @@ import pytest
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
+from megatrain.data.corpus import files_source
 from megatrain.data.corpus.code import license_of, read_licenses, why_left_out
 from megatrain.data.corpus.decoding import decode
 from megatrain.data.corpus.file_kinds import kind_of, programming_language
@@ -94,6 +95,17 @@ def test_a_changed_licence_makes_another_shard(project):
     (project / "one" / "LICENSE").write_text(APACHE)
     (after,) = open_source(config).shards()
     assert before.paths == after.paths and before.stamps != after.stamps
+
+
+def test_each_folder_is_listed_once_for_its_licences(project, monkeypatch):
+    listed = []
+    monkeypatch.setattr(files_source, "find_license_files", lambda folder: listed.append(folder) or [])
+    for name in ("three/a/x.py", "three/b/y.py", "three/b/c/z.py"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(CODE)
+    list(open_source(DataConfig(name="d", kind="code", paths=[str(project)])).records())
+    assert {project, project / "three", project / "three" / "b" / "c"} <= set(listed)
+    assert len(listed) == len(set(listed)) and project.parent not in listed
 
 
 def test_a_folder_without_code_is_refused(project):

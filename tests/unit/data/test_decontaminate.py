@@ -6,9 +6,10 @@ import os
 import random
 
 import pytest
+import yaml
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
-from megatrain.data.card import Card
+from megatrain.data.card import Card, made_by
 from megatrain.data.corpus import evaluation_sets, words
 from megatrain.data.corpus.document import Document
 from megatrain.data.corpus.evaluation_sets import NgramTable, find_sets
@@ -181,6 +182,8 @@ def test_a_set_that_changes_on_disk_makes_another_dataset(tmp_path, sets):
 
     card = prepared("d")
     assert card.cleaning[0]["rules"] == {"quiz": 2}
+    (steps,) = [yaml.safe_load(word.partition("=")[2]) for word in made_by(card) if word.startswith("clean.steps=")]
+    assert settings_of(build_recipe(steps)) == card.config["clean"]["steps"]
     assert prepared("two", workers=2).fingerprint == card.fingerprint
     with open(sets[1], "a") as file:
         file.write("more")

@@ -1,9 +1,14 @@
 """The steps that repair Unicode and identify languages."""
 
+import sys
+
 import pytest
 
 from megatrain.data.corpus.document import Document
 from megatrain.data.corpus.recipe import build_recipe
+from megatrain.data.corpus.steps.personal_data import _phonenumbers
+from megatrain.data.corpus.steps.unicode import _ftfy
+from megatrain.errors import ConfigError, EnvironmentFault
 
 
 def cleaned(text, step):
@@ -59,9 +64,43 @@ def test_languages_are_identified_and_kept_by_code():
         assert (document.language, removal and removal.rule) == (language, rule)
 
 
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            {"language": {"keep": ["en", "english"]}},
+            r"language.keep: unknown english; codes that would work: ace, .*zh",
+        ),
+        ({"language": {"keep": ["yue"]}}, r"language.keep: unknown yue; give zh for yue; codes"),
+        ({"personal_data": {"regions": ["US", "UK"]}}, r"personal_data.regions: unknown UK; .* FR, .*GB"),
+    ],
+)
+def test_unknown_codes_are_refused_before_anything_is_read(step, message):
+    with pytest.raises(ConfigError, match=message):
+        build_recipe([step])
+
+
+@pytest.mark.parametrize(
+    ("step", "library", "without"),
+    [
+        ("language", "py3langid.langid", None),
+        ("unicode", "ftfy", {"repair_encoding": False}),
+        ("personal_data", "phonenumbers", {"kinds": ["email"]}),
+    ],
+)
+def test_a_missing_library_is_noticed_before_anything_is_read(step, library, without, monkeypatch):
+    _ftfy.cache_clear()
+    _phonenumbers.cache_clear()
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(EnvironmentFault, match=rf"{step} needs the library {library}: pip install 'megatrain.corpus.'"):
+        build_recipe([step])
+    if without:
+        build_recipe([{step: without}])
+
+
 def test_a_document_of_no_clear_language_is_removed():
     assert cleaned("x1 q", {"language": {"keep": ["en"], "min_score": 0.999999}}).endswith(
-        ("uncertain_language", "language_" + cleaned("x1 q", {"language": {"keep": ["xx"]}}).removeprefix("language_"))
+        ("uncertain_language", "language_" + cleaned("x1 q", {"language": {"keep": ["vo"]}}).removeprefix("language_"))
     )
     assert cleaned("x1 q", "language") == "x1 q"
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from megatrain.config import key
 from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.source import require_library
+from megatrain.errors import ConfigError
 
 _CHARACTERS = 2000
 """Characters looked at: from the middle of a long document, because beginnings are often menus."""
@@ -27,7 +28,22 @@ class Language(Step):
 
     name: ClassVar[str] = "language"
     keep: list[str] = key([], "languages to keep; empty keeps all")
-    min_score: float = key(0.65, "smallest probability of the best language (FineWeb's 0.65)", minimum=0, maximum=1)
+    min_score: float = key(
+        0.65, "with `keep`: smallest probability of the language (FineWeb's 0.65)", minimum=0, maximum=1
+    )
+
+    def __post_init__(self) -> None:
+        _langid()
+        if not self.keep:
+            return
+        known = {str(label) for label in _identifier().labels} - set(_VARIANTS)
+        if unknown := [code for code in self.keep if code not in known]:
+            variants = [f"{_VARIANTS[code]} for {code}" for code in unknown if code in _VARIANTS]
+            hint = f"give {', '.join(variants)}; " if variants else ""
+            raise ConfigError(
+                f"clean.steps: language.keep: unknown {', '.join(unknown)}; {hint}codes that would work: "
+                f"{', '.join(sorted(known))}"
+            )
 
     def apply(self, document: Document) -> Removal | None:
         """Set the document's language, and remove it if another is wanted or the model is not sure."""
@@ -43,7 +59,11 @@ class Language(Step):
         return None
 
 
+def _langid() -> Any:
+    return require_library("py3langid.langid", "the cleaning step language", "corpus")
+
+
 @functools.cache
 def _identifier() -> Any:
-    langid = require_library("py3langid.langid", "the cleaning step language", "corpus")
+    langid = _langid()
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)

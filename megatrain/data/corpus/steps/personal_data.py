@@ -39,6 +39,10 @@ class PersonalData(Step):
     public_addresses_only: bool = key(True, "leave IP addresses that are not reachable from the internet")
     regions: list[str] = key(["US", "GB", "CN"], "countries whose national phone numbers are looked for")
 
+    def __post_init__(self) -> None:
+        if "phone" in self.kinds:
+            _phonenumbers(tuple(self.regions))
+
     def apply(self, document: Document) -> Removal | None:
         """Mask the finds and count them by kind."""
         for kind in KINDS:
@@ -204,7 +208,10 @@ def _phonenumbers(regions: tuple[str, ...]) -> Any:
     """Return the library. Raises `ConfigError` for a region that it does not know."""
     library = require_library("phonenumbers", "the cleaning step personal_data", "corpus")
     if unknown := [region for region in regions if region not in library.SUPPORTED_REGIONS]:
-        raise ConfigError(f"personal_data.regions: unknown {', '.join(unknown)}; give codes such as US, GB, CN")
+        raise ConfigError(
+            f"clean.steps: personal_data.regions: unknown {', '.join(unknown)}; give codes of ISO 3166 in capitals: "
+            f"{', '.join(sorted(library.SUPPORTED_REGIONS))}"
+        )
     return library
 
 

@@ -35,7 +35,11 @@ class UnicodeRepair(Step):
         True, "make no-break and other wide or narrow spaces plain ones, but not the ideographic one"
     )
     remove_emoji: bool = key(False, "remove emoji")
-    max_blank_lines: bool = key(True, "leave at most one blank line in a row")
+    limit_blank_lines: bool = key(True, "leave at most one blank line in a row")
+
+    def __post_init__(self) -> None:
+        if self.repair_encoding:
+            _ftfy()
 
     def apply(self, document: Document) -> Removal | None:
         """Repair the text."""
@@ -51,7 +55,7 @@ class UnicodeRepair(Step):
         if self.remove_emoji and not text.isascii():
             text, found = _EMOJI.subn("", text)
             document.count("emoji", found)
-        if self.max_blank_lines:
+        if self.limit_blank_lines:
             text = _MANY_LINES.sub("\n\n", text)
         document.text = unicodedata.normalize("NFC", text)
         return None
