@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any
 
-from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.config import DataConfig, TrainLoopConfig
 from megatrain.data.mixed_dataset import Mixture
 from megatrain.data.mixture import MixturePlan, Phase
-from megatrain.data.mixture_settings import PhaseSetting, first_sample, phase_weights, place_phases, read_phases
+from megatrain.data.mixture_settings import (
+    PhaseSetting,
+    check_caps,
+    first_sample,
+    phase_weights,
+    place_phases,
+    read_phases,
+)
+from megatrain.data.order import cursor_after
 from megatrain.errors import CheckpointError, DataError
 from megatrain.optim.schedule import samples_before
 
@@ -23,6 +31,9 @@ PLAN_KEYS = (
     "train.batch_ramp_steps",
 )
 """Keys that decide where phases begin, or what they are mixed of."""
+
+CAP_KEYS = {*PLAN_KEYS, "train.steps", "train.skip_ranges"}
+"""Keys that decide how often a source is read."""
 
 
 def continue_mixture(
@@ -53,6 +64,21 @@ def continue_mixture(
         return mixture.continued(old)
     before = read_phases(_data_config(saved.identity.config.get("data", {})))
     return mixture.continued(_plan_ahead(saved, old, before, mixture, loop))
+
+
+def check_run_caps(
+    mixture: Mixture, loop: TrainLoopConfig, progress: Progress, changed: Collection[str] | None
+) -> None:
+    """Refuse a run that would read a source more often than its `max_epochs`. Raises ConfigError.
+
+    `changed` are the keys that a resume changes; None for a new run. A restart that changes nothing is not refused:
+    skips, which move the samples of a run, must not end it.
+    """
+    if changed is not None and not CAP_KEYS & set(changed):
+        return
+    ahead = samples_before(loop, loop.steps + 1) - samples_before(loop, progress.step + 1)
+    end = cursor_after(progress.cursor, ahead, progress.skip_ranges)
+    check_caps(mixture.phases, mixture.plan, end, progress.skip_ranges, resumes=changed is not None)
 
 
 def _plan_ahead(

@@ -17,7 +17,7 @@ from megatrain.config.suggest import did_you_mean
 from megatrain.data.card import CARD, Card, SplitCard, check_dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixture import MixturePlan, PlannedSource, first_windows
-from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, check_caps, make_plan, read_phases
+from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, make_plan, read_phases
 from megatrain.errors import ConfigError, DataError
 
 _MAX_OPEN = 64
@@ -47,10 +47,6 @@ class Mixture:
         sources = {source: card.fingerprint for source, card in self.cards.items()}
         tokenizer = next((card.tokenizer for card in self.cards.values()), None)
         return Card(name, self.plan.fingerprint, splits, tokenizer, source={"sources": sources})
-
-    def check_caps(self, end: int) -> None:
-        """Refuse a run of `end` samples that reads a source more often than its `max_epochs`. Raises ConfigError."""
-        check_caps(self.phases, self.plan, end)
 
     def continued(self, plan: MixturePlan) -> Mixture:
         """Return the mixture with the plan that a resumed run continues."""

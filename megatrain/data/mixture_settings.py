@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -258,14 +258,21 @@ def phase_weights(setting: PhaseSetting, sources: Mapping[str, PlannedSource]) -
         ) from error
 
 
-def check_caps(phases: list[PhaseSetting], plan: MixturePlan, end: int) -> None:
-    """Refuse a run of `end` samples that reads a source more often than its `max_epochs`. Raises ConfigError.
+def check_caps(
+    phases: list[PhaseSetting],
+    plan: MixturePlan,
+    end: int,
+    skip_ranges: Collection[tuple[int, int]] = (),
+    resumes: bool = False,
+) -> None:
+    """Refuse a run up to sample `end` that reads a source more often than its `max_epochs`. Raises ConfigError.
 
-    A plan that was changed on a resume has more phases than the config: the config's are the last ones.
+    Skipped samples are not read. A plan that was changed on a resume has more phases than the config: the config's are
+    the last ones.
     """
     ends = [*(phase.start for phase in plan.phases[1:]), end][-len(phases) :]
     for setting, stop in zip(phases, ends, strict=True):
-        counts = plan.counts(min(stop, end))
+        counts = plan.seen(min(stop, end), skip_ranges)
         for name, source in setting.sources.items():
             read, size = counts[name], plan.sources[name].samples
             if source.max_epochs is None or read <= source.max_epochs * size:
@@ -273,6 +280,10 @@ def check_caps(phases: list[PhaseSetting], plan: MixturePlan, end: int) -> None:
             raise ConfigError(
                 f"{setting.key}.{source.place}: max_epochs={float(source.max_epochs):g} allows "
                 f"{int(source.max_epochs * size):,} samples of {name}, but the run reads {read:,} of them "
-                f"({read / size:.2f} epochs) in {min(stop, end):,} samples; lower its weight, lower train.steps, raise "
-                "max_epochs, or prepare more of it"
+                f"({read / size:.2f} epochs) in {min(stop, end):,} samples; lower train.steps, raise max_epochs, "
+                + (
+                    f"or lower its weight with 'checkpoint.override=[{setting.key.partition('[')[0]}]'"
+                    if resumes
+                    else "lower its weight, or prepare more of it"
+                )
             )

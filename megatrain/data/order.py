@@ -97,6 +97,15 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+def cursor_after(cursor: int, count: int, skip_ranges: Iterable[tuple[int, int]] = ()) -> int:
+    """Return the cursor after the next `count` samples outside the skip ranges. As `take`, without their numbers."""
+    end = cursor + count
+    for start, stop in merge_ranges((max(start, cursor), stop) for start, stop in skip_ranges):
+        if start < end:
+            end += stop - start
+    return end
+
+
 def take(cursor: int, count: int, skip_ranges: Iterable[tuple[int, int]] = ()) -> tuple[np.ndarray, int]:
     """Return the next `count` sample numbers from `cursor` on, outside the skip ranges, and the new cursor.
 

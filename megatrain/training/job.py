@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.continued_mixture import continue_mixture
+from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.manifest import Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import OVERRIDES, UNTOLD, check_resume, take_over
@@ -32,7 +32,7 @@ from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.optim.schedule import batch_size, learning_rate, samples_before
+from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.fault_classes import PEER, USER, classify, message_of
 from megatrain.resilience.owner import Ownership
@@ -130,7 +130,8 @@ class RankJob:
         elif origin:
             self._begin_from(origin)
         if self.data.mixture:
-            self.data.mixture.check_caps(self._last_sample())
+            changed = self.changes if origin and origin.resumes else None
+            check_run_caps(self.data.mixture, self.config.train, self.progress, changed)
         engine = build_engine(self.config, self.world)
         if origin:
             self.world.heartbeat.enter("load")
@@ -244,11 +245,6 @@ class RankJob:
     @cached_property
     def _order(self) -> Order:
         return self.data.order
-
-    def _last_sample(self) -> int:
-        """Return the sample after the last one that the run reads if it skips nothing more."""
-        loop, step = self.config.train, self.progress.step
-        return self.progress.cursor + samples_before(loop, loop.steps + 1) - samples_before(loop, step + 1)
 
     def _stream(self) -> TrainStream:
         config = self.config

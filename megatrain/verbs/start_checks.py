@@ -10,13 +10,14 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from megatrain.checkpoint.continued_mixture import continue_mixture
+from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.find import model_of, peek, tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
-from megatrain.checkpoint.resume import check_resume
+from megatrain.checkpoint.resume import check_resume, take_over
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments
 from megatrain.config import DataConfig, PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
@@ -28,7 +29,6 @@ from megatrain.data.mixed_dataset import Mixture
 from megatrain.data.mixture_settings import read_phases
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.optim.schedule import samples_before
 from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 from megatrain.verbs.places import require
 
@@ -99,17 +99,17 @@ def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None
     if weights:  # before the vocabulary is compared: another tokenizer explains another size
         check_tokenizer(*weights, card, dataset, config)
     config = with_vocabulary(config, card, dataset)
+    changed: dict[str, tuple[Any, Any]] | None = None
     if found:
         folder, manifest = found
         changed = check_resume(manifest, asdict(config), None if mixture else card.fingerprint, str(folder))
         if mixture:
             mixture = continue_mixture(manifest, mixture, config.train, changed, str(folder))
-        done = manifest.progress
+        progress = take_over(manifest, changed)[0]
     else:
-        done = Progress()
+        progress = Progress(skip_ranges=[(start, stop) for start, stop in config.train.skip_ranges])
     if mixture is not None:
-        loop = config.train
-        mixture.check_caps(done.cursor + samples_before(loop, loop.steps + 1) - samples_before(loop, done.step + 1))
+        check_run_caps(mixture, config.train, progress, changed)
     if weights:
         plan_transfer(*weights, config.model, config.checkpoint.override)
 

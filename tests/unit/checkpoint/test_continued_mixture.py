@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.continued_mixture import continue_mixture
+from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.manifest import Identity, Manifest, Progress
 from megatrain.checkpoint.resume import changed_keys, check_resume
 from megatrain.config import TrainConfig
 from megatrain.data.mixed_dataset import Mixture
 from megatrain.data.mixture import Phase, PlannedSource
 from megatrain.data.mixture_settings import make_plan, read_phases
-from megatrain.errors import CheckpointError, DataError
+from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.optim.schedule import samples_before
 
 SIZES = {name: PlannedSource(f"{name} fingerprint", size) for name, size in (("code", 100), ("web", 900), ("zh", 25))}
@@ -111,6 +111,21 @@ def test_the_steps_of_later_phases_are_counted_in_the_new_batch_size():
     now = run({"web": 0.7, "code": 0.3}, [LATER], batch=16, override=["train.global_batch_size"])
     assert [phase.start for phase in resume(saved(STARTED, 10), now).phases] == [0, 240]
     assert [phase.start for phase in resume(saved(STARTED, 25), now).phases] == [0, 160]
+
+
+def test_caps_are_checked_when_a_run_begins_or_changes_not_at_every_restart():
+    """125 steps of 8 samples read zh four times, as its cap allows, whatever was skipped; 130 steps read more."""
+    config, mixture = run({"web": 0.9, "zh": {"weight": 0.1, "max_epochs": 4}})
+    new, skipped = Progress(), Progress(step=10, cursor=80 + 40, skip_ranges=[(20, 60)])
+    config.train.steps = 125
+    check_run_caps(mixture, config.train, new, None)
+    check_run_caps(mixture, config.train, skipped, ["train.steps"])
+    config.train.steps = 130
+    check_run_caps(mixture, config.train, skipped, ["checkpoint.resume"])
+    with pytest.raises(ConfigError, match="lower its weight, or prepare more of it"):
+        check_run_caps(mixture, config.train, new, None)
+    with pytest.raises(ConfigError, match=r"lower train.steps, .* weight with 'checkpoint.override=\[data.mixture\]"):
+        check_run_caps(mixture, config.train, skipped, ["train.steps"])
 
 
 def test_another_dataset_under_a_name_is_refused():

@@ -123,6 +123,7 @@ def test_a_source_that_would_run_out_under_its_cap_is_refused():
     check_caps(phases, plan, 400)
     with pytest.raises(ConfigError, match=r"data.mixture.zh: max_epochs=4 allows 100 samples of zh, .* reads 101 of"):
         check_caps(phases, plan, 404)
+    check_caps(phases, plan, 404, [(0, 4)])  # what is skipped is not read
 
 
 def test_the_cap_of_a_phase_counts_what_earlier_phases_read():

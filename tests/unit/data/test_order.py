@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatrain.data.order import SampleOrder, merge_ranges, permute, take
+from megatrain.data.order import SampleOrder, cursor_after, merge_ranges, permute, take
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 1000, 1023, 1024, 1025, 4096, 9973, 65536, 100003])
@@ -106,6 +106,7 @@ def test_steps_skip_ranges_like_a_walk_sample_by_sample():
         cursor, count = int(rng.integers(0, 50)), int(rng.integers(1, 20))
         positions, after = take(cursor, count, ranges)
         expected, expected_after = slow_take(cursor, count, ranges)
+        assert cursor_after(cursor, count, ranges) == expected_after
         assert positions.tolist() == expected and after == expected_after, (cursor, count, ranges)
 
 
