@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -37,12 +37,12 @@ CAP_KEYS = {*PLAN_KEYS, "train.steps", "train.skip_ranges"}
 
 
 def continue_mixture(
-    saved: Manifest, mixture: Mixture, loop: TrainLoopConfig, changed: Iterable[str], origin: str
+    saved: Manifest, mixture: Mixture, loop: TrainLoopConfig, changed: Mapping[str, tuple[Any, Any]], origin: str
 ) -> Mixture:
     """Return the mixture with the plan to go on with: the checkpoint's, or its past and what the config says next.
 
-    `changed` are the keys that differ. A changed `data.mixture` holds from the checkpoint's sample on; the steps of
-    later phases are counted from there.
+    `changed` are the keys that differ, as `{key: (old, new)}`. A changed `data.mixture` holds from the checkpoint's
+    sample on; the steps of later phases are counted from there.
 
     Raises:
         CheckpointError: the run had no mixture, or a changed key speaks of samples that it has passed.
@@ -60,10 +60,24 @@ def continue_mixture(
                 f"the dataset {name} changed since {origin} was written: its fingerprint was {source.fingerprint} and "
                 f"is now {mixture.plan.sources[name].fingerprint}; restore {mixture.folders[name]}"
             )
-    if not set(PLAN_KEYS) & set(changed):
+    if not (set(PLAN_KEYS) & set(changed)) - harmless_keys(saved, changed):
         return mixture.continued(old)
     before = read_phases(_data_config(saved.identity.config.get("data", {})))
     return mixture.continued(_plan_ahead(saved, old, before, mixture, loop))
+
+
+def harmless_keys(saved: Manifest, changed: Mapping[str, tuple[Any, Any]]) -> set[str]:
+    """Return the changed keys of the mixture if all of them together leave the order of the samples as it was.
+
+    Folders and caps (`max_epochs`) may differ: fingerprints identify the datasets.
+    """
+    keys = set(MIXTURE_KEYS) & set(changed)
+    if not keys:
+        return keys
+    before = saved.identity.config.get("data", {})
+    now = before | {key.removeprefix("data."): new for key, (_, new) in changed.items() if key.startswith("data.")}
+    same = _orders(read_phases(_data_config(before))) == _orders(read_phases(_data_config(now)))
+    return keys if same else set()
 
 
 def check_run_caps(
@@ -92,7 +106,7 @@ def _plan_ahead(
         return first_sample(setting, loop.seq_len, lambda _: 0) < cursor
 
     begun = [[phase for phase in phases[1:] if has_begun(phase)] for phases in (before, mixture.phases)]
-    if begun[0] != begun[1]:
+    if _orders(begun[0]) != _orders(begun[1]):
         raise CheckpointError(
             f"data.phases: the run is at step {step} (sample {cursor}), so the phases that have begun must stay as "
             f"they were ({', '.join(phase.place for phase in begun[0]) or 'none had begun'}); change only those that "
@@ -100,7 +114,7 @@ def _plan_ahead(
         )
     past = [phase for phase in old.phases if phase.start < cursor]
     sources = {**old.sources, **mixture.plan.sources}
-    if _of_first(before) != _of_first(mixture.phases):
+    if _orders(before[:1]) != _orders(mixture.phases[:1]):
         if begun[0]:
             raise CheckpointError(
                 f"data.mixture: the run is at step {step}, where {begun[0][-1].place} has replaced it; restore "
@@ -120,8 +134,17 @@ def _plan_ahead(
     return MixturePlan({name: sources[name] for name in sorted(sources)}, [*past, *ahead])
 
 
-def _of_first(phases: list[PhaseSetting]) -> Any:
-    return (phases[0].sources, phases[0].temperature) if phases else None
+def _orders(phases: list[PhaseSetting]) -> list[Any]:
+    """Return what decides the order of samples in each phase."""
+    return [
+        (
+            phase.from_step,
+            phase.from_tokens,
+            phase.temperature,
+            {name: (source.weight, source.epochs) for name, source in phase.sources.items()},
+        )
+        for phase in phases
+    ]
 
 
 def _data_config(saved: dict[str, Any]) -> DataConfig:

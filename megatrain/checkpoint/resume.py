@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.continued_mixture import MIXTURE_KEYS
+from megatrain.checkpoint.continued_mixture import MIXTURE_KEYS, harmless_keys
 from megatrain.checkpoint.manifest import Manifest, Override, Progress
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.config.flatten import flatten
@@ -145,7 +145,8 @@ def check_resume(
         )
     named = config["checkpoint"]["override"]
     changed = changed_keys(_whole(identity.config), config)
-    forbidden = [key for key in changed if not may_change(key) and not (key in named and key in OVERRIDES)]
+    free = harmless_keys(saved, changed)
+    forbidden = [key for key in changed if not (may_change(key) or key in free or (key in named and key in OVERRIDES))]
     if forbidden:
         raise CheckpointError(_refusal(origin, {key: changed[key] for key in forbidden}))
     if dataset_fingerprint is not None and identity.dataset_fingerprint != dataset_fingerprint:
@@ -166,7 +167,8 @@ def take_over(saved: Manifest, changed: dict[str, tuple[Any, Any]]) -> tuple[Pro
     progress = replace(saved.progress)
     if "train.skip_ranges" in changed:
         progress.skip_ranges = skip_ranges(saved.progress, *changed["train.skip_ranges"])
-    new = [Override(saved.step, key, *values) for key, values in changed.items() if key in OVERRIDES]
+    chosen = [key for key in changed if key in OVERRIDES and key not in harmless_keys(saved, changed)]
+    new = [Override(saved.step, key, *changed[key]) for key in chosen]
     return progress, [*saved.identity.overrides, *new]
 
 

@@ -17,7 +17,7 @@ import torch
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.manifest import Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
-from megatrain.checkpoint.resume import OVERRIDES, UNTOLD, check_resume, take_over
+from megatrain.checkpoint.resume import UNTOLD, check_resume, take_over
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.checkpoint.weights import Transfer, check_tokenizer, plan_transfer
@@ -353,8 +353,9 @@ class RankJob:
         self.journal.start(info, self.progress.step, **further)
         if self.preflight:
             self.journal.event("preflight", self.progress.step, **self.preflight)
+        chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
-            detail = {"key": key, "before": before, "now": now, "override": key in OVERRIDES}
+            detail = {"key": key, "before": before, "now": now, "override": key in chosen}
             self.journal.event("change", self.progress.step, **detail)
         if origin and self.transfer:
             self.journal.event("init_from", 0, checkpoint=str(origin.folder), **self.transfer.describe())

@@ -8,7 +8,7 @@ import pytest
 
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.manifest import Identity, Manifest, Progress
-from megatrain.checkpoint.resume import changed_keys, check_resume
+from megatrain.checkpoint.resume import changed_keys, check_resume, take_over
 from megatrain.config import TrainConfig
 from megatrain.data.mixed_dataset import Mixture
 from megatrain.data.mixture import Phase, PlannedSource
@@ -126,6 +126,17 @@ def test_caps_are_checked_when_a_run_begins_or_changes_not_at_every_restart():
         check_run_caps(mixture, config.train, new, None)
     with pytest.raises(ConfigError, match=r"lower train.steps, .* weight with 'checkpoint.override=\[data.mixture\]"):
         check_run_caps(mixture, config.train, skipped, ["train.steps"])
+
+
+@pytest.mark.parametrize("step", [10, 30])
+@pytest.mark.parametrize("override", [[], ["data.mixture"]])
+def test_a_moved_dataset_or_another_cap_changes_nothing(step, override):
+    later = {"from_step": 21, "mixture": {"elsewhere/web": {"weight": 1, "max_epochs": 90}, "zh": 1}}
+    now = run({"elsewhere/web": 0.7, "code": {"weight": 0.3, "max_epochs": 9}}, [later], override=override)
+    manifest = saved(STARTED, step)
+    assert resume(manifest, now) == STARTED[1].plan
+    changed = check_resume(manifest, asdict(now[0]), None, "step_x")
+    assert {"data.mixture", "data.phases"} <= changed.keys() and take_over(manifest, changed)[1] == []
 
 
 def test_another_dataset_under_a_name_is_refused():
