@@ -100,31 +100,34 @@ def _plan_ahead(
 ) -> MixturePlan:
     cursor, step = saved.progress.cursor, saved.step
 
-    def has_begun(setting: PhaseSetting) -> bool:
+    def would_have_begun(setting: PhaseSetting) -> bool:
         if setting.from_step is not None:
             return setting.from_step <= step
         return first_sample(setting, loop.seq_len, lambda _: 0) < cursor
 
-    begun = [[phase for phase in phases[1:] if has_begun(phase)] for phases in (before, mixture.phases)]
-    if _orders(begun[0]) != _orders(begun[1]):
+    # The config's later phases are the plan's last ones. After a skip they begin before the steps that they name.
+    later = old.phases[len(old.phases) - len(before) + 1 :]
+    begun = [setting for setting, phase in zip(before[1:], later, strict=True) if phase.start < cursor]
+    kept, new = mixture.phases[1 : 1 + len(begun)], mixture.phases[1 + len(begun) :]
+    if _orders(begun) != _orders(kept) or any(map(would_have_begun, new)):
         raise CheckpointError(
             f"data.phases: the run is at step {step} (sample {cursor}), so the phases that have begun must stay as "
-            f"they were ({', '.join(phase.place for phase in begun[0]) or 'none had begun'}); change only those that "
+            f"they were ({', '.join(phase.place for phase in begun) or 'none had begun'}); change only those that "
             f"begin at step {step + 1} or later"
         )
     past = [phase for phase in old.phases if phase.start < cursor]
     sources = {**old.sources, **mixture.plan.sources}
     if _orders(before[:1]) != _orders(mixture.phases[:1]):
-        if begun[0]:
+        if begun:
             raise CheckpointError(
-                f"data.mixture: the run is at step {step}, where {begun[0][-1].place} has replaced it; restore "
+                f"data.mixture: the run is at step {step}, where {begun[-1].place} has replaced it; restore "
                 f"data.mixture, and change the future with a phase from_step: {step + 1} or later"
             )
         past.append(Phase(cursor, phase_weights(mixture.phases[0], sources)))
     elif not past:
         past = [old.phases[0]]
     ahead = place_phases(
-        mixture.phases[1 + len(begun[1]) :],
+        new,
         sources,
         loop.seq_len,
         lambda first: cursor + samples_before(loop, first) - samples_before(loop, step + 1),

@@ -95,6 +95,22 @@ def test_a_future_phase_may_be_changed_and_a_past_one_may_not():
         resume(saved(STARTED, 30), run({"web": 0.7, "code": 0.3}, [early, LATER], override=["data.phases"]))
 
 
+def test_a_phase_that_a_skip_made_begin_early_has_begun():
+    """At step 18 the run is at sample 176 instead of 144, so it reads the phase of step 21, which begins at 160."""
+    at = saved(STARTED, 18, cursor=176)
+    other = {"from_step": 21, "mixture": {"code": 1}}
+    with pytest.raises(CheckpointError, match=r"data.phases: .*must stay as they were \(data.phases\[0\]\)"):
+        resume(at, run({"web": 0.7, "code": 0.3}, [other], override=["data.phases"]))
+    with pytest.raises(CheckpointError, match=r"where data.phases\[0\] has replaced it"):
+        resume(at, run({"web": 1}, [LATER], override=["data.mixture"]))
+    added = {"from_step": 19, "mixture": {"code": 1}}
+    with pytest.raises(ConfigError, match="is not after the phase before it"):
+        run({"web": 0.7, "code": 0.3}, [LATER, added], override=["data.phases"])
+    added["from_step"] = 22
+    plan = resume(at, run({"web": 0.7, "code": 0.3}, [LATER, added], override=["data.phases"]))
+    assert plan.phases == [*STARTED[1].plan.phases, Phase(200, {"code": 1})]
+
+
 def test_a_phase_is_added_after_one_that_has_begun():
     added = {"from_tokens": 400 * TrainConfig().train.seq_len, "mixture": {"zh": 1}}
     plan = resume(saved(STARTED, 30), run({"web": 0.7, "code": 0.3}, [LATER, added], override=["data.phases"]))
