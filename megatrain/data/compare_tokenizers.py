@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatrain.config import DataConfig
 from megatrain.data.card import CARD, check_dataset
 from megatrain.data.corpus.decoding import decode
 from megatrain.data.corpus.document import Document
-from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.steps.language import Language
@@ -79,9 +78,11 @@ def compare(
     found: dict[tuple[str, str], Group] = {}
     taken: dict[str, int] = {}
     seconds = [0.0] * len(tokenizers)
-    for source, text in _texts(path, text_column):
-        if taken.get(source, 0) >= bytes_per_source:
-            continue
+
+    def is_full(source: str) -> bool:
+        return taken.get(source, 0) >= bytes_per_source
+
+    for source, text in _texts(path, text_column, is_full):
         size = len(text.encode())
         taken[source] = taken.get(source, 0) + size
         document = Document(text, "")
@@ -102,43 +103,50 @@ def compare(
     return Comparison([name for name, _ in tokenizers], [found[key] for key in sorted(found)], total, seconds)
 
 
-def _texts(path: str, text_column: str) -> Iterator[tuple[str, str]]:
-    """Yield the source and the text of each document; bad records and empty ones are left out."""
+def _texts(path: str, text_column: str, is_full: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """Yield the source and the text of each document; bad records and empty ones are left out.
+
+    A file is read no further once its source is full.
+    """
     folder = Path(path).expanduser()
     if (folder / CARD).is_file():
-        yield from _texts_of_dataset(folder)
+        yield from _texts_of_dataset(folder, is_full)
         return
     try:
         source = open_source(DataConfig(name="texts", kind="files", paths=[path], text_column=text_column))
     except ConfigError as error:
         raise ConfigError(str(error).replace("data.paths", "path", 1)) from error
     policy = Policy(text_column, "replace", "skip")
-    for record in source.records():
-        if record.oversized or record.left_out:
-            continue
-        try:
-            text = normalise(decode(record, policy).text)
-        except (BadRecordError, LeftOutError):
-            continue
-        if text:
-            yield _source_of(record.where, folder), text
+    for shard in source.shards():
+        for file in shard.paths:
+            name = _source_of(Path(file), folder)
+            for record in () if is_full(name) else source.read(replace(shard, paths=(file,))):
+                if record.oversized or record.left_out:
+                    continue
+                try:
+                    text = decode(record, policy).text
+                except (BadRecordError, LeftOutError):
+                    continue
+                if text:
+                    yield name, text
+                if is_full(name):
+                    break
 
 
-def _source_of(where: str, folder: Path) -> str:
-    """Return the folder of a record's file directly in `folder`, or else the file's suffix."""
-    file = Path(where.rpartition(":")[0] if where.rpartition(":")[2].isdigit() else where.partition(", ")[0])
+def _source_of(file: Path, folder: Path) -> str:
+    """Return the folder of a file directly in `folder`, or else the file's suffix."""
     inside = file.relative_to(folder).parts if file.is_relative_to(folder) else ()
     return inside[0] if len(inside) > 1 else file.suffix.removeprefix(".") or file.name
 
 
-def _texts_of_dataset(folder: Path) -> Iterator[tuple[str, str]]:
+def _texts_of_dataset(folder: Path, is_full: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     card = check_dataset(folder)
     if not (folder / "tokenizer" / META).is_file():
         raise ConfigError(f"{folder}: has no tokenizer to decode its ids with; give the text that it was made of")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    documents: Iterable[tuple[str, list[int]]] = (
-        (split, ids.tolist()) for split in card.splits for ids in IndexedDataset.open(folder, split).documents()
-    )
-    for split, ids in documents:
-        if text := tokenizer.decode(ids):
-            yield split, text
+    for split in card.splits:
+        for ids in IndexedDataset.open(folder, split).documents():
+            if is_full(split):
+                break
+            if text := tokenizer.decode(ids.tolist()):
+                yield split, text

@@ -139,8 +139,10 @@ def describe_example(example: dict[str, Any]) -> dict[str, Any]:
         first, second = (member["text"] for member in example["members"][:2])
         title = f"{example['documents']:,} documents, Jaccard similarity {example['jaccard']}"
         return {"title": title, "detail": "", "pieces": diff(first, second, is_cut(first, second)), "is_cut": False}
-    before, after = example["before"], example.get("after")
+    before, after = example.get("before"), example.get("after")
     title, detail = str(example["id"]), str(example.get("detail") or "")
+    if before is None:  # of a step that hides it
+        before, after = example["after"], None
     if after is None:
         return {"title": title, "detail": detail, "pieces": [["=", before]], "is_cut": is_cut(before)}
     pieces = diff(before, after, is_cut(before, after))

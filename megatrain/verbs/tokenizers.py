@@ -41,13 +41,16 @@ def _table(result: Comparison, sizes: list[int]) -> Table:
     for group in (*result.groups, result.total):
         best = min(group.tokens)
         values = [
-            f"[bold]{group.num_bytes / tokens:.3f}[/]" if tokens == best else f"{group.num_bytes / max(tokens, 1):.3f}"
-            for tokens in group.tokens
+            f"[bold]{_rate(group, tokens)}[/]" if tokens == best else _rate(group, tokens) for tokens in group.tokens
         ]
         table.add_row(group.source, group.language, f"{group.documents:,}", f"{group.num_bytes:,}", *values)
     rates = [f"{result.total.num_bytes / 1e6 / max(seconds, 1e-9):.1f}" for seconds in result.seconds]
     table.add_row("MB/s", "", "", "", *rates)
     return table
+
+
+def _rate(group: Group, tokens: int) -> str:
+    return f"{group.num_bytes / max(tokens, 1):.3f}"
 
 
 def _plain(result: Comparison) -> dict[str, object]:

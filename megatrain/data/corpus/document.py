@@ -47,6 +47,8 @@ class Step(ABC):
     """
 
     name: ClassVar[str]
+    shows_before: ClassVar[bool] = True
+    """Whether examples of its changes have the text as it came."""
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the step's result: its parameters, and what else it reads."""

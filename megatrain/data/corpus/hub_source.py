@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import DataConfig
+from megatrain.data.corpus.conversations import FIELDS, find_conversation
 from megatrain.data.corpus.decoding import find_text
 from megatrain.data.corpus.file_search import saved_to_disk
 from megatrain.data.corpus.record import Problem, Record
@@ -45,7 +46,7 @@ class HuggingFaceSource(Source):
                 "with the dataset's files"
             ) from error
         columns = self._rows.column_names
-        if columns is not None and not {config.text_column, config.text_column.split(".")[0]} & set(columns):
+        if columns is not None and not {config.text_column, config.text_column.split(".")[0], *FIELDS} & set(columns):
             raise ConfigError(f"data.text_column={config.text_column}: {config.hf_path} has {', '.join(columns)}")
 
     def _load(self, config: DataConfig) -> Any:
@@ -73,7 +74,8 @@ class HuggingFaceSource(Source):
                 for number, row in enumerate(self._rows, start=1):
                     text = find_text(row, column)
                     self.progress.bytes += 0 if isinstance(text, Problem) else num_bytes(text)
-                    yield from self.field(text, f"{path}, row {number}", row)
+                    kind = None if find_conversation(row, column) is None else "conversation"
+                    yield from self.field(text, f"{path}, row {number}", row, kind)
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:

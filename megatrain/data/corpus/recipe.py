@@ -69,8 +69,9 @@ def settings_of(recipe: Sequence[Step]) -> list[dict[str, Any]]:
 class StepReport:
     """What a step did: documents and bytes that came and that stayed, documents it changed, removals by rule, changes.
 
-    `examples` are documents that it removed (with `rule` and `detail`) or changed (with the text `after`): those of the
-    lowest draws, so they do not depend on how the work was divided.
+    `examples` are documents that it removed (with `rule` and `detail`) or changed (with the text `after`), those of the
+    lowest draws, so they do not depend on how the work was divided. They have the text `before`, unless the step hides
+    it (`Step.shows_before`).
     """
 
     name: str
@@ -116,17 +117,19 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
         report.bytes_in += size
         document.counts.clear()
         removal = step.apply(document)
+        shown = {"before": before[:_EXCERPT]} if step.shows_before else {}
         if document.counts:
             report.changes = dict(Counter(report.changes) + document.counts)
         if removal is not None:
             report.rules[removal.rule] = report.rules.get(removal.rule, 0) + 1
-            _show(report, document, seed, before, {"rule": removal.rule, "detail": removal.detail})
+            shown |= {"rule": removal.rule, "detail": removal.detail}
+            _show(report, document, seed, shown)
             return False
         report.documents_out += 1
         if document.text is not before and document.text != before:
             size = _size(document.text)
             report.changed += 1
-            _show(report, document, seed, before, {"after": document.text[:_EXCERPT]})
+            _show(report, document, seed, shown | {"after": document.text[:_EXCERPT]})
         report.bytes_out += size
     return True
 
@@ -135,9 +138,9 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _show(report: StepReport, document: Document, seed: int, before: str, what: dict[str, Any]) -> None:
+def _show(report: StepReport, document: Document, seed: int, what: dict[str, str]) -> None:
     draw = xxhash.xxh3_64_intdigest(f"{report.name}\0{document.id}".encode(errors="surrogatepass"), seed=seed)
-    shown = {"draw": draw, "id": document.id, "before": before[:_EXCERPT], **what}
+    shown: dict[str, Any] = {"draw": draw, "id": document.id, **what}
     kept = [example for example in report.examples if example.get("rule") == shown.get("rule")]
     if len(kept) < EXAMPLES or draw < kept[-1]["draw"]:
         report.examples = _fewest([*report.examples, shown])

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -134,3 +135,12 @@ def test_a_thread_in_parquet_has_the_same_text_as_in_jsonl(tmp_path):
     comments = [{"id": "1", "parent_id": "t3_0", "author": "Ann", "body": "Hello"}]
     row = {"title": "A title", "selftext": "A question", "score": 3, "comments": comments}
     assert parquet_texts(tmp_path, [row]) == [read(row).text] == ["A title\n\nA question\n\nAnn: Hello"]
+
+
+def test_messages_of_a_hugging_face_dataset_are_a_conversation(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"messages": [MESSAGES, None], "id": [1, 2]}).save_to_disk(str(tmp_path / "in"))
+    config = DataConfig(name="d", kind="huggingface", hf_path=str(tmp_path / "in"))
+    first, second = open_source(config).records()
+    decoded = decode(first, Policy("text", "replace"))
+    assert (decoded.text, decoded.kind, second.problem.kind) == (TEXT, "conversation", "no_field")

@@ -11,7 +11,7 @@ import pytest
 from faker import Faker
 
 from megatrain.data.corpus.document import Document
-from megatrain.data.corpus.recipe import build_recipe
+from megatrain.data.corpus.recipe import build_recipe, new_reports, run_recipe
 from megatrain.data.corpus.steps.personal_data import KINDS
 from megatrain.errors import ConfigError
 
@@ -125,6 +125,15 @@ def test_the_same_text_gives_the_same_words_wherever_it_stands():
     text = "a@example.org wrote to b@example.org from 8.8.8.8"
     assert masked(text) == ("<EMAIL> wrote to <EMAIL> from <IP>", {"email": 2, "ip": 1})
     assert masked(masked(text)[0]) == (masked(text)[0], {})
+
+
+def test_examples_hold_the_masked_text_alone():
+    recipe = build_recipe(["personal_data", {"length": {"min_characters": 100}}])
+    reports = new_reports(recipe)
+    assert not run_recipe(recipe, Document("Write to ann@example.org today", "d"), reports, seed=0)
+    (example,) = reports[0].examples
+    assert example["after"] == reports[1].examples[0]["before"] == "Write to <EMAIL> today"
+    assert "ann@" not in repr(reports)
 
 
 def test_only_the_kinds_asked_for_are_masked():

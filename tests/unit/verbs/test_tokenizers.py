@@ -6,10 +6,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig, TokenizersConfig
+from megatrain.data import compare_tokenizers
+from megatrain.data.compare_tokenizers import Comparison, Group
+from megatrain.data.corpus.decoding import decode
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
-from megatrain.verbs.tokenizers import tokenizers
+from megatrain.verbs.tokenizers import _table, tokenizers
 
 ENGLISH = "The old man went to the market and bought some bread, because his family was hungry that day. " * 4
 CHINESE = "今天天气很好，我们一起去公园散步，看到很多孩子在湖边放风筝，老人们在树下下棋聊天。" * 8
@@ -80,6 +83,25 @@ def test_only_so_much_of_each_source_is_encoded(capsys, corpus, bytes_tokenizer)
         "md": 1,
         "jsonl": 1,
     }
+
+
+def test_a_file_is_read_no_further_once_its_source_is_full(capsys, tmp_path, bytes_tokenizer, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        compare_tokenizers, "decode", lambda record, policy: decoded.append(record.where) or decode(record, policy)
+    )
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text((json.dumps({"text": "a line"}) + "\n") * 9)
+    (tmp_path / "in" / "b.txt").write_text("a text")
+    (tmp_path / "in" / "c.txt").write_text("another")
+    found = compared(capsys, tmp_path / "in", bytes_tokenizer, bytes_per_source=5)
+    assert found["all"]["documents"] == len(decoded) == 2
+
+
+def test_texts_of_no_tokens_are_shown(capsys):
+    group = Group("md", "", 1, 5, [0, 0])
+    table = _table(Comparison(["a", "b"], [group], group, [0.1, 0.1]), [7, 8])
+    assert table.row_count == 3
 
 
 @pytest.mark.parametrize(

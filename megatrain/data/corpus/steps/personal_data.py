@@ -35,6 +35,7 @@ class PersonalData(Step):
     """
 
     name: ClassVar[str] = "personal_data"
+    shows_before: ClassVar[bool] = False
     kinds: list[str] = key(list(KINDS), "kinds to mask", each_choices=KINDS)
     public_addresses_only: bool = key(True, "leave IP addresses that are not reachable from the internet")
     regions: list[str] = key(["US", "GB", "CN"], "countries whose national phone numbers are looked for")
