@@ -80,6 +80,19 @@ def harmless_keys(saved: Manifest, changed: Mapping[str, tuple[Any, Any]]) -> se
     return keys if same else set()
 
 
+def weighs_others(saved: Manifest, mixture: Mixture, heldout: Collection[str]) -> bool:
+    """Whether the held-out loss of a continued run is the mean of other sources than before.
+
+    `heldout` are the config's sources with held-out data. A source that it no longer names counts as one that had some.
+    """
+    old = saved.identity.mixture
+    assert old is not None, "continue_mixture refuses a run without one"
+    phases = read_phases(_data_config(saved.identity.config.get("data", {})))
+    names = {name for phase in phases for name in phase.sources}
+    had = {name for name in names if name in heldout or name not in mixture.cards}
+    return old.first_weights(had) != mixture.plan.first_weights(heldout)
+
+
 def check_run_caps(
     mixture: Mixture, loop: TrainLoopConfig, progress: Progress, changed: Collection[str] | None
 ) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
-from megatrain.checkpoint.manifest import Identity, Override, Progress
+from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture, weighs_others
+from megatrain.checkpoint.manifest import EarlyStop, Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import UNTOLD, check_resume, take_over
 from megatrain.checkpoint.saver import Saver
@@ -172,6 +172,8 @@ class RankJob:
         if mixture:
             self.data = self.data.continued(continue_mixture(saved, mixture, self.config.train, changed, folder))
         progress, self.overrides = take_over(saved, changed)
+        if self.data.mixture and weighs_others(saved, self.data.mixture, self.data.heldout):
+            progress.early_stop = EarlyStop()  # losses of other sources do not compare
         self.progress.assign(progress)
         self.changes = {key: values for key, values in changed.items() if key not in UNTOLD}
         self.changes |= self._changed_rate(saved.identity.config)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
+from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture, weighs_others
 from megatrain.checkpoint.manifest import Identity, Manifest, Progress
 from megatrain.checkpoint.resume import changed_keys, check_resume, take_over
 from megatrain.config import TrainConfig
@@ -153,6 +153,23 @@ def test_a_moved_dataset_or_another_cap_changes_nothing(step, override):
     assert resume(manifest, now) == STARTED[1].plan
     changed = check_resume(manifest, asdict(now[0]), None, "step_x")
     assert {"data.mixture", "data.phases"} <= changed.keys() and take_over(manifest, changed)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("mixture", "phases", "heldout", "others"),
+    [
+        ({"web": 0.7, "code": 0.3}, [LATER], {"web", "zh"}, False),
+        ({"web": 0.2, "code": 0.8}, [LATER], {"web", "code", "zh"}, False),  # the first weights stay
+        ({"web": 1}, [LATER], {"web", "zh"}, True),  # code is gone
+        ({"zh": 1}, [], {"zh"}, True),
+    ],
+)
+def test_the_mean_of_the_held_out_loss_changes_only_with_its_sources(mixture, phases, heldout, others):
+    now = run(mixture, phases, override=["data.mixture", "data.phases"])
+    manifest = saved(STARTED, 10)
+    names = {name for phase in now[1].phases for name in phase.sources}
+    continued = replace(now[1], plan=resume(manifest, now), cards=dict.fromkeys(names))
+    assert weighs_others(manifest, continued, heldout) == others
 
 
 def test_another_dataset_under_a_name_is_refused():

@@ -96,6 +96,18 @@ def test_a_new_mixture_weighs_the_held_out_loss_if_the_old_had_no_held_out_data(
     assert last["heldout_loss"] == last["heldout_loss/words"]
 
 
+@pytest.mark.parametrize(("mixture", "waited"), [(None, 1), ({"words": 1}, 0)])
+def test_early_stopping_begins_again_if_the_held_out_loss_is_of_other_sources(
+    mixed, run_job, tmp_path, mixture, waited
+):
+    for steps, override in ((2, []), (4, ["data.mixture"])):
+        config = mixed(tmp_path, steps=steps, mixture=mixture if override else None, override=override)
+        config.train.early_stop_min_delta = 1e9
+        assert run_job(config) == 0
+    manifest = read_manifest(tmp_path / "mixed" / "checkpoints" / "step_00000004")
+    assert manifest.progress.early_stop.evaluations_without_gain == waited
+
+
 def test_a_cap_is_checked_before_the_run(mixed, second_dataset, tmp_path):
     capped = {"words": 0.5, str(second_dataset): {"weight": 0.5, "max_epochs": 0.1}}
     with pytest.raises(ConfigError, match=r"data.mixture..*/more: max_epochs=0.1 allows"):
