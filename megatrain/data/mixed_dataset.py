@@ -5,7 +5,7 @@ Opening reads cards alone; the files of a source are opened when it is first rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -177,9 +177,10 @@ class MixedDataset:
         source = self._source(name)
         return f"{source.place(offset)} of {source.name}"
 
-    def sources(self) -> list[IndexedDataset]:
-        """Open every source and return them all."""
-        return [self._source(name) for name in self._mixture.cards]
+    def sources(self) -> Iterator[IndexedDataset]:
+        """Yield every source, open. Read it before the next one: those of earlier ones may be closed."""
+        for name in self._mixture.cards:
+            yield self._source(name)
 
     def _locate(self, token: int) -> tuple[str, int]:
         at = int(np.searchsorted(self._starts, token, side="right")) - 1

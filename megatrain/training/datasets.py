@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,7 +107,10 @@ def _open_mixed(config: TrainConfig, mixture: Mixture) -> RunData:
             f"one with data.heldout_fraction above 0 or set train.eval_every=0"
         )
     verify = config.data.verify
-    heldout = {name: open_split(mixture, name, "heldout", verify) for name in names}
+    heldout = {}
+    for name in names:
+        heldout[name] = open_split(mixture, name, "heldout", verify)
+        heldout[name].pause()  # a process may have fewer files open than a mixture has sources
     train = MixedDataset(mixture, config.train.seq_len, verify)
     data = RunData(config, mixture.folder, card, train, heldout, mixture)
     _check_document_ends(data)
@@ -145,10 +148,10 @@ class HeldoutShare:
     dp_size: int
     end_of_document: int | None
 
-    def batches(self) -> Iterable[MicroBatch]:
-        """Return this rank's batches, starting with the first."""
+    def batches(self) -> Iterator[MicroBatch]:
+        """Yield this rank's batches, starting with the first; then close the files until the next evaluation."""
         loop = self.config.train
-        return heldout_batches(
+        yield from heldout_batches(
             self.dataset,
             seq_len=loop.seq_len,
             micro_batch_size=loop.micro_batch_size,
@@ -158,6 +161,7 @@ class HeldoutShare:
             vocab_size=self.config.model.vocab,
             end_of_document=self.end_of_document,
         )
+        self.dataset.pause()
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -1,5 +1,8 @@
 """A run on a mixture from start to end: its records, its resumes, and the verbs that read it."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 
 from megatrain.checkpoint.manifest import read_manifest
@@ -7,6 +10,7 @@ from megatrain.config import EvaluateConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
+from megatrain.training.datasets import HeldoutShare, open_data
 from megatrain.verbs.evaluate import evaluate
 from megatrain.verbs.path_checks import check_paths
 
@@ -70,6 +74,28 @@ def test_a_resume_changes_the_future_alone_and_only_on_purpose(whole, mixed, run
     assert hashes(tmp_path / "mixed")[2:] != hashes(whole)[2:]
     seen = [event for event in read_events(tmp_path / "mixed" / "events.jsonl") if event["kind"] == "mixture"]
     assert seen[0]["sources"]["more"]["samples"] == seen[1]["sources"]["more"]["samples"]
+
+
+def open_files(*folders):
+    """Return the files of these folders that this process has open."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own descriptor is gone
+            found.append(link.readlink())
+    return [path for path in found if str(path.parent) in map(str, folders)]
+
+
+def test_a_mixture_of_many_sources_has_few_files_open(mixed, dataset, second_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatrain.data.mixed_dataset._MAX_OPEN", 1)
+    config = mixed(tmp_path)
+    data = open_data(config)
+    assert open_files(dataset, second_dataset) == []
+    config.train.mask_documents = True
+    data = open_data(config)
+    assert len(open_files(dataset, second_dataset)) == 1
+    for name, split in data.heldout.items():
+        assert list(HeldoutShare(name, 1, split, data.config, 0, 1, None).batches())
+    assert len(open_files(dataset, second_dataset)) == 1
 
 
 @pytest.fixture(scope="module")
