@@ -28,7 +28,7 @@ def find_conversation(record: dict[str, Any], column: str) -> list[Any] | None:
     names = (column,) if column.partition(".")[0] in record else FIELDS
     for name in names:
         value = record.get(name)
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        if isinstance(value, list) and value and any(isinstance(entry, dict) for entry in value):
             return value
     return None
 

@@ -63,6 +63,8 @@ def test_content_in_parts_and_calls_of_tools_are_written_and_empty_messages_left
         ([*MESSAGES, {"content": "x"}], "message 4 is not"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "message 1 is not"),
         ([{"role": 1, "content": "x"}], "message 1 is not"),
+        ([*MESSAGES, None], "message 4 is null"),
+        ([*MESSAGES, "x"], "message 4 is no object"),
         ([{"id": 1, "parent_id": 2, "body": "a"}, {"id": 2, "parent_id": 1, "body": "b"}], "2 comments .* in a circle"),
         ([{"id": 1, "parent_id": 2, "score": 3}], r"a comment has no text .* \(it has 'id', 'parent_id', 'score'\)"),
     ],

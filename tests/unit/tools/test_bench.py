@@ -157,3 +157,12 @@ def test_a_revision_that_ends_or_is_no_checkout_is_named(revisions, bench, tmp_p
         revisions.take_turns(turns_of(good, short), ["model=tiny"], tmp_path)
     with pytest.raises(bench[2].TurnFailed, match=f"{tmp_path / 'nowhere'} is no checkout"):
         revisions.take_turns(turns_of(tmp_path / "nowhere", good), ["model=tiny"], tmp_path)
+
+
+def test_the_whole_name_orders_the_corpus_of_the_cleaning_benchmark(bench):
+    import cleaning
+
+    sys.modules.pop("cleaning")
+    names = [f"METADATA{package}.dist-info" for package in ("numpy", "torch", "rich")]
+    assert len({cleaning.hash_of(name) for name in names}) == len(names)
+    assert cleaning.hash_of("METADATA") == cleaning.hash_of("METADATA") < 2**64
