@@ -245,12 +245,14 @@ class ServerRun:
         name, fingerprint = data.get("name"), self.info["dataset_fingerprint"]
         if not name or not fingerprint:
             return
-        folder = str((Path(data.get("dir", "data")) / name).resolve())
+        # A mixture is in no folder: its sources are in the profile.
+        is_mixture = data.get("kind") == "mixture"
+        place = {} if is_mixture else {"uri": str((Path(data.get("dir", "data")) / name).resolve())}
         dataset = Dataset(
             name=name,
             digest=fingerprint[:36],  # MLflow's limit; the profile holds the full fingerprint
-            source_type="local",
-            source=json.dumps({"uri": folder}),
+            source_type="mixture" if is_mixture else "local",
+            source=json.dumps(place),
             profile=json.dumps(self.info["dataset"] | {"fingerprint": fingerprint}),
         )
         inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.find import tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
@@ -63,7 +64,7 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
 def inherited_generation(origin: Origin, override: Collection[str]) -> dict[str, Any]:
     """Return the defaults of generation that a run takes over; without token ids if it may have another tokenizer."""
     found = origin.manifest.identity.generation
-    if origin.resumes or TOKENIZER not in override:
+    if origin.resumes or (TOKENIZER not in override and tokenizer_folder(origin.folder, origin.manifest)):
         return found
     return {name: value for name, value in found.items() if not name.endswith(("_token_id", "_ids", "suppress_tokens"))}
 

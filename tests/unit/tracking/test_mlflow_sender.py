@@ -250,6 +250,18 @@ def test_what_a_server_refuses_does_not_hold_up_the_metrics(runs, monkeypatch):
     assert "Permission denied: '/srv/artifacts'" in warnings[1]
 
 
+def test_a_mixture_is_a_dataset_without_a_folder(runs):
+    one = sender(runs / "mixed", {"data": {"name": "mixture", "kind": "mixture", "mixture": {"web": 1}}})
+    one.info |= {"dataset_fingerprint": "0" * 64, "dataset": {"source": {"sources": {"web": "1" * 64}}}}
+    write(MetricsLog(runs / "mixed" / "metrics.jsonl"), 1, 2)
+    (runs / "mixed" / "config.yaml").write_text("a: 1\n")
+    EventLog(runs / "mixed" / "events.jsonl").emit("start", 0)
+    assert one._try(lambda: one.finish("done"))
+    (used,) = one.client.get_run(one.run_id).inputs.dataset_inputs
+    assert (used.dataset.source_type, used.dataset.source) == ("mixture", "{}")
+    assert json.loads(used.dataset.profile)["source"]["sources"] == {"web": "1" * 64}
+
+
 def test_a_refused_store_is_warned_about_once_with_its_remedy(runs, monkeypatch):
     monkeypatch.setattr(mlflow_sender, "FIRST_BACKOFF_S", 0.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (runs / "folder").as_uri())

@@ -7,12 +7,13 @@ import pytest
 import torch
 from support.records import at
 
-from megatrain.checkpoint.manifest import Identity
+from megatrain.checkpoint.manifest import Identity, Manifest
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import TrainConfig
+from megatrain.data.tokenizer import META
 from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, OwnedError
-from megatrain.training.origin import choose_origin
+from megatrain.training.origin import Origin, choose_origin, inherited_generation
 
 
 def store_of(run_dir):
@@ -137,3 +138,18 @@ def test_a_checkpoint_asked_for_by_name_is_never_replaced_by_another(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither"):
         choose_origin(asking(init_from=tmp_path / "empty"), store_of(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("has_tokenizer", "override", "keeps"), [(True, [], True), (True, ["tokenizer"], False), (False, [], False)]
+)
+def test_a_new_run_takes_over_token_ids_only_if_the_tokenizer_is_known_to_be_the_same(
+    tmp_path, has_tokenizer, override, keeps
+):
+    if has_tokenizer:
+        (tmp_path / "tokenizer").mkdir()
+        (tmp_path / "tokenizer" / META).write_text("{}")
+    manifest = Manifest(identity=Identity(generation={"temperature": 0.6, "eos_token_id": 7}))
+    found = inherited_generation(Origin(tmp_path, manifest, resumes=False), override)
+    assert found == ({"temperature": 0.6, "eos_token_id": 7} if keeps else {"temperature": 0.6})
+    assert inherited_generation(Origin(tmp_path, manifest, resumes=True), override) == manifest.identity.generation
