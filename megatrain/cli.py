@@ -172,8 +172,6 @@ def run(arguments: Arguments) -> int:
     if "--help" in arguments.flags:
         print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices)))
         return EXIT_OK
-    for line in arguments.repeated if not is_launched() else ():
-        say(f"warning: {line}")
     if "--multirun" in arguments.flags:
         if verb != "train":
             raise ConfigError(
@@ -183,11 +181,13 @@ def run(arguments: Arguments) -> int:
 
         if not arguments.flags & {"--cfg", "--dry-run"}:
             _keep_going(verb)
+        _warn_of_repetitions(arguments)
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.verbs.path_checks import check_paths
 
     config = config_of(verb, arguments.overrides)
     if "--cfg" in arguments.flags:
+        _warn_of_repetitions(arguments)
         print(to_yaml(config), end="")
         return EXIT_OK
     if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
@@ -197,6 +197,7 @@ def run(arguments: Arguments) -> int:
         )
     if "--dry-run" not in arguments.flags and verb not in READERS:
         _keep_going(verb)
+    _warn_of_repetitions(arguments)
     if verb == "train" and not is_launched():
         from megatrain.verbs.train import start
 
@@ -216,6 +217,12 @@ def config_of(verb: str, overrides: list[str]) -> Any:
     config = compose(verb, with_checkpoint_model(verb, overrides) if verb == "train" else overrides)
     check_values(config)
     return config
+
+
+def _warn_of_repetitions(arguments: Arguments) -> None:
+    """Say which value of a key or group counts, once; after `_keep_going`, because a reader may be slow or gone."""
+    for line in arguments.repeated if not is_launched() else ():
+        say(f"warning: {line}")
 
 
 def _keep_going(verb: str) -> None:
