@@ -191,9 +191,10 @@ def card_of_files(prefix: Path) -> SplitCard:
 
 def card_of_parts(parts: list[SplitCard]) -> SplitCard:
     """Return the card of a split that consists of several pairs."""
+    sizes = [part.bytes for part in parts if part.bytes is not None]
     return SplitCard(
         documents=sum(part.documents for part in parts),
-        bytes=None,
+        bytes=sum(sizes) if len(sizes) == len(parts) else None,
         tokens=sum(part.tokens for part in parts),
         dtype=np.result_type(*(part.dtype for part in parts)).name,
         bin_size=sum(part.bin_size for part in parts),

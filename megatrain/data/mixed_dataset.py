@@ -14,7 +14,7 @@ import numpy as np
 
 from megatrain.config import DataConfig, TrainConfig, TrainLoopConfig
 from megatrain.config.suggest import did_you_mean
-from megatrain.data.card import CARD, Card, SplitCard, check_dataset
+from megatrain.data.card import CARD, Card, card_of_parts, check_dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixture import MixturePlan, PlannedSource, first_windows
 from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, make_plan, read_phases
@@ -43,7 +43,7 @@ class Mixture:
         splits = {}
         for split in ("train", "heldout"):
             if parts := [card.splits[split] for card in self.cards.values() if split in card.splits]:
-                splits[split] = _together(parts)
+                splits[split] = replace(card_of_parts(parts), parts=[])
         sources = {source: card.fingerprint for source, card in self.cards.items()}
         tokenizer = next((card.tokenizer for card in self.cards.values()), None)
         return Card(name, self.plan.fingerprint, splits, tokenizer, source={"sources": sources})
@@ -51,20 +51,6 @@ class Mixture:
     def continued(self, plan: MixturePlan) -> Mixture:
         """Return the mixture with the plan that a resumed run continues."""
         return replace(self, plan=plan)
-
-
-def _together(parts: list[SplitCard]) -> SplitCard:
-    sizes = [part.bytes for part in parts if part.bytes is not None]
-    return SplitCard(
-        documents=sum(part.documents for part in parts),
-        bytes=sum(sizes) if len(sizes) == len(parts) else None,
-        tokens=sum(part.tokens for part in parts),
-        dtype=np.result_type(*(part.dtype for part in parts)).name,
-        bin_size=sum(part.bin_size for part in parts),
-        idx_size=sum(part.idx_size for part in parts),
-        idx_hash="",
-        block_hashes=[],
-    )
 
 
 def open_mixture(config: TrainConfig, samples_before: Callable[[TrainLoopConfig, int], int]) -> Mixture | None:
