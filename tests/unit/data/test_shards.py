@@ -57,6 +57,17 @@ def config(folder, name="d", workers=1, **data):
     return PrepareConfig(data=given, tokenizer=TokenizerConfig(vocab_size=400))
 
 
+def interrupt_at_the_end(monkeypatch, settings):
+    """Prepare up to the last stage, which Ctrl-C interrupts."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "join", interrupted)
+        prepare(settings)
+
+
 def shards(folder):
     return list(open_source(config(folder).data).shards())
 
@@ -178,12 +189,7 @@ def test_after_a_changed_setting_nothing_stale_is_used(corpus, small_shards, mon
         settings.tokenizer.vocab_size = change.get("vocab", 400)
         return settings
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "join", interrupted)
-        prepare(config(corpus))
+    interrupt_at_the_end(monkeypatch, config(corpus))
     resumed, fresh = (Card.load(prepare(changed(name))) for name in ("d", "fresh"))
     assert (resumed.fingerprint, resumed.counts) == (fresh.fingerprint, fresh.counts)
 
@@ -235,13 +241,7 @@ def test_max_documents_reads_the_first_ones_across_shards(corpus, small_shards, 
 def test_documents_that_were_skipped_are_quarantined_after_all(corpus, small_shards, monkeypatch):
     """A part that was cleaned under another policy has not kept them."""
     (corpus / "a0.txt").write_bytes(b"not UTF-8: \xff")
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "join", interrupted)
-        prepare(config(corpus, undecodable="skip"))
+    interrupt_at_the_end(monkeypatch, config(corpus, undecodable="skip"))
     folder = prepare(config(corpus, undecodable="skip", on_bad_record="quarantine"))
     assert "a0.txt" in (folder / "quarantine.jsonl").read_text()
 
@@ -249,13 +249,7 @@ def test_documents_that_were_skipped_are_quarantined_after_all(corpus, small_sha
 @pytest.mark.parametrize("which", ["_CLEANING_LIBRARIES", "_ENCODING_LIBRARIES"])
 def test_a_part_made_by_another_version_of_a_library_is_made_again(corpus, small_shards, monkeypatch, which):
     """The preparation is interrupted before its end, then a library is upgraded."""
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "join", interrupted)
-        prepare(config(corpus))
+    interrupt_at_the_end(monkeypatch, config(corpus))
     again = []
     monkeypatch.setattr(pipeline, "clean_chunk", lambda task: again.append("_CLEANING_LIBRARIES") or clean_chunk(task))
     monkeypatch.setattr(
@@ -273,12 +267,7 @@ def test_parts_of_another_end_token_are_encoded_again(corpus, small_shards, monk
     """The tokenizer's file is the same; its end-of-document token is named beside it."""
     from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "join", interrupted)
-        prepare(config(corpus))
+    interrupt_at_the_end(monkeypatch, config(corpus))
     again = []
     monkeypatch.setattr(pipeline, "encode_chunk", lambda task: again.append(task) or encode_chunk(task))
     original = SentencePieceTokenizer.__init__
