@@ -18,15 +18,20 @@ from megatrain.model.gpt import GPT
 from megatrain.verbs.generate import stream
 
 
-class TrainedModel(NamedTuple):
-    """A model, its tokenizer (None if it comes without one) and its config: `model, tokenizer, config = load(path)`.
-
-    `model(tokens)` takes token ids `[B, T]` and returns logits `[B, T, vocab]`. It is in fp32 and in eval mode.
-    """
-
+class _Parts(NamedTuple):
     model: GPT
     tokenizer: Tokenizer | None
     config: ModelConfig
+
+
+class TrainedModel(_Parts):
+    """A model, its tokenizer (None if it comes without one) and its config: `model, tokenizer, config = load(path)`.
+
+    `model(tokens)` takes token ids `[B, T]` and returns logits `[B, T, vocab]`. It is in fp32 and in eval mode.
+    `end_tokens` are the ids that end a text.
+    """
+
+    end_tokens: frozenset[int] = frozenset()
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         """Return the text that continues `prompt`, without the prompt.
@@ -45,7 +50,7 @@ class TrainedModel(NamedTuple):
             path="", prompt=prompt, **{name: _typed(name, value) for name, value in options.items()}
         )
         check_bounds(config)
-        return "".join(stream(self.model, self.tokenizer, config))
+        return "".join(stream(self.model, self.tokenizer, self.end_tokens, config))
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -78,4 +83,6 @@ def load(path: str | PathLike[str], device: str = "auto", *, step: int | None = 
         raise ConfigError(f"step={step!r}: expected the number of a step") from None
     loaded = load_path(Path(path).expanduser(), number)
     tokenizer = loaded.need_tokenizer() if loaded.tokenizer is not None else None
-    return TrainedModel(loaded.build(target), tokenizer, loaded.config)
+    trained = TrainedModel(loaded.build(target), tokenizer, loaded.config)
+    trained.end_tokens = loaded.end_tokens()
+    return trained

@@ -188,7 +188,7 @@ class GenerateConfig:
     top_k: int = key(0, "sample from the k most likely tokens; 0 samples from all", minimum=0)
     top_p: float = key(1.0, "sample from the most likely tokens whose probabilities add up to this", above=0, maximum=1)
     seed: int = key(1234, "seed for sampling", minimum=0)
-    stop_at_end: bool = key(True, "stop at the end-of-document token")
+    stop_at_end: bool = key(True, "stop at the end-of-document token, or at another end that the model came with")
     device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 

@@ -2,8 +2,8 @@
 
 A definition qualifies if it is byte-level BPE without a normaliser, whose merges come in the order of their ids, and
 whose text is cut by one regular expression. tiktoken and `tokenizers` then agree but for characters that their versions
-of Unicode class differently, and but for vocabularies with rare orders of merges. `prove` tries every character and
-thousands of made words; what it finds different is left to `tokenizers`, or all of it.
+of Unicode class differently, and but for vocabularies with rare orders of merges. Made words are tried at the start,
+and each character when it is first met; what differs is left to `tokenizers`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,82 +20,76 @@ _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 """How the ByteLevel pre-tokenizer cuts text by itself (Radford et al. 2019, encoder.py of GPT-2)."""
 
 _MOST_APART = 4096  # characters; more of them mean that the engines do not agree
-_BATCH = 4096  # characters tried at once
-_MADE_TEXTS = 4000
+_MADE_TEXTS = 2000
 
 Encode = Callable[[str], Sequence[int]]
 
 
 class ByteLevelBpe:
-    """tiktoken's engine for one definition. Raises `ValueError` with the reason if the definition does not qualify."""
+    """tiktoken's engine for one definition, checked against `encode` of the `tokenizers` library.
 
-    def __init__(self, definition: str) -> None:
+    Raises `ValueError` with the reason if the definition does not qualify or made texts are encoded differently.
+    """
+
+    def __init__(self, definition: str, encode: Encode) -> None:
+        import tiktoken
+
         content = json.loads(definition)
         model = content["model"]
         _check(content, model)
         alphabet = {letter: byte for byte, letter in enumerate(byte_letters())}
-        self._ranks = _ranks(model, alphabet, {token["content"] for token in content.get("added_tokens", [])})
-        self._pattern = _split_pattern(content["pre_tokenizer"])
-        self._added = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
-        self._apart: re.Pattern[str] | None = None
-        self._encoding: Any = None
+        added = [token["content"] for token in content.get("added_tokens", [])]
+        ranks = _ranks(model, alphabet, set(added))
+        pattern = _split_pattern(content["pre_tokenizer"])
+        self._encoding = tiktoken.Encoding("megatrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._encode = encode
+        self._added = _any_of(token["content"] for token in content.get("added_tokens", []) if not token["special"])
+        self._tried: set[str] = set()
+        self._apart: set[str] = set()
+        self._try_characters(set(map(chr, range(128))))
+        self._try_words([word for word in map(_text, ranks) if word])
 
     def __call__(self, text: str) -> np.ndarray | None:
         """Return the token ids (uint32) of a text; None if it has something that is left to `tokenizers`."""
-        if self._encoding is None:
-            self.leave("")
-        if self._apart is not None and self._apart.search(text):
+        if self._added is not None and self._added.search(text):
             return None
+        if self._apart or not text.isascii():
+            letters = set(text)
+            if new := letters - self._tried:
+                self._try_characters(new)
+            if len(self._apart) > _MOST_APART or not self._apart.isdisjoint(letters):
+                return None
+        return self._fast(text)
+
+    def _fast(self, text: str) -> np.ndarray:
         found: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
         return found
 
-    def leave(self, characters: str) -> None:
-        """Leave texts with any of these characters to `tokenizers`, as those with added tokens."""
-        import tiktoken
+    def _try_characters(self, letters: set[str]) -> None:
+        self._tried |= letters
+        self._apart.update(self._differing(sorted(letters)))
 
-        parts = [re.escape(token) for token in self._added] + ([f"[{re.escape(characters)}]"] if characters else [])
-        self._apart = re.compile("|".join(parts)) if parts else None
-        self._encoding = tiktoken.Encoding(
-            "megatrain", pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens={}
-        )
-
-    def prove(self, encode: Encode) -> str:
-        """Compare with `encode` of the `tokenizers` library, and return the characters to `leave` to it.
-
-        Raises `ValueError` if more than these differ.
-        """
-        self.leave("")
-        tried = assigned_characters()
-        apart = "".join(
-            found for at in range(0, len(tried), _BATCH) for found in self._differing(tried[at : at + _BATCH], encode)
-        )
-        if len(apart) > _MOST_APART:
-            raise ValueError(f"{len(apart)} characters are cut differently")
-        self.leave(apart)
-        words = [word for word in map(_text, self._ranks) if word]
+    def _try_words(self, words: list[str]) -> None:
         chosen = random.Random(0)
         for _ in range(_MADE_TEXTS):
             text = "".join(chosen.choices(words, k=12))
-            if (found := self(text)) is not None and found.tolist() != list(encode(text)):
+            if (found := self(text)) is not None and found.tolist() != list(self._encode(text)):
                 raise ValueError(f"the text {text!r} is encoded differently")
-        return apart
 
-    def _differing(self, letters: list[str], encode: Encode) -> list[str]:
+    def _differing(self, letters: list[str]) -> list[str]:
         """Return the characters whose ids differ, after a letter, before a digit, after a space and doubled."""
         text = "".join(f"x{letter}1 {letter}{letter}\n" for letter in letters)
-        found = self(text)
-        if found is None or found.tolist() == list(encode(text)):
+        if self._fast(text).tolist() == list(self._encode(text)):
             return []
         if len(letters) == 1:
             return letters
         half = len(letters) // 2
-        return self._differing(letters[:half], encode) + self._differing(letters[half:], encode)
+        return self._differing(letters[:half]) + self._differing(letters[half:])
 
 
-def assigned_characters() -> list[str]:
-    """Return every character that Unicode assigns, but for surrogates."""
-    characters = map(chr, range(sys.maxunicode + 1))
-    return [letter for letter in characters if unicodedata.category(letter) not in ("Cs", "Cn")]
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    parts = [re.escape(token) for token in tokens]
+    return re.compile("|".join(parts)) if parts else None
 
 
 def byte_letters() -> str:

@@ -41,15 +41,8 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Names of control tokens in it are plain text; no control token is added."""
 
-    def prove_bulk(self) -> str | None:
-        """Return what `bulk_encoder` needs to know to be faster than `encode`; None if it would not be."""
-        return None
-
-    def bulk_encoder(self, proof: str | None) -> Callable[[str], np.ndarray]:
-        """Return an encoder for large amounts of clean text: the ids of `encode`, as an array of integers.
-
-        `proof` is the result of `prove_bulk`, here or in another process.
-        """
+    def bulk_encoder(self) -> Callable[[str], np.ndarray]:
+        """Return an encoder for large amounts of clean text: the ids of `encode`, as an array of integers."""
         return lambda text: np.array(self.encode(text), dtype=np.int64)
 
     @abstractmethod

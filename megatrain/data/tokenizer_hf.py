@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,20 +182,12 @@ class HuggingFaceTokenizer(Tokenizer):
             ids += found
         return ids
 
-    def prove_bulk(self) -> str | None:
-        """Return the characters that tiktoken's engine must leave to the library; None if it cannot be used at all."""
+    def bulk_encoder(self) -> Callable[[str], np.ndarray]:
+        """Return an encoder by tiktoken's engine where that gives the same ids."""
         try:
-            return ByteLevelBpe(self._definition).prove(self.encode)
-        except (ValueError, ImportError) as error:
-            print(f"note: tiktoken, which is faster, cannot encode for this tokenizer: {error}", file=sys.stderr)
-            return None
-
-    def bulk_encoder(self, proof: str | None) -> Callable[[str], np.ndarray]:
-        """Return an encoder by tiktoken's engine where that was proven equal."""
-        if proof is None:
-            return super().bulk_encoder(proof)
-        engine = ByteLevelBpe(self._definition)
-        engine.leave(proof)
+            engine = ByteLevelBpe(self._definition, self.encode)
+        except (ValueError, ImportError):  # another kind of tokenizer, or the extra is not installed
+            return super().bulk_encoder()
 
         def encode(text: str) -> np.ndarray:
             found = [np.zeros(0, np.uint32)]

@@ -25,7 +25,7 @@ from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.interop.huggingface import import_model
+from megatrain.interop.huggingface import generation_of, import_model
 from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.gpt import GPT
 
@@ -56,6 +56,22 @@ class Loaded:
     def run_config(self) -> dict[str, Any]:
         """Return the config of the model's run: only `model` for imported weights, empty for a Hugging Face folder."""
         return self.manifest.identity.config if self.manifest else {}
+
+    def generation(self) -> dict[str, Any]:
+        """Return the generation_config.json of the Hugging Face folder that the model is or was imported from, if any.
+
+        Raises `CheckpointError` if it cannot be read.
+        """
+        return self.manifest.identity.generation if self.manifest else generation_of(self.folder)
+
+    def end_tokens(self) -> frozenset[int]:
+        """Return the ids that end a text: the tokenizer's end of a document, and those that the model came with.
+
+        A chat model has several: the end of its turn is not the end of a document.
+        """
+        given = self.generation().get("eos_token_id")
+        found = {token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int)}
+        return frozenset(found | ({self.tokenizer.end_of_document} if self.tokenizer else set()))
 
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

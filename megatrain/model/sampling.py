@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield the ids that continue `prompt_ids`: at most `max_new_tokens`, ending before `stop_id`.
+    """Yield the ids that continue `prompt_ids`: at most `max_new_tokens`, ending before one of `stop_ids`.
 
     `temperature=0` is greedy. Otherwise logits are divided by the temperature and restricted to the `top_k` likeliest
     ids (0 keeps all), then to the likeliest ids that together have a probability of `top_p` (Holtzman et al., 2019,
@@ -41,7 +41,7 @@ def generate(
     check_request(model, prompt_ids, max_new_tokens)
     model.eval()
     generator = torch.Generator().manual_seed(seed % 2**64)
-    return _sample(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_id)
+    return _sample(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_ids)
 
 
 def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> None:
@@ -73,7 +73,7 @@ def _sample(
     top_k: int,
     top_p: float,
     generator: torch.Generator,
-    stop_id: int | None,
+    stop_ids: Collection[int],
 ) -> Iterator[int]:
     weight = model.embed.weight
     cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens - 1, weight.device, weight.dtype)
@@ -84,7 +84,7 @@ def _sample(
             last = model.hidden(torch.tensor([tokens], device=weight.device), cache=cache)[:, -1]
             logits = model.head(last)[0].float().cpu()
         drawn = draw(logits, temperature, top_k, top_p, generator)
-        if drawn == stop_id:
+        if drawn in stop_ids:
             return
         yield drawn
         tokens = [drawn]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from megatrain.config import GenerateConfig
@@ -27,7 +27,7 @@ def generate(config: GenerateConfig) -> None:
     loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer()
     prompt = read_prompt(config.prompt)
-    pieces = stream(loaded.build(device_by_name(config.device)), tokenizer, config)
+    pieces = stream(loaded.build(device_by_name(config.device)), tokenizer, loaded.end_tokens(), config)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal shows `?` for a character it does not have
     print_text(prompt)
@@ -36,8 +36,8 @@ def generate(config: GenerateConfig) -> None:
     print_text("\n")
 
 
-def stream(model: GPT, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[str]:
-    """Return the continuation of `config.prompt` in pieces, as it is sampled.
+def stream(model: GPT, tokenizer: Tokenizer, end_tokens: Collection[int], config: GenerateConfig) -> Iterator[str]:
+    """Return the continuation of `config.prompt` in pieces, as it is sampled; `end_tokens` may end it.
 
     Raises:
         ConfigError: at once, if the prompt is not text or is too long for the model.
@@ -57,7 +57,7 @@ def stream(model: GPT, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
-        stop_id=tokenizer.end_of_document if config.stop_at_end else None,
+        stop_ids=end_tokens if config.stop_at_end else (),
     )
     return _decode(sampled, tokenizer, ids if prompt else [])
 

@@ -17,10 +17,7 @@ from megatrain.data.tokenizer_loading import load_tokenizer
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use.
-
-    `proof` is the tokenizer's `prove_bulk`.
-    """
+    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use."""
 
     text: Path
     frame: Frame
@@ -29,7 +26,6 @@ class EncodeTask:
     fingerprint: str
     starts_with_bos: bool
     dtype: str
-    proof: str | None
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,16 @@ class Encoded:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(
-    folder: Path, fingerprint: str, starts_with_bos: bool, proof: str | None
-) -> tuple[Tokenizer, Callable[[str], np.ndarray]]:
+def _load(folder: Path, fingerprint: str, starts_with_bos: bool) -> tuple[Tokenizer, Callable[[str], np.ndarray]]:
     """Load the tokenizer once per process; the cache key has its properties because the folder may be rewritten."""
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.fingerprint, tokenizer.starts_with_bos) == (fingerprint, starts_with_bos)
-    return tokenizer, tokenizer.bulk_encoder(proof)
+    return tokenizer, tokenizer.bulk_encoder()
 
 
 def encode_chunk(task: EncodeTask) -> Encoded:
     """Encode the kept documents of a frame, each between BOS (if the dataset has it) and the end-of-document token."""
-    tokenizer, encode = _load(task.tokenizer, task.fingerprint, task.starts_with_bos, task.proof)
+    tokenizer, encode = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
     first, last = np.array(tokenizer.start(), task.dtype), np.array([tokenizer.end_of_document], task.dtype)
     found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
     total = 0

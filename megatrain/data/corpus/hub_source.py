@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatrain.config import DataConfig
 from megatrain.data.corpus.conversations import FIELDS, find_conversation
 from megatrain.data.corpus.decoding import find_text
@@ -16,6 +18,9 @@ from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source, num_bytes, require_library
 from megatrain.data.hub import one_line_a_wait
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
+
+_ROWS = 100_000
+"""Rows of a part of a folder written by `save_to_disk`; other datasets are read file by file."""
 
 
 class HuggingFaceSource(Source):
@@ -37,7 +42,7 @@ class HuggingFaceSource(Source):
         place = f"data.hf_path={config.hf_path}, data.hf_config={config.hf_config}, data.hf_split={config.hf_split}"
         try:
             with one_line_a_wait(f"data.hf_path={config.hf_path}"):
-                self._rows = self._load(config)
+                self._rows, self._revision = self._load(config)
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{place}: {_first_line(error)}") from error
         except (ConnectionError, OSError) as error:
@@ -49,29 +54,40 @@ class HuggingFaceSource(Source):
         if columns is not None and not {config.text_column, config.text_column.split(".")[0], *FIELDS} & set(columns):
             raise ConfigError(f"data.text_column={config.text_column}: {config.hf_path} has {', '.join(columns)}")
 
-    def _load(self, config: DataConfig) -> Any:
-        """Return the rows of the hub's dataset, of a folder in its format, or of a folder written by `save_to_disk`."""
+    def _load(self, config: DataConfig) -> tuple[Any, str]:
+        """Return the rows of the hub's dataset, of a folder in its format, or of a folder written by `save_to_disk`.
+
+        With them comes what identifies their contents: the hub's commit, or the times of a folder's files.
+        """
         folder = Path(str(config.hf_path)).expanduser()
         if not saved_to_disk(folder):
-            return self._datasets.load_dataset(config.hf_path, config.hf_config, split=config.hf_split, streaming=True)
+            builder = self._datasets.load_dataset_builder(config.hf_path, config.hf_config)
+            files = (builder.config.data_files or {}).get(config.hf_split)
+            origins = getattr(files, "origin_metadata", [])
+            revision = xxhash.xxh3_128_hexdigest(repr(origins).encode())
+            return builder.as_streaming_dataset(split=config.hf_split), revision
         rows = self._datasets.load_from_disk(str(folder))
         if isinstance(rows, dict):
             if config.hf_split not in rows:
                 raise ValueError(f"Unknown split {config.hf_split!r}; the folder has {', '.join(rows)}")
-            return rows[config.hf_split]
-        return rows
+            rows = rows[config.hf_split]
+        return rows.to_iterable_dataset(num_shards=max(1, len(rows) // _ROWS)), str(rows._fingerprint)
 
     def shards(self) -> Iterator[Shard]:
-        """Yield the whole dataset as one part."""
-        yield Shard()
+        """Yield each of the dataset's files, or of parts of so many rows of a folder written by `save_to_disk`."""
+        number = self._rows.num_shards
+        for index in range(number):
+            yield Shard(stamps=(self._revision, f"part {index + 1} of {number}"), start=index)
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """Yield the rows. Raises `DataError` for a bad row, `EnvironmentFault` if the connection is lost."""
-        column, path = self.config.text_column, self.config.hf_path
+        column, count = self.config.text_column, self._rows.num_shards
+        path = str(self.config.hf_path) + (f", part {shard.start + 1} of {count}" if count > 1 else "")
+        rows = self._rows.shard(num_shards=count, index=shard.start)
         number = 0
         try:
-            with one_line_a_wait(f"data.hf_path={path}"):
-                for number, row in enumerate(self._rows, start=1):
+            with one_line_a_wait(f"data.hf_path={self.config.hf_path}"):
+                for number, row in enumerate(rows, start=1):
                     text = find_text(row, column)
                     self.progress.bytes += 0 if isinstance(text, Problem) else num_bytes(text)
                     kind = None if find_conversation(row, column) is None else "conversation"

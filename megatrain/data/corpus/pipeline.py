@@ -40,8 +40,6 @@ from megatrain.errors import DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
-WORTH_A_PROOF = 32 * 2**20
-"""Bytes of text from which proving a faster encoder (a few seconds) pays."""
 FORMAT = 3
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
@@ -89,7 +87,8 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                         left -= len(chunk)
                     coming.append((len(cleaned) - 1, writer, last))
                     yield CleanTask(chunk, policy, recipe, config.seed, signing)
-            source.progress.bytes = before + shard.num_bytes
+            if shard.num_bytes:  # the hub does not say
+                source.progress.bytes = before + shard.num_bytes
 
     with Meter("reading", source.total_bytes) as meter, _closing(coming):
         for result in pool.map(clean_chunk, tasks()):
@@ -270,8 +269,7 @@ def encode_selection(
     """Encode every shard into `folder` and return them in corpus order. `saved` is the tokenizer's folder."""
     folder.mkdir(exist_ok=True)
     text_bytes = sum(shard.text_bytes for shard in selection.shards)
-    proof = tokenizer.prove_bulk() if text_bytes >= WORTH_A_PROOF else None
-    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, proof)
+    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
     ends = (tokenizer.start(), tokenizer.end_of_document)
     made_by = (tokenizer.fingerprint, ends, dtype.name, _versions(_ENCODING_LIBRARIES))
     encoded: list[EncodedShard | None] = []

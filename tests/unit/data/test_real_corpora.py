@@ -251,6 +251,26 @@ def test_a_folder_of_save_to_disk_is_read_as_it_is(tmp_path, read):
             read(paths=paths, name="x")
 
 
+def test_each_file_of_a_hub_dataset_is_a_part_that_is_read_again_if_it_changed(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        (tmp_path / "in" / f"{name}.jsonl").write_text(lines(f"{name}1", f"{name}2"))
+
+    def opened():
+        source = open_source(DataConfig(name="d", kind="huggingface", hf_path=str(tmp_path / "in")))
+        return source, list(source.shards())
+
+    source, parts = opened()
+    read = [[(record.payload, record.where) for record in source.read(part)] for part in reversed(parts)]
+    assert [[text for text, _ in part] for part in read] == [["c1", "c2"], ["b1", "b2"], ["a1", "a2"]]
+    assert read[0][1][1].endswith("in, part 3 of 3, row 2")
+    assert opened()[1] == parts
+    (tmp_path / "in" / "b.jsonl").write_text(lines("new", "b2"))
+    source, changed = opened()
+    assert not set(parts) & set(changed)
+    assert [record.payload for record in source.records()] == ["a1", "a2", "new", "b2", "c1", "c2"]
+
+
 def test_hugging_face_text_is_counted_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "in").mkdir()

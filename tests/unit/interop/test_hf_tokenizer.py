@@ -147,6 +147,6 @@ def test_text_in_text_out_through_transformers_alone(trained, tmp_path):
     write = pipeline("text-generation", model=str(tmp_path / "hf"))
     written = write("def f(", max_new_tokens=8, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
     prompt = tokenizer.encode("def f(")
-    drawn = list(generate(model, prompt, max_new_tokens=8, temperature=0, stop_id=end))
+    drawn = list(generate(model, prompt, max_new_tokens=8, temperature=0, stop_ids=[end]))
     assert written in (prompt + drawn, [*prompt, *drawn, end])
     assert write.tokenizer("▁</s>  x").input_ids == tokenizer.encode("▁</s>  x")

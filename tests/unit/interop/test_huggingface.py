@@ -89,7 +89,7 @@ def test_transformers_computes_the_same_logits_and_greedy_tokens(exported):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     for prompt in ([3, 5, 8], [2]):
         their_tokens = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
-        our_tokens = list(generate(model, prompt, max_new_tokens=20, temperature=0, stop_id=1))
+        our_tokens = list(generate(model, prompt, max_new_tokens=20, temperature=0, stop_ids=[1]))
         assert their_tokens in (prompt + our_tokens, [*prompt, *our_tokens, 1])
 
 

@@ -69,7 +69,7 @@ def test_generation_ends_before_the_stop_token():
     model = make_model()
     free = list(generate(model, [1, 2], max_new_tokens=12, seed=4))
     stop = free[5]
-    assert list(generate(model, [1, 2], max_new_tokens=12, seed=4, stop_id=stop)) == free[: free.index(stop)]
+    assert list(generate(model, [1, 2], max_new_tokens=12, seed=4, stop_ids=[stop])) == free[: free.index(stop)]
 
 
 def test_tokens_are_streamed_and_gradients_stay_on_between_them():

@@ -1,6 +1,7 @@
 """`megatrain generate`: the text that transformers generates from the exported folder, streamed token by token."""
 
 import io
+import json
 import shutil
 import sys
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatrain.config import ExportConfig, GenerateConfig
+import megatrain
+from megatrain.config import ExportConfig, GenerateConfig, ImportConfig
 from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
 from megatrain.verbs import generate as generation
 from megatrain.verbs.export import export_
 from megatrain.verbs.generate import generate
+from megatrain.verbs.import_ import import_
 
 PROMPT = "the naïve model"
 
@@ -41,6 +44,27 @@ def test_greedy_text_is_that_of_transformers_on_the_exported_folder(name, family
     expected = tokenizer.decode(drawn.tolist()) + "\n"
     assert text_of(capsys, folder) == expected
     assert text_of(capsys, tmp_path / "hf") == expected
+
+
+def test_each_end_that_a_model_came_with_ends_the_text(family, tokenizer, tmp_path, capsys):
+    """A chat model names several ids; transformers stops at each of them too."""
+    export_(ExportConfig(path=str(family("llama")[0]), out=str(tmp_path / "hf")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    free = model.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()[prompt.shape[1] :]
+    end = next(token for at, token in enumerate(free) if at > 4 and token not in free[:at])
+    path = tmp_path / "hf" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [tokenizer.end_of_document, end]}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    drawn = model.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()
+    assert drawn[-1] == end
+    expected = tokenizer.decode(drawn[:-1])
+    import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "imported")))
+    for folder in (tmp_path / "hf", tmp_path / "imported"):
+        assert text_of(capsys, folder) == expected + "\n"
+        loaded = megatrain.load(folder, device="cpu")
+        assert PROMPT + loaded.generate(PROMPT, max_new_tokens=20, temperature=0) == expected
+    assert text_of(capsys, tmp_path / "hf", stop_at_end=False) != expected + "\n"
 
 
 def test_the_seed_determines_the_sample(family, capsys):
