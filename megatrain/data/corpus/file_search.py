@@ -25,6 +25,8 @@ def find_paths(patterns: list[str], wanted: Callable[[Path], bool], known: str) 
 
     Raises `ConfigError` if a pattern names no file, or a file that is not wanted.
     """
+    if not all(pattern.strip() for pattern in patterns):
+        raise ConfigError("data.paths: one of the paths is empty; the working folder is '.'")
     if not patterns:
         raise ConfigError("data.paths: empty; give globs, for example 'data.paths=[corpus/**/*.jsonl]'")
     found: set[Path] = set()

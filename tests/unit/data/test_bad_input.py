@@ -54,6 +54,8 @@ def test_a_glob_without_a_match_and_a_file_of_another_kind_are_refused_by_key(ru
         run("a.docx", b"x")
     with pytest.raises(ConfigError, match=r"data.paths: empty"):
         run("a.txt", b"x", paths=[])
+    with pytest.raises(ConfigError, match=r"data.paths: one of the paths is empty"):
+        run("a.txt", b"x", paths=[""])
     assert not (tmp_path / "out").exists()
 
 
