@@ -251,7 +251,8 @@ def made_by(card: Card) -> list[str]:
     default = flatten(asdict(PrepareConfig()))
     config = copy.deepcopy(card.config)
     for step in config.get("clean", {}).get("steps", []):
-        step.get("decontaminate", {}).pop("digests", None)  # what its sets held, which is no parameter
+        for parameters in step.values():
+            parameters.pop("digests", None)  # what its files held, which is no parameter
     words = [
         f"{key}={as_text(value)}"
         for key, value in flatten(config).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -13,7 +14,8 @@ class Document:
     """A document: its text, which steps may change, and what its source knows of it.
 
     `id` is the record's own, or where it was read. `markup` says that `text` is HTML. `language` is a code such as `en`
-    or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path`.
+    or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path` or the `url`
+    of a page.
     `counts` is what the step at work has changed so far. `split` is kept by `splitting.py`: the text, language and
     words of its last call.
     """
@@ -53,6 +55,12 @@ class Step(ABC):
     def settings(self) -> dict[str, Any]:
         """Return what determines the step's result: its parameters, and what else it reads."""
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # every step is a dataclass
+
+    def share(self, folder: Path) -> None:  # noqa: B027, most steps have nothing to share
+        """Write large tables that the step reads into `folder`, where all worker processes map them.
+
+        Called once, before workers get the step. Without it a process makes them for itself.
+        """
 
     @abstractmethod
     def apply(self, document: Document) -> Removal | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatrain.data.corpus.compressed import ERRORS, opened, without_suffix
+from megatrain.data.corpus.word_lists import digest_of
 from megatrain.data.corpus.words import hash_ngrams, hash_words, split
 from megatrain.data.indexed import hash_file
 from megatrain.errors import ConfigError, DataError
@@ -55,17 +55,10 @@ def _find(place: str, entry: Any) -> EvaluationSet:
         raise ConfigError(f"{place}.fields={fields}: expected a list of names such as [question,answer]")
     name = str(given.get("name") or without_suffix(path.name).partition(".")[0])
     try:
-        entry_stat = path.stat()
-        digest = _digest(path, entry_stat.st_size, entry_stat.st_mtime_ns)
-    except OSError as error:
-        raise ConfigError(f"{place}: {path} cannot be read ({error.strerror}); give the file of a set") from error
+        digest = digest_of(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}; give the file of a set") from error
     return EvaluationSet(name, str(path), tuple(fields), digest)
-
-
-@functools.lru_cache(maxsize=256)
-def _digest(path: Path, size: int, time: int) -> str:
-    """Return the digest of a file, which is read again only if its size or time has changed."""
-    return hash_file(path)
 
 
 def read_texts(one: EvaluationSet) -> Iterator[str]:

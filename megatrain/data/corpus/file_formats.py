@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from megatrain.data.corpus.conversations import BEGINNINGS, FIELDS, render
-from megatrain.data.corpus.record import Problem
+from megatrain.data.corpus.record import METADATA, Problem
 from megatrain.errors import DataError
 
 _READ_BYTES = 2**20
@@ -109,7 +109,8 @@ class TextColumn:
         if name.partition(".")[0] not in schema.names:
             name = next((other for other in FIELDS if _holds_objects(schema, other)), name)
         self.column = name
-        self.columns: list[str] | None = [name]
+        self._metadata = [other for other in METADATA if other != name and schema.names.count(other) == 1]
+        self.columns: list[str] | None = [name, *self._metadata]
         self._path = [name] if name in schema.names else name.split(".")
         if schema.names.count(self._path[0]) > 1:
             raise DataError(
@@ -129,7 +130,7 @@ class TextColumn:
         if _holds_objects(schema, name):
             self.kind = "conversation"
             beginnings = [other for other in BEGINNINGS if other != name and schema.names.count(other) == 1]
-            self.columns = [name, *beginnings]
+            self.columns = [name, *beginnings, *self._metadata]
             return
         text = kind.value_type if types.is_dictionary(kind) else kind
         known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -137,15 +138,20 @@ class TextColumn:
             self.problem = Problem("not_text", f"column {name!r} is {kind}, not text", "set data.text_column")
             self.columns = None
 
-    def rows(self, batch: Any) -> list[tuple[str | bytes | Problem, Any]]:
-        """Return for each row of a record batch its text or what is wrong with it, and the row if that is known."""
+    def rows(self, batch: Any) -> list[tuple[str | bytes | Problem, Any, dict[str, Any]]]:
+        """Return each row of a record batch: its text or what is wrong with it, the row if known, its metadata."""
         if self.problem:
-            return [(self.problem, row) for row in batch.to_pylist()]
+            return [(self.problem, row, {}) for row in batch.to_pylist()]
+        metadata = batch.select(self._metadata).to_pylist() if self._metadata else [{}] * batch.num_rows
         null = Problem("null", f"no text under {self.column!r}: it is null")
         if self.kind == "conversation":
-            found = [(row, row[self.column]) for row in batch.to_pylist()]
-            return [(null if messages is None else render(messages, row), row) for row, messages in found]
-        return [(null if text is None else text, None) for text in self._texts(batch)]
+            rows = batch.to_pylist()
+            texts = [null if row[self.column] is None else render(row[self.column], row) for row in rows]
+            return list(zip(texts, rows, metadata, strict=True))
+        return [
+            (null if text is None else text, None, about)
+            for text, about in zip(self._texts(batch), metadata, strict=True)
+        ]
 
     def _texts(self, batch: Any) -> list[bytes | None]:
         """Return the texts of a record batch, None for a null."""

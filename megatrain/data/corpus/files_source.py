@@ -226,9 +226,9 @@ class FilesSource(Source):
                 row = sum(file.metadata.row_group(group).num_rows for group in range(start))
                 rows = max(file.metadata.num_rows, 1)
                 for batch in file.iter_batches(64, row_groups=groups, columns=column.columns):
-                    for value, whole in column.rows(batch):
+                    for value, whole, metadata in column.rows(batch):
                         row += 1
-                        yield from self.field(value, f"{path}:{row}", whole, column.kind)
+                        yield from self.field(value, f"{path}:{row}", whole, kind=column.kind, metadata=metadata)
                     if not start:
                         self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

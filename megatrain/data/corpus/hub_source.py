@@ -13,7 +13,7 @@ from megatrain.config import DataConfig
 from megatrain.data.corpus.conversations import FIELDS, find_conversation
 from megatrain.data.corpus.decoding import find_text
 from megatrain.data.corpus.file_search import saved_to_disk
-from megatrain.data.corpus.record import Problem, Record
+from megatrain.data.corpus.record import METADATA, Problem, Record
 from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source, num_bytes, require_library
 from megatrain.data.hub import one_line_a_wait
@@ -91,7 +91,8 @@ class HuggingFaceSource(Source):
                     text = find_text(row, column)
                     self.progress.bytes += 0 if isinstance(text, Problem) else num_bytes(text)
                     kind = None if find_conversation(row, column) is None else "conversation"
-                    yield from self.field(text, f"{path}, row {number}", row, kind)
+                    metadata = {name: row[name] for name in METADATA if name in row and name != column}
+                    yield from self.field(text, f"{path}, row {number}", row, kind=kind, metadata=metadata)
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:

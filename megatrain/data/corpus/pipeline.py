@@ -80,6 +80,8 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                     left -= sum(finished.counts[name] for name in ("read", "left_out", "oversized"))
             else:
                 key = _clean_key(shard, left, settings, data.on_bad_record)
+                for step in recipe:
+                    step.share(folder.parent / "tables")
                 writer = CleanedShardWriter(folder, key, settings["signing"])
                 cleaned.append(None)
                 for chunk, last in _marking_last(_chunks(itertools.islice(source.read(shard), left))):
@@ -151,8 +153,8 @@ _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_docum
 
 
 _CLEANING_LIBRARIES = (
-    "datasets", "ftfy", "jieba", "mwparserfromhell", "phonenumbers", "pyarrow", "py3langid", "resiliparse", "spacy",
-    "trafilatura",
+    "datasets", "datatrove", "ftfy", "jieba", "mwparserfromhell", "phonenumbers", "pyarrow", "py3langid", "resiliparse",
+    "spacy", "tldextract", "trafilatura",
 )  # fmt: skip
 _ENCODING_LIBRARIES = ("sentencepiece", "tokenizers")
 

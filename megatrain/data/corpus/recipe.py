@@ -13,6 +13,7 @@ from megatrain.config.compose import check_value
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import describe, fits, kind_of
 from megatrain.data.corpus.document import Document, Step
+from megatrain.data.corpus.steps.personal_data import PersonalData
 from megatrain.data.corpus.steps.registry import STEPS
 from megatrain.errors import ConfigError
 
@@ -71,7 +72,7 @@ class StepReport:
 
     `examples` are documents that it removed (with `rule` and `detail`) or changed (with the text `after`), those of the
     lowest draws, so they do not depend on how the work was divided. They have the text `before`, unless the step hides
-    it (`Step.shows_before`).
+    it (`Step.shows_before`). If the recipe masks personal data, they are masked too, whatever the step.
     """
 
     name: str
@@ -110,6 +111,7 @@ def add_reports(total: list[StepReport], more: Iterable[StepReport]) -> None:
 
 def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepReport], seed: int) -> bool:
     """Let each step work on the document and report it; return whether it is kept."""
+    masks = [step for step in recipe if isinstance(step, PersonalData)]
     size = _size(document.text)
     for step, report in zip(recipe, reports, strict=True):
         before = document.text
@@ -117,19 +119,19 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
         report.bytes_in += size
         document.counts.clear()
         removal = step.apply(document)
-        shown = {"before": before[:_EXCERPT]} if step.shows_before else {}
+        shown = {"before": before} if step.shows_before else {}
         if document.counts:
             report.changes = dict(Counter(report.changes) + document.counts)
         if removal is not None:
             report.rules[removal.rule] = report.rules.get(removal.rule, 0) + 1
             shown |= {"rule": removal.rule, "detail": removal.detail}
-            _show(report, document, seed, shown)
+            _show(report, document, seed, shown, masks)
             return False
         report.documents_out += 1
         if document.text is not before and document.text != before:
             size = _size(document.text)
             report.changed += 1
-            _show(report, document, seed, shown | {"after": document.text[:_EXCERPT]})
+            _show(report, document, seed, shown | {"after": document.text}, masks)
         report.bytes_out += size
     return True
 
@@ -138,12 +140,21 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _show(report: StepReport, document: Document, seed: int, what: dict[str, str]) -> None:
+def _show(
+    report: StepReport, document: Document, seed: int, what: dict[str, str], masks: Sequence[PersonalData] = ()
+) -> None:
+    """Keep a document as an example if its draw is among the lowest: an excerpt, masked before it is cut."""
     draw = xxhash.xxh3_64_intdigest(f"{report.name}\0{document.id}".encode(errors="surrogatepass"), seed=seed)
-    shown: dict[str, Any] = {"draw": draw, "id": document.id, **what}
-    kept = [example for example in report.examples if example.get("rule") == shown.get("rule")]
+    kept = [example for example in report.examples if example.get("rule") == what.get("rule")]
     if len(kept) < EXAMPLES or draw < kept[-1]["draw"]:
-        report.examples = _fewest([*report.examples, shown])
+        shown = {name: _excerpt(text, masks) for name, text in what.items()}
+        report.examples = _fewest([*report.examples, {"draw": draw, "id": document.id, **shown}])
+
+
+def _excerpt(text: str, masks: Sequence[PersonalData]) -> str:
+    for step in masks:
+        text, _ = step.mask(text)
+    return text[:_EXCERPT]
 
 
 def _fewest(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

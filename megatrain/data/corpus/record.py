@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+METADATA = (
+    *("url", "path", "max_stars_repo_path", "lang", "programming_language"),
+    *("license", "licenses", "detected_licenses", "max_stars_repo_licenses"),
+)
+"""Columns of a table that go along with its text, because cleaning steps read them. JSON's fields go along all."""
+
 
 @dataclass(frozen=True)
 class Problem:

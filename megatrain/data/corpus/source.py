@@ -74,12 +74,12 @@ class Source(ABC):
         else:
             yield Record(text, where, **about)
 
-    def field(self, value: str | bytes | Problem, where: str, whole: Any, kind: str | None = None) -> Iterator[Record]:
-        """Yield the text of a record's field, or the record `whole` with its problem."""
+    def field(self, value: str | bytes | Problem, where: str, whole: Any, **about: Any) -> Iterator[Record]:
+        """Yield the text of a record's field, or the record `whole` with its problem; `about` as of `bounded`."""
         if isinstance(value, Problem):
             yield Record(json.dumps(whole, default=str), where, problem=value)
         else:
-            yield from self.bounded(value, where, kind=kind)
+            yield from self.bounded(value, where, **about)
 
     def whole_file(self, file: BinaryIO, path: Path, **about: Any) -> Iterator[Record]:
         """Yield an open file as one document, with its path as metadata."""

@@ -154,3 +154,24 @@ RUNS += ["-----BEGIN PRIVATE KEY-----" * 500, "token='" * 5000]
 def test_long_runs_do_not_hang(text):
     """A pattern of quadratic time would take minutes here."""
     assert masked(text)[0]
+
+
+def test_examples_of_all_steps_are_masked_whatever_their_order():
+    secret = "mail jane.doe@corp.example, " * 71 + "jane.doe@corp.example"  # an address where the excerpt is cut
+    recipe = build_recipe(
+        [{"length": {"max_characters": 2100}}, "unicode", "personal_data", {"length": {"min_characters": 100}}]
+    )
+    reports = new_reports(recipe)
+    for number, text in enumerate([secret + " x" * 100, "call\u00a0jane.doe@corp.example", secret]):
+        run_recipe(recipe, Document(text, str(number)), reports, seed=1)
+    too_long, repaired, masked, too_short = reports
+    assert (too_long.rules, too_short.rules) == ({"too_long": 1}, {"too_short": 1})
+    assert repaired.changed == 1 and masked.changed == 2
+    assert too_long.examples[0]["before"].startswith("mail <EMAIL>, mail <EMAIL>")
+    assert repaired.examples[0]["before"] == "call\u00a0<EMAIL>" and repaired.examples[0]["after"] == "call <EMAIL>"
+    assert not any(
+        "@" in str(value) or "jane" in str(value)
+        for report in reports
+        for one in report.examples
+        for value in one.values()
+    )

@@ -46,11 +46,18 @@ class PersonalData(Step):
 
     def apply(self, document: Document) -> Removal | None:
         """Mask the finds and count them by kind."""
+        document.text, found = self.mask(document.text)
+        for kind, number in found.items():
+            document.count(kind, number)
+        return None
+
+    def mask(self, text: str) -> tuple[str, dict[str, int]]:
+        """Return the text with the finds replaced, and their number by kind."""
+        found = {}
         for kind in KINDS:
             if kind in self.kinds:
-                document.text, found = _mask(document.text, f"<{kind.upper()}>", self._spans(kind, document.text))
-                document.count(kind, found)
-        return None
+                text, found[kind] = _mask(text, f"<{kind.upper()}>", self._spans(kind, text))
+        return text, found
 
     def _spans(self, kind: str, text: str) -> Spans:
         if kind == "phone":

@@ -13,6 +13,7 @@ from megatrain.data.corpus.steps.language import Language
 from megatrain.data.corpus.steps.length import Length
 from megatrain.data.corpus.steps.personal_data import PersonalData
 from megatrain.data.corpus.steps.unicode import UnicodeRepair
+from megatrain.data.corpus.steps.url_filter import UrlFilter
 
 STEPS: dict[str, type[Step]] = {
     step.name: step
@@ -28,5 +29,6 @@ STEPS: dict[str, type[Step]] = {
         Length,
         PersonalData,
         UnicodeRepair,
+        UrlFilter,
     )
 }

@@ -1,0 +1,52 @@
+"""Lists in files, an entry a line, that cleaning steps read: of domains, words and the like."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatrain.data.corpus.compressed import ERRORS, opened, without_suffix
+from megatrain.data.indexed import hash_file
+from megatrain.errors import ConfigError, DataError
+
+
+def digest_of(path: str) -> str:
+    """Return the digest of a file, which is read again only if its size or time has changed.
+
+    Raises `ConfigError` if it cannot be read.
+    """
+    place = Path(path).expanduser()
+    try:
+        entry = place.stat()
+        return _digest(place, entry.st_size, entry.st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, time: int) -> str:
+    return hash_file(path)
+
+
+def read_list(path: str) -> Iterator[str]:
+    """Yield the entries of a list in UTF-8, maybe compressed: its lines, or the elements of an array in a `.json`.
+
+    Empty lines and those that begin with # are none. Raises `DataError` if the file is damaged or no such list.
+    """
+    place = Path(path).expanduser()
+    try:
+        with open(place, "rb") as raw, opened(place, raw) as file:
+            if without_suffix(place.name).endswith(".json"):
+                entries = json.loads(file.read())
+                if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+                    raise DataError(f"{path}: not an array of texts; write an entry a line into a .txt")
+                yield from filter(None, map(str.strip, entries))
+                return
+            for line in file:
+                entry = line.decode("utf-8-sig").strip()
+                if entry and not entry.startswith("#"):
+                    yield entry
+    except (*ERRORS, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a list of words in UTF-8 ({error})") from error
