@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,22 +129,26 @@ if __name__ == "__main__":
 """
 
 
-def test_kills_at_random_moments_change_nothing(corpus, tmp_path, small_shards):
-    """Each start lives a little longer than the one before, so that every stage is interrupted."""
+def test_twenty_kills_at_random_moments_change_nothing(corpus, tmp_path, small_shards):
+    """Starts live longer and longer, so that every stage is interrupted; a finished dataset is made anew."""
     expected = Card.load(prepare(config(corpus, "whole"))).fingerprint
     (tmp_path / "killed.py").write_text(KILLED)
     out, moments = tmp_path / "out", random.Random(0)
-    for attempt in range(6):
+    kills = since = 0
+    while kills < 20:
         process = subprocess.Popen(
             [sys.executable, str(tmp_path / "killed.py"), str(corpus), str(out), "1"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         process.stdout.readline()
-        time.sleep(moments.random() * 0.05 * (attempt + 1))
+        since += 1
+        time.sleep(moments.random() * 0.05 * since)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        kills += process.wait() == -signal.SIGKILL
         if (out / "d").exists():
-            break
+            assert Card.load(out / "d").fingerprint == expected
+            shutil.rmtree(out / "d")
+            since = 0
     assert Card.load(prepare(config(corpus, "d"))).fingerprint == expected
     assert not (out / ".d.preparing").exists()
 
