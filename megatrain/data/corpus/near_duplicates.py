@@ -35,9 +35,10 @@ _BLOCK = 2**14  # documents or pairs that are worked on at a time
 class NearDuplicates:
     """What was found: documents dropped, clusters by size, pairs compared, and how right the estimate was.
 
-    `sizes` counts clusters by their size, in powers of two: `4` counts those of 4 to 7 documents. `compared` pairs
-    shared a band; `rejected` of them were below the threshold, the false positives of the bands. Of the others,
-    `checked` pairs were compared by their texts, and `below` of them were truly less alike than the threshold.
+    `sizes` counts clusters by their size, in powers of two: `4` counts those of 4 to 7 documents. `compared` is how
+    often signatures were compared, once for each band that two documents share; `rejected` of these pairs were below
+    the threshold, the false positives of the bands. Of the others, `checked` pairs were compared by their texts, and
+    `below` of them were truly less alike than the threshold.
     """
 
     documents: int = 0
@@ -78,14 +79,11 @@ def drop_near_duplicates(
     for band in range(config.bands):
         for pairs in _candidates(selection, folder / str(band), memory_bytes):
             one, other = (_signatures(selection, pairs[:, side]) for side in (0, 1))
-            equal = one == other
-            alike = equal.sum(axis=1) >= np.float64(config.threshold) * signing.hashes - 1e-9
+            alike = (one == other).sum(axis=1) >= np.float64(config.threshold) * signing.hashes - 1e-9
             clusters.join(pairs[alike])
-            shared = equal.reshape(len(pairs), config.bands, config.rows).all(axis=2)
-            fresh = shared.argmax(axis=1) == band  # a pair that shares several bands is counted once
-            report.compared += int(fresh.sum())
-            report.rejected += int((fresh & ~alike).sum())
-            sample = _sample(sample, pairs[fresh & alike])
+            report.compared += len(pairs)
+            report.rejected += int((~alike).sum())
+            sample = _sample(sample, pairs[alike])
     shutil.rmtree(folder)
     members, heads = clusters.members()
     selection.flags[members] = DROPPED
