@@ -367,7 +367,7 @@ def _summary(target: Path, card: Card) -> Iterator[str]:
     if near := card.near_duplicates:
         yield (
             f"  near duplicates: {near['documents']:,} dropped, in {near['clusters']:,} clusters of up to "
-            f"{near['largest']:,}; {near['compared']:,} pairs compared, {near['rejected']:,} rejected; "
+            f"{near['largest']:,}; {near['compared']:,} comparisons, {near['rejected']:,} rejected; "
             f"{near['below']:,} of {near['checked']:,} pairs checked by their text are below the threshold"
         )
 

@@ -187,7 +187,7 @@ def near_duplicates(found: dict[str, Any]) -> list[list[str]]:
         ["dropped", f"{found['documents']:,} documents"],
         ["clusters", f"{found['clusters']:,}, the largest of {found['largest']:,} documents"],
         ["clusters by size", " · ".join(f"{size:,} to {2 * size - 1:,}: {count:,}" for size, count in sizes)],
-        ["pairs compared", f"{found['compared']:,}, of which {found['rejected']:,} are below the threshold"],
+        ["comparisons", f"{found['compared']:,}, of which {found['rejected']:,} are below the threshold"],
         ["checked by text", f"{found['checked']:,} pairs, of which {found['below']:,} are below the threshold"],
     ]
     if found["mean_jaccard"] is not None:

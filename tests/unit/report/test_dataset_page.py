@@ -222,7 +222,7 @@ def test_near_duplicates_are_shown_where_the_card_has_them(dataset, monkeypatch)
         ("dropped", "12 documents"),
         ("clusters", "5, the largest of 6 documents"),
         ("clusters by size", "2 to 3: 4 · 4 to 7: 1"),
-        ("pairs compared", "30, of which 8 are below the threshold"),
+        ("comparisons", "30, of which 8 are below the threshold"),
         ("checked by text", "20 pairs, of which 1 are below the threshold"),
         ("mean similarity", "0.875 (Jaccard, of the checked pairs)"),
     ]
