@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatrain.data.corpus.document import Step
+from megatrain.data.corpus.steps.blocked_words import BlockedWords
 from megatrain.data.corpus.steps.c4 import C4Paragraphs, C4Quality
 from megatrain.data.corpus.steps.decontaminate import Decontaminate
 from megatrain.data.corpus.steps.fineweb_quality import FinewebQuality
@@ -18,6 +19,7 @@ from megatrain.data.corpus.steps.url_filter import UrlFilter
 STEPS: dict[str, type[Step]] = {
     step.name: step
     for step in (
+        BlockedWords,
         C4Paragraphs,
         C4Quality,
         Decontaminate,
