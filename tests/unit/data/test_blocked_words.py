@@ -102,7 +102,7 @@ def test_mistakes_are_named(tmp_path):
         ConfigError, match=r"blocked_words.path: .*no.txt cannot be read .*; give a file with a word a line"
     ):
         build_recipe([{"blocked_words": {"path": str(tmp_path / "no.txt")}}])
-    with pytest.raises(ConfigError, match=r"blocked_words.language=xx is not one of ar, cs"):
+    with pytest.raises(ConfigError, match=r"blocked_words.language=xx has no list; give one of ar, cs"):
         build_recipe([{"blocked_words": {"language": "xx"}}])
     (tmp_path / "words.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match=r"words.json: not an array of texts"):

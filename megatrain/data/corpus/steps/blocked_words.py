@@ -37,10 +37,14 @@ class BlockedWords(Step):
     """
 
     name: ClassVar[str] = "blocked_words"
-    language: str = key("en", "language of the words", choices=LANGUAGES)
+    language: str = key("en", "language of the words, such as en, zh or fr; 28 have a list")
     path: str | None = key(None, "file of the words; null for the list of the language")
 
     def __post_init__(self) -> None:
+        if self.language not in LANGUAGES:
+            raise ConfigError(
+                f"clean.steps: blocked_words.language={self.language} has no list; give one of {', '.join(LANGUAGES)}"
+            )
         try:
             digest = digest_of(self.path) if self.path else None
         except ConfigError as error:
