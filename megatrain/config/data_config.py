@@ -15,11 +15,14 @@ class DataConfig:
     name: str = key(MISSING, "dataset identity; the prepared dataset is the folder <data.dir>/<data.name>")
     dir: str = key("data", "folder of all prepared datasets", path=True)
     kind: str = key(
-        "files", "kind of source", choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture")
+        "files",
+        "kind of source",
+        choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture", "demo"),
     )
     mixture: dict[str, Any] = key(
         {},
-        "data=mixture: prepared datasets (names in data.dir, or paths) with their share of the samples: a weight "
+        "data=mixture: prepared datasets (names in data.dir, or paths) with their share of the samples; data=demo: its "
+        "sources, which prepare makes too. A share is a weight "
         "{web: 0.7, code: 0.3}, or epochs {web: {epochs: 1}, code: {epochs: 4}}; max_epochs limits a weight: "
         "{code: {weight: 0.3, max_epochs: 4}}",
     )

@@ -246,7 +246,7 @@ def made_by(card: Card) -> list[str]:
     Empty if the card does not say, or if the ids came without text.
     """
     kind = card.config.get("data", {}).get("kind")
-    if kind in (None, "megatron", "mixture"):
+    if kind in (None, "megatron", "mixture", "demo"):
         return []
     default = flatten(asdict(PrepareConfig()))
     config = copy.deepcopy(card.config)

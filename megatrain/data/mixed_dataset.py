@@ -83,16 +83,25 @@ def open_mixture(config: TrainConfig, samples_before: Callable[[TrainLoopConfig,
 
 def _folder(config: DataConfig, phase: PhaseSetting, source: SourceSetting) -> Path:
     """Return the folder of a source. Raises ConfigError if it is not a prepared dataset."""
-    folder = Path(source.place).expanduser() if "/" in source.place else Path(config.dir) / source.place
+    folder = place_of(config, source)
     if not (folder / CARD).is_file():
         prepared = sorted(card.parent.name for card in folder.parent.glob(f"*/{CARD}"))
         known = f" (prepared there so far: {', '.join(prepared[:8])})" if prepared else ""
         raise ConfigError(
             f"{phase.key}.{source.place}: there is no prepared dataset at {folder}"
-            f"{did_you_mean('', source.name, prepared)}{known}; make it with: megatrain prepare data=... "
-            f"data.dir={folder.parent} data.name={source.name}"
+            f"{did_you_mean('', source.name, prepared)}{known}; make it with: megatrain prepare "
+            + (f"data=demo data.name={config.name}" if config.kind == "demo" else f"data=... data.name={source.name}")
+            + f" data.dir={config.dir if config.kind == 'demo' else folder.parent}"
         )
     return folder
+
+
+def place_of(config: DataConfig, source: SourceSetting) -> Path:
+    """Return the folder of a source's dataset, which may not exist."""
+    if "/" in source.place:
+        return Path(source.place).expanduser()
+    corpus = Path(config.dir) / config.name if config.kind == "demo" else Path(config.dir)
+    return corpus / source.place
 
 
 def _check_tokenizers(folders: dict[str, Path], cards: dict[str, Card]) -> None:

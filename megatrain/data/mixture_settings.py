@@ -20,6 +20,9 @@ from megatrain.errors import ConfigError
 KIND = "mixture"
 """`data.kind` of a run on several prepared datasets."""
 
+MIXED = (KIND, "demo")
+"""Kinds that have a mixture; the sources of `demo` are datasets in the folder `<data.dir>/<data.name>`."""
+
 _SOURCE_KEYS = ("weight", "epochs", "max_epochs")
 _PHASE_KEYS = ("from_step", "from_tokens", "mixture", "mixture_temperature")
 _EXAMPLE = "{web: 0.7, code: 0.3}"
@@ -64,7 +67,7 @@ def read_phases(config: DataConfig) -> list[PhaseSetting]:
     Raises:
         ConfigError: a key, a value or a combination of them is wrong. The message names the key.
     """
-    if config.kind != KIND:
+    if config.kind not in MIXED:
         if config.mixture or config.phases or config.mixture_temperature is not None:
             key = next(key for key in ("mixture", "phases", "mixture_temperature") if getattr(config, key))
             raise ConfigError(f"data.{key}: only data=mixture has one, given data={config.kind}; give data=mixture too")

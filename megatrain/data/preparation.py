@@ -57,16 +57,28 @@ def prepare(config: PrepareConfig) -> Path:
     A finished dataset with the same settings is kept. Raises `ConfigError` (settings, paths, another dataset of that
     name), `DataError` (the text itself) or `EnvironmentFault` (a missing library, an unreachable hub).
     """
-    target = Path(config.data.dir) / config.data.name
     opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
-    given = _given_tokenizer(config)  # may ask a hub, so mistakes in paths are found first
-    identity = opened.identity if isinstance(opened, Source) else _names(opened)
-    settings = _settings(config)
-    if _already_prepared(target, settings | {"source": identity}, given, config.data.overwrite):
-        print(
-            f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr
-        )
-        return target
+    given = given_tokenizer(config)  # may ask a hub, so mistakes in paths are found first
+    if is_prepared(config, _identity(opened), given):
+        return Path(config.data.dir) / config.data.name
+    return prepare_from(config, opened, given)
+
+
+def is_prepared(config: PrepareConfig, identity: dict[str, Any], given: Tokenizer | None) -> bool:
+    """Return whether the dataset is there already, and say so. Raises `ConfigError` if its name is another one's."""
+    target = Path(config.data.dir) / config.data.name
+    if not _already_prepared(target, _settings(config) | {"source": identity}, given, config.data.overwrite):
+        return False
+    print(f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr)
+    return True
+
+
+def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], given: Tokenizer | None) -> Path:
+    """Prepare a dataset from an opened source, or from the prefixes of each split; return its folder.
+
+    `given` is the tokenizer to use (None: train one).
+    """
+    target = Path(config.data.dir) / config.data.name
     if isinstance(opened, Source):
         for note in opened.notes():
             print(f"note: {note}", file=sys.stderr)
@@ -80,11 +92,18 @@ def prepare(config: PrepareConfig) -> Path:
             check_contents_apart(card, opened)
             if given:
                 given.save(staging.folder / "tokenizer")
-        card.source, card.config = identity, settings
+        card.source, card.config = _identity(opened), _settings(config)
         card.save(staging.folder)
         staging.publish()
     print("\n".join([*_summary(target, card), *_bad_records(target, card.counts, first_bad)]), file=sys.stderr)
     return target
+
+
+def _identity(opened: Source | dict[str, list[Path]]) -> dict[str, Any]:
+    """Return what a source is, or each split's prefix as text (a list of several)."""
+    if isinstance(opened, Source):
+        return opened.identity
+    return {split: str(found[0]) if len(found) == 1 else list(map(str, found)) for split, found in opened.items()}
 
 
 @contextmanager
@@ -102,12 +121,8 @@ def _kept_work_is_named(staging: StagingFolder) -> Iterator[None]:
         raise
 
 
-def _names(prefixes: dict[str, list[Path]]) -> dict[str, Any]:
-    """Return each split's prefix as text, or a list of several."""
-    return {split: str(found[0]) if len(found) == 1 else list(map(str, found)) for split, found in prefixes.items()}
-
-
-def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """Load the tokenizer at `tokenizer.path`; None if one is to be trained. Raises `ConfigError`, `DataError`."""
     if config.data.bos and config.data.kind == "megatron":
         raise ConfigError("data.bos=true: the ids of data=megatron stay as they are; tokenize the text again for BOS")
     if config.tokenizer.path:

@@ -246,7 +246,7 @@ class ServerRun:
         if not name or not fingerprint:
             return
         # A mixture is in no folder: its sources are in the profile.
-        is_mixture = data.get("kind") == "mixture"
+        is_mixture = data.get("kind") in ("mixture", "demo")
         place = {} if is_mixture else {"uri": str((Path(data.get("dir", "data")) / name).resolve())}
         dataset = Dataset(
             name=name,

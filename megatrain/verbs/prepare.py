@@ -14,6 +14,7 @@ from megatrain.config.compose import compose, last_words
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
+from megatrain.data.demo.corpus import prepare_demo
 
 
 def prepare(config: PrepareConfig, overrides: Sequence[str] = ()) -> Path:
@@ -21,7 +22,7 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = ()) -> Path:
 
     `overrides` are those of the command; what is to be typed next has its folders, config file and choice of data.
     """
-    folder = preparation.prepare(config)
+    folder = prepare_demo(config) if config.data.kind == "demo" else preparation.prepare(config)
     words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data"))
     given = {"data.name": config.data.name, "data.dir": config.data.dir}
     default = asdict(compose("train", words).data)

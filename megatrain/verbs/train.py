@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.naming import list_checkpoints
-from megatrain.config import TrainConfig
+from megatrain.config import PrepareConfig, TrainConfig
 from megatrain.config.compose import read_overrides
 from megatrain.config.values import quoted
 from megatrain.distributed.python_process import python_command
@@ -45,6 +45,8 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
     """
     assert config.run.name is not None, "compose gives every run a name"
     step = slurm.Step.from_environ()
+    if step is None and "--dry-run" not in flags:
+        prepare_missing(config)
     if step is None and config.launch.name == "slurm":
         path_checks.check_paths(config, overrides)
         _say_notes(config, overrides)
@@ -59,6 +61,17 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()
+
+
+def prepare_missing(config: TrainConfig) -> None:
+    """Prepare those sources of the demonstration corpus (`data=demo`) that the run mixes and that are not there yet."""
+    if config.data.kind != "demo":
+        return
+    from megatrain.data.demo.corpus import missing_sources, prepare_demo
+
+    if missing := missing_sources(config.data):
+        say(f"preparing {', '.join(missing)} of the demonstration corpus first")
+        prepare_demo(PrepareConfig(seed=config.seed, data=config.data, tokenizer=config.tokenizer))
 
 
 def _check(config: TrainConfig, overrides: Sequence[str]) -> None:
