@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatrain.training.protocols import Heldout
+from megatrain.training.protocols import WeightedSource
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Evaluation:
     _weighted: float = 0.0
     _bytes: float | None = 0.0
 
-    def add(self, share: Heldout, loss_sum: float, tokens: int) -> None:
+    def add(self, share: WeightedSource, loss_sum: float, tokens: int) -> None:
         """Add a source's losses, which sum to `loss_sum` nats over `tokens` labels of all ranks."""
         loss = self.losses[share.source] = loss_sum / max(1, tokens)
         self.tokens += tokens

@@ -53,8 +53,8 @@ class Journal(Protocol):
         """Record an event."""
 
 
-class Heldout(Protocol):
-    """This rank's share of the held-out data of one source."""
+class WeightedSource(Protocol):
+    """A source of held-out data: its part in the mean of the losses."""
 
     @property
     def source(self) -> str:
@@ -64,12 +64,16 @@ class Heldout(Protocol):
     def weight(self) -> float:
         """The source's relative weight in the run's held-out loss."""
 
-    def batches(self) -> Iterable[MicroBatch]:
-        """Return the batches, starting with the first."""
-
     @property
     def bytes_per_token(self) -> float | None:
         """Mean UTF-8 bytes per token, for bits per byte; None if unknown."""
+
+
+class Heldout(WeightedSource, Protocol):
+    """This rank's share of the held-out data of one source."""
+
+    def batches(self) -> Iterable[MicroBatch]:
+        """Return the batches, starting with the first."""
 
 
 class Clock(Protocol):

@@ -9,8 +9,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.progress import track
 
 from megatrain.checkpoint.find import own_dataset
-from megatrain.config import EvaluateConfig
+from megatrain.config import DataConfig, EvaluateConfig
 from megatrain.data.batch import MicroBatch
+from megatrain.data.card import CARD, Card
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
+from megatrain.data.mixed_dataset import place_of
+from megatrain.data.mixture_settings import read_phases
 from megatrain.data.progress_line import LINE_EVERY_S
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
@@ -33,6 +36,7 @@ from megatrain.engine.common import evaluate as sum_losses
 from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
+from megatrain.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Source:
     """What to evaluate on.
 
     `num_tokens` tokens encode a text of `num_bytes` UTF-8 bytes (None if unknown). `end_of_document` is the token that
-    ends a document (None if unknown).
+    ends a document (None if unknown). `weight` is that of a mixture's source in the mean.
     """
 
     name: str
@@ -48,6 +52,25 @@ class Source:
     num_bytes: int | None
     num_tokens: int
     end_of_document: int | None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """A source by its name in a mixture, as `Evaluation` takes it."""
+
+    source: str
+    opened: Source
+
+    @property
+    def weight(self) -> float:
+        """The weight of its loss in the mean."""
+        return self.opened.weight
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Mean UTF-8 bytes per token."""
+        return self.opened.num_bytes / self.opened.num_tokens if self.opened.num_bytes else None
 
 
 class TextTokens:
@@ -71,7 +94,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """Print the result: a few lines on a terminal; elsewhere one line of JSON, and the lines on standard error.
 
     `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
-    loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card.
+    loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card. A model that was
+    trained on a mixture gets these scores for each of its sources, and their weighted mean as training has it.
 
     Raises:
         ConfigError: the dataset, tokenizer or sequence length does not fit the model.
@@ -79,38 +103,61 @@ def evaluate(config: EvaluateConfig) -> None:
         CheckpointError: there is no intact model.
     """
     loaded = load(Path(config.path), config.step)
-    source = open_source(config, loaded)
+    mixture = mixed_sources(config, loaded)
+    sources = mixture or {"": open_source(config, loaded)}
     seq_len = choose_sequence_length(config, loaded)
     device = device_by_name(config.device)
-    end = find_end_of_document(loaded, source)
+    ends = {name: find_end_of_document(loaded, source) for name, source in sources.items()}
     mode = "reference" if loaded.run_config().get("kernels") == "reference" else "auto"
     model = loaded.build(device, choose(mode, device, torch.float32, loaded.config.hidden_size, compiled=False))
-    windows = -(-(source.tokens.num_tokens - 1) // seq_len)
-    num_batches = -(-windows // config.batch_size)
-    if config.max_batches is not None:
-        num_batches = min(num_batches, config.max_batches)
-    batches = heldout_batches(
-        source.tokens,
-        seq_len=seq_len,
-        micro_batch_size=config.batch_size,
-        dp_rank=0,
-        dp_size=1,
-        max_samples=num_batches * config.batch_size,
-        vocab_size=loaded.config.vocab,
-        end_of_document=end,
-    )
     started = time.perf_counter()
-    loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches), device)
-    seconds = time.perf_counter() - started
+    scores, total = {}, Evaluation()
+    for name, source in sources.items():
+        windows = -(-(source.tokens.num_tokens - 1) // seq_len)
+        num_batches = -(-windows // config.batch_size)
+        if config.max_batches is not None:
+            num_batches = min(num_batches, config.max_batches)
+        batches = heldout_batches(
+            source.tokens,
+            seq_len=seq_len,
+            micro_batch_size=config.batch_size,
+            dp_rank=0,
+            dp_size=1,
+            max_samples=num_batches * config.batch_size,
+            vocab_size=loaded.config.vocab,
+            end_of_document=ends[name],
+        )
+        what = f"evaluate {name}".strip()
+        loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches, what), device)
+        scores[name] = compute_scores(float(loss_sum), int(tokens), source)
+        total.add(MixedSource(name, source), float(loss_sum), int(tokens))
     result = {
         "checkpoint": str(loaded.folder),
         "step": loaded.manifest.step if loaded.manifest else None,
-        "data": source.name,
+        "data": f"the mixture of {', '.join(sources)} ({config.split})" if mixture else sources[""].name,
         "seq_len": seq_len,
-        **compute_scores(float(loss_sum), int(tokens), source),
-        "seconds": seconds,
+        **(mean_scores(total, scores) if mixture else scores[""]),
+        "seconds": time.perf_counter() - started,
     }
+    if mixture:
+        weights = sum(source.weight for source in sources.values())
+        result["sources"] = {
+            name: {"weight": sources[name].weight / weights, **found} for name, found in scores.items()
+        }
     print_result(result, loaded)
+
+
+def mean_scores(total: Evaluation, scores: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores of a mixture: the weighted mean of its sources' losses, as in training, and their sums."""
+    sizes = [found["bytes"] for found in scores.values()]
+    detail = total.detail()
+    return {
+        "loss": detail["heldout_loss"],
+        "perplexity": detail["perplexity"],
+        "bits_per_byte": detail.get("bits_per_byte"),
+        "tokens": total.tokens,
+        "bytes": None if None in sizes else sum(sizes),
+    }
 
 
 def compute_scores(loss_sum: float, tokens: int, source: Source) -> dict[str, Any]:
@@ -142,6 +189,12 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
         f"  bytes          {f'{num_bytes:,}' if num_bytes is not None else 'unknown'}",
         f"  seconds        {result['seconds']:.2f}",
     ]
+    for name, found in result.get("sources", {}).items():
+        bits = found["bits_per_byte"]
+        lines.append(
+            f"  {name}: loss {found['loss']:.6f}, perplexity {found['perplexity']:.4f}, bits per byte "
+            f"{f'{bits:.6f}' if bits is not None else 'unknown'}, weight {found['weight']:.1%}"
+        )
     to_terminal = sys.stdout.isatty()
     print("\n".join(lines), file=sys.stdout if to_terminal else sys.stderr, flush=True)
     if not to_terminal:
@@ -222,6 +275,39 @@ def open_text(path: Path, tokenizer: Tokenizer) -> Source:
     return Source(str(path), TextTokens(path, ids), len(text.encode()), len(ids) - 1, end)
 
 
+def mixed_sources(config: EvaluateConfig, loaded: Loaded) -> dict[str, Source]:
+    """Open the sources of the mixture that the model was trained on, those that have the split; empty without one.
+
+    Their weights are those that the mean of training has. Raises ConfigError if a dataset is missing, or none has the
+    split; DataError if one changed.
+    """
+    plan = loaded.manifest.identity.mixture if loaded.manifest else None
+    if config.data is not None or plan is None:
+        return {}
+    data = loaded.run_config()["data"]
+    known = {name: data[name] for name in ("name", "dir", "kind", "mixture", "mixture_temperature", "phases")}
+    phases = read_phases(DataConfig(**known))
+    folders = {name: place_of(DataConfig(**known), found) for phase in phases for name, found in phase.sources.items()}
+    opened = {}
+    for name, folder in folders.items():
+        if not (folder / CARD).is_file():
+            raise ConfigError(
+                f"data: {folder} of the run's mixture does not exist; give data=<prepared dataset or text file>"
+            )
+        card = Card.load(folder)
+        if card.fingerprint != plan.sources[name].fingerprint:
+            raise DataError(
+                f"{folder} is no longer the dataset that the model was trained on (its fingerprint was "
+                f"{plan.sources[name].fingerprint}); give data={folder} to evaluate on it anyway"
+            )
+        if config.split in card.splits and card.splits[config.split].tokens > 1:
+            opened[name] = open_dataset(folder, config.split, loaded)
+    weights = plan.first_weights(opened)
+    if not weights:
+        raise ConfigError(f"split={config.split}: no dataset of the run's mixture has such a split; give another one")
+    return {name: replace(source, weight=weights.get(name, 0)) for name, source in sorted(opened.items())}
+
+
 def training_dataset(loaded: Loaded) -> Path:
     """Return the dataset that the model was trained on.
 
@@ -230,11 +316,6 @@ def training_dataset(loaded: Loaded) -> Path:
     data = loaded.run_config().get("data")
     if loaded.manifest is None or not data:
         raise ConfigError(f"data: {loaded.folder} does not record a dataset; give data=<prepared dataset or text file>")
-    if loaded.manifest.identity.mixture is not None:
-        places = [place if "/" in place else str(Path(data["dir"]) / place) for place in data["mixture"]]
-        raise ConfigError(
-            f"data: the model was trained on a mixture; give one of its datasets: data={' or '.join(places)}"
-        )
     folder = Path(data["dir"]) / str(data["name"])
     if not folder.exists():
         raise ConfigError(f"data: the run's dataset {folder} does not exist; give data=<prepared dataset or text file>")
@@ -246,18 +327,18 @@ def training_dataset(loaded: Loaded) -> Path:
     return folder
 
 
-def _with_progress(batches: Iterable[MicroBatch], total: int) -> Iterable[MicroBatch]:
+def _with_progress(batches: Iterable[MicroBatch], total: int, what: str) -> Iterable[MicroBatch]:
     """Return the batches, shown as a bar on a terminal, else as a line every `LINE_EVERY_S`."""
     console = Console(stderr=True)
     if console.is_terminal:
-        return track(batches, "evaluate", total=total, console=console, transient=True)
-    return _with_lines(batches, total)
+        return track(batches, what, total=total, console=console, transient=True)
+    return _with_lines(batches, total, what)
 
 
-def _with_lines(batches: Iterable[MicroBatch], total: int) -> Iterator[MicroBatch]:
+def _with_lines(batches: Iterable[MicroBatch], total: int, what: str) -> Iterator[MicroBatch]:
     told = time.monotonic()
     for done, batch in enumerate(batches):
         if time.monotonic() - told >= LINE_EVERY_S:
             told = time.monotonic()
-            print(f"evaluate: {done} of {total} batches ({100 * done / total:.0f}%)", file=sys.stderr, flush=True)
+            print(f"{what}: {done} of {total} batches ({100 * done / total:.0f}%)", file=sys.stderr, flush=True)
         yield batch

@@ -88,7 +88,12 @@ CATALOGUE = {
     "chinese": DemoSource(
         "documentation of cloud services in Chinese, as HTML pages",
         (Part(_TENCENT_CLOUD, contents.write_html_pages, {"pattern": "tencentcloud/*/v*/*.py"}),),
-        ["html", {"language": {"keep": ["zh"], "min_score": 0.3}}, {"length": {"min_characters": 100}}, "personal_data"],
+        [
+            "html",
+            {"language": {"keep": ["zh"], "min_score": 0.3}},
+            {"length": {"min_characters": 100}},
+            "personal_data",
+        ],
     ),
     "web": DemoSource(
         "documentation of cloud services in English, as crawled web pages (WARC)",

@@ -94,6 +94,7 @@ def test_a_source_that_is_added_later_has_the_tokenizer_of_the_others(world, tmp
     """Its package is in the folder already, so that nothing is fetched for it."""
     place, catalogue = copy_of(world, tmp_path)
     more = "{english: 1, dialogues: 1}"
+    shutil.rmtree(place / "data" / "demo" / "tokenizer")  # each dataset has it
     assert missing_sources(config(place, mixture=more).data) == ["dialogues"]
     prepare_demo(config(place, mixture=more), catalogue)
     cards = [Card.load(place / "data" / "demo" / name) for name in ("english", "dialogues")]

@@ -57,7 +57,9 @@ def test_chapters_have_the_whole_text_in_order(tmp_path):
     folder = written(tmp_path, {"edition/text.py": BIBLE}, contents.write_chapters, module="edition/text.py")
     chapters = lines(folder / "edition.jsonl")
     assert [chapter["id"] for chapter in chapters] == ["1:1", "1:2", "2:1"]
-    assert "".join(chapter["text"] for chapter in chapters) == "First verse. Second verse.\nChapter two.\nAnother book.\n"
+    assert (
+        "".join(chapter["text"] for chapter in chapters) == "First verse. Second verse.\nChapter two.\nAnother book.\n"
+    )
 
 
 def test_conversations_alternate_between_two_speakers(tmp_path):
@@ -156,7 +158,9 @@ def test_html_pages_have_each_description_once(tmp_path):
 
 
 def test_a_full_page_is_followed_by_another(tmp_path):
-    many = "".join(MODELS.replace("云硬盘大小", f"第 {n} 种{'很' * 800}大小").replace("标识", f"{n}") for n in range(20))
+    many = "".join(
+        MODELS.replace("云硬盘大小", f"第 {n} 种{'很' * 800}大小").replace("标识", f"{n}") for n in range(20)
+    )
     folder = written(tmp_path, {"t/cvm/v1/models.py": many}, contents.write_html_pages, pattern="t/*/v*/*.py")
     pages = sorted(folder.rglob("*.html"))
     assert len(pages) > 2

