@@ -43,6 +43,7 @@ ACTIONS: dict[str, str] = {
     "export": "megatrain.verbs.export:export_",
     "import": "megatrain.verbs.import_:import_",
     "inspect": "megatrain.verbs.inspect:inspect",
+    "tokenizer": "megatrain.verbs.tokenizer:tokenizer",
     "tokenizers": "megatrain.verbs.tokenizers:tokenizers",
     "report": "megatrain.verbs.report:report",
 }

@@ -39,6 +39,7 @@ from megatrain.config.verb_configs import (
     ReportConfig,
     TokenizersConfig,
     TrainConfig,
+    TrainTokenizerConfig,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "TrainLoopConfig",
+    "TrainTokenizerConfig",
     "key",
     "walk",
 ]

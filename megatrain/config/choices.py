@@ -18,6 +18,7 @@ from megatrain.errors import ConfigError
 GROUPS: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
     "prepare": ("data", "clean", "tokenizer"),
+    "tokenizer": ("data", "clean", "tokenizer"),
 }
 GROUPS["layouts"] = GROUPS["train"]
 """Config groups of each verb that has any: `<group>=<choice>` selects conf/<group>/<choice>.yaml."""

@@ -52,6 +52,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain inspect runs/mine step=500",
         "megatrain inspect data/python_stdlib",
     ),
+    "tokenizer": (
+        "megatrain tokenizer out=tokenizers/mine data=files 'data.paths=[corpus]' tokenizer.vocab_size=32000",
+        "megatrain tokenizer out=tokenizers/code tokenizer=byte_level_bpe data=mixture "
+        "'data.mixture={corpus/web: 0.7, corpus/code: 0.3}'",
+    ),
     "tokenizers": ("megatrain tokenizers corpus/ tokenizers=[data/mine,gpt2/tokenizer.json,my.model]",),
     "report": (
         "megatrain report runs/small-python_stdlib",

@@ -117,7 +117,7 @@ class OpenTrainLoopConfig(TrainLoopConfig):
 
 @dataclass
 class OpenDataConfig(DataConfig):
-    """The dataset; no data is read."""
+    """The data, without a dataset to prepare or to read."""
 
     name: str | None = key(None, "dataset identity; not needed here")  # type: ignore[assignment]
 
@@ -226,6 +226,27 @@ class InspectConfig:
 
 
 @dataclass
+class TrainTokenizerConfig:
+    """`megatrain tokenizer out=DIR`: train a tokenizer on a sample of a corpus or of a mixture."""
+
+    out: str = key(MISSING, "folder of the tokenizer to write; must not exist yet", path=True)
+    seed: int = key(1234, "seed of the sample", minimum=0)
+    read_bytes: int | None = key(
+        None,
+        "bytes of a source, as stored, to draw the sample from: parts of it by seed; null reads all of it",
+        minimum=1,
+    )
+    weights_in: str = key(
+        "bytes",
+        "what the weights of data.mixture divide: bytes of text, or tokens of the prepared datasets",
+        choices=("bytes", "tokens"),
+    )
+    data: OpenDataConfig = field(default_factory=OpenDataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+
+
+@dataclass
 class TokenizersConfig:
     """`megatrain tokenizers <text> tokenizers=[...]`: compare tokenizers by bytes of text per token."""
 
@@ -255,6 +276,7 @@ VERBS: dict[str, type] = {
     "export": ExportConfig,
     "import": ImportConfig,
     "inspect": InspectConfig,
+    "tokenizer": TrainTokenizerConfig,
     "tokenizers": TokenizersConfig,
     "report": ReportConfig,
 }

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import DataConfig, PrepareConfig
+from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, SPLITS, Card, TokenizerCard, card_of_written, check_dataset, fingerprint
@@ -34,7 +34,7 @@ from megatrain.data.indexed import token_dtype
 from megatrain.data.staging import StagingFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import ConfigError, DataError, MegatrainError
 from megatrain.resilience.atomic_file import write_atomically
@@ -130,11 +130,8 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
         if config.data.kind != "megatron":
             _choose_start(tokenizer, config)
         return tokenizer
-    if config.tokenizer.kind != "sentencepiece" and config.data.kind != "megatron":
-        raise ConfigError(
-            f"tokenizer.path: missing; tokenizer.kind={config.tokenizer.kind} is loaded from a path, "
-            "only sentencepiece can be trained here"
-        )
+    if config.data.kind != "megatron":
+        check_training(config.tokenizer)
     return None
 
 
@@ -180,7 +177,8 @@ def _older(recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that an older card's settings imply: keys that it lacks, and one under an older name."""
     data = {key: value for key, value in asdict(DataConfig()).items() if key not in _NOT_IDENTITY}
     exact = recorded.get("data", {}).get("deduplicate", True)
-    return {"data": data, "clean": {"steps": [], "dedup": "exact" if exact else "none"}}
+    clean: dict[str, Any] = {"steps": [], "dedup": "exact" if exact else "none"}
+    return {"data": data, "clean": clean, "tokenizer": asdict(TokenizerConfig())}
 
 
 def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer | None, overwrite: bool) -> bool:
@@ -335,7 +333,7 @@ def _train_tokenizer(config: PrepareConfig, selection: Selection, work: Path) ->
             return load_tokenizer(saved)
     start = time.monotonic()
     texts = pipeline.sample_texts(selection, config.tokenizer.train_bytes)
-    tokenizer = train_sentencepiece(texts, config.tokenizer.vocab_size, config.data.bos)
+    tokenizer = train_tokenizer(texts, config.tokenizer, config.data.bos)
     tokenizer.starts_with_bos = config.data.bos
     asked = config.tokenizer.vocab_size
     fewer = "" if tokenizer.vocab_size == asked else f" (fewer than the {asked} asked for: the text has no more)"

@@ -57,6 +57,10 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write the tokenizer into `folder`, created if missing."""
 
+    @abstractmethod
+    def control_token(self, name: str) -> int | None:
+        """Return the id of a control token by its name, such as `<|im_start|>`; None if it has none of that name."""
+
     def start(self) -> list[int]:
         """Return the ids that precede the text of a document: BOS, or none."""
         if not self.starts_with_bos:

@@ -67,6 +67,11 @@ class Folder:
         """Return whether there is a chat template, in a file of its own or in the settings."""
         return bool(self.templates or self.settings.get("chat_template"))
 
+    def chat_template(self) -> str | None:
+        """Return the default chat template, None if there is none. A file of its own comes before the settings."""
+        template = self.templates.get(_TEMPLATE) or self.settings.get("chat_template")
+        return template if isinstance(template, str) else None
+
     def names(self) -> list[str]:
         """Return all special tokens that the settings name."""
         named = [self.settings.get(key) for key in sorted(_KEPT_SETTINGS) if key.endswith("_token")]
@@ -216,6 +221,11 @@ class HuggingFaceTokenizer(Tokenizer):
         plain = ids if self._control.isdisjoint(ids) else [token for token in ids if token not in self._control]
         text: str = self._tokenizer.decode(plain, skip_special_tokens=True)
         return text
+
+    def control_token(self, name: str) -> int | None:
+        """Return the id of a control token by its name; None if it has none of that name."""
+        found: int | None = self._tokenizer.token_to_id(name)
+        return found if found in self._control else None
 
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes one id at a time."""

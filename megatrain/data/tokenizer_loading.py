@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatrain.data.tokenizer import META, Tokenizer, saved_meta
-from megatrain.data.tokenizer_hf import OWN_DEFINITION, find_hugging_face
+from megatrain.data.tokenizer_hf import OWN_DEFINITION, find_hugging_face, read_folder
 from megatrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from megatrain.errors import ConfigError, DataError
 
@@ -35,11 +35,11 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
 
     Raises `ConfigError` if it does not exist, `DataError` if it cannot be used.
     """
-    if kind == "hf":
+    if kind in ("hf", "byte_level_bpe"):
         return find_hugging_face(path)
     place = Path(path).expanduser()
     if place.is_dir() and (place / "tokenizer.model").is_file():
         place /= "tokenizer.model"
     if not place.is_file():
         raise ConfigError(f"tokenizer.path: {path} does not exist; give a SentencePiece .model file")
-    return SentencePieceTokenizer(place.read_bytes(), str(place))
+    return SentencePieceTokenizer(place.read_bytes(), str(place), read_folder(place.parent).chat_template())

@@ -1,17 +1,19 @@
-"""SentencePiece: train and use lossless BPE models with byte fallback."""
+"""SentencePiece models with byte fallback, used losslessly. They are trained in train_sentencepiece.py."""
 
 from __future__ import annotations
 
 import codecs
-import io
+import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-from megatrain.data.tokenizer import SEGMENT, StreamDecoder, Tokenizer, segments
+from megatrain.data.tokenizer import StreamDecoder, Tokenizer, segments
 from megatrain.errors import DataError
+
+SETTINGS = "tokenizer_config.json"
+"""Beside the model: its chat template, under `chat_template`, as transformers has it."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -22,15 +24,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, origin: str) -> None:
+    def __init__(self, model: bytes, origin: str, chat_template: str | None = None) -> None:
         import sentencepiece
 
         self._model = model
+        self._chat_template = chat_template
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, TypeError) as error:
             raise DataError(
-                f"{origin}: not a SentencePiece model{_reason(error)}; give a .model file, or tokenizer=hf with a "
+                f"{origin}: not a SentencePiece model{reason(error)}; give a .model file, or tokenizer=hf with a "
                 "tokenizer.json"
             ) from error
         self.vocab_size = self._processor.vocab_size()
@@ -76,14 +79,22 @@ class SentencePieceTokenizer(Tokenizer):
         table = self._bytes
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
+    def control_token(self, name: str) -> int | None:
+        """Return the id of a control piece by its name; None if it has none of that name."""
+        found: int = self._processor.piece_to_id(name)
+        return found if self._processor.is_control(found) else None
+
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes one id at a time."""
         return _ByteStream(self._bytes)
 
     def save(self, folder: Path) -> None:
-        """Write the model and the meta file into `folder`, created if missing."""
+        """Write the model, its chat template if it has one, and the meta file into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)
+        if self._chat_template:
+            settings = json.dumps({"chat_template": self._chat_template}, indent=1)
+            (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
         self.save_meta(folder)
 
 
@@ -110,69 +121,7 @@ class _ByteStream(StreamDecoder):
         return self._decoder.decode(b"", final=True)
 
 
-def train_sentencepiece(texts: Iterator[str], vocab_size: int, bos: bool = False) -> SentencePieceTokenizer:
-    """Train a BPE model with byte fallback on clean texts, read once; `bos` gives it a BOS token.
-
-    The same texts in the same order give the same model on every machine. Pieces may be runs of spaces and may join
-    letters with punctuation (`(self,`), which makes code shorter. Raises `DataError` if the texts are too few.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            required_chars="▁",  # or, if no text has a space, a space would be encoded like a U+2581
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,
-            input_sentence_size=0,
-            shuffle_input_sentence=False,
-            max_sentence_length=4 * SEGMENT,
-            num_threads=4,  # fixed, because the model file records it; the pieces do not depend on it
-            unk_id=0,
-            eos_id=1,
-            bos_id=2 if bos else -1,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise _training_error(str(error), vocab_size) from error
-    return SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
-
-
-def _training_error(error: str, vocab_size: int) -> DataError:
-    """Return what the library's error means for the user."""
-    if needed := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return DataError(
-            f"tokenizer.vocab_size={vocab_size}: too small for the characters of this text, which need "
-            f"{needed[1]} pieces with the bytes; give tokenizer.vocab_size={needed[1]} or more"
-        )
-    if "sentences_.empty()" in error:
-        return DataError(
-            "the text to train a tokenizer on has nothing but line ends; give more text, or a trained tokenizer "
-            "(tokenizer.path)"
-        )
-    return DataError(f"tokenizer.vocab_size={vocab_size}: the tokenizer could not be trained{_reason(error)}")
-
-
-def _reason(error: object) -> str:
+def reason(error: object) -> str:
     """Return the library's message in parentheses, without its source file and condition; empty if nothing is left."""
     text = re.sub(r"^\w+: \S+\(\d+\) \[.*\]\s*", "", str(error)).strip()
     return f" ({text})" if text else ""
-
-
-def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    for text in texts:
-        for part in text.split("▁"):
-            for sentence in segments(part):
-                if sentence.strip("\n"):
-                    yield sentence

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megatrain.config import TokenizersConfig
 from megatrain.data.compare_tokenizers import Comparison, Group, compare, open_tokenizer
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_card import TrainedTokenizerCard
 from megatrain.errors import ConfigError
 
 
@@ -24,10 +27,36 @@ def tokenizers(config: TokenizersConfig) -> None:
         raise ConfigError("tokenizers: give some, as in tokenizers=[data/mine,gpt2/tokenizer.json,my.model]")
     opened = [open_tokenizer(path) for path in dict.fromkeys(config.tokenizers)]
     result = compare(config.path, opened, config.text_column, config.bytes_per_source, config.languages)
+    about = {name: _about(name, tokenizer) for name, tokenizer in opened}
     if sys.stdout.isatty():
         Console().print(_table(result, [tokenizer.vocab_size for _, tokenizer in opened]))
+        for name, known in about.items():
+            print(_line(name, known))
     else:
-        print(json.dumps(_plain(result)))
+        print(json.dumps({"tokenizers": about} | _plain(result)))
+
+
+def _about(path: str, tokenizer: Tokenizer) -> dict[str, object]:
+    """Return a tokenizer's kind and size, and from its card, if it was trained here, its rules and its sample."""
+    about: dict[str, object] = {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    card = TrainedTokenizerCard.find(Path(path).expanduser())
+    if card is None:
+        return about
+    trained_on = {name: source["num_bytes"] for name, source in card.sample["sources"].items()}
+    return about | {"kind": card.kind, "rules": card.rules, "trained_on_bytes": trained_on}
+
+
+def _line(name: str, about: dict[str, object]) -> str:
+    """Return what is known of a tokenizer on one line."""
+    words = [str(about["kind"])]
+    for key in ("rules", "trained_on_bytes"):
+        if isinstance(values := about.get(key), dict):
+            words += [f"{what}={value}" for what, value in values.items() if value is not None]
+    return f"{name}: {', '.join(words)}"
 
 
 def _table(result: Comparison, sizes: list[int]) -> Table:

@@ -62,9 +62,14 @@ def unpack(path: Path, frame: Frame) -> list[bytes]:
     """Return the documents of a frame of a `.text` file."""
     with open(path, "rb") as file:
         file.seek(frame.offset)
-        data = zstandard.ZstdDecompressor().decompress(file.read(frame.size))
-    sizes = np.frombuffer(data, dtype="<u8", count=1 + frame.documents)[1:]
-    ends = np.cumsum(sizes, dtype=np.int64) + 8 * (1 + frame.documents)
+        return unpack_frame(file.read(frame.size), frame.documents)
+
+
+def unpack_frame(packed: bytes, documents: int) -> list[bytes]:
+    """Return the documents of a frame: the inverse of `pack`."""
+    data = zstandard.ZstdDecompressor().decompress(packed)
+    sizes = np.frombuffer(data, dtype="<u8", count=1 + documents)[1:]
+    ends = np.cumsum(sizes, dtype=np.int64) + 8 * (1 + documents)
     return [data[int(end) - int(size) : int(end)] for end, size in zip(ends, sizes, strict=True)]
 
 

@@ -60,7 +60,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
         "seed": config.seed,
         "recipe": settings_of(recipe),
         "signing": signing.settings() if signing else None,
-        "versions": _versions(_CLEANING_LIBRARIES) | {"unicode": unicodedata.unidata_version},
+        "versions": versions(_CLEANING_LIBRARIES) | {"unicode": unicodedata.unidata_version},
     }
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
@@ -84,7 +84,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
                     step.share(folder.parent / "tables")
                 writer = CleanedShardWriter(folder, key, settings["signing"])
                 cleaned.append(None)
-                for chunk, last in _marking_last(_chunks(itertools.islice(source.read(shard), left))):
+                for chunk, last in _marking_last(chunks(itertools.islice(source.read(shard), left))):
                     if left is not None:
                         left -= len(chunk)
                     coming.append((len(cleaned) - 1, writer, last))
@@ -156,10 +156,11 @@ _CLEANING_LIBRARIES = (
     "datasets", "datatrove", "ftfy", "jieba", "mwparserfromhell", "phonenumbers", "pyarrow", "py3langid", "resiliparse",
     "spacy", "tldextract", "trafilatura",
 )  # fmt: skip
-_ENCODING_LIBRARIES = ("sentencepiece", "tokenizers")
+ENCODING_LIBRARIES = ("sentencepiece", "tokenizers")
+"""Libraries of which another version may make other texts, other ids or other tokenizers."""
 
 
-def _versions(libraries: Iterable[str]) -> dict[str, str]:
+def versions(libraries: Iterable[str]) -> dict[str, str]:
     """Return the versions of those libraries that are installed: another one may give another text or other ids."""
     found = {}
     for library in libraries:
@@ -176,7 +177,8 @@ def _key(*parts: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, *parts], sort_keys=True).encode())
 
 
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield records in the pieces that workers clean: of about `CHUNK_BYTES`, at most `CHUNK_RECORDS`."""
     chunk: list[Record] = []
     size = 0
     for record in records:
@@ -273,7 +275,7 @@ def encode_selection(
     text_bytes = sum(shard.text_bytes for shard in selection.shards)
     encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
     ends = (tokenizer.start(), tokenizer.end_of_document)
-    made_by = (tokenizer.fingerprint, ends, dtype.name, _versions(_ENCODING_LIBRARIES))
+    made_by = (tokenizer.fingerprint, ends, dtype.name, versions(ENCODING_LIBRARIES))
     encoded: list[EncodedShard | None] = []
     coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
     done = 0

@@ -16,7 +16,7 @@ PATHS = {
     "report": ["path=x"],
     "tokenizers": ["path=x"],
 }
-PATHS |= {"export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}
+PATHS |= {"tokenizer": ["out=t"], "export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}
 
 
 def refusal(verb: str, *overrides: str) -> str:

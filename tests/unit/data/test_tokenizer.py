@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatrain.config import TokenizerConfig
 from megatrain.data import tokenizer_sentencepiece
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.tokenizer import segments
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError, DataError
 
 TEXTS = ["def f(self, x):\n    return self.x + x  # naïve\n\n" * 20, "The quick brown fox.\tIt jumps  over.\n" * 30]
@@ -36,7 +37,7 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def ours():
-    return train_sentencepiece(iter(TEXTS), 400)
+    return train_sentencepiece(iter(TEXTS), TokenizerConfig(vocab_size=400))
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +159,11 @@ def test_training_gives_the_same_model_with_one_thread_and_with_eight(ours, monk
             "train",
             lambda threads=threads, **options: train(**options | {"num_threads": threads}),
         )
-        model = train_sentencepiece(iter(TEXTS * 5), 500)._processor
+        model = train_sentencepiece(iter(TEXTS * 5), TokenizerConfig(vocab_size=500))._processor
         pieces.append([(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())])
     assert pieces[0] == pieces[1]
     monkeypatch.undo()
-    assert train_sentencepiece(iter(TEXTS), 400).fingerprint == ours.fingerprint
+    assert train_sentencepiece(iter(TEXTS), TokenizerConfig(vocab_size=400)).fingerprint == ours.fingerprint
 
 
 def test_runs_of_spaces_are_single_pieces(ours):
@@ -266,10 +267,10 @@ def test_a_missing_or_invalid_tokenizer_is_named(tmp_path, kind, path, error, me
 )
 def test_text_that_no_tokenizer_can_be_trained_on_is_explained(text, message):
     with pytest.raises(DataError, match=message) as error:
-        train_sentencepiece(iter([text]), 400)
+        train_sentencepiece(iter([text]), TokenizerConfig(vocab_size=400))
     assert ".cc(" not in str(error.value)
     if "vocab_size" in message:
-        assert train_sentencepiece(iter([text]), 3259).vocab_size == 3259
+        assert train_sentencepiece(iter([text]), TokenizerConfig(vocab_size=3259)).vocab_size == 3259
 
 
 def test_a_model_that_is_none_is_refused_without_the_librarys_source_lines(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatrain.config import ModelConfig
+from megatrain.config import ModelConfig, TokenizerConfig
 from megatrain.data.tokenizer import SEGMENT
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
 from megatrain.interop.hf_tokenizer import export_tokenizer, fast_tokenizer
 from megatrain.interop.huggingface import export_model
@@ -28,7 +28,7 @@ def stdlib_texts() -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece(iter(stdlib_texts()[:40]), 1500).save(folder)
+    train_sentencepiece(iter(stdlib_texts()[:40]), TokenizerConfig(vocab_size=1500)).save(folder)
     return folder
 
 
@@ -100,14 +100,15 @@ def train(model_type: str) -> bytes:
 
 
 def test_a_model_that_tokenizer_json_cannot_express_is_refused(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(train("unigram"))
-    with pytest.raises(ConfigError, match="not a plain BPE model"):
+    (tmp_path / "tokenizer.model").write_bytes(train("char"))
+    with pytest.raises(ConfigError, match="neither BPE nor unigram"):
         fast_tokenizer(tmp_path / "tokenizer.model", 64)
 
 
-def test_a_model_that_normalises_is_refused(tmp_path):
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_model_that_normalises_is_refused(tmp_path, model_type):
     """SentencePiece's defaults put a space before the text: tokenizer.json would be another tokenizer."""
-    (tmp_path / "tokenizer.model").write_bytes(train("bpe"))
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type))
     with pytest.raises(ConfigError, match="differently"):
         fast_tokenizer(tmp_path / "tokenizer.model", 64)
 

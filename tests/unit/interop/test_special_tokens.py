@@ -9,9 +9,9 @@ from tokenizers import models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from megatrain.config import ExportConfig, GenerateConfig, ImportConfig, ModelConfig
+from megatrain.config import ExportConfig, GenerateConfig, ImportConfig, ModelConfig, TokenizerConfig
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import load
@@ -214,7 +214,7 @@ def test_a_prompt_begins_with_bos_where_the_models_documents_do(tmp_path, monkey
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_an_exported_sentencepiece_model_begins_texts_as_its_dataset_did(tmp_path, bos):
-    ours = train_sentencepiece(iter(["some text to train on, ab\n" * 50]), 300, bos=True)
+    ours = train_sentencepiece(iter(["some text to train on, ab\n" * 50]), TokenizerConfig(vocab_size=300), bos=True)
     ours.starts_with_bos = bos
     ours.save(tmp_path / "tokenizer")
     config = ModelConfig(num_layers=1, num_heads=2, hidden_size=16, vocab_size=ours.vocab_size)

@@ -13,10 +13,10 @@ from support.records import at
 
 from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
-from megatrain.config import ModelConfig, TrainConfig
+from megatrain.config import ModelConfig, TokenizerConfig, TrainConfig
 from megatrain.data.card import Card, TokenizerCard, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.distributed.world import leave
 from megatrain.model.init import build_model
 from megatrain.training.rank import run
@@ -48,7 +48,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_sentencepiece(iter(texts(50, 0)), 400)
+    return train_sentencepiece(iter(texts(50, 0)), TokenizerConfig(vocab_size=400))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatrain
-from megatrain.config import ExportConfig, GenerateConfig, ImportConfig
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.config import ExportConfig, GenerateConfig, ImportConfig, TokenizerConfig
+from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError
 from megatrain.verbs import generate as generation
 from megatrain.verbs.export import export_
@@ -126,6 +126,6 @@ def test_a_model_without_a_tokenizer_is_refused(family, tmp_path, capsys):
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(family, tmp_path, capsys):
     other = shutil.copytree(family("llama")[0], tmp_path / "other")
     words = [f"word{i}ing text{i * 7919}" for i in range(4000)]
-    train_sentencepiece(iter(words), 700).save(other / "tokenizer")
+    train_sentencepiece(iter(words), TokenizerConfig(vocab_size=700)).save(other / "tokenizer")
     with pytest.raises(ConfigError, match="not the one that made the model's data"):
         text_of(capsys, other)

@@ -1,0 +1,103 @@
+"""The control tokens and the chat template that a tokenizer is trained with, by `tokenizer.*`. Trains nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatrain.config import TokenizerConfig
+from megatrain.errors import ConfigError
+
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>")
+"""Control tokens of fill-in-the-middle."""
+
+_CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+_LLAMA3 = """\
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+CHAT_TEMPLATES = {"chatml": _CHATML, "llama3": _LLAMA3}
+"""Chat templates by name: how OpenAI's ChatML and Meta's Llama 3 lay out messages, without their system prompts."""
+
+_MARKER = re.compile(r"<\|[^|<>\s'\"]{1,64}\|>")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tags
+_LONGEST_NAME = 64
+
+
+def chat_template(config: TokenizerConfig) -> str | None:
+    """Return the chat template that `tokenizer.chat_template` names. Raises ConfigError if it is none."""
+    given = config.chat_template
+    if given is None:
+        return None
+    if given in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[given]
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"tokenizer.chat_template={given}: no such file; give a Jinja file, or one of {', '.join(CHAT_TEMPLATES)}"
+        )
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"tokenizer.chat_template={given}: not a text in UTF-8; give a Jinja file") from error
+    _check_syntax(given, template)
+    return template
+
+
+def _check_syntax(given: str, template: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(_GENERATION.sub("", template))
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"tokenizer.chat_template={given}: not a Jinja template (line {error.lineno}: {error.message})"
+        ) from error
+
+
+def special_tokens(config: TokenizerConfig, first: list[str]) -> list[str]:
+    """Return the names of all control tokens in the order of their ids: `first`, then those that the config asks for.
+
+    The markers of the chat template are all of the form `<|name|>` in it. Raises ConfigError for a name that cannot be
+    a control token.
+    """
+    template = chat_template(config) or ""
+    for name in config.special_tokens:
+        _check_name(name)
+    names = [
+        *first,
+        *(FIM_TOKENS if config.fim_tokens else ()),
+        *dict.fromkeys(_MARKER.findall(template)),
+        *config.special_tokens,
+        *(f"<|reserved_{number}|>" for number in range(config.reserved_tokens)),
+    ]
+    if twice := {name for name in config.special_tokens if config.special_tokens.count(name) > 1}:
+        raise ConfigError(f"tokenizer.special_tokens: {min(twice)} is given twice")
+    return list(dict.fromkeys(names))
+
+
+def _check_name(name: str) -> None:
+    marked = len(name) >= 3 and not name[0].isalnum() and not name[-1].isalnum()
+    plain = name.isprintable() and not re.search(r"[\s▁]", name)
+    if not marked or not plain or re.fullmatch("<0x[0-9A-F]{2}>", name):
+        raise ConfigError(
+            f"tokenizer.special_tokens: {name!r} cannot be a control token; give names without spaces that begin and "
+            "end with a mark, such as <|tool_call|> or [INST]"
+        )
+    if len(name) > _LONGEST_NAME:
+        raise ConfigError(f"tokenizer.special_tokens: {name[:16]}... has more than {_LONGEST_NAME} characters")

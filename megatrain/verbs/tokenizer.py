@@ -1,0 +1,97 @@
+"""`megatrain tokenizer`: train a tokenizer on a sample of a corpus or of a mixture."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from megatrain.config import TrainTokenizerConfig
+from megatrain.config.suggest import next_step
+from megatrain.config.values import quoted
+from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_card import TrainedTokenizerCard
+from megatrain.data.tokenizer_sample import TextSample, draw_sample
+from megatrain.data.tokenizer_training import check_training, train_tokenizer
+from megatrain.distributed.rank_environment import usable_cores
+from megatrain.errors import ConfigError, DataError
+from megatrain.interop.hf_tokenizer import export_tokenizer
+from megatrain.resilience.atomic_file import sync_folder
+from megatrain.verbs.path_checks import refuse_existing
+
+_LONGEST = 10**6
+"""`model_max_length` for transformers: a tokenizer has no limit of its own."""
+
+
+def tokenizer(config: TrainTokenizerConfig) -> Path:
+    """Train the tokenizer that the config describes, say what to type next, and return its folder.
+
+    The folder has the tokenizer, a tokenizer.json for transformers' `AutoTokenizer`, and a card. The same text,
+    settings and seed give the same bytes, whatever the number of workers.
+
+    Raises:
+        ConfigError: settings or paths are wrong, or `out` exists.
+        DataError: the text is damaged, or too little for a vocabulary of this size.
+        EnvironmentFault: a library is missing.
+    """
+    out = Path(config.out)
+    refuse_existing(out)
+    if config.tokenizer.path:
+        raise ConfigError("tokenizer.path: names a tokenizer that is trained already; leave it out to train one")
+    if config.clean.dedup == "minhash":
+        raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")
+    check_training(config.tokenizer)
+    with Workers(config.data.workers or usable_cores()) as pool:
+        sample = draw_sample(config, pool)
+    trained = train_tokenizer(iter(sample), config.tokenizer, config.data.bos)
+    _check_size(trained, config, sample)
+    try:
+        _write(trained, TrainedTokenizerCard.of(trained, config, sample), out)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+    size = sum(given.num_bytes for given in sample.sources.values()) / 1e6
+    use = ["megatrain", "prepare", "data=...", f"tokenizer={trained.kind}", quoted("tokenizer.path", config.out)]
+    compare = ["megatrain", "tokenizers", "<text>", f"tokenizers=[{config.out}]"]
+    print(
+        f"{out}: trained {trained.vocab_size:,} tokens on {size:.1f} MB of text, fingerprint {trained.fingerprint}\n"
+        + next_step(shlex.join(use), shlex.join(compare)),
+        file=sys.stderr,
+    )
+    return out
+
+
+def _check_size(trained: Tokenizer, config: TrainTokenizerConfig, sample: TextSample) -> None:
+    """Raise `DataError` if the sample has fewer tokens than are asked for."""
+    asked, found = config.tokenizer.vocab_size, trained.vocab_size
+    if found >= asked:
+        return
+    size = sum(given.num_bytes for given in sample.sources.values())
+    more = (
+        f"raise tokenizer.train_bytes={config.tokenizer.train_bytes}"
+        if size >= config.tokenizer.train_bytes * 0.99
+        else "train on more text"
+    )
+    raise DataError(
+        f"tokenizer.vocab_size={asked}: the sample of {size:,} bytes supports only {found} tokens; give "
+        f"tokenizer.vocab_size={found} or less, or {more}"
+    )
+
+
+def _write(trained: Tokenizer, card: TrainedTokenizerCard, out: Path) -> None:
+    """Write the folder, atomically."""
+    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    own = partial.with_name(f"{partial.name}.own")
+    try:
+        own.mkdir(parents=True)
+        partial.mkdir()
+        trained.save(own)
+        export_tokenizer(own, partial, _LONGEST)
+        card.save(partial)
+        os.rename(partial, out)
+        sync_folder(out.parent)
+    finally:
+        for folder in (own, partial):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,230 @@
+"""`megatrain tokenizer` trains on a sample that the seed and the data decide, and writes a folder that all can load."""
+
+import json
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatrain.cli import main
+from megatrain.config.compose import compose
+from megatrain.data import tokenizer_sample
+from megatrain.data.card import Card
+from megatrain.data.corpus import shard as shard_module
+from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.preparation import prepare
+from megatrain.data.tokenizer_card import CARD
+from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
+from megatrain.data.tokenizer_sample import draw_sample
+from megatrain.errors import ConfigError, DataError
+from megatrain.verbs.tokenizer import tokenizer
+
+SYLLABLES = ("mar", "ket", "bre", "ad", "fam", "hun", "riv", "gar", "den", "win", "dow", "let", "ter", "sum", "que")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rng = random.Random(5)
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randrange(1, 4))) for _ in range(400)]
+    for name, letter in (("web", "w"), ("code", "c")):
+        (tmp_path / name).mkdir()
+        lines = []
+        for number in range(300):
+            text = " ".join(f"{letter}{rng.choice(words)}" for _ in range(rng.randrange(5, 60)))
+            lines.append(json.dumps({"text": f"{letter}{number} {text}.\n"}))
+        (tmp_path / name / "a.jsonl").write_text("\n".join([*lines, *lines[:40]]) + "\n")
+    return tmp_path
+
+
+def composed(corpus, *words, out="t"):
+    return compose("tokenizer", [f"out={corpus / out}", f"data.dir={corpus / 'data'}", "data.workers=1", *words])
+
+
+def of_files(corpus, *words, out="t"):
+    return composed(corpus, f"data.paths=[{corpus / 'web'}]", "tokenizer.vocab_size=600", *words, out=out)
+
+
+def mixture(corpus, web, code, *words, out="t"):
+    named = f"data.mixture={{{corpus / 'web'}: {web}, {corpus / 'code'}: {code}}}"
+    return composed(corpus, "data=mixture", named, "tokenizer.vocab_size=500", *words, out=out)
+
+
+def drawn(config):
+    with Workers(1) as pool:
+        return draw_sample(config, pool)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "byte_level_bpe"])
+def test_the_folder_is_loaded_by_us_and_by_transformers(corpus, kind):
+    vocab = 400 if kind == "unigram" else 550
+    words = [f"tokenizer={kind}", "tokenizer.fim_tokens=true", f"tokenizer.vocab_size={vocab}"]
+    folder = tokenizer(of_files(corpus, *words))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    library = "hf" if kind == "byte_level_bpe" else "sentencepiece"
+    assert find_tokenizer(library, str(folder)).fingerprint == ours.fingerprint
+    text = "the wbread and 漢字 42\n    wriver <|fim_prefix|>"
+    assert theirs(text, split_special_tokens=True).input_ids == ours.encode(text)
+    assert len(theirs) == ours.vocab_size == vocab
+    card = json.loads((folder / CARD).read_text())
+    assert card["kind"] == kind and card["fingerprint"] == ours.fingerprint
+    assert card["special_tokens"]["<|fim_middle|>"] == theirs.convert_tokens_to_ids("<|fim_middle|>")
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "byte_level_bpe"])
+def test_the_same_input_gives_the_same_bytes_on_any_number_of_workers(corpus, kind, monkeypatch):
+    monkeypatch.setattr(shard_module, "SHARD_BYTES", 4096)
+    words = [f"tokenizer={kind}", "tokenizer.train_bytes=20000", "tokenizer.vocab_size=380"]
+    one = content(tokenizer(of_files(corpus, *words, out="one")))
+    two = content(tokenizer(of_files(corpus, *words, "data.workers=2", out="two")))
+    assert one == two
+    other = content(tokenizer(of_files(corpus, *words, "seed=7", out="three")))
+    assert other["tokenizer.json"] != one["tokenizer.json"]
+
+
+def test_a_sample_is_bounded_random_and_without_duplicates(corpus):
+    small, large = drawn(of_files(corpus, "tokenizer.train_bytes=5000")), drawn(of_files(corpus))
+    everything = list(large)
+    assert len(everything) == len(set(everything)) == 300
+    assert 5000 <= sum(len(text) for text in small) < 5000 + 4096
+    chosen = [everything.index(text) for text in list(small)[:-1]]
+    assert chosen == sorted(chosen) and chosen != list(range(len(chosen))) and max(chosen) > 200
+    assert set(list(small)[:-1]) != set(list(drawn(of_files(corpus, "tokenizer.train_bytes=5000", "seed=2"))))
+    assert len(list(drawn(of_files(corpus, "clean.dedup=none")))) == 340
+
+
+def test_the_sample_does_not_depend_on_when_memory_is_freed(corpus, monkeypatch):
+    whole = drawn(of_files(corpus, "tokenizer.train_bytes=5000"))
+    monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 3)
+    assert drawn(of_files(corpus, "tokenizer.train_bytes=5000")).fingerprint() == whole.fingerprint()
+
+
+def test_the_cleaning_recipe_is_applied(corpus):
+    kept = drawn(of_files(corpus, "clean.steps=[{length: {min_characters: 300}}]"))
+    assert 0 < len(list(kept)) < 300 and all(len(text) >= 300 for text in kept)
+
+
+def test_only_so_much_of_a_source_is_read(corpus, monkeypatch):
+    monkeypatch.setattr("megatrain.data.corpus.files_source.SHARD_BYTES", 4096)
+    for name in ("b", "c", "d", "e"):
+        (corpus / "web" / f"{name}.jsonl").write_text(json.dumps({"text": f"file {name} " + "x" * 5000}) + "\n")
+    monkeypatch.setattr("megatrain.data.corpus.shard.SHARD_BYTES", 4096)
+    whole = drawn(of_files(corpus)).sources["files"]
+    part = drawn(of_files(corpus, "read_bytes=6000")).sources["files"]
+    assert 0 < part.counts["read"] < whole.counts["read"]
+    assert len({drawn(of_files(corpus, "read_bytes=6000", f"seed={seed}")).fingerprint() for seed in range(4)}) > 1
+
+
+def test_weights_divide_the_bytes(corpus):
+    sample = drawn(mixture(corpus, 0.75, 0.25, "tokenizer.train_bytes=20000"))
+    assert {name: given.asked for name, given in sample.sources.items()} == {"web": 15000, "code": 5000}
+    assert all(given.asked <= given.num_bytes < given.asked + 4096 for given in sample.sources.values())
+    assert all(text.startswith("w") for text in sample.texts["web"])
+    assert all(text.startswith("c") for text in sample.texts["code"])
+
+
+def test_prepared_datasets_are_decoded_and_weighed_in_tokens(corpus, capsys):
+    for name, vocab in (("web", 1200), ("code", 320)):
+        words = [f"data.name={name}", f"data.dir={corpus / 'data'}", f"data.paths=[{corpus / name}]", "data.workers=1"]
+        prepare(compose("prepare", ["data=files", *words, f"tokenizer.vocab_size={vocab}"]))
+    words = ["data=mixture", "data.mixture={web: 0.5, code: 0.5}", "tokenizer.train_bytes=12000", "weights_in=tokens"]
+    sample = drawn(composed(corpus, *words))
+    rates = {}
+    for name in ("web", "code"):
+        split = Card.load(corpus / "data" / name).splits["train"]
+        rates[name] = split.bytes / split.tokens
+    assert rates["web"] > 1.3 * rates["code"]
+    asked = {name: given.asked for name, given in sample.sources.items()}
+    assert asked["web"] / asked["code"] == pytest.approx(rates["web"] / rates["code"], rel=1e-3)
+    originals = {json.loads(line)["text"] for line in (corpus / "web" / "a.jsonl").read_text().splitlines()}
+    assert set(sample.texts["web"][:-1]) <= originals
+    assert sample.sources["web"].num_bytes >= asked["web"]
+    epochs = ["data=mixture", "data.mixture={web: {epochs: 2}, code: {epochs: 1}}"]
+    asked = {name: given.asked for name, given in drawn(composed(corpus, *epochs)).sources.items()}
+    sizes = {name: Card.load(corpus / "data" / name).splits["train"].bytes for name in ("web", "code")}
+    assert asked["web"] / asked["code"] == pytest.approx(2 * sizes["web"] / sizes["code"], rel=1e-3)
+    assert "code has only" in capsys.readouterr().err
+
+
+def test_the_comparison_shows_how_it_was_trained(corpus, capsys):
+    folder = tokenizer(mixture(corpus, 1, 1, "tokenizer.digits=single"))
+    capsys.readouterr()
+    assert main(["tokenizers", str(corpus / "web"), f"tokenizers=[{folder}]", "languages=false"]) == 0
+    about = json.loads(capsys.readouterr().out)["tokenizers"][str(folder)]
+    assert about["kind"] == "sentencepiece" and about["vocab_size"] == 500 and about["rules"]["digits"] == "single"
+    assert set(about["trained_on_bytes"]) == {"web", "code"}
+
+
+@pytest.mark.parametrize(
+    "words, error, message",
+    [
+        (["tokenizer.vocab_size=9000"], DataError, r"supports only \d+ tokens; give tokenizer.vocab_size=\d+ or less"),
+        (["tokenizer=hf"], ConfigError, "tokenizer=byte_level_bpe"),
+        (["tokenizer.path=x.model"], ConfigError, "tokenizer.path: names a tokenizer that is trained already"),
+        (["clean.dedup=minhash"], ConfigError, "clean.dedup=minhash"),
+        (["data=megatron"], ConfigError, "data=megatron: a tokenizer is trained on text"),
+        (["data=mixture"], ConfigError, "data.mixture is empty"),
+        (["data=mixture", "data.mixture={gone: 1}"], ConfigError, "data.mixture.gone: neither a prepared dataset"),
+        (
+            ["data=mixture", "data.mixture={web: {epochs: 1}}"],
+            ConfigError,
+            "epochs or a temperature needs the size",
+        ),
+        (
+            ["data=mixture", "data.mixture={web: 1}", "weights_in=tokens"],
+            ConfigError,
+            "tokens needs the size",
+        ),
+        (
+            ["data=mixture", "data.mixture={web: 1}", "data.phases=[{from_step: 9, mixture: {web: 1}}]"],
+            ConfigError,
+            "data.phases: a tokenizer is trained on one mixture",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_nothing(corpus, monkeypatch, words, error, message):
+    monkeypatch.chdir(corpus)
+    with pytest.raises(error, match=message):
+        tokenizer(of_files(corpus, *words))
+    assert sorted(path.name for path in corpus.iterdir()) == ["code", "web"]
+
+
+def test_an_existing_folder_and_an_empty_corpus_are_refused(corpus):
+    (corpus / "t").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        tokenizer(of_files(corpus))
+    (corpus / "web" / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match="there is no text to train a tokenizer on"):
+        tokenizer(of_files(corpus, out="u"))
+
+
+def test_prepare_trains_by_the_same_rules(corpus):
+    words = [
+        "data=files",
+        f"data.dir={corpus / 'data'}",
+        "data.name=d",
+        f"data.paths=[{corpus / 'web'}]",
+        "data.workers=1",
+    ]
+    chosen = ["tokenizer=byte_level_bpe", "tokenizer.vocab_size=500", "tokenizer.special_tokens=[<|call|>]"]
+    folder = prepare(compose("prepare", [*words, *chosen]))
+    made = load_tokenizer(folder / "tokenizer")
+    assert made.kind == "hf" and made.vocab_size == 500 and made.control_token("<|call|>") == 1
+
+
+def test_sampling_holds_no_more_than_twice_the_budget(corpus, monkeypatch):
+    most = 0
+    add = tokenizer_sample._Lowest.add
+
+    def watched(self, result):
+        nonlocal most
+        add(self, result)
+        most = max(most, self._size)
+
+    monkeypatch.setattr(tokenizer_sample._Lowest, "add", watched)
+    monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 3)
+    drawn(of_files(corpus, "tokenizer.train_bytes=5000"))
+    assert 5000 < most <= 10_000
