@@ -32,7 +32,7 @@ from megatrain.data.preparation import given_tokenizer, is_prepared, prepare_fro
 from megatrain.data.staging import StagingFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.data.tokenizer_sentencepiece import train_sentencepiece
+from megatrain.data.tokenizer_training import train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import ConfigError, cannot_write
 from megatrain.resilience.atomic_file import write_atomically
@@ -204,7 +204,7 @@ def _train_tokenizer(
     texts: list[str] = []
     for own, source in sources:
         texts += _sample(own, source, int(config.tokenizer.train_bytes * weights[own.data.name] / total))
-    tokenizer = train_sentencepiece(iter(texts), config.tokenizer.vocab_size, config.data.bos)
+    tokenizer = train_tokenizer(iter(texts), config.tokenizer, config.data.bos)
     tokenizer.starts_with_bos = config.data.bos
     names = ", ".join(own.data.name for own, _ in sources)
     print(f"tokenizer: trained {tokenizer.vocab_size} pieces on {names}", file=sys.stderr)
