@@ -263,7 +263,9 @@ class TokenizersConfig:
 class ReportConfig:
     """`megatrain report <run | sweep | dataset>`: write a self-contained HTML page."""
 
-    path: str = key(MISSING, "run folder, sweep folder or prepared dataset folder", path=True)
+    path: str = key(
+        MISSING, "run folder, sweep folder, prepared dataset folder or a folder of prepared datasets", path=True
+    )
     out: str | None = key(None, "HTML file to write; null means <path>/report.html", path=True)
 
 

@@ -23,6 +23,9 @@ KIND = "mixture"
 MIXED = (KIND, "demo")
 """Kinds that have a mixture; the sources of `demo` are datasets in the folder `<data.dir>/<data.name>`."""
 
+SAVED_MIXTURE = "mixture.json"
+"""In a folder of datasets: the weights that they are meant to be mixed with, by name."""
+
 _SOURCE_KEYS = ("weight", "epochs", "max_epochs")
 _PHASE_KEYS = ("from_step", "from_tokens", "mixture", "mixture_temperature")
 _EXAMPLE = "{web: 0.7, code: 0.3}"

@@ -23,6 +23,7 @@ from megatrain.data.survey import Lengths, count_lengths, count_tokens, sample_d
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.report.page import DATASET_PAGE, write_page
+from megatrain.report.sources import describe_packages
 from megatrain.report.text_diff import diff
 from megatrain.tracking.console import short
 
@@ -73,6 +74,7 @@ def collect(folder: Path) -> dict[str, Any]:
         ],
         "sample_seed": seed_of(card),
         "near_duplicates": near_duplicates(card.near_duplicates),
+        "packages": describe_packages({card.name: card}),
         "config": yaml.safe_dump({"source": card.source, "settings": card.config}, allow_unicode=True, sort_keys=False),
     }
 

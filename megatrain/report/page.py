@@ -18,9 +18,9 @@ from megatrain.errors import ConfigError, cannot_write
 from megatrain.resilience.atomic_file import write_atomically
 from megatrain.tracking.metrics import to_json
 
-RUN_PAGE = ("run.html", "page.css", "page.js", "run_charts.js", "run_strips.js", "run.js")
+RUN_PAGE = ("run.html", "page.css", "sources.css", "page.js", "sources.js", "run_charts.js", "run_strips.js", "run.js")
 SWEEP_PAGE = ("sweep.html", "page.css", "sweep.css", "page.js", "sweep.js")
-DATASET_PAGE = ("dataset.html", "page.css", "dataset.css", "page.js", "dataset.js")
+DATASET_PAGE = ("dataset.html", "page.css", "dataset.css", "sources.css", "page.js", "sources.js", "dataset.js")
 
 _OWN = re.compile(rb"\s*<!doctype html>.*\xc2\xb7 megatrain</title>", re.DOTALL)
 """How a page begins that `write_page` made, in this version or an earlier one."""

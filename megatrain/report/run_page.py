@@ -18,6 +18,7 @@ from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
+from megatrain.report.sources import sources_of_run
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
 from megatrain.resilience.signals import signal_name
@@ -51,9 +52,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
             "or of a prepared dataset (data/<data.name>)"
         )
     if not any((run_dir / name).exists() for name in RECORDS):
-        found = sorted(
-            str(path.parent) for name in (RECORDS[0], FILE_OF_SWEEP, CARD) for path in run_dir.glob(f"*/{name}")
-        )
+        found = sorted(str(path.parent) for name in (RECORDS[0], FILE_OF_SWEEP) for path in run_dir.glob(f"*/{name}"))
         listed = f"; such folders in it: {', '.join(found[:8])}{', ...' * (len(found) > 8)}" if found else ""
         raise ConfigError(
             f"{run_dir}: not the folder of a run (it has none of {', '.join(RECORDS)}), of a sweep (no "
@@ -103,6 +102,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "curves": curves.curves,
         "heldout": marks(curves.heldout, first),
         "heldout_by_source": {name: marks(found, first) for name, found in curves.heldout_by_source.items()},
+        "sources": sources_of_run(config, events),
         "time_spent": curves.time_spent(),
         "life": describe_life(life) if life and life.wall_s else None,
         "events": shown_events,

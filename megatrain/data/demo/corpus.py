@@ -27,7 +27,7 @@ from megatrain.data.corpus.selection import Selection
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.demo.catalogue import CATALOGUE, DemoSource
 from megatrain.data.demo.packages import fetch, opened
-from megatrain.data.mixture_settings import PhaseSetting, read_phases
+from megatrain.data.mixture_settings import SAVED_MIXTURE, PhaseSetting, read_phases
 from megatrain.data.preparation import given_tokenizer, is_prepared, prepare_from
 from megatrain.data.staging import StagingFolder
 from megatrain.data.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ def prepare_demo(config: PrepareConfig, catalogue: Catalogue = CATALOGUE) -> Pat
             tokenizer = _train_tokenizer(config, folder, missing, weights)
         for own, source in missing:
             prepare_from(own, source, tokenizer)
+        write_atomically(folder / SAVED_MIXTURE, json.dumps(weights) + "\n")
     return folder
 
 

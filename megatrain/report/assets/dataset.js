@@ -1,20 +1,5 @@
-// Builds a dataset's page from its data: the funnel, figures, and texts as they are. Loaded after page.js.
+// Builds the page of a dataset, or of several, from its data: the funnel, figures, and texts as they are. Loaded last.
 
-const whole = n => n.toLocaleString('en-US');
-const percent = (part, all) => {
-  const share = all ? (100 * part) / all : 0;
-  return (share && share < 0.01 ? '<0.01' : trim(share.toFixed(share < 1 ? 2 : 1))) + '%';
-};
-const size = n => {
-  for (const [unit, name] of [
-    [1e12, 'TB'],
-    [1e9, 'GB'],
-    [1e6, 'MB'],
-    [1e3, 'kB'],
-  ])
-    if (n >= unit) return `${trim((n / unit).toPrecision(3))} ${name}`;
-  return `${n} B`;
-};
 const plural = (n, one) => `${whole(n)} ${one}${n === 1 ? '' : 's'}`;
 const words = name => name.replaceAll('_', ' ');
 // The largest counts as text.
@@ -272,10 +257,17 @@ function examples() {
   });
 }
 
+function packages() {
+  const row = cells => `<tr>${cells.map(cell => `<td>${esc(cell)}</td>`).join('')}</tr>`;
+  card('Packages', `<table>${D.packages.map(row).join('')}</table>`, {
+    under: 'What the text was taken from, the registry, the licence and the sources.',
+  });
+}
+
 function samples() {
   const list = D.samples.map(s =>
     shown(
-      `${s.split === 'heldout' ? 'held-out' : s.split} document ${whole(s.number)}, ${plural(s.length, 'token')}`,
+      `${s.source ? `${s.source}: ` : ''}${s.split === 'heldout' ? 'held-out' : s.split} document ${whole(s.number)}, ${plural(s.length, 'token')}`,
       '',
       s.text === null ? esc(s.ids.join(' ')) : shownText(s.text),
       s.is_cut,
@@ -297,12 +289,14 @@ function build() {
   document.getElementById('notices').innerHTML = D.notices
     .map(n => `<div class="card notice">${esc(n)}</div>`)
     .join('');
-  funnel();
+  if (D.sources) document.getElementById('root').insertAdjacentHTML('beforeend', sourcesSection(D.sources));
+  else funnel();
   const histogram = D.lengths && new Histogram(D.lengths);
-  tokens();
+  if (D.tokens) tokens();
   counted();
   if (D.near_duplicates.length) card('Near duplicates', table(D.near_duplicates));
   examples();
+  if (D.packages.length) packages();
   samples();
   const root = document.getElementById('root');
   root.insertAdjacentHTML(

@@ -24,12 +24,12 @@ function build() {
   if (N) {
     const heldout = D.heldout.length && {name: 'held-out', tone: 'b', points: D.heldout};
     add({title: 'Loss', wide: true, height: 300, legend: true, series: [curve('loss', 'training', 'a'), heldout]});
-    const tones = ['a', 'b', 'c', 'd'];
+    const tones = ['a', 'b', 'c', 'd', 'e', 'f'];
     add({
       title: 'Held-out loss by source',
       legend: true,
       height: 208,
-      series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % 4], points})),
+      series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % tones.length], points})),
     });
     add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
@@ -82,6 +82,7 @@ function build() {
       });
     }
   } else root.innerHTML = '<section class="card wide empty">No steps recorded yet.</section>';
+  if (D.sources.length) root.insertAdjacentHTML('beforeend', sourcesSection(D.sources));
   if (D.life) new Life(root, D.life);
   if (D.events.length) new Lanes(root);
   if (D.pipeline)

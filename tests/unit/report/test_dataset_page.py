@@ -255,11 +255,10 @@ def test_a_change_whose_former_text_is_hidden_is_shown_as_it_is_now(tmp_path):
     assert groups[0]["examples"][0]["pieces"] == [["=", "write to <EMAIL>"]] and not notices
 
 
-def test_the_report_verb_knows_a_dataset_and_names_all_three_kinds(dataset, tmp_path, capsys):
+def test_the_report_verb_knows_a_dataset_and_names_all_kinds_of_folders(dataset, tmp_path, capsys):
     assert cli.main(["report", str(dataset), f"out={tmp_path}/page.html"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/page.html\n"
     assert "From records to training data" in (tmp_path / "page.html").read_text()
-    assert cli.main(["report", str(dataset.parent)]) == 2
+    assert cli.main(["report", str(dataset.parent.parent)]) == 2
     error = capsys.readouterr().err
     assert "not the folder of a run" in error and "of a sweep" in error and "of a prepared dataset" in error
-    assert str(dataset) in error, "it is suggested"
