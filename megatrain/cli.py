@@ -63,7 +63,7 @@ FLAGS = {
     "--completion": "SHELL: print a script that completes commands in bash, zsh or fish",
     "--debug": "show the stack trace of an error",
     "--multirun": "train: run every combination of several values, each as a separate run; short: -m",
-    "--dry-run": "train launch=slurm or --multirun: show what would be submitted or started",
+    "--dry-run": "train or prepare with launch=slurm, or --multirun: show what would be submitted or started",
     "--version": "print the version",
 }
 
@@ -191,10 +191,10 @@ def run(arguments: Arguments) -> int:
         _warn_of_repetitions(arguments)
         print(to_yaml(config), end="")
         return EXIT_OK
-    if "--dry-run" in arguments.flags and not (verb == "train" and config.launch.name == "slurm"):
+    if "--dry-run" in arguments.flags and not (verb in ("train", "prepare") and config.launch.name == "slurm"):
         raise ConfigError(
-            "--dry-run shows what megatrain train would submit or start; use it with launch=slurm or --multirun; "
-            "--cfg shows the config of any command"
+            "--dry-run shows what megatrain train or prepare would submit or start; use it with launch=slurm or "
+            "--multirun; --cfg shows the config of any command"
         )
     if "--dry-run" not in arguments.flags and verb not in READERS:
         _keep_going(verb)
@@ -205,7 +205,8 @@ def run(arguments: Arguments) -> int:
         return start(config, sorted(arguments.flags), arguments.overrides)
     check_paths(config)
     action = _action(verb)
-    result = action(config, arguments.overrides) if verb == "prepare" else action(config)
+    also = (arguments.overrides, sorted(arguments.flags)) if verb == "prepare" else ()
+    result = action(config, *also)
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
 
 

@@ -11,7 +11,7 @@ from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key, walk
-from megatrain.config.launch_config import LaunchConfig
+from megatrain.config.launch_config import JobConfig, LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
 from megatrain.config.model_config import ROPE_SCALING_KEYS, ModelConfig
 from megatrain.config.optim_config import OptimConfig
@@ -54,6 +54,7 @@ __all__ = [
     "GenerateConfig",
     "ImportConfig",
     "InspectConfig",
+    "JobConfig",
     "LaunchConfig",
     "LayoutListConfig",
     "LayoutsConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "PrepareConfig",
+    "PrepareLaunchConfig",
     "ReportConfig",
     "ResilienceConfig",
     "RunConfig",

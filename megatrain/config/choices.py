@@ -17,7 +17,7 @@ from megatrain.errors import ConfigError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
-    "prepare": ("data", "clean", "tokenizer"),
+    "prepare": ("data", "clean", "tokenizer", "launch"),
     "tokenizer": ("data", "clean", "tokenizer"),
 }
 GROUPS["layouts"] = GROUPS["train"]

@@ -295,7 +295,7 @@ def _store_file(verb: str, request: Request, file: Path) -> None:
     if isinstance(run, dict) and request.values.get("run.name", run.get("name")) != run.get("name"):
         run.pop("sweep", None)  # another run is no point of the sweep
     if verb == "prepare":  # the config of a run has more than preparing needs
-        known = {name.partition(".")[0] for name in key_types(VERBS[verb])}
+        known = {name.partition(".")[0] for name in key_types(VERBS[verb])} - {"launch"}
         others = {name.partition(".")[0] for name in key_types(TrainConfig)} - known
         content = {name: value for name, value in content.items() if name not in others}
     _check_content(verb, file, content, "")

@@ -9,7 +9,7 @@ from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key
-from megatrain.config.launch_config import LaunchConfig
+from megatrain.config.launch_config import LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
 from megatrain.config.model_config import ModelConfig
 from megatrain.config.optim_config import OptimConfig
@@ -62,6 +62,7 @@ class PrepareConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
+    launch: PrepareLaunchConfig = field(default_factory=PrepareLaunchConfig)
 
 
 @dataclass

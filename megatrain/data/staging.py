@@ -1,86 +1,95 @@
 """The folder that a dataset is prepared in, and its rename to the dataset's name. Ignores the files' contents.
 
-The staging folder is `.<name>.preparing` beside the target, locked while a process uses it. An interrupted preparation
-leaves its folder `work` in it, from which the next one goes on; all else is made anew.
+The staging folder is `.<name>.preparing` beside the target. One process at a time owns it (`resilience/owner.py`, which
+works across the machines of a shared file system). An interrupted preparation leaves its folder `work` in it, from
+which the next one goes on; all else is made anew. Tasks of a divided preparation write finished parts into `work`
+without owning the folder: each part is renamed into place whole, and its content depends on its name alone.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from megatrain.errors import ConfigError, cannot_write
+from megatrain.errors import OwnedError, cannot_write
+from megatrain.resilience.owner import BEAT_S, FOLDER, Ownership
 
 
 class StagingFolder:
-    """A locked folder for one preparation, empty but for `work`; `publish` renames it to the target, without `work`.
+    """An owned folder for one preparation, empty but for `work`; `publish` renames its dataset to the target.
 
-    Entering it raises `ConfigError` if another process is preparing this target, or its parent cannot be created.
+    Entering it raises `OwnedError` if another process is preparing this target, `ConfigError` if its parent cannot be
+    created.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.folder = target.with_name(f".{target.name}.preparing")
-        self.work = self.folder / "work"
+        self._root = target.with_name(f".{target.name}.preparing")
+        self.folder = self._root / "dataset"
+        self.work = work_folder(target)
         self._replaced = target.with_name(f".{target.name}.replaced")
-        self._lock = -1
+        self._removed = target.with_name(f".{target.name}.removed")
+        self._published = False
+        self._ended = threading.Event()
 
     def __enter__(self) -> StagingFolder:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock_folder()
+            self._root.mkdir(exist_ok=True)
+            self._ownership = self._take()
+            if self._replaced.exists():  # an earlier process was killed in `publish`, after its first rename
+                if self.target.exists():
+                    shutil.rmtree(self._replaced)
+                else:
+                    os.rename(self._replaced, self.target)
+            shutil.rmtree(self._removed, ignore_errors=True)
+            for entry in self._root.iterdir():
+                if entry.name not in (self.work.name, FOLDER):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.folder.mkdir()
+            self.work.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(self.target.parent, error, "data.dir") from error
-        if self._replaced.exists():  # an earlier process was killed in `publish`, after its first rename
-            if self.target.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                os.rename(self._replaced, self.target)
-        self._remove_all_but_work()
-        self.work.mkdir(exist_ok=True)
+        threading.Thread(target=self._beat, daemon=True).start()
         return self
 
-    def _remove_all_but_work(self) -> None:
-        for entry in self.folder.iterdir():
-            if entry != self.work:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    def _take(self) -> Ownership:
+        """Own the folder. It may be renamed by the process that published it, between being made and being owned."""
+        while True:
+            ownership = Ownership.take(self._root, name_key="data.name", dir_key="data.dir")
+            try:
+                ownership.check()
+                return ownership
+            except OwnedError:
+                if self._root.exists():
+                    raise
+
+    def _beat(self) -> None:
+        """Tell other machines that this process is alive."""
+        while not self._ended.wait(BEAT_S):
+            self._ownership.beat()
 
     def has_work(self) -> bool:
         """Return whether there is something to go on from: a finished part of any stage."""
         return any(self.work.glob("*/*.json"))
 
-    def _lock_folder(self) -> int:
-        """Lock the folder itself and return its file descriptor; the lock ends with the process."""
-        while True:
-            self.folder.mkdir(exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise ConfigError(
-                    f"data.name: another process is preparing {self.target}; wait for it, or choose another data.name"
-                ) from None
-            try:
-                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
-                    return lock
-            except FileNotFoundError:
-                pass
-            os.close(lock)  # between opening and locking, another process renamed the folder to its dataset
-
     def publish(self) -> None:
-        """Flush the folder to disk and rename it to the target, replacing an existing dataset."""
+        """Flush the dataset to disk and rename it to the target, replacing an existing one.
+
+        Raises `OwnedError` if another process has taken over the folder.
+        """
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            if self.work not in (path, *path.parents):
-                _flush(path)
-        shutil.rmtree(self.work)  # only now: flushing takes minutes, and an interrupted one goes on from there
+            _flush(path)
         _flush(self.folder)
+        self._ownership.check()
         if self.target.exists():
             os.rename(self.target, self._replaced)
         os.rename(self.folder, self.target)
+        self._published = True
         _flush(self.target.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
@@ -88,9 +97,23 @@ class StagingFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.folder.is_dir() and not self.has_work():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        self._ended.set()
+        if self._published or not self.has_work():
+            self._remove()
+        else:
+            self._ownership.release()
+
+    def _remove(self) -> None:
+        """Rename the staging folder, then remove it: another process may begin a preparation of this name meanwhile."""
+        shutil.rmtree(self._removed, ignore_errors=True)
+        with suppress(OSError):
+            os.rename(self._root, self._removed)
+            shutil.rmtree(self._removed, ignore_errors=True)
+
+
+def work_folder(target: Path) -> Path:
+    """Return the folder with the finished parts of a preparation that is not complete yet."""
+    return target.with_name(f".{target.name}.preparing") / "work"
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Slurm: this node's place in a job step, and the submission of a training job. Imports no torch.
+"""Slurm: this node's place in a job step, and the submission of jobs. Imports no torch.
 
-The job runs slurm/train.sbatch, which starts one task per node: the agent of that node.
+A training job runs slurm/train.sbatch, which starts one task per node: the agent of that node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from megatrain.config import LaunchConfig
+from megatrain.config import JobConfig, LaunchConfig
 from megatrain.distributed.rank_environment import is_launched, number_from
 from megatrain.errors import (
     EXIT_DEFECT,
@@ -159,19 +159,26 @@ def _stopped_early(number: int, _frame: FrameType | None) -> None:
 
 @dataclass(frozen=True)
 class Submission:
-    """The command that submits slurm/train.sbatch with arguments for `megatrain train`, and variables to set for it."""
+    """The command that submits a script of slurm/ with arguments for it, and variables to set for it."""
 
     script: Path
     command: list[str]
     environ: dict[str, str]
 
     @staticmethod
-    def of(config: LaunchConfig, run_name: str, arguments: Sequence[str]) -> Submission:
-        """Prepare the submission. Raises ConfigError if `launch.profile` does not exist."""
-        script = Path(str(resources.files("megatrain.slurm") / "train.sbatch"))
+    def of(
+        config: JobConfig,
+        job_name: str,
+        arguments: Sequence[str],
+        script_name: str = "train.sbatch",
+        options: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Submission:
+        """Prepare the submission, with more options of sbatch by name. Raises ConfigError for a missing profile."""
+        script = Path(str(resources.files("megatrain.slurm") / script_name))
         profile = find_profile(config.profile or os.environ.get("MEGATRAIN_PROFILE"), script.parent / "profiles")
-        command = sbatch_command(config, run_name, script, arguments)
-        environ = {"MEGATRAIN_PYTHON": sys.executable}
+        command = sbatch_command(config, job_name, script, arguments, options or {})
+        environ = {"MEGATRAIN_PYTHON": sys.executable, **(environ or {})}
         if profile is not None:
             environ["MEGATRAIN_PROFILE"] = str(profile)
             # the profile's SBATCH_* variables apply, but the command's options override them
@@ -203,7 +210,7 @@ class Submission:
 
 def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_run: bool) -> int:
     """Submit a job with these arguments for `megatrain train` and print its number; a dry run only prints the job."""
-    submission = Submission.of(config, run_name, arguments)
+    submission = Submission.of(config, run_name, arguments, options={"nodes": config.num_nodes or 1})
     if dry_run:
         show_script(submission.script)
         nodes, ranks = config.num_nodes or 1, config.nproc_per_node
@@ -239,9 +246,11 @@ def jobs_here() -> dict[str, str]:
     return {name: number for number, folder, name in lines if folder == os.getcwd()}
 
 
-def sbatch_command(config: LaunchConfig, run_name: str, script: Path, arguments: Sequence[str]) -> list[str]:
+def sbatch_command(
+    config: JobConfig, job_name: str, script: Path, arguments: Sequence[str], options: Mapping[str, object]
+) -> list[str]:
     """Return the sbatch command that submits a job."""
-    options = {"nodes": config.num_nodes or 1, "job-name": run_name}
+    options = {**options, "job-name": job_name}
     options |= {"partition": config.partition, "account": config.account, "time": config.time}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return ["sbatch", "--parsable", *given, *config.sbatch_options, str(script), *arguments]

@@ -18,8 +18,8 @@ import yaml
 from megatrain.data.card import SPLITS, Card, check_dataset
 from megatrain.data.corpus.cleaning import KIND
 from megatrain.data.funnel import Stage, funnel
-from megatrain.data.preparation import EXAMPLES
 from megatrain.data.survey import Lengths, count_lengths, count_tokens, sample_documents
+from megatrain.data.text_stages import EXAMPLES
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.report.page import DATASET_PAGE, write_page

@@ -1,4 +1,4 @@
-"""Ownership of a run folder: one writer at a time. Imports no torch.
+"""Ownership of a folder, such as a run's: one writer at a time. Imports no torch.
 
 Owners are numbered: `runs/<name>/owner/00000001.json` and so on, and the highest number owns the folder. A job becomes
 the owner by creating the next number, which only one job can do. A job that sees a number above its own must stop
@@ -49,8 +49,10 @@ class Ownership:
         self._identity = _key(_read(self._file))
 
     @classmethod
-    def take(cls, run_dir: Path, watch_s: float = WATCH_S) -> Ownership:
-        """Become the owner of `run_dir`.
+    def take(
+        cls, run_dir: Path, watch_s: float = WATCH_S, name_key: str = "run.name", dir_key: str = "run.dir"
+    ) -> Ownership:
+        """Become the owner of `run_dir`, which the config keys `name_key` and `dir_key` name.
 
         The previous owner must have released it or be gone. On this machine it is gone if its process has exited; on
         another, if it was an earlier start of the same Slurm job, or sends no heartbeat for `watch_s` seconds.
@@ -67,7 +69,7 @@ class Ownership:
                 if last and not (last[1].get("released") or _is_gone(_path(folder, last[0]), last[1], watch_s)):
                     raise OwnedError(
                         f"{run_dir} belongs to another job: {describe(last[1])}. Wait for it, end it, or use another "
-                        f"run.name"
+                        f"{name_key}"
                     )
                 number = last[0] + 1 if last else 1
                 try:
@@ -79,7 +81,7 @@ class Ownership:
                         older.unlink(missing_ok=True)
                 return cls(folder, number)
         except OSError as error:
-            raise cannot_write(run_dir, error) from error
+            raise cannot_write(run_dir, error, dir_key) from error
 
     @classmethod
     def from_environ(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> Ownership | None:
@@ -183,7 +185,7 @@ def _is_gone(path: Path, owner: dict[str, Any], watch_s: float) -> bool:
         return not _runs(owner) or (requeued and _changes(lambda: _runs(owner), watch_s))
     if requeued:
         return True
-    say(f"the run folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s")
+    say(f"the folder's last owner ({describe(owner)}) did not release it; watching it for {watch_s:g} s")
     return not _changes(lambda: _size_and_time(path), watch_s)
 
 

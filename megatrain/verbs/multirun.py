@@ -102,7 +102,12 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
             elif name in jobs:
                 print(f"{jobs[name]}  {name} (in the queue already)")
             else:
-                submission = slurm.Submission.of(point.config.launch, name, [*flags, *point.overrides])
+                submission = slurm.Submission.of(
+                    point.config.launch,
+                    name,
+                    [*flags, *point.overrides],
+                    options={"nodes": point.config.launch.num_nodes or 1},
+                )
                 if not dry_run:
                     print(f"{submission.submit()}  {name}", flush=True)
                     continue

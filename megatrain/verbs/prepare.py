@@ -15,18 +15,28 @@ from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
 from megatrain.data.demo.corpus import prepare_demo
+from megatrain.launch import prepare_jobs
 
 
-def prepare(config: PrepareConfig, overrides: Sequence[str] = ()) -> Path:
+def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Path:
     """Prepare the dataset that `config` describes, say what to type next, and return its folder.
 
-    `overrides` are those of the command; what is to be typed next has its folders, config file and choice of data.
+    With `launch=slurm` submit the jobs that prepare it. `overrides` and `flags` are those of the command; what is to be
+    typed next has its folders, config file and choice of data.
     """
+    stage = config.launch.stage
+    if config.launch.name == "slurm" and stage == "all":
+        if not preparation.is_done(config):
+            arguments = [word for word in overrides if not word.lstrip("+").startswith(("launch=", "launch."))]
+            arguments = [*(flag for flag in flags if flag != "--dry-run"), *arguments]
+            prepare_jobs.submit(config, arguments, dry_run="--dry-run" in flags)
+        return Path(config.data.dir) / config.data.name
     folder = prepare_demo(config) if config.data.kind == "demo" else preparation.prepare(config)
-    words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data"))
-    given = {"data.name": config.data.name, "data.dir": config.data.dir}
-    default = asdict(compose("train", words).data)
-    words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
-    report = shlex.join(["megatrain", "report", str(folder)])
-    print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
+    if stage in ("all", "publish"):
+        words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data"))
+        given = {"data.name": config.data.name, "data.dir": config.data.dir}
+        default = asdict(compose("train", words).data)
+        words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
+        report = shlex.join(["megatrain", "report", str(folder)])
+        print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder

@@ -147,7 +147,7 @@ def ignored_keys(config: TrainConfig, overrides: Sequence[str]) -> Iterator[str]
     given = read_overrides("train", list(overrides))
     names = {*given.values, *(["tokenizer.kind"] if "tokenizer" in given.groups else [])}
     default, ours = flatten(asdict(PrepareConfig())), flatten(asdict(config))
-    names &= set(default) - ACTING
+    names = {name for name in names & set(default) - ACTING if not name.startswith("launch.")}
     if not names:
         return
     mixed, folder = bool(read_phases(config.data)), Path(config.data.dir) / config.data.name
@@ -173,7 +173,8 @@ def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:
     """
     data = config.data
     known = {*walk(PrepareConfig), *GROUPS["prepare"], CONFIG_DIR, CONFIG_FILE, SEARCH_PATH}
-    words = last_words(overrides, known - {"data.name", "data.dir"})
+    known = {name for name in known if name.partition(".")[0] != "launch"} - {"data.name", "data.dir"}
+    words = last_words(overrides, known)
     if not last_words(overrides, ("data", CONFIG_FILE)):
         words.append(f"data={data.name if data.kind == 'huggingface' else data.kind}")
     if data.kind in ("files", "megatron") and not data.paths:

@@ -15,6 +15,7 @@ from megatrain.checkpoint.resume import OVERRIDES, may_change, override_of
 from megatrain.checkpoint.weights import MEANING, TOKENIZER
 from megatrain.config import (
     DataConfig,
+    JobConfig,
     LaunchConfig,
     LayoutsConfig,
     PrepareConfig,
@@ -50,6 +51,9 @@ def check_values(config: Any) -> None:
         check_folder_name("data.name", config.data.name)
         check_source(config.data)
         read_phases(config.data)
+        check_stage(config)
+        check_time_limit(config.launch.time)
+        check_sbatch_options(config.launch)
     if isinstance(config, LayoutsConfig):
         check_model(config.model)  # the rest depends on the layout: layouts.py checks it
     elif isinstance(config, TrainConfig):
@@ -116,7 +120,44 @@ def check_time_limit(limit: str | None) -> None:
         )
 
 
-def check_sbatch_options(launch: LaunchConfig) -> None:
+def check_stage(config: PrepareConfig) -> None:
+    """Check that stage, task and number of tasks of a preparation go together, and that its work can be divided."""
+    launch, data = config.launch, config.data
+    if launch.stage != "all" and launch.name == "slurm":
+        raise ConfigError(
+            f"launch.stage={launch.stage} does this stage here; leave out launch=slurm, or leave out launch.stage to "
+            "submit all stages"
+        )
+    if data.kind in ("megatron", "demo") and (launch.stage != "all" or launch.tasks > 1 or launch.name == "slurm"):
+        raise ConfigError(
+            f"data={data.kind} has too little to do to be divided or submitted; leave out launch=slurm, launch.tasks "
+            "and launch.stage"
+        )
+    divided = launch.stage in ("clean", "encode")
+    if launch.task is not None and not divided:
+        raise ConfigError(
+            f"launch.task={launch.task} is a task's share of launch.stage=clean or encode; name the stage"
+        )
+    if divided and launch.task is None and launch.tasks > 1:
+        raise ConfigError(
+            f"launch.stage={launch.stage} launch.tasks={launch.tasks}: start it with each of launch.task=0 to "
+            f"launch.task={launch.tasks - 1}"
+        )
+    if (launch.task or 0) >= launch.tasks:
+        raise ConfigError(f"launch.task={launch.task}: with launch.tasks={launch.tasks} it is 0 to {launch.tasks - 1}")
+    if launch.tasks > 1 and launch.name == "local" and launch.stage == "all":
+        raise ConfigError(
+            f"launch.tasks={launch.tasks} divides the work among the tasks of Slurm arrays: add launch=slurm; on this "
+            "machine data.workers processes share it"
+        )
+    if launch.tasks > 1 and launch.stage == "clean" and data.max_documents:
+        raise ConfigError(
+            f"data.max_documents={data.max_documents} takes the first documents, so one process reads them: leave out "
+            "launch.stage=clean, which launch.stage=select then does"
+        )
+
+
+def check_sbatch_options(launch: JobConfig) -> None:
     """Check that each option begins with a dash, and that a node asked for has a GPU for each of its ranks."""
     for option in launch.sbatch_options:
         if not option.startswith("-"):
@@ -125,7 +166,12 @@ def check_sbatch_options(launch: LaunchConfig) -> None:
                 f"write each option as one text, such as --qos=high"
             )
         found = GPUS_PER_NODE.fullmatch(option)
-        if found and launch.device != "cpu" and (gpus := int(found["gpus"])) < launch.nproc_per_node:
+        if (
+            found
+            and isinstance(launch, LaunchConfig)
+            and launch.device != "cpu"
+            and (gpus := int(found["gpus"])) < launch.nproc_per_node
+        ):
             raise ConfigError(
                 f"launch.sbatch_options: {option} asks for {gpus} GPUs a node, fewer than "
                 f"launch.nproc_per_node={launch.nproc_per_node} ranks; give launch.nproc_per_node={gpus}, or ask for "

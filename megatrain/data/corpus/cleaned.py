@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 import zstandard
 
+from megatrain.data.corpus.part_files import PartFiles
 from megatrain.data.corpus.recipe import StepReport, add_reports
 from megatrain.data.indexed import hash_file
 from megatrain.resilience.atomic_file import write_atomically
@@ -78,8 +79,8 @@ class CleanedShard:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.key = key
-        self.text_path, self._documents_path, marker = _paths(folder, key)
-        content = json.loads(marker.read_text(encoding="utf-8"))
+        self.text_path, self._documents_path = folder / f"{key}.text", folder / f"{key}.documents"
+        content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         self.frames = [Frame(*frame) for frame in content["frames"]]
         self.counts: dict[str, int] = content["counts"]
         self.first_bad: str | None = content["first_bad"]
@@ -96,10 +97,14 @@ class CleanedShard:
         """Return the shard if it is finished and its files are what was written."""
         try:
             shard = CleanedShard(folder, key)
-            whole = all(hash_file(folder / name) == digest for name, digest in shard._hashes.items())
+            return shard if shard.is_whole() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return shard if whole else None
+
+    def is_whole(self) -> bool:
+        """Return whether its files are what was written. Raises `OSError` if one cannot be read."""
+        folder = self.text_path.parent
+        return all(hash_file(folder / name) == digest for name, digest in self._hashes.items())
 
     def reports(self) -> list[StepReport]:
         """Read what each step of the recipe did; the examples would fill the memory if every shard kept its own."""
@@ -136,15 +141,10 @@ class CleanedShardWriter:
     """
 
     def __init__(self, folder: Path, key: str, signing: dict[str, Any] | None = None) -> None:
-        self._folder, self._key = folder, key
-        self._text_path, self._documents_path, self._marker = _paths(folder, key)
-        self._quarantine_path = folder / f"{key}.quarantine"
-        self._quarantine_path.unlink(missing_ok=True)
-        self._text = open(self._text_path, "wb")  # noqa: SIM115, closed by finish
-        self._documents = open(self._documents_path, "wb")  # noqa: SIM115
-        self._signing = signing
-        self._signatures_path = folder / f"{key}.signatures"
-        self._signatures = open(self._signatures_path, "wb") if signing else None  # noqa: SIM115
+        self._folder, self._key, self._signing = folder, key, signing
+        self._files = PartFiles(folder, key)
+        for ending in ("text", "documents", *(["signatures"] if signing else [])):
+            self._files[ending].write(b"")  # also if there are no documents
         self._frames: list[Frame] = []
         self._text_bytes = 0
         self._counts: Counter[str] = Counter()
@@ -153,12 +153,12 @@ class CleanedShardWriter:
 
     def add(self, frame: bytes, documents: np.ndarray, signatures: np.ndarray | None = None) -> None:
         """Append documents: `pack` of their texts, `describe` of them, and their signatures."""
-        self._frames.append(Frame(self._text.tell(), len(frame), len(documents)))
-        self._text.write(frame)
-        self._documents.write(documents.tobytes())
-        if self._signatures is not None:
+        self._frames.append(Frame(self._files["text"].tell(), len(frame), len(documents)))
+        self._files["text"].write(frame)
+        self._files["documents"].write(documents.tobytes())
+        if self._signing:
             assert signatures is not None and signatures.dtype == SIGNATURE
-            self._signatures.write(signatures.tobytes())
+            self._files["signatures"].write(signatures.tobytes())
         self._text_bytes += int(documents["size"].sum())
 
     def count(
@@ -172,17 +172,11 @@ class CleanedShardWriter:
             self._reports = reports
         self._first_bad = self._first_bad or first_bad
         if quarantine:
-            with open(self._quarantine_path, "ab") as file:
-                file.write(quarantine)
+            self._files["quarantine"].write(quarantine)
 
     def finish(self) -> CleanedShard:
         """Write the marker and return the shard."""
-        self.close()
-        reports_path = self._folder / f"{self._key}.reports"
-        reports_path.write_text(json.dumps([asdict(report) for report in self._reports]), encoding="utf-8")
-        written = [self._text_path, self._documents_path, reports_path]
-        written += [self._quarantine_path] if self._quarantine_path.exists() else []
-        written += [self._signatures_path] if self._signing else []
+        self._files["reports"].write(json.dumps([asdict(report) for report in self._reports]).encode())
         content: dict[str, Any] = {
             "frames": [(frame.offset, frame.size, frame.documents) for frame in self._frames],
             "documents": sum(frame.documents for frame in self._frames),
@@ -190,18 +184,11 @@ class CleanedShardWriter:
             "counts": dict(self._counts),
             "first_bad": self._first_bad,
             "signing": self._signing,
-            "hashes": {path.name: hash_file(path) for path in written},
+            "hashes": self._files.finish(),
         }
-        write_atomically(self._marker, json.dumps(content) + "\n")
+        write_atomically(self._folder / f"{self._key}.json", json.dumps(content) + "\n")
         return CleanedShard(self._folder, self._key)
 
     def close(self) -> None:
         """Close the files."""
-        self._text.close()
-        self._documents.close()
-        if self._signatures is not None:
-            self._signatures.close()
-
-
-def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
-    return folder / f"{key}.text", folder / f"{key}.documents", folder / f"{key}.json"
+        self._files.close()

@@ -10,10 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from megatrain.data.corpus.part_files import PartFiles
 from megatrain.data.indexed import hash_file
 from megatrain.resilience.atomic_file import write_atomically
 
@@ -43,7 +43,7 @@ class EncodedShard:
         """Yield token ids and the lengths (int32) of the documents they belong to, a few thousand documents at once."""
         if split not in self.text_bytes:
             return
-        ids_path, lengths_path = _paths(self._folder, self.key, split)
+        ids_path, lengths_path = (self._folder / f"{self.key}.{split}.{ending}" for ending in ("ids", "lengths"))
         with open(ids_path, "rb") as ids, open(lengths_path, "rb") as lengths:
             while len(found := np.fromfile(lengths, "<i4", _DOCUMENTS)):
                 yield np.fromfile(ids, dtype, int(found.sum(dtype=np.int64))), found
@@ -54,35 +54,21 @@ class EncodedShardWriter:
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
-        self._files: dict[int, tuple[BinaryIO, BinaryIO]] = {}
+        self._files = PartFiles(folder, key)
         self._text_bytes: Counter[int] = Counter()
 
     def add(self, split: int, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append documents of a split: their concatenated token ids, the number of ids in each, their size as text."""
-        if split not in self._files:
-            ids_path, lengths_path = _paths(self._folder, self._key, split)
-            self._files[split] = open(ids_path, "wb"), open(lengths_path, "wb")  # noqa: SIM115, closed by finish
-        self._files[split][0].write(ids.tobytes())
-        self._files[split][1].write(lengths.astype("<i4").tobytes())
+        self._files[f"{split}.ids"].write(ids.tobytes())
+        self._files[f"{split}.lengths"].write(lengths.astype("<i4").tobytes())
         self._text_bytes[split] += text_bytes
 
     def finish(self) -> EncodedShard:
         """Write the marker and return the shard."""
-        self.close()
-        written = [path for split in self._files for path in _paths(self._folder, self._key, split)]
-        content = {
-            "text_bytes": dict(self._text_bytes),
-            "hashes": {path.name: hash_file(path) for path in written},
-        }
+        content = {"text_bytes": dict(self._text_bytes), "hashes": self._files.finish()}
         write_atomically(self._folder / f"{self._key}.json", json.dumps(content) + "\n")
         return EncodedShard(self._folder, self._key)
 
     def close(self) -> None:
         """Close the files."""
-        for pair in self._files.values():
-            for file in pair:
-                file.close()
-
-
-def _paths(folder: Path, key: str, split: int) -> tuple[Path, Path]:
-    return folder / f"{key}.{split}.ids", folder / f"{key}.{split}.lengths"
+        self._files.close()

@@ -26,10 +26,11 @@ from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, desc
 from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
 from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
+from megatrain.data.corpus.part_files import remove_others
 from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
 from megatrain.data.corpus.record import Policy, Record
 from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
-from megatrain.data.corpus.shard import Shard
+from megatrain.data.corpus.shard import ALL, Shard, Share
 from megatrain.data.corpus.signatures import Signing
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.worker_pool import Workers
@@ -49,9 +50,14 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------------------------- cleaning
 
 
-def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: Path) -> list[CleanedShard]:
-    """Clean every shard of a source into `folder` and return them in corpus order. Raises `DataError` for bad input."""
-    folder.mkdir(exist_ok=True)
+def clean_source(
+    source: Source, config: PrepareConfig, pool: Workers, folder: Path, share: Share = ALL
+) -> list[CleanedShard]:
+    """Clean every shard of a source into `folder`, or a task's share, and return them in corpus order.
+
+    Raises `DataError` for bad input.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     data = config.data
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
     recipe = build_recipe(config.clean.steps)
@@ -69,9 +75,11 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
 
     def tasks() -> Iterator[CleanTask]:
         nonlocal left, found
-        for shard in source.shards():
+        for place, shard in enumerate(source.shards()):
             if left == 0:
                 return
+            if not share.has(place):
+                continue
             before = source.progress.bytes
             if finished := _find_cleaned(folder, shard, left, settings, data.on_bad_record):
                 found += 1
@@ -92,7 +100,7 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
             if shard.num_bytes:  # the hub does not say
                 source.progress.bytes = before + shard.num_bytes
 
-    with Meter("reading", source.total_bytes) as meter, _closing(coming):
+    with Meter("reading", source.total_bytes if share.is_whole else None) as meter, _closing(coming):
         for result in pool.map(clean_chunk, tasks()):
             number, writer, last = coming.popleft()
             if len(result.documents):
@@ -105,7 +113,8 @@ def clean_source(source: Source, config: PrepareConfig, pool: Workers, folder: P
         print(f"{found} of {len(cleaned)} parts of the corpus were cleaned earlier and are used again", file=sys.stderr)
     done = [shard for shard in cleaned if shard]
     assert len(done) == len(cleaned)
-    _remove_others(folder, {shard.key for shard in done})
+    if share.is_whole:
+        remove_others(folder, {shard.key for shard in done})
     return done
 
 
@@ -214,13 +223,6 @@ class _closing:
             writer.close()
 
 
-def _remove_others(folder: Path, keys: set[str]) -> None:
-    """Remove what is left of shards that are not part of the corpus any more."""
-    for path in folder.iterdir():
-        if path.name.partition(".")[0] not in keys:
-            path.unlink()
-
-
 # ---------------------------------------------------------------------------------------------------- selecting
 
 
@@ -268,11 +270,21 @@ def sample_texts(selection: Selection, budget: int) -> Iterator[str]:
 
 
 def encode_selection(
-    selection: Selection, tokenizer: Tokenizer, saved: Path, dtype: np.dtype, pool: Workers, folder: Path
+    selection: Selection,
+    tokenizer: Tokenizer,
+    saved: Path,
+    dtype: np.dtype,
+    pool: Workers,
+    folder: Path,
+    share: Share = ALL,
 ) -> list[EncodedShard]:
-    """Encode every shard into `folder` and return them in corpus order. `saved` is the tokenizer's folder."""
+    """Encode every shard into `folder`, or a task's share, and return them in corpus order.
+
+    `saved` is the tokenizer's folder.
+    """
     folder.mkdir(exist_ok=True)
-    text_bytes = sum(shard.text_bytes for shard in selection.shards)
+    mine = [number for number in range(len(selection.shards)) if share.has(number)]
+    text_bytes = sum(selection.shards[number].text_bytes for number in mine)
     encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
     ends = (tokenizer.start(), tokenizer.end_of_document)
     made_by = (tokenizer.fingerprint, ends, dtype.name, versions(ENCODING_LIBRARIES))
@@ -282,8 +294,8 @@ def encode_selection(
 
     def tasks() -> Iterator[EncodeTask]:
         nonlocal done
-        for number, shard in enumerate(selection.shards):
-            flags = selection.flags_of(number).tobytes()
+        for number in mine:
+            shard, flags = selection.shards[number], selection.flags_of(number).tobytes()
             key = _key(shard.key, xxhash.xxh3_128_hexdigest(flags), *made_by)
             if finished := EncodedShard.find(folder, key):
                 encoded.append(finished)
@@ -296,7 +308,7 @@ def encode_selection(
             encoded.append(None)
             before = 0
             for frame in shard.frames:
-                coming.append((number, writer, frame is shard.frames[-1]))
+                coming.append((len(encoded) - 1, writer, frame is shard.frames[-1]))
                 yield EncodeTask(shard.text_path, frame, flags[before : before + frame.documents], *encoding)
                 before += frame.documents
 
@@ -310,8 +322,9 @@ def encode_selection(
             done += result.text_bytes
             meter.update(done)
     finished_shards = [shard for shard in encoded if shard]
-    assert len(finished_shards) == len(selection.shards)
-    _remove_others(folder, {shard.key for shard in finished_shards})
+    assert len(finished_shards) == len(mine)
+    if share.is_whole:
+        remove_others(folder, {shard.key for shard in finished_shards})
     return finished_shards
 
 

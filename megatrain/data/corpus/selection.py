@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from megatrain.data.corpus.cleaned import CleanedShard
 
@@ -20,17 +21,25 @@ _BYTES_A_DOCUMENT = 96  # of memory, while duplicates are sorted
 
 
 class Selection:
-    """The cleaned shards of a corpus and the flags of their documents, which live in the file `path`."""
+    """The cleaned shards of a corpus and the flags of their documents, which live in the file `path`.
 
-    def __init__(self, shards: Sequence[CleanedShard], path: Path) -> None:
-        self.shards = shards
+    It is made anew, every document to be trained on; or with `decided` it is there, and only read.
+    """
+
+    def __init__(self, shards: Sequence[CleanedShard], path: Path, decided: bool = False) -> None:
+        self.shards, self.path = shards, path
         self.starts = list(accumulate((shard.num_documents for shard in shards), initial=0))
         self.num_documents = self.starts.pop()
         if self.num_documents:
-            self.flags: np.ndarray = np.memmap(path, np.uint8, "w+", shape=(self.num_documents,))
+            self.flags: np.ndarray = np.memmap(path, np.uint8, "r" if decided else "w+", shape=(self.num_documents,))
         else:  # an empty file cannot be mapped
             self.flags = np.zeros(0, np.uint8)
-        self.flags[:] = TRAIN
+        if not decided:
+            self.flags[:] = TRAIN
+
+    def hash_flags(self) -> str:
+        """Return the xxh3-128 of the flags."""
+        return xxhash.xxh3_128_hexdigest(self.flags)  # type: ignore[arg-type]  # an array is a buffer
 
     def flags_of(self, shard: int) -> np.ndarray:
         """Return the flags of a shard's documents; writing to them changes them."""

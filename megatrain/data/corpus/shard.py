@@ -28,6 +28,26 @@ class Shard:
     stop: int | None = None
 
 
+@dataclass(frozen=True)
+class Share:
+    """A task's share of the shards: every `tasks`-th one, from number `task` on. By default all of them."""
+
+    task: int = 0
+    tasks: int = 1
+
+    def has(self, number: int) -> bool:
+        """Return whether the shard of this number, in corpus order, is in the share."""
+        return number % self.tasks == self.task
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole corpus."""
+        return self.tasks == 1
+
+
+ALL = Share()
+
+
 def stamp(path: Path) -> str:
     """Return a file's name, size and modification time, by which an edit is noticed without reading it."""
     entry = path.stat()

@@ -24,7 +24,7 @@ from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, OwnedError
 
 
 def config(tmp_path, data=None, tokenizer=None, seed=1234):
@@ -369,6 +369,10 @@ prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=40
 """
 
 
+PUBLISHED = [("finish.os", "rename", "3"), ("finish.shutil", "rmtree", "3"), ("finish.shutil", "rmtree", "4")]
+"""Places that are reached when the new dataset has its name already, if it replaced one."""
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -381,8 +385,10 @@ prepare.prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(vocab_size=40
         ("prepare.Card", "save", "1"),
         ("finish.os", "rename", "1"),
         ("finish.os", "rename", "2"),
-        ("finish.shutil", "rmtree", "1"),
+        ("finish.os", "rename", "3"),
         ("finish.shutil", "rmtree", "2"),
+        ("finish.shutil", "rmtree", "3"),
+        ("finish.shutil", "rmtree", "4"),
     ],
 )
 @pytest.mark.parametrize("existing", [False, True])
@@ -390,15 +396,15 @@ def test_a_killed_preparation_leaves_nothing_partial_and_restarts_cleanly(tmp_pa
     """After a kill during an overwrite, either the old or the new dataset is in place."""
     out = tmp_path / "out"
     old = Card.load(make(tmp_path, data=dict(max_documents=50))).fingerprint if existing else None
-    if not existing and place in (("finish.os", "rename", "2"), ("finish.shutil", "rmtree", "2")):
-        place = ("finish.os", "rename", "1")  # nothing to replace: there is one rename and nothing to remove
+    if not existing and place == ("finish.os", "rename", "3"):
+        place = ("finish.os", "rename", "1")  # nothing to replace: there are two renames
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out), *place], capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     if (out / "d").exists():
         verify_dataset(out / "d")
-        assert (Card.load(out / "d").fingerprint == old) == (place != ("finish.shutil", "rmtree", "2"))
+        assert (Card.load(out / "d").fingerprint == old) == (place not in PUBLISHED if existing else False)
     else:
         assert not existing or place == ("finish.os", "rename", "2")
     fresh = Card.load(make(tmp_path, data=dict(name="fresh"))).fingerprint
@@ -418,7 +424,7 @@ def test_two_preparations_of_one_name_at_once_are_refused(tmp_path, corpus):
     from megatrain.data.staging import StagingFolder
 
     with StagingFolder(tmp_path / "out" / "d"):
-        with pytest.raises(ConfigError, match="another process is preparing"):
+        with pytest.raises(OwnedError, match=r"d.preparing belongs to another job.*use another data.name"):
             make(tmp_path)
         make(tmp_path, data=dict(name="another"))
     make(tmp_path)

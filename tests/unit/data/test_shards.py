@@ -171,7 +171,7 @@ def test_what_was_finished_is_not_read_again(corpus, small_shards, monkeypatch, 
     again = []
     monkeypatch.setattr(pipeline, "clean_chunk", lambda task: again.append("clean") or clean_chunk(task))
     monkeypatch.setattr(pipeline, "encode_chunk", lambda task: again.append("encode") or encode_chunk(task))
-    monkeypatch.setattr("megatrain.data.preparation.train_sentencepiece", None)
+    monkeypatch.setattr("megatrain.data.text_stages.train_tokenizer", None)
     capsys.readouterr()
     prepare(config(corpus))
     count = len(shards(corpus))
@@ -251,15 +251,13 @@ def test_documents_that_were_skipped_are_quarantined_after_all(corpus, small_sha
     assert "a0.txt" in (folder / "quarantine.jsonl").read_text()
 
 
-@pytest.mark.parametrize("which", ["_CLEANING_LIBRARIES", "_ENCODING_LIBRARIES"])
+@pytest.mark.parametrize("which", ["_CLEANING_LIBRARIES", "ENCODING_LIBRARIES"])
 def test_a_part_made_by_another_version_of_a_library_is_made_again(corpus, small_shards, monkeypatch, which):
     """The preparation is interrupted before its end, then a library is upgraded."""
     interrupt_at_the_end(monkeypatch, config(corpus))
     again = []
     monkeypatch.setattr(pipeline, "clean_chunk", lambda task: again.append("_CLEANING_LIBRARIES") or clean_chunk(task))
-    monkeypatch.setattr(
-        pipeline, "encode_chunk", lambda task: again.append("_ENCODING_LIBRARIES") or encode_chunk(task)
-    )
+    monkeypatch.setattr(pipeline, "encode_chunk", lambda task: again.append("ENCODING_LIBRARIES") or encode_chunk(task))
     installed = importlib.metadata.version
     monkeypatch.setattr(
         pipeline, "version", lambda name: "999" if name in getattr(pipeline, which) else installed(name)

@@ -107,7 +107,8 @@ def test_a_failure_on_one_node_ends_all_nodes_alike():
 
 def test_the_submission_command_has_every_option():
     config = LaunchConfig(name="slurm", num_nodes=4, partition="gpu", time="1:00:00", sbatch_options=["--qos=high"])
-    assert sbatch_command(config, "my run", Path("s/train.sbatch"), ["model=tiny", "seed=2"]) == [
+    words = ["model=tiny", "seed=2"]
+    assert sbatch_command(config, "my run", Path("s/train.sbatch"), words, {"nodes": 4}) == [
         "sbatch", "--parsable", "--nodes=4", "--job-name=my run", "--partition=gpu", "--time=1:00:00", "--qos=high",
         "s/train.sbatch", "model=tiny", "seed=2",
     ]  # fmt: skip

@@ -13,7 +13,8 @@ from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerCo
 from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.corpus.near_duplicates import NearDuplicates
 from megatrain.data.indexed import IndexedWriter
-from megatrain.data.preparation import EXAMPLES, prepare
+from megatrain.data.preparation import prepare
+from megatrain.data.text_stages import EXAMPLES
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.report.dataset_page import MAX_EXAMPLES, collect, decoded, read_examples, report_dataset
 from megatrain.report.text_diff import diff

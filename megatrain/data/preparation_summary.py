@@ -1,0 +1,80 @@
+"""What the end of `megatrain prepare` says: counts, what cleaning did, and bad records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatrain.data.card import Card
+from megatrain.data.corpus.cleaning import KIND, LEFT_OUT
+
+QUARANTINE = "quarantine.jsonl"
+"""The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
+_BAD = "bad_"
+"""The start of the names of counts of bad records by reason; `bad` counts them all."""
+_MANY_BAD = 0.01
+"""The share of bad records above which the end of `prepare` warns."""
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Return counts as words, without zeros."""
+    return (
+        ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
+        or "nothing read"
+    )
+
+
+def num_bad(counts: Mapping[str, int]) -> int:
+    """Return the number of records that were left out as bad."""
+    return counts.get("bad", 0) + counts.get("skipped_undecodable", 0)
+
+
+def summary(target: Path, card: Card) -> Iterator[str]:
+    """Yield the lines that say what was prepared."""
+    yield f"{target}: prepared, fingerprint {card.fingerprint}"
+    for name, split in card.splits.items():
+        size = f"  {name}: {split.documents:,} document{'s' * (split.documents != 1)}, {split.tokens:,} tokens"
+        if split.bytes is not None:  # unknown for data that came as token ids
+            size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
+        yield size
+    kinds = {name.removeprefix(KIND): count for name, count in card.counts.items() if name.startswith(KIND)}
+    if kinds:
+        yield f"  read as: {format_counts(kinds)}"
+    if left_out := card.counts.get(LEFT_OUT):
+        reasons = {
+            n.removeprefix(f"{LEFT_OUT}_"): count for n, count in card.counts.items() if n.startswith(f"{LEFT_OUT}_")
+        }
+        yield f"  no documents, left out: {left_out:,} ({format_counts(reasons)})"
+    counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND, LEFT_OUT))}
+    if card.counts:
+        yield f"  documents: {format_counts(counts)}"
+    for step in card.cleaning:
+        removed = step["documents_in"] - step["documents_out"]
+        what = [f"{removed:,} removed ({format_counts(step['rules'])})"] if removed else []
+        changes = f" ({format_counts(step['changes'])})" if step["changes"] else ""
+        what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
+        yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
+    if near := card.near_duplicates:
+        yield (
+            f"  near duplicates: {near['documents']:,} dropped, in {near['clusters']:,} clusters of up to "
+            f"{near['largest']:,}; {near['compared']:,} comparisons, {near['rejected']:,} rejected; "
+            f"{near['below']:,} of {near['checked']:,} pairs checked by their text are below the threshold"
+        )
+
+
+def bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> Iterator[str]:
+    """Yield the lines that say how many records were left out as bad, by reason, where they are, and the first."""
+    bad, read = num_bad(counts), counts.get("read", 0)
+    if not bad:
+        return
+    kinds = {name.removeprefix(_BAD): count for name, count in counts.items() if name.startswith(_BAD)}
+    kinds["undecodable"] = counts.get("skipped_undecodable", 0)
+    kept = target / QUARANTINE
+    where = f"kept in {kept}" if kept.is_file() else "not kept; data.on_bad_record=quarantine keeps them"
+    yield f"  bad records left out: {bad:,} of {read:,} ({format_counts(kinds)}), {where}"
+    yield f"  the first: {first}"
+    if bad > _MANY_BAD * read:
+        yield (
+            f"warning: {100 * bad / read:.3g}% of the records are bad and were left out; mend the data, or refuse so "
+            f"many with data.max_bad_fraction={_MANY_BAD:g}"
+        )
