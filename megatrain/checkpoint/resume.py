@@ -75,6 +75,7 @@ OVERRIDES = (
     "train.batch_ramp_steps",
     "train.skip_ranges",
     "train.mask_documents",
+    "train.reset_positions",
     "model.dropout",
     *MIXTURE_KEYS,
 )

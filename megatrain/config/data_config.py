@@ -77,6 +77,12 @@ class DataConfig:
         None, "processes that read and tokenize; null means one for each core this process may use", minimum=1
     )
     overwrite: bool = key(False, "replace a finished dataset of the same name")
+    packing: str = key(
+        "concatenate",
+        "what samples are made of: concatenate cuts the documents, one after another, into windows of train.seq_len; "
+        "best_fit fills each window with whole documents and pads what is left, and cuts only longer ones",
+        choices=("concatenate", "best_fit"),
+    )
     verify: bool = key(
         True, "verify the hash of each 64 MiB block when it is first read, and again if the file changes"
     )

@@ -39,6 +39,9 @@ class TrainLoopConfig:
     mask_documents: bool = key(
         False, "let a token attend only to its own document; false lets it attend to all earlier tokens of its sequence"
     )
+    reset_positions: bool = key(
+        False, "count positions from the beginning of each document; only with train.mask_documents=true"
+    )
     skip_ranges: list[list[int]] = key(
         [], "samples to skip, as [start,stop) pairs of sample numbers in the run's order"
     )

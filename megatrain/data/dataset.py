@@ -26,3 +26,6 @@ class Dataset(Protocol):
 
     def place(self, token: int) -> str:
         """Return where the token at this index is stored, for messages, such as "byte 198"."""
+
+    def pause(self) -> None:
+        """Close the files until the next read."""

@@ -1,44 +1,30 @@
-"""Read and verify prepared datasets: each block is hashed when it is first read, and again if its file changes.
+"""Read and verify prepared datasets: their tokens, and the lengths of their documents.
 
 Not here: the order of samples (order.py), batches (loader.py), writing (preparation.py). Imports no torch.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
 from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, pair, read_header
-from megatrain.errors import DataError, EnvironmentFault
-
-_MAX_ATTEMPTS = 10
-"""How often a read is attempted while the file keeps changing."""
-
-_SETTLE_S = 1.0
-"""Seconds from noticing a change to hashing. File times are set when a write begins, and accurate to about this."""
+from megatrain.data.verified_file import VerifiedFile
+from megatrain.errors import DataError
 
 _MAX_OPEN = 64
 """Pairs of one split that are open at once; a process may often open no more than 1,024 files."""
 
-_PIECE_BYTES = 4 * 2**20
 _STRIDE = 2**18  # document lengths read at once
 
 
 class IndexedDataset:
     """One split of a prepared dataset: a `Dataset` over `.bin` and `.idx` files. Open it with `IndexedDataset.open`.
 
-    Files are read with `pread`, not mapped: touching a mapped file that was truncated kills the process (SIGBUS)
-    without a message. If the file was written to or replaced, it is reopened and its blocks are hashed again before any
-    of its data is used. Changes are detected by inode, size and times, which a network file system may report late (on
-    NFS by up to `acregmax`, 60 s).
+    What is read of the `.bin` was verified first (verified_file.py).
     """
 
     def __init__(self, folder: Path, split: str, card: Card, verify: bool) -> None:
@@ -51,7 +37,8 @@ class IndexedDataset:
         self.bin_path, self.idx_path = pair(folder / split)
         self._dtype = np.dtype(self.split_card.dtype)
         self._verifies = verify
-        self._file = self._open()
+        card_of_bin = self.split_card.bin_size, self.split_card.block_hashes
+        self._file = VerifiedFile(self.bin_path, *card_of_bin, verify, "copy or prepare the dataset again")
 
     @staticmethod
     def open(folder: Path, split: str, verify: bool = True) -> IndexedDataset:
@@ -79,43 +66,41 @@ class IndexedDataset:
         """
         assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
         itemsize = self._dtype.itemsize
-        first, stop = start * itemsize, (start + count) * itemsize
-        for _ in range(_MAX_ATTEMPTS):
-            if self._file.raw.closed:
-                self._resume()
-            file = self._file  # another thread may reopen the file meanwhile
-            for block in range(first // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if file.unverified else ():
-                if block in file.unverified:
-                    self._verify(file, block)
-            data = self._bytes(file, first, stop)
-            # checked after reading: a change before the read may become visible only now
-            if not self._verifies or self._stamp() == file.stamp:
-                return np.frombuffer(data, self._dtype).astype(np.int64)
-            time.sleep(_SETTLE_S)
-            self._file = self._open()
-        raise DataError(
-            f"{self.bin_path}: is being written to while bytes {first} to {stop} are read; stop the program that writes"
-        )
+        data = self._file.read(start * itemsize, (start + count) * itemsize)
+        return np.frombuffer(data, self._dtype).astype(np.int64)
 
-    def documents(self) -> Iterator[np.ndarray]:
-        """Yield the token ids (int64) of each document, its end-of-document token included."""
-        header = read_header(self.folder / self.split)
-        start = 0
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of the documents in tokens (int32), in order, a few hundred thousand at once.
+
+        Raises `DataError` if the `.idx` is cut short, or its lengths do not fit the tokens.
+        """
+        total = 0
+        num_sequences = read_header(self.folder / self.split).num_sequences
         with open(self.idx_path, "rb") as index:
             index.seek(HEADER.size)
-            for first in range(0, header.num_sequences, _STRIDE):
-                count = min(_STRIDE, header.num_sequences - first)
+            for first in range(0, num_sequences, _STRIDE):
+                count = min(_STRIDE, num_sequences - first)
                 lengths = np.fromfile(index, dtype="<i4", count=count)
                 if len(lengths) < count:
                     raise DataError(f"{self.idx_path}: cut short at byte {HEADER.size + 4 * (first + len(lengths))}")
-                for length in lengths:
-                    if length < 0 or start + int(length) > self.num_tokens:
-                        raise DataError(
-                            f"{self.idx_path}: damaged: a document of {length} tokens starts at token {start} of "
-                            f"{self.num_tokens}"
-                        )
-                    yield self.read(start, int(length))
-                    start += int(length)
+                ends = total + np.cumsum(lengths, dtype=np.int64)
+                wrong = (lengths < 0) | (ends > self.num_tokens)
+                if wrong.any():
+                    at = int(np.argmax(wrong))
+                    raise DataError(
+                        f"{self.idx_path}: damaged: a document of {lengths[at]} tokens starts at token "
+                        f"{ends[at] - lengths[at]} of {self.num_tokens}"
+                    )
+                total = int(ends[-1])
+                yield lengths
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield the token ids (int64) of each document, its end-of-document token included."""
+        start = 0
+        for lengths in self.lengths():
+            for length in lengths.tolist():
+                yield self.read(start, length)
+                start += length
 
     @property
     def name(self) -> str:
@@ -128,78 +113,7 @@ class IndexedDataset:
 
     def pause(self) -> None:
         """Close the file until the next read."""
-        self._file.raw.close()
-
-    def _resume(self) -> None:
-        """Open a closed file again. Blocks that were verified stay so unless it changed."""
-        file = self._open()
-        if file.stamp == self._file.stamp:
-            file.unverified = self._file.unverified
-        self._file = file
-
-    def _open(self) -> _OpenFile:
-        """Open the `.bin`, with no block verified yet. A file opened earlier closes once its last reader is done."""
-        stamp = self._stamp()  # taken before opening, so that a change between the two is noticed later
-        try:
-            file = open(self.bin_path, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise self._fault(error, 0) from error
-        return _OpenFile(file, stamp, set(range(len(self.split_card.block_hashes))) if self._verifies else set())
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Return file attributes that change if the file is written to or replaced."""
-        try:
-            status = os.stat(self.bin_path)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.bin_path}: is gone; put it back, or prepare the dataset again") from error
-        except OSError as error:
-            raise self._fault(error, 0) from error
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-    def _verify(self, file: _OpenFile, block: int) -> None:
-        start = block * BLOCK_BYTES
-        stop = min(start + BLOCK_BYTES, self.split_card.bin_size)
-        state = xxhash.xxh3_64()
-        for piece in range(start, stop, _PIECE_BYTES):
-            state.update(self._bytes(file, piece, min(piece + _PIECE_BYTES, stop)))
-        if state.hexdigest() != self.split_card.block_hashes[block]:
-            raise DataError(
-                f"{self.bin_path}: bytes {start} to {stop} are not what was prepared (hash differs from the card's); "
-                "copy or prepare the dataset again"
-            )
-        file.unverified.discard(block)
-
-    def _bytes(self, file: _OpenFile, start: int, stop: int) -> bytes:
-        """Return bytes `[start, stop)` of the `.bin`."""
-        try:
-            data = os.pread(file.raw.fileno(), stop - start, start)
-            while len(data) < stop - start:
-                more = os.pread(file.raw.fileno(), stop - start - len(data), start + len(data))
-                if not more:
-                    raise DataError(
-                        f"{self.bin_path}: bytes {start} to {stop} cannot be read: it ends at byte "
-                        f"{os.fstat(file.raw.fileno()).st_size}, but the card says {self.split_card.bin_size}: the "
-                        "file was cut; copy or prepare the dataset again"
-                    )
-                data += more
-        except OSError as error:
-            raise self._fault(error, start) from error
-        return data
-
-    def _fault(self, error: OSError, start: int) -> EnvironmentFault:
-        return EnvironmentFault(f"{self.bin_path}: cannot be read at byte {start} ({error.strerror})")
-
-
-@dataclass
-class _OpenFile:
-    """An open `.bin`, its attributes when it was opened, and the blocks that have not been hashed yet."""
-
-    raw: FileIO
-    stamp: tuple[int, ...]
-    unverified: set[int]
-
-    def __del__(self) -> None:
-        self.raw.close()
+        self._file.pause()
 
 
 class ChainedDataset(IndexedDataset):
@@ -227,10 +141,10 @@ class ChainedDataset(IndexedDataset):
             start, count = start + taken, count - taken
         return np.concatenate(pieces)
 
-    def documents(self) -> Iterator[np.ndarray]:
-        """Yield the token ids (int64) of each document of each pair."""
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of the documents of each pair."""
         for at in range(len(self._pairs)):
-            yield from self._part(at).documents()
+            yield from self._part(at).lengths()
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +18,7 @@ import xxhash
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import Order, merge_ranges, take
-from megatrain.errors import DataError
+from megatrain.data.samples import Sample, Samples, Windows
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.attention import Documents
 
@@ -54,17 +54,15 @@ class TrainStream:
     """One rank's endless sequence of `StepBatch`es from `first_step` and `cursor` on, prefetched by a thread.
 
     A step reads the next G = `batch_size(step)` samples from the cursor on, outside the skip ranges; `samples_of_rank`
-    gives this rank's share of them. If `end_of_document` (the token that ends each document) is given, micro-batches
-    know their documents. Errors in the thread, such as a `DataError` for a damaged block, are raised in the consumer.
-    Call `close` when done.
+    gives this rank's share of them. `end_of_document` and `reset_positions` are as in `micro_batch_of`. Errors in the
+    thread, such as a `DataError` for a damaged block, are raised in the consumer. Call `close` when done.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: Samples,
         order: Order,
         *,
-        seq_len: int,
         vocab_size: int,
         micro_batch_size: int,
         dp_rank: int,
@@ -74,15 +72,16 @@ class TrainStream:
         cursor: int,
         skip_ranges: Iterable[tuple[int, int]] = (),
         end_of_document: int | None = None,
+        reset_positions: bool = False,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        assert order.seq_len == seq_len
-        self._dataset, self._order = dataset, order
+        assert order.seq_len == samples.seq_len
+        self._samples, self._order = samples, order
         self._vocab_size, self._micro_batch_size = vocab_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._batch_size, self._skip_ranges = batch_size, merge_ranges(skip_ranges)
-        self._end_of_document = end_of_document
+        self._end_of_document, self._reset_positions = end_of_document, reset_positions
         self._pin_memory = pin_memory
         self._prefetch = prefetch
         self._start(first_step, cursor)
@@ -156,23 +155,75 @@ class TrainStream:
         assert size > 0 and size % rows == 0, (size, self._micro_batch_size, self._dp_size)
         positions, cursor = take(cursor, size, skip_ranges)
         own = samples_of_rank(positions, self._micro_batch_size, self._dp_rank, self._dp_size)
-        windows = self._order.windows(own.reshape(-1))
-        samples = np.stack([read_window(self._dataset, int(w), self._order.seq_len, self._vocab_size) for w in windows])
-        hashes = np.array([sample_hash(ids) for ids in samples], dtype=np.uint64)
-        micro_batches = [self._micro_batch(part) for part in samples.reshape(*own.shape, -1)]
+        windows = self._order.windows(own.reshape(-1)).tolist()
+        samples = [self._samples.read(window, self._vocab_size) for window in windows]
+        ids = padded_ids(samples, self._order.seq_len)
+        hashes = np.array([sample_hash(row) for row in ids], dtype=np.uint64)
+        micro_batches = []
+        for first in range(0, len(samples), self._micro_batch_size):
+            own_rows = slice(first, first + self._micro_batch_size)
+            micro_batch = micro_batch_of(samples[own_rows], ids[own_rows], self._end_of_document, self._reset_positions)
+            micro_batches.append(micro_batch.pin_memory() if self._pin_memory else micro_batch)
         return StepBatch(micro_batches, hashes, size, cursor)
 
-    def _micro_batch(self, samples: np.ndarray) -> MicroBatch:
-        ids = torch.from_numpy(samples)
-        micro_batch = with_documents(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), self._end_of_document)
-        return micro_batch.pin_memory() if self._pin_memory else micro_batch
+
+def padded_ids(samples: Sequence[Sample], seq_len: int) -> np.ndarray:
+    """Return the samples' ids as int64 `[B, T+1]`, padded with 0."""
+    ids = np.zeros((len(samples), seq_len + 1), np.int64)
+    for row, sample in zip(ids, samples, strict=True):
+        row[: len(sample.ids)] = sample.ids
+    return ids
 
 
-def with_documents(tokens: torch.Tensor, labels: torch.Tensor, end_of_document: int | None) -> MicroBatch:
-    """Return a micro-batch, with its documents if `end_of_document` is given. An end token belongs to its document."""
+def micro_batch_of(
+    samples: Sequence[Sample], ids: np.ndarray, end_of_document: int | None, reset_positions: bool
+) -> MicroBatch:
+    """Return the micro-batch of some samples, given their `padded_ids`.
+
+    Labels of padding, and those that do not continue their document, are `IGNORE_INDEX`. If `end_of_document` (the
+    token that ends each document) is given, the micro-batch has the samples' documents; with `reset_positions` also
+    positions that begin at 0 in each. Padding counts as a document.
+    """
+    tokens, labels = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    for row, sample in zip(labels, samples, strict=True):
+        row[max(0, len(sample.ids) - 1) :] = IGNORE_INDEX
+        row[list(sample.unrelated)] = IGNORE_INDEX
+    pieces = [_input_pieces(sample.pieces, tokens.shape[1]) for sample in samples if sample.pieces is not None]
+    return with_documents(tokens, labels, end_of_document, reset_positions, pieces or None)
+
+
+def _input_pieces(pieces: list[int], seq_len: int) -> list[int]:
+    """Return how many of a row's T inputs each piece has: the last of T+1 ids is a label only; padding comes last."""
+    total = sum(pieces)
+    if total <= seq_len:
+        return [*pieces, *([seq_len - total] if total < seq_len else [])]
+    return [*pieces[:-1], *([pieces[-1] - 1] if pieces[-1] > 1 else [])]
+
+
+def with_documents(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    end_of_document: int | None,
+    reset_positions: bool = False,
+    lengths: list[list[int]] | None = None,
+) -> MicroBatch:
+    """Return a micro-batch, with its documents if `end_of_document` is given. An end token belongs to its document.
+
+    `lengths` are those of each row's documents, if they are known without their ends. With `reset_positions`, the
+    positions begin at 0 in each document.
+    """
     if end_of_document is None:
         return MicroBatch(tokens, labels)
-    return MicroBatch(tokens, labels, documents=Documents(document_lengths(row, end_of_document) for row in tokens))
+    documents = Documents(lengths or (document_lengths(row, end_of_document) for row in tokens))
+    return MicroBatch(tokens, labels, document_positions(documents) if reset_positions else None, documents)
+
+
+def document_positions(documents: Documents) -> torch.Tensor:
+    """Return each token's position in its document, from 0, int64 `[B, T]`."""
+    lengths = np.concatenate([np.array(row) for row in documents.lengths])
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    return torch.from_numpy(positions).view(len(documents.lengths), -1)
 
 
 def document_lengths(tokens: torch.Tensor, end_of_document: int) -> list[int]:
@@ -180,22 +231,6 @@ def document_lengths(tokens: torch.Tensor, end_of_document: int) -> list[int]:
     after_ends = ((tokens == end_of_document).nonzero().flatten() + 1).tolist()
     bounds = [0, *after_ends] if after_ends[-1:] == [len(tokens)] else [0, *after_ends, len(tokens)]
     return [end - start for start, end in pairwise(bounds)]
-
-
-def read_window(dataset: Dataset, window: int, seq_len: int, vocab_size: int | None) -> np.ndarray:
-    """Return the `seq_len + 1` ids (int64) from token `window * seq_len` on, or fewer at the end of the split.
-
-    Raises `DataError` if an id is outside the vocabulary.
-    """
-    start = window * seq_len
-    ids = dataset.read(start, min(seq_len + 1, dataset.num_tokens - start))
-    if vocab_size is not None and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
-        at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-        raise DataError(
-            f"{dataset.name}: token id {int(ids[at])} at {dataset.place(start + at)} is outside the vocabulary "
-            f"(0 to {vocab_size - 1}); model.vocab_size must be that of the tokenizer which made the data"
-        )
-    return ids
 
 
 def heldout_batches(
@@ -208,24 +243,21 @@ def heldout_batches(
     max_samples: int | None = None,
     vocab_size: int | None = None,
     end_of_document: int | None = None,
+    reset_positions: bool = False,
 ) -> Iterator[MicroBatch]:
     """Yield one rank's share of a split's windows in file order. Every rank gets the same number of batches.
 
     The last window may be partial. It and the last batch are padded with labels of `IGNORE_INDEX`. Over all ranks, each
     token except the split's first is a label exactly once. `max_samples` limits the number of windows;
-    `end_of_document` is as in `TrainStream`.
+    `end_of_document` and `reset_positions` are as in `micro_batch_of`.
     """
     num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
     if max_samples is not None:
         num_windows = min(num_windows, max_samples)
     rows = micro_batch_size * dp_size
+    windows = Windows(dataset, seq_len)
     for first in range(0, num_windows, rows):
-        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.int64)
-        labels = torch.full((micro_batch_size, seq_len), IGNORE_INDEX, dtype=torch.int64)
-        for row in range(micro_batch_size):
-            window = first + dp_rank * micro_batch_size + row
-            if window < num_windows:
-                ids = torch.from_numpy(read_window(dataset, window, seq_len, vocab_size))
-                tokens[row, : len(ids) - 1] = ids[:-1]
-                labels[row, : len(ids) - 1] = ids[1:]
-        yield with_documents(tokens, labels, end_of_document)
+        own = range(first + dp_rank * micro_batch_size, first + (dp_rank + 1) * micro_batch_size)
+        nothing = Sample(np.empty(0, np.int64))
+        samples = [windows.read(window, vocab_size) if window < num_windows else nothing for window in own]
+        yield micro_batch_of(samples, padded_ids(samples, seq_len), end_of_document, reset_positions)

@@ -1,4 +1,4 @@
-"""The prepared datasets of a mixture: their cards, checked against one another, and their tokens as one dataset.
+"""The prepared datasets of a mixture: their cards, checked against one another, and the samples of all.
 
 Opening reads cards alone; the files of a source are opened when it is first read. Imports no torch.
 """
@@ -18,6 +18,7 @@ from megatrain.data.card import CARD, Card, card_of_parts, check_dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixture import MixturePlan, PlannedSource, first_windows
 from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, make_plan, read_phases
+from megatrain.data.samples import PackedSamples, Sample, Windows, num_samples, open_samples
 from megatrain.errors import ConfigError, DataError
 
 _MAX_OPEN = 64
@@ -76,7 +77,7 @@ def open_mixture(config: TrainConfig, samples_before: Callable[[TrainLoopConfig,
     _check_tokenizers(folders, cards)
     _check_apart(folders, cards)
     seq_len = config.train.seq_len
-    planned = {name: _planned(folders[name], card, seq_len) for name, card in cards.items()}
+    planned = {name: _planned(folders[name], card, config) for name, card in cards.items()}
     plan = make_plan(phases, planned, seq_len, partial(samples_before, config.train))
     return Mixture(phases, plan, folders, cards)
 
@@ -136,57 +137,49 @@ def _check_apart(folders: dict[str, Path], cards: dict[str, Card]) -> None:
         seen[card.fingerprint] = name
 
 
-def _planned(folder: Path, card: Card, seq_len: int) -> PlannedSource:
+def _planned(folder: Path, card: Card, config: TrainConfig) -> PlannedSource:
+    seq_len = config.train.seq_len
+    if samples := num_samples(folder, card, config.data.packing, seq_len, config.data.verify):
+        return PlannedSource(card.fingerprint, samples)
     tokens = card.splits["train"].tokens if "train" in card.splits else 0
-    if tokens <= seq_len:
-        raise DataError(
-            f"{folder} holds {tokens} tokens to train on, one sample of train.seq_len={seq_len} needs {seq_len + 1}; "
-            "leave it out of data.mixture, use a smaller train.seq_len or prepare more data"
-        )
-    return PlannedSource(card.fingerprint, (tokens - 1) // seq_len)
+    raise DataError(
+        f"{folder} holds {tokens} tokens to train on, one sample of train.seq_len={seq_len} needs {seq_len + 1}; "
+        "leave it out of data.mixture, use a smaller train.seq_len or prepare more data"
+    )
 
 
-class MixedDataset:
-    """The train splits of a mixture's sources as one `Dataset` for `MixtureOrder`, one after another.
+class MixedSamples:
+    """The windows of a mixture's sources for `MixtureOrder`, one source after another."""
 
-    A source takes whole windows: its first token is at first_windows[source] * seq_len. A window ends in its source.
-    """
-
-    def __init__(self, mixture: Mixture, seq_len: int, verify: bool) -> None:
-        self._mixture, self._verify = mixture, verify
+    def __init__(self, mixture: Mixture, seq_len: int, packing: str, verify: bool) -> None:
+        self._mixture, self.seq_len, self._packing, self._verify = mixture, seq_len, packing, verify
         self._names = list(mixture.plan.sources)
-        self._starts = first_windows(mixture.plan) * seq_len
-        self._opened: dict[str, IndexedDataset] = {}
+        self._first = first_windows(mixture.plan)
+        self.num_samples = int(self._first[-1])
+        self._opened: dict[str, Windows | PackedSamples] = {}
         self._in_use: list[str] = []  # those whose files are open, the latest last
-        self.name = f"the mixture of {', '.join(self._names)}"
-        self.num_tokens = int(self._starts[-1]) + 1
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return token ids `[start, start + count)` of one source as a new int64 array."""
-        name, offset = self._locate(start)
-        return self._source(name).read(offset, count)
+    def read(self, window: int, vocab_size: int | None) -> Sample:
+        """Return what a window of one source holds."""
+        at = int(np.searchsorted(self._first, window, side="right")) - 1
+        return self._source(self._names[at]).read(window - int(self._first[at]), vocab_size)
 
-    def place(self, token: int) -> str:
-        """Return where a token is stored: its source's file, and its offset there."""
-        name, offset = self._locate(token)
-        source = self._source(name)
-        return f"{source.place(offset)} of {source.name}"
+    def pause(self) -> None:
+        """Close the files of all sources until the next read."""
+        while self._in_use:
+            self._opened[self._in_use.pop()].pause()
 
-    def sources(self) -> Iterator[IndexedDataset]:
-        """Yield every source, open. Read it before the next one: those of earlier ones may be closed."""
-        for name in self._mixture.cards:
-            yield self._source(name)
+    def sources(self) -> Iterator[tuple[str, Windows | PackedSamples]]:
+        """Yield the name of every source and its samples."""
+        for name in self._names:
+            yield name, self._source(name)
 
-    def _locate(self, token: int) -> tuple[str, int]:
-        at = int(np.searchsorted(self._starts, token, side="right")) - 1
-        at = min(at, len(self._names) - 1)  # the token after the last window
-        return self._names[at], token - int(self._starts[at])
-
-    def _source(self, name: str) -> IndexedDataset:
+    def _source(self, name: str) -> Windows | PackedSamples:
         """Return a source, and close the files of the one that was used longest ago if too many are open."""
         if name not in self._in_use:
             if name not in self._opened:
-                self._opened[name] = open_split(self._mixture, name, "train", self._verify)
+                dataset = open_split(self._mixture, name, "train", self._verify)
+                self._opened[name] = open_samples(dataset, self._packing, self.seq_len, self._verify)
             if len(self._in_use) >= _MAX_OPEN:
                 self._opened[self._in_use.pop(0)].pause()
         else:

@@ -202,8 +202,7 @@ class MixtureOrder:
     def __init__(self, plan: MixturePlan, split: str, seq_len: int, seed: int) -> None:
         self.plan, self.seq_len = plan, seq_len
         self._orders = [
-            SampleOrder(source.fingerprint, split, seq_len, source.samples * seq_len + 1, seed)
-            for source in plan.sources.values()
+            SampleOrder(source.fingerprint, split, seq_len, source.samples, seed) for source in plan.sources.values()
         ]
         self._first = first_windows(plan)
 

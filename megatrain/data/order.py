@@ -28,22 +28,18 @@ class Order(Protocol):
 class SampleOrder:
     """Maps sample k of a run to its window: a pure function of (dataset fingerprint, split, sequence length, seed, k).
 
-    Windows of `seq_len + 1` tokens start `seq_len` apart; an epoch's last partial window is dropped. Raises
-    `ValueError` if the split is too short for one window.
+    An epoch has `samples_per_epoch` windows (`Samples.num_samples`). Raises `ValueError` if there is none.
     """
 
-    def __init__(self, fingerprint: str, split: str, seq_len: int, num_tokens: int, seed: int) -> None:
+    def __init__(self, fingerprint: str, split: str, seq_len: int, samples_per_epoch: int, seed: int) -> None:
         self.seq_len = seq_len
-        self.samples_per_epoch = (num_tokens - 1) // seq_len
-        if self.samples_per_epoch < 1:
-            raise ValueError(f"{num_tokens} tokens are too few for one sample of {seq_len} + 1")
+        self.samples_per_epoch = samples_per_epoch
+        if samples_per_epoch < 1:
+            raise ValueError(f"the {split} split has no sample of {seq_len} + 1 tokens")
         self._key = f"{fingerprint}|{split}|{seq_len}|{seed}"
 
     def windows(self, k: np.ndarray) -> np.ndarray:
-        """Return the window (int64, same shape) of each sample number `k` (int64, from 0).
-
-        Window w starts at token w * seq_len.
-        """
+        """Return the window (int64, same shape) of each sample number `k` (int64, from 0)."""
         k = np.asarray(k, dtype=np.int64)
         epochs = k // self.samples_per_epoch
         windows = np.empty_like(k)

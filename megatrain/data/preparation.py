@@ -29,7 +29,8 @@ from megatrain.data.tokenizer_loading import find_tokenizer
 from megatrain.data.tokenizer_training import check_training
 from megatrain.errors import ConfigError, OwnedError, cannot_write
 
-_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "mixture", "mixture_temperature", "phases", "deduplicate")
+_MIXING = ("mixture", "mixture_temperature", "phases")
+_NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "packing", *_MIXING, "deduplicate")
 """The last: see `_dedup`."""
 
 

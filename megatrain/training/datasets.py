@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import heldout_batches
-from megatrain.data.mixed_dataset import MixedDataset, Mixture, open_mixture, open_split
+from megatrain.data.mixed_dataset import MixedSamples, Mixture, open_mixture, open_split
 from megatrain.data.mixture import MixtureOrder
 from megatrain.data.order import Order, SampleOrder
-from megatrain.errors import ConfigError, DataError
+from megatrain.data.samples import BEST_FIT, PackedSamples, Windows, open_samples
+from megatrain.errors import ConfigError
 from megatrain.optim.schedule import samples_before
 
 
@@ -29,7 +30,7 @@ class RunData:
     config: TrainConfig
     folder: Path
     card: Card
-    train: IndexedDataset | MixedDataset
+    train: Windows | PackedSamples | MixedSamples
     heldout: dict[str, IndexedDataset]
     mixture: Mixture | None = None
 
@@ -44,12 +45,20 @@ class RunData:
         seq_len, seed = self.config.train.seq_len, self.config.seed
         if self.mixture is not None:
             return MixtureOrder(self.mixture.plan, "train", seq_len, seed)
-        return SampleOrder(self.fingerprint, "train", seq_len, self.train.num_tokens, seed)
+        return SampleOrder(self.fingerprint, "train", seq_len, self.train.num_samples, seed)
 
     def continued(self, mixture: Mixture) -> RunData:
         """Return the data of a run that continues a mixture's plan."""
-        train = MixedDataset(mixture, self.config.train.seq_len, self.config.data.verify)
+        train = _mixed_samples(self.config, mixture)
         return replace(self, mixture=mixture, card=mixture.card(self.card.name), train=train)
+
+    @property
+    def packings(self) -> dict[str, dict[str, int | float]]:
+        """The figures of each source's packing, by the name of its dataset; empty without `data.packing=best_fit`."""
+        if self.config.data.packing != BEST_FIT:
+            return {}
+        named = self.train.sources() if isinstance(self.train, MixedSamples) else [(self.card.name, self.train)]
+        return {name: samples.index.card.figures for name, samples in named if isinstance(samples, PackedSamples)}
 
     @property
     def end_of_document(self) -> int | None:
@@ -71,23 +80,19 @@ def open_data(config: TrainConfig) -> RunData:
     if mixture := open_mixture(config, samples_before):
         return _open_mixed(config, mixture)
     folder = Path(config.data.dir) / config.data.name
-    train = IndexedDataset.open(folder, "train", config.data.verify)
-    config = with_vocabulary(config, train.card, folder)
-    if train.num_tokens <= config.train.seq_len:
-        raise DataError(
-            f"{train.name} holds {train.num_tokens} tokens, one sample of train.seq_len={config.train.seq_len} "
-            f"needs {config.train.seq_len + 1}; use a smaller train.seq_len or more data"
-        )
+    dataset = IndexedDataset.open(folder, "train", config.data.verify)
+    config = with_vocabulary(config, dataset.card, folder)
+    train = open_samples(dataset, config.data.packing, config.train.seq_len, config.data.verify)
     heldout = {}
-    if _has_heldout(train.card):
+    if _has_heldout(dataset.card):
         heldout[""] = IndexedDataset.open(folder, "heldout", config.data.verify)
     elif config.train.eval_every:
         raise ConfigError(
             f"train.eval_every={config.train.eval_every}, but {folder} has no held-out split; prepare it with "
             f"data.heldout_fraction above 0 or set train.eval_every=0"
         )
-    data = RunData(config, folder, train.card, train, heldout)
-    _check_document_ends(data)
+    data = RunData(config, folder, dataset.card, train, heldout)
+    _check_document_ends(data, [dataset])
     return data
 
 
@@ -111,18 +116,22 @@ def _open_mixed(config: TrainConfig, mixture: Mixture) -> RunData:
     for name in names:
         heldout[name] = open_split(mixture, name, "heldout", verify)
         heldout[name].pause()  # a process may have fewer files open than a mixture has sources
-    train = MixedDataset(mixture, config.train.seq_len, verify)
+    train = _mixed_samples(config, mixture)
     data = RunData(config, mixture.folder, card, train, heldout, mixture)
-    _check_document_ends(data)
+    _check_document_ends(data, (open_split(mixture, name, "train", verify) for name in mixture.cards))
     return data
 
 
-def _check_document_ends(data: RunData) -> None:
+def _mixed_samples(config: TrainConfig, mixture: Mixture) -> MixedSamples:
+    return MixedSamples(mixture, config.train.seq_len, config.data.packing, config.data.verify)
+
+
+def _check_document_ends(data: RunData, datasets: Iterable[IndexedDataset]) -> None:
     """Refuse to mask documents if they do not end with the end-of-document token."""
     end = data.end_of_document
     if end is None:
         return
-    for dataset in data.train.sources() if isinstance(data.train, MixedDataset) else [data.train]:
+    for dataset in datasets:
         last = next(ids for ids in dataset.documents() if len(ids))[-1]
         if last != end:
             raise ConfigError(
@@ -160,6 +169,7 @@ class HeldoutShare:
             max_samples=loop.eval_steps * loop.global_batch_size if loop.eval_steps else None,
             vocab_size=self.config.model.vocab,
             end_of_document=self.end_of_document,
+            reset_positions=loop.reset_positions,
         )
         self.dataset.pause()
 

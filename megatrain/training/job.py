@@ -253,7 +253,6 @@ class RankJob:
         return TrainStream(
             self.data.train,
             self._order,
-            seq_len=config.train.seq_len,
             vocab_size=config.model.vocab,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=self.layout.dp_rank(self.world.rank),
@@ -263,6 +262,7 @@ class RankJob:
             cursor=self.progress.cursor,
             skip_ranges=self.progress.skip_ranges,
             end_of_document=self.data.end_of_document,
+            reset_positions=config.train.reset_positions,
             pin_memory=self.on_gpu,
         )
 
@@ -355,6 +355,8 @@ class RankJob:
         self.journal.start(info, self.progress.step, **further)
         if self.preflight:
             self.journal.event("preflight", self.progress.step, **self.preflight)
+        if self.world.is_main and (packings := self.data.packings):
+            self.journal.event("packing", self.progress.step, sources=packings)
         chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
             detail = {"key": key, "before": before, "now": now, "override": key in chosen}

@@ -89,6 +89,9 @@ class TextTokens:
         """Return the token's index; ids of a text have no offset in its file."""
         return f"token {token}"
 
+    def pause(self) -> None:
+        """Do nothing: there is no file."""
+
 
 def evaluate(config: EvaluateConfig) -> None:
     """Print the result: a few lines on a terminal; elsewhere one line of JSON, and the lines on standard error.
@@ -126,6 +129,7 @@ def evaluate(config: EvaluateConfig) -> None:
             max_samples=num_batches * config.batch_size,
             vocab_size=loaded.config.vocab,
             end_of_document=ends[name],
+            reset_positions=bool(loaded.run_config().get("train", {}).get("reset_positions")),
         )
         what = f"evaluate {name}".strip()
         loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches, what), device)

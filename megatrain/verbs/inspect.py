@@ -26,6 +26,7 @@ from megatrain.data.card import Card
 from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.mixture import seen_shares
+from megatrain.data.packing_index import stored_packings
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -298,6 +299,7 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
         printer.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
     printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
     printer.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
+    printer.table("packings", PACKING_COLUMNS, packing_rows(folder, card))
     try:
         verify_dataset(folder)
     except (ConfigError, DataError) as error:
@@ -307,6 +309,23 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
         printer.title(headline)
         printer.line(printable(text))
     printer.facts({"verdict": "valid: every checksum matches"})
+
+
+PACKING_COLUMNS = ("split", "seq_len", "samples", "padding", "documents cut", "cut by concatenate")
+
+
+def packing_rows(folder: Path, card: Card) -> list[list[str]]:
+    """Return a row for each packing of a dataset that training has made: the shares of padding and of cut documents."""
+    return [
+        [
+            packing.split,
+            f"{packing.seq_len:,}",
+            f"{packing.samples:,}",
+            *(f"{packing.figures[name]:.4%}" for name in ("padding_share", "cut_share", "cut_share_of_windows")),
+        ]
+        for packing in stored_packings(folder)
+        if packing.fingerprint == card.fingerprint
+    ]
 
 
 FUNNEL_COLUMNS = (

@@ -29,6 +29,7 @@ from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
 from megatrain.data.corpus.file_search import matches
 from megatrain.data.mixed_dataset import open_mixture
+from megatrain.data.samples import BEST_FIT, num_samples
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.optim.schedule import samples_before
@@ -58,6 +59,7 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
                 check_sources(config.data)
                 check_tokenizer(config.tokenizer)
             card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
+            check_samples(config, card)
         if not is_launched():  # ranks check it themselves, with verified files
             check_origin(config, card, mixture)
     if isinstance(config, PrepareConfig):
@@ -122,6 +124,13 @@ def check_dataset_folder(config: DataConfig, mask_documents: bool, command: str 
     card = check_dataset(folder)
     check_documents(config, mask_documents, card, folder)
     return card
+
+
+def check_samples(config: TrainConfig, card: Card) -> None:
+    """Pack the documents of a run's dataset, if they are to be packed and are not yet, before its ranks need it."""
+    if config.data.packing == BEST_FIT:
+        folder, seq_len = Path(config.data.dir) / config.data.name, config.train.seq_len
+        num_samples(folder, card, config.data.packing, seq_len, config.data.verify)
 
 
 def check_documents(config: DataConfig, mask_documents: bool, card: Card, folder: Path) -> None:

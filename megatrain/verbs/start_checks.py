@@ -35,7 +35,7 @@ from megatrain.verbs.places import require
 INIT_FROM = "checkpoint.init_from"
 
 ACTING = {"seed", "data.name", "data.dir", "data.kind", "data.mixture", "data.mixture_temperature", "data.phases"}
-ACTING |= {"data.bos", "data.verify"}
+ACTING |= {"data.bos", "data.packing", "data.verify"}
 """Keys of `prepare` that act in `train` too, or are compared with the dataset when it is opened."""
 
 UNRECORDED = ("data.workers", "data.overwrite")

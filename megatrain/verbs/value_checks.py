@@ -221,6 +221,12 @@ def check_loop(config: TrainConfig) -> None:
             f"train.early_stop_patience={loop.early_stop_patience} counts evaluations during training, but "
             f"train.eval_every=0 runs none; give for example train.eval_every={max(1, loop.steps // 10)}"
         )
+    if loop.reset_positions and not loop.mask_documents:
+        raise ConfigError(
+            "train.reset_positions=true needs train.mask_documents=true: a token that attends to an earlier document "
+            "would see two tokens at each position; give train.mask_documents=true too, or leave "
+            "train.reset_positions out"
+        )
     if config.checkpoint.init_from is not None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
             f"checkpoint.init_from={config.checkpoint.init_from} starts a new run and checkpoint.resume="

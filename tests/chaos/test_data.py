@@ -71,7 +71,7 @@ def test_an_id_outside_the_vocabulary_is_named_even_if_every_hash_matches(workpl
     card.save(folder)
     assert json.loads((folder / "card.json").read_text())["fingerprint"] != old.fingerprint
     dataset = IndexedDataset.open(folder, "train")
-    first = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, SEED).windows(np.array([0]))
+    first = SampleOrder(dataset.fingerprint, "train", 32, (dataset.num_tokens - 1) // 32, SEED).windows(np.array([0]))
     done = run_with(workplace, [], *TRAIN, "run.name=foreign", "data.dir=foreign", "engine=native")
     assert done.returncode == 3, done.stderr
     at = dataset.place(int(first[0]) * 32 + 7)

@@ -60,7 +60,7 @@ def test_a_data_fault_on_one_rank_ends_all_ranks_with_one_message(workplace):
     folder = workplace / "faulty" / "tiny"
     shutil.copytree(workplace / "data" / "tiny", folder)
     dataset = IndexedDataset.open(folder, "train", verify=False)
-    order = SampleOrder(dataset.fingerprint, "train", 32, dataset.num_tokens, 1234)
+    order = SampleOrder(dataset.fingerprint, "train", 32, (dataset.num_tokens - 1) // 32, 1234)
     sample = 2 * 8 + 2  # in step 3; ranks take two samples each in turn, so this one is rank 1's
     token = int(order.windows(np.array([sample]))[0]) * 32 + 7
     with (folder / "train.bin").open("r+b") as file:

@@ -10,7 +10,10 @@ from megatrain.data.indexed_dataset import IndexedDataset
 
 @pytest.fixture
 def make_dataset(tmp_path):
-    """Make a dataset folder of given splits' ids (one document each) and return the folder."""
+    """Make a dataset folder of given splits' ids and return the folder.
+
+    A split is the ids of one document, or a list of arrays, a document each.
+    """
 
     def make(name="d", dtype=np.uint16, **splits):
         folder = tmp_path / name
@@ -18,9 +21,11 @@ def make_dataset(tmp_path):
         cards = {}
         for split, ids in splits.items():
             writer = IndexedWriter(folder / split, np.dtype(dtype))
-            writer.add(np.asarray(ids, dtype=dtype), np.array([len(ids)], np.int32))
+            documents = ids if len(ids) and isinstance(ids[0], np.ndarray) else [np.asarray(ids)]
+            lengths = np.array([len(document) for document in documents], np.int32)
+            writer.add(np.concatenate(documents).astype(dtype), lengths)
             writer.finish()
-            cards[split] = card_of_written(writer, 3 * len(ids))
+            cards[split] = card_of_written(writer, 3 * int(lengths.sum()))
         Card(name=name, fingerprint=fingerprint(cards), splits=cards, tokenizer=None).save(folder)
         return folder
 

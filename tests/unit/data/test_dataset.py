@@ -7,6 +7,7 @@ from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, heldout_batches
 from megatrain.data.order import SampleOrder
+from megatrain.data.samples import Windows
 from megatrain.errors import DataError
 
 
@@ -25,11 +26,14 @@ class Counting:
     def place(self, token: int) -> str:
         return f"number {token}"
 
+    def pause(self) -> None:
+        pass
+
 
 def stream(dataset: Dataset, vocab_size: int = 1000) -> TrainStream:
-    order = SampleOrder("fingerprint", "train", 8, dataset.num_tokens, seed=7)
-    sizes = dict(seq_len=8, vocab_size=vocab_size, micro_batch_size=2, dp_rank=0, dp_size=1)
-    return TrainStream(dataset, order, **sizes, batch_size=lambda step: 4, first_step=1, cursor=0)
+    order = SampleOrder("fingerprint", "train", 8, (dataset.num_tokens - 1) // 8, seed=7)
+    sizes = dict(vocab_size=vocab_size, micro_batch_size=2, dp_rank=0, dp_size=1)
+    return TrainStream(Windows(dataset, 8), order, **sizes, batch_size=lambda step: 4, first_step=1, cursor=0)
 
 
 def test_a_stream_over_ids_in_memory_gives_the_batches_of_the_same_ids_on_disk(make_dataset):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatrain.data import indexed, indexed_dataset
+from megatrain.data import indexed, indexed_dataset, verified_file
 from megatrain.data.adopt import make_card
 from megatrain.data.card import Card, check_dataset
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
@@ -21,6 +21,7 @@ def small_blocks(monkeypatch):
     """Blocks of 256 bytes instead of 64 MiB."""
     monkeypatch.setattr(indexed, "BLOCK_BYTES", 256)
     monkeypatch.setattr(indexed_dataset, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(verified_file, "BLOCK_BYTES", 256)
 
 
 def flip(path, at):
@@ -81,7 +82,7 @@ def write_and_restore_times(path, data):
 @pytest.mark.parametrize("change", [write_in_place, replace_file, write_and_restore_times])
 def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, small_blocks, monkeypatch, change):
     """Even if it is replaced or its times are restored: unchanged blocks are read, changed blocks are refused."""
-    monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
+    monkeypatch.setattr(verified_file, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
     assert np.array_equal(dataset.read(0, 1000), np.arange(1000))
@@ -95,7 +96,7 @@ def test_a_file_that_changes_while_it_is_open_is_verified_again(make_dataset, sm
 
 def test_the_error_about_a_file_truncated_while_open_says_where_it_ends(make_dataset, small_blocks, monkeypatch):
     """With and without hashes. Reading through a memory map would kill the process instead."""
-    monkeypatch.setattr(indexed_dataset, "_SETTLE_S", 0.01)
+    monkeypatch.setattr(verified_file, "_SETTLE_S", 0.01)
     folder = make_dataset(train=np.arange(1000))
     for verify in (True, False):
         dataset = IndexedDataset.open(folder, "train", verify)
@@ -116,8 +117,8 @@ def test_the_error_about_a_file_truncated_while_open_says_where_it_ends(make_dat
 def test_reading_a_file_that_keeps_changing_gives_up(make_dataset, monkeypatch):
     folder = make_dataset(train=np.arange(1000))
     dataset = IndexedDataset.open(folder, "train")
-    monkeypatch.setattr(indexed_dataset.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))  # type: ignore[attr-defined]
-    monkeypatch.setattr(dataset, "_stamp", iter([(number,) for number in range(99)]).__next__)
+    monkeypatch.setattr(verified_file.time, "sleep", lambda seconds: os.utime(folder / "train.bin"))  # type: ignore[attr-defined]
+    monkeypatch.setattr(dataset._file, "_stamp", iter([(number,) for number in range(99)]).__next__)
     with pytest.raises(DataError, match="is being written to"):
         dataset.read(0, 1)
 

@@ -19,6 +19,7 @@ from megatrain.data.loader import (
     step_hash,
 )
 from megatrain.data.order import SampleOrder
+from megatrain.data.samples import Windows
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
 
@@ -31,10 +32,11 @@ def stream(train_set):
     made = []
 
     def make(dataset=train_set, seed=7, **also):
-        options = dict(seq_len=T, vocab_size=1000, micro_batch_size=2, dp_rank=0, dp_size=1, first_step=1, cursor=0)
+        options = dict(vocab_size=1000, micro_batch_size=2, dp_rank=0, dp_size=1, first_step=1, cursor=0)
         options |= dict(batch_size=lambda step: 16, skip_ranges=[]) | also
-        order = SampleOrder(dataset.fingerprint, dataset.split, T, dataset.num_tokens, seed)
-        made.append(TrainStream(dataset, order, **options))
+        samples = Windows(dataset, T)
+        order = SampleOrder(dataset.fingerprint, dataset.split, T, samples.num_samples, seed)
+        made.append(TrainStream(samples, order, **options))
         return made[-1]
 
     yield make
@@ -72,7 +74,7 @@ def whole_step(make, step_index, dp_size, micro_batch_size, **also):
 
 
 def test_a_sample_is_the_window_that_the_order_names(stream, train_set):
-    order = SampleOrder(train_set.fingerprint, "train", T, 1000, 7)
+    order = SampleOrder(train_set.fingerprint, "train", T, 124, 7)
     ids = np.fromfile(train_set.bin_path, dtype=np.uint16).astype(int)
     step = next(stream())
     for k, sample in enumerate(rows(step.micro_batches)):

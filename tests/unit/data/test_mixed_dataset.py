@@ -1,5 +1,6 @@
 """Opening the datasets of a mixture: cards alone, checked against one another; and reading them as one."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,10 +10,10 @@ import pytest
 from megatrain.config.compose import compose
 from megatrain.data import mixed_dataset
 from megatrain.data.card import Card, TokenizerCard
-from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, in_sample_order, step_hash
-from megatrain.data.mixed_dataset import MixedDataset, open_mixture
+from megatrain.data.mixed_dataset import MixedSamples, open_mixture
 from megatrain.data.mixture import MixtureOrder
+from megatrain.data.verified_file import VerifiedFile
 from megatrain.errors import ConfigError, DataError
 from megatrain.optim.schedule import samples_before
 
@@ -45,12 +46,12 @@ def config(sets, mixture="{web: 0.7, code: 0.2, zh: 0.1}", *words):
 def opened(sets, *words):
     given = config(sets, *words)
     mixture = open_mixture(given, samples_before)
-    return mixture, MixedDataset(mixture, T, True), MixtureOrder(mixture.plan, "train", T, 7)
+    return mixture, MixedSamples(mixture, T, "concatenate", True), MixtureOrder(mixture.plan, "train", T, 7)
 
 
 def read(dataset, order, k):
     (window,) = order.windows(np.array([k]))
-    return dataset.read(int(window) * T, T + 1)
+    return dataset.read(int(window), None).ids
 
 
 def test_samples_are_whole_windows_of_their_sources(sets):
@@ -72,10 +73,14 @@ def test_samples_are_whole_windows_of_their_sources(sets):
 
 def test_every_window_of_every_source_can_be_read(sets):
     _, dataset, _ = opened(sets)
-    for start in range(0, dataset.num_tokens - T, T):
-        assert (np.diff(dataset.read(start, T + 1)) == 1).all()
-    assert dataset.place(3) == f"byte 6 of {sets / 'code' / 'train.bin'}"  # sources are in the order of their names
-    assert dataset.place(25 * T + 1) == f"byte 2 of {sets / 'web' / 'train.bin'}"
+    for window in range(dataset.num_samples):
+        assert (np.diff(dataset.read(window, None).ids) == 1).all()
+    for window, found in (
+        (0, "code/train.bin: token id 2000 at byte 0 "),
+        (25, "web/train.bin: token id 5 at byte 10 "),
+    ):
+        with pytest.raises(DataError, match=re.escape(found)):
+            dataset.read(window, 5)
 
 
 def hashes(sets, dp_size, micro_batch_size, steps, first_step=1, cursor=0, skip_ranges=()):
@@ -84,7 +89,7 @@ def hashes(sets, dp_size, micro_batch_size, steps, first_step=1, cursor=0, skip_
     for rank in range(dp_size):
         _, dataset, order = opened(sets, "{web: 0.7, code: 0.2, zh: 0.1}", PHASES)
         stream = TrainStream(
-            dataset, order, seq_len=T, vocab_size=5000, micro_batch_size=micro_batch_size, dp_rank=rank,
+            dataset, order, vocab_size=5000, micro_batch_size=micro_batch_size, dp_rank=rank,
             dp_size=dp_size, batch_size=lambda step: 8, first_step=first_step, cursor=cursor, skip_ranges=skip_ranges,
         )  # fmt: skip
         by_rank.append([next(stream) for _ in range(steps)])
@@ -112,7 +117,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches_on_another_layout_and_over_
 
 def test_opening_touches_no_file_but_cards_and_index_headers(sets, monkeypatch):
     made = []
-    monkeypatch.setattr(IndexedDataset, "_open", lambda self: made.append(self.name))
+    monkeypatch.setattr(VerifiedFile, "_open", lambda self: made.append(self.path))
     opened(sets)
     assert made == []
 
@@ -121,7 +126,7 @@ def test_few_sources_are_open_at_once(sets, monkeypatch):
     monkeypatch.setattr(mixed_dataset, "_MAX_OPEN", 1)
     _, dataset, order = opened(sets)
     ids = [read(dataset, order, k) for k in range(60)]
-    assert sum(not source._file.raw.closed for source in dataset._opened.values()) == 1
+    assert sum(not source.dataset._file.is_paused for source in dataset._opened.values()) == 1
     monkeypatch.undo()
     _, dataset, order = opened(sets)
     assert all(np.array_equal(one, read(dataset, order, k)) for k, one in enumerate(ids))

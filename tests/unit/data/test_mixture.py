@@ -109,7 +109,7 @@ def test_each_source_is_read_in_its_own_order_through_all_phases():
     sources, _ = PLAN.locate(np.arange(3000))
     for at, (source, first) in enumerate(zip(SOURCES.values(), first_windows(PLAN)[:-1], strict=True)):
         own = windows[sources == at] - first
-        expected = SampleOrder(source.fingerprint, "train", 8, source.samples * 8 + 1, 3).windows(np.arange(len(own)))
+        expected = SampleOrder(source.fingerprint, "train", 8, source.samples, 3).windows(np.arange(len(own)))
         assert np.array_equal(own, expected)
 
 

@@ -64,7 +64,7 @@ class Run:
                 self.store.save(self.engine.state(), self.record(step))
         self.memory = MemoryStore(folder / "copies", world)
         self.memory.save(self.engine.state(), self.record(last - 1))
-        self.order = SampleOrder("fingerprint", "train", 8, 10_000, 1)
+        self.order = SampleOrder("fingerprint", "train", 8, 1249, 1)
         self.go_back = CheckpointRollback(
             world, self.engine, self.store, self.memory, self.journal, self.stream, self.order, samples, skip_steps
         )

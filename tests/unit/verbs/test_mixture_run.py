@@ -100,10 +100,10 @@ def test_a_mixture_of_many_sources_has_few_files_open(mixed, dataset, second_dat
     assert open_files(dataset, second_dataset) == []
     config.train.mask_documents = True
     data = open_data(config)
-    assert len(open_files(dataset, second_dataset)) == 1
+    assert len(open_files(dataset, second_dataset)) <= 1
     for name, split in data.heldout.items():
         assert list(HeldoutShare(name, 1, split, data.config, 0, 1, None).batches())
-    assert len(open_files(dataset, second_dataset)) == 1
+    assert len(open_files(dataset, second_dataset)) <= 1
 
 
 @pytest.fixture(scope="module")

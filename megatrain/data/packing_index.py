@@ -1,0 +1,189 @@
+"""The stored packing of a dataset: which pieces of documents each sample has, computed once and kept beside the data.
+
+`<dataset>/packing/<split>_<T>.bin` has the pieces of all samples, one sample after another (`packing.PIECE`), then 0
+and where each sample ends among them (int64). `<split>_<T>.json` is its card, written last. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.data.indexed import hash_blocks, hash_file, pair
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.packing import BEGINS, ENDS, PIECE, best_fit, cut
+from megatrain.data.verified_file import VerifiedFile
+from megatrain.errors import DataError, cannot_write
+from megatrain.resilience.atomic_file import replacing, write_atomically
+
+FOLDER = "packing"
+FORMAT = 1
+_AT_ONCE = 2**22
+"""Pieces packed together. This bounds the memory, to about half a GB; each block's last samples may be less full."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LOG = logging.getLogger("megatrain")
+
+
+@dataclass(frozen=True)
+class PackingCard:
+    """What a packing is of, its figures, and its file's size and hashes.
+
+    Of `documents` (empty ones not counted), `cut` are longer than T+1 tokens and cut into pieces;
+    `cut_by_windows` would be cut by `data.packing=concatenate`. Of the `samples` x (T+1) places, `tokens` are filled.
+    """
+
+    fingerprint: str
+    split: str
+    seq_len: int
+    documents: int
+    cut: int
+    cut_by_windows: int
+    pieces: int
+    samples: int
+    tokens: int
+    size: int
+    block_hashes: list[str]
+    format: int = FORMAT
+
+    @property
+    def figures(self) -> dict[str, int | float]:
+        """The figures for records: counts, and the shares of documents cut and of places that are padding."""
+        return {
+            "seq_len": self.seq_len,
+            "documents": self.documents,
+            "samples": self.samples,
+            "cut_share": round(self.cut / self.documents, 6),
+            "cut_share_of_windows": round(self.cut_by_windows / self.documents, 6),
+            "padding_share": round(1 - self.tokens / (self.samples * (self.seq_len + 1)), 6),
+        }
+
+
+class PackingIndex:
+    """An opened packing. `kept_in` is a temporary folder that lives as long as this object, if there is one."""
+
+    def __init__(
+        self, path: Path, card: PackingCard, verify: bool, kept_in: tempfile.TemporaryDirectory[str] | None = None
+    ) -> None:
+        self.card = card
+        remedy = f"remove the folder {path.parent}: it is then made again"
+        self._file = VerifiedFile(path, card.size, card.block_hashes, verify, remedy)
+        self._kept_in = kept_in
+
+    def pieces(self, sample: int) -> np.ndarray:
+        """Return the pieces of a sample, as `PIECE`s in order. Raises `DataError` if the file is damaged."""
+        assert 0 <= sample < self.card.samples, (sample, self.card.samples)
+        at = self.card.pieces * PIECE.itemsize + 8 * sample
+        start, stop = (PIECE.itemsize * int(number) for number in np.frombuffer(self._file.read(at, at + 16), "<i8"))
+        return np.frombuffer(self._file.read(start, stop), PIECE)
+
+    def pause(self) -> None:
+        """Close the file until the next read."""
+        self._file.pause()
+
+
+def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> PackingIndex:
+    """Open the packing of a split into samples of `seq_len + 1` tokens; compute it first if that was not done before.
+
+    Where the dataset's folder cannot be written to, it is computed at each start, and a warning says so.
+
+    Raises:
+        DataError: the dataset's `.idx` is damaged.
+        ConfigError, EnvironmentFault: the packing cannot be written.
+    """
+    path = dataset.folder / FOLDER / f"{dataset.split}_{seq_len}.bin"
+    if card := _stored(path, dataset, seq_len):
+        return PackingIndex(path, card, verify)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return PackingIndex(path, _make(path, dataset, seq_len), verify)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise cannot_write(path, error, "data.packing=best_fit") from error
+        _LOG.warning("data.packing=best_fit: %s cannot be written (%s), so each start packs anew", path, error.strerror)
+    folder = tempfile.TemporaryDirectory(prefix="megatrain_packing_")
+    path = Path(folder.name) / path.name
+    return PackingIndex(path, _make(path, dataset, seq_len), verify, folder)
+
+
+def stored_packings(folder: Path) -> Iterator[PackingCard]:
+    """Yield the cards of the packings that are kept with a dataset."""
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        if card := _read_card(path):
+            yield card
+
+
+def _stored(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard | None:
+    """Return the card of a packing if it is there, whole, and of this dataset."""
+    card = _read_card(path.with_suffix(".json"))
+    if card is None or (card.fingerprint, card.split, card.seq_len) != (dataset.fingerprint, dataset.split, seq_len):
+        return None
+    with suppress(OSError):
+        return card if path.stat().st_size == card.size else None
+    return None
+
+
+def _read_card(path: Path) -> PackingCard | None:
+    try:
+        card = PackingCard(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return card if card.format == FORMAT else None
+
+
+def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
+    """Pack a split, write the file and its card, and return the card."""
+    began = time.monotonic()
+    for name, part in dataset.split_card.pairs(dataset.split):
+        if hash_file(idx := pair(dataset.folder / name)[1]) != part.idx_hash:
+            raise DataError(f"{idx}: its hash does not match the card's: the file was changed")
+    documents = num_cut = cut_by_windows = num_pieces = samples = tokens = 0
+    with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as ends_file:
+        ends_file.write(bytes(8))
+        for pieces in _blocks(dataset, seq_len):
+            order, ends = best_fit(pieces["length"], seq_len + 1)
+            file.write(pieces[order].tobytes())
+            ends_file.write((num_pieces + ends).astype("<i8").tobytes())
+            begins = pieces[(pieces["flags"] & BEGINS) > 0]
+            is_cut = begins["flags"] & ENDS == 0
+            window_ends = begins["start"] // seq_len * seq_len + seq_len + 1
+            documents += len(begins)
+            num_cut += int(np.count_nonzero(is_cut))
+            cut_by_windows += int(np.count_nonzero(is_cut | (begins["start"] + begins["length"] > window_ends)))
+            num_pieces, samples = num_pieces + len(pieces), samples + len(ends)
+            tokens += int(pieces["length"].sum(dtype=np.int64))
+        ends_file.seek(0)
+        shutil.copyfileobj(ends_file, file)
+    size = num_pieces * PIECE.itemsize + 8 * (samples + 1)
+    card = PackingCard(
+        *(dataset.fingerprint, dataset.split, seq_len, documents, num_cut, cut_by_windows),
+        *(num_pieces, samples, tokens, size, hash_blocks(path)),
+    )
+    write_atomically(path.with_suffix(".json"), json.dumps(asdict(card)) + "\n")
+    _LOG.info("packed %s in %.1f s: %s", dataset.name, time.monotonic() - began, card.figures)
+    return card
+
+
+def _blocks(dataset: IndexedDataset, seq_len: int) -> Iterator[np.ndarray]:
+    """Yield the pieces of all documents, about `_AT_ONCE` at once."""
+    held: list[np.ndarray] = []
+    first = 0
+    for lengths in dataset.lengths():
+        held.append(cut(lengths, first, seq_len))
+        first += int(lengths.sum(dtype=np.int64))
+        if sum(map(len, held)) >= _AT_ONCE:
+            yield np.concatenate(held)
+            held = []
+    if first != dataset.num_tokens:
+        raise DataError(f"{dataset.name}: its documents have {first} tokens, the split has {dataset.num_tokens}")
+    if held:
+        yield np.concatenate(held)
