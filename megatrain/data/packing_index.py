@@ -75,8 +75,7 @@ class PackingIndex:
         self, path: Path, card: PackingCard, verify: bool, kept_in: tempfile.TemporaryDirectory[str] | None = None
     ) -> None:
         self.card = card
-        remedy = f"remove the folder {path.parent}: it is then made again"
-        self._file = VerifiedFile(path, card.size, card.block_hashes, verify, remedy)
+        self._file = VerifiedFile(path, card.size, card.block_hashes, verify, _remedy(path))
         self._kept_in = kept_in
 
     def pieces(self, sample: int) -> np.ndarray:
@@ -100,7 +99,7 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
         DataError: the dataset's `.idx` is damaged.
         ConfigError, EnvironmentFault: the packing cannot be written.
     """
-    path = dataset.folder / FOLDER / f"{dataset.split}_{seq_len}.bin"
+    path = _path(dataset.folder, dataset.split, seq_len)
     if card := _stored(path, dataset, seq_len):
         return PackingIndex(path, card, verify)
     try:
@@ -116,10 +115,25 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
 
 
 def stored_packings(folder: Path) -> Iterator[PackingCard]:
-    """Yield the cards of the packings that are kept with a dataset."""
-    for path in sorted((folder / FOLDER).glob("*.json")):
-        if card := _read_card(path):
-            yield card
+    """Yield the cards of the packings that are kept with a dataset, by split and length."""
+    found = [card for path in (folder / FOLDER).glob("*.json") if (card := _read_card(path))]
+    yield from sorted(found, key=lambda card: (card.split, card.seq_len))
+
+
+def verify_packings(folder: Path) -> None:
+    """Verify the checksums of the packings that are kept with a dataset. Raises `DataError` for the first mismatch."""
+    for card in stored_packings(folder):
+        path = _path(folder, card.split, card.seq_len)
+        if not path.is_file() or hash_blocks(path) != card.block_hashes:
+            raise DataError(f"{path}: does not match its card's hashes; {_remedy(path)}")
+
+
+def _path(folder: Path, split: str, seq_len: int) -> Path:
+    return folder / FOLDER / f"{split}_{seq_len}.bin"
+
+
+def _remedy(path: Path) -> str:
+    return f"remove the folder {path.parent}: it is then made again"
 
 
 def _stored(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard | None:

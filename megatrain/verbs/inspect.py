@@ -26,7 +26,7 @@ from megatrain.data.card import Card
 from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.mixture import seen_shares
-from megatrain.data.packing_index import stored_packings
+from megatrain.data.packing_index import stored_packings, verify_packings
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -302,6 +302,7 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
     printer.table("packings", PACKING_COLUMNS, packing_rows(folder, card))
     try:
         verify_dataset(folder)
+        verify_packings(folder)
     except (ConfigError, DataError) as error:
         printer.facts({"verdict": "damaged"})
         raise DataError(str(error)) from error

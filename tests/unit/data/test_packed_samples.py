@@ -10,7 +10,7 @@ from megatrain.data import packing_index
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, in_sample_order, micro_batch_of, padded_ids, step_hash
 from megatrain.data.order import SampleOrder
-from megatrain.data.packing_index import open_packing, stored_packings
+from megatrain.data.packing_index import open_packing, stored_packings, verify_packings
 from megatrain.data.samples import PackedSamples, Sample, Windows, open_samples
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
@@ -174,6 +174,8 @@ def test_a_changed_packing_is_refused(packed):
     content = bytearray(path.read_bytes())
     content[20] ^= 1
     path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train_16.bin: does not match"):
+        verify_packings(samples.dataset.folder)
     with pytest.raises(DataError, match=r"train_16.bin: bytes 0 to .*hash differs.*remove the folder .*packing"):
         open_samples(samples.dataset, "best_fit", T, True).read(0, None)
 

@@ -129,6 +129,7 @@ def test_keys_that_agree_pass(base, overrides):
         (["train.batch_ramp_steps=4"], "a ramp needs both; give train.batch_ramp_start too"),
         (["train.batch_ramp_start=16", "train.batch_ramp_steps=9"], "batch_ramp_start=16 is above"),
         (["optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
+        (["train.reset_positions=true"], "give train.mask_documents=true too"),
         (["train.early_stop_patience=2"], "train.eval_every=0 runs none; give for example train.eval_every=10"),
         (["checkpoint.init_from=a", "checkpoint.resume=b"], "give one of them"),
         (["train.skip_ranges=[[1,2,3]]"], r"\[1, 2, 3\] is not a pair; give the first .* to keep"),
