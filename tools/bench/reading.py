@@ -53,7 +53,7 @@ before, start = process.memory_info().rss, time.process_time()
 data = open_data(config)
 windows = data.order.windows(np.arange(1024))
 seconds = time.process_time() - start
-print(json.dumps([seconds, process.memory_info().rss - before, data.train.num_tokens]))
+print(json.dumps([seconds, process.memory_info().rss - before, data.train.num_samples * data.train.seq_len]))
 """
 
 
@@ -129,7 +129,7 @@ def measure_reading(folder: Path, model: str, turns: int) -> str:
     loop, config = data.config.train, data.config
     size = 2 * loop.micro_batch_size
     stream = TrainStream(
-        data.train, data.order, seq_len=loop.seq_len, vocab_size=VOCABULARY, micro_batch_size=loop.micro_batch_size,
+        data.train, data.order, vocab_size=VOCABULARY, micro_batch_size=loop.micro_batch_size,
         dp_rank=0, dp_size=1, batch_size=lambda step: size, first_step=1, cursor=0,
     )  # fmt: skip
     torch.set_num_threads(1)
