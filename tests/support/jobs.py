@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.data.loader import with_documents
+from megatrain.data.loader import micro_batch_of, padded_ids, with_documents
+from megatrain.data.samples import Sample
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.kernels import IGNORE_INDEX
@@ -87,9 +89,21 @@ def batches(config: TrainConfig, step: int, rank: int, ranks: int, ignored: bool
         for index in range(sequences // (size * ranks))
     ]
     end = END_OF_DOCUMENT if config.train.mask_documents else None
+    if config.data.packing == "best_fit":
+        samples = [packed_sample(row, generator) for row in ids.numpy()]
+        padded = padded_ids(samples, config.train.seq_len)
+        return [micro_batch_of(samples[rows], padded[rows], end, config.train.reset_positions) for rows in chosen]
     if end is not None:
         ids[ids < VOCAB // 6] = end
     return [with_documents(ids[rows, :-1].contiguous(), labels[rows].contiguous(), end) for rows in chosen]
+
+
+def packed_sample(ids: np.ndarray, generator: torch.Generator) -> Sample:
+    """Return a sample of whole and cut documents in the first of some ids: a third of them at least."""
+    filled = int(torch.randint(len(ids) // 3, len(ids) + 1, (), generator=generator))
+    ends = torch.randperm(filled - 1, generator=generator)[:3].sort().values + 1
+    pieces = np.diff([0, *ends.tolist(), filled]).tolist()
+    return Sample(ids[:filled], pieces, (int(ends[0]) - 1,))
 
 
 def train(
