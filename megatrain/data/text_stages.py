@@ -79,8 +79,9 @@ class TextStages:
             return saved
         selection = Selection(shards, selected_folder(self.work) / "flags")
         near = self._drop_duplicates(selection, counts)
-        selection = self._split(selection, counts, first_bad)
-        selected = Selected(selection, shards, counts, pipeline.total_reports(shards), near, first_bad)
+        reports = pipeline.total_reports(shards)
+        selection = self._split(selection, counts, reports, first_bad)
+        selected = Selected(selection, shards, counts, reports, near, first_bad)
         selected.save(self.work, self.key)
         return selected
 
@@ -102,13 +103,17 @@ class TextStages:
             counts["near_duplicates"] = found.documents
         return found
 
-    def _split(self, selection: Selection, counts: Counter[str], first_bad: str | None) -> Selection:
+    def _split(
+        self, selection: Selection, counts: Counter[str], reports: list[StepReport], first_bad: str | None
+    ) -> Selection:
         """Decide what is held out, and count it. Raises `DataError` if nothing is left to train on."""
         data = self.config.data
         kept = selection.num_documents - selection.count(DROPPED)
         if not kept:
             first = f"; the first bad record: {first_bad}" if first_bad else ""
-            raise DataError(f"data={data.kind}: the corpus is empty ({format_counts(counts)}){first}")
+            removed = [f"{report.name} removed {format_counts(report.rules)}" for report in reports if report.rules]
+            steps = f"; clean={self.config.clean.name}: {'; '.join(removed)}" if removed else ""
+            raise DataError(f"data={data.kind}: the corpus is empty ({format_counts(counts)}){first}{steps}")
         if kept == 1 and data.heldout_fraction > 0:
             counts["cut_in_two"] = 1
             path = selection.path.with_name("flags_of_halves")

@@ -47,12 +47,17 @@ _LICENSES = (  # of a licence's text, the more special ones first
 
 def why_left_out(text: str, name: str) -> str | None:
     """Return why a file of code is not what people wrote: `generated` or `minified`; None if it is."""
-    if _GENERATED.search(text[:_HEAD_CHARACTERS]):
+    if is_generated(text):
         return "generated"
     lines = text.splitlines() or [""]
     if ".min." in name or max(map(len, lines)) > _MAX_LINE or len(text) > _MAX_MEAN_LINE * len(lines):
         return "minified"
     return None
+
+
+def is_generated(text: str) -> bool:
+    """Return whether the head of a file of code says that a program wrote it."""
+    return _GENERATED.search(text[:_HEAD_CHARACTERS]) is not None
 
 
 def license_of(text: str) -> str | None:

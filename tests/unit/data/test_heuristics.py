@@ -262,8 +262,8 @@ CHINESE = (
 
 def test_the_chinese_recipe_keeps_chinese_that_the_english_rules_remove():
     recipe = build_recipe(read_yaml(conf_folder() / "clean" / "zh.yaml")[0]["steps"])
-    _, repetition, _, quality = recipe
-    assert isinstance(quality, GopherQuality)
+    (repetition,) = [step for step in recipe if isinstance(step, GopherRepetition)]
+    (quality,) = [step for step in recipe if isinstance(step, GopherQuality)]
     assert run_recipe(recipe, Document(CHINESE, "id"), new_reports(recipe), seed=1)
     assert rule_of(GopherQuality(), CHINESE) is not None
     assert rule_of(quality, CHINESE.replace("的", "")[:60]) == "too_few_words"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from megatrain.config import key
 from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.source import require_library
+from megatrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,19 @@ class Html(Step):
         choices=("resiliparse", "trafilatura"),
     )
     main_content: bool = key(True, "extract the main content alone, without navigation, headers and footers")
+    favor_precision: bool = key(
+        False, "trafilatura: rather leave text out than take what is no content, as FineWeb does"
+    )
     max_bytes: int = key(8 * 2**20, "largest page to extract, in bytes of UTF-8", minimum=1)
     max_depth: int = key(512, "deepest nesting of elements to extract", minimum=1)
 
     def __post_init__(self) -> None:
         require_library("resiliparse", "clean.steps: html", "corpus")
         require_library(self.extractor, f"clean.steps: html.extractor={self.extractor}", "corpus")
+        if self.favor_precision and not (self.extractor == "trafilatura" and self.main_content):
+            raise ConfigError(
+                "clean.steps: html.favor_precision=true acts only with extractor: trafilatura and main_content: true"
+            )
 
     def apply(self, document: Document) -> Removal | None:
         """Replace markup by its text."""
@@ -65,7 +73,10 @@ class Html(Step):
         if not self.main_content:
             return str(trafilatura.html2txt(page))
         # `deduplicate` would compare with pages that this process saw before.
-        return trafilatura.extract(page, include_comments=False, deduplicate=False) or ""
+        found = trafilatura.extract(
+            page, favor_precision=self.favor_precision, include_comments=False, deduplicate=False
+        )
+        return found or ""
 
 
 class _TooDeep(Exception):

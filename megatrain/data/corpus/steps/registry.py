@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatrain.data.corpus.document import Step
 from megatrain.data.corpus.steps.blocked_words import BlockedWords
 from megatrain.data.corpus.steps.c4 import C4Paragraphs, C4Quality
+from megatrain.data.corpus.steps.code_quality import CodeQuality
 from megatrain.data.corpus.steps.decontaminate import Decontaminate
 from megatrain.data.corpus.steps.fineweb_quality import FinewebQuality
 from megatrain.data.corpus.steps.gopher_quality import GopherQuality
@@ -22,6 +23,7 @@ STEPS: dict[str, type[Step]] = {
         BlockedWords,
         C4Paragraphs,
         C4Quality,
+        CodeQuality,
         Decontaminate,
         FinewebQuality,
         GopherQuality,
