@@ -86,7 +86,10 @@ def _first_clause(text: str) -> str:
 
 def _note(name: str, meaning: str) -> str:
     """Return the full description of a key as an item of the list below the table."""
-    text = f"- `{name}`: {meaning}".replace("<", "&lt;")
+    return _wrapped(f"- `{name}`: {meaning}".replace("<", "&lt;"))
+
+
+def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -116,18 +119,19 @@ at, five for each rule.
 
 ## Recipes
 
-| recipe | steps |
-| --- | --- |
+The files in `conf/clean/` have the parameters of the steps, and where each recipe comes from.
+
 """
 
 
 def cleaning_page() -> str:
     """Return the page of the cleaning steps."""
-    lines = [CLEANING.rstrip("\n")]
+    lines = [CLEANING.rstrip("\n"), ""]
     for name in choices_of("clean"):
         content, _ = read_yaml(conf_folder() / "clean" / f"{name}.yaml")
         names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in content.get("steps", [])]
-        lines.append(f"| `{name}` | {', '.join(f'[`{step}`](#{step})' for step in names) or 'none'} |")
+        steps = ", ".join(f"[`{step}`](#{step})" for step in names) or "no steps"
+        lines.append(_wrapped(f"- `{name}`: {steps}{f'; dedup: {dedup}' if (dedup := content.get('dedup')) else ''}"))
     for name, step in sorted(STEPS.items()):
         assert step.__doc__
         lines += ["", f"## {name}", "", inspect.cleandoc(step.__doc__)]
