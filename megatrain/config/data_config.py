@@ -76,6 +76,20 @@ class DataConfig:
     workers: int | None = key(
         None, "processes that read and tokenize; null means one for each core this process may use", minimum=1
     )
+    fim_rate: float = key(
+        0.0,
+        "share of the training documents to rearrange for fill-in-the-middle: their prefix and suffix, then their "
+        "middle, each after a marker",
+        minimum=0,
+        maximum=1,
+    )
+    fim_spm_rate: float = key(
+        0.5, "share of the rearranged documents whose suffix comes before the prefix", minimum=0, maximum=1
+    )
+    fim_tokens: list[str] = key(
+        ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
+        "control tokens of the tokenizer that mark the prefix, the middle and the suffix",
+    )
     overwrite: bool = key(False, "replace a finished dataset of the same name")
     packing: str = key(
         "concatenate",

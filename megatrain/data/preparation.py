@@ -17,6 +17,7 @@ from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.flatten import flatten
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, Card, check_dataset
+from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle, check_markers
 from megatrain.data.corpus.recipe import build_recipe, settings_of
 from megatrain.data.corpus.shard import Share
 from megatrain.data.corpus.source import Source
@@ -177,13 +178,20 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     """Load the tokenizer at `tokenizer.path`; None if one is to be trained. Raises `ConfigError`, `DataError`."""
     if config.data.bos and config.data.kind == "megatron":
         raise ConfigError("data.bos=true: the ids of data=megatron stay as they are; tokenize the text again for BOS")
+    if config.data.fim_rate and config.data.kind == "megatron":
+        raise ConfigError(
+            f"data.fim_rate={config.data.fim_rate:g}: the ids of data=megatron stay as they are; prepare the text with "
+            "data=files data.fim_rate=... in place of it"
+        )
     if config.tokenizer.path:
         tokenizer = find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
         if config.data.kind != "megatron":
             _choose_start(tokenizer, config)
+            FillInTheMiddle.of(config, tokenizer)
         return tokenizer
     if config.data.kind != "megatron":
         check_training(config.tokenizer)
+        check_markers(config)
     return None
 
 

@@ -20,6 +20,7 @@ from megatrain.data.card import SPLITS, Card, TokenizerCard, card_of_written, fi
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
 from megatrain.data.corpus.encoded import EncodedShard
+from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.near_duplicates import NearDuplicates, drop_near_duplicates
 from megatrain.data.corpus.recipe import StepReport
 from megatrain.data.corpus.selected import Selected, selected_folder
@@ -168,7 +169,8 @@ class TextStages:
         dtype = token_dtype(tokenizer.vocab_size)
         saved = self.work / "tokenizer"
         return pipeline.encode_selection(
-            selected.selection, tokenizer, saved, dtype, pool, self.work / "encoded", share
+            *(selected.selection, tokenizer, saved, dtype, pool, self.work / "encoded", share),
+            FillInTheMiddle.of(self.config, tokenizer),
         )
 
     def encode_selected(self, pool: Workers, share: Share) -> list[EncodedShard]:

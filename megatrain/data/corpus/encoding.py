@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.corpus.cleaned import Frame, unpack
-from megatrain.data.corpus.selection import DROPPED
+from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
+from megatrain.data.corpus.selection import DROPPED, TRAIN
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use."""
+    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use.
+
+    `fim` rearranges documents of the train split.
+    """
 
     text: Path
     frame: Frame
@@ -26,6 +30,7 @@ class EncodeTask:
     fingerprint: str
     starts_with_bos: bool
     dtype: str
+    fim: FillInTheMiddle | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def encode_chunk(task: EncodeTask) -> Encoded:
         total += len(text)
         if flag == DROPPED:
             continue
-        ids = encode(text.decode())
+        ids = task.fim.encode(text.decode(), encode) if task.fim and flag == TRAIN else encode(text.decode())
         arrays, lengths, size = found.get(flag, ([], [], 0))
         arrays += [first, ids.astype(task.dtype), last]
         lengths.append(len(first) + len(ids) + 1)

@@ -26,6 +26,7 @@ from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, desc
 from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
 from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
+from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.part_files import remove_others
 from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
 from megatrain.data.corpus.record import Policy, Record
@@ -277,6 +278,7 @@ def encode_selection(
     pool: Workers,
     folder: Path,
     share: Share = ALL,
+    fim: FillInTheMiddle | None = None,
 ) -> list[EncodedShard]:
     """Encode every shard into `folder`, or a task's share, and return them in corpus order.
 
@@ -285,9 +287,11 @@ def encode_selection(
     folder.mkdir(exist_ok=True)
     mine = [number for number in range(len(selection.shards)) if share.has(number)]
     text_bytes = sum(selection.shards[number].text_bytes for number in mine)
-    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name)
+    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, fim)
     ends = (tokenizer.start(), tokenizer.end_of_document)
-    made_by = (tokenizer.fingerprint, ends, dtype.name, versions(ENCODING_LIBRARIES))
+    made_by: tuple[object, ...] = (tokenizer.fingerprint, ends, dtype.name, versions(ENCODING_LIBRARIES))
+    if fim:
+        made_by += (asdict(fim),)
     encoded: list[EncodedShard | None] = []
     coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
     done = 0
