@@ -38,6 +38,7 @@ from megatrain.verbs.sweep_points import (
     sweep_folder,
     write_record,
 )
+from megatrain.verbs.train import prepare_missing
 
 POLL_S = 0.05
 """Seconds between checks for a signal to forward to the running point."""
@@ -56,6 +57,9 @@ def multirun(overrides: Sequence[str], flags: set[str]) -> int:
         for point in points:
             print(f"---\n# {point.recorded.label}\n{yaml.safe_dump(asdict(point.config), sort_keys=False)}", end="")
         return EXIT_OK
+    if "--dry-run" not in flags:
+        for point in points:
+            prepare_missing(point.config)
     check_points(points)
     start_all = submit_all if points[0].config.launch.name == "slurm" else run_all
     return start_all(points, sorted(flags - {"--dry-run"}), "--dry-run" in flags)

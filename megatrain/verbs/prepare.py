@@ -22,7 +22,7 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
     """Prepare the dataset that `config` describes, say what to type next, and return its folder.
 
     With `launch=slurm` submit the jobs that prepare it. `overrides` and `flags` are those of the command; what is to be
-    typed next has its folders, config file and choice of data.
+    typed next has its folders, config file, choice of data and mixture.
     """
     stage = config.launch.stage
     if config.launch.name == "slurm" and stage == "all":
@@ -33,7 +33,8 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         return Path(config.data.dir) / config.data.name
     folder = prepare_demo(config) if config.data.kind == "demo" else preparation.prepare(config)
     if stage in ("all", "publish"):
-        words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data"))
+        mixture = ("data.mixture", "data.mixture_temperature", "data.phases")  # of data=demo, which train takes too
+        words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data", *mixture))
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]

@@ -116,12 +116,12 @@ CATALOGUE = {
         ),
     ),
     "poetry": DemoSource(
-        "Chinese poems of the Tang and Song dynasties, as JSONL",
+        "Chinese poems: shi of the Tang and ci of the Song dynasty, as JSONL",
         (
             Part(
                 _CHINESE_POETRY,
                 contents.write_poems,
-                {"patterns": ["package/dist/quantangshi/poet.*.json", "package/dist/songci/ci.song.*[0-9].json"]},
+                {"patterns": ["package/dist/quantangshi/poet.tang.*.json", "package/dist/songci/ci.song.*[0-9].json"]},
             ),
         ),
     ),
