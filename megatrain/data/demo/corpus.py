@@ -189,9 +189,7 @@ def _tokenizer_in_use(
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    tokenizer = config.tokenizer
-    trained = {"vocab_size": tokenizer.vocab_size, "train_bytes": tokenizer.train_bytes}
-    return trained | {"bos": config.data.bos, "seed": config.seed}
+    return asdict(config.tokenizer) | {"bos": config.data.bos, "seed": config.seed}
 
 
 def _train_tokenizer(

@@ -43,6 +43,16 @@ def test_prepare_says_how_to_train_on_its_dataset_and_look_at_it(name, folder, m
     assert ("data.dir" in command) == (folder != "data"), "only what differs from the defaults"
 
 
+def test_prepare_says_how_to_train_on_the_mixture_that_it_prepared(monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "prepare_demo", lambda config: Path("data/demo"))
+    words = ["data=demo", "data.mixture={english: 0.9, poetry: 0.1}", "tokenizer.vocab_size=16384"]
+    prepare.prepare(compose("prepare", words), words)
+    command, report = commands(capsys)
+    verb, found = read(command)
+    assert (verb, found.data.kind) == ("train", "demo") and found.data.mixture == {"english": 0.9, "poetry": 0.1}
+    assert read(report)[1].path == "data/demo"
+
+
 def loaded(monkeypatch, module, kind):
     found = SimpleNamespace(
         config=ModelConfig(vocab_size=300), weights={}, tokenizer=object(), tokenizer_dir=None,
