@@ -26,11 +26,12 @@ class Stage:
     changed: int = 0
     changes: dict[str, int] = field(default_factory=dict)
     is_step: bool = False
+    added: int = 0
 
     @property
     def removed(self) -> int:
-        """Documents that came and did not stay."""
-        return self.documents_in - self.documents_out
+        """Documents that came and did not stay. `added` are originals that stayed beside their augmented documents."""
+        return self.documents_in + self.added - self.documents_out
 
 
 def funnel(card: Card) -> list[Stage]:
@@ -94,4 +95,5 @@ def _step(report: dict[str, Any]) -> Stage:
         report["changed"],
         dict(report["changes"]),
         is_step=True,
+        added=report.get("added", 0),
     )

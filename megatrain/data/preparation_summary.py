@@ -49,10 +49,12 @@ def summary(target: Path, card: Card) -> Iterator[str]:
     if card.counts:
         yield f"  documents: {format_counts(counts)}"
     for step in card.cleaning:
-        removed = step["documents_in"] - step["documents_out"]
+        added = step.get("added", 0)
+        removed = step["documents_in"] + added - step["documents_out"]
         what = [f"{removed:,} removed ({format_counts(step['rules'])})"] if removed else []
         changes = f" ({format_counts(step['changes'])})" if step["changes"] else ""
         what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
+        what += [f"{added:,} originals kept beside them"] if added else []
         yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
     if near := card.near_duplicates:
         yield (

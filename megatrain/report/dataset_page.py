@@ -97,7 +97,7 @@ def tiles(card: Card, stages: list[Stage]) -> list[dict[str, str]]:
         found.append(("bytes a token", f"{size / max(tokens, 1):.2f}", "of text"))
     if stages:
         read = stages[0].documents_in
-        kept = read - sum(stage.removed for stage in stages)
+        kept = read + sum(stage.added - stage.removed for stage in stages)
         found.append(("kept", f"{kept / max(read, 1):.1%}", f"of {read:,} records"))
     if "heldout" in card.splits:
         held = card.splits["heldout"]

@@ -42,11 +42,16 @@ class Frame:
     documents: int
 
 
-def describe(texts: list[bytes], seed: int) -> np.ndarray:
-    """Return a `DOCUMENT` for each text."""
+def describe(texts: list[bytes], seed: int, draw_by: list[bytes] | None = None) -> np.ndarray:
+    """Return a `DOCUMENT` for each text, with the draws of the texts `draw_by`, or its own.
+
+    An augmented text has the draws of its original, so that both are held out or neither is.
+    """
     documents = np.zeros(len(texts), DOCUMENT)
     digests = [xxhash.xxh3_128_digest(text) for text in texts]
     documents["hash"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    if draw_by is not None:
+        digests = [xxhash.xxh3_128_digest(text) for text in draw_by]
     for name, purpose in (("heldout_draw", b"heldout"), ("sample_draw", b"sample")):
         documents[name] = [xxhash.xxh3_64_intdigest(purpose + digest, seed=seed) for digest in digests]
     documents["size"] = [len(text) for text in texts]

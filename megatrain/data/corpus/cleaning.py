@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,8 @@ def clean_chunk(task: CleanTask) -> Cleaned:
     Raises `DataError` for the first bad record if the policy is to stop there.
     """
     texts: list[bytes] = []
+    draw_by: list[bytes] = []
+    memory: dict[str, Any] = {}
     counts = Counter(dict.fromkeys(_COUNTS, 0))
     reports = new_reports(task.recipe)
     first_bad, quarantine = None, []
@@ -88,20 +91,29 @@ def clean_chunk(task: CleanTask) -> Cleaned:
             counts["empty"] += 1
             continue
         document = Document(decoded.text, decoded.id or record.where, markup=record.markup, metadata=decoded.metadata)
+        document.kind, document.memory = decoded.kind, memory
+        kept = [document]
         if task.recipe:
-            if not run_recipe(task.recipe, document, reports, task.seed):
+            stays = run_recipe(task.recipe, document, reports, task.seed)
+            kept = [*document.originals, *([document] if stays else [])]
+            if not stays:
                 counts["cleaned_away"] += 1
+            for one in kept:
+                one.text = normalise(one.text)
+        family = len(texts)
+        for one in kept:
+            if not one.text:
+                counts["emptied"] += 1
                 continue
-            document.text = normalise(document.text)
-        if document.text:
-            if document.markup:
+            if one.markup:
                 counts["markup"] += 1
-            texts.append(document.text.encode())
-        else:
-            counts["emptied"] += 1
+            if one.augmented:
+                counts["augmented"] += 1
+            texts.append(one.text.encode())
+            draw_by.append(texts[family])
     signatures = sign([text.decode() for text in texts], task.signing) if task.signing else None
     return Cleaned(
-        pack(texts), describe(texts, task.seed), signatures, counts, reports, first_bad, b"".join(quarantine)
+        pack(texts), describe(texts, task.seed, draw_by), signatures, counts, reports, first_bad, b"".join(quarantine)
     )
 
 

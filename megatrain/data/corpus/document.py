@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,11 @@ class Document:
     of a page.
     `counts` is what the step at work has changed so far. `split` is kept by `splitting.py`: the text, language and
     words of its last call.
+
+    `kind` is what it was read as, such as `conversation`. `augmented` names the steps that augmented it, and its `id`
+    does too. `original` is the document as it was before the present step augmented it, if it is to be kept; those that
+    are kept are in `originals`. `memory` is shared by the documents of a chunk: what a step wants to know of those
+    before. Chunks depend on the files alone.
     """
 
     text: str
@@ -27,11 +32,22 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     split: tuple[str, str, list[str]] | None = field(default=None, repr=False, compare=False)
+    kind: str | None = None
+    augmented: tuple[str, ...] = ()
+    original: Document | None = field(default=None, repr=False)
+    originals: list[Document] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def count(self, what: str, number: int = 1) -> None:
         """Count what the present step changed, such as masked addresses, for its report."""
         if number:
             self.counts[what] += number
+
+    def augment(self, text: str, step: str, keep_original: bool) -> None:
+        """Take another text, made by a step; with `keep_original` the document as it was is kept beside it."""
+        if keep_original:
+            self.original = replace(self, counts=Counter(), metadata={**self.metadata}, originals=[])
+        self.text, self.augmented, self.id = text, (*self.augmented, step), f"{self.id}+{step}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,8 @@ class Removal:
 class Step(ABC):
     """A cleaning step: a frozen dataclass whose fields are its parameters, declared with `config.key`.
 
-    A step depends on nothing but the document and its parameters, so results do not depend on how work is divided.
+    A step depends on nothing but the document, its chunk's memory included, and its parameters, so results do not
+    depend on how work is divided.
     """
 
     name: ClassVar[str]

@@ -164,7 +164,7 @@ _CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_docum
 
 _CLEANING_LIBRARIES = (
     "datasets", "datatrove", "ftfy", "jieba", "mwparserfromhell", "phonenumbers", "pyarrow", "py3langid", "resiliparse",
-    "spacy", "tldextract", "trafilatura",
+    "spacy", "tldextract", "trafilatura", "transformers",
 )  # fmt: skip
 ENCODING_LIBRARIES = ("sentencepiece", "tokenizers")
 """Libraries of which another version may make other texts, other ids or other tokenizers."""

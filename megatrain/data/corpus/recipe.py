@@ -70,6 +70,8 @@ def settings_of(recipe: Sequence[Step]) -> list[dict[str, Any]]:
 class StepReport:
     """What a step did: documents and bytes that came and that stayed, documents it changed, removals by rule, changes.
 
+    `added` of those that stayed are originals beside their augmented documents.
+
     `examples` are documents that it removed (with `rule` and `detail`) or changed (with the text `after`), those of the
     lowest draws, so they do not depend on how the work was divided. They have the text `before`, unless the step hides
     it (`Step.shows_before`). If the recipe masks personal data, they are masked too, whatever the step.
@@ -78,6 +80,7 @@ class StepReport:
     name: str
     documents_in: int = 0
     documents_out: int = 0
+    added: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
     changed: int = 0
@@ -87,7 +90,7 @@ class StepReport:
 
     def add(self, other: StepReport) -> None:
         """Add what the step did to other documents."""
-        for name in ("documents_in", "documents_out", "bytes_in", "bytes_out", "changed"):
+        for name in ("documents_in", "documents_out", "added", "bytes_in", "bytes_out", "changed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.rules = dict(Counter(self.rules) + Counter(other.rules))
         self.changes = dict(Counter(self.changes) + Counter(other.changes))
@@ -110,10 +113,14 @@ def add_reports(total: list[StepReport], more: Iterable[StepReport]) -> None:
 
 
 def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepReport], seed: int) -> bool:
-    """Let each step work on the document and report it; return whether it is kept."""
+    """Let each step work on the document and report it; return whether it is kept.
+
+    Where a step keeps the original beside the augmented text, the steps after it work on both; originals that are kept
+    are in `document.originals`.
+    """
     masks = [step for step in recipe if isinstance(step, PersonalData)]
     size = _size(document.text)
-    for step, report in zip(recipe, reports, strict=True):
+    for place, (step, report) in enumerate(zip(recipe, reports, strict=True), start=1):
         before = document.text
         report.documents_in += 1
         report.bytes_in += size
@@ -128,6 +135,13 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
             _show(report, document, seed, shown, masks)
             return False
         report.documents_out += 1
+        if document.original is not None:
+            original, document.original = document.original, None
+            report.added += 1
+            report.documents_out += 1
+            report.bytes_out += size
+            kept = run_recipe(recipe[place:], original, reports[place:], seed)
+            document.originals += [*original.originals, *([original] if kept else [])]
         if document.text is not before and document.text != before:
             size = _size(document.text)
             report.changed += 1
