@@ -37,5 +37,14 @@ class CleanConfig:
         "each cluster the first is kept)",
         choices=("none", "exact", "minhash"),
     )
+    dedup_passages: str = key(
+        "none",
+        "passages to cut out of documents if they stand earlier in the corpus: none, lines, or paragraphs, which empty "
+        "lines separate",
+        choices=("none", "lines", "paragraphs"),
+    )
+    min_passage_characters: int = key(
+        20, "shortest passage that clean.dedup_passages looks at, in characters; shorter ones stay", minimum=1
+    )
     minhash: MinhashConfig = field(default_factory=MinhashConfig)
     dedup_memory_mb: int = key(1024, "memory for finding duplicates, in MiB; less takes more passes", minimum=1)

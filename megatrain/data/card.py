@@ -78,7 +78,7 @@ class Card:
 
     `tokenizer` is None for foreign data whose tokenizer is unknown. `cleaning` has what each step of the recipe did, in
     order: the fields of `StepReport` without examples. `near_duplicates` has those of `NearDuplicates`, likewise, if
-    they were looked for.
+    they were looked for; `duplicate_passages` those of a `StepReport`, if repeated passages were cut out.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Card:
     config: dict[str, Any] = field(default_factory=dict)
     cleaning: list[Any] = field(default_factory=list)
     near_duplicates: dict[str, Any] = field(default_factory=dict)
+    duplicate_passages: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def pairs(self) -> list[tuple[str, SplitCard]]:

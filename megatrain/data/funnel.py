@@ -14,7 +14,7 @@ class Stage:
     """What a stage took and what it left, in documents, and in bytes of text where they were counted.
 
     `reasons` counts the removed documents by rule. `changed` documents were kept with another text, and `changes`
-    counts what the stage says it changed or found. `is_step` says that it is a step of the cleaning recipe.
+    counts what the stage says it changed or found. `is_step` says that it is a cleaning step, or cuts passages.
     """
 
     name: str
@@ -50,6 +50,9 @@ def funnel(card: Card) -> list[Stage]:
         stages.append(_step(step))
         left = stages[-1].documents_out
     for name, count in _AFTER.items():
+        if name == _ONCE_CUT and card.duplicate_passages:
+            stages.append(_step(card.duplicate_passages))
+            left = stages[-1].documents_out
         removed = card.counts.get(count, 0)
         stages += [Stage(name, left, left - removed)] if removed else []
         left -= removed
@@ -59,10 +62,12 @@ def funnel(card: Card) -> list[Stage]:
     return stages
 
 
+_ONCE_CUT = "exact duplicates once cut"
 _AFTER = {
     "emptied by cleaning": "emptied",
     "exact duplicates": "duplicates",
     "near_duplicates": "near_duplicates",
+    _ONCE_CUT: "duplicates_once_cut",
 }
 """The stages after cleaning, and the counts of what they removed."""
 

@@ -151,7 +151,7 @@ def _prepare_text(stages: TextStages, given: Tokenizer | None, folder: Path) -> 
     stage = stages.config.launch.stage
     with stages.workers() as pool:
         selected = stages.selected() if stage == "publish" else None
-        selected = selected or stages.select(stages.clean(pool))
+        selected = selected or stages.select(stages.clean(pool), pool)
         tokenizer = stages.tokenizer(selected, given)
         if stage == "select":
             return None
@@ -219,6 +219,9 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     clean: dict[str, Any] = {"steps": settings_of(build_recipe(config.clean.steps)), "dedup": _dedup(config)}
     if clean["dedup"] == "minhash":
         clean["minhash"] = asdict(config.clean.minhash)
+    if config.clean.dedup_passages != "none":
+        clean["dedup_passages"] = config.clean.dedup_passages
+        clean["min_passage_characters"] = config.clean.min_passage_characters
     return {"seed": config.seed, "data": data, "clean": clean, "tokenizer": asdict(config.tokenizer)}
 
 

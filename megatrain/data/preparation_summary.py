@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatrain.data.card import Card
 from megatrain.data.corpus.cleaning import KIND, LEFT_OUT
@@ -48,20 +49,26 @@ def summary(target: Path, card: Card) -> Iterator[str]:
     counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND, LEFT_OUT))}
     if card.counts:
         yield f"  documents: {format_counts(counts)}"
-    for step in card.cleaning:
-        added = step.get("added", 0)
-        removed = step["documents_in"] + added - step["documents_out"]
-        what = [f"{removed:,} removed ({format_counts(step['rules'])})"] if removed else []
-        changes = f" ({format_counts(step['changes'])})" if step["changes"] else ""
-        what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
-        what += [f"{added:,} originals kept beside them"] if added else []
-        yield f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
+    yield from map(_step, card.cleaning)
     if near := card.near_duplicates:
         yield (
             f"  near duplicates: {near['documents']:,} dropped, in {near['clusters']:,} clusters of up to "
             f"{near['largest']:,}; {near['compared']:,} comparisons, {near['rejected']:,} rejected; "
             f"{near['below']:,} of {near['checked']:,} pairs checked by their text are below the threshold"
         )
+    if card.duplicate_passages:
+        yield _step(card.duplicate_passages)
+
+
+def _step(step: dict[str, Any]) -> str:
+    """Return the line about a cleaning step, from the fields of its report."""
+    added = step.get("added", 0)
+    removed = step["documents_in"] + added - step["documents_out"]
+    what = [f"{removed:,} removed ({format_counts(step['rules'])})"] if removed else []
+    changes = f" ({format_counts(step['changes'])})" if step["changes"] else ""
+    what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
+    what += [f"{added:,} originals kept beside them"] if added else []
+    return f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
 
 
 def bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> Iterator[str]:

@@ -22,6 +22,7 @@ from megatrain.data.corpus.cleaned import CleanedShard
 from megatrain.data.corpus.encoded import EncodedShard
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.near_duplicates import NearDuplicates, drop_near_duplicates
+from megatrain.data.corpus.passages import Passages, cut_passages
 from megatrain.data.corpus.recipe import StepReport
 from megatrain.data.corpus.selected import Selected, selected_folder
 from megatrain.data.corpus.selection import DROPPED, Selection
@@ -62,7 +63,7 @@ class TextStages:
         """Clean a share of the source. Raises `DataError` for bad input."""
         return pipeline.clean_source(self.source, self.config, pool, self.work / "cleaned", share)
 
-    def select(self, shards: list[CleanedShard]) -> Selected:
+    def select(self, shards: list[CleanedShard], pool: Workers) -> Selected:
         """Decide what is kept and what is held out, or take what an interrupted preparation decided of these shards.
 
         Raises `DataError` if too many records are bad, or nothing is left to train on.
@@ -80,9 +81,10 @@ class TextStages:
             return saved
         selection = Selection(shards, selected_folder(self.work) / "flags")
         near = self._drop_duplicates(selection, counts)
+        selection, passages = self._cut_passages(selection, counts, pool)
         reports = pipeline.total_reports(shards)
         selection = self._split(selection, counts, reports, first_bad)
-        selected = Selected(selection, shards, counts, reports, near, first_bad)
+        selected = Selected(selection, shards, counts, reports, near, first_bad, passages)
         selected.save(self.work, self.key)
         return selected
 
@@ -103,6 +105,20 @@ class TextStages:
         if found.documents:
             counts["near_duplicates"] = found.documents
         return found
+
+    def _cut_passages(
+        self, selection: Selection, counts: Counter[str], pool: Workers
+    ) -> tuple[Selection, StepReport | None]:
+        """Cut repeated passages out, and drop documents that are equal only now. Return what was cut, None if off."""
+        clean = self.config.clean
+        if clean.dedup_passages == "none":
+            return selection, None
+        memory = clean.dedup_memory_mb * 2**20
+        passages = Passages(clean.dedup_passages, clean.min_passage_characters)
+        selection, report = cut_passages(selection, passages, pool, self.work / "cut", memory, self.config.seed)
+        if self.dedup != "none" and (dropped := selection.drop_duplicates(memory)):
+            counts["duplicates_once_cut"] = dropped
+        return selection, report
 
     def _split(
         self, selection: Selection, counts: Counter[str], reports: list[StepReport], first_bad: str | None
@@ -196,7 +212,8 @@ class TextStages:
     def write(self, selected: Selected, tokenizer: Tokenizer, encoded: list[EncodedShard], folder: Path) -> Card:
         """Write the dataset but for its card into `folder`, and return the card."""
         _join_quarantine(selected.cleaned, folder / QUARANTINE)
-        _write_examples(selected.reports, selected.near, folder / EXAMPLES)
+        reports = [*selected.reports, *([selected.passages] if selected.passages else [])]
+        _write_examples(reports, selected.near, folder / EXAMPLES)
         tokenizer.save(folder / "tokenizer")
         dtype = token_dtype(tokenizer.vocab_size)
         splits = {}
@@ -211,6 +228,7 @@ class TextStages:
             counts=dict(sorted(selected.counts.items())),
             cleaning=[report.without_examples() for report in selected.reports],
             near_duplicates=selected.near.without_examples() if selected.near else {},
+            duplicate_passages=selected.passages.without_examples() if selected.passages else {},
         )
 
 

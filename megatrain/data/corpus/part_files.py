@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatrain.data.indexed import hash_file
 
@@ -45,6 +48,16 @@ class PartFiles:
         """Close the files."""
         for file in self._files.values():
             file.close()
+
+
+@contextmanager
+def closing_writers(coming: deque[Any]) -> Iterator[None]:
+    """Close the writers of unfinished shards, the second of each entry, when an error ends a stage."""
+    try:
+        yield
+    finally:
+        for _, writer, *_ in coming:
+            writer.close()
 
 
 def remove_others(folder: Path, keys: set[str]) -> None:

@@ -27,7 +27,7 @@ from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
 from megatrain.data.corpus.encoding import EncodeTask, encode_chunk
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
-from megatrain.data.corpus.part_files import remove_others
+from megatrain.data.corpus.part_files import closing_writers, remove_others
 from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
 from megatrain.data.corpus.record import Policy, Record
 from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
@@ -101,7 +101,7 @@ def clean_source(
             if shard.num_bytes:  # the hub does not say
                 source.progress.bytes = before + shard.num_bytes
 
-    with Meter("reading", source.total_bytes if share.is_whole else None) as meter, _closing(coming):
+    with Meter("reading", source.total_bytes if share.is_whole else None) as meter, closing_writers(coming):
         for result in pool.map(clean_chunk, tasks()):
             number, writer, last = coming.popleft()
             if len(result.documents):
@@ -210,20 +210,6 @@ def _marking_last(chunks: Iterator[list[T]]) -> Iterator[tuple[list[T], bool]]:
     yield chunk, True
 
 
-class _closing:
-    """Closes the writers of unfinished shards when an error ends a stage."""
-
-    def __init__(self, coming: deque[Any]) -> None:
-        self._coming = coming
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        for _, writer, *_ in self._coming:
-            writer.close()
-
-
 # ---------------------------------------------------------------------------------------------------- selecting
 
 
@@ -316,7 +302,7 @@ def encode_selection(
                 yield EncodeTask(shard.text_path, frame, flags[before : before + frame.documents], *encoding)
                 before += frame.documents
 
-    with Meter("encoding", text_bytes) as meter, _closing(coming):
+    with Meter("encoding", text_bytes) as meter, closing_writers(coming):
         for result in pool.map(encode_chunk, tasks()):
             number, writer, last = coming.popleft()
             for split, (ids, lengths, text_bytes) in result.splits.items():

@@ -26,7 +26,7 @@ class Selected:
     """The selection, the counts and reports of cleaning, near duplicates if they were looked for, the first bad record.
 
     `cleaned` are the cleaned shards in corpus order. They are those of `selection`, unless its only document was cut in
-    two.
+    two, or repeated passages were cut out: then `passages` reports that.
     """
 
     selection: Selection
@@ -35,17 +35,19 @@ class Selected:
     reports: list[StepReport]
     near: NearDuplicates | None
     first_bad: str | None
+    passages: StepReport | None = None
 
     def save(self, work: Path, key: str) -> None:
         """Save it. `key` stands for all that decides it, but for the contents of the cleaned shards."""
         content = {
             "key": key,
-            "shards": [shard.key for shard in self.selection.shards],
+            "shards": [(shard.text_path.parent.name, shard.key) for shard in self.selection.shards],
             "cleaned": [shard.key for shard in self.cleaned],
             "counts": dict(self.counts),
             "reports": [asdict(report) for report in self.reports],
             "near": asdict(self.near) if self.near else None,
             "first_bad": self.first_bad,
+            "passages": asdict(self.passages) if self.passages else None,
             "flags": self.selection.path.name,
             "hash": self.selection.hash_flags(),
         }
@@ -59,18 +61,20 @@ class Selected:
             content: dict[str, Any] = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
             if content["key"] != key or (cleaned and content["cleaned"] != [shard.key for shard in cleaned]):
                 return None
-            shards = {name: CleanedShard(work / "cleaned", name) for name in {*content["shards"], *content["cleaned"]}}
-            path = folder / content["flags"]
-            selection = Selection([shards[name] for name in content["shards"]], path, decided=True)
+            names = [("cleaned", name) for name in content["cleaned"]]
+            chosen = [(parent, name) for parent, name in content["shards"]]
+            shards = {one: CleanedShard(work / one[0], one[1]) for one in {*chosen, *names}}
+            selection = Selection([shards[one] for one in chosen], folder / content["flags"], decided=True)
             if selection.hash_flags() != content["hash"]:
                 return None
             return Selected(
                 selection,
-                [shards[name] for name in content["cleaned"]],
+                [shards[one] for one in names],
                 Counter(content["counts"]),
                 [StepReport(**report) for report in content["reports"]],
                 NearDuplicates(**content["near"]) if content["near"] else None,
                 content["first_bad"],
+                StepReport(**content["passages"]) if content["passages"] else None,
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
