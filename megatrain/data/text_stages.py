@@ -70,7 +70,7 @@ class TextStages:
         """
         counts = pipeline.total_counts(shards)
         first_bad = next((shard.first_bad for shard in shards if shard.first_bad), None)
-        _check_bad_fraction(counts, self.config.data.max_bad_fraction, first_bad)
+        check_bad_fraction(counts, self.config.data.max_bad_fraction, first_bad)
         if counts["markup"]:
             print(
                 f"note: {counts['markup']:,} documents are HTML, and their tags stay in the text; clean=web extracts "
@@ -232,7 +232,7 @@ class TextStages:
         )
 
 
-def _check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None) -> None:
+def check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None) -> None:
     """Raise `DataError` if more than `data.max_bad_fraction` of the records were left out as bad."""
     bad = num_bad(counts)
     if bad > limit * counts["read"]:

@@ -28,8 +28,10 @@ from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.mixture import PlannedSource
 from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, phase_weights, read_phases
+from megatrain.data.preparation_summary import num_bad
 from megatrain.data.progress_line import Meter
 from megatrain.data.survey import sample_documents
+from megatrain.data.text_stages import check_bad_fraction
 from megatrain.data.tokenizer import META, segments
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -112,7 +114,7 @@ def draw_sample(config: TrainTokenizerConfig, pool: Workers) -> TextSample:
             identity = {"dataset": card.name, "fingerprint": card.fingerprint}
             sample.add(name, SampledSource(identity, asked), _of_dataset(place, card, asked, config.seed))
     for name, given in sample.sources.items():
-        if bad := given.counts["bad"] + given.counts["skipped_undecodable"]:
+        if bad := num_bad(given.counts):
             print(f"note: {name}: {bad:,} bad records are left out", file=sys.stderr)
         if given.num_bytes < given.asked and len(places) > 1:
             print(
@@ -203,7 +205,7 @@ def _of_source(source: Source, config: TrainTokenizerConfig, given: SampledSourc
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
     recipe = build_recipe(config.clean.steps)
     lowest = _Lowest(given.asked, config.clean.dedup != "none")
-    left = data.max_documents
+    left, first_bad = data.max_documents, None
 
     def tasks() -> Iterator[CleanTask]:
         nonlocal left
@@ -222,7 +224,9 @@ def _of_source(source: Source, config: TrainTokenizerConfig, given: SampledSourc
         for result in pool.map(clean_chunk, tasks()):
             lowest.add(result)
             given.counts.update(result.counts)
+            first_bad = first_bad or result.first_bad
             meter.update(source.progress.bytes)
+    check_bad_fraction(given.counts, data.max_bad_fraction, first_bad)
     yield from lowest.texts()
 
 

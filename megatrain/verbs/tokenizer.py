@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatrain.config import TrainTokenizerConfig
@@ -17,7 +18,7 @@ from megatrain.data.tokenizer_card import TrainedTokenizerCard
 from megatrain.data.tokenizer_sample import TextSample, draw_sample
 from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.path_checks import refuse_existing
@@ -44,6 +45,8 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
     if config.clean.dedup == "minhash":
         raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")
     check_training(config.tokenizer)
+    if find_spec("transformers") is None:  # before the work
+        raise EnvironmentFault("megatrain tokenizer needs transformers: pip install 'megatrain[hf]'")
     with Workers(config.data.workers or usable_cores()) as pool:
         sample = draw_sample(config, pool)
     trained = train_tokenizer(iter(sample), config.tokenizer, config.data.bos)

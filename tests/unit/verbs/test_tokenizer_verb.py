@@ -1,7 +1,10 @@
 """`megatrain tokenizer` trains on a sample that the seed and the data decide, and writes a folder that all can load."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -228,3 +231,33 @@ def test_sampling_holds_no_more_than_twice_the_budget(corpus, monkeypatch):
     monkeypatch.setattr("megatrain.data.corpus.pipeline.CHUNK_RECORDS", 3)
     drawn(of_files(corpus, "tokenizer.train_bytes=5000"))
     assert 5000 < most <= 10_000
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "byte_level_bpe"])
+def test_threads_and_hash_seeds_change_no_byte(corpus, kind):
+    """Separate processes, because the libraries read their number of threads once."""
+    made = []
+    for threads in ("1", "3"):
+        out = corpus / threads
+        words = [f"out={out}", f"data.paths=[{corpus / 'web'}]", f"tokenizer={kind}", "tokenizer.vocab_size=400"]
+        environment = {
+            **os.environ,
+            "RAYON_NUM_THREADS": threads,
+            "OMP_NUM_THREADS": threads,
+            "PYTHONHASHSEED": threads,
+        }
+        command = [sys.executable, "-m", "megatrain", "tokenizer", *words, "data.workers=1"]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        made.append(content(out))
+    assert made[0] == made[1]
+
+
+def test_bad_records_are_left_out_or_refused_as_in_prepare(corpus, capsys):
+    with (corpus / "web" / "a.jsonl").open("a") as file:
+        file.write("{bad\n" * 5)
+    with pytest.raises(DataError, match="not JSON"):
+        drawn(of_files(corpus))
+    assert len(list(drawn(of_files(corpus, "data.on_bad_record=skip")))) == 300
+    assert "5 bad records are left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"data.max_bad_fraction=0.01: 5 of 345 records are bad"):
+        drawn(of_files(corpus, "data.on_bad_record=skip", "data.max_bad_fraction=0.01"))
