@@ -72,6 +72,11 @@ class DataConfig:
         1.0, "largest fraction of the records that may be skipped as bad", minimum=0, maximum=1
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")
+    write_text: bool = key(
+        False,
+        "keep the cleaned corpus in the dataset's folder, as JSON lines: text/*.jsonl.zst has the documents with id, "
+        "source and metadata, removed/*.jsonl.zst what was left out, by which step and why",
+    )
     deduplicate: bool = key(True, "older name: false is clean.dedup=none")
     workers: int | None = key(
         None, "processes that read and tokenize; null means one for each core this process may use", minimum=1

@@ -155,8 +155,9 @@ def _prepare_text(stages: TextStages, given: Tokenizer | None, folder: Path) -> 
         tokenizer = stages.tokenizer(selected, given)
         if stage == "select":
             return None
+        texts = stages.texts(selected, pool)
         encoded = stages.encode(selected, tokenizer, pool)
-    return stages.write(selected, tokenizer, encoded, folder), selected.first_bad
+    return stages.write(selected, tokenizer, encoded, texts, folder), selected.first_bad
 
 
 @contextmanager

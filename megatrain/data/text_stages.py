@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from megatrain.data.corpus.near_duplicates import NearDuplicates, drop_near_dupl
 from megatrain.data.corpus.passages import Passages, cut_passages
 from megatrain.data.corpus.recipe import StepReport
 from megatrain.data.corpus.selected import Selected, selected_folder
-from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.selection import TRAIN, Selection
 from megatrain.data.corpus.shard import ALL, Share
 from megatrain.data.corpus.source import Source
+from megatrain.data.corpus.text_files import REMOVED, TEXT, TextPart
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed import token_dtype
 from megatrain.data.preparation_summary import QUARANTINE, format_counts, num_bad
@@ -79,12 +81,12 @@ class TextStages:
             )
         if saved := Selected.load(self.work, self.key, shards):
             return saved
-        selection = Selection(shards, selected_folder(self.work) / "flags")
-        near = self._drop_duplicates(selection, counts)
-        selection, passages = self._cut_passages(selection, counts, pool)
+        documents = Selection(shards, selected_folder(self.work) / "flags")
+        near = self._drop_duplicates(documents, counts)
+        whole, passages = self._cut_passages(documents, counts, pool)
         reports = pipeline.total_reports(shards)
-        selection = self._split(selection, counts, reports, first_bad)
-        selected = Selected(selection, shards, counts, reports, near, first_bad, passages)
+        selection = self._split(whole, counts, reports, first_bad)
+        selected = Selected(documents, whole, selection, counts, reports, near, first_bad, passages)
         selected.save(self.work, self.key)
         return selected
 
@@ -125,7 +127,7 @@ class TextStages:
     ) -> Selection:
         """Decide what is held out, and count it. Raises `DataError` if nothing is left to train on."""
         data = self.config.data
-        kept = selection.num_documents - selection.count(DROPPED)
+        kept = selection.count(TRAIN)
         if not kept:
             first = f"; the first bad record: {first_bad}" if first_bad else ""
             removed = [f"{report.name} removed {format_counts(report.rules)}" for report in reports if report.rules]
@@ -165,7 +167,7 @@ class TextStages:
 
     def _tokenizer_key(self, selected: Selected, given: Tokenizer | None) -> str:
         of_given = [given.fingerprint, given.start(), given.end_of_document] if given else None
-        return json.dumps([[shard.key for shard in selected.cleaned], self.key, of_given])
+        return json.dumps([[shard.key for shard in selected.documents.shards], self.key, of_given])
 
     def _train_tokenizer(self, selection: Selection) -> Tokenizer:
         config = self.config
@@ -189,8 +191,14 @@ class TextStages:
             FillInTheMiddle.of(self.config, tokenizer),
         )
 
+    def texts(self, selected: Selected, pool: Workers, share: Share = ALL) -> list[TextPart]:
+        """Write a share of the text with `data.write_text`; none without."""
+        if not self.config.data.write_text:
+            return []
+        return pipeline.write_texts(selected.documents, selected.whole, pool, self.work / "text", share)
+
     def encode_selected(self, pool: Workers, share: Share) -> list[EncodedShard]:
-        """Encode a share of what another process selected.
+        """Encode a share of what another process selected, and write its text if asked.
 
         Raises `ConfigError` if none has for these settings, `DataError` if a cleaned shard is damaged.
         """
@@ -201,17 +209,29 @@ class TextStages:
                 f"launch.stage=encode: {self.work} has no selection of these settings and files; do launch.stage=clean "
                 "with every task and launch.stage=select first"
             )
-        for number, shard in enumerate(selected.selection.shards):
-            if share.has(number) and not shard.is_whole():
-                raise DataError(
-                    f"{shard.text_path}: damaged, it is not what was written; do launch.stage=clean and "
-                    "launch.stage=select again"
-                )
+        for shards in selected.shards():
+            for number, shard in enumerate(shards):
+                if share.has(number) and not shard.is_whole():
+                    raise DataError(
+                        f"{shard.text_path}: damaged, it is not what was written; do launch.stage=clean and "
+                        "launch.stage=select again"
+                    )
+        self.texts(selected, pool, share)
         return self.encode(selected, tokenizer, pool, share)
 
-    def write(self, selected: Selected, tokenizer: Tokenizer, encoded: list[EncodedShard], folder: Path) -> Card:
+    def write(
+        self,
+        selected: Selected,
+        tokenizer: Tokenizer,
+        encoded: list[EncodedShard],
+        texts: list[TextPart],
+        folder: Path,
+    ) -> Card:
         """Write the dataset but for its card into `folder`, and return the card."""
-        _join_quarantine(selected.cleaned, folder / QUARANTINE)
+        for number, part in enumerate(texts):
+            for kind in (TEXT, REMOVED):
+                part.place(kind, folder, number)
+        _join_quarantine(selected.documents.shards, folder / QUARANTINE)
         reports = [*selected.reports, *([selected.passages] if selected.passages else [])]
         _write_examples(reports, selected.near, folder / EXAMPLES)
         tokenizer.save(folder / "tokenizer")
@@ -242,7 +262,7 @@ def check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None
         )
 
 
-def _join_quarantine(shards: list[CleanedShard], path: Path) -> None:
+def _join_quarantine(shards: Sequence[CleanedShard], path: Path) -> None:
     """Write the bad records of all shards into one file, if there are any."""
     for shard in shards:
         if shard.quarantine_path.exists():

@@ -199,6 +199,8 @@ def check_source(config: DataConfig) -> None:
         raise ConfigError(
             f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"
         )
+    if config.kind == "megatron" and config.write_text:
+        raise ConfigError("data.write_text=true: data=megatron reads no text; leave data.write_text out")
     if config.kind == "huggingface" and config.hf_path is None:
         raise ConfigError("data.hf_path=null: data=huggingface needs a dataset; give its name on the hub or its folder")
 

@@ -36,7 +36,7 @@ from megatrain.config import CleanConfig, DataConfig, PrepareConfig
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import unpack
 from megatrain.data.corpus.near_duplicates import drop_near_duplicates
-from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.selection import TRAIN, Selection
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.worker_pool import Workers
 source, out, memory = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -55,7 +55,7 @@ with open(out / "kept.jsonl", "w", encoding="utf-8") as kept:
         flags = iter(selection.flags_of(number).tolist())
         for frame in shard.frames:
             for text in unpack(shard.text_path, frame):
-                if next(flags) != DROPPED:
+                if next(flags) == TRAIN:
                     kept.write(json.dumps({"text": text.decode()}) + "\\n")
 """
 

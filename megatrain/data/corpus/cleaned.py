@@ -2,14 +2,17 @@
 
 A shard is `<key>.text` (frames), `<key>.documents` (a `DOCUMENT` each) and `<key>.json`, which is written last and has
 the checksums of the others: a shard without it was interrupted. With `clean.dedup=minhash` there is `<key>.signatures`
-too, one MinHash signature a document. The key is a hash of all that determines the content,
+too, one MinHash signature a document; with `data.write_text` there are `<key>.about` and `<key>.removed`, compressed
+lines on each document and on each record that is none. The key is a hash of all that determines the content,
 so a shard can be used again by whatever preparation needs the same.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,16 @@ def unpack_frame(packed: bytes, documents: int) -> list[bytes]:
     return [data[int(end) - int(size) : int(end)] for end, size in zip(ends, sizes, strict=True)]
 
 
+def pack_lines(lines: list[bytes]) -> bytes:
+    """Compress lines into a frame; frames can follow one another."""
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(lines)) if lines else b""
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+
+
 class CleanedShard:
     """A finished cleaned shard, opened by its marker."""
 
@@ -95,6 +108,8 @@ class CleanedShard:
         self.signing: dict[str, Any] | None = content["signing"]
         self.num_documents: int = content["documents"]
         self.text_bytes: int = content["text_bytes"]
+        self.gone: list[int] = content["gone"]
+        """Of a shard without repeated passages: documents of the cleaned shard of which nothing was left."""
         self._hashes: dict[str, str] = content["hashes"]
 
     @staticmethod
@@ -130,6 +145,14 @@ class CleanedShard:
             return np.zeros(shape, SIGNATURE)
         return np.memmap(self.signatures_path, SIGNATURE, "r", shape=shape)
 
+    def about(self) -> Iterator[bytes]:
+        """Yield the line on each document, if they were kept."""
+        return _lines(self.text_path.with_suffix(".about"))
+
+    def removed(self) -> Iterator[bytes]:
+        """Yield the line on each record that is no document, if they were kept."""
+        return _lines(self.text_path.with_suffix(".removed"))
+
     def locate(self, document: int) -> tuple[Frame, int]:
         """Return the frame that holds a document, and the document's index in it."""
         for frame in self.frames:
@@ -142,14 +165,17 @@ class CleanedShard:
 class CleanedShardWriter:
     """Writes a cleaned shard; it exists once `finish` has been called. A killed writer's files are overwritten.
 
-    `signing` says how the documents' signatures are made, None if they have none.
+    `signing` says how the documents' signatures are made, None if they have none; `lines` are kept of the documents and
+    of what was removed if asked.
     """
 
-    def __init__(self, folder: Path, key: str, signing: dict[str, Any] | None = None) -> None:
-        self._folder, self._key, self._signing = folder, key, signing
+    def __init__(self, folder: Path, key: str, signing: dict[str, Any] | None = None, lines: bool = False) -> None:
+        self._folder, self._key, self._signing, self._with_lines = folder, key, signing, lines
         self._files = PartFiles(folder, key)
-        for ending in ("text", "documents", *(["signatures"] if signing else [])):
+        also = [*(["signatures"] if signing else []), *(["about", "removed"] if lines else [])]
+        for ending in ("text", "documents", *also):
             self._files[ending].write(b"")  # also if there are no documents
+        self.gone: list[int] = []
         self._frames: list[Frame] = []
         self._text_bytes = 0
         self._counts: Counter[str] = Counter()
@@ -165,6 +191,12 @@ class CleanedShardWriter:
             assert signatures is not None and signatures.dtype == SIGNATURE
             self._files["signatures"].write(signatures.tobytes())
         self._text_bytes += int(documents["size"].sum())
+
+    def add_lines(self, about: bytes, removed: bytes) -> None:
+        """Append `pack_lines` of lines on documents and on what was removed, if they are kept."""
+        if self._with_lines:
+            self._files["about"].write(about)
+            self._files["removed"].write(removed)
 
     def count(
         self, counts: dict[str, int], reports: list[StepReport], first_bad: str | None, quarantine: bytes
@@ -189,6 +221,7 @@ class CleanedShardWriter:
             "counts": dict(self._counts),
             "first_bad": self._first_bad,
             "signing": self._signing,
+            "gone": self.gone,
             "hashes": self._files.finish(),
         }
         write_atomically(self._folder / f"{self._key}.json", json.dumps(content) + "\n")

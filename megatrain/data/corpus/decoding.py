@@ -14,7 +14,7 @@ from megatrain.data.corpus.compressed import SUFFIXES, archive_kind
 from megatrain.data.corpus.conversations import find_conversation, render
 from megatrain.data.corpus.html_bytes import decode_html
 from megatrain.data.corpus.normalise import normalise
-from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record
+from megatrain.data.corpus.record import BadRecordError, LeftOutError, Policy, Problem, Record, identity
 from megatrain.data.corpus.wikipedia import wikitext_to_text
 from megatrain.errors import DataError
 
@@ -38,6 +38,7 @@ class Decoded:
     undecodable: bool
     kind: str | None
     id: str | None = None
+    source: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +52,7 @@ def decode(record: Record, policy: Policy) -> Decoded:
     if record.problem:
         raise BadRecordError(record.problem)
     payload, bad, at = record.payload, False, ""
-    decoded = Decoded("", False, record.kind, record.id, record.metadata)
+    decoded = Decoded("", False, record.kind, record.id, record.source, record.metadata)
     if isinstance(payload, bytes):
         if record.kind in _FILES and (problem := no_text(payload)):
             raise LeftOutError(problem.kind) if record.kind == "code" else BadRecordError(problem)
@@ -136,17 +137,16 @@ def _from_json(line: str, column: str, decoded: Decoded) -> str:
         raise BadRecordError(Problem("not_json", f"not a line of JSON ({error})")) from error
     if not isinstance(value, dict):
         raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
+    conversation = find_conversation(value, column)
+    held = column if column in value else column.partition(".")[0]
+    rest = {name: other for name, other in value.items() if name != held and other is not conversation}
+    own, source, decoded.metadata = identity(rest)
+    decoded.id, decoded.source = own or decoded.id, source or decoded.source
     text = find_text(value, column)
     if isinstance(text, Problem):
-        raise BadRecordError(text)
-    if isinstance(value.get("id"), (str, int)):
-        decoded.id = str(value["id"])
-    conversation = find_conversation(value, column)
+        raise BadRecordError(text, decoded.id)
     if conversation is not None:
         decoded.kind = "conversation"
-    decoded.metadata = {
-        name: other for name, other in value.items() if name not in ("id", column) and other is not conversation
-    }
     return str(text)
 
 

@@ -13,16 +13,15 @@ from typing import Any, ClassVar
 class Document:
     """A document: its text, which steps may change, and what its source knows of it.
 
-    `id` is the record's own, or where it was read. `markup` says that `text` is HTML. `language` is a code such as `en`
+    `id` and `source` are the record's. `markup` says that `text` is HTML. `language` is a code such as `en`
     or `zh`, once it is known. `metadata` holds other fields that the source gives, such as a file's `path` or the `url`
-    of a page.
-    `counts` is what the step at work has changed so far. `split` is kept by `splitting.py`: the text, language and
-    words of its last call.
+    of a page. `removal` is the step that removed it, and why. `counts` is what the step at work has changed so far.
+    `split` is kept by `splitting.py`: the text, language and words of its last call.
 
     `kind` is what it was read as, such as `conversation`. `augmented` names the steps that augmented it, and its `id`
-    does too. `original` is the document as it was before the present step augmented it, if it is to be kept; those that
-    are kept are in `originals`. `memory` is shared by the documents of a chunk: what a step wants to know of those
-    before. Chunks depend on the files alone.
+    does too. `original` is the document as it was before the present step augmented it, if it is to be kept; later
+    steps worked on those in `originals`. `memory` is shared by the documents of a chunk: what a step wants to know of
+    those before. Chunks depend on the files alone.
     """
 
     text: str
@@ -30,6 +29,8 @@ class Document:
     markup: bool = False
     language: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    removal: tuple[str, Removal] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     split: tuple[str, str, list[str]] | None = field(default=None, repr=False, compare=False)
     kind: str | None = None

@@ -11,14 +11,14 @@ import numpy as np
 
 from megatrain.data.corpus.cleaned import Frame, unpack
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
-from megatrain.data.corpus.selection import DROPPED, TRAIN
+from megatrain.data.corpus.selection import HELDOUT, TRAIN
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A frame of `text`, a flag per document (`DROPPED` or its split's number), and the tokenizer and dtype to use.
+    """A frame of `text`, a flag per document (of `selection.py`), and the tokenizer and dtype to use.
 
     `fim` rearranges documents of the train split.
     """
@@ -60,7 +60,7 @@ def encode_chunk(task: EncodeTask) -> Encoded:
     total = 0
     for flag, text in zip(task.flags, unpack(task.text, task.frame), strict=True):
         total += len(text)
-        if flag == DROPPED:
+        if flag not in (TRAIN, HELDOUT):
             continue
         ids = task.fim.encode(text.decode(), encode) if task.fim and flag == TRAIN else encode(text.decode())
         arrays, lengths, size = found.get(flag, ([], [], 0))

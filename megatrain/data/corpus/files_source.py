@@ -111,9 +111,9 @@ class FilesSource(Source):
             before = self.progress.bytes
             last = None
             try:
-                for record in self._read(path, shard.start, shard.stop):
+                for number, record in enumerate(self._read(path, shard.start, shard.stop), start=1):
                     last = record.where
-                    yield record
+                    yield record.within(str(path), shard.start, number)
             except ERRORS as error:
                 raise _damaged(path, error, last) from error
             except OSError as error:
@@ -160,7 +160,9 @@ class FilesSource(Source):
     ) -> Iterator[Record]:
         """Yield the pages of a WARC or WET file or of a dump."""
         for record in read(file, str(path), self.config.max_document_bytes):
-            yield self.too_long(record.where) if record.oversized else record
+            if record.oversized:
+                self.too_long(record.where)
+            yield record
 
     def _lines(self, path: Path, file: BinaryIO) -> Iterator[Record]:
         """Yield the lines of a `.jsonl`, with at most `data.max_document_bytes` in memory."""
@@ -228,7 +230,7 @@ class FilesSource(Source):
                 for batch in file.iter_batches(64, row_groups=groups, columns=column.columns):
                     for value, whole, metadata in column.rows(batch):
                         row += 1
-                        yield from self.field(value, f"{path}:{row}", whole, kind=column.kind, metadata=metadata)
+                        yield from self.field(value, f"{path}:{row}", whole, column.kind, metadata)
                     if not start:
                         self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

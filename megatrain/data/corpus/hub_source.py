@@ -92,7 +92,8 @@ class HuggingFaceSource(Source):
                     self.progress.bytes += 0 if isinstance(text, Problem) else num_bytes(text)
                     kind = None if find_conversation(row, column) is None else "conversation"
                     metadata = {name: row[name] for name in METADATA if name in row and name != column}
-                    yield from self.field(text, f"{path}, row {number}", row, kind=kind, metadata=metadata)
+                    for record in self.field(text, f"{path}, row {number}", row, kind, metadata):
+                        yield record.within(str(self.config.hf_path), shard.start, number)
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatrain.config.clean_config import MinhashConfig
 from megatrain.data.corpus.cleaned import unpack
-from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.selection import DROPPED, NEAR_DUPLICATE, Selection
 from megatrain.data.corpus.signatures import Signing, jaccard
 from megatrain.data.corpus.words import mix
 from megatrain.errors import DataError
@@ -86,7 +86,7 @@ def drop_near_duplicates(
             sample = _sample(sample, pairs[alike])
     shutil.rmtree(folder)
     members, heads = clusters.members()
-    selection.flags[members] = DROPPED
+    selection.flags[members] = NEAR_DUPLICATE
     _count(report, heads)
     _check(report, selection, sample[:, 1:].astype(np.int64), config)
     report.examples = _examples(selection, members, heads, config)

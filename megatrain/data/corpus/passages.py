@@ -22,14 +22,14 @@ from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, Fram
 from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.part_files import closing_writers, remove_others
 from megatrain.data.corpus.recipe import StepReport, add_reports, run_recipe
-from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.selection import HELDOUT, TRAIN, Selection
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.progress_line import Meter
 
 SEPARATORS = {"lines": re.compile(r"(\n)"), "paragraphs": re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")}
 """What separates passages, by the value of `clean.dedup_passages`."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when other passages are cut out of the same documents."""
 _ROW = np.dtype([("hash", "<u8", (2,)), ("place", "<u8")])
 """The xxh3-128 of a passage, and its number among all passages of the corpus that count."""
@@ -66,15 +66,18 @@ class _Task:
     def texts(self) -> Iterator[tuple[int, str]]:
         """Yield the documents that are kept, and their numbers."""
         for at, (flag, text) in enumerate(zip(self.flags, unpack(self.path, self.frame), strict=True)):
-            if flag != DROPPED:
+            if flag in (TRAIN, HELDOUT):
                 yield self.first + at, text.decode()
 
 
 @dataclass(frozen=True)
 class _Cut:
+    """A frame without the later passages, `describe` of its documents, and the numbers of those that are gone."""
+
     frame: bytes
     documents: np.ndarray
     report: StepReport
+    gone: list[int]
 
 
 def cut_passages(
@@ -218,9 +221,14 @@ def _cut_frame(task: _Task) -> _Cut:
     """Cut the later passages out of a frame's documents."""
     report = StepReport(f"duplicate_{task.passages.unit}")
     recipe = (_Cutter(task.passages, iter(task.later)),)
-    documents = (Document(text, str(number)) for number, text in task.texts())
-    texts = [one.text.encode() for one in documents if run_recipe(recipe, one, [report], task.seed)]
-    return _Cut(pack(texts), describe(texts, task.seed), report)
+    texts, gone = [], []
+    for number, text in task.texts():
+        document = Document(text, str(number))
+        if run_recipe(recipe, document, [report], task.seed):
+            texts.append(document.text.encode())
+        else:
+            gone.append(number)
+    return _Cut(pack(texts), describe(texts, task.seed), report, gone)
 
 
 def _joined(passages: list[str], separators: list[str], cut: list[bool]) -> str:
@@ -270,6 +278,7 @@ def _cut(
             if len(result.documents):
                 writer.add(result.frame, result.documents)
             writer.count({}, [result.report], None, b"")
+            writer.gone += [one - selection.starts[number] for one in result.gone]
             if last:
                 done[number] = writer.finish()
             written += result.report.bytes_in

@@ -30,10 +30,11 @@ from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.part_files import closing_writers, remove_others
 from megatrain.data.corpus.recipe import StepReport, add_reports, build_recipe, settings_of
 from megatrain.data.corpus.record import Policy, Record
-from megatrain.data.corpus.selection import DROPPED, HELDOUT, TRAIN, Selection
+from megatrain.data.corpus.selection import HELDOUT, TRAIN, Selection, is_kept
 from megatrain.data.corpus.shard import ALL, Shard, Share
 from megatrain.data.corpus.signatures import Signing
 from megatrain.data.corpus.source import Source
+from megatrain.data.corpus.text_files import TextPart, TextTask, write_text
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed import IndexedWriter
 from megatrain.data.progress_line import Meter
@@ -42,7 +43,7 @@ from megatrain.errors import DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")
@@ -91,13 +92,13 @@ def clean_source(
                 key = _clean_key(shard, left, settings, data.on_bad_record)
                 for step in recipe:
                     step.share(folder.parent / "tables")
-                writer = CleanedShardWriter(folder, key, settings["signing"])
+                writer = CleanedShardWriter(folder, key, settings["signing"], data.write_text)
                 cleaned.append(None)
                 for chunk, last in _marking_last(chunks(itertools.islice(source.read(shard), left))):
                     if left is not None:
                         left -= len(chunk)
                     coming.append((len(cleaned) - 1, writer, last))
-                    yield CleanTask(chunk, policy, recipe, config.seed, signing)
+                    yield CleanTask(chunk, policy, recipe, config.seed, signing, data.write_text)
             if shard.num_bytes:  # the hub does not say
                 source.progress.bytes = before + shard.num_bytes
 
@@ -106,6 +107,7 @@ def clean_source(
             number, writer, last = coming.popleft()
             if len(result.documents):
                 writer.add(result.frame, result.documents, result.signatures)
+            writer.add_lines(result.about, result.removed)
             writer.count(result.counts, result.reports, result.first_bad, result.quarantine)
             if last:
                 cleaned[number] = writer.finish()
@@ -159,7 +161,10 @@ def _find_cleaned(
     return None
 
 
-_CLEANS = ("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable")
+_CLEANS = (
+    *("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable"),
+    "write_text",
+)
 
 
 _CLEANING_LIBRARIES = (
@@ -218,7 +223,7 @@ def cut_in_two(shards: Sequence[CleanedShard], selection: Selection, fraction: f
 
     Raises `DataError` if the document is a single character.
     """
-    number, index = selection.locate(int(np.flatnonzero(selection.flags != DROPPED)[0]))
+    number, index = selection.locate(int(np.flatnonzero(is_kept(selection.flags))[0]))
     only = shards[number]
     frame, at_in_frame = only.locate(index)
     text = unpack(only.text_path, frame)[at_in_frame].decode()
@@ -316,6 +321,38 @@ def encode_selection(
     if share.is_whole:
         remove_others(folder, {shard.key for shard in finished_shards})
     return finished_shards
+
+
+def write_texts(
+    documents: Selection, whole: Selection, pool: Workers, folder: Path, share: Share = ALL
+) -> list[TextPart]:
+    """Write the text of every shard into `folder`, or of a task's share, and return the parts in corpus order.
+
+    `documents` is the selection among the cleaned shards, `whole` the one without repeated passages.
+    """
+    folder.mkdir(exist_ok=True)
+    mine = [number for number in range(len(documents.shards)) if share.has(number)]
+    keys: list[str] = []
+    done = 0
+
+    def tasks() -> Iterator[TextTask]:
+        nonlocal done
+        for number in mine:
+            pairs = [(one.shards[number], one.flags_of(number).tobytes()) for one in (documents, whole)]
+            hashes = [(shard.key, xxhash.xxh3_128_hexdigest(flags)) for shard, flags in pairs]
+            keys.append(_key(hashes, versions(["zstandard"])))
+            if TextPart.find(folder, keys[-1]):
+                done += pairs[1][0].text_bytes
+            else:
+                yield TextTask(*pairs[0], *pairs[1], folder, keys[-1])
+
+    with Meter("writing", sum(whole.shards[number].text_bytes for number in mine)) as meter:
+        for size in pool.map(write_text, tasks()):
+            done += size
+            meter.update(done)
+    if share.is_whole:
+        remove_others(folder, set(keys))
+    return [TextPart(folder, key) for key in keys]
 
 
 def join(shards: Sequence[EncodedShard], split: int, prefix: Path, dtype: np.dtype) -> tuple[IndexedWriter, int] | None:

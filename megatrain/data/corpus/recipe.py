@@ -115,8 +115,8 @@ def add_reports(total: list[StepReport], more: Iterable[StepReport]) -> None:
 def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepReport], seed: int) -> bool:
     """Let each step work on the document and report it; return whether it is kept.
 
-    Where a step keeps the original beside the augmented text, the steps after it work on both; originals that are kept
-    are in `document.originals`.
+    Where a step keeps the original beside the augmented text, the steps after it work on both; the originals are in
+    `document.originals`, and those that a step removed have a `removal`.
     """
     masks = [step for step in recipe if isinstance(step, PersonalData)]
     size = _size(document.text)
@@ -130,6 +130,7 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
         if document.counts:
             report.changes = dict(Counter(report.changes) + document.counts)
         if removal is not None:
+            document.removal = report.name, removal
             report.rules[removal.rule] = report.rules.get(removal.rule, 0) + 1
             shown |= {"rule": removal.rule, "detail": removal.detail}
             _show(report, document, seed, shown, masks)
@@ -140,8 +141,8 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
             report.added += 1
             report.documents_out += 1
             report.bytes_out += size
-            kept = run_recipe(recipe[place:], original, reports[place:], seed)
-            document.originals += [*original.originals, *([original] if kept else [])]
+            run_recipe(recipe[place:], original, reports[place:], seed)
+            document.originals += [*original.originals, original]
         if document.text is not before and document.text != before:
             size = _size(document.text)
             report.changed += 1

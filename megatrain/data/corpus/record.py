@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 METADATA = (
-    *("url", "path", "max_stars_repo_path", "lang", "programming_language"),
+    *("id", "source", "url", "path", "max_stars_repo_path", "lang", "language", "programming_language"),
     *("license", "licenses", "detected_licenses", "max_stars_repo_licenses"),
 )
-"""Columns of a table that go along with its text, because cleaning steps read them. JSON's fields go along all."""
+"""Columns of a table that go along with its text: its id, and what cleaning steps read. JSON's fields go along all."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Record:
     `payload` is bytes, or text from a column. `kind` says how it is decoded: `json` is an object whose `text_column` is
     the text, `wikipedia` the wikitext of a page, `text`, `html` and `code` a file, `warc` a page of a crawl; others are
     text as they are. With `markup` it is HTML in any encoding; `charset` is what its server said. `where` is its file,
-    or file:line. `id` is the source's own name for it, `metadata` what else the source knows.
+    or file:line. `id` is its own name, else `<source>/<start of the shard>/<number>`; `source` is the file or dataset
+    that it is from, or what a field of that name says. `metadata` is what else is known of it.
     `charset` is what a server named, `namespaces` are a wiki's own names for its files and categories.
 
     `problem` is what the source found wrong with it. An `oversized` record has no payload, because it was longer than
@@ -46,6 +47,11 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
     charset: str | None = None
     namespaces: tuple[str, ...] = ()
+    source: str = ""
+
+    def within(self, source: str, start: int, number: int) -> Record:
+        """Return the record with the source it was read from, and an id if it has none: its place in a shard."""
+        return replace(self, source=self.source or source, id=self.id or f"{source}/{start}/{number}")
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,28 @@ class Policy:
     on_bad_record: str = "stop"
 
 
-class BadRecordError(Exception):
-    """A record without text. Never leaves this room: `on_bad_record` decides what becomes of it."""
+def identity(fields: dict[str, Any]) -> tuple[str | None, str, dict[str, Any]]:
+    """Return the id and the source that the fields of a record name (None and empty if none), and the other fields.
 
-    def __init__(self, problem: Problem) -> None:
+    An object `metadata` counts as fields: so datatrove and Dolma write them, and `data.write_text` too.
+    """
+    others = {name: value for name, value in fields.items() if name not in ("id", "source")}
+    if isinstance(others.get("metadata"), dict):
+        others = others.pop("metadata") | others
+    own, source = fields.get("id"), fields.get("source")
+    named = isinstance(own, (str, int)) and not isinstance(own, bool) and own != ""
+    return str(own) if named else None, source if isinstance(source, str) else "", others
+
+
+class BadRecordError(Exception):
+    """A record without text. Never leaves this room: `on_bad_record` decides what becomes of it.
+
+    `id` is its own, if that could be read.
+    """
+
+    def __init__(self, problem: Problem, id: str | None = None) -> None:
         super().__init__(problem.message)
-        self.problem = problem
+        self.problem, self.id = problem, id
 
 
 class LeftOutError(Exception):

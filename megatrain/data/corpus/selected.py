@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,33 +24,38 @@ _FOLDER, _MARKER = "selected", "selected.json"
 
 @dataclass
 class Selected:
-    """The selection, the counts and reports of cleaning, near duplicates if they were looked for, the first bad record.
+    """The selection to encode, the counts and reports of cleaning, what was found of duplicates, the first bad record.
 
-    `cleaned` are the cleaned shards in corpus order. They are those of `selection`, unless its only document was cut in
-    two, or repeated passages were cut out: then `passages` reports that.
+    `documents` is the selection among the cleaned shards, and `whole` that without repeated passages: the same one,
+    unless some were cut out; then `passages` reports that. `selection` is `whole`, unless its only document was cut in
+    two.
     """
 
+    documents: Selection
+    whole: Selection
     selection: Selection
-    cleaned: list[CleanedShard]
     counts: Counter[str]
     reports: list[StepReport]
     near: NearDuplicates | None
     first_bad: str | None
     passages: StepReport | None = None
 
+    def shards(self) -> list[Sequence[CleanedShard]]:
+        """Return the shards of each of the selections, those of equal ones once."""
+        return [one.shards for one in {id(one): one for one in (self.documents, self.whole, self.selection)}.values()]
+
     def save(self, work: Path, key: str) -> None:
         """Save it. `key` stands for all that decides it, but for the contents of the cleaned shards."""
         content = {
             "key": key,
-            "shards": [(shard.text_path.parent.name, shard.key) for shard in self.selection.shards],
-            "cleaned": [shard.key for shard in self.cleaned],
+            "documents": _saved(self.documents),
+            "whole": _saved(self.whole),
+            "selection": _saved(self.selection),
             "counts": dict(self.counts),
             "reports": [asdict(report) for report in self.reports],
             "near": asdict(self.near) if self.near else None,
             "first_bad": self.first_bad,
             "passages": asdict(self.passages) if self.passages else None,
-            "flags": self.selection.path.name,
-            "hash": self.selection.hash_flags(),
         }
         write_atomically(selected_folder(work) / _MARKER, json.dumps(content) + "\n")
 
@@ -59,17 +65,17 @@ class Selected:
         folder = selected_folder(work)
         try:
             content: dict[str, Any] = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-            if content["key"] != key or (cleaned and content["cleaned"] != [shard.key for shard in cleaned]):
+            if content["key"] != key:
                 return None
-            names = [("cleaned", name) for name in content["cleaned"]]
-            chosen = [(parent, name) for parent, name in content["shards"]]
-            shards = {one: CleanedShard(work / one[0], one[1]) for one in {*chosen, *names}}
-            selection = Selection([shards[one] for one in chosen], folder / content["flags"], decided=True)
-            if selection.hash_flags() != content["hash"]:
+            documents = _load(work, content["documents"])
+            if cleaned and [shard.key for shard in documents.shards] != [shard.key for shard in cleaned]:
                 return None
+            whole = documents if content["whole"] == content["documents"] else _load(work, content["whole"])
+            same = content["selection"] == content["whole"]
             return Selected(
-                selection,
-                [shards[one] for one in names],
+                documents,
+                whole,
+                whole if same else _load(work, content["selection"]),
                 Counter(content["counts"]),
                 [StepReport(**report) for report in content["reports"]],
                 NearDuplicates(**content["near"]) if content["near"] else None,
@@ -78,6 +84,20 @@ class Selected:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _saved(selection: Selection) -> dict[str, Any]:
+    shards = [[shard.text_path.parent.name, shard.key] for shard in selection.shards]
+    return {"shards": shards, "flags": selection.path.name, "hash": selection.hash_flags()}
+
+
+def _load(work: Path, saved: dict[str, Any]) -> Selection:
+    """Open a saved selection. Raises `ValueError` if its flags are not what was saved."""
+    shards = [CleanedShard(work / parent, key) for parent, key in saved["shards"]]
+    selection = Selection(shards, selected_folder(work) / saved["flags"], decided=True)
+    if selection.hash_flags() != saved["hash"]:
+        raise ValueError("the flags are not what was saved")
+    return selection
 
 
 def selected_folder(work: Path) -> Path:

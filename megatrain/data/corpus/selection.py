@@ -15,7 +15,8 @@ import xxhash
 
 from megatrain.data.corpus.cleaned import CleanedShard
 
-DROPPED, TRAIN, HELDOUT = 0, 1, 2
+DROPPED, TRAIN, HELDOUT, NEAR_DUPLICATE = 0, 1, 2, 3
+"""Flags: an exact duplicate, those that are kept, and a near duplicate."""
 
 _BYTES_A_DOCUMENT = 96  # of memory, while duplicates are sorted
 
@@ -79,7 +80,7 @@ class Selection:
         highest: tuple[int, int] | None = None  # the same for the one to hold out last
         for number, shard in enumerate(self.shards):
             flags, draws = self.flags_of(number), shard.documents()["heldout_draw"]
-            kept = np.flatnonzero(flags != DROPPED)
+            kept = np.flatnonzero(is_kept(flags))
             if not len(kept):
                 continue
             flags[kept] = np.where(draws[kept] < below, HELDOUT, TRAIN)
@@ -113,3 +114,9 @@ class Selection:
             before = np.cumsum(both["size"]) - both["size"]
             taken = both[before < budget]
         return [sorted(taken["document"][taken["shard"] == number].tolist()) for number in range(len(self.shards))]
+
+
+def is_kept(flags: np.ndarray) -> np.ndarray:
+    """Return whether each flag is one of a document that is kept, to train on or held out."""
+    kept: np.ndarray = (flags == TRAIN) | (flags == HELDOUT)
+    return kept

@@ -10,12 +10,12 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatrain.config import DataConfig
-from megatrain.data.corpus.record import Problem, Record
+from megatrain.data.corpus.record import Problem, Record, identity
 from megatrain.data.corpus.shard import Shard
 from megatrain.errors import DataError, EnvironmentFault
 
@@ -70,19 +70,23 @@ class Source(ABC):
     def bounded(self, text: bytes | str, where: str, **about: Any) -> Iterator[Record]:
         """Yield a text as one document, unless it is too long. `about` has further fields of the record."""
         if num_bytes(text) > self.config.max_document_bytes:
-            yield self.too_long(where)
+            yield replace(self.too_long(where), **about)
         else:
             yield Record(text, where, **about)
 
-    def field(self, value: str | bytes | Problem, where: str, whole: Any, **about: Any) -> Iterator[Record]:
-        """Yield the text of a record's field, or the record `whole` with its problem; `about` as of `bounded`."""
+    def field(
+        self, value: str | bytes | Problem, where: str, whole: Any, kind: str | None, fields: dict[str, Any]
+    ) -> Iterator[Record]:
+        """Yield the text of a row, or the row `whole` with its problem. `fields` are its other columns to keep."""
+        own, source, metadata = identity(fields)
         if isinstance(value, Problem):
-            yield Record(json.dumps(whole, default=str), where, problem=value)
+            yield Record(json.dumps(whole, default=str), where, problem=value, id=own, source=source)
         else:
-            yield from self.bounded(value, where, **about)
+            yield from self.bounded(value, where, kind=kind, id=own, source=source, metadata=metadata)
 
     def whole_file(self, file: BinaryIO, path: Path, **about: Any) -> Iterator[Record]:
-        """Yield an open file as one document, with its path as metadata."""
+        """Yield an open file as one document; its path is its id, and in its metadata."""
+        about["id"] = str(path)
         about["metadata"] = {"path": str(path)} | about.get("metadata", {})
         yield from self.bounded(file.read(self.config.max_document_bytes + 1), str(path), **about)
 

@@ -57,5 +57,6 @@ class StdlibSource(Source):
         """Yield the files."""
         for path in map(Path, shard.paths):
             with open(path, "rb") as file:
-                yield from self.whole_file(file, path)
+                for record in self.whole_file(file, path):
+                    yield record.within(str(path), 0, 1)
             self.progress.bytes += path.stat().st_size

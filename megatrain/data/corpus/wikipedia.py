@@ -137,8 +137,8 @@ def _no_dump(name: str, what: str) -> Record:
 def _record(page: _Page, name: str, limit: int, namespaces: tuple[str, ...]) -> Record:
     title = page.get("title")
     where = f"{name}, page {title!r}"
-    about: dict[str, Any] = {"kind": "wikipedia", "id": title}
-    about["metadata"] = {"title": title, "page": page.get("id"), "date": page.get("timestamp")}
+    about: dict[str, Any] = {"kind": "wikipedia", "id": page.get("id") or title}
+    about["metadata"] = {"title": title, "date": page.get("timestamp")}
     if page.get("ns") not in ("", "0"):
         return Record("", where, left_out="other_namespace", **about)
     if page.redirect:

@@ -27,12 +27,7 @@ TEXT = "System: Be brief.\n\nUser: 你好! What is 2 + 2?\n\nAssistant: 4"
 
 def test_messages_of_either_layout_are_written_by_the_same_template():
     decoded = read({"id": "c7", "messages": MESSAGES, "source": "made"})
-    assert (decoded.text, decoded.kind, decoded.id, decoded.metadata) == (
-        TEXT,
-        "conversation",
-        "c7",
-        {"source": "made"},
-    )
+    assert (decoded.text, decoded.kind, decoded.id, decoded.source) == (TEXT, "conversation", "c7", "made")
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [{"from": names[one["role"]], "value": one["content"]} for one in MESSAGES]
     assert read({"conversations": shared}).text == TEXT

@@ -13,7 +13,7 @@ from megatrain.data.card import Card
 from megatrain.data.corpus import near_duplicates, pipeline
 from megatrain.data.corpus.cleaned import CleanedShardWriter, describe, pack
 from megatrain.data.corpus.near_duplicates import drop_near_duplicates
-from megatrain.data.corpus.selection import DROPPED, Selection
+from megatrain.data.corpus.selection import DROPPED, NEAR_DUPLICATE, TRAIN, Selection
 from megatrain.data.corpus.signatures import Signing, jaccard, sign
 from megatrain.data.corpus.words import split
 from megatrain.data.preparation import prepare
@@ -145,7 +145,7 @@ def test_planted_copies_are_found_and_others_are_kept(tmp_path, planted):
     close = [number for number in copies if true_jaccard(texts[number], texts[kept[number]]) >= 0.9]
     assert len(close) > 100
     flags, report = found(tmp_path / "s", [texts])
-    dropped = {number for number, flag in enumerate(flags) if flag == DROPPED}
+    dropped = {number for number, flag in enumerate(flags) if flag == NEAR_DUPLICATE}
     assert len(dropped & set(close)) >= 0.97 * len(close)
     assert len(dropped & set(copies)) >= 0.99 * len(dropped)
     assert report.documents == len(dropped)
@@ -160,7 +160,7 @@ def test_unrelated_and_merely_related_documents_are_kept(tmp_path):
         words = words_of(random_, 100)
         texts += [" ".join(words), " ".join(words[:70] + words_of(random_, 30))]
     flags, report = found(tmp_path / "s", [texts])
-    assert flags.count(DROPPED) <= 0.01 * len(texts)
+    assert flags.count(NEAR_DUPLICATE) <= 0.01 * len(texts)
     assert report.rejected >= 1 and report.rejected + report.documents <= report.compared
 
 
@@ -180,7 +180,7 @@ def test_exact_duplicates_go_first_and_documents_without_words_are_no_duplicates
     text = " ".join(words_of(random.Random(6), 100))
     texts = ["...", text, text, "--", text.replace("w", "W", 1), "!"]
     flags, report = found(tmp_path / "s", [texts])
-    assert flags == [1, 1, DROPPED, 1, DROPPED, 1]
+    assert flags == [1, 1, DROPPED, 1, NEAR_DUPLICATE, 1]
     assert (report.documents, report.clusters, report.largest) == (1, 1, 2)
 
 
@@ -195,7 +195,7 @@ def test_a_chain_is_one_cluster_and_the_largest_clusters_are_shown(tmp_path):
     texts[3], texts[13] = texts[13], texts[3]
     flags, report = found(tmp_path / "s", [texts])
     assert true_jaccard(texts[0], texts[11]) < 0.5
-    assert [number for number, flag in enumerate(flags) if flag != DROPPED] == [0, 3, 14]
+    assert [number for number, flag in enumerate(flags) if flag == TRAIN] == [0, 3, 14]
     assert (report.documents, report.clusters, report.largest) == (12, 2, 12)
     assert report.sizes == {"2": 1, "8": 1}
     largest, other = report.examples
@@ -214,7 +214,7 @@ def test_each_document_is_compared_with_the_first_of_its_band_and_the_one_before
     writer.add(pack(texts), describe(texts, 5), np.array(rows, np.uint32))
     selection = Selection([writer.finish()], tmp_path / "flags")
     report = drop_near_duplicates(selection, config, signing, 2**30, tmp_path / "bands")
-    assert selection.flags.tolist() == [1, 1, 1, 1, DROPPED]
+    assert selection.flags.tolist() == [1, 1, 1, 1, NEAR_DUPLICATE]
     assert (report.compared, report.rejected) == (9, 6)
 
 

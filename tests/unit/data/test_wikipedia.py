@@ -36,13 +36,16 @@ def test_articles_are_read_with_their_titles_and_others_left_out_by_reason():
     found = records(DUMP_HEAD + "".join(PAGES) + DUMP_TAIL)
     assert texts(found) == ["An apple is a fruit & more.", "苹果是一种水果。"]
     assert [one.left_out for one in found] == [None, "redirect", "other_namespace", None]
-    assert found[3].id == "苹果" and found[3].where == "a.xml, page '苹果'"
-    assert found[0].metadata == {"title": "Apple", "page": "1", "date": "2026-11-01T00:00:00Z"}
+    assert found[3].id == "4" and found[3].where == "a.xml, page '苹果'"
+    assert found[0].metadata == {"title": "Apple", "date": "2026-11-01T00:00:00Z"}
 
 
 def test_a_page_beyond_the_limit_is_oversized_and_the_next_is_read():
     found = records(DUMP_HEAD + wiki_page("Long", "x" * 1500) + wiki_page("Short", "x" * 900) + DUMP_TAIL)
-    assert [(one.id, one.oversized) for one in found] == [("Long", True), ("Short", False)]
+    assert [(one.where, one.oversized) for one in found] == [
+        ("a.xml, page 'Long'", True),
+        ("a.xml, page 'Short'", False),
+    ]
 
 
 def test_of_several_revisions_the_last_is_read():
