@@ -255,7 +255,7 @@ def test_threads_and_hash_seeds_change_no_byte(corpus, kind):
 def test_bad_records_are_left_out_or_refused_as_in_prepare(corpus, capsys):
     with (corpus / "web" / "a.jsonl").open("a") as file:
         file.write("{bad\n" * 5)
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="not a line of JSON"):
         drawn(of_files(corpus))
     assert len(list(drawn(of_files(corpus, "data.on_bad_record=skip")))) == 300
     assert "5 bad records are left out" in capsys.readouterr().err
