@@ -3,18 +3,23 @@
 import gzip
 import json
 import os
+import pickle
 import random
+import tracemalloc
 
+import numpy as np
 import pytest
 import yaml
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card, made_by
-from megatrain.data.corpus import evaluation_sets, words
+from megatrain.data.corpus import evaluation_sets, ngram_table, words
 from megatrain.data.corpus.document import Document
-from megatrain.data.corpus.evaluation_sets import NgramTable, find_sets
+from megatrain.data.corpus.evaluation_sets import find_sets
+from megatrain.data.corpus.ngram_table import NgramTable, write_table
 from megatrain.data.corpus.recipe import build_recipe, settings_of
 from megatrain.data.corpus.words import split
+from megatrain.data.indexed import hash_file
 from megatrain.data.preparation import prepare
 from megatrain.errors import ConfigError, DataError
 
@@ -35,6 +40,11 @@ def sets(tmp_path):
     return [str(tmp_path / "quiz.jsonl"), str(tmp_path / "poem.txt")]
 
 
+def made(sets, size, folder):
+    write_table(find_sets(sets), size, folder)
+    return NgramTable(folder)
+
+
 def reference(texts_by_set, document, size):
     """Return the word places at which an n-gram begins that a set has, by set and length, as plain tuples."""
     words = split(document)
@@ -52,9 +62,11 @@ def reference(texts_by_set, document, size):
     return found
 
 
+@pytest.mark.parametrize("batch", [2**21, 1])
 @pytest.mark.parametrize("size", [2, 9, 13])
-def test_the_hits_are_those_of_a_search_word_by_word(tmp_path, size):
-    """Sets overlap, texts are shorter and longer than an n-gram, and words recur."""
+def test_the_hits_are_those_of_a_search_word_by_word(tmp_path, monkeypatch, size, batch):
+    """Sets overlap, texts are shorter and longer than an n-gram, words recur, and batches are cut anywhere."""
+    monkeypatch.setattr(ngram_table, "_BATCH", batch)
     random_ = random.Random(size)
 
     def text(count):
@@ -65,7 +77,7 @@ def test_the_hits_are_those_of_a_search_word_by_word(tmp_path, size):
     texts[2][:3] = texts[1][:3]
     for number, part in enumerate(texts):
         (tmp_path / f"s{number}.json").write_text(json.dumps(part))
-    table = NgramTable(find_sets([str(tmp_path / f"s{number}.json") for number in range(3)]), size)
+    table = made([str(tmp_path / f"s{number}.json") for number in range(3)], size, tmp_path / "table")
     total = 0
     for _ in range(60):
         document = " ".join([text(30), random_.choice(random_.choice(texts)).lower(), text(30), "end."])
@@ -89,7 +101,44 @@ def test_a_document_with_a_question_is_dropped_whatever_its_case_and_spacing(set
     assert clean.apply(Document(f"x {poem} y", "c")).rule == "poem"
 
 
-def test_an_equal_hash_of_other_words_is_no_hit(sets, monkeypatch):
+def test_a_table_is_built_in_bounded_memory_and_mapped_by_workers(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": " ".join(f"w{number}n{at} é" for at in range(150))}) for number in range(1000)]
+    (tmp_path / "large.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(ngram_table, "_BATCH", 2**14)
+    clean = step(sets=[str(tmp_path / "large.jsonl")])
+    clean.share(tmp_path / "other")  # what words are made of is now in memory
+    digest = hash_file(tmp_path / "large.jsonl")
+    monkeypatch.setattr(evaluation_sets, "hash_file", lambda path: digest)  # its buffer is as large as this whole set
+    tracemalloc.start()
+    clean = step(sets=[str(tmp_path / "large.jsonl")])
+    clean.share(tmp_path / "tables")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    (folder,) = (tmp_path / "tables").iterdir()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size > 8e6 and peak < size / 4
+    table = NgramTable(folder)
+    assert all(
+        isinstance(array, np.memmap) and not array.flags.writeable for array in (table._texts, *table._sizes[0][1:])
+    )
+    assert len(pickle.dumps(clean)) < 2000, "workers get the place of the table, not the table"
+    assert (
+        pickle.loads(pickle.dumps(clean)).apply(Document("w3n4 é w3n5 é w3n6 É w3n7 e w3n8 é w3n9 é w3n10", "a")).rule
+        == "large"
+    )
+
+
+def test_the_table_is_made_once_and_not_again_by_another_process(sets, tmp_path, monkeypatch):
+    step(sets=sets).share(tmp_path / "tables")
+    monkeypatch.setattr("megatrain.data.corpus.steps.decontaminate.write_table", lambda *_: 1 / 0)
+    again = step(sets=sets)
+    again.share(tmp_path / "tables")
+    assert again.apply(Document(f"{FILLER} {QUESTION}", "a")).rule == "quiz"
+    with pytest.raises(ZeroDivisionError):
+        step(sets=sets, ngram=12).share(tmp_path / "tables")
+
+
+def test_an_equal_hash_of_other_words_is_no_hit(sets, monkeypatch, tmp_path):
     original = words.hash_ngrams
 
     def colliding(found, size, short):
@@ -97,9 +146,9 @@ def test_an_equal_hash_of_other_words_is_no_hit(sets, monkeypatch):
         hashes[:] = 7
         return hashes, offsets
 
-    table = NgramTable(find_sets(sets), 13)
+    table = made(sets, 13, tmp_path / "table")
     table._sizes = [(length, hashes * 0 + 7, rows) for length, hashes, rows in table._sizes]
-    monkeypatch.setattr(evaluation_sets, "hash_ngrams", colliding)
+    monkeypatch.setattr(ngram_table, "hash_ngrams", colliding)
     assert list(table.find(FILLER)) == []
     assert len(list(table.find(QUESTION))) == len(QUESTION.split()) - 12
 

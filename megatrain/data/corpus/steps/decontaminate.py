@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+import xxhash
 
 from megatrain.config import key
 from megatrain.data.corpus.document import Document, Removal, Step
-from megatrain.data.corpus.evaluation_sets import EvaluationSet, NgramTable, find_sets
+from megatrain.data.corpus.evaluation_sets import EvaluationSet, find_sets
+from megatrain.data.corpus.ngram_table import FORMAT, NgramTable, write_table
+from megatrain.data.corpus.shared_files import own_folder, shared_file
 from megatrain.errors import ConfigError
 
 
@@ -20,7 +26,7 @@ class Decontaminate(Step):
     and pieces are GPT-3's (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C). An evaluation text
     of fewer words than an n-gram, but at least 8, is looked for as a whole. A set is a file of text, `.jsonl` or
     `.json`, also compressed; of a record's texts those in `fields` count, or all. A changed file makes another dataset.
-    Each worker holds the sets' texts and 24 bytes an n-gram in memory.
+    The table, 24 bytes an n-gram, is a file that all workers map, so that memory holds it once at most.
     """
 
     name: ClassVar[str] = "decontaminate"
@@ -39,7 +45,8 @@ class Decontaminate(Step):
             found = find_sets(self.sets)
         except ConfigError as error:
             raise ConfigError(f"clean.steps: decontaminate.{error}") from error
-        object.__setattr__(self, "_found", found)  # no parameter: what the files hold now
+        object.__setattr__(self, "_found", found)  # no parameters: what the files hold now, and where the table is
+        object.__setattr__(self, "_place", None)
 
     @property
     def _sets(self) -> tuple[EvaluationSet, ...]:
@@ -50,9 +57,18 @@ class Decontaminate(Step):
         """Return the parameters, and digests of the sets' files."""
         return asdict(self) | {"digests": {one.name: one.digest for one in self._sets}}
 
+    def share(self, folder: Path) -> None:
+        """Write the table of the sets' n-grams."""
+        settings = json.dumps([FORMAT, self.ngram, [asdict(one) for one in self._sets]])
+        name = f"ngrams_{xxhash.xxh3_128_hexdigest(settings.encode())}"
+        place = shared_file(folder, name, functools.partial(write_table, self._sets, self.ngram))
+        object.__setattr__(self, "_place", place)
+
     def apply(self, document: Document) -> Removal | None:
         """Look the document's n-grams up."""
-        table = _table(self._sets, self.ngram)
+        if self.__dict__["_place"] is None:
+            self.share(own_folder())
+        table = _table(self.__dict__["_place"])
         if self.action == "drop":
             hit = next(table.find(document.text), None)
             return self._removal(document, hit.set, hit.start, hit.stop) if hit else None
@@ -89,7 +105,7 @@ def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-@functools.lru_cache(maxsize=2)
-def _table(sets: tuple[EvaluationSet, ...], size: int) -> NgramTable:
-    """Build a table once in each process."""
-    return NgramTable(sets, size)
+@functools.lru_cache(maxsize=8)
+def _table(place: Path) -> NgramTable:
+    """Open a table once in each process."""
+    return NgramTable(place)
