@@ -22,8 +22,12 @@ EXIT_SAVED_AFTER_SIGNAL = 75
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C in training, or one in any other verb: stopped at once."""
 
-BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-"""System errors of a disk that is full, read-only, failing or gone. Another machine may do better."""
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""System errors of a disk that is full, read-only, failing or gone, or of a limit on the size of files (ulimit -f).
+Another machine may do better."""
+
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+"""System errors of a limit on open files (ulimit -n)."""
 
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 """System errors of a path that this user cannot read or write, or that is not the kind of file it should be."""
@@ -88,4 +92,6 @@ def disk_fault(error: Exception) -> EnvironmentFault | None:
     """Return a failed read or write as an error for the user; None for every other exception."""
     if isinstance(error, OSError) and error.errno in (*BROKEN_DISK, *UNUSABLE_PATH):
         return EnvironmentFault(f"{error.filename or 'the disk'}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in _TOO_MANY:
+        return EnvironmentFault(f"{error.filename or 'a file'}: {error.strerror}; raise the limit, see ulimit -n")
     return None

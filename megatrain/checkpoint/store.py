@@ -272,7 +272,9 @@ def write(folder: Path, state: dict[str, Tensor], record: RunRecord, world: Worl
         if not all(isinstance(cause, OSError) for cause in causes):
             raise RuntimeError(f"{folder} could not be written") from error
         reasons = "; ".join(sorted({str(cause) for cause in causes}))
-        raise EnvironmentFault(f"{folder} cannot be written: {reasons}; earlier checkpoints are intact") from error
+        raise EnvironmentFault(
+            f"{folder} cannot be written: {reasons}; earlier checkpoints, if any, are intact"
+        ) from error
 
 
 def load_into(folder: Path, manifest: Manifest, state: dict[str, Tensor], world: World | None) -> None:

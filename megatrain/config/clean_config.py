@@ -13,8 +13,8 @@ class MinhashConfig:
     """How near duplicates are found: MinHash signatures in bands, the candidates compared by their whole signatures."""
 
     ngram: int = key(5, "words in an n-gram; two documents are as alike as their sets of n-grams", minimum=1)
-    bands: int = key(14, "bands of a signature; documents with an equal band are compared", minimum=1)
-    rows: int = key(8, "hashes in a band", minimum=1)
+    bands: int = key(14, "bands of a signature; documents with an equal band are compared", minimum=1, maximum=1000)
+    rows: int = key(8, "hashes in a band; at most 10,000 in all bands", minimum=1, maximum=1000)
     threshold: float = key(
         0.75, "estimated Jaccard similarity from which documents are near duplicates", minimum=0, maximum=1
     )

@@ -23,6 +23,7 @@ from megatrain.config import (
     TrainLoopConfig,
 )
 from megatrain.config.arithmetic import divisors, either, nearest
+from megatrain.config.clean_config import MinhashConfig
 from megatrain.config.compose import key_types
 from megatrain.config.model_checks import check_model
 from megatrain.config.suggest import did_you_mean
@@ -41,6 +42,9 @@ TIME_LIMIT = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|(?i:U
 GPUS_PER_NODE = re.compile(r"--(gpus-per-node=|gres=gpu:)([^:,]+:)?(?P<gpus>[1-9][0-9]*)")
 """Options of sbatch that say how many GPUs a node has, perhaps with their type."""
 
+LONGEST_SIGNATURE = 10_000
+"""Hashes of a document's signature, 4 bytes each. Published corpora use at most 9,000."""
+
 LONGEST_NAME = 200
 """Longest name of a run, sweep or dataset, in bytes. File systems allow 255, of which temporary names need some."""
 
@@ -50,6 +54,7 @@ def check_values(config: Any) -> None:
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
         check_source(config.data)
+        check_minhash(config.clean.minhash)
         read_phases(config.data)
         check_stage(config)
         check_time_limit(config.launch.time)
@@ -78,6 +83,15 @@ def world_size(config: TrainConfig) -> int:
     if is_launched():
         return RankEnvironment.from_environ().world_size
     return config.launch.nproc_per_node * num_nodes(config.launch, Step.from_environ())
+
+
+def check_minhash(config: MinhashConfig) -> None:
+    """Check that a document's signature is not too large. Raises ConfigError."""
+    if (hashes := config.bands * config.rows) > LONGEST_SIGNATURE:
+        raise ConfigError(
+            f"clean.minhash.bands={config.bands} x clean.minhash.rows={config.rows} = {hashes:,} hashes a document; "
+            f"give at most {LONGEST_SIGNATURE:,}"
+        )
 
 
 def check_folder_name(key: str, name: str) -> None:

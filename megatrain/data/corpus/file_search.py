@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatrain.config.suggest import nearest_path
@@ -62,12 +63,11 @@ def _below(folder: Path, pattern: str, wanted: Callable[[Path], bool], known: st
     for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
         if saved_to_disk(place):
             raise _is_saved_to_disk(folder if saved_to_disk(folder) else place)
-    names = [Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)]
-    files = [path for path in names if path.is_file()]
-    read = [path for path in files if wanted(path.relative_to(folder))]
-    others = Counter(path.suffix.lower() or path.name for path in files if not wanted(path.relative_to(folder)))
+    files = [path for path in _walk(folder) if (folder / path).is_file()]
+    read = [path for path in files if wanted(path)]
+    others = Counter(path.suffix.lower() or path.name for path in files if not wanted(path))
     if read:
-        return read, others
+        return [folder / path for path in read], others
     holds = f"it holds {', '.join(sorted(others)[:8])}" if others else "it holds no files"
     raise ConfigError(f"data.paths: the folder {pattern} has no file with one of {known} ({holds})")
 
@@ -88,10 +88,52 @@ def expand(pattern: str) -> list[str]:
     literal = Path()
     for count, part in enumerate(parts):
         if not os.path.lexists(literal / part):
-            rest = os.path.join(*parts[count:])
-            start = glob.escape(str(literal)) if count else ""
-            return glob.glob(os.path.join(start, rest), recursive=True) or glob.glob(
-                os.path.join(start, rest.replace("[", "[[]")), recursive=True
-            )
+            rest = parts[count:]
+            return _glob(literal, rest) or _glob(literal, [part.replace("[", "[[]") for part in rest])
         literal /= part
     return []
+
+
+def _glob(folder: Path, parts: Sequence[str]) -> list[str]:
+    """Return what matches a pattern below a folder; `**` stands for any folders, each of which is searched once."""
+    start = next((count for count, part in enumerate(parts) if part == "**"), len(parts))
+    before = glob.escape(str(folder)) if folder.parts else ""
+    found = glob.glob(os.path.join(before, *parts[:start])) if start else [str(folder)]
+    if start == len(parts):
+        return found
+    rest = parts[start:]
+    return [
+        str(top / path) for top in map(Path, found) if top.is_dir() for path in _walk(top) if _fits(path.parts, rest)
+    ]
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the names of a path are those of a pattern, as `glob` has it."""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_fits(names[count:], parts[1:]) for count in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """Yield the paths below a folder, hidden ones excepted, relative to it and sorted.
+
+    Links to folders are followed, but each folder is searched once: at its own place if that is below `top`, else where
+    it is met first. Links that lead back up would otherwise make paths without end.
+    """
+    real_top = os.path.realpath(top)
+    seen = {real_top}
+    for place, folders, files in os.walk(top, followlinks=True):
+        below = Path(os.path.relpath(place, top))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        entered = []
+        for name in folders:
+            path = os.path.join(place, name)
+            real = os.path.realpath(path)
+            elsewhere = os.path.commonpath([real, real_top]) == real_top and os.path.islink(path)
+            if real not in seen and not elsewhere:
+                seen.add(real)
+                entered.append(name)
+        folders[:] = entered
+        yield from (below / name for name in sorted([*entered, *files]) if not name.startswith("."))

@@ -17,7 +17,7 @@ from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_w
 from megatrain.data.corpus.file_kinds import KNOWN, KNOWN_CODE, kind_of, programming_language
 from megatrain.data.corpus.file_search import find_paths
 from megatrain.data.corpus.record import Problem, Record
-from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, stamp
+from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, look, stamp
 from megatrain.data.corpus.source import Source, require_library
 from megatrain.data.corpus.warc import read_warc
 from megatrain.data.corpus.wikipedia import read_dump
@@ -46,7 +46,7 @@ class FilesSource(Source):
         for kind, library in (("html", "resiliparse"), ("warc", "resiliparse"), ("wikipedia", "mwparserfromhell")):
             if kind in kinds:
                 require_library(library, f"reading {kind}", "corpus")
-        self.total_bytes = sum(path.stat().st_size for path in self.files)
+        self.total_bytes = sum(look(path).st_size for path in self.files)
         self.identity = {
             "kind": config.kind,
             "files": len(self.files),
@@ -80,7 +80,7 @@ class FilesSource(Source):
     def _cut(self) -> Iterator[Shard]:
         group: list[tuple[Path, int]] = []
         for path in self.files:
-            size = path.stat().st_size
+            size = look(path).st_size
             if size > SHARD_BYTES and (ends := _ends(path, size)):
                 yield from group_files(group)
                 group = []
@@ -107,21 +107,24 @@ class FilesSource(Source):
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """Yield the documents of each file in turn. Raises `DataError` if a file is damaged or cannot be read."""
-        for path in map(Path, shard.paths):
+        for path, listed in zip(map(Path, shard.paths), shard.stamps, strict=False):  # licences have stamps as well
             before = self.progress.bytes
             last = None
+            _check_unchanged(path, listed)
+            size = look(path).st_size
             try:
                 for number, record in enumerate(self._read(path, shard.start, shard.stop), start=1):
                     last = record.where
                     yield record.within(str(path), shard.start, number)
+                    if self.progress.bytes - before > size:
+                        break  # something writes to it, maybe without end
             except ERRORS as error:
                 raise _damaged(path, error, last) from error
             except OSError as error:
-                if error.errno is None:  # bz2's
-                    raise _damaged(path, error, last) from error
                 raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+            _check_unchanged(path, listed)
             if shard.stop is None and not shard.start:
-                self.progress.bytes = before + path.stat().st_size
+                self.progress.bytes = before + size
 
     def _read(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
         kind = self._kind(path)
@@ -235,6 +238,14 @@ class FilesSource(Source):
                         self.progress.bytes = before + path.stat().st_size * row // rows
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: cut short or damaged ({error}); download it again") from error
+
+
+def _check_unchanged(path: Path, listed: str) -> None:
+    """Raise `DataError` if a file is not what was listed: its documents would be counted as those of another one."""
+    if stamp(path) != listed:
+        raise DataError(
+            f"{path}: changed since the files were listed; prepare again when nothing writes to it any more"
+        )
 
 
 def _damaged(path: Path, error: BaseException, last: str | None) -> DataError:

@@ -95,21 +95,19 @@ def drop_near_duplicates(
 
 def _write_bands(selection: Selection, config: MinhashConfig, folder: Path) -> None:
     """Write a file for each band: a hash of 64 bits for each document, in corpus order; 0 for one without words."""
-    files = [open(folder / str(band), "wb") for band in range(config.bands)]  # noqa: SIM115, closed below
-    try:
-        for shard in selection.shards:
-            for start in range(0, shard.num_documents, _BLOCK):
-                signatures = shard.signatures()[start : start + _BLOCK].astype(np.uint64)
-                wordless = ~signatures.any(axis=1)
-                for band, file in enumerate(files):
-                    hashes = np.full(len(signatures), band + 1, np.uint64)
-                    for column in range(band * config.rows, (band + 1) * config.rows):
-                        hashes = mix(hashes + signatures[:, column])
-                    hashes[wordless] = 0
+    for band in range(config.bands):
+        (folder / str(band)).touch()
+    for shard in selection.shards:
+        for start in range(0, shard.num_documents, _BLOCK):
+            signatures = shard.signatures()[start : start + _BLOCK].astype(np.uint64)
+            wordless = ~signatures.any(axis=1)
+            for band in range(config.bands):
+                hashes = np.full(len(signatures), band + 1, np.uint64)
+                for column in range(band * config.rows, (band + 1) * config.rows):
+                    hashes = mix(hashes + signatures[:, column])
+                hashes[wordless] = 0
+                with open(folder / str(band), "ab") as file:  # not all at once: a process may open few
                     file.write(hashes.tobytes())
-    finally:
-        for file in files:
-            file.close()
 
 
 def _candidates(selection: Selection, path: Path, memory_bytes: int) -> Iterator[np.ndarray]:

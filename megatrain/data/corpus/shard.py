@@ -5,9 +5,12 @@ Where a corpus is cut depends on its files alone, never on the number of workers
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatrain.errors import DataError
 
 SHARD_BYTES = 64 * 2**20
 """Stored bytes of a shard, unless a single file that cannot be cut is larger."""
@@ -49,9 +52,22 @@ ALL = Share()
 
 
 def stamp(path: Path) -> str:
-    """Return a file's name, size and modification time, by which an edit is noticed without reading it."""
-    entry = path.stat()
+    """Return a file's name, size and modification time, by which an edit is noticed without reading it.
+
+    Raises `DataError` if the file is gone.
+    """
+    entry = look(path)
     return f"{path.name}\0{entry.st_size}\0{entry.st_mtime_ns}"
+
+
+def look(path: Path) -> os.stat_result:
+    """Return the facts of a file that was found earlier. Raises `DataError` if it is gone."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: found when the files were listed, but now: {error.strerror}; prepare again"
+        ) from error
 
 
 def group_files(sized: Iterable[tuple[Path, int]]) -> Iterator[Shard]:

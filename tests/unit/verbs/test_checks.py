@@ -175,6 +175,8 @@ def test_another_launchers_world_size_takes_precedence(base, monkeypatch):
 def test_an_empty_source_is_refused():
     assert "data.paths=[]" in refusal(check_values, compose("prepare", ["data=files"]))
     assert "data.hf_path=null" in refusal(check_values, compose("prepare", ["data.kind=huggingface"]))
+    words = ["data=python_stdlib", "clean.minhash.bands=1000", "clean.minhash.rows=11"]
+    assert "11,000 hashes a document; give at most 10,000" in refusal(check_values, compose("prepare", words))
     check_values(compose("prepare", ["data=files", "data.paths=[a.txt]"]))
 
 
