@@ -13,7 +13,12 @@ import zstandard
 
 from megatrain.data.corpus.compressed import ERRORS, opened
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 PARTS = [b"the first stream\n" * 20_000, b"", b"the second\n" * 3, random.Random(0).randbytes(300_000)]
 
 
