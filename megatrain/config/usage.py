@@ -180,8 +180,9 @@ def _key_lines(verb: str, names: Sequence[str]) -> list[str]:
 
 @lru_cache
 def _values(verb: str) -> dict[str, Any]:
-    """Return the values of a command without overrides, by dotted key."""
-    return flatten(asdict(compose(verb, [])))
+    """Return the values of a command without overrides but those that it must have, by dotted key."""
+    mandatory = [name for name, f in walk(VERBS[verb]).items() if default_of(f) == "???" and "." not in name]
+    return flatten(asdict(compose(verb, [f"{name}=x" for name in mandatory])))
 
 
 def summary(schema: type) -> str:

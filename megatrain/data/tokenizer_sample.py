@@ -26,6 +26,7 @@ from megatrain.data.corpus.shard import Shard
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.mixed_dataset import place_of
 from megatrain.data.mixture import PlannedSource
 from megatrain.data.mixture_settings import PhaseSetting, SourceSetting, phase_weights, read_phases
 from megatrain.data.preparation_summary import num_bad
@@ -151,7 +152,7 @@ def _places(config: TrainTokenizerConfig) -> dict[str, tuple[Source | Path, int]
 
 def _open(data: DataConfig, mixture: PhaseSetting, source: SourceSetting) -> Source | Path:
     """Return the folder of a prepared dataset, or open the files at a path."""
-    folder = Path(source.place).expanduser() if "/" in source.place else Path(data.dir) / source.place
+    folder = place_of(data, source)
     if (folder / CARD).is_file():
         return folder
     try:

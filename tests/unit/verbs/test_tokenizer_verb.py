@@ -161,6 +161,13 @@ def test_the_comparison_shows_how_it_was_trained(corpus, capsys):
     assert set(about["trained_on_bytes"]) == {"web", "code"}
 
 
+def test_sources_of_the_demonstration_corpus_are_in_a_folder_of_their_own(corpus):
+    words = ["data=files", "data.name=web", f"data.dir={corpus}/data/demo", f"data.paths=[{corpus}/web]"]
+    prepare(compose("prepare", [*words, "tokenizer.vocab_size=500", "data.workers=1"]))
+    config = composed(corpus, "data=demo", "data.mixture={web: 1}", "tokenizer.vocab_size=400")
+    assert list(drawn(config).sources) == ["web"]
+
+
 @pytest.mark.parametrize(
     "words, error, message",
     [
