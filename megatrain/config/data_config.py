@@ -53,6 +53,14 @@ class DataConfig:
     hf_split: str = key("train", "split of the Hugging Face dataset")
     heldout_fraction: float = key(0.05, "fraction of the documents held out for evaluation", minimum=0, below=1)
     max_documents: int | None = key(None, "read at most this many documents; null reads all", minimum=1)
+    join_comments: bool = key(
+        False,
+        "join comments that are lines or records of their own, with an id and a parent_id, into threads, file by file "
+        "(JSON)",
+    )
+    max_thread_bytes: int = key(
+        2 * 2**30, "with data.join_comments: most memory for the comments of one file, in bytes", minimum=1
+    )
     max_document_bytes: int = key(64 * 2**20, "longest document or line to read, in bytes", minimum=1)
     oversized: str = key(
         "refuse", "what to do with a longer document: stop with an error, or skip it", choices=("refuse", "skip")

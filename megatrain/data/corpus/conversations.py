@@ -19,7 +19,20 @@ FIELDS = ("messages", "conversations", "comments")
 BEGINNINGS = ("title", "text", "body", "selftext")
 """Fields of a record with which a thread of comments begins."""
 
-_NAMES = {"human": "User", "gpt": "Assistant", "chatgpt": "Assistant", "bot": "Assistant", "model": "Assistant"}
+IDS = ("id", "comment_id", "message_id")
+"""Fields that may hold a comment's id."""
+PARENTS = ("parent_id", "parent")
+"""Fields that may hold the id of what a comment answers."""
+
+_NAMES = {
+    "human": "User",
+    "prompter": "User",
+    "gpt": "Assistant",
+    "chatgpt": "Assistant",
+    "bot": "Assistant",
+    "model": "Assistant",
+}
+_DELETED = ("", "[deleted]", "[removed]")  # texts of comments that are left out, but not what answers them
 _PREFIX = re.compile(r"t\d_")  # of the ids that parents are named by in dumps of Reddit
 
 
@@ -38,7 +51,7 @@ def render(conversation: list[Any], record: dict[str, Any]) -> str | Problem:
     if (other := next((at for at, entry in enumerate(conversation, start=1) if not isinstance(entry, dict)), 0)) > 0:
         value = conversation[other - 1]
         return Problem("not_a_message", f"message {other} is {'null' if value is None else 'no object'}")
-    if any(_first(entry, "parent_id", "parent") is not None for entry in conversation):
+    if any(name in entry for entry in conversation for name in PARENTS):
         return _render_thread(conversation, record)
     parts = []
     for number, message in enumerate(conversation, start=1):
@@ -59,32 +72,51 @@ def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> st
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     first: list[dict[str, Any]] = []
     for comment in comments:
-        parent = _PREFIX.sub("", str(_first(comment, "parent_id", "parent") or ""))
+        parent = _PREFIX.sub("", str(_first(comment, *PARENTS)))
         (answers[parent] if parent in ids else first).append(comment)
     parts = [text.strip() for name in BEGINNINGS if isinstance(text := record.get(name), str)]
     seen: set[str] = set()
-    waiting = [(comment, "") for comment in reversed(first)]
-    written = 0
+    waiting: list[tuple[dict[str, Any], dict[str, Any] | None]] = [(comment, None) for comment in reversed(first)]
+    written, last = 0, None
     while waiting:
         comment, answered = waiting.pop()
         written += 1
-        text = _first(comment, "body", "text", "content")
-        if not isinstance(text, str):
+        text = _text_of_comment(comment)
+        if text is None:
             has = ", ".join(map(repr, list(comment)[:8]))
             return Problem("not_a_message", f"a comment has no text under body, text or content (it has {has})")
-        name = str(_first(comment, "author", "user", "name") or "Comment")
-        if text.strip():
-            parts.append(f"{name}{f', to {answered}' if answered else ''}: {text.strip()}")
+        if text not in _DELETED:
+            # The roles of a conversation need no name of whom they answer, unless something stands between.
+            is_plain = answered is None or (answered is last and "role" in comment)
+            parts.append(f"{_author(comment)}{'' if is_plain else f', to {_author(answered)}'}: {text}")
+            last = comment
         if (own := _id(comment)) not in seen:
             seen.add(own)
-            waiting.extend((answer, name) for answer in reversed(answers[own]))
+            waiting.extend((answer, comment) for answer in reversed(answers[own]))
     if written < len(comments):
         return Problem("not_a_message", f"{len(comments) - written} comments answer one another in a circle")
     return "\n\n".join(filter(None, parts))
 
 
+def _text_of_comment(comment: dict[str, Any]) -> str | None:
+    """Return the text of a comment, or title and text of a post; None if there is none."""
+    text, title = _first(comment, "body", "text", "content", "selftext"), comment.get("title")
+    if isinstance(title, str) and (text is None or isinstance(text, str)):
+        return "\n\n".join(part.strip() for part in (title, text) if part and part.strip() not in _DELETED)
+    return text.strip() if isinstance(text, str) else None
+
+
+def _author(comment: dict[str, Any] | None) -> str:
+    assert comment is not None
+    if (name := _first(comment, "author", "user", "name")) is not None:
+        return str(name)
+    role = str(comment.get("role") or "Comment")
+    return _NAMES.get(role.lower(), role[:1].upper() + role[1:])
+
+
 def _id(comment: dict[str, Any]) -> str:
-    return _PREFIX.sub("", str(_first(comment, "id", "comment_id") or id(comment)))
+    own = _first(comment, *IDS)
+    return _PREFIX.sub("", str(id(comment) if own is None else own))
 
 
 def _first(entry: dict[str, Any], *names: str) -> Any:
