@@ -53,6 +53,7 @@ MAY_CHANGE = (
     "data.undecodable",
     "data.on_bad_record",
     "data.bos",
+    "data.join_comments",
     "data.fim_*",
     "data.deduplicate",
     "tokenizer.*",

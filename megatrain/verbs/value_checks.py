@@ -215,6 +215,10 @@ def check_source(config: DataConfig) -> None:
         )
     if config.kind == "megatron" and config.write_text:
         raise ConfigError("data.write_text=true: data=megatron reads no text; leave data.write_text out")
+    if config.join_comments and config.kind != "files":
+        raise ConfigError(
+            f"data.join_comments=true: data={config.kind} has no files of JSON to join; use data=files, or leave it out"
+        )
     if config.kind == "huggingface" and config.hf_path is None:
         raise ConfigError("data.hf_path=null: data=huggingface needs a dataset; give its name on the hub or its folder")
 

@@ -19,11 +19,13 @@ from megatrain.data.corpus.file_search import find_paths
 from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, look, stamp
 from megatrain.data.corpus.source import Source, require_library
+from megatrain.data.corpus.threads import is_comment, join_threads
 from megatrain.data.corpus.warc import read_warc
 from megatrain.data.corpus.wikipedia import read_dump
 from megatrain.errors import DataError
 
 _HEAD_BYTES = 512  # of a file, by which an archive is recognised
+_LOOKED_AT = 100  # files, for comments that could be joined
 _LISTED = 8  # suffixes of files that are left out, in the note
 
 
@@ -65,11 +67,28 @@ class FilesSource(Source):
         return kind is not None and not (kind == "code" and set(path.parts) & set(FOLDERS_OF_OTHERS))
 
     def notes(self) -> Iterator[str]:
-        """Yield how many files of the folders are not read."""
+        """Yield how many files of the folders are not read, and whether comments could be joined."""
         if self.left_out:
             listed = [f"{suffix} {count:,}" for suffix, count in self.left_out.most_common(_LISTED)]
             more = ", ..." if len(self.left_out) > _LISTED else ""
             yield f"data.paths: {self.left_out.total():,} files of other kinds are not read ({', '.join(listed)}{more})"
+
+        if not self.config.join_comments and (path := next(filter(self._has_comments, self.files[:_LOOKED_AT]), None)):
+            yield (
+                f"{path}: its records answer one another (parent_id) and are documents of their own; "
+                "data.join_comments=true joins them into threads"
+            )
+
+    def _has_comments(self, path: Path) -> bool:
+        """Return whether a file begins with a line of JSON that is a comment."""
+        if self._kind(path) != "lines":
+            return False
+        try:
+            with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
+                line = file.readline(2**20)
+        except (*ERRORS, OSError):
+            return False  # reading it says what is wrong
+        return is_comment(Record(line, str(path), kind="json"))
 
     def shards(self) -> Iterator[Shard]:
         """Yield groups of small files, and ranges of large ones that can be cut."""
@@ -81,13 +100,17 @@ class FilesSource(Source):
         group: list[tuple[Path, int]] = []
         for path in self.files:
             size = look(path).st_size
-            if size > SHARD_BYTES and (ends := _ends(path, size)):
+            if size > SHARD_BYTES and not self._is_joined(path) and (ends := _ends(path, size)):
                 yield from group_files(group)
                 group = []
                 yield from cut_file(path, ends)
             else:
                 group.append((path, size))
         yield from group_files(group)
+
+    def _is_joined(self, path: Path) -> bool:
+        """Return whether the records of a file are joined to threads, so that it is not cut."""
+        return self.config.join_comments and self._kind(path) in ("lines", "json")
 
     def _license(self, path: Path) -> tuple[list[Path], str | None]:
         """Return the files with the licence of a file of code, and the licence; none for another file."""
@@ -154,9 +177,9 @@ class FilesSource(Source):
             return iter([Record(b"", str(path), problem=Problem("archive", f"holds {archive}", "unpack it first"))])
         if kind in ("warc", "wikipedia"):
             return self._pages(path, file, read_warc if kind == "warc" else read_dump)
-        if kind == "lines" or starts_with_a_line(file):
-            return self._lines(path, file)
-        return self._values(path, file)
+        is_lines = kind == "lines" or starts_with_a_line(file)
+        records = self._lines(path, file) if is_lines else self._values(path, file)
+        return self._threads(path, records) if self._is_joined(path) else records
 
     def _pages(
         self, path: Path, file: BinaryIO, read: Callable[[BinaryIO, str, int], Iterator[Record]]
@@ -177,6 +200,11 @@ class FilesSource(Source):
                 yield self.too_long(f"{path}:{number}")
             elif line.strip():
                 yield Record(line, f"{path}:{number}", kind="json")
+
+    def _threads(self, path: Path, records: Iterator[Record]) -> Iterator[Record]:
+        """Yield the threads of a file's comments."""
+        for record in join_threads(records, str(path), self.config.max_thread_bytes):
+            yield record if len(record.payload) <= self.config.max_document_bytes else self.too_long(record.where)
 
     def _range_of_lines(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:
         """Yield the lines that begin in bytes `[start, stop)` of a `.jsonl`.

@@ -162,7 +162,17 @@ def _find_cleaned(
 
 
 _CLEANS = (
-    *("kind", "text_column", "hf_path", "hf_config", "hf_split", "max_document_bytes", "oversized", "undecodable"),
+    *(
+        "kind",
+        "text_column",
+        "join_comments",
+        "hf_path",
+        "hf_config",
+        "hf_split",
+        "max_document_bytes",
+        "oversized",
+        "undecodable",
+    ),
     "write_text",
 )
 

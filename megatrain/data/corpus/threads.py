@@ -66,6 +66,12 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
             yield _joined([held[at] for at in thread])
 
 
+def is_comment(record: Record) -> bool:
+    """Return whether a record is a comment that answers something."""
+    value = _object(record)
+    return value is not None and _first(value, IDS) is not None and _first(value, PARENTS) is not None
+
+
 def _joined(records: list[Record]) -> Record:
     """Return the comments of a thread as one record of JSON, which `conversations.py` writes as text."""
     parts = [
