@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 
 import pytest
@@ -26,7 +28,7 @@ def slowly(task):
     with open(folder / "cleaned", "a") as file:
         file.write(os.environ.get("SLURM_ARRAY_TASK_ID", "-") + "\\n")
     time.sleep(float(os.environ.get("PAUSE", "0")))
-    if cleaned == 2 and os.environ.get("DIES") == os.environ.get("SLURM_ARRAY_TASK_ID"):
+    if cleaned == 2 and os.environ.get("DIES", "none") == os.environ.get("SLURM_ARRAY_TASK_ID"):
         if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
     return cleaning.clean_chunk(task)
@@ -55,6 +57,7 @@ def place(tmp_path):
 
 
 WORDS = ["prepare", "data=files", "data.name=d", "data.paths=[in]", "tokenizer.vocab_size=300", "data.workers=1"]
+WORDS += ["data.write_text=true"]
 
 
 def submit(cluster, place, **environ):
@@ -82,8 +85,11 @@ def files_of(folder):
 
 
 def plain(place):
-    """Prepare the same on this machine, alone."""
-    done = megatrain(place, *WORDS, "data.dir=plain")
+    """Prepare the same on this machine, alone, cut into the same shards."""
+    command = [str(place / "python"), "-c", START, *WORDS, "data.dir=plain"]
+    (place / "alone").mkdir()
+    environ = {**os.environ, "SMALL_SHARDS": str(place / "alone")}
+    done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return files_of(place / "plain" / "d")
 
