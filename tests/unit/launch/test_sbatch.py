@@ -21,7 +21,8 @@ def start(folder, code, facts="", excluded="(null)", **environ):
     """
     out = folder / "job.out"
     job = f"JobId=1 JobState=RUNNING StdOut={out} ExcNodeList={excluded}"
-    answers = f'case "$*" in *show*job*) echo "{job}" ;; *update*) echo "$*" >> {folder}/updates ;; esac'
+    kept = f'*update*) echo "$*" >> {folder}/updates ;; requeue*) echo "$*" >> {folder}/requeues ;;'
+    answers = f'case "$*" in *show*job*) echo "{job}" ;; {kept} esac'
     asked = f'[ "$1 $5" = "--overlap --container" ] && echo "{facts}"'
     ran = f'trap "" USR1; echo "$*" > {folder}/call; env > {folder}/environment; exit {code}'
     srun = f'case "$*" in *requeue*) {asked} ;; *) {ran} ;; esac'
@@ -48,6 +49,13 @@ def test_a_fault_that_returns_at_every_start_is_not_requeued_forever(code, tmp_p
 def test_a_failure_that_a_restart_cannot_fix_is_not_requeued(code, tmp_path):
     found, log = start(tmp_path, code)
     assert found == code and "requeued" not in log and f"exit code {code}" in log
+
+
+def test_a_task_of_an_array_is_requeued_alone(tmp_path):
+    """The number of one of the tasks is that of the whole array."""
+    found, log = start(tmp_path, 8, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="3")
+    assert found == 8 and "; requeued" in log
+    assert (tmp_path / "requeues").read_text() == "requeue 1_3\n"
 
 
 def test_the_script_without_slurm_says_how_to_submit_it():
