@@ -19,13 +19,13 @@ from megatrain.data.corpus.source import num_bytes
 from megatrain.errors import DataError
 
 _THREADS = ("link_id", "message_tree_id")
-_OVERHEAD = 800  # bytes of memory for a record beside its text
+_OVERHEAD = 1200  # bytes of memory for a record beside its text
 
 Key = tuple[str, str]
 """A comment or post: the prefix of its kind in dumps of Reddit (`t1` for comments, `t3` for posts) and its id."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where a comment belongs: its own key, its parent's possible keys, and its thread's key."""
 
@@ -38,7 +38,7 @@ class _Place:
 def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[Record]:
     """Yield each thread of a file's comments as one record, in the place of its first, and other records as they are.
 
-    The whole file is held in memory. Raises `DataError` if that takes more than `limit` bytes, counting 800 for each
+    The whole file is held in memory. Raises `DataError` if that takes more than `limit` bytes, counting 1200 for each
     record beside its text.
     """
     held: list[Record] = []

@@ -146,9 +146,9 @@ def test_a_file_is_joined_whole_however_it_is_stored_and_whoever_works(tmp_path,
 def test_limits_are_refused_by_name(tmp_path):
     write(tmp_path / "in", REDDIT)
     with pytest.raises(
-        DataError, match=r"a.jsonl: data.join_comments=true holds .* data.max_thread_bytes=3000; raise it, or"
+        DataError, match=r"a.jsonl: data.join_comments=true holds .* data.max_thread_bytes=5000; raise it, or"
     ):
-        records(tmp_path / "in", max_thread_bytes=3000)
+        records(tmp_path / "in", max_thread_bytes=5000)
     with pytest.raises(DataError, match=r"a.jsonl:1: longer than data.max_document_bytes=300"):
         records(tmp_path / "in", max_document_bytes=300)
     assert len(records(tmp_path / "in", max_document_bytes=300, oversized="skip")) == 2
