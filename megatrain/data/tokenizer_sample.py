@@ -23,6 +23,7 @@ from megatrain.data.corpus.pipeline import chunks
 from megatrain.data.corpus.recipe import build_recipe
 from megatrain.data.corpus.record import Policy
 from megatrain.data.corpus.shard import Shard
+from megatrain.data.corpus.shared_files import own_folder
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.worker_pool import Workers
@@ -205,6 +206,8 @@ def _of_source(source: Source, config: TrainTokenizerConfig, given: SampledSourc
     data = config.data
     policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
     recipe = build_recipe(config.clean.steps)
+    for step in recipe:
+        step.share(own_folder())
     lowest = _Lowest(given.asked, config.clean.dedup != "none")
     left, first_bad = data.max_documents, None
 
