@@ -24,6 +24,9 @@ IDS = ("id", "comment_id", "message_id")
 PARENTS = ("parent_id", "parent")
 """Fields that may hold the id of what a comment answers."""
 
+_NAME_FIELDS = ("login", "username", "screen_name", "name", "display_name", "role")
+"""Fields of an author that is an object, which may hold its name."""
+
 _NAMES = {
     "human": "User",
     "prompter": "User",
@@ -37,28 +40,31 @@ _PREFIX = re.compile(r"t\d_")  # of the ids that parents are named by in dumps o
 
 
 def find_conversation(record: dict[str, Any], column: str) -> list[Any] | None:
-    """Return the conversation under `column`, or where a record without that field usually has it; None for none."""
+    """Return the conversation under `column`, or where a record without that field usually has it; None for none.
+
+    An empty list is a conversation without messages, unless another field has one with messages.
+    """
     names = (column,) if column.partition(".")[0] in record else FIELDS
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, list) and value and any(isinstance(entry, dict) for entry in value):
-            return value
-    return None
+    lists = [value for name in names if isinstance(value := record.get(name), list)]
+    found = [value for value in lists if any(isinstance(entry, dict) for entry in value)]
+    return next(iter(found or [value for value in lists if not value]), None)
 
 
 def render(conversation: list[Any], record: dict[str, Any]) -> str | Problem:
-    """Return a conversation as text, or what is wrong with it. A thread begins with the record's title and text."""
+    """Return a conversation as text, or what is wrong with it.
+
+    A list under `comments`, or one with ids of parents, is a thread, which begins with the record's title and text.
+    """
     if (other := next((at for at, entry in enumerate(conversation, start=1) if not isinstance(entry, dict)), 0)) > 0:
         value = conversation[other - 1]
         return Problem("not_a_message", f"message {other} is {'null' if value is None else 'no object'}")
-    if any(name in entry for entry in conversation for name in PARENTS):
+    if record.get("comments") is conversation or any(map(has_parent, conversation)):
         return _render_thread(conversation, record)
     parts = []
     for number, message in enumerate(conversation, start=1):
-        role = _first(message, "role", "from", "author", "speaker", "name")
-        content = _first(message, "content", "value", "text", "body")
-        text = _with_calls(_plain(content), message.get("tool_calls"))
-        if not isinstance(role, str) or text is None:
+        role = _name(message, "role", "from", "author", "speaker", "name")
+        text = _with_calls(_plain(_first(message, "content", "value", "text", "body")), message)
+        if not role or text is None:
             has = ", ".join(map(repr, list(message)[:8]))
             expected = "role and content, or from and value, both text"
             return Problem("not_a_message", f"message {number} is not {expected} (it has {has})")
@@ -68,27 +74,29 @@ def render(conversation: list[Any], record: dict[str, Any]) -> str | Problem:
 
 
 def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> str | Problem:
-    ids = {_id(comment): comment for comment in reversed(comments)}
-    answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    ids = {_id(comment) for comment in comments} - {None}
+    answers: dict[str | None, list[dict[str, Any]]] = defaultdict(list)
     first: list[dict[str, Any]] = []
     for comment in comments:
-        parent = _PREFIX.sub("", str(_first(comment, *PARENTS)))
+        parent = _without_prefix(reference(comment, PARENTS))
         (answers[parent] if parent in ids else first).append(comment)
     parts = [text.strip() for name in BEGINNINGS if isinstance(text := record.get(name), str)]
-    seen: set[str] = set()
+    seen: set[str | None] = {None}
     waiting: list[tuple[dict[str, Any], dict[str, Any] | None]] = [(comment, None) for comment in reversed(first)]
     written, last = 0, None
     while waiting:
         comment, answered = waiting.pop()
         written += 1
-        text = _text_of_comment(comment)
+        text, author = _text_of_comment(comment), _author(comment)
+        has = ", ".join(map(repr, list(comment)[:8]))
         if text is None:
-            has = ", ".join(map(repr, list(comment)[:8]))
             return Problem("not_a_message", f"a comment has no text under body, text or content (it has {has})")
+        if author is None:
+            return Problem("not_a_message", f"a comment has an author that is no name (it has {has})")
         if text not in _DELETED:
             # The roles of a conversation need no name of whom they answer, unless something stands between.
             is_plain = answered is None or (answered is last and "role" in comment)
-            parts.append(f"{_author(comment)}{'' if is_plain else f', to {_author(answered)}'}: {text}")
+            parts.append(f"{author}{'' if is_plain else f', to {_author(answered or {})}'}: {text}")
             last = comment
         if (own := _id(comment)) not in seen:
             seen.add(own)
@@ -98,25 +106,55 @@ def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> st
     return "\n\n".join(filter(None, parts))
 
 
+def has_parent(entry: dict[str, Any]) -> bool:
+    """Return whether an object has a field for the id of what it answers, even if that is null."""
+    return any(name in entry and not isinstance(entry[name], bool) for name in PARENTS)
+
+
+def reference(entry: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """Return the id under the first of these fields that has one: text, or a number such as 0; None for none."""
+    for name in names:
+        value = entry.get(name)
+        if isinstance(value, float) and value.is_integer():  # as a table has ids of which some are null
+            value = int(value)
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
+            return str(value)
+    return None
+
+
 def _text_of_comment(comment: dict[str, Any]) -> str | None:
     """Return the text of a comment, or title and text of a post; None if there is none."""
-    text, title = _first(comment, "body", "text", "content", "selftext"), comment.get("title")
-    if isinstance(title, str) and (text is None or isinstance(text, str)):
+    found, title = _first(comment, "body", "text", "content", "selftext"), comment.get("title")
+    text = _with_calls(_plain(found), comment)
+    if isinstance(title, str) and (text is not None or found is None):
         return "\n\n".join(part.strip() for part in (title, text) if part and part.strip() not in _DELETED)
-    return text.strip() if isinstance(text, str) else None
+    return None if text is None else text.strip()
 
 
-def _author(comment: dict[str, Any] | None) -> str:
-    assert comment is not None
-    if (name := _first(comment, "author", "user", "name")) is not None:
-        return str(name)
-    role = str(comment.get("role") or "Comment")
+def _author(comment: dict[str, Any]) -> str | None:
+    """Return who wrote a comment, or its role; None if its author is something without a name."""
+    names = ("author", "user", "name")
+    value = next((comment[name] for name in names if comment.get(name) not in (None, "")), None)
+    if value is not None:
+        return str(value) if type(value) is int else _name(comment, *names)
+    role = _name(comment, "role") or "Comment"
     return _NAMES.get(role.lower(), role[:1].upper() + role[1:])
 
 
-def _id(comment: dict[str, Any]) -> str:
-    own = _first(comment, *IDS)
-    return _PREFIX.sub("", str(id(comment) if own is None else own))
+def _name(entry: dict[str, Any], *names: str) -> str | None:
+    """Return the name under the first of these fields that is not empty; None if that is something else."""
+    value = next((entry[name] for name in names if entry.get(name) not in (None, "")), None)
+    if isinstance(value, dict):
+        value = _first(value, *_NAME_FIELDS)
+    return (value.strip() or None) if isinstance(value, str) else None
+
+
+def _id(comment: dict[str, Any]) -> str | None:
+    return _without_prefix(reference(comment, IDS))
+
+
+def _without_prefix(reference: str | None) -> str | None:
+    return None if reference is None else _PREFIX.sub("", reference)
 
 
 def _first(entry: dict[str, Any], *names: str) -> Any:
@@ -134,8 +172,21 @@ def _plain(content: Any) -> str | None:
     return "\n".join(texts) if len(texts) == len(parts) else None
 
 
-def _with_calls(text: str | None, calls: Any) -> str | None:
-    """Append the calls of tools to a message's text, each as its JSON."""
-    if not isinstance(calls, list) or not calls:
-        return text
-    return "\n".join([*([text] if text else []), *(json.dumps(call, ensure_ascii=False) for call in calls)])
+def _with_calls(text: str | None, message: dict[str, Any]) -> str | None:
+    """Append the calls of tools and functions to a message's text, each as its JSON."""
+    calls: list[Any] = []
+    for value in (message.get("tool_calls"), message.get("function_call")):
+        calls += value if isinstance(value, list) else [value]
+    written = [
+        call if isinstance(call, str) else json.dumps(call, ensure_ascii=False)
+        for call in calls
+        if not _is_nothing(call)
+    ]
+    return "\n".join([*([text] if text else []), *written]) if written else text
+
+
+def _is_nothing(value: Any) -> bool:
+    """Return whether a value is null or empty, or an object of nulls, as tables have it for an object that is none."""
+    if isinstance(value, dict):
+        return all(map(_is_nothing, value.values()))
+    return value is None or value in ("", [])

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatrain.data.corpus.conversations import IDS, PARENTS
+from megatrain.data.corpus.conversations import IDS, PARENTS, has_parent, reference
 from megatrain.data.corpus.record import Record
 from megatrain.data.corpus.source import num_bytes
 from megatrain.errors import DataError
@@ -69,7 +69,7 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
 def is_comment(record: Record) -> bool:
     """Return whether a record is a comment that answers something."""
     value = _object(record)
-    return value is not None and _first(value, IDS) is not None and _first(value, PARENTS) is not None
+    return value is not None and reference(value, IDS) is not None and reference(value, PARENTS) is not None
 
 
 def _joined(records: list[Record]) -> Record:
@@ -122,19 +122,14 @@ def _object(record: Record) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _first(value: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    found = next((value[name] for name in names if value.get(name) is not None), None)
-    return str(found) if isinstance(found, (str, int)) else None
-
-
 def _place(record: Record) -> _Place | None:
     """Return where a record belongs, None if it is no comment or post."""
     value = _object(record)
-    own = _first(value, IDS) if value else None
+    own = reference(value, IDS) if value else None
     if value is None or own is None:
         return None
-    answers = any(name in value for name in PARENTS)
-    parent, thread = _first(value, PARENTS), _first(value, _THREADS)
+    answers = has_parent(value)
+    parent, thread = reference(value, PARENTS), reference(value, _THREADS)
     return _Place(
         key=_keys(own, ("t3",) if "title" in value and not answers else ("t1",))[0],
         parents=_keys(parent, ("t1", "t3")) if parent is not None else (),

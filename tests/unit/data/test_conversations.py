@@ -58,6 +58,10 @@ def test_content_in_parts_and_calls_of_tools_are_written_and_empty_messages_left
         ([*MESSAGES, {"content": "x"}], "message 4 is not"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "message 1 is not"),
         ([{"role": 1, "content": "x"}], "message 1 is not"),
+        ([{"role": "", "content": "x"}], "message 1 is not"),
+        ([{"role": {"id": 5}, "content": "x"}], "message 1 is not"),
+        ([{"id": 1, "parent_id": None, "user": {"id": 5}, "body": "x"}], r"an author that is no name \(it has 'id'"),
+        ([{"id": 1, "parent_id": None, "author": ["Ann"], "body": "x"}], "an author that is no name"),
         ([*MESSAGES, None], "message 4 is null"),
         ([*MESSAGES, "x"], "message 4 is no object"),
         ([{"id": 1, "parent_id": 2, "body": "a"}, {"id": 2, "parent_id": 1, "body": "b"}], "2 comments .* in a circle"),
@@ -70,8 +74,8 @@ def test_what_is_no_message_is_a_bad_record(messages, message):
     assert caught.value.problem.kind == "not_a_message"
 
 
-def test_an_empty_or_other_list_is_no_conversation():
-    for value in ([], ["a"], "text", None):
+def test_a_list_of_something_else_is_no_conversation():
+    for value in (["a"], "text", None):
         with pytest.raises(BadRecordError, match="no text under 'text'"):
             read({"messages": value})
 
@@ -95,6 +99,52 @@ def test_an_answer_follows_what_it_answers():
         "Comment, to Ann: Without a name.",
         "Bob: Second.",
     ]
+
+
+@pytest.mark.parametrize("number", [int, float, str])
+def test_ids_may_begin_at_zero_and_be_numbers_of_any_kind(number):
+    answers = [(0, None, "Ann"), (1, 0, "Bob"), (2, None, "Cy"), (3, 0, "Dan")]
+    comments = [
+        {"id": own, "parent_id": None if parent is None else number(parent), "author": author, "body": "x"}
+        for own, parent, author in answers
+    ]
+    assert read({"comments": comments}).text == "Ann: x\n\nBob, to Ann: x\n\nDan, to Ann: x\n\nCy: x"
+
+
+def test_comments_without_ids_or_with_ids_like_words_keep_their_order():
+    comments = [{"id": "None", "parent_id": None, "author": "Ann", "body": "x"}, {"parent_id": None, "body": "y"},
+                {"id": "", "parent_id": "", "body": "z"}]  # fmt: skip
+    assert read({"comments": comments}).text == "Ann: x\n\nComment: y\n\nComment: z"
+
+
+def test_a_post_is_written_with_comments_that_have_no_parents_or_without_comments():
+    post = {"title": "A post", "body": "What do you say?"}
+    comments = [{"author": "Ann", "body": "Nothing."}]
+    assert read(post | {"comments": comments}).text == "A post\n\nWhat do you say?\n\nAnn: Nothing."
+    assert read(post | {"comments": []}).text == "A post\n\nWhat do you say?"
+
+
+@pytest.mark.parametrize("author", [{"login": "ann", "id": 5}, {"id": 5, "name": "ann"}, {"username": "ann"}, "ann"])
+def test_an_author_may_be_an_object_with_a_name(author):
+    for field in ("user", "author"):
+        assert read({"comments": [{"id": 1, "parent_id": None, field: author, "body": "x"}]}).text == "ann: x"
+    assert read({"messages": [{"author": author, "content": "x"}]}).text == "Ann: x"
+
+
+@pytest.mark.parametrize(
+    "calls", [{"tool_calls": {"name": "f"}}, {"tool_calls": [{"name": "f"}]}, {"function_call": {"name": "f"}}]
+)
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+def test_a_call_of_a_tool_is_written_whatever_field_holds_it(calls, content):
+    message = {"role": "assistant", **content, **calls}
+    assert read({"messages": [message]}).text == 'Assistant: {"name": "f"}'
+    assert read({"messages": [message | {"id": 1, "parent_id": None}]}).text == 'Assistant: {"name": "f"}'
+    nulls = {"tool_calls": None, "function_call": {"name": None, "arguments": None}}
+    assert read({"messages": [{"role": "user", "content": "x", **nulls}]}).text == "User: x"
+
+
+def test_a_parent_that_is_no_id_makes_no_thread():
+    assert read({"messages": [{**one, "parent": False} for one in MESSAGES]}).text == TEXT
 
 
 def test_a_thread_of_any_depth_is_written():
@@ -126,6 +176,12 @@ def parquet_texts(folder, rows):
 def test_a_null_in_a_list_of_messages_in_parquet_is_a_bad_record(tmp_path):
     rows = [{"messages": [MESSAGES[0], None]}, {"messages": MESSAGES}]
     assert parquet_texts(tmp_path, rows) == ["not_a_message", TEXT]
+
+
+def test_an_empty_list_of_messages_is_an_empty_document_in_either_format(tmp_path):
+    assert parquet_texts(tmp_path, [{"messages": []}, {"messages": MESSAGES}]) == ["", TEXT]
+    assert (read({"messages": []}).text, read({"chat": []}, "chat").text) == ("", "")
+    assert read({"messages": [], "conversations": MESSAGES}).text == TEXT
 
 
 def test_a_thread_in_parquet_has_the_same_text_as_in_jsonl(tmp_path):

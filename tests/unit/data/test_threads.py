@@ -88,6 +88,13 @@ def test_other_records_stay_as_they_are_and_bad_ones_are_bad(tmp_path):
     assert bad == [("a.jsonl:6", "not_a_message"), ("b.jsonl:1", "not_json"), ("b.jsonl:3", "not_object")]
 
 
+def test_ids_of_a_table_with_nulls_are_joined_and_false_is_no_parent(tmp_path):
+    rows = [{"id": 1, "parent_id": None, "text": "one"}, {"id": 2, "parent_id": 1.0, "text": "two"},
+            {"id": "False", "text": "three"}, {"id": 4, "parent": False, "text": "four"}]  # fmt: skip
+    write(tmp_path / "in", rows)
+    assert texts(tmp_path / "in") == ["Comment: one\n\nComment, to Comment: two", "three", "four"]
+
+
 def test_threads_are_those_of_a_search_from_answer_to_answer(tmp_path):
     """The oracle links each comment with its parent, in the file or not, and takes what hangs together."""
     draw = random.Random(8)
