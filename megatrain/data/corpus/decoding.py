@@ -64,7 +64,10 @@ def decode(record: Record, policy: Policy) -> Decoded:
     else:
         text = payload
     if record.kind == "wikipedia":
-        text = wikitext_to_text(text, record.namespaces)
+        found = wikitext_to_text(text, record.namespaces)
+        if isinstance(found, Problem):
+            raise BadRecordError(found, record.id)
+        text = found
     elif record.kind == "json":
         text = _from_json(text, policy.text_column, decoded)
     if _SURROGATE.search(text):

@@ -1,8 +1,8 @@
 """Read WARC and WET files record by record, in bounded memory, and notice where they are cut short.
 
 Pages are what `response` records of HTML or plain text hold, and `resource` and `conversion` records (WET). What else a
-crawl has is left out: images and the like, and answers that are no success. Parsed here, not by a library, because
-those that there are take a file that is cut short for one that ends.
+crawl has is left out: images and the like, answers that are no success, and pages in several segments. Parsed here, not
+by a library, because those that there are take a file that is cut short for one that ends.
 ISO 28500: https://iipc.github.io/warc-specifications/specifications/warc-format/warc-1.1/
 """
 
@@ -18,8 +18,12 @@ from megatrain.data.corpus.record import Problem, Record
 
 _VERSION = re.compile(rb"WARC/\d+\.\d+\r?\n")
 _MAX_HEADER_BYTES = 2**20
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
+_CUT_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,16}[ \t]*(?:;[^\r\n]*)?\r?")
+_LINE_END = re.compile(rb"\r?\n")
 _SKIP_BYTES = 2**20
 _PAGES = ("response", "resource", "conversion")
+_CONTINUATION = "continuation"
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -36,6 +40,7 @@ class _Page:
     codings: list[str] = field(default_factory=list)
     body: bytes = b""
     reason: str | None = None  # why it is left out
+    problem: Problem | None = None
 
 
 def read_warc(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
@@ -48,12 +53,13 @@ def read_warc(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
         number += 1
         where = f"record {number}"
         length = headers.get("content-length", "")
-        if not length.isdecimal():
-            raise WarcError(f"{where} has no Content-Length")
-        size, kind = int(length), headers.get("warc-type", "")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            what = f"the Content-Length {length[:40]!r}, which is no number of bytes" if length else "no Content-Length"
+            raise WarcError(f"{where} has {what}")
+        size, kind = int(length), headers.get("warc-type", "").lower()
         content = b"" if kind not in _PAGES else file.read(min(size, limit + _MAX_HEADER_BYTES))
         _skip(file, size - len(content), where)
-        if kind in _PAGES:
+        if kind in (*_PAGES, _CONTINUATION):
             yield _record(kind, headers, content, f"{name}, {where}", limit)
         _end(file, where)
     if not number:
@@ -114,11 +120,15 @@ def _record(kind: str, headers: dict[str, str], content: bytes, where: str, limi
     metadata: dict[str, Any] = {"url": url, "date": headers.get("warc-date")}
     identity = headers.get("warc-record-id", "").strip("<>") or url or None
     about: dict[str, Any] = {"kind": "warc", "id": identity, "metadata": metadata}
+    if kind == _CONTINUATION or "warc-segment-number" in headers:
+        return Record(b"", where, left_out="segment", **about)
     page = _page(kind, headers, content)
     if page.reason:
         return Record(b"", where, left_out=page.reason, **about)
     if len(content) == limit + _MAX_HEADER_BYTES:
         return Record(b"", where, oversized=True, **about)
+    if page.problem:
+        return Record(b"", where, problem=page.problem, **about)
     body = page.body
     for coding in reversed(page.codings):
         decoded = _decompressed(body, coding, limit)
@@ -144,7 +154,11 @@ def _page(kind: str, headers: dict[str, str], content: bytes) -> _Page:
         if code and not code[0].startswith(b"2"):
             page.reason = "http_status"
         if "chunked" in http.get("transfer-encoding", "").lower():
-            page.body = _dechunked(body)
+            dechunked = _dechunked(body)
+            if isinstance(dechunked, Problem):
+                page.problem = dechunked
+            else:
+                page.body = dechunked
         page.codings = [coding.strip().lower() for coding in http.get("content-encoding", "").split(",")]
     if not page.reason and page.media_type not in (*_HTML, "text/plain"):
         page.reason = "no_page"
@@ -163,17 +177,24 @@ def _media_type(value: str) -> tuple[str, str | None]:
     return kind.strip().lower(), charset[1] if charset else None
 
 
-def _dechunked(body: bytes) -> bytes:
-    """Join the chunks of a body; one that has none is what a crawler that joined them has left of it."""
+def _dechunked(body: bytes) -> bytes | Problem:
+    """Join the chunks of a body; one that does not begin with a chunk is what a crawler that joined them has left."""
     parts: list[bytes] = []
     at = 0
-    while match := re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n").match(body, at):
-        size = int(match[1], 16)
+    while match := _CHUNK_SIZE.match(body, at):
+        size, start = int(match[1], 16), match.end()
         if size == 0:
             return b"".join(parts)
-        parts.append(body[match.end() : match.end() + size])
-        at = match.end() + size + 2
-    return b"".join(parts) if parts and at >= len(body) else body
+        if body[start + size : start + size + 2] in (b"", b"\r"):
+            return Problem("encoding", "a chunked body that ends early")
+        if not (end := _LINE_END.match(body, start + size)):
+            break
+        parts.append(body[start : start + size])
+        at = end.end()
+    if at == 0:
+        return body
+    ended = at == len(body) or _CUT_CHUNK_SIZE.fullmatch(body, at)
+    return Problem("encoding", "a chunked body that ends early" if ended else f"a damaged chunk {len(parts) + 1}")
 
 
 def _decompressed(body: bytes, coding: str, limit: int) -> bytes | Problem:

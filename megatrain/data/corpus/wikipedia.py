@@ -27,6 +27,14 @@ _ALIASES = (  # that every wiki knows, and those that <siteinfo> does not name
 )
 _LANGUAGE = re.compile(r"(?:[a-z]{2,3}(?:-[a-z]+)*|simple):\S")
 """A link to the same page in another language, which a page does not show within its text."""
+_REDIRECT = re.compile(r"\s*#redirect(?:ion)?\s*:?\s*\[\[[^\[\]\n]+\]\]", re.IGNORECASE)
+_OTHER_REDIRECT = re.compile(r"\s*#[^\s#*:;\[\]{}<>][^\n#\[\]{}<>]{0,40}\[\[[^\[\]\n]+\]\]")
+"""A redirect in another language, of which every wiki has its own words. A page that is one has no other text."""
+_NO_TEXT = re.compile(r"\[\[[^\[\]]*\]\]|\{\{[^{}]*\}\}|<!--.*?-->", re.DOTALL)
+
+
+class _DefinesEntitiesError(Exception):
+    pass
 
 
 class DumpError(EOFError):
@@ -101,7 +109,7 @@ class _Reader:
             self._into.append(text)
 
     def _entity(self, *_: Any) -> None:
-        raise DumpError("it defines entities, which no dump does")
+        raise _DefinesEntitiesError
 
 
 def read_dump(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
@@ -121,6 +129,9 @@ def read_dump(file: BinaryIO, name: str, limit: int) -> Iterator[Record]:
             if reader.root == "mediawiki" or ended:
                 raise DumpError(str(error)) from error
             yield _no_dump(name, str(error))
+            return
+        except _DefinesEntitiesError:
+            yield _no_dump(name, "it defines entities, which no dump does")
             return
         if reader.root not in (None, "mediawiki"):
             yield _no_dump(name, f"its root is <{reader.root}>")
@@ -145,20 +156,42 @@ def _record(page: _Page, name: str, limit: int, namespaces: tuple[str, ...]) -> 
         return Record("", where, left_out="redirect", **about)
     if page.size > limit:
         return Record("", where, oversized=True, **about)
-    return Record(page.get("text"), where, namespaces=namespaces, **about)
+    text = page.get("text")
+    if is_redirect(text):
+        return Record("", where, left_out="redirect", **about)
+    return Record(text, where, namespaces=namespaces, **about)
 
 
-def wikitext_to_text(source: str, namespaces: Iterable[str] = ()) -> str:
+def is_redirect(text: str) -> bool:
+    """Return whether a page's wikitext is a redirect, in any language; older dumps say so nowhere else."""
+    if _REDIRECT.match(text):
+        return True
+    other = _OTHER_REDIRECT.match(text)
+    return other is not None and not _NO_TEXT.sub("", text[other.end() :]).strip()
+
+
+def wikitext_to_text(source: str, namespaces: Iterable[str] = ()) -> str | Problem:
     """Return the text of a page: without templates, tables, references, files, categories and links' targets.
 
-    `namespaces` are the wiki's own names for files and categories.
+    `namespaces` are the wiki's own names for files and categories. A page that the parser cannot read is a problem.
     """
+    import mwparserfromhell
+
+    try:
+        return _text(source, {*_ALIASES, *(name.lower() for name in namespaces)})
+    except RecursionError:
+        return Problem("wikitext", "templates or tags are nested too deeply")
+    except mwparserfromhell.parser.ParserError as error:
+        return Problem("wikitext", f"the wikitext cannot be parsed ({error})")
+
+
+def _text(source: str, removed: set[str]) -> str:
+    """Return the text of wikitext; `removed` are the names, in small letters, of files and categories."""
     import mwparserfromhell
 
     code = mwparserfromhell.parse(source)
     for tag in list(code.ifilter_tags(matches=lambda node: str(node.tag).strip().lower() in _TAGS)):
         _remove(code, tag)
-    removed = {*_ALIASES, *(name.lower() for name in namespaces)}
     for link in list(code.ifilter_wikilinks()):
         title = str(link.title).strip()
         if title.partition(":")[0].strip().replace("_", " ").lower() in removed or (

@@ -133,6 +133,8 @@ def test_wherever_a_file_is_cut_between_records_or_not_it_is_noticed():
     "crawl, message",
     [
         (CRAWL[2] + b"WARC/1.0\r\nWARC-Type: response\r\n\r\n", "record 2 has no Content-Length"),
+        (b"WARC/1.0\r\nContent-Length: -5\r\n\r\n", "record 1 has the Content-Length '-5', which is no number"),
+        (b"WARC/1.0\r\nContent-Length: +5\r\n\r\n", "record 1 has the Content-Length '\\+5', which is no number"),
         (CRAWL[2] + b"more\n", "no WARC record where record 2 should begin"),
         (CRAWL[2].replace(b"first", b"first and more"), "record 1 is damaged .*bytes follow its length"),
         (b"", "it has no WARC record"),
@@ -203,6 +205,41 @@ def test_a_compressed_body_that_ends_early_is_a_bad_record(coding, compress):
     for cut in (len(body) - 1, len(body) // 2):
         (record,) = pages(io.BytesIO(warc_response(body[:cut], Content_Encoding=coding)))
         assert record.problem.message == f"a {coding} body that ends early"
+
+
+CHUNKS = b"5\r\nfirst\r\nA;x=y\r\n<p>second.\r\n"
+
+
+def chunked_page(body):
+    (record,) = pages(io.BytesIO(warc_response(body, media="text/plain", Transfer_Encoding="chunked")))
+    return record.payload if record.problem is None else record.problem.message
+
+
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+def test_chunks_are_joined_whatever_ends_their_lines(line_end):
+    assert chunked_page((CHUNKS + b"0\r\nExpires: 0\r\n\r\n").replace(b"\r\n", line_end)) == b"first<p>second."
+
+
+def test_wherever_a_chunked_body_is_cut_or_damaged_it_is_a_bad_record():
+    for cut in range(3, len(CHUNKS) + 1):
+        assert chunked_page(CHUNKS[:cut]) == "a chunked body that ends early", cut
+    assert chunked_page(CHUNKS.replace(b"A;", b"9;")) == "a damaged chunk 2"
+    assert chunked_page(CHUNKS.replace(b"A;", b"xyz")) == "a damaged chunk 2"
+
+
+def test_a_body_that_does_not_begin_with_a_chunk_is_whole():
+    for body in (b"<p>joined by the crawler</p>", b"A\r\nB and C come after it", b"cafe"):
+        assert chunked_page(body) == body
+
+
+def test_a_page_in_several_segments_is_left_out_segment_by_segment():
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + page("half")
+    crawl = [
+        warc_record("response", http, WARC_Segment_Number="1"),
+        warc_record("continuation", b" a page", WARC_Segment_Number="2", WARC_Segment_Total_Length="99"),
+        CRAWL[2],
+    ]
+    assert [one.left_out for one in pages(io.BytesIO(b"".join(crawl)))] == ["segment", "segment", None]
 
 
 def test_a_gzip_body_of_several_members_is_read_whole():

@@ -10,7 +10,7 @@ from support.raw_corpora import DUMP_HEAD, DUMP_TAIL, wiki_page
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.card import Card
 from megatrain.data.corpus.decoding import decode
-from megatrain.data.corpus.record import Policy
+from megatrain.data.corpus.record import BadRecordError, Policy
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.corpus.wikipedia import DumpError, read_dump, wikitext_to_text
 from megatrain.data.preparation import prepare
@@ -65,8 +65,8 @@ def test_wherever_a_dump_is_cut_it_is_noticed():
 
 def test_entities_cannot_be_defined():
     bomb = '<!DOCTYPE mediawiki [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>\n'
-    with pytest.raises(DumpError, match="defines entities"):
-        records(bomb + DUMP_HEAD + wiki_page("A", "x") + DUMP_TAIL)
+    (found,) = records(bomb + DUMP_HEAD + wiki_page("A", "x") + DUMP_TAIL)
+    assert found.problem.kind == "not_a_dump" and "it defines entities" in found.problem.message
 
 
 @pytest.mark.parametrize("content, message", [("<feed></feed>", "root is <feed>"), ("no xml", "syntax error")])
@@ -95,6 +95,34 @@ def test_another_xml_is_a_bad_record(tmp_path, content, message):
 )
 def test_wikitext_becomes_text(wikitext, text):
     assert wikitext_to_text(wikitext) == text
+
+
+@pytest.mark.parametrize(
+    "text, is_one",
+    [
+        ("#REDIRECT [[B]]", True),
+        ("#redirect: [[B#Part]] from a move\n{{R from move}}", True),
+        ("\n#REDIRECTION [[B]]", True),
+        ("#Weiterleitung [[B]]", True),
+        ("#重定向[[B]]\n[[分类:城市]]<!-- a\nnote -->", True),
+        ("#PATRZ TAM [[B|b]]\n\n{{S}}", True),
+        ("#First [[B]] and more", False),
+        ("#First [[B]]\n#Second [[C]]", False),
+        ("# [[B]]", False),
+        ("Text\n#REDIRECT [[B]]", False),
+    ],
+)
+def test_a_page_whose_text_is_a_redirect_is_left_out(text, is_one):
+    (found,) = records(DUMP_HEAD + wiki_page("A", text) + DUMP_TAIL)
+    assert found.left_out == ("redirect" if is_one else None)
+
+
+def test_a_page_nested_too_deeply_is_a_bad_record():
+    for text in ("{{" * 3000 + "a" + "}}" * 3000, "{{{" * 3000 + "}}}" * 3000):
+        (found,) = records(DUMP_HEAD + wiki_page("A", text) + DUMP_TAIL, limit=10**6)
+        with pytest.raises(BadRecordError, match="nested too deeply") as caught:
+            decode(found, Policy("text", "refuse"))
+        assert (caught.value.problem.kind, caught.value.id) == ("wikitext", "1")
 
 
 def test_dumps_of_any_compression_give_the_same_dataset_on_any_number_of_workers(tmp_path, monkeypatch):
