@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_LICENSE_FILES = ("LICENSE", "LICENCE", "COPYING", "UNLICENSE")  # beginnings of names
+from megatrain.data.corpus.file_kinds import programming_language
+
+_LICENSE_FILE = re.compile(r"(?:(?:un)?licen[sc]es?|copying)(?:[-_.].*)?", re.IGNORECASE)
+_NO_LICENSE_SUFFIXES = (".json", ".jsonl", ".toml", ".yaml", ".yml", ".xml", ".csv", ".ini", ".cfg", ".lock")
 FOLDERS_OF_OTHERS = ("node_modules", "site-packages", "dist-packages", "__pycache__")
 """Folders of installed packages and of build outputs, which `data=code` does not read."""
 
@@ -67,8 +70,16 @@ def license_of(text: str) -> str | None:
 
 
 def find_license_files(folder: Path) -> list[Path]:
-    """Return the licence files directly in a folder."""
-    return sorted(path for path in folder.iterdir() if path.name.upper().startswith(_LICENSE_FILES) and path.is_file())
+    """Return the licence files directly in a folder: by their names, except for code and data such as `license.py`."""
+    return sorted(path for path in folder.iterdir() if _is_license_file(path.name) and path.is_file())
+
+
+def _is_license_file(name: str) -> bool:
+    return (
+        _LICENSE_FILE.fullmatch(name) is not None
+        and programming_language(name) is None
+        and not name.lower().endswith(_NO_LICENSE_SUFFIXES)
+    )
 
 
 def read_licenses(paths: list[Path]) -> str | None:

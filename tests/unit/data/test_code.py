@@ -97,6 +97,27 @@ def test_a_changed_licence_makes_another_shard(project):
     assert before.paths == after.paths and before.stamps != after.stamps
 
 
+def test_code_and_data_named_like_a_licence_are_none_and_an_unknown_licence_is_no_other(project):
+    files = {
+        "src/license.py": CODE,
+        "src/LICENSES.rs": "fn main() {}\n",
+        "src/license-list.json": "{}\n",
+        "src/licensed.txt": "No licence.\n",
+        "own/LICENSE.txt": "All rights reserved.\n",
+        "own/b.py": CODE,
+        "apache/LICENSE-APACHE": APACHE,
+        "apache/licence.md": MIT,
+        "apache/c.py": CODE,
+    }
+    for name, text in files.items():
+        (project / "one" / name).parent.mkdir(exist_ok=True)
+        (project / "one" / name).write_text(text)
+    found, _ = documents(DataConfig(name="d", kind="code", paths=[str(project)]))
+    licenses = {name: found[name].metadata["license"] for name in ("add.py", "license.py", "LICENSES.rs", "b.py")}
+    assert licenses == {"add.py": "MIT", "license.py": "MIT", "LICENSES.rs": "MIT", "b.py": None}
+    assert found["c.py"].metadata["license"] == "Apache-2.0 OR MIT"
+
+
 def test_each_folder_is_listed_once_for_its_licences(project, monkeypatch):
     listed = []
     monkeypatch.setattr(files_source, "find_license_files", lambda folder: listed.append(folder) or [])
