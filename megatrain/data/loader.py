@@ -184,12 +184,13 @@ def micro_batch_of(
     token that ends each document) is given, the micro-batch has the samples' documents; with `reset_positions` also
     positions that begin at 0 in each. Padding counts as a document.
     """
-    tokens, labels = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    tokens, labels = ids[:, :-1].copy(), ids[:, 1:].copy()
     for row, sample in zip(labels, samples, strict=True):
         row[max(0, len(sample.ids) - 1) :] = IGNORE_INDEX
         row[list(sample.unrelated)] = IGNORE_INDEX
     pieces = [_input_pieces(sample.pieces, tokens.shape[1]) for sample in samples if sample.pieces is not None]
-    return with_documents(tokens, labels, end_of_document, reset_positions, pieces or None)
+    tensors = torch.from_numpy(tokens), torch.from_numpy(labels)
+    return with_documents(*tensors, end_of_document, reset_positions, pieces or None)
 
 
 def _input_pieces(pieces: list[int], seq_len: int) -> list[int]:

@@ -51,6 +51,8 @@ class Split(NamedTuple):
     """Number of dense masks over the whole sequence that a micro-batch needs: none, one, or one a row."""
     by_document: bool = False
     """Whether attention takes rows document by document, without a mask (kernels/attention.py)."""
+    own_positions: bool = False
+    """Whether each row has positions of its own."""
 
 
 def count(
@@ -119,7 +121,7 @@ def _attention(model: ModelConfig, split: Split, tokens: int, length: int, w: in
     if split.masks and not is_ring:  # with a mask, torch's kernels need a key and a value for each query head
         whole += tokens * 2 * w * (queries - keys)
     if model.position == "rope":  # each block computes its own cosines and sines
-        whole += 4 * model.head_dim * length
+        whole += 4 * model.head_dim * (tokens if split.own_positions else length)
     if model.qk_norm:
         each = (queries, keys) if model.qk_norm_over == "heads" else (heads + kv_heads) * (model.head_dim,)
         whole += tokens * sum(_norm(size, w, "rmsnorm") for size in each)

@@ -173,7 +173,8 @@ class MemoryModel:
         chunk = head_in_chunks(config, layout) * (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
         masks = _num_masks(config, layout)
         by_document = config.train.mask_documents and not masks
-        sizes_of = (layout.engine, layout.tp, layout.cp, layout.cp_kind, chunk, on_gpu, masks, by_document)
+        parallel, own_positions = (layout.engine, layout.tp, layout.cp, layout.cp_kind), config.train.reset_positions
+        sizes_of = (*parallel, chunk, on_gpu, masks, by_document, own_positions)
         split = activations.Split(*sizes_of)
         loop = config.train
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None

@@ -59,7 +59,7 @@ def test_bytes_per_token_are_those_worked_out_by_hand(split, w, seq_len, whole, 
     assert counted(model(), w, seq_len // split.get("cp", 1), seq_len, **split) == (whole + ANGLES, selective)
 
 
-def saved(config, dtype, documents, attend=None):
+def saved(config, dtype, documents, attend=None, positions=None):
     """Return the bytes per token that an attention layer's tensors keep, beside its input and its weights."""
     layer = Attention(config, REFERENCE).to(dtype)
     if attend:
@@ -76,7 +76,7 @@ def saved(config, dtype, documents, attend=None):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x, torch.arange(x.shape[1]), Documents(documents), None)
+        layer(x, torch.arange(x.shape[1]) if positions is None else positions, Documents(documents), None)
     return sum(sizes.values()) / x[..., 0].numel()
 
 
@@ -97,6 +97,15 @@ def test_a_cpu_keeps_what_the_formula_says(position, kv_heads, dtype, documents)
     rows, length, w = len(documents), sum(documents[0]), dtype.itemsize
     expected, _ = counted(config, w, rows * length, length, on_gpu=False, by_document=True)
     assert saved(config, dtype, documents) == pytest.approx(expected, rel=1e-3)
+
+
+def test_positions_of_their_own_take_angles_for_each_row():
+    rows, length = 3, 1024
+    documents = [[600, 424]] * rows
+    positions = torch.stack([torch.cat([torch.arange(600), torch.arange(424)])] * rows)
+    more = {"on_gpu": False, "by_document": True, "own_positions": True}
+    expected, _ = counted(model(), 4, rows * length, length, **more)
+    assert saved(model(), torch.float32, documents, positions=positions) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("documents", [[[600, 424]], [[1024 - 600, 600]], [[700, 324], [1000, 24]]], ids=str)
