@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pytest
 from support.raw_corpora import CHINESE, ENGLISH, JAPANESE, TRADITIONAL, web_page
@@ -92,6 +93,33 @@ def test_bombs_are_removed_before_they_are_extracted(extractor):
     assert extracted("<script>1</script>", extractor=extractor) == "no_text"
     assert "deep" in extracted("<p>deep</p>" + "<div>" * 300 + web_page("deep " * 40), max_depth=400).text
     assert extracted("<div>" * 300 + web_page("deep " * 40), max_depth=200) == "too_deep"
+
+
+@pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        " ".join(f"a{i}" for i in range(200_000)),
+        "/".join(f"a{i}='>'" for i in range(2000)),
+        "a " * 20_000 + " ".join(f'a{i} = "1"' for i in range(2000)),
+    ],
+)
+def test_an_element_with_too_many_attributes_is_removed_before_it_is_parsed(tag, extractor):
+    page = f"<html><body><svg><style><p {tag}>{ENGLISH}</p>"
+    begun = time.monotonic()
+    assert extracted(page, extractor=extractor) == "too_many_attributes"
+    assert time.monotonic() - begun < 5  # parsing them takes minutes
+
+
+def test_pages_with_many_attributes_in_all_or_long_ones_are_extracted():
+    classes = " ".join(f"c{i}" for i in range(5000))
+    links = "".join(f"<a href='/{i}' id=x{i}>{i}</a>" for i in range(2000))
+    script = "<script>if (i <n) {" + "var x = 1; " * 500 + "}</script>"
+    page = web_page(ENGLISH).replace("<main>", f'{script}<main class="{classes}">{links}')
+    assert ENGLISH in extracted(page).text
+    exactly = web_page(ENGLISH).replace("<main>", "<main " + " ".join(f"a{i}=1" for i in range(9)) + ">")
+    assert ENGLISH in extracted(exactly, max_attributes=9).text
+    assert extracted(exactly, max_attributes=8) == "too_many_attributes"
 
 
 def prepared(tmp_path, name="d", steps=(), **data):

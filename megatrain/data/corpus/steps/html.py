@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,13 +12,18 @@ from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.source import require_library
 from megatrain.errors import ConfigError
 
+_VALUE = r"""(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s>"'][^\s>]*|["'][^\s>]*)?)?"""
+_ATTRIBUTE = rf"[\s/]*[^\s/>][^\s/>=]*{_VALUE}"
+_NAME = re.compile(rf"[\s/]*([^\s/>][^\s/>=]*){_VALUE}")
+
 
 @dataclass(frozen=True)
 class Html(Step):
     """Extract the text of documents that are HTML; other documents stay as they are.
 
-    A page that is too large or nested too deeply is removed before it costs time or memory: extraction takes time
-    quadratic in the depth. Browsers nest at most 512 elements.
+    A page that is too large, nested too deeply, or that has an element with too many attributes is removed before it
+    costs time or memory: extraction takes time quadratic in the depth and in an element's attributes. Browsers nest at
+    most 512 elements.
     """
 
     name: ClassVar[str] = "html"
@@ -32,6 +38,7 @@ class Html(Step):
     )
     max_bytes: int = key(8 * 2**20, "largest page to extract, in bytes of UTF-8", minimum=1)
     max_depth: int = key(512, "deepest nesting of elements to extract", minimum=1)
+    max_attributes: int = key(1000, "most attributes of an element to extract", minimum=1, maximum=100_000)
 
     def __post_init__(self) -> None:
         require_library("resiliparse", "clean.steps: html", "corpus")
@@ -48,6 +55,8 @@ class Html(Step):
         size = len(document.text.encode(errors="surrogatepass"))
         if size > self.max_bytes:
             return Removal("too_large", f"{size} bytes of HTML, more than {self.max_bytes}")
+        if _has_more_attributes(document.text, self.max_attributes):
+            return Removal("too_many_attributes", f"an element with more than {self.max_attributes} attributes")
         from resiliparse.parse.html import HTMLTree
 
         tree = HTMLTree.parse(document.text)
@@ -77,6 +86,20 @@ class Html(Step):
             page, favor_precision=self.favor_precision, include_comments=False, deduplicate=False
         )
         return found or ""
+
+
+def _has_more_attributes(page: str, limit: int) -> bool:
+    """Return whether a tag has attributes of more than `limit` names, or ten times as many of any names.
+
+    What looks like a tag in a script counts too. Takes time linear in the page.
+    """
+    most = 10 * limit + 1
+    for tag in re.finditer(rf"<[a-zA-Z][^\s/>]*((?:{_ATTRIBUTE}){{0,{most}}})", page):
+        if tag.end(1) - tag.start(1) > limit:  # one character each at least
+            names = _NAME.findall(tag[1])
+            if len(names) == most or len(set(names)) > limit:
+                return True
+    return False
 
 
 class _TooDeep(Exception):
