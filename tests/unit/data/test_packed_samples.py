@@ -159,13 +159,14 @@ def test_a_packing_is_computed_once_and_again_for_other_data(make_dataset, monke
     assert made == []
     open_packing(dataset, 2 * T, True)
     path = folder / "packing" / f"train_{T}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "another"}))
-    open_packing(dataset, T, True)
+    for changed in ({"fingerprint": "another"}, {"format": 99}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        open_packing(dataset, T, True)
     (folder / "packing" / f"train_{T}.bin").write_bytes(b"cut short")
     open_packing(dataset, T, True)
     path.write_text("{")
     assert open_packing(dataset, T, True).card.samples == open_packing(dataset, T, False).card.samples
-    assert made == [2 * T, T, T, T]
+    assert made == [2 * T, T, T, T, T]
 
 
 def test_a_changed_packing_is_refused(packed):
