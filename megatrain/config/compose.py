@@ -32,7 +32,16 @@ from megatrain.config.choices import (
 )
 from megatrain.config.flatten import flatten
 from megatrain.config.suggest import did_you_mean, meant_keys
-from megatrain.config.values import describe, expand_home, is_sweep, kind_of, literal, read_value, sweep_message
+from megatrain.config.values import (
+    describe,
+    expand_home,
+    fits,
+    is_sweep,
+    literal,
+    misfit,
+    read_value,
+    sweep_message,
+)
 from megatrain.errors import ConfigError
 
 _HYDRA = threading.Lock()
@@ -319,12 +328,15 @@ def _check_content(verb: str, file: Path, content: dict[str, Any], prefix: str) 
             raise ConfigError(f"{file}: {_unknown(verb, name, list(hints))}")
         if isinstance(value, str) and ("${" in value or value == "???"):
             continue
+        texts = isinstance(value, list) and hints[name] == list[str]
+        given = [str(item) if isinstance(item, (int, float)) else item for item in value] if texts else value
+        refused = ConfigError(f"{file}: {name}: {value}: expected {describe(hints[name])}, given ")
+        if texts and not fits(hints[name], given):  # OmegaConf takes mappings for texts
+            raise ConfigError(f"{refused}{misfit(hints[name], given)}")
         try:
             OmegaConf.update(node, name, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(
-                f"{file}: {name}: {value}: expected {describe(hints[name])}, given {kind_of(value)}"
-            ) from error
+            raise ConfigError(f"{refused}{misfit(hints[name], value)}") from error
 
 
 def _to_dataclass(schema: type, node: Any) -> Any:

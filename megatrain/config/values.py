@@ -53,7 +53,7 @@ def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
         hint_text = f" (write {int(value)})" if kind is int and isinstance(value, float) and value.is_integer() else ""
         if typing.get_origin(kind) is list and kind != list[list[int]] and not isinstance(value, list):
             hint_text = f" (write {shlex.quote(f'{name}=[{stripped}]')})"
-        raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {kind_of(value)}{hint_text}")
+        raise ConfigError(f"{name}={text}: expected {describe(hint)}, given {misfit(kind, value)}{hint_text}")
     return value
 
 
@@ -68,8 +68,29 @@ def _parse(name: str, text: str) -> Any:
         raise ConfigError(f"cannot read {name}={text}: quote special characters, as in {name}='...'") from error
     if override.is_sweep_override():
         raise ConfigError(sweep_message(name, text))
+    if repeated := _repeated_key(f"{name}={text}"):
+        raise ConfigError(f"{name}={text}: {repeated} is given twice in one mapping; give each key once")
     value = override.value()
     return _plain(value)
+
+
+def _repeated_key(override: str) -> str | None:
+    """Return a key that a mapping of a valid override has twice, at any depth; Hydra takes the last without a word."""
+    from antlr4 import CommonTokenStream, InputStream
+    from hydra.grammar.gen.OverrideLexer import OverrideLexer
+    from hydra.grammar.gen.OverrideParser import OverrideParser
+
+    if override.count(":") < 2:
+        return None
+    waiting = [OverrideParser(CommonTokenStream(OverrideLexer(InputStream(override)))).override()]
+    while waiting:
+        node = waiting.pop()
+        waiting += getattr(node, "children", None) or []
+        if isinstance(node, OverrideParser.DictContainerContext):
+            names = [pair.dictKey().getText().strip() for pair in node.dictKeyValuePair()]
+            if repeated := next((name for name in names if names.count(name) > 1), None):
+                return str(repeated)
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -205,7 +226,7 @@ def fits(kind: Any, value: Any) -> bool:
         return optional
     if typing.get_origin(kind) is list:
         (element,) = typing.get_args(kind)
-        return isinstance(value, list) and all(element in (str, Any) or fits(element, item) for item in value)
+        return isinstance(value, list) and all(element is Any or fits(element, item) for item in value)
     if typing.get_origin(kind) is dict:
         return isinstance(value, dict)
     if kind is float:
@@ -215,8 +236,23 @@ def fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
+def misfit(kind: Any, value: Any) -> str:
+    """Return in words what does not fit a key's type: a value's type, or that of the first wrong item of a list."""
+    kind, _ = split_optional(kind)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        (element,) = typing.get_args(kind)
+        for item in value:
+            if not fits(element, item):
+                return f"a list with {misfit(element, item)}" + ("" if item is None else f" ({item})")
+    return kind_of(value)
+
+
 def kind_of(value: Any) -> str:
     """Return the type of a parsed value in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, (list, dict)) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty mapping"
     names = {
         bool: "a boolean",
         int: "a whole number",

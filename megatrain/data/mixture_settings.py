@@ -29,6 +29,8 @@ SAVED_MIXTURE = "mixture.json"
 _SOURCE_KEYS = ("weight", "epochs", "max_epochs")
 _PHASE_KEYS = ("from_step", "from_tokens", "mixture", "mixture_temperature")
 _EXAMPLE = "{web: 0.7, code: 0.3}"
+_LATEST = 2**62
+"""Latest step or token at which a phase may begin."""
 _DIGITS = Context(prec=50)
 """Of a power by `data.mixture_temperature`: decimal arithmetic is the same on every machine."""
 
@@ -108,9 +110,9 @@ def _phase(place: str, entry: Any) -> PhaseSetting:
     if len(given) != 1:
         raise ConfigError(f"{place}: give one of from_step and from_tokens, given {' and '.join(given) or 'neither'}")
     start, least = entry[given[0]], 2 if given[0] == "from_step" else 1
-    if not isinstance(start, int) or isinstance(start, bool) or start < least or start > 2**62:
+    if not isinstance(start, int) or isinstance(start, bool) or not least <= start <= _LATEST:
         raise ConfigError(
-            f"{place}.{given[0]}={start}: expected a whole number of at least {least}"
+            f"{place}.{given[0]}={start}: expected a whole number, at least {least} and at most {_LATEST}"
             + (" (what the run begins with is data.mixture)" if isinstance(start, int) and start < least else "")
         )
     mixture = entry.get("mixture")

@@ -11,7 +11,7 @@ import xxhash
 
 from megatrain.config.compose import check_value
 from megatrain.config.suggest import did_you_mean
-from megatrain.config.values import describe, fits, kind_of
+from megatrain.config.values import describe, fits, kind_of, misfit
 from megatrain.data.corpus.document import Document, Step
 from megatrain.data.corpus.steps.personal_data import PersonalData
 from megatrain.data.corpus.steps.registry import STEPS
@@ -45,9 +45,16 @@ def _build(place: str, entry: Any) -> Step:
             raise ConfigError(f"{place}: {name} has no parameter {key}{hint} (parameters: {listed})")
         if not fits(hints[key], value):
             expected = describe(hints[key])
-            raise ConfigError(f"{place}: {name}.{key}={value}: expected {expected}, given {kind_of(value)}")
+            raise ConfigError(f"{place}: {name}.{key}={value}: expected {expected}, given {misfit(hints[key], value)}")
         check_value(f"{place}: {name}.{key}", value, known[key].metadata)
-    return kind(**parameters)
+    step = kind(**parameters)
+    for low in known:
+        high = low.replace("min_", "max_", 1)
+        if low.startswith("min_") and high in known:
+            least, most = getattr(step, low), getattr(step, high)
+            if least is not None and most is not None and least > most:
+                raise ConfigError(f"{place}: {name}.{low}={least} is above {name}.{high}={most}; no value is allowed")
+    return step
 
 
 def _single(place: str, entry: Any) -> tuple[str, dict[str, Any]]:

@@ -111,6 +111,12 @@ def test_a_choice_may_be_a_file_anywhere(own):
             ["experiment=my"],
             r"my.yaml: unknown key max_steps; did you mean train.steps",
         ),
+        (
+            {"data__my": "kind: files\npaths: [a, null]"},
+            ["data=my"],
+            r"my.yaml: data.paths: .*: expected a list of texts such as \[a,b\], given a list with null$",
+        ),
+        ({"data__my": "kind: files\npaths: [{a: 1}]"}, ["data=my"], r"data.paths: .* given a list with a mapping"),
         ({"stray": ""}, ["model=tiny"], r"--config-dir=.* has none of the folders model, data"),
     ],
 )

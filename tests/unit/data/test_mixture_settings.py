@@ -88,7 +88,11 @@ def test_mistakes_in_a_mixture_are_refused_by_key(mixture, message):
         ([{"from_step": 2, "from_tokens": 5, "mixture": {"web": 1}}], r"given from_step and from_tokens"),
         ([{"from_step": 1, "mixture": {"web": 1}}], r"data.phases\[0\].from_step=1: .*the run begins with is data.mix"),
         ([{"from_step": 2.5, "mixture": {"web": 1}}], r"from_step=2.5: expected a whole number"),
-        ([{"from_step": 2}], r"data.phases\[0\].mixture: expected a mapping"),
+        ([{"from_step": 2}], r"data.phases\[0\].mixture: expected a mapping such as .*, given null$"),
+        ([{"from_step": 2, "mixture": {}}], r"\[0\].mixture: expected a mapping such as .*, given an empty mapping$"),
+        ([{"from_step": 10**23, "mixture": {"web": 1}}], rf"whole number, at least 2 and at most {2**62}$"),
+        ([{"from_tokens": 10**23, "mixture": {"web": 1}}], rf"whole number, at least 1 and at most {2**62}$"),
+        ([None], r"data.phases\[0\]: expected .* given null$"),
         ([{"from_step": 2, "mixture": {"web": -1}}], r"data.phases\[0\].mixture.web=-1"),
         ([{"form_step": 2, "mixture": {"web": 1}}], r"unknown key form_step; did you mean from_step"),
         (

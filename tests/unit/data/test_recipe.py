@@ -77,6 +77,18 @@ def test_examples_and_figures_do_not_depend_on_how_documents_are_divided():
         ([{"length": {"min_characters": None}}], r"length.min_characters=None: expected a whole number"),
         ([{"length": 3}], r"clean.steps\[0\]: .* expected the name of a step, or {name: {parameter: value}}"),
         ([3], r"clean.steps\[0\]: 3: expected the name of a step"),
+        (
+            [{"length": {"min_characters": 10, "max_characters": 5}}],
+            r"\[0\]: length.min_characters=10 is above length.max",
+        ),
+        ([{"gopher_quality": {"max_words": 10}}], r"gopher_quality.min_words=50 is above gopher_quality.max_words=10"),
+        (
+            [{"language": {"keep": ["en", None]}}],
+            r"language.keep=.*: expected a list of texts .* given a list with null",
+        ),
+        ([{"c4_quality": {"end_punctuation": [None]}}], "c4_quality.end_punctuation=.* given a list with null"),
+        ([{"gopher_quality": {"stop_words": [None]}}], "gopher_quality.stop_words=.* given a list with null"),
+        ([{"language": {"keep": ["en", False]}}], r"language.keep=.* given a list with a boolean \(False\)"),
         ([{"length": {}, "upper": {}}], r"clean.steps\[0\]: .* expected the name of a step"),
     ],
 )
