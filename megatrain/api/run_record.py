@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from megatrain.api.folder_argument import existing_path
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.config.choices import read_yaml
@@ -15,7 +16,6 @@ from megatrain.errors import CheckpointError, ConfigError
 from megatrain.report.run_page import RECORDS, report
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
-from megatrain.verbs.places import require
 
 if TYPE_CHECKING:
     from megatrain.api.trained_model import TrainedModel
@@ -32,8 +32,7 @@ class Run:
         Raises:
             ConfigError: there is no such folder, or it is not that of a run.
         """
-        self.path = Path(path).expanduser()
-        require("path", self.path)
+        self.path = existing_path(path)
         if not any((self.path / name).exists() for name in RECORDS):
             raise ConfigError(f"{self.path}: not a run's folder; it has none of {', '.join(RECORDS)}")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatrain.api.run_record import Run
@@ -39,6 +39,8 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
     """
     if isinstance(overrides, str):
         raise ConfigError(f"train takes a list of overrides, not one string: train({overrides.split()!r})")
+    if not isinstance(overrides, Iterable):
+        raise ConfigError(f'train takes a list of overrides such as ["train.steps=50"], given {overrides!r}')
     arguments = parse(["train", *map(str, overrides)])
     if arguments.flags:
         raise ConfigError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatrain.api.folder_argument import existing_path
 from megatrain.config import GenerateConfig, ModelConfig
 from megatrain.config.compose import check_bounds, key_types
 from megatrain.config.suggest import did_you_mean
@@ -70,18 +71,19 @@ def load(path: str | PathLike[str], device: str = "auto", *, step: int | None = 
     `cpu`, `cuda` or `auto`: CUDA where there is any.
 
     Raises:
-        ConfigError: the path holds no model, its tokenizer is another model's, `step` is no number or has no
-            checkpoint, or the device has another name.
+        ConfigError: there is no such path, or it holds no model, its tokenizer is another model's, `step` is no number
+            or has no checkpoint, or the device has another name.
         CheckpointError: the checkpoint is damaged, or a run has no intact one.
         EnvironmentFault: there is no such device.
     """
-    check_bounds(GenerateConfig(path=str(path), device=device))
+    folder = existing_path(path)
+    check_bounds(GenerateConfig(path=str(folder), device=device))
     target = device_by_name(device)
     try:
-        number = None if step is None else int(step)  # it may come from a table's index
-    except (TypeError, ValueError):
+        number = None if step is None else operator.index(step)  # it may come from a table's index
+    except TypeError:
         raise ConfigError(f"step={step!r}: expected the number of a step") from None
-    loaded = load_path(Path(path).expanduser(), number)
+    loaded = load_path(folder, number)
     tokenizer = loaded.need_tokenizer() if loaded.tokenizer is not None else None
     trained = TrainedModel(loaded.build(target), tokenizer, loaded.config)
     trained.end_tokens = loaded.end_tokens()

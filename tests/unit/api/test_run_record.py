@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import megatrain
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, MegatrainError
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_damaged_config_is_named(folder, text):
         _ = megatrain.Run(folder).config
 
 
-@pytest.mark.parametrize("step", ["x", [1]])
+@pytest.mark.parametrize("step", ["x", [1], 2.5])
 def test_a_step_that_is_no_number_is_refused(folder, step):
     with pytest.raises(ConfigError, match="expected the number of a step"):
         megatrain.Run(folder).load(step=step)
@@ -70,6 +70,29 @@ def test_what_is_no_run_is_refused_and_damage_is_named(folder, tmp_path):
         megatrain.Run(folder).metrics  # noqa: B018
 
 
+@pytest.mark.parametrize("call", [megatrain.Run, megatrain.load])
+@pytest.mark.parametrize("given", [None, 123, b"runs", ["runs"]])
+def test_what_is_no_path_is_refused(call, given):
+    with pytest.raises(megatrain.MegatrainError, match=r"path: expected the path of a folder, as text .*, given "):
+        call(given)
+
+
+@pytest.mark.parametrize("name", ["{}/nope", "~nobody-here/runs"])
+def test_a_folder_that_does_not_exist_is_refused_alike(tmp_path, name):
+    found = []
+    for call in (megatrain.Run, megatrain.load):
+        with pytest.raises(ConfigError, match=r"no such file or folder|no home") as caught:
+            call(name.format(tmp_path))
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+
+
+def test_the_base_class_of_errors_is_a_public_name():
+    assert megatrain.MegatrainError is MegatrainError
+    code = "import megatrain, sys; megatrain.MegatrainError; assert not {'torch', 'pandas'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_checkpoints_without_a_readable_manifest_are_left_out(folder):
     (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
     run = megatrain.Run(folder)
@@ -84,7 +107,7 @@ def test_importing_megatrain_imports_neither_torch_nor_pandas():
     ).stdout  # fmt: skip
     assert found.startswith("set()")
     assert all(f"'{name}'" in found for name in megatrain.__all__)
-    with pytest.raises(AttributeError, match="it has Run, load, train"):
+    with pytest.raises(AttributeError, match="it has MegatrainError, Run, load, train"):
         megatrain.fit  # noqa: B018
 
 

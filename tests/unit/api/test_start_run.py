@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from megatrain.api import start_run
+from megatrain.errors import ConfigError
 
 
 def script(source):
@@ -32,6 +33,12 @@ time.sleep(60)
     with pytest.raises(RuntimeError, match="no front end"):
         start_run._follow(script(source), quiet=False)
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("given", [None, 5, "train.steps=5"])
+def test_what_is_no_list_of_overrides_is_refused(given):
+    with pytest.raises(ConfigError, match="train takes a list of overrides"):
+        start_run.train(given)
 
 
 def test_a_process_with_many_open_files_can_train(monkeypatch):
