@@ -1,6 +1,6 @@
 """megatrain pretrains GPT models, from a laptop's CPU to a cluster.
 
-How a run goes on after a fault, which tests show it and what they do not cover: docs/guide/faults.md.
+How a run goes on after a fault, which tests show it and what they do not cover: docs/reference/faults.md.
 For Python and notebooks: `load`, `Run` and `train` (megatrain/api/, docs/guide/python.md), and `MegatrainError`, the
 base class of what they raise.
 """

@@ -27,11 +27,26 @@ make_environment() {
   fi
 }
 
+# What pip is doing: the package it collects or builds, then how many are installed.
+current_stage() {
+  local log=$1 stage all installed
+  stage=$(grep -oE '^(Collecting|Building wheels? for|Installing collected packages:) .*' "$log" | tail -n 1 || true)
+  case $stage in
+    Installing*)
+      all=$(echo "$stage" | tr ',' '\n' | wc -l)
+      installed=$(find .venv/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)
+      echo "installing, $((installed < all ? installed : all)) of $all packages"
+      ;;
+    "") echo "preparing" ;;
+    *) echo "$stage" | sed 's/ (from .*//' | cut -c 1-70 ;;
+  esac
+}
+
 # One line that moves on a terminal, a line every half minute elsewhere; the whole of pip's output is in the log.
 show_progress() {
   local pid=$1 log=$2 start=$SECONDS
   while kill -0 "$pid" 2>/dev/null; do
-    local now="installing, $((SECONDS - start)) s: $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-80)"
+    local now="$((SECONDS - start)) s: $(current_stage "$log")"
     if [ -t 1 ]; then
       printf '\r\033[K%s' "$now"
     elif (((SECONDS - start) % 30 == 0)); then
@@ -45,6 +60,8 @@ show_progress() {
 
 install() {
   local log=.venv/install.log pid
+  echo "installing megatrain with all extras, tests and documentation included, into .venv: 3.3 GB with torch for CPUs," \
+    "more with torch for CUDA. It takes two minutes or more, depending on the network. Log: $log"
   .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,corpus,hf,test,docs]' >"$log" 2>&1 &
   pid=$!
   trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
