@@ -103,9 +103,9 @@ def segments(text: str, limit: int = SEGMENT) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a tokenizer's JSON file. Raises `DataError` if it is not UTF-8."""
+    """Return a tokenizer's JSON file without a byte order mark. Raises `DataError` if it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a JSON file of a tokenizer") from error
 

@@ -14,14 +14,17 @@ from megatrain.errors import ConfigError, DataError
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer that `save` wrote. Raises `ConfigError` if there is none, `DataError` if it is damaged."""
+    """Load a tokenizer that `save` wrote. Raises `DataError` if it is missing or damaged."""
     folder = Path(folder)
     if not (folder / META).is_file():
-        raise ConfigError(f"{folder}: no saved tokenizer (it has no {META})")
+        raise DataError(f"{folder}: the saved tokenizer is missing (no {META}); copy it back, or make the folder again")
     meta = saved_meta(folder)
     kind, fingerprint = meta["kind"], meta["fingerprint"]
     definition = OWN_DEFINITION if (folder / OWN_DEFINITION).is_file() else "tokenizer.json"
-    tokenizer = find_tokenizer(kind, str(folder / (definition if kind == "hf" else "tokenizer.model")))
+    file = folder / (definition if kind == "hf" else "tokenizer.model")
+    if not file.is_file():
+        raise DataError(f"{file}: missing from a saved tokenizer; copy it back, or make the folder again")
+    tokenizer = find_tokenizer(kind, str(file))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{folder}: the tokenizer's file is not the one that was saved (fingerprints differ)")
     tokenizer.starts_with_bos = bool(meta.get("starts_with_bos", False))

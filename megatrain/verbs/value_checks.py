@@ -53,6 +53,11 @@ def check_values(config: Any) -> None:
     """Check that the keys of a config agree with one another. Raises ConfigError."""
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
+        if "/" in config.clean.name:
+            raise ConfigError(
+                f"clean.name={config.clean.name}: a recipe's name has no slashes; clean={config.clean.name} reads a "
+                "recipe from a file"
+            )
         check_source(config.data)
         check_minhash(config.clean.minhash)
         read_phases(config.data)

@@ -138,6 +138,14 @@ def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     assert [again.encode(text) for text in HARD] == [tokenizer.encode(text) for text in HARD]
 
 
+def test_a_byte_order_mark_in_a_file_of_a_tokenizer_changes_nothing(tmp_path, gpt2):
+    tokenizer = find_tokenizer("hf", str(gpt2[0]))
+    tokenizer.save(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 def test_a_saved_tokenizer_whose_file_changed_is_refused(tmp_path, gpt2):
     tokenizer = find_tokenizer("hf", str(gpt2[0]))
     tokenizer.save(tmp_path)

@@ -515,6 +515,15 @@ def test_a_tied_head_that_was_stored_twice_is_taken_once(tmp_path):
     assert "head.weight" not in import_model(tmp_path / "hf")[1]
 
 
+def test_a_byte_order_mark_before_a_config_changes_nothing(tmp_path):
+    model = make_model(make_config("llama"))
+    export_model(model.config, weights_of(model), tmp_path / "hf")
+    config = import_model(tmp_path / "hf")[0]
+    path = tmp_path / "hf" / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert import_model(tmp_path / "hf")[0] == config
+
+
 def test_pickles_and_damaged_files_are_refused_and_never_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was loaded"))
     model = make_model(make_config("llama"))

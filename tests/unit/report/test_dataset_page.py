@@ -16,6 +16,7 @@ from megatrain.data.indexed import IndexedWriter
 from megatrain.data.preparation import prepare
 from megatrain.data.text_stages import EXAMPLES
 from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.errors import DataError
 from megatrain.report.dataset_page import MAX_EXAMPLES, collect, decoded, read_examples, report_dataset
 from megatrain.report.text_diff import diff
 
@@ -42,6 +43,19 @@ def dataset(tmp_path_factory):
             tokenizer=TokenizerConfig(vocab_size=320),
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", ["", "tokenizer.model", "megatrain_tokenizer.json"])
+def test_a_dataset_without_its_tokenizer_is_bad_data_to_report_and_inspect_alike(dataset, tmp_path, capsys, missing):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    path = copy / "tokenizer" / missing
+    if missing:
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+    for verb in ("report", "inspect"):
+        assert cli.main([verb, str(copy)]) == DataError.exit_code
+        assert str(copy / "tokenizer") in capsys.readouterr().err
 
 
 def test_the_figures_are_those_counted_by_hand(dataset):

@@ -177,6 +177,10 @@ def test_an_empty_source_is_refused():
     assert "data.hf_path=null" in refusal(check_values, compose("prepare", ["data.kind=huggingface"]))
     words = ["data=python_stdlib", "clean.minhash.bands=1000", "clean.minhash.rows=11"]
     assert "11,000 hashes a document; give at most 10,000" in refusal(check_values, compose("prepare", words))
+    words = ["data=files", "data.paths=[a.txt]", "clean.name=../x"]
+    assert "clean.name=../x: a recipe's name has no slashes; clean=../x" in refusal(
+        check_values, compose("prepare", words)
+    )
     check_values(compose("prepare", ["data=files", "data.paths=[a.txt]"]))
 
 
