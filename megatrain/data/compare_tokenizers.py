@@ -118,7 +118,7 @@ def _texts(path: str, text_column: str, is_full: Callable[[str], bool]) -> Itera
         raise ConfigError(str(error).replace("data.paths", "path", 1)) from error
     policy = Policy(text_column, "replace", "skip")
     for shard in source.shards():
-        for file, listed in zip(shard.paths, shard.stamps, strict=True):
+        for file, listed in zip(shard.paths, shard.stamps, strict=False):  # licences have stamps as well
             name = _source_of(Path(file), folder)
             for record in () if is_full(name) else source.read(replace(shard, paths=(file,), stamps=(listed,))):
                 if record.oversized or record.left_out:

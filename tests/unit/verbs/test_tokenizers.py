@@ -98,6 +98,13 @@ def test_a_file_is_read_no_further_once_its_source_is_full(capsys, tmp_path, byt
     assert found["all"]["documents"] == len(decoded) == 2
 
 
+def test_code_with_a_licence_file_is_read_as_other_files(capsys, tmp_path, bytes_tokenizer):
+    (tmp_path / "in").mkdir()
+    for name in ("a.py", "b.py", "LICENSE"):
+        (tmp_path / "in" / name).write_text("a text")
+    assert compared(capsys, tmp_path / "in", bytes_tokenizer)["all"]["documents"] == 2
+
+
 def test_texts_of_no_tokens_are_shown(capsys):
     group = Group("md", "", 1, 5, [0, 0])
     table = _table(Comparison(["a", "b"], [group], group, [0.1, 0.1]), [7, 8])
