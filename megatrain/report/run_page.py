@@ -236,10 +236,10 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = N
         total, count = rates["tokens_per_s"]
         mfu = "mfu {:.1%}".format(rates["mfu"][0] / rates["mfu"][1]) if "mfu" in rates else "mean"
         found.append(("tokens/s", short(total / count), mfu))
-    spent = sum(curves.time_spent().values())
-    if spent:
-        goodput = f"goodput {life.goodput:.1%}" if life and life.busy_s and life.trained else ""
-        found.append(("training time", duration(spent), goodput))
+    if life and life.busy_s and life.trained:
+        found.append(("goodput", f"{life.goodput:.1%}", f"of {duration(life.busy_s)}"))
+    elif spent := sum(curves.time_spent().values()):
+        found.append(("training time", duration(spent), ""))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
 
 
@@ -248,7 +248,9 @@ def describe_life(life: Summary) -> dict[str, Any]:
     seconds = life.seconds
     unbooked = life.wall_s - sum(seconds.values())
     effective = (
-        f"effective training time {life.goodput:.1%} of {duration(life.busy_s)}" if life.trained else "no step yet"
+        f"goodput {life.goodput:.1%}: the share of {duration(life.busy_s)} that went into steps which count"
+        if life.trained
+        else "no step yet"
     )
     idle = [f"idle {duration(seconds['idle'])} more"] if seconds["idle"] >= 0.5 else []
     starts = count_of(life.num_starts, "start") + f" of the ranks, {count_of(life.failures, 'failure')}"
@@ -315,6 +317,8 @@ def facts(
     merged: dict[str, Any] = {}
     for event in starts:
         merged |= {name: value for name, value in event.items() if name not in ("time", "kind", "step", "cut_metrics")}
+    layout = str(merged.get("layout", ""))  # begins with the engine and ends with the precision
+    rows = [row for row in rows if not (row[0] in ("engine", "precision") and str(row[1]) in layout.split())]
     rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
     mixed = next((event["sources"] for event in reversed(events) if isinstance(event.get("sources"), dict)), None)
     rows.append(("read of each source", describe_sources(mixed) if mixed else None))

@@ -56,7 +56,7 @@ function build() {
       const parts = {data: mean('data_time_s'), eval: mean('eval_time_s'), save: mean('save_time_s')};
       const compute = total.map((t, i) => Math.max(0, (t || 0) - (parts.data[i] || 0)));
       const labels = [
-        ['compute', 'compute', 'a'],
+        ['compute', 'computing and communicating', 'a'],
         ['data', 'waiting for data', 'b'],
         ['eval', 'evaluation', 'c'],
         ['save', 'saving', 'd'],

@@ -145,10 +145,10 @@ def test_the_page_adds_up_the_ledger(tmp_path):
     assert spent["downtime"] == 10 + 3600 and spent["start-up"] == 10 + 30 + 25 + 10 + 5 and spent["end"] == 16
     assert sum(spent.values()) == life["wall"] == 4190 and life["unbooked"] == 0
     assert life["text"] == (
-        "effective training time 8.9% of 1:09:50 · 3 starts of the ranks, 2 failures · mean time between failures "
-        "0:04:35 · 10 steps repeated"
+        "goodput 8.9%: the share of 1:09:50 that went into steps which count · 3 starts of the ranks, 2 failures · "
+        "mean time between failures 0:04:35 · 10 steps repeated"
     )
-    assert ("training time", "goodput 8.9%") in [(tile["name"], tile["note"]) for tile in data["tiles"]]
+    assert data["tiles"][-1] == {"name": "goodput", "value": "8.9%", "note": "of 1:09:50"}
     assert [span["failed"] for span in life["spans"] if span["steps"]] == [True, True, False]
 
 
@@ -252,6 +252,16 @@ def test_the_numbers_at_the_top_match_the_run(tmp_path):
     facts = dict(data["facts"])
     assert (facts["model"], facts["world size"], facts["steps planned"]) == ("tiny · 2 layers", "1", "300")
     assert (facts["resumes"], facts["steps skipped"]) == ("1", "1")
+
+
+def test_engine_and_precision_are_said_once(tmp_path):
+    run_dir = make_run(tmp_path, 5)
+    with (run_dir / "config.yaml").open("a") as config:
+        config.write("engine:\n  name: native\nprecision:\n  name: bf16\n")
+    assert {("engine", "native"), ("precision", "bf16")} <= {tuple(row) for row in collect(run_dir)["facts"]}
+    EventLog(run_dir / "events.jsonl").emit("resume", 5, layout="native dp=2 zero=3 bf16")
+    names = [name for name, _ in collect(run_dir)["facts"]]
+    assert "layout" in names and not {"engine", "precision"} & set(names)
 
 
 def test_a_mixture_has_a_chart_of_its_sources_and_what_was_read_of_them(tmp_path):
