@@ -78,6 +78,9 @@ OTHER_NAMES = {
 }
 """Names that other trainers (nanoGPT, the Trainer of transformers, Megatron-LM) give to our keys."""
 
+OTHER_VALUES = {"gpu": "cuda"}
+"""Values that users write for one of ours; they differ too much, or are too like another, to be found by likeness."""
+
 SEVERAL = {"batch_size": ("train.global_batch_size", "train.micro_batch_size")}
 """Names that may mean several keys."""
 
@@ -88,7 +91,8 @@ FILLERS = ("max", "num", "n", "number", "of", "total", "train", "training", "the
 def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
     """Return `"; did you mean <prefix><name>?"` for the closest known name, or an empty string."""
     text = given.lower()
-    found = [name for name in known if len(text) > 2 and name.startswith(text)]
+    found = [name for name in known if name == OTHER_VALUES.get(text)]
+    found = found or [name for name in known if len(text) > 2 and name.startswith(text)]
     found = found or get_close_matches(text, known, n=1, cutoff=0.6)
     if not found and len(text) > 2:
         found = [name for name in known if text in name.lower()] or [name for name in known if name.lower() in text]

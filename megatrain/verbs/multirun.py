@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from megatrain.checkpoint.resume import changed_keys, may_change
+from megatrain.config.suggest import next_step
 from megatrain.distributed.python_process import python_command
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, ConfigError, DataError
@@ -208,9 +209,7 @@ def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
         rows.append((str(point.config.run.name), "not run" if code is None else str(code), *losses))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
-    return "\n".join(
-        ["", *lines, "", f"megatrain report {shlex.quote(str(sweep_folder(points)))} makes a page of them"]
-    )
+    return "\n".join(["", *lines, "", next_step(f"megatrain report {shlex.quote(str(sweep_folder(points)))}")])
 
 
 def last_losses(run_dir: Path) -> tuple[float | None, float | None]:

@@ -21,6 +21,11 @@ def test_the_start_of_a_name_and_names_with_several_meanings_are_completed():
         assert meant_keys(name, KEYS, GROUPS["train"]) == "train.global_batch_size or train.micro_batch_size"
 
 
+def test_the_gpu_is_called_cuda_although_cpu_is_spelt_more_like_it():
+    assert did_you_mean("", "gpu", ["auto", "cuda", "cpu"]) == "; did you mean cuda?"
+    assert did_you_mean("", "gpu", ["auto", "cpu"]) == "; did you mean cpu?"
+
+
 def test_a_path_is_compared_part_by_part(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)
