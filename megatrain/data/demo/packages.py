@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def _command(package: Package, place: Path) -> list[str]:
             )
         words = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(place)]
         return [*words, f"{package.name}@{package.version}"]
-    if find_spec("pip") is None:
+    # Not importlib.util.find_spec: its hook takes this process for pip, and setuptools cannot be imported any more
+    if PathFinder.find_spec("pip") is None:
         raise EnvironmentFault(f"{package} is fetched with pip, which this Python lacks: {sys.executable} -m ensurepip")
     return [sys.executable, "-m", "pip", *_PIP, "--dest", str(place), f"{package.name}=={package.version}"]
 

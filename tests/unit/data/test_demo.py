@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from support.packages import make_wheel, pip_reads_only, sha256_of
@@ -178,3 +180,14 @@ def test_every_package_of_the_catalogue_has_a_licence_and_a_hash():
     assert len({package.sha256 for package in found}) == len(found)
     json.dumps([part.described() for source in CATALOGUE.values() for part in source.parts])
     assert packages.LIMIT_S > 60
+
+
+def test_setuptools_can_be_imported_after_a_fetch(tmp_path):
+    """DeepSpeed builds with it. It was seen broken for a process that had only asked whether there is a pip."""
+    code = (
+        "from pathlib import Path; from megatrain.data.demo import packages; "
+        "package = packages.Package('pip', 'a', '1', 'MIT', '0', 1); "
+        f"print(packages._command(package, Path({str(tmp_path)!r}))[1:3]); import setuptools"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "['-m', 'pip']\n", done.stderr
