@@ -52,7 +52,7 @@ def continue_mixture(
     if old is None:
         raise CheckpointError(
             f"data.mixture: {origin} was trained on one dataset, so its past is no mixture; start a new run from its "
-            f"weights: run.name=<new name> checkpoint.init_from={origin} (in place of any checkpoint.resume)"
+            f"weights: run.name=<new name> checkpoint.init_from={origin}"
         )
     for name, source in old.sources.items():
         if name in mixture.plan.sources and mixture.plan.sources[name] != source:

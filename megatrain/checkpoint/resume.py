@@ -210,7 +210,9 @@ def _refusal(origin: str, forbidden: dict[str, tuple[Any, Any]]) -> str:
     if chosen := [key for key in forbidden if key in OVERRIDES]:
         rest = "" if len(chosen) == len(forbidden) else " and restore the others"
         ways.append(f"change them on purpose, with moments and position kept: {override_of(chosen)}{rest}")
-    ways.append(f"start a new run from its weights: {_new_run(origin)}")
+    ways.append("start anew under another run.name")
+    if not any(key.startswith("model.") for key in forbidden):  # else they might not fit
+        ways[-1] += f", from its weights with checkpoint.init_from={origin}"
     return f"{origin} cannot continue with changed values: {listed}; {', or '.join(ways)}"
 
 
@@ -220,7 +222,7 @@ def override_of(keys: Iterable[str]) -> str:
 
 
 def _new_run(origin: str) -> str:
-    return f"run.name=<new name> checkpoint.init_from={origin} (in place of any checkpoint.resume)"
+    return f"run.name=<new name> checkpoint.init_from={origin}"
 
 
 def _check_begun_from(saved: dict[str, Any], config: dict[str, Any], origin: str) -> None:

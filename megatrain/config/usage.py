@@ -26,7 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain prepare data=fineweb_edu tokenizer=hf tokenizer.path=gpt2 launch=slurm launch.tasks=64",
     ),
     "train": (
-        "megatrain train model=small launch.nproc_per_node=2",
+        "megatrain train model=tiny train.steps=1000",
         "megatrain train model=gpt2_124m data=files data.name=mine precision=bf16 train.steps=1000 optim.lr=6e-4",
         "megatrain train --multirun model=tiny,small optim.lr=1e-3,3e-4",
     ),
@@ -89,7 +89,7 @@ def overview() -> str:
         "verbs:",
     ]
     for verb, schema in VERBS.items():
-        lines.append(f"  {verb:10}{summary(schema)}")
+        lines.append(f"  {verb:12}{summary(schema)}")
     lines += [
         "",
         "flags:",

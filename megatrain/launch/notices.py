@@ -8,12 +8,12 @@ from pathlib import Path
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.resilience.heartbeat import Beat
 
-STOPPING = "stopping: the workers save and end; press Ctrl-C again to stop without saving"
+STOPPING = "stopping: the ranks save and end; press Ctrl-C again to stop without saving"
 """After the first Ctrl-C."""
 
 
 def long_stop(waited_s: float, beat: Beat, interrupted: bool) -> str:
-    """Return what the workers do that were asked to stop `waited_s` seconds ago; `beat` is rank 0's heartbeat."""
+    """Return what the ranks do that were asked to stop `waited_s` seconds ago; `beat` is rank 0's heartbeat."""
     how = "another Ctrl-C" if interrupted else "Ctrl-C twice"
     return (
         f"asked to stop {waited_s:.0f} s ago, and rank 0 is in step {beat.step} ({beat.phase}): the run saves and ends "

@@ -61,7 +61,7 @@ class Console:
                 f"megatrain report {folder}", f'megatrain generate {folder} prompt="Once upon a time"'
             )
         parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
-        self.note(f"run {info.run_name}: " + ", ".join(part for part in parts if part))
+        self.note(f"run {info.run_name}: " + ", ".join(part for part in [*parts, length(info)] if part))
         if info.resumed_from_step is not None:
             self.note(f"resuming from step {info.resumed_from_step}")
         if self._terminal is not None and self._terminal.has_status_line:
@@ -85,8 +85,8 @@ class Console:
             self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
 
     def event(self, event: dict[str, Any]) -> None:
-        """Show an event as a note, except `start` and `stop`, which `start()` and `finish()` show."""
-        if event["kind"] not in ("start", "stop"):
+        """Show an event as a note, except those that `start()` and `finish()` show."""
+        if event["kind"] not in ("start", "resume", "stop"):
             self.note(describe(event))
 
     def finish(self, status: str) -> None:
@@ -161,6 +161,18 @@ def clock(seconds: float) -> str:
     return f"{days}d {text}" if days else text
 
 
+def length(info: RunInfo) -> str:
+    """Return how long a run is: `1,000 steps, 2.05M tokens (0.43 epochs)`; without tokens if batches grow."""
+    loop = info.config.get("train", {})
+    steps, ramp = loop.get("steps"), loop.get("batch_ramp_start")
+    if steps is None or ramp:
+        return f"{steps:,} steps" if steps else ""
+    tokens = steps * loop["global_batch_size"] * loop["seq_len"]
+    mixed = info.config.get("data", {}).get("mixture")  # then each source has epochs of its own
+    data = None if mixed else info.dataset.get("splits", {}).get("train", {}).get("tokens")
+    return f"{steps:,} steps, {short(tokens)} tokens" + (f" ({tokens / data:.3g} epochs)" if data else "")
+
+
 def describe(event: dict[str, Any]) -> str:
     """Return an event as a line: a sentence for the usual ones, else its kind, step and fields."""
     kind, step = event["kind"], event.get("step")
@@ -168,7 +180,7 @@ def describe(event: dict[str, Any]) -> str:
         how = " (checkpoint.override)" if event["override"] else ""
         return f"changed: {event['key']} {change(event['before'], event['now'])}{how}"
     if kind == "signal":
-        return f"{signal_name(event['signal'])} at step {step}: the run saves and ends"
+        return f"asked to stop at step {step} ({signal_name(event['signal'])}): the run saves and ends"
     if kind == "preflight":
         return f"preflight: all checks passed in {event['seconds']:.2f} s"
     if kind == "save":

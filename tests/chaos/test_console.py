@@ -77,7 +77,7 @@ def test_ctrl_c_saves_when_the_reader_of_the_pipe_dies_of_it_first(workplace):
     (stop,) = events(workplace, "tee", "stop")
     assert stop["status"] == "stopped" and metrics(workplace, "tee")[-1]["step"] == stop["step"]
     assert (workplace / "runs" / "tee" / "checkpoints" / f"step_{stop['step']:08d}" / "manifest.json").exists()
-    assert "stopping: the workers save and end" in log(workplace, "tee", "agent_00000.log")
+    assert "stopping: the ranks save and end" in log(workplace, "tee", "agent_00000.log")
     assert "run stopped" in log(workplace, "tee")
 
 

@@ -46,7 +46,8 @@ def test_what_is_trained_may_not_change(group, name, value):
     with pytest.raises(CheckpointError) as caught:
         check_resume(old, asdict(config), "abc", "step_1")
     assert f"{group}.{name} was " in str(caught.value) and repr(value) in str(caught.value)
-    assert "checkpoint.init_from=step_1" in str(caught.value)
+    assert "start anew under another run.name" in str(caught.value)
+    assert ("checkpoint.init_from=step_1" in str(caught.value)) == (group != "model"), "its weights may not fit"
     advised = f"'checkpoint.override=[{group}.{name}]'" in str(caught.value)
     assert advised == (f"{group}.{name}" in OVERRIDES), "advice names only what would work"
 

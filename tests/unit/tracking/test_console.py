@@ -158,8 +158,22 @@ def test_a_stop_is_named_by_its_signal_and_says_how_to_go_on(tmp_path, capfd):
     shown.event({"time": "", "kind": "signal", "step": 7, "signal": 15})
     shown.finish("stopped")
     text = capfd.readouterr().err
-    assert "SIGTERM at step 7: the run saves and ends" in text
+    assert "asked to stop at step 7 (SIGTERM): the run saves and ends" in text
     assert "run stopped; the same command continues it" in text
+
+
+def test_the_start_says_how_long_the_run_is_and_a_resume_only_where_it_goes_on(tmp_path, capsys):
+    loop = {"steps": 1000, "global_batch_size": 8, "seq_len": 256, "batch_ramp_start": None}
+    data = {"splits": {"train": {"tokens": 1_024_000}}}
+    shown = Console(1000)
+    shown.start(info(tmp_path, config={"train": loop}, dataset=data, resumed_from_step=5))
+    shown.event({"time": "", "kind": "resume", "step": 5, "host": "n1", "git_commit": "abc"})
+    assert capsys.readouterr().err == (
+        "run demo: 12.3M parameters, 1 x cpu, 1,000 steps, 2.05M tokens (2 epochs)\nresuming from step 5\n"
+    )
+    assert console.length(info(tmp_path, config={"train": loop | {"batch_ramp_start": 2}})) == "1,000 steps"
+    mixed = info(tmp_path, config={"train": loop, "data": {"mixture": {"a": 1}}}, dataset=data)
+    assert console.length(mixed) == "1,000 steps, 2.05M tokens", "each source has epochs of its own"
 
 
 def test_the_sources_of_a_mixture_are_named():
