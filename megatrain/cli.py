@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -291,7 +292,7 @@ def _as_override(verb: str | None, flag: str, value: str, rest: list[str]) -> st
     key = name if (name := flag.lstrip("-")) in helps else nearest_key(name, helps, GROUPS.get(verb, ()))
     if not value and rest and "=" not in rest[0] and not rest[0].startswith("--"):
         value = rest[0]
-    return f"; write {key.partition('=')[0]}={value or '<value>'}" if key else ""
+    return f"; write {key.partition('=')[0]}={shlex.quote(value) if value else '<value>'}" if key else ""
 
 
 def to_yaml(config: Any) -> str:

@@ -176,7 +176,8 @@ def _split(text: str) -> tuple[str, str]:
     name = name.strip().lstrip("+")
     if not equals or not name:
         raise ConfigError(
-            f"cannot read {text!r}: an override is key=value or group=choice, for example train.steps=200"
+            f"cannot read {text!r}: an override is key=value or group=choice, for example seed=1; a value of several "
+            "words needs quotes, as in 'prompt=two words'"
         )
     if "@" in name or ":" in name:
         raise ConfigError(f"{text}: packages in an override (group@package=choice) are not supported; use group=choice")

@@ -223,7 +223,11 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
         ("train", "launch.sbatch_options=--qos=high", r"\(write 'launch.sbatch_options=\[--qos=high\]'\)"),
         ("train", "run={name: x}", "run is a group of keys, not a key; set one of run.name, run.dir"),
         ("train", "~run.name", "cannot be deleted"),
-        ("train", "train.steps", "cannot read 'train.steps': an override is key=value"),
+        (
+            "train",
+            "train.steps",
+            "cannot read 'train.steps': an override is key=value.*; a value of several words needs",
+        ),
         ("train", "=3", "cannot read '=3'"),
         ("train", "model@other=tiny", "packages in an override"),
         ("train", "train.steps=[1", r"cannot read train.steps=\[1"),
