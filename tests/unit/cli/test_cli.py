@@ -112,6 +112,7 @@ def test_cfg_prints_the_resolved_config(capsys):
         (["train", "--confg"], "unknown flag --confg; did you mean --config?"),
         (["train", "--steps", "20"], "unknown flag --steps; write train.steps=20 (flags"),
         (["train", "--optim.lr=3e-4"], "unknown flag --optim.lr=3e-4; write optim.lr=3e-4 (flags"),
+        (["generate", "--prompt", "def main("], "unknown flag --prompt; write prompt='def main(' (flags"),
         (["train", "optim.lr", "=", "3e-4"], "remove the spaces around =: write optim.lr=3e-4"),
         (["train", "optim.lr", "=3e-4"], "remove the spaces around =: write optim.lr=3e-4"),
         (["train", "optim.lr=", "3e-4"], "remove the spaces around =: write optim.lr=3e-4"),

@@ -112,7 +112,7 @@ def test_without_npm_its_packages_can_be_left_out(tmp_path, monkeypatch):
 
 def test_without_pip_the_message_says_how_to_get_it(index, tmp_path, monkeypatch):
     _, package = index
-    monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="-m ensurepip"):
         fetch(package, tmp_path / "packages")
 
