@@ -82,6 +82,11 @@ class LostPeerError(EnvironmentFault):
     """Another rank ended or is out of reach. The other ranks' logs say why."""
 
 
+def how_to_install(extra: str) -> str:
+    """Return how to install one of megatrain's extras: from its clone, as an index may have another `megatrain`."""
+    return f"pip install '.[{extra}]' in megatrain's clone"
+
+
 def cannot_write(path: Path, error: OSError, key: str = "run.dir") -> MegatrainError:
     """Return the error for a path that cannot be written: a broken disk, or else a wrong value of its `key`."""
     kind = EnvironmentFault if error.errno in BROKEN_DISK else ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 from megatrain.config import TokenizerConfig
 from megatrain.data.special_tokens import chat_template, special_tokens
 from megatrain.data.tokenizer_hf import Folder, HuggingFaceTokenizer
-from megatrain.errors import ConfigError, DataError, EnvironmentFault
+from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
 
 END, BEGIN = "<|endoftext|>", "<|begin_of_text|>"
 _MIN_FREQUENCY = 2
@@ -26,7 +26,7 @@ def train_byte_level_bpe(texts: Iterable[str], config: TokenizerConfig, bos: boo
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise EnvironmentFault("byte-level BPE needs tokenizers: pip install 'megatrain[hf]'") from error
+        raise EnvironmentFault(f"byte-level BPE needs tokenizers: {how_to_install('hf')}") from error
     names = special_tokens(config, [END, *([BEGIN] if bos else [])])
     least = len(names) + 256
     if config.vocab_size <= least:

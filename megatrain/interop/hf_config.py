@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.config import ModelConfig
 from megatrain.config.compose import check_value
 from megatrain.config.model_checks import check_model
-from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, how_to_install
 from megatrain.interop.hf_families import FAMILIES, GPT2, HAS_ATTENTION_BIAS, UNSUPPORTED, check_family, family_of
 from megatrain.interop.hf_rope import ROPE, ROPE_FIELDS, rope_fields, rope_keys, rope_of, rope_section
 
@@ -31,7 +31,7 @@ def transformers_module() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise EnvironmentFault("Hugging Face folders need transformers: pip install 'megatrain[hf]'") from error
+        raise EnvironmentFault(f"Hugging Face folders need transformers: {how_to_install('hf')}") from error
     return transformers
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatrain.data.tokenizer import META, SEGMENT
 from megatrain.data.tokenizer_hf import MORE_TEMPLATES, OWN_DEFINITION, HuggingFaceTokenizer, read_folder
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 
 SPACE = "▁"
 """The character that stands for a space in a SentencePiece piece."""
@@ -61,7 +61,7 @@ def fast_tokenizer(model: Path, max_seq_len: int, starts_with_bos: bool = False)
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
-        raise EnvironmentFault("Hugging Face folders need transformers: pip install 'megatrain[hf]'") from error
+        raise EnvironmentFault(f"Hugging Face folders need transformers: {how_to_install('hf')}") from error
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import nn
 
-from megatrain.errors import EnvironmentFault
+from megatrain.errors import EnvironmentFault, how_to_install
 
 _LOG = logging.getLogger("megatrain")
 
@@ -38,7 +38,7 @@ def use_fp8(blocks: nn.Module, device: torch.device) -> None:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise EnvironmentFault(
-            f"precision=fp8 needs torchao ({error}): pip install 'megatrain[fp8]', or use precision=bf16"
+            f"precision=fp8 needs torchao ({error}): {how_to_install('fp8')}, or use precision=bf16"
         ) from error
     if device.type != "cuda":
         _LOG.warning("precision=fp8 on a %s is emulated, and slow", device.type)

@@ -31,7 +31,7 @@ from megatrain.data.corpus.file_search import matches
 from megatrain.data.mixed_dataset import open_mixture
 from megatrain.data.samples import BEST_FIT, num_samples
 from megatrain.distributed.rank_environment import is_launched
-from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 from megatrain.optim.schedule import samples_before
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.places import require
@@ -100,7 +100,7 @@ def check_start(config: TrainConfig) -> None:
 def check_installed(config: TrainConfig) -> None:
     """Check that the optional libraries this run needs are installed, without importing them."""
     if config.precision.name == "fp8" and find_spec("torchao") is None:
-        raise EnvironmentFault("precision=fp8 needs torchao: pip install 'megatrain[fp8]', or use precision=bf16")
+        raise EnvironmentFault(f"precision=fp8 needs torchao: {how_to_install('fp8')}, or use precision=bf16")
     if config.kernels == "triton" and find_spec("triton") is None:
         raise EnvironmentFault(
             "kernels=triton needs Triton: pip install triton (Linux), or use kernels=auto or kernels=reference"

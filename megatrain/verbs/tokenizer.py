@@ -18,7 +18,7 @@ from megatrain.data.tokenizer_card import TrainedTokenizerCard
 from megatrain.data.tokenizer_sample import TextSample, draw_sample
 from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError, DataError, EnvironmentFault
+from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.resilience.atomic_file import sync_folder
 from megatrain.verbs.path_checks import refuse_existing
@@ -46,7 +46,7 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
         raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")
     check_training(config.tokenizer)
     if find_spec("transformers") is None:  # before the work
-        raise EnvironmentFault("megatrain tokenizer needs transformers: pip install 'megatrain[hf]'")
+        raise EnvironmentFault(f"megatrain tokenizer needs transformers: {how_to_install('hf')}")
     with Workers(config.data.workers or usable_cores()) as pool:
         sample = draw_sample(config, pool)
     trained = train_tokenizer(iter(sample), config.tokenizer, config.data.bos)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from megatrain.config import DataConfig
 from megatrain.data.corpus.record import Problem, Record, identity
 from megatrain.data.corpus.shard import Shard
-from megatrain.errors import DataError, EnvironmentFault
+from megatrain.errors import DataError, EnvironmentFault, how_to_install
 
 
 @dataclass
@@ -101,6 +101,4 @@ def require_library(name: str, what: str, extra: str = "data") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EnvironmentFault(
-            f"{what} needs the library {name}: pip install 'megatrain[{extra}]' ({error})"
-        ) from error
+        raise EnvironmentFault(f"{what} needs the library {name}: {how_to_install(extra)} ({error})") from error

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from megatrain.data.corpus.characters import SENTENCE_ENDS
 from megatrain.data.corpus.document import Document
-from megatrain.errors import EnvironmentFault
+from megatrain.errors import EnvironmentFault, how_to_install
 
 LANGUAGES = ("en", "zh")
 """Languages with a splitter."""
@@ -193,7 +193,7 @@ def require_splitter(language: str, what: str) -> None:
     """Raise `EnvironmentFault` if the library of a language's splitter is not installed; `what` needs it."""
     library = _SPLITTERS[language][0]
     if find_spec(library) is None:
-        raise EnvironmentFault(f"{what} splits words with the library {library}: pip install 'megatrain[corpus]'")
+        raise EnvironmentFault(f"{what} splits words with the library {library}: {how_to_install('corpus')}")
 
 
 def words_of(document: Document, language: str) -> list[str]:

@@ -292,7 +292,7 @@ def test_each_recipe_can_be_built_and_run(name):
 def test_a_missing_splitter_is_named_before_any_work(monkeypatch, language, library):
     monkeypatch.setattr("megatrain.data.corpus.splitting.find_spec", lambda name: None)
     for kind in (C4Quality, FinewebQuality, GopherQuality, GopherRepetition):
-        with pytest.raises(EnvironmentFault, match=rf"^{kind.name} .* {library}: pip install 'megatrain\[corpus\]'"):
+        with pytest.raises(EnvironmentFault, match=rf"^{kind.name} .* {library}: pip install '\.\[corpus\]'"):
             kind(language=language)
 
 

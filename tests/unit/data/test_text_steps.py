@@ -92,7 +92,7 @@ def test_a_missing_library_is_noticed_before_anything_is_read(step, library, wit
     _ftfy.cache_clear()
     _phonenumbers.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(EnvironmentFault, match=rf"{step} needs the library {library}: pip install 'megatrain.corpus.'"):
+    with pytest.raises(EnvironmentFault, match=rf"{step} needs the library {library}: pip install '\.\[corpus\]'"):
         build_recipe([step])
     if without:
         build_recipe([{step: without}])

@@ -22,7 +22,7 @@ from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.shared_files import own_folder, shared_file
 from megatrain.data.corpus.source import require_library
 from megatrain.data.corpus.word_lists import digest_of, read_list
-from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 
 _NO_LETTERS = re.compile(r"[^a-zA-Z0-9]+")
 _ARCHIVE = "url_filterblacklistsv0_3_0.tar.gz"  # datatrove's name of the list that it took from RefinedWeb's sources
@@ -198,6 +198,6 @@ def _assets() -> Path:
     if folder is None or not (folder / _ARCHIVE).is_file():
         raise EnvironmentFault(
             "the cleaning step url_filter: the lists of blocked domains are in the library datatrove: "
-            "pip install 'megatrain[corpus]', or set url_filter.lists=none and give lists of your own"
+            f"{how_to_install('corpus')}, or set url_filter.lists=none and give lists of your own"
         )
     return folder
