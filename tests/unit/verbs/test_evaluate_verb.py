@@ -169,6 +169,9 @@ def test_a_model_that_cannot_be_evaluated_is_refused_with_a_remedy(finished, fam
     empty.write_text("\x00")
     assert "byte 3" in refusal(DataError, finished, data=str(binary))
     assert "no text" in refusal(DataError, finished, data=str(empty))
+    records = tmp_path / "records.jsonl.gz"
+    records.write_bytes(b"")
+    assert "holds records, whose braces" in refusal(ConfigError, finished, data=str(records))
     assert "give data=" in refusal(ConfigError, family("llama")[0])
     assert "seq_len=64 or less" in refusal(ConfigError, finished, seq_len=65)
 
