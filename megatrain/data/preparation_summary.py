@@ -13,6 +13,10 @@ QUARANTINE = "quarantine.jsonl"
 """The bad records of a dataset, in its folder, if `data.on_bad_record=quarantine` found any."""
 _BAD = "bad_"
 """The start of the names of counts of bad records by reason; `bad` counts them all."""
+_MOST = 0.5
+"""The share of documents below which so few are left that the end of `prepare` says so."""
+_MUCH_HELD_OUT = 0.1
+"""The share of tokens in the held-out split from which the end of `prepare` says so."""
 _MANY_BAD = 0.01
 """The share of bad records above which the end of `prepare` warns."""
 
@@ -36,7 +40,7 @@ def summary(target: Path, card: Card) -> Iterator[str]:
     for name, split in card.splits.items():
         size = f"  {name}: {split.documents:,} document{'s' * (split.documents != 1)}, {split.tokens:,} tokens"
         if split.bytes is not None:  # unknown for data that came as token ids
-            size += f", {split.bytes / 1e6:.1f} MB of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
+            size += f", {_size(split.bytes)} of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
         yield size
     kinds = {name.removeprefix(KIND): count for name, count in card.counts.items() if name.startswith(KIND)}
     if kinds:
@@ -58,6 +62,30 @@ def summary(target: Path, card: Card) -> Iterator[str]:
         )
     if card.duplicate_passages:
         yield _step(card.duplicate_passages)
+    yield from _surprises(target, card)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _surprises(target: Path, card: Card) -> Iterator[str]:
+    """Yield notes on what a user may not have wanted: most documents removed, a large part of the tokens held out."""
+    steps = [step for step in card.cleaning if step["documents_in"] > step["documents_out"]]
+    if steps and card.cleaning[-1]["documents_out"] < _MOST * card.cleaning[0]["documents_in"]:
+        before, after = card.cleaning[0]["documents_in"], card.cleaning[-1]["documents_out"]
+        worst = max(steps, key=lambda step: step["documents_in"] - step["documents_out"])
+        yield (
+            f"note: cleaning removed {before - after:,} of {before:,} documents, most of them by {worst['name']}; "
+            f"megatrain report {target} shows examples"
+        )
+    tokens = {name: split.tokens for name, split in card.splits.items()}
+    share = tokens.get("heldout", 0) / max(sum(tokens.values()), 1)
+    if share > _MUCH_HELD_OUT:
+        yield (
+            f"note: {share:.0%} of the tokens are held out, as data.heldout_fraction counts documents, which differ in "
+            "length; each evaluation reads them all unless train.eval_steps bounds it"
+        )
 
 
 def _step(step: dict[str, Any]) -> str:

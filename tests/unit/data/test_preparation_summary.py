@@ -1,0 +1,43 @@
+"""The end of prepare says what a user may not have wanted."""
+
+from pathlib import Path
+
+import pytest
+
+from megatrain.data.card import Card, SplitCard
+from megatrain.data.preparation_summary import summary
+
+
+def told(train, heldout, cleaning=()):
+    """Return what is said of a dataset with so many tokens, 4 bytes each."""
+    splits = {
+        name: SplitCard(3, 4 * tokens, tokens, "uint16", 2 * tokens, 0, "", [])
+        for name, tokens in (("train", train), ("heldout", heldout))
+        if tokens
+    }
+    return list(summary(Path("d"), Card("d", "0" * 32, splits, None, cleaning=list(cleaning))))
+
+
+def step(name, before, after):
+    return {"name": name, "documents_in": before, "documents_out": after, "rules": {}, "changes": {}, "changed": 0}
+
+
+def test_small_text_is_in_kilobytes():
+    assert "36.0 kB of text" in told(9000, 0)[1] and "0.1 MB of text" in told(25_000, 0)[1]
+
+
+@pytest.mark.parametrize(("heldout", "noted"), [(100, False), (120, True)])
+def test_much_held_out_text_is_noted(heldout, noted):
+    notes = [line for line in told(1000, heldout) if line.startswith("note: ")]
+    assert bool(notes) == noted
+    assert not noted or notes[0].startswith(
+        "note: 11% of the tokens are held out, as data.heldout_fraction counts docu"
+    )
+
+
+def test_few_documents_left_are_noted_with_the_step_that_removed_most():
+    steps = [step("language", 110, 100), step("gopher_quality", 100, 9), step("unicode", 9, 9)]
+    assert told(1000, 0, steps)[-1] == (
+        "note: cleaning removed 101 of 110 documents, most of them by gopher_quality; megatrain report d shows examples"
+    )
+    assert not [line for line in told(1000, 0, [step("language", 110, 56)]) if line.startswith("note: ")]
