@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "data.bos",
     "data.join_comments",
     "data.fim_*",
+    "data.write_text",
     "data.deduplicate",
     "tokenizer.*",
 )

@@ -18,7 +18,7 @@ from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
-from megatrain.report.sources import sources_of_run
+from megatrain.report.sources import last_read, sources_of_run
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
 from megatrain.resilience.signals import signal_name
@@ -320,7 +320,7 @@ def facts(
     layout = str(merged.get("layout", ""))  # begins with the engine and ends with the precision
     rows = [row for row in rows if not (row[0] in ("engine", "precision") and str(row[1]) in layout.split())]
     rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
-    mixed = next((event["sources"] for event in reversed(events) if isinstance(event.get("sources"), dict)), None)
+    mixed = last_read(events)
     rows.append(("read of each source", describe_sources(mixed) if mixed else None))
     rows.append(("changed on a resume", changes(events)))
     rows.append(("started", starts[0].get("time") if starts else None))

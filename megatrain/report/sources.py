@@ -52,15 +52,19 @@ def _sum(card: Card, what: str) -> int | None:
     return None if None in values else sum(values)
 
 
+def last_read(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a mixture's run had read of each source when it last said so; empty if it never did."""
+    said = (event for event in reversed(events) if event.get("kind") in ("evaluate", "mixture"))
+    return next((event["sources"] for event in said if isinstance(event.get("sources"), dict)), {})
+
+
 def sources_of_run(config: Mapping[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a run's mixture; none if it has none or its config does not say where the sources are.
 
     The target is the mixture at the last recorded step.
     """
     data = config.get("data")
-    seen: dict[str, Any] = next(
-        (event["sources"] for event in reversed(events) if isinstance(event.get("sources"), dict)), {}
-    )
+    seen = last_read(events)
     if not isinstance(data, dict) or data.get("kind") not in MIXED:
         return []
     known = {

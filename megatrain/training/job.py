@@ -356,7 +356,7 @@ class RankJob:
         if self.preflight:
             self.journal.event("preflight", self.progress.step, **self.preflight)
         if self.world.is_main and (packings := self.data.packings):
-            self.journal.event("packing", self.progress.step, sources=packings)
+            self.journal.event("packing", self.progress.step, packings=packings)
         chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
             detail = {"key": key, "before": before, "now": now, "override": key in chosen}

@@ -116,6 +116,11 @@ def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
     return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
 
 
+def _is_searched(folder: str, top: str) -> bool:
+    """Whether a real folder has a place of its own below `top` that is not hidden."""
+    return os.path.commonpath([folder, top]) == top and "/." not in folder[len(top) :]
+
+
 def _walk(top: Path) -> Iterator[Path]:
     """Yield the paths below a folder, hidden ones excepted, relative to it and sorted.
 
@@ -131,8 +136,7 @@ def _walk(top: Path) -> Iterator[Path]:
         for name in folders:
             path = os.path.join(place, name)
             real = os.path.realpath(path)
-            elsewhere = os.path.commonpath([real, real_top]) == real_top and os.path.islink(path)
-            if real not in seen and not elsewhere:
+            if real not in seen and not (os.path.islink(path) and _is_searched(real, real_top)):
                 seen.add(real)
                 entered.append(name)
         folders[:] = entered

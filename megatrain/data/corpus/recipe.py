@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 import xxhash
@@ -137,6 +137,7 @@ def run_recipe(recipe: Sequence[Step], document: Document, reports: list[StepRep
         if document.counts:
             report.changes = dict(Counter(report.changes) + document.counts)
         if removal is not None:
+            removal = replace(removal, detail=_excerpt(removal.detail, masks))  # it may quote the text
             document.removal = report.name, removal
             report.rules[removal.rule] = report.rules.get(removal.rule, 0) + 1
             shown |= {"rule": removal.rule, "detail": removal.detail}

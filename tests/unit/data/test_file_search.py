@@ -67,4 +67,7 @@ def test_links_that_lead_back_are_followed_once(tmp_path, monkeypatch, given):
     (tmp_path / "c" / "linked").symlink_to(tmp_path / "else")
     (tmp_path / "c" / "twice").symlink_to(tmp_path / "else")
     (tmp_path / "c" / "itself").symlink_to("itself")
-    assert found(given) == ["c/a.txt", "c/linked/b.txt", "c/s1/s1.txt", "c/s2/s2.txt", "c/s3/s3.txt"]
+    (tmp_path / "c" / ".store" / "v1").mkdir(parents=True)
+    (tmp_path / "c" / ".store" / "v1" / "h.txt").touch()
+    (tmp_path / "c" / "current").symlink_to(".store/v1")  # a folder that would not be searched at its own place
+    assert found(given) == ["c/a.txt", "c/current/h.txt", "c/linked/b.txt", "c/s1/s1.txt", "c/s2/s2.txt", "c/s3/s3.txt"]

@@ -10,7 +10,7 @@ import uuid
 import pytest
 from faker import Faker
 
-from megatrain.data.corpus.document import Document
+from megatrain.data.corpus.document import Document, Removal
 from megatrain.data.corpus.recipe import build_recipe, new_reports, run_recipe
 from megatrain.data.corpus.steps.personal_data import KINDS
 from megatrain.errors import ConfigError
@@ -134,6 +134,16 @@ def test_examples_hold_the_masked_text_alone():
     (example,) = reports[0].examples
     assert example["after"] == reports[1].examples[0]["before"] == "Write to <EMAIL> today"
     assert "ann@" not in repr(reports)
+
+
+def test_what_is_kept_of_a_removed_document_is_masked(tmp_path):
+    """`data.write_text` writes the detail of a removal, which may quote the text."""
+    words = tmp_path / "words.txt"
+    words.write_text("ann@example.org\n")
+    recipe = build_recipe([{"blocked_words": {"path": str(words)}}, "personal_data"])
+    document = Document("Write to ann@example.org today", "d")
+    assert not run_recipe(recipe, document, new_reports(recipe), seed=0)
+    assert document.removal == ("blocked_words", Removal("blocked_word", "has <EMAIL>"))
 
 
 def test_only_the_kinds_asked_for_are_masked():

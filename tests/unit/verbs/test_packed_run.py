@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from megatrain.config import EvaluateConfig, InspectConfig
+from megatrain.config import EvaluateConfig, InspectConfig, ReportConfig
 from megatrain.errors import CheckpointError
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.evaluate import evaluate
 from megatrain.verbs.inspect import inspect
 from megatrain.verbs.path_checks import check_paths
+from megatrain.verbs.report import report
 
 PACKED = {
     "data__packing": "best_fit",
@@ -35,13 +36,18 @@ def whole(make_job, run_job, tmp_path_factory):
 
 
 def test_the_records_say_how_full_the_samples_are(whole, dataset, capsys):
-    (packing,) = [event["sources"] for event in read_events(whole / "events.jsonl") if event["kind"] == "packing"]
+    (packing,) = [event["packings"] for event in read_events(whole / "events.jsonl") if event["kind"] == "packing"]
     figures = packing[dataset.name]
     assert figures["documents"] == 20 and 0 < figures["padding_share"] < 0.5
     assert figures["cut_share"] < figures["cut_share_of_windows"] <= 1
     inspect(InspectConfig(path=str(dataset)))
     printed = capsys.readouterr().out
     assert f"{figures['padding_share']:.4%}" in printed and f"{figures['cut_share_of_windows']:.4%}" in printed
+
+
+def test_the_report_of_a_packed_run_takes_its_packings_for_no_mixture(whole, tmp_path):
+    report(ReportConfig(path=str(whole), out=str(tmp_path / "page.html")))
+    assert "read of each source" not in (tmp_path / "page.html").read_text()
 
 
 def test_the_tokens_of_a_step_are_its_labels_without_padding(whole):
@@ -70,7 +76,7 @@ def test_the_sources_of_a_mixture_pack_their_own_documents(make_job, run_job, da
     check_paths(config)
     assert run_job(config) == 0
     events = {event["kind"]: event for event in read_events(tmp_path / "first" / "events.jsonl")}
-    figures = events["packing"]["sources"]
+    figures = events["packing"]["packings"]
     assert {name: found["documents"] for name, found in figures.items()} == {"words": 20, "more": 9}
     seen = events["mixture"]["sources"]
     assert {name: found["samples"] for name, found in seen.items()} == {"words": 12, "more": 4}
