@@ -60,7 +60,9 @@ class Console:
             self._next = next_step(
                 f"megatrain report {folder}", f'megatrain generate {folder} prompt="Once upon a time"'
             )
-        parts = [f"{short(info.num_parameters)} parameters", f"{info.world_size} x {info.device}", info.layout]
+        chosen = info.config.get("launch", {}).get("device") == "auto" and info.device == "cpu"
+        device = f"{info.world_size} x {info.device}" + (" (no GPU found)" if chosen else "")
+        parts = [f"{short(info.num_parameters)} parameters", device, info.layout]
         self.note(f"run {info.run_name}: " + ", ".join(part for part in [*parts, length(info)] if part))
         if info.resumed_from_step is not None:
             self.note(f"resuming from step {info.resumed_from_step}")
