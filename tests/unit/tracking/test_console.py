@@ -170,7 +170,8 @@ def test_the_start_says_how_long_the_run_is_and_a_resume_only_where_it_goes_on(t
     shown.start(info(tmp_path, config=config, dataset=data, resumed_from_step=5))
     shown.event({"time": "", "kind": "resume", "step": 5, "host": "n1", "git_commit": "abc"})
     assert capsys.readouterr().err == (
-        "run demo: 12.3M parameters, 1 x cpu (no GPU found), 1,000 steps, 2.05M tokens (2 epochs)\nresuming from step 5\n"
+        "run demo: 12.3M parameters, 1 x cpu (no GPU found), 1,000 steps, 2.05M tokens (2 epochs)\n"
+        "resuming from step 5\n"
     )
     assert console.length(info(tmp_path, config={"train": loop | {"batch_ramp_start": 2}})) == "1,000 steps"
     mixed = info(tmp_path, config={"train": loop, "data": {"mixture": {"a": 1}}}, dataset=data)
