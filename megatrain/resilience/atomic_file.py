@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file cannot be written; the error names it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two processes may write the same page
+    # several processes may write the same file, also of machines whose process numbers are equal
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.writing")
     try:
         with temporary.open("wb") as file:
             yield file

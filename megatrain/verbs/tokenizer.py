@@ -44,6 +44,13 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
         raise ConfigError("tokenizer.path: names a tokenizer that is trained already; leave it out to train one")
     if config.clean.dedup == "minhash":
         raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")
+    ignored = {
+        "clean.dedup_passages": config.clean.dedup_passages != "none",
+        "data.fim_rate": config.data.fim_rate > 0,
+        "data.write_text": config.data.write_text,
+    }
+    if given := [key for key, is_given in ignored.items() if is_given]:
+        raise ConfigError(f"{given[0]}: has no effect on a tokenizer's sample; leave it out")
     check_training(config.tokenizer)
     if find_spec("transformers") is None:  # before the work
         raise EnvironmentFault(f"megatrain tokenizer needs transformers: {how_to_install('hf')}")

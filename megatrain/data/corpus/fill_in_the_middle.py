@@ -18,6 +18,9 @@ from megatrain.data.special_tokens import special_tokens
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
+_PROBE = ("def f(ar", "gument):")
+"""Two parts of a text: a tokenizer fit for fill-in-the-middle encodes them as it would the parts of a document."""
+
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
@@ -42,6 +45,13 @@ class FillInTheMiddle:
         ids = [tokenizer.control_token(name) for name in marker_names(data)]
         if missing := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token is None]:
             raise _lacks(data, missing, f"the tokenizer {config.tokenizer.path or 'that was trained'}")
+        joined = [*tokenizer.encode(_PROBE[0]), *tokenizer.encode(_PROBE[1])]
+        if tokenizer.decode(joined) != "".join(_PROBE):
+            raise ConfigError(
+                f"data.fim_rate={data.fim_rate}: the tokenizer {config.tokenizer.path or 'that was trained'} puts a "
+                "mark before each text, so the parts of a document would begin with a space that is not in it; give "
+                "one without (tokenizer=byte_level_bpe), or data.fim_rate=0"
+            )
         prefix, middle, suffix = (token for token in ids if token is not None)
         return FillInTheMiddle(data.fim_rate, data.fim_spm_rate, config.seed, prefix, middle, suffix)
 

@@ -29,7 +29,7 @@ from megatrain.data.progress_line import Meter
 SEPARATORS = {"lines": re.compile(r"(\n)"), "paragraphs": re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")}
 """What separates passages, by the value of `clean.dedup_passages`."""
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when other passages are cut out of the same documents."""
 _ROW = np.dtype([("hash", "<u8", (2,)), ("place", "<u8")])
 """The xxh3-128 of a passage, and its number among all passages of the corpus that count."""
@@ -72,11 +72,12 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A frame without the later passages, `describe` of its documents, and the numbers of those that are gone."""
+    """A frame without the later passages, `describe` of its documents, their numbers, and those of the gone ones."""
 
     frame: bytes
     documents: np.ndarray
     report: StepReport
+    kept: list[int]
     gone: list[int]
 
 
@@ -221,14 +222,15 @@ def _cut_frame(task: _Task) -> _Cut:
     """Cut the later passages out of a frame's documents."""
     report = StepReport(f"duplicate_{task.passages.unit}")
     recipe = (_Cutter(task.passages, iter(task.later)),)
-    texts, gone = [], []
+    texts, kept, gone = [], [], []
     for number, text in task.texts():
         document = Document(text, str(number))
         if run_recipe(recipe, document, [report], task.seed):
             texts.append(document.text.encode())
+            kept.append(number)
         else:
             gone.append(number)
-    return _Cut(pack(texts), describe(texts, task.seed), report, gone)
+    return _Cut(pack(texts), describe(texts, task.seed), report, kept, gone)
 
 
 def _joined(passages: list[str], separators: list[str], cut: list[bool]) -> str:
@@ -276,6 +278,9 @@ def _cut(
         for result in pool.map(_cut_frame, tasks()):
             number, writer, last = coming.popleft()
             if len(result.documents):
+                known = selection.shards[number].documents()[np.array(result.kept) - selection.starts[number]]
+                for name in ("heldout_draw", "sample_draw"):  # an original and its augmented copy share them
+                    result.documents[name] = known[name]
                 writer.add(result.frame, result.documents)
             writer.count({}, [result.report], None, b"")
             writer.gone += [one - selection.starts[number] for one in result.gone]

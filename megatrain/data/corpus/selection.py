@@ -89,9 +89,15 @@ class Selection:
             lowest, highest = min(lowest or first, first), max(highest or last, last)
         if fraction > 0 and lowest and highest and lowest != highest:
             if not self.count(HELDOUT):
-                self.flags[lowest[1]] = HELDOUT
+                self._flag_draw(lowest[0], HELDOUT)
             elif not self.count(TRAIN):
-                self.flags[highest[1]] = TRAIN
+                self._flag_draw(highest[0], TRAIN)
+
+    def _flag_draw(self, draw: int, flag: int) -> None:
+        """Flag the kept documents of one draw: an original and its augmented copies."""
+        for number, shard in enumerate(self.shards):
+            flags = self.flags_of(number)
+            flags[is_kept(flags) & (shard.documents()["heldout_draw"] == np.uint64(draw))] = flag
 
     def count(self, flag: int) -> int:
         """Return the number of documents with this flag."""

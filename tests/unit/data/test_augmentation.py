@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from megatrain.config import TokenizerConfig
+from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.choices import choices_of
 from megatrain.config.compose import compose
 from megatrain.data.card import Card
@@ -353,6 +353,9 @@ def test_other_weights_are_another_recipe(models):
         for name in ("t5", "marian")
     ]
     assert settings[0]["there"] != settings[1]["there"] and settings[0]["back"] == settings[1]["back"]
+    (models / "t5" / "generation_config.json").write_text('{"forced_bos_token_id": 5}')
+    again = step("back_translate", there=str(models / "t5"), back=str(models / "t5")).settings()["digests"]
+    assert again["there"] != settings[0]["there"], "what decides the text may be in any of the files"
 
 
 # ------------------------------------------------------------------------------------------------- all of them
@@ -437,3 +440,21 @@ def test_the_dataset_is_the_same_on_any_number_of_workers(tmp_path, monkeypatch,
                  f"data.workers={workers}", "tokenizer.vocab_size=320", "clean.dedup=none", steps]  # fmt: skip
         fingerprints.append(Card.load(prepare(compose("prepare", words))).fingerprint)
     assert fingerprints[0] == fingerprints[1]
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.001])
+@pytest.mark.parametrize("passages", ["none", "lines"])
+def test_an_original_and_its_copy_are_on_one_side_of_the_held_out_split(tmp_path, passages, fraction):
+    """Also where repeated lines are cut out of the texts, and where one document is held out whatever its draw."""
+    many = " and of rivers and of stones" * 20
+    lines = [{"text": f"Document {i} tells of hills{many}.\nA line that all of them have.\n"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(
+        name="d", dir=str(tmp_path), kind="files", paths=[str(tmp_path / "a.jsonl")], workers=1,
+        heldout_fraction=fraction,
+    )  # fmt: skip
+    clean = CleanConfig(steps=[{"noise": {"rate": 1.0, "keep_original": True}}], dedup_passages=passages)
+    folder = prepare(PrepareConfig(data=data, clean=clean, tokenizer=TokenizerConfig(vocab_size=300)))
+    splits = Card.load(folder).splits
+    assert splits["heldout"].documents >= 2 and splits["heldout"].documents % 2 == 0
+    assert splits["train"].documents + splits["heldout"].documents == 80

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
@@ -153,3 +155,16 @@ def test_other_rates_are_another_dataset(make):
     make()
     with pytest.raises(ConfigError, match=r"data.fim_rate \(was 0.5, now 0.2\)"):
         make(fim_rate=0.2)
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_each_text_is_refused(make, tmp_path):
+    """Llama 2's form: each part of a document would begin with a space."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate("▁def(arg):umnt")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(["</s>", *NAMES])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    given = {"kind": "hf", "path": str(tmp_path / "tokenizer.json"), "fim_tokens": False}
+    with pytest.raises(ConfigError, match=r"data.fim_rate=0.5: the tokenizer .* puts a mark before each text"):
+        make(tokenizer=given)

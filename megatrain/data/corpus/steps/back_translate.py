@@ -50,7 +50,7 @@ class BackTranslate(Augmentation):
         object.__setattr__(self, "_digests", digests)  # no parameter: what the folders hold now
 
     def settings(self) -> dict[str, Any]:
-        """Return the parameters, and digests of the weights."""
+        """Return the parameters, and digests of the models' files."""
         return asdict(self) | {"digests": self.__dict__["_digests"]}
 
     def augmented(self, document: Document, draw: random.Random) -> str:
@@ -100,15 +100,15 @@ class BackTranslate(Augmentation):
 
 
 def _check_folder(name: str, folder: Path) -> str:
-    """Return the digest of a model's weights. Raises ConfigError if the folder holds no model in safetensors."""
+    """Return the digest of all files of a model's folder. Raises ConfigError if it holds no model in safetensors."""
     place = f"clean.steps: back_translate.{name}={folder}"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{place}: no config.json there; give the folder of a model that was downloaded before")
     weights = next((folder / file for file in _WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         raise ConfigError(f"{place}: no {_WEIGHTS[0]} there; save the model with transformers' save_pretrained")
-    files = [weights] if weights.suffix == ".safetensors" else [weights, *sorted(folder.glob("*.safetensors"))]
-    return " ".join(digest_of(str(file)) for file in files)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return " ".join(f"{file.name} {digest_of(str(file))}" for file in files)
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,7 +24,8 @@ class MixTurns(Augmentation):
     An exchange is a question (`User: ...`) with all that follows up to the next question: answers stay with their
     questions. Each exchange of a conversation is replaced with probability `exchange_rate`, by one of the latest 1,024
     of the conversations before it in the same part of the source, which its files alone decide. So the first
-    conversation of a part stays as it is. Only records that are lists of messages are conversations.
+    conversation of a part stays as it is. Only records that are lists of messages are conversations. An exchange of a
+    held-out conversation may come into one to train on: hold out another corpus to measure with.
     """
 
     name: ClassVar[str] = "mix_turns"
