@@ -29,7 +29,7 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.naming import TEMPORARY, checkpoint_step, list_checkpoints
 from megatrain.errors import CheckpointError
-from megatrain.resilience.atomic_file import sync_folder
+from megatrain.resilience.atomic_file import sync_path
 
 ENVIRONMENT = "MEGATRAIN_COPIES"
 """Environment variable that tells the workers the agent's folder for copies."""
@@ -119,10 +119,10 @@ def _write_part(part: Path, target: Path) -> bool:
         if problem := next(filter(None, (verify_file(writing, *one) for one in manifest.files.items())), None):
             _LOG.warning("the copy in memory is damaged: %s", problem)
             return False
-        sync_folder(writing)
+        sync_path(writing)
         with suppress(OSError):  # another node has already written this part
             os.rename(writing, final)
-        sync_folder(target)
+        sync_path(target)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return True
@@ -154,7 +154,7 @@ def assemble(checkpoints: Path) -> tuple[Path | None, list[str]]:
         write_manifest(writing, manifest)
         made = checkpoints / folder.name
         os.rename(writing, made)
-        sync_folder(checkpoints)
+        sync_path(checkpoints)
         break
     shutil.rmtree(rescued, ignore_errors=True)
     return made, problems

@@ -25,7 +25,7 @@ from megatrain.checkpoint.rescue import assemble
 from megatrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, save_planner
 from megatrain.distributed.world import World
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, OwnedError
-from megatrain.resilience.atomic_file import sync_folder
+from megatrain.resilience.atomic_file import sync_path
 
 _OLDER = ".older" + TEMPORARY
 _LOG = logging.getLogger("megatrain")
@@ -147,7 +147,7 @@ class CheckpointStore:
         if final.exists():  # the same step was saved before: keep that checkpoint until the new one is in place
             os.replace(final, older)
         os.replace(temporary, final)
-        sync_folder(self.folder)
+        sync_path(self.folder)
         shutil.rmtree(older, ignore_errors=True)
 
     def _on_main(self, work: Callable[[], None]) -> None:
@@ -208,8 +208,8 @@ class CheckpointStore:
         aside.mkdir()
         for path in later:
             os.replace(path, aside / path.name)
-        sync_folder(aside)
-        sync_folder(self.folder)
+        sync_path(aside)
+        sync_path(self.folder)
         self.report("set_aside", checkpoints=[path.name for path in later], folder=str(aside))
 
     def retire(self, keep: int, keep_every: int) -> None:

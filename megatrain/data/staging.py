@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatrain.errors import OwnedError, cannot_write
+from megatrain.resilience.atomic_file import sync_path
 from megatrain.resilience.owner import BEAT_S, FOLDER, Ownership
 
 
@@ -83,14 +84,14 @@ class StagingFolder:
         Raises `OwnedError` if another process has taken over the folder.
         """
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            _flush(path)
-        _flush(self.folder)
+            sync_path(path)
+        sync_path(self.folder)
         self._ownership.check()
         if self.target.exists():
             os.rename(self.target, self._replaced)
         os.rename(self.folder, self.target)
         self._published = True
-        _flush(self.target.parent)
+        sync_path(self.target.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
 
@@ -114,11 +115,3 @@ class StagingFolder:
 def work_folder(target: Path) -> Path:
     """Return the folder with the finished parts of a preparation that is not complete yet."""
     return target.with_name(f".{target.name}.preparing") / "work"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,7 +35,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
             error.filename = str(path)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = False) -> None:
@@ -44,9 +44,9 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = False) ->
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's directory entries, so that a rename or a new file in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Flush a file, or a folder's names, to disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from megatrain.resilience.atomic_file import sync_folder
+from megatrain.resilience.atomic_file import sync_path
 from megatrain.tracking.mlflow_store import is_half_made
 
 SETTLE_S = 5.0
@@ -38,7 +38,7 @@ def prepare_database(path: Path, artifacts: str) -> str | None:
         if not path.exists():  # another program may have created it meanwhile
             _remove(path)
             os.rename(temporary, path)
-            sync_folder(path.parent)
+            sync_path(path.parent)
     if aside is None:
         return None
     return (

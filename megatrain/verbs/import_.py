@@ -22,7 +22,7 @@ from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import generation_of
 from megatrain.interop.load_model import Loaded, kind_of, load
-from megatrain.resilience.atomic_file import sync_folder
+from megatrain.resilience.atomic_file import sync_path
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 
@@ -64,7 +64,7 @@ def write_weights(loaded: Loaded, out: Path) -> None:
         )
         write(partial, state, RunRecord(identity=identity), None)
         os.rename(partial, out)
-        sync_folder(out.parent)
+        sync_path(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

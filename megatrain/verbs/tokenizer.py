@@ -20,7 +20,7 @@ from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
 from megatrain.interop.hf_tokenizer import export_tokenizer
-from megatrain.resilience.atomic_file import sync_folder
+from megatrain.resilience.atomic_file import sync_path
 from megatrain.verbs.path_checks import refuse_existing
 
 _LONGEST = 10**6
@@ -101,7 +101,7 @@ def _write(trained: Tokenizer, card: TrainedTokenizerCard, out: Path) -> None:
         export_tokenizer(own, partial, _LONGEST)
         card.save(partial)
         os.rename(partial, out)
-        sync_folder(out.parent)
+        sync_path(out.parent)
     finally:
         for folder in (own, partial):
             shutil.rmtree(folder, ignore_errors=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from megatrain.resilience.atomic_file import sync_path
 
 
 def shared_file(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
@@ -21,22 +22,13 @@ def shared_file(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
             new = Path(made) / name
             write(new)
             for path in [new, *new.rglob("*")] if new.is_dir() else [new]:
-                _flush(path)
+                sync_path(path)
             try:
                 new.rename(place)
             except OSError:
                 if not place.exists():  # another process may have been faster
                     raise
     return place
-
-
-def _flush(path: Path) -> None:
-    """Write a file or a folder's list of names to disk, so that a power cut leaves no empty file of that name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def own_folder() -> Path:
