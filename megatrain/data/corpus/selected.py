@@ -71,6 +71,8 @@ class Selected:
             if cleaned and [shard.key for shard in documents.shards] != [shard.key for shard in cleaned]:
                 return None
             whole = documents if content["whole"] == content["documents"] else _load(work, content["whole"])
+            if whole is not documents and not all(shard.is_whole() for shard in whole.shards):
+                return None  # as after a power cut; the cleaned shards are checked where they are found
             same = content["selection"] == content["whole"]
             return Selected(
                 documents,
