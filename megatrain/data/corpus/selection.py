@@ -87,7 +87,7 @@ class Selection:
             by_draw = kept[np.argsort(draws[kept], kind="stable")]
             first, last = ((int(draws[at]), self.starts[number] + int(at)) for at in (by_draw[0], by_draw[-1]))
             lowest, highest = min(lowest or first, first), max(highest or last, last)
-        if fraction > 0 and lowest and highest and lowest != highest:
+        if fraction > 0 and lowest and highest and lowest[0] != highest[0]:
             if not self.count(HELDOUT):
                 self._flag_draw(lowest[0], HELDOUT)
             elif not self.count(TRAIN):
