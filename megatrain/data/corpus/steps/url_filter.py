@@ -98,7 +98,8 @@ class UrlFilter(Step):
                 return Removal(f"blocked_{rule}", entry)
         if _holds(blocked, _hash_url(_bytes(url))):
             return Removal("blocked_url", url)
-        lists = _word_lists(self.lists, *(tuple(getattr(self, kind)) for kind in _WORD_LISTS))
+        paths = (tuple(getattr(self, kind)) for kind in _WORD_LISTS)
+        lists = _word_lists(self.lists, tuple(self.__dict__["_digests"].items()), *paths)
         written = set(_NO_LETTERS.split(url))
         if found := written & lists["words"]:
             return Removal("blocked_word", f"{min(found)} in {url}")
@@ -156,8 +157,13 @@ def _extractor() -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _word_lists(lists: str, *paths: tuple[str, ...]) -> dict[str, frozenset[str]]:
-    """Return the lists of words by their kind, in small letters and digits alone, as datatrove takes them."""
+def _word_lists(
+    lists: str, digests: tuple[tuple[str, str], ...], *paths: tuple[str, ...]
+) -> dict[str, frozenset[str]]:
+    """Return the lists of words by their kind, in small letters and digits alone, as datatrove takes them.
+
+    `digests` of one's own files are part of the cache's key: a file may be edited.
+    """
     found = {}
     for (kind, name), own in zip(_WORD_LISTS.items(), paths, strict=True):
         files = [str(_assets() / name)] if lists == "datatrove" else []
