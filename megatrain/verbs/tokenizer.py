@@ -48,6 +48,7 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
         "clean.dedup_passages": config.clean.dedup_passages != "none",
         "data.fim_rate": config.data.fim_rate > 0,
         "data.write_text": config.data.write_text,
+        "data.deduplicate": not config.data.deduplicate,
     }
     if given := [key for key, is_given in ignored.items() if is_given]:
         raise ConfigError(f"{given[0]}: has no effect on a tokenizer's sample; leave it out")

@@ -177,6 +177,7 @@ def test_sources_of_the_demonstration_corpus_are_in_a_folder_of_their_own(corpus
         (["clean.dedup=minhash"], ConfigError, "clean.dedup=minhash"),
         (["clean.dedup_passages=lines"], ConfigError, "clean.dedup_passages: has no effect"),
         (["data.write_text=true"], ConfigError, "data.write_text: has no effect"),
+        (["data.deduplicate=false"], ConfigError, "data.deduplicate: has no effect"),
         (["data=megatron"], ConfigError, "data=megatron: a tokenizer is trained on text"),
         (["data=mixture"], ConfigError, "data.mixture is empty"),
         (["data=mixture", "data.mixture={gone: 1}"], ConfigError, "data.mixture.gone: neither a prepared dataset"),
