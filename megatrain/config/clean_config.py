@@ -39,7 +39,7 @@ class CleanConfig:
     )
     dedup_passages: str = key(
         "none",
-        "passages to cut out of documents if they stand earlier in the corpus: none, lines, or paragraphs, which empty "
+        "passages to cut out of documents if they repeat earlier text of the corpus: none, lines, or paragraphs, which empty "
         "lines separate",
         choices=("none", "lines", "paragraphs"),
     )

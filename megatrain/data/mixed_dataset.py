@@ -1,6 +1,7 @@
 """The prepared datasets of a mixture: their cards, checked against one another, and the samples of all.
 
-Opening reads cards alone; the files of a source are opened when it is first read. Imports no torch.
+Opening reads cards alone, and with data.packing=best_fit each source's packing, which is made if it is missing. The
+files of a source are opened when it is first read. Imports no torch.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
 
 
 def num_samples(folder: Path, card: Card, packing: str, seq_len: int, verify: bool) -> int:
-    """Return how many samples one epoch of a dataset's train split has, without opening its tokens.
+    """Return how many samples one epoch of a dataset's train split has; no tokens are read.
 
     With `best_fit` its packing is computed, unless that was done before.
     """

@@ -37,7 +37,7 @@ def find_sets(entries: Sequence[Any]) -> tuple[EvaluationSet, ...]:
     names = [one.name for one in sets]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"sets: two are called {name}; name them apart: [{{path: ..., name: ...}}]")
+            raise ConfigError(f"sets: two have the name {name}; give each its own: [{{path: ..., name: ...}}]")
     return tuple(sets)
 
 

@@ -1,4 +1,4 @@
-"""Cut out of documents the passages, lines or paragraphs, that stand earlier in the corpus.
+"""Cut out of documents the passages, lines or paragraphs, that repeat earlier text of the corpus.
 
 The order is that of the corpus: files as the source sorts them, the documents of a file and the passages of a document
 as they follow one another. The first of equal passages stays, wherever the others are, so the result depends neither on
@@ -214,7 +214,7 @@ class _Cutter(Step):
         if any(cut):
             document.text = _joined(found, separators, cut)
             if not document.text.strip():
-                return Removal("nothing_left", f"all its {unit} stand earlier in the corpus")
+                return Removal("nothing_left", f"all its {unit} repeat earlier text of the corpus")
         return None
 
 

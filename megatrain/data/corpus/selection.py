@@ -24,7 +24,7 @@ _BYTES_A_DOCUMENT = 96  # of memory, while duplicates are sorted
 class Selection:
     """The cleaned shards of a corpus and the flags of their documents, which live in the file `path`.
 
-    It is made anew, every document to be trained on; or with `decided` it is there, and only read.
+    The file is created with every document to be trained on; with `decided` it exists and is only read.
     """
 
     def __init__(self, shards: Sequence[CleanedShard], path: Path, decided: bool = False) -> None:

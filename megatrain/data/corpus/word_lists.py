@@ -33,7 +33,7 @@ def _digest(path: Path, size: int, time: int) -> str:
 def read_list(path: str) -> Iterator[str]:
     """Yield the entries of a list in UTF-8, maybe compressed: its lines, or the elements of an array in a `.json`.
 
-    Empty lines and those that begin with # are none. Raises `DataError` if the file is damaged or no such list.
+    Empty lines and those that begin with # are skipped. Raises `DataError` if the file is damaged or no such list.
     """
     place = Path(path).expanduser()
     try:

@@ -157,9 +157,7 @@ def _extractor() -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _word_lists(
-    lists: str, digests: tuple[tuple[str, str], ...], *paths: tuple[str, ...]
-) -> dict[str, frozenset[str]]:
+def _word_lists(lists: str, digests: tuple[tuple[str, str], ...], *paths: tuple[str, ...]) -> dict[str, frozenset[str]]:
     """Return the lists of words by their kind, in small letters and digits alone, as datatrove takes them.
 
     `digests` of one's own files are part of the cache's key: a file may be edited.
