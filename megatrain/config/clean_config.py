@@ -39,8 +39,8 @@ class CleanConfig:
     )
     dedup_passages: str = key(
         "none",
-        "passages to cut out of documents if they repeat earlier text of the corpus: none, lines, or paragraphs, which empty "
-        "lines separate",
+        "passages to cut out of documents if they repeat earlier text of the corpus: none, lines, or paragraphs, which "
+        "empty lines separate",
         choices=("none", "lines", "paragraphs"),
     )
     min_passage_characters: int = key(

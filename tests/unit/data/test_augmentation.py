@@ -458,3 +458,12 @@ def test_an_original_and_its_copy_are_on_one_side_of_the_held_out_split(tmp_path
     splits = Card.load(folder).splits
     assert splits["heldout"].documents >= 2 and splits["heldout"].documents % 2 == 0
     assert splits["train"].documents + splits["heldout"].documents == 80
+
+
+def test_one_document_and_its_copy_are_not_held_out_together(tmp_path):
+    (tmp_path / "a.txt").write_text("A document tells of hills and of rivers and of stones. " * 20)
+    data = DataConfig(name="d", dir=str(tmp_path), kind="files", paths=[str(tmp_path / "a.txt")], workers=1)
+    clean = CleanConfig(steps=[{"noise": {"rate": 1.0, "keep_original": True}}])
+    tokenizer = TokenizerConfig(vocab_size=285)
+    folder = prepare(PrepareConfig(data=data, clean=clean, tokenizer=tokenizer))
+    assert {name: split.documents for name, split in Card.load(folder).splits.items()} == {"train": 2}

@@ -194,7 +194,7 @@ def test_what_cannot_work_is_refused(tmp_path, sets):
         ([3], r"sets\[0\]: 3: expected a path"),
         ([{"file": "x"}], r"sets\[0\]: .* expected a path"),
         ([str(tmp_path / "none.txt")], r"sets\[0\]: .*none.txt cannot be read \(No such file"),
-        ([sets[0], {"path": sets[1], "name": "quiz"}], "two are called quiz"),
+        ([sets[0], {"path": sets[1], "name": "quiz"}], "two have the name quiz"),
         ([{"path": sets[0], "fields": "question"}], r"sets\[0\].fields=question: expected a list"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -161,3 +161,18 @@ def test_an_interrupted_preparation_takes_what_is_cut(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("megatrain.data.text_stages.cut_passages", lambda *_: 1 / 0)
     assert prepared(tmp_path, "d", **clean)[1] == expected
+
+
+def test_cut_text_that_is_damaged_is_cut_again(tmp_path, monkeypatch):
+    """A power cut may leave a file short that its marker says is whole."""
+    write(tmp_path, corpus(random.Random(9)), files=2)
+    clean = dict(dedup_passages="lines", min_passage_characters=8)
+    _, expected = prepared(tmp_path, "whole", **clean)
+    monkeypatch.setattr("megatrain.data.text_stages.TextStages.tokenizer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(tmp_path, "d", **clean)
+    monkeypatch.undo()
+    (cut,) = {path.parent for path in tmp_path.rglob(".d.preparing/work/cut/*.text")}
+    for path in cut.glob("*.text"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert prepared(tmp_path, "d", **clean)[1] == expected

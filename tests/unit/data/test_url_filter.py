@@ -164,6 +164,11 @@ def test_the_lists_are_part_of_the_settings_and_mistakes_are_named(tmp_path, own
     after = UrlFilter(lists="none", **own)
     assert after.settings() != before
     assert after.apply(Document("", "id", metadata={"url": "http://more.com"})).rule == "blocked_domain"
+    page = Document("", "id", metadata={"url": "http://fine.org/newword"})
+    assert after.apply(page) is None
+    with open(own["subwords"][0], "a") as file:
+        file.write("newword\n")
+    assert UrlFilter(lists="none", **own).apply(page).rule == "blocked_subword", "the file was read before its edit"
     with pytest.raises(ConfigError, match=r"url_filter.words\[0\]: .*missing.txt cannot be read \(No such file"):
         build_recipe([{"url_filter": {"words": [str(tmp_path / "missing.txt")]}}])
     with pytest.raises(ConfigError, match="lists=none and no lists of your own; name a file"):
