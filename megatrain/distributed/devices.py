@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed import visible_gpus
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
 
@@ -55,12 +56,13 @@ def device_of_rank(config: LaunchConfig, environment: RankEnvironment) -> torch.
     if config.device == "cpu" or (config.device == "auto" and not available):
         return torch.device("cpu")
     if available < environment.local_world_size:
-        remedy = f"set launch.nproc_per_node={available} or launch.device=cpu"
-        if not available:
-            remedy = "look at nvidia-smi there, ask Slurm for GPUs (--gpus-per-node), or set launch.device=cpu"
         raise EnvironmentFault(
-            f"launch.device={config.device} needs {environment.local_world_size} CUDA devices on "
-            f"{socket.gethostname()} (one per rank), found {available}; {remedy}"
+            visible_gpus.too_few(
+                f"launch.device={config.device}",
+                environment.local_world_size,
+                socket.gethostname(),
+                _limit(available),
+            )
         )
     return torch.device("cuda", environment.local_rank)
 
@@ -101,5 +103,22 @@ def device_by_name(name: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise EnvironmentFault("device=cuda: there is no CUDA device here; use device=cpu or device=auto")
+        found = _limit(0)
+        raise EnvironmentFault(
+            f"device=cuda: no GPU can be used here: {found.reason}; {found.remedy}, or give device=cpu or device=auto"
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _limit(available: int) -> visible_gpus.Limit:
+    """Return why CUDA shows only `available` GPUs: as the system tells it, or else in the words of torch."""
+    found = visible_gpus.limit()
+    if found is not None and found.most <= available:
+        return found
+    reason, remedy = "CUDA shows no more", "look at nvidia-smi"
+    if not available:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return visible_gpus.Limit(available, reason, remedy)

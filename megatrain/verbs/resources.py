@@ -10,6 +10,7 @@ from pathlib import Path
 from megatrain.config import TrainConfig
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.mixed_dataset import open_mixture
+from megatrain.distributed import visible_gpus
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import EnvironmentFault
 from megatrain.model.count import flops_per_token
@@ -30,16 +31,21 @@ SLOW_STEP_S = 60.0
 
 
 def check_gpus(config: TrainConfig, has_gpu: bool, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse to train on the CPU of a node whose GPUs Slurm gave to this job.
+    """Refuse to start ranks that would not find the GPUs they need, or that Slurm gave to this job.
 
     Raises:
-        EnvironmentFault: `launch.device=auto`, and the node's GPUs are not there.
+        EnvironmentFault: `launch.device=cuda`, and fewer GPUs than ranks can be seen here; or `launch.device=auto`, and
+            the GPUs that Slurm gave are not there.
     """
+    needed, host = config.launch.nproc_per_node, socket.gethostname()
+    found = visible_gpus.limit(environ) if config.launch.device == "cuda" else None
+    if found is not None and found.most < needed:
+        raise EnvironmentFault(visible_gpus.too_few("launch.device=cuda", needed, host, found))
     values = ((name, environ.get(name)) for name in GPU_VARIABLES)
     given = next((f"{name}={value}" for name, value in values if value and (name, value) != NO_GPUS), None)
     if config.launch.device == "auto" and not has_gpu and given:
         raise EnvironmentFault(
-            f"Slurm gave this job GPUs on {socket.gethostname()} ({given}), but there is no device /dev/nvidia*: its "
+            f"Slurm gave this job GPUs on {host} ({given}), but there is no device /dev/nvidia*: its "
             f"driver is not loaded, or the container hides it; launch.device=cpu trains on the CPU all the same"
         )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatrain.config import LaunchConfig
+from megatrain.distributed import visible_gpus
 from megatrain.distributed.devices import device_of_rank
 from megatrain.distributed.rank_environment import RankEnvironment
 from megatrain.errors import EnvironmentFault
@@ -59,6 +60,9 @@ def test_too_few_devices_are_refused_instead_of_using_the_cpu(asked, available, 
     if chosen is not None:
         assert device_of_rank(config, second) == torch.device(chosen)
         return
-    remedy = rf"launch\.nproc_per_node={available} or launch\.device=cpu" if available else "0; look at nvidia-smi"
-    with pytest.raises(EnvironmentFault, match=remedy):
+    have = f"at most {available} can be used" if available else "none can be used"
+    remedy = f"launch.nproc_per_node={available}" if available else "launch.device=cpu"
+    monkeypatch.setattr(visible_gpus, "limit", lambda: None)
+    message = f"launch.device={asked} needs 2 GPUs on .*, one for each rank, but {have}: .*or give {remedy}"
+    with pytest.raises(EnvironmentFault, match=message):
         device_of_rank(config, second)

@@ -6,6 +6,8 @@ import pytest
 
 from megatrain.config.compose import compose
 from megatrain.data.card import Card, SplitCard, TokenizerCard, fingerprint
+from megatrain.distributed import visible_gpus
+from megatrain.distributed.visible_gpus import Limit
 from megatrain.errors import EnvironmentFault
 from megatrain.verbs import resources
 
@@ -61,3 +63,15 @@ def test_gpus_that_slurm_gave_and_that_are_not_there(job):
     resources.check_gpus(config, True, given)
     resources.check_gpus(config, False, {"SLURM_GPUS_ON_NODE": "0"})
     resources.check_gpus(job("launch.device=cpu"), False, given)
+
+
+def test_too_few_gpus_are_refused_before_the_ranks_start(job, monkeypatch):
+    """A job on GPUs counts its ranks against what can be seen; a job that may use the CPU does not."""
+    asked = []
+    monkeypatch.setattr(visible_gpus, "limit", lambda environ: asked.append(environ) or Limit(1, "WHY", "DO"))
+    resources.check_gpus(job("launch.device=cuda"), True, {})
+    resources.check_gpus(job("launch.nproc_per_node=2"), False, {})
+    message = r"launch\.device=cuda needs 2 GPUs on .*at most 1 can be used: WHY; DO, or give launch\.nproc_per_node=1$"
+    with pytest.raises(EnvironmentFault, match=message):
+        resources.check_gpus(job("launch.device=cuda", "launch.nproc_per_node=2"), True, {"A": "1"})
+    assert asked == [{}, {"A": "1"}]
