@@ -9,17 +9,17 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.indexed import hash_blocks, hash_file, pair
+from megatrain.data.indexed import BlockHasher, hash_blocks, hash_file, pair
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.packing import BEGINS, ENDS, PIECE, best_fit, cut
 from megatrain.data.verified_file import VerifiedFile
@@ -69,14 +69,11 @@ class PackingCard:
 
 
 class PackingIndex:
-    """An opened packing. `kept_in` is a temporary folder that lives as long as this object, if there is one."""
+    """An opened packing."""
 
-    def __init__(
-        self, path: Path, card: PackingCard, verify: bool, kept_in: tempfile.TemporaryDirectory[str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, card: PackingCard, verify: bool) -> None:
         self.card = card
         self._file = VerifiedFile(path, card.size, card.block_hashes, verify, _remedy(path))
-        self._kept_in = kept_in
 
     def pieces(self, sample: int) -> np.ndarray:
         """Return the pieces of a sample, as `PIECE`s in order. Raises `DataError` if the file is damaged."""
@@ -93,7 +90,7 @@ class PackingIndex:
 def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> PackingIndex:
     """Open the packing of a split into samples of `seq_len + 1` tokens; compute it first if that was not done before.
 
-    Where the dataset's folder cannot be written to, it is computed at each start, and a warning says so.
+    Where the dataset's folder cannot be written to, each process computes it once, and a warning says so.
 
     Raises:
         DataError: the dataset's `.idx` is damaged.
@@ -108,10 +105,22 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise cannot_write(path, error, "data.packing=best_fit") from error
-        _LOG.warning("data.packing=best_fit: %s cannot be written (%s), so each start packs anew", path, error.strerror)
-    folder = tempfile.TemporaryDirectory(prefix="megatrain_packing_")
-    path = Path(folder.name) / path.name
-    return PackingIndex(path, _make(path, dataset, seq_len), verify, folder)
+        reason = error.strerror
+    path = Path(_own_folder().name) / f"{dataset.fingerprint}_{path.name}"
+    card = _stored(path, dataset, seq_len)
+    if card is None:
+        _LOG.warning(
+            "data.packing=best_fit: nothing can be written to %s (%s), so each start packs anew",
+            *(dataset.folder, reason),
+        )
+        card = _make(path, dataset, seq_len)
+    return PackingIndex(path, card, verify)
+
+
+@cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary folder that lives as long as this process."""
+    return tempfile.TemporaryDirectory(prefix="megatrain_packing_")
 
 
 def stored_packings(folder: Path) -> Iterator[PackingCard]:
@@ -161,11 +170,17 @@ def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
         if hash_file(idx := pair(dataset.folder / name)[1]) != part.idx_hash:
             raise DataError(f"{idx}: its hash does not match the card's: the file was changed")
     documents = num_cut = cut_by_windows = num_pieces = samples = tokens = 0
+    hasher = BlockHasher()  # of what is written: once it has its name, another process may replace the file
     with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as ends_file:
+
+        def write(data: bytes) -> None:
+            file.write(data)
+            hasher.update(memoryview(data))
+
         ends_file.write(bytes(8))
         for pieces in _blocks(dataset, seq_len):
             order, ends = best_fit(pieces["length"], seq_len + 1)
-            file.write(pieces[order].tobytes())
+            write(pieces[order].tobytes())
             ends_file.write((num_pieces + ends).astype("<i8").tobytes())
             begins = pieces[(pieces["flags"] & BEGINS) > 0]
             is_cut = begins["flags"] & ENDS == 0
@@ -176,11 +191,12 @@ def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
             num_pieces, samples = num_pieces + len(pieces), samples + len(ends)
             tokens += int(pieces["length"].sum(dtype=np.int64))
         ends_file.seek(0)
-        shutil.copyfileobj(ends_file, file)
+        while data := ends_file.read(2**22):
+            write(data)
     size = num_pieces * PIECE.itemsize + 8 * (samples + 1)
     card = PackingCard(
         *(dataset.fingerprint, dataset.split, seq_len, documents, num_cut, cut_by_windows),
-        *(num_pieces, samples, tokens, size, hash_blocks(path)),
+        *(num_pieces, samples, tokens, size, hasher.digests()),
     )
     write_atomically(path.with_suffix(".json"), json.dumps(asdict(card)) + "\n")
     _LOG.info("packed %s in %.1f s: %s", dataset.name, time.monotonic() - began, card.figures)
@@ -192,12 +208,20 @@ def _blocks(dataset: IndexedDataset, seq_len: int) -> Iterator[np.ndarray]:
     held: list[np.ndarray] = []
     first = 0
     for lengths in dataset.lengths():
-        held.append(cut(lengths, first, seq_len))
-        first += int(lengths.sum(dtype=np.int64))
-        if sum(map(len, held)) >= _AT_ONCE:
-            yield np.concatenate(held)
-            held = []
+        for part in _parts(lengths, seq_len):
+            held.append(cut(part, first, seq_len))
+            first += int(part.sum(dtype=np.int64))
+            if sum(map(len, held)) >= _AT_ONCE:
+                yield np.concatenate(held)
+                held = []
     if first != dataset.num_tokens:
         raise DataError(f"{dataset.name}: its documents have {first} tokens, the split has {dataset.num_tokens}")
     if held:
         yield np.concatenate(held)
+
+
+def _parts(lengths: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Return documents in parts of about `_AT_ONCE` pieces: very long documents have many pieces each."""
+    pieces = np.cumsum(1 + lengths // seq_len, dtype=np.int64)
+    bounds = range(_AT_ONCE, int(pieces[-1]) if len(pieces) else 0, _AT_ONCE)
+    return np.split(lengths, np.unique(np.searchsorted(pieces, bounds, side="right")))

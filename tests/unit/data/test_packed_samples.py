@@ -1,12 +1,13 @@
 """Samples of whole documents: what they hold, their labels and positions, and the file that keeps the packing."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from megatrain.data import packing_index
+from megatrain.data import packing, packing_index
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import TrainStream, in_sample_order, micro_batch_of, padded_ids, step_hash
 from megatrain.data.order import SampleOrder
@@ -148,6 +149,37 @@ def test_blocks_of_documents_are_packed_apart_and_lose_nothing(make_dataset, mon
     assert ends == len(found) and max(len(sample.ids) for sample in read) <= T + 1
 
 
+def test_very_long_documents_are_packed_in_parts_of_bounded_memory(make_dataset, monkeypatch):
+    """Each has hundreds of pieces, so the documents that are read at once would have many thousands."""
+    monkeypatch.setattr(packing_index, "_AT_ONCE", 1000)
+    at_once = []
+
+    def best_fit(lengths, capacity):
+        at_once.append(len(lengths))
+        return packing.best_fit(lengths, capacity)
+
+    monkeypatch.setattr(packing_index, "best_fit", best_fit)
+    long = [np.array([2] * (T * pieces) + [END]) for pieces in (300, 5, 400, 600, 1, 450, 700, 2, 100)]
+    index = open_packing(IndexedDataset.open(make_dataset(train=long), "train"), T, True)
+    assert index.card.documents == len(long) and index.card.pieces == sum(at_once) == 2558
+    assert max(at_once) < 2 * 1000
+
+
+def test_the_card_hashes_what_was_written_not_what_another_process_put_there(make_dataset, monkeypatch):
+    folder = make_dataset(train=documents())
+    replacing = packing_index.replacing
+
+    @contextmanager
+    def replaced_at_once(path):
+        with replacing(path) as file:
+            yield file
+        path.write_bytes(bytes(path.stat().st_size))
+
+    monkeypatch.setattr(packing_index, "replacing", replaced_at_once)
+    with pytest.raises(DataError, match="hash differs"):
+        open_packing(IndexedDataset.open(folder, "train"), T, True).pieces(0)
+
+
 def test_a_packing_is_computed_once_and_again_for_other_data(make_dataset, monkeypatch):
     folder = make_dataset(train=documents())
     dataset = IndexedDataset.open(folder, "train")
@@ -199,12 +231,17 @@ def test_a_folder_that_cannot_be_written_to_is_packed_at_each_start(make_dataset
     def refuse(self, *args, **named):
         raise PermissionError(13, "Permission denied", str(self))
 
+    made = []
+    make = packing_index._make
+    monkeypatch.setattr(packing_index, "_make", lambda *args: made.append(args[2]) or make(*args))
     with monkeypatch.context() as patch:
         patch.setattr(type(folder), "mkdir", refuse)
-        index = open_packing(dataset, T, True)
-    samples = PackedSamples(dataset, index)
-    assert sum(int((samples.read(w, None).ids == END).sum()) for w in range(samples.num_samples)) == 200
-    assert "cannot be written (Permission denied), so each start packs anew" in caplog.text
+        indexes = [open_packing(dataset, T, True) for _ in range(2)]
+    for index in indexes:
+        samples = PackedSamples(dataset, index)
+        assert sum(int((samples.read(w, None).ids == END).sum()) for w in range(samples.num_samples)) == 200
+    assert made == [T]  # once, though a mixture opens it twice: to count its samples, and to read them
+    assert f"nothing can be written to {folder} (Permission denied), so each start packs anew" in caplog.text
     assert not (folder / "packing").exists()
 
 
