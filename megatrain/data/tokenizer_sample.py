@@ -298,6 +298,11 @@ def _of_dataset(folder: Path, card: Card, asked: int, seed: int) -> Iterator[str
     """Yield random training documents of a prepared dataset, decoded, in its order."""
     if not (folder / "tokenizer" / META).is_file() or "train" not in card.splits:
         raise ConfigError(f"{folder}: has no tokenizer to decode its ids with; give the text that it was made of")
+    if card.config.get("data", {}).get("fim_rate"):
+        raise ConfigError(
+            f"{folder}: was prepared with data.fim_rate, so its documents are rearranged and have control tokens; give "
+            "the text that it was made of"
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
     split = card.splits["train"]
     num_bytes = split.bytes if split.bytes is not None else split.tokens * _BYTES_A_TOKEN

@@ -259,7 +259,8 @@ def _cut(
     def tasks() -> Iterator[_Task]:
         for number, shard in enumerate(selection.shards):
             of_shard = later[starts[number] : starts[number + 1]].tobytes()
-            key = _key(shard, passages, seed, selection.flags_of(number).tobytes(), of_shard)
+            flags = selection.flags_of(number).tobytes()
+            key = _key(shard, passages, seed, selection.starts[number], flags, of_shard)
             if finished := CleanedShard.find(folder, key):
                 done[number] = finished
                 continue
@@ -297,6 +298,7 @@ def _cut(
     return shards, total[0]
 
 
-def _key(shard: CleanedShard, passages: Passages, seed: int, flags: bytes, later: bytes) -> str:
-    settings = f"{_FORMAT} {shard.key} {passages} {seed} {xxhash.xxh3_128_hexdigest(flags)}"
+def _key(shard: CleanedShard, passages: Passages, seed: int, first: int, flags: bytes, later: bytes) -> str:
+    """Return the key of a shard that is cut; the numbers of its examples count from `first`."""
+    settings = f"{_FORMAT} {shard.key} {passages} {seed} {first} {xxhash.xxh3_128_hexdigest(flags)}"
     return xxhash.xxh3_128_hexdigest(f"{settings} {xxhash.xxh3_128_hexdigest(later)}".encode())

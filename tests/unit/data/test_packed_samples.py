@@ -15,6 +15,7 @@ from megatrain.data.packing_index import open_packing, stored_packings, verify_p
 from megatrain.data.samples import PackedSamples, Sample, Windows, open_samples
 from megatrain.errors import DataError
 from megatrain.kernels import IGNORE_INDEX
+from megatrain.resilience import atomic_file
 
 T = 16
 END = 0
@@ -167,7 +168,7 @@ def test_very_long_documents_are_packed_in_parts_of_bounded_memory(make_dataset,
 
 def test_the_card_hashes_what_was_written_not_what_another_process_put_there(make_dataset, monkeypatch):
     folder = make_dataset(train=documents())
-    replacing = packing_index.replacing
+    replacing = atomic_file.replacing
 
     @contextmanager
     def replaced_at_once(path):

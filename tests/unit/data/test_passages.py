@@ -176,3 +176,17 @@ def test_cut_text_that_is_damaged_is_cut_again(tmp_path, monkeypatch):
     for path in cut.glob("*.text"):
         path.write_bytes(path.read_bytes()[:-1])
     assert prepared(tmp_path, "d", **clean)[1] == expected
+
+
+def test_examples_of_cut_text_that_is_used_again_are_numbered_as_the_corpus_is_now(tmp_path, monkeypatch):
+    write(tmp_path, corpus(random.Random(9)), files=2)
+    clean = dict(dedup_passages="lines", min_passage_characters=8)
+    divide(monkeypatch, 800, 100)  # a few shards for each file
+    with monkeypatch.context() as patch:
+        patch.setattr("megatrain.data.text_stages.TextStages.tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(tmp_path, "d", **clean)
+    (tmp_path / "in" / "0.jsonl").write_text(json.dumps({"text": "Nobody else says this."}) + "\n")  # now the first
+    went_on, _ = prepared(tmp_path, "d", **clean)
+    anew, _ = prepared(tmp_path, "anew", **clean)
+    assert (went_on / "examples.jsonl").read_text() == (anew / "examples.jsonl").read_text()

@@ -152,6 +152,15 @@ def test_prepared_datasets_are_decoded_and_weighed_in_tokens(corpus, capsys):
     assert "code has only" in capsys.readouterr().err
 
 
+def test_a_dataset_made_for_fill_in_the_middle_is_refused_as_its_text_is_rearranged(corpus):
+    for name, words in (("plain", []), ("fim", ["tokenizer.fim_tokens=true", "data.fim_rate=0.5"])):
+        place = [f"data.name={name}", f"data.dir={corpus / 'data'}", f"data.paths=[{corpus / 'code'}]"]
+        prepare(compose("prepare", ["data=files", *place, "tokenizer.vocab_size=600", "data.workers=1", *words]))
+    assert drawn(composed(corpus, "data=mixture", "data.mixture={plain: 1}")).texts["plain"]
+    with pytest.raises(ConfigError, match=r"data/fim: was prepared with data.fim_rate, .*; give the text"):
+        drawn(composed(corpus, "data=mixture", "data.mixture={plain: 1, fim: 1}"))
+
+
 def test_the_comparison_shows_how_it_was_trained(corpus, capsys):
     folder = tokenizer(mixture(corpus, 1, 1, "tokenizer.digits=single"))
     capsys.readouterr()
