@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 from megatrain.errors import OwnedError, cannot_write
 from megatrain.resilience.atomic_file import sync_path
-from megatrain.resilience.owner import BEAT_S, FOLDER, Ownership
+from megatrain.resilience.owner import FOLDER, Ownership
 
 
 class StagingFolder:
@@ -35,7 +34,7 @@ class StagingFolder:
         self._replaced = target.with_name(f".{target.name}.replaced")
         self._removed = target.with_name(f".{target.name}.removed")
         self._published = False
-        self._ended = threading.Event()
+        self._beating = ExitStack()
 
     def __enter__(self) -> StagingFolder:
         try:
@@ -55,7 +54,7 @@ class StagingFolder:
             self.work.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(self.target.parent, error, "data.dir") from error
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beating.enter_context(self._ownership.beating())
         return self
 
     def _take(self) -> Ownership:
@@ -68,11 +67,6 @@ class StagingFolder:
             except OwnedError:
                 if self._root.exists():
                     raise
-
-    def _beat(self) -> None:
-        """Tell other machines that this process is alive."""
-        while not self._ended.wait(BEAT_S):
-            self._ownership.beat()
 
     def has_work(self) -> bool:
         """Return whether there is something to go on from: a finished part of any stage."""
@@ -98,7 +92,7 @@ class StagingFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        self._beating.close()
         if self._published or not self.has_work():
             self._remove()
         else:

