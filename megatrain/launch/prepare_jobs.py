@@ -12,7 +12,7 @@ from contextlib import suppress
 from megatrain.config import PrepareConfig
 from megatrain.config.launch_config import STAGES
 from megatrain.errors import EXIT_OK, MegatrainError
-from megatrain.launch.slurm import Submission, jobs_here, show_script
+from megatrain.launch.slurm import Submission, jobs_here, show_dry_run
 
 _DIVIDED = ("clean", "encode")
 _NUMBER = "{before}"  # stands for the number of the job before
@@ -27,7 +27,7 @@ def submit(config: PrepareConfig, arguments: Sequence[str], dry_run: bool) -> in
     stages = _stages(config)
     jobs = [_job(config, stage, arguments, first=stage == stages[0]) for stage in stages]
     if dry_run:
-        show_script(jobs[0].script)
+        show_dry_run(jobs[0].script, [f"job {job_name(config, stage)}: {_tasks(config, stage)}" for stage in stages])
         for stage, job in zip(stages, jobs, strict=True):
             print(_as_shell(stage, job, before=stages[stages.index(stage) - 1]))
         return EXIT_OK
@@ -63,6 +63,11 @@ def _stages(config: PrepareConfig) -> list[str]:
     if config.launch.tasks == 1:
         return ["all"]
     return [stage for stage in STAGES if not (stage == "clean" and config.data.max_documents)]
+
+
+def _tasks(config: PrepareConfig, stage: str) -> str:
+    """Return in words how many tasks a stage's job has."""
+    return f"{config.launch.tasks} tasks, a job array" if stage in _DIVIDED else "1 task"
 
 
 def _job(config: PrepareConfig, stage: str, arguments: Sequence[str], first: bool) -> Submission:

@@ -212,25 +212,30 @@ def submit(config: LaunchConfig, run_name: str, arguments: Sequence[str], dry_ru
     """Submit a job with these arguments for `megatrain train` and print its number; a dry run only prints the job."""
     submission = Submission.of(config, run_name, arguments, options={"nodes": config.num_nodes or 1})
     if dry_run:
-        show_script(submission.script)
-        nodes, ranks = config.num_nodes or 1, config.nproc_per_node
-        given = any(word.startswith("launch.nproc_per_node=") for word in arguments)
-        on_each = str(ranks) if given else "one rank for each GPU that Slurm gives there, or 1"
-        total = f"{nodes * ranks} ranks: " if given else ""
-        print(f"# {total}{nodes} nodes x {on_each}, launch.device={config.device}")
+        show_dry_run(submission.script, [f"job {run_name}: {_size(config, arguments)}, launch.device={config.device}"])
         print(submission)
     else:
         print(submission.submit())
     return EXIT_OK
 
 
-def show_script(script: Path) -> None:
-    """Print the script that is submitted, before the commands that submit it. On a terminal only its path is shown."""
-    print(
-        f"# script: {script} (it is shown where the output goes to a file or a pipe)"
-        if sys.stdout.isatty()
-        else f"# {script}\n{script.read_text()}"
-    )
+def _size(config: LaunchConfig, arguments: Sequence[str]) -> str:
+    """Return the numbers of nodes and ranks of a job that these arguments would submit, in words."""
+    nodes, ranks = config.num_nodes or 1, config.nproc_per_node
+    words = "1 node" if nodes == 1 else f"{nodes} nodes"
+    if any(word.startswith("launch.nproc_per_node=") for word in arguments):
+        total = f" ({nodes * ranks} in all)" if nodes > 1 else ""
+        return f"{words} with {ranks} rank{'s' * (ranks > 1)}{' each' * (nodes > 1)}{total}"
+    return f"{words} with one rank for each GPU that Slurm gives, or {ranks}{' each' * (nodes > 1)} without GPUs"
+
+
+def show_dry_run(script: Path, jobs: Sequence[str]) -> None:
+    """Print what a dry run would submit, a line for each of `jobs`, as comments of a shell before its commands."""
+    several = len(jobs) > 1
+    print("# dry run: nothing was submitted")
+    print("\n".join(f"# {job}" for job in jobs))
+    print(f"# batch script: {script}")
+    print(f"# to submit {'them' if several else 'it'}: leave out --dry-run, or run the command{'s' * several} below")
 
 
 def jobs_here() -> dict[str, str]:

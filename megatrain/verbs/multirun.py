@@ -98,14 +98,14 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
     if not dry_run:
         write_record(points)
     jobs = slurm.jobs_here()
-    is_script_shown = False
+    to_show: list[tuple[str, slurm.Submission]] = []
     for number, point in enumerate(points, start=1):
         name = str(point.config.run.name)
         with errors_name_point(number, len(points), point.values):
             if is_done(point):
-                print(f"done  {name}")
+                print(f"{'# ' * dry_run}done  {name}")
             elif name in jobs:
-                print(f"{jobs[name]}  {name} (in the queue already)")
+                print(f"{'# ' * dry_run}{jobs[name]}  {name} (in the queue already)")
             else:
                 submission = slurm.Submission.of(
                     point.config.launch,
@@ -113,13 +113,13 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
                     [*flags, *point.overrides],
                     options={"nodes": point.config.launch.num_nodes or 1},
                 )
-                if not dry_run:
+                if dry_run:
+                    to_show.append((name, submission))
+                else:
                     print(f"{submission.submit()}  {name}", flush=True)
-                    continue
-                if not is_script_shown:
-                    slurm.show_script(submission.script)
-                    is_script_shown = True
-                print(submission, flush=True)
+    if to_show:
+        slurm.show_dry_run(to_show[0][1].script, [f"job {name}" for name, _ in to_show])
+        print("\n".join(str(submission) for _, submission in to_show))
     return EXIT_OK
 
 

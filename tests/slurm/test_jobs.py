@@ -20,7 +20,7 @@ def test_a_submitted_job_gives_the_records_of_a_local_run(cluster, workplace, ex
     asked = [*JOB, "run.name=nodes", *words]
     environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"]}
     shown = megatrain(workplace, *asked, "--dry-run", environ=environ)
-    assert shown.returncode == 0 and "sbatch --parsable --nodes=2" in shown.stdout and "#SBATCH" in shown.stdout
+    assert shown.returncode == 0 and "sbatch --parsable --nodes=2" in shown.stdout
     done = megatrain(workplace, *asked, environ=environ)
     assert done.returncode == 0 and done.stdout.strip().isdecimal(), done.stderr
     job = Job(cluster, workplace, "nodes", number=done.stdout.strip())

@@ -80,8 +80,9 @@ def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(called, capsys):
     capsys.readouterr()
     assert cli.main([*WORDS, "launch.tasks=4", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "#SBATCH --requeue" in shown and not called.exists()
-    subprocess.run(["sh", "-ec", "\n".join(shown.splitlines()[-4:])], check=True)
+    assert shown.startswith("# dry run: nothing was submitted\n") and not called.exists()
+    assert "# job prepare-d-clean: 4 tasks, a job array\n# job prepare-d-select: 1 task\n" in shown
+    subprocess.run(["sh", "-ec", shown], check=True)
     assert called.read_text() == expected
 
 

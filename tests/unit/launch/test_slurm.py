@@ -145,17 +145,32 @@ def test_launch_slurm_submits_itself_and_prints_the_jobs_id(fake_sbatch, tmp_pat
     words = ["model=tiny", "launch=slurm", "launch.num_nodes=2", f"launch.profile={tmp_path}/site.sh"]
     assert cli.main(["train", *words, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert not fake_sbatch.exists() and "#SBATCH --requeue" in shown
-    assert "--nodes=2" in shown.splitlines()[-1], "the command comes last"
-    assert "# 2 nodes x one rank for each GPU that Slurm gives there, or 1, launch.device=auto\n" in shown
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert cli.main(["train", *words, "--dry-run"]) == 0
-    assert "#SBATCH" not in capsys.readouterr().out, "a terminal would scroll away what matters"
+    first, job, script, how, command = shown.splitlines()
+    assert not fake_sbatch.exists() and first == "# dry run: nothing was submitted"
+    size = "2 nodes with one rank for each GPU that Slurm gives, or 1 each without GPUs, launch.device=auto"
+    assert job == f"# job tiny-python_stdlib: {size}"
+    assert Path(script.removeprefix("# batch script: ")).read_text().startswith("#!") and "--dry-run" in how
+    assert "--nodes=2" in command, "the command comes last"
     assert cli.main(["train", *words]) == 0
     assert capsys.readouterr().out == "42\n"
     partition, python, called = fake_sbatch.read_text().strip().split("|")
     assert (partition, python) == ("gpu", sys.executable)
     assert called.startswith("--parsable --nodes=2 --job-name=tiny-") and called.endswith(" ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "size"),
+    [
+        (1, 1, "1 node with 1 rank"),
+        (1, 8, "1 node with 8 ranks"),
+        (2, 1, "2 nodes with 1 rank each (2 in all)"),
+        (2, 4, "2 nodes with 4 ranks each (8 in all)"),
+    ],
+)
+def test_a_dry_run_says_how_large_the_job_is(nodes, ranks, size, fake_sbatch, capsys):
+    words = [f"launch.num_nodes={nodes}", f"launch.nproc_per_node={ranks}", "train.micro_batch_size=1"]
+    assert cli.main(["train", "model=tiny", "launch=slurm", *words, "--dry-run"]) == 0
+    assert f"# job tiny-python_stdlib: {size}, launch.device=auto\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,11 +220,13 @@ def test_every_point_of_a_sweep_is_a_job_of_its_own(fake_cluster, capsys):
     assert [point.run for point in record.points] == ["scan-seed1", "scan-seed2", "scan-seed3"]
 
 
-def test_a_dry_run_of_a_sweep_shows_every_job_and_the_script_once(fake_cluster, capsys):
+def test_a_dry_run_of_a_sweep_shows_every_job_and_the_scripts_place_once(fake_cluster, capsys):
     assert cli.main([*SWEEP, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert [shown.count(f"--job-name=scan-seed{seed} ") for seed in (1, 2, 3)] == [1, 1, 1]
-    assert shown.count("#SBATCH --requeue") == 1 and shown.startswith("# ")
+    assert shown.count("# batch script: ") == 1 and shown.startswith(
+        "# dry run: nothing was submitted\n# job scan-seed1\n"
+    )
     assert all(line.startswith(f"MEGATRAIN_PYTHON={sys.executable} sbatch ") for line in shown.splitlines()[-3:])
     assert not (fake_cluster / "called").exists() and not any((fake_cluster / "here").iterdir())
 
