@@ -95,6 +95,8 @@ class RankJob:
         """What this start changes of the run that it continues, as `{key: (before, now)}`."""
         self.overrides: list[Override] = []
         """Every key that was changed on purpose since the run began."""
+        self.early_stop_reset_at: int | None = None
+        """The step of a checkpoint whose best held-out loss no longer counts, as this start weighs other sources."""
         self.transfer: Transfer | None = None
 
     @property
@@ -174,6 +176,7 @@ class RankJob:
         progress, self.overrides = take_over(saved, changed)
         if self.data.mixture and weighs_others(saved, self.data.mixture, self.data.heldout):
             progress.early_stop = EarlyStop()  # losses of other sources do not compare
+            self.early_stop_reset_at = progress.step
         self.progress.assign(progress)
         self.changes = {key: values for key, values in changed.items() if key not in UNTOLD}
         self.changes |= self._changed_rate(saved.identity.config)
@@ -215,7 +218,7 @@ class RankJob:
         rollback = CheckpointRollback(
             *(world, engine, stores.disk, stores.memory, self.journal, stream, self._order),
             *(partial(batch_size, config.train), config.resilience.spike_skip_steps),
-            *(max((override.step for override in self.overrides), default=0),),
+            *(max((override.step for override in self.overrides), default=0), self.early_stop_reset_at),
         )
         slow_ranks = SlowRankWatch(config, world, layout, self.journal)  # before waits are timed: it asks all ranks
         try:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.manifest import Manifest, Progress
+from megatrain.checkpoint.manifest import EarlyStop, Manifest, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.data.loader import TrainStream
@@ -31,7 +31,8 @@ _LOG = logging.getLogger("megatrain")
 class CheckpointRollback:
     """Rollback, which all ranks must call together. `batch_size` returns the number of samples in a step.
 
-    No checkpoint before step `not_before` is used: a resume changed what led to it (`checkpoint.override`).
+    No checkpoint before step `not_before` is used: a resume changed what led to it (`checkpoint.override`). A resume
+    from step `reset_at` began early stopping anew, which its checkpoint does not know.
     """
 
     world: World
@@ -44,6 +45,7 @@ class CheckpointRollback:
     batch_size: Callable[[int], int]
     skip_steps: int
     not_before: int = 0
+    reset_at: int | None = None
 
     def __call__(self, progress: Progress, spike: Spike) -> Progress | None:
         """Restore engine and stream to a checkpoint before the spike and return its progress.
@@ -80,7 +82,8 @@ class CheckpointRollback:
         )
         seen = {**asdict(spike), "skip_range": list(skip_range)}
         guard = replace(then.loss_guard, rollbacks=[*progress.loss_guard.rollbacks, seen])
-        return replace(then, skip_ranges=ranges, loss_guard=guard)
+        early_stop = EarlyStop() if then.step == self.reset_at else then.early_stop
+        return replace(then, skip_ranges=ranges, loss_guard=guard, early_stop=early_stop)
 
     def _checkpoint_before(self, first: int, spiked: int) -> tuple[Path, Manifest] | None:
         """Return the newest valid checkpoint before step `first`, else before the spike, else None."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.checkpoint.manifest import EngineCounters, LossGuardState, OptimizerState, Progress, RunRecord
+from megatrain.checkpoint.manifest import EarlyStop, EngineCounters, LossGuardState, OptimizerState, Progress, RunRecord
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.store import CheckpointStore
@@ -47,12 +47,12 @@ def samples(step):
 class Run:
     """A run that has trained to `last` and saved after some steps, its weight being the step."""
 
-    def __init__(self, folder, saved, last, skip_ranges=(), skip_steps=3):
+    def __init__(self, folder, saved, last, skip_ranges=(), skip_steps=3, best=None):
         self.folder, self.engine, self.stream = folder, FakeEngine(), FakeStream()
         world = World(0, 1, 0, torch.device("cpu"), None)
         self.store = CheckpointStore(folder / "checkpoints", world)
         self.journal = Journal(folder)
-        self.now = Progress(skip_ranges=list(skip_ranges))
+        self.now = Progress(skip_ranges=list(skip_ranges), early_stop=EarlyStop(best))
         self.taken = {}
         for step in range(1, last + 1):
             positions, self.now.cursor = take(self.now.cursor, samples(step), skip_ranges)
@@ -152,6 +152,14 @@ def test_without_a_checkpoint_before_the_spike_nothing_changes(tmp_path, saved):
     assert run.engine.weight.item() == 9 and run.stream.restarts == []
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9
     assert run.memory.newest_valid(after=0) is not None
+
+
+def test_early_stopping_that_a_resume_began_anew_stays_so(tmp_path):
+    """The checkpoint that was resumed from knows the best loss over other sources, the later ones that over these."""
+    for saved, to, reset_at, best in (([6], 6, 6, None), ([6], 6, None, 2.5), ([2, 6], 6, 2, 2.5)):
+        run = Run(tmp_path / f"{to}_{reset_at}", saved, 9, best=2.5)
+        there = replace(run.go_back, reset_at=reset_at)(run.now, run.spike)
+        assert (there.step, there.early_stop.best_heldout_loss) == (to, best)
 
 
 def test_it_never_goes_back_beyond_an_override(tmp_path):
