@@ -72,11 +72,11 @@ glob(gpt2*). --dry-run shows what launch=slurm or --multirun would do. See docs/
 
 
 LAYOUTS = """The best guess is listed first; nothing is measured. Layouts that fit the memory come before
-those that do not. Those that fit are sorted by the product tp x pp x cp, smallest first, because splitting
-the model costs communication; equal ones by recompute, none first, because it costs computation; then by ZeRO
-stage, lowest first, because higher ones communicate more; then by memory, least first. Those that do not fit
-are sorted by memory alone. Each engine and set of degrees is shown once before any is shown twice, as far as
-layouts.limit allows."""
+those that do not. Among those that fit, the nearly full ones (over 85% of the usable memory) come after the others.
+Otherwise they are sorted by the product tp x pp x cp, smallest first, because splitting the model costs
+communication; equal ones by recompute, none first, because it costs computation; then by ZeRO stage, lowest first,
+because higher ones communicate more; then by memory, least first. Those that do not fit are sorted by memory alone.
+Each engine and set of degrees is shown once before any is shown twice, as far as layouts.limit allows."""
 
 
 def overview() -> str:

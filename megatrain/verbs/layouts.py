@@ -40,6 +40,12 @@ AXIS_KEYS = {
 }
 """The axes that a single key fixes. `parallel.schedule` and `parallel.virtual_stages` together fix one more."""
 
+SIZES = ("train.global_batch_size", "train.micro_batch_size", "train.seq_len")
+"""Keys of the job that the list assumes where they are not given."""
+
+FULL = 0.85
+"""Share of the usable memory above which a layout is nearly full: an estimate that is a little low would not do."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +58,10 @@ class Row:
     def fits(self, limit: float | None) -> bool:
         """Return whether the layout's memory is within `limit` bytes; None means no limit."""
         return limit is None or self.memory.total <= limit
+
+    def is_full(self, limit: float | None) -> bool:
+        """Return whether the layout fits with little room to spare."""
+        return limit is not None and FULL * limit < self.memory.total <= limit
 
     def overrides(self, job: TrainConfig) -> dict[str, Any]:
         """Return the keys of `megatrain train` that choose this layout, with their values."""
@@ -99,7 +109,7 @@ def layouts(config: LayoutsConfig) -> None:
                 f"is shown once first, as far as the limit allows; any key that is given narrows the list"
             )
         if shown[0].fits(limit):
-            print(f"\nfor the first layout, add to `megatrain train`:\n  {paste(shown[0], job)}")
+            print(f"\n{advice(shown[0], config, job, world_size)}")
         else:
             print("\nnone fits: use more ranks, smaller micro-batches or sequences, or optim.moments=bf16")
 
@@ -110,16 +120,32 @@ def usable_bytes(config: LayoutsConfig) -> float | None:
     return None if total is None else total * (1 - config.layouts.margin) * GIB
 
 
-def paste(row: Row, job: TrainConfig) -> str:
-    """Return the overrides that choose a layout, without those that have no effect in it."""
-    c = row.candidate
+def advice(row: Row, config: LayoutsConfig, job: TrainConfig, world_size: int) -> str:
+    """Return what to type for a layout: the keys that the command which asked for it does not have yet."""
+    words = paste(row, config, job)
+    lines = [f"for the first layout, start `megatrain train` with the same keys on {world_size:,} ranks and add:"]
+    lines = [*lines, f"  {words}"] if words else ["the first layout is what `megatrain train` takes with the same keys"]
+    if assumed := [f"{key}={_value(job, key)}" for key in SIZES if _value(config, key) is None]:
+        lines.append(f"assumed sizes: {' '.join(assumed)}; add them too, or give `megatrain layouts` those of your run")
+    return "\n".join(lines)
+
+
+def paste(row: Row, config: LayoutsConfig, job: TrainConfig) -> str:
+    """Return the overrides that choose a layout, without those that are given, the default, or without effect in it."""
+    c, usual = row.candidate, TrainConfig()
     idle = {
         "parallel.cp_kind": c.cp == 1,
         "parallel.dp_replicate": c.dp_replicate == 1,
         "parallel.schedule": c.pp == 1,
         "parallel.virtual_stages": c.pp == 1 or c.virtual_stages == 1,
     }
-    return " ".join(f"{key}={value}" for key, value in row.overrides(job).items() if not idle.get(key))
+    words = []
+    for key, value in row.overrides(job).items():
+        name = "engine.name" if key == "engine" else key
+        given = _value(config, name)
+        if key not in SIZES and not idle.get(key) and value != (_value(usual, name) if given is None else given):
+            words.append(f"{key}={value}")
+    return " ".join(words)
 
 
 def select_rows(rows: list[Row], limit: int) -> list[Row]:
@@ -238,14 +264,14 @@ def _batch_error(config: TrainConfig, dp: int) -> str | None:
 def _sort_key(row: Row, limit: float | None) -> tuple[Any, ...]:
     """Return the sort key: layouts that fit come first, and among them those with less communication and recompute.
 
-    In order: a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage, less memory.
-    Layouts that do not fit are sorted by memory alone. `LAYOUTS` of config/usage.py explains it to users.
+    In order: room to spare, a smaller product of the degrees that split the model, less recompute, a lower ZeRO stage,
+    less memory. Layouts that do not fit are sorted by memory alone. `LAYOUTS` of config/usage.py explains it to users.
     """
     if not row.fits(limit):
         return (1, row.memory.total)
     c = row.candidate
     recompute = ("none", "selective", "full").index(c.recompute)
-    return (0, c.tp * c.pp * c.cp, recompute, c.zero, row.memory.total)
+    return (0, row.is_full(limit), c.tp * c.pp * c.cp, recompute, c.zero, row.memory.total)
 
 
 # ---------------------------------------------------------------------------------------------------- printing
@@ -275,7 +301,8 @@ def header_lines(
     best = (
         "best guess first: the smallest tp x pp x cp, then the least recompute, the lowest ZeRO stage, the least memory"
     )
-    others = "" if fitting == len(rows) else "; those that do not fit come last, by memory"
+    others = "; nearly full ones after those" if any(row.is_full(limit) for row in rows) else ""
+    others += "" if fitting == len(rows) else "; those that do not fit last, by memory"
     yield (best + others if fitting else "none fits, so the least memory comes first") + " (why: --help)"
     yield "GiB of the fullest rank:"
 
@@ -290,7 +317,7 @@ def table_cells(row: Row, limit: float | None) -> list[str]:
     groups = f"{c.zero} in {c.dp_replicate}" if c.dp_replicate > 1 else str(c.zero)
     context = f"{c.cp} {c.cp_kind}" if c.cp > 1 else "1"
     sizes = [getattr(row.memory, kind) for kind in KINDS] + [row.memory.total]
-    fits = "" if limit is None else "yes" if row.fits(limit) else "no"
+    fits = "" if limit is None else "nearly full" if row.is_full(limit) else "yes" if row.fits(limit) else "no"
     return [
         c.engine, str(layout.dp), str(c.tp), str(c.pp), context, groups, pipeline, c.recompute,
         *(f"{size / GIB:.2f}" for size in sizes), fits,

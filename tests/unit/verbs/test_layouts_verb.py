@@ -25,6 +25,11 @@ def records(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+def is_full(row):
+    """Return whether a layout takes more than 85% of what may be used of 40 GiB."""
+    return row["total_bytes"] > 0.85 * 0.9 * 40 * 2**30
+
+
 def test_every_row_is_legal_and_kinds_add_up(capsys):
     """The columns are keys of train, and the table of layouts accepts each row."""
     config = compose("layouts", LLAMA[1:])
@@ -52,8 +57,12 @@ def test_layouts_that_fit_come_first_ordered_by_communication(capsys):
     rows = records(capsys, "layouts.memory_gib=40")
     fits = [row["fits"] for row in rows]
     assert fits == sorted(fits, reverse=True) and True in fits and False in fits
-    degrees = [row["parallel.tp"] * row["parallel.pp"] * row["parallel.cp"] for row in rows if row["fits"]]
-    assert degrees == sorted(degrees)
+    full = [is_full(row) for row in rows if row["fits"]]
+    assert full == sorted(full) and len(set(full)) == 2, "a nearly full device comes after those with room"
+    for wanted in (False, True):
+        fitting = [row for row in rows if row["fits"] and is_full(row) == wanted]
+        degrees = [row["parallel.tp"] * row["parallel.pp"] * row["parallel.cp"] for row in fitting]
+        assert degrees == sorted(degrees)
 
 
 def test_the_table_names_its_job(capsys):
@@ -70,7 +79,7 @@ def test_the_table_names_its_job(capsys):
     [
         ("null", "best guess first: the smallest tp x pp x cp, then the least recompute, the lowest ZeRO stage, the"),
         ("100000", "the least memory (why: --help)"),
-        ("40", "the least memory; those that do not fit come last, by memory (why: --help)"),
+        ("40", "the least memory; nearly full ones after those; those that do not fit last, by memory (why: --help)"),
         ("0.1", "none fits, so the least memory comes first (why: --help)"),
     ],
 )
@@ -83,6 +92,7 @@ def test_the_order_of_the_list_is_the_one_that_help_explains(capsys):
     assert cli.main(["layouts", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     keys = [
+        "nearly full ones",
         "tp x pp x cp, smallest first",
         "by recompute, none first",
         "by ZeRO stage, lowest first",
@@ -94,6 +104,7 @@ def test_the_order_of_the_list_is_the_one_that_help_explains(capsys):
     fitting = [row for row in rows if row["fits"]]
     by_help = [
         (
+            is_full(row),
             row["parallel.tp"] * row["parallel.pp"] * row["parallel.cp"],
             ["none", "selective", "full"].index(row["train.recompute"]),
             row["parallel.zero"],
@@ -156,16 +167,28 @@ def test_no_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_the_overrides_of_the_first_layout_are_accepted(capsys):
-    assert cli.main([*LLAMA, "parallel.pp=2", "parallel.cp=2", "layouts.limit=3"]) == 0
+def test_the_words_for_the_first_layout_are_those_that_the_command_lacks(capsys):
+    """With them, `megatrain train` runs the first line of the table. Given keys and defaults are not repeated."""
+    given = ["parallel.pp=2", "parallel.cp=2", "train.seq_len=4096", "train.global_batch_size=64"]
+    assert cli.main([*LLAMA, *given, "layouts.limit=3"]) == 0
     shown = capsys.readouterr().out
-    words = shown.split("add to `megatrain train`:\n")[1].split()
-    config = compose("train", ["model=llama_8b", "precision=bf16", *words])
+    advice = shown.split("with the same keys on 64 ranks and add:\n")[1].splitlines()
+    keys = {word.partition("=")[0] for word in advice[0].split()}
+    assert keys and keys <= {"engine", "parallel.tp", "parallel.zero", "parallel.schedule", "train.recompute"}
+    assert "parallel.cp" not in keys and "parallel.dp_replicate" not in keys, "given, and without effect"
+    assert advice[1].startswith("assumed sizes: train.micro_batch_size=1; ")
+    config = compose("train", [*LLAMA[1:3], *given, "train.micro_batch_size=1", *advice[0].split()])
     check(config, 64)
-    assert (config.parallel.pp, config.parallel.cp) == (2, 2)
     first = shown.split("\n\n")[1].splitlines()[1].split()
     assert first[0] == config.engine.name and int(first[2]) == config.parallel.tp
-    assert "parallel.dp_replicate" not in shown, "what has no effect is left out"
+    assert first[6:8] == [str(config.parallel.zero), config.parallel.schedule]
+
+
+def test_nothing_is_advised_where_nothing_is_to_be_changed(capsys):
+    sizes = ["train.seq_len=256", "train.micro_batch_size=4", "train.global_batch_size=8"]
+    words = ["layouts", "model=tiny", "launch.nproc_per_node=2", *sizes, "parallel.zero=3", "engine=deepspeed"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.endswith("the first layout is what `megatrain train` takes with the same keys\n")
 
 
 def test_a_margin_of_memory_stays_free(capsys):
