@@ -35,7 +35,7 @@ class TrainedModel(_Parts):
     end_tokens: frozenset[int] = frozenset()
 
     def generate(self, prompt: str = "", **options: Any) -> str:
-        """Return the text that continues `prompt`, without the prompt.
+        """Return the text that continues `prompt`, or fills the gap before `suffix`, without them.
 
         `options` and their defaults are the keys of `megatrain generate`, such as `max_new_tokens=50, temperature=0`.
 

@@ -184,6 +184,11 @@ class GenerateConfig:
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
     prompt: str = key("", "text to continue; empty starts a new document")
+    suffix: str | None = key(None, "text after a gap: the model writes what is missing between prompt and suffix")
+    fim_tokens: list[str] = key(
+        ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
+        "for suffix: control tokens of the tokenizer that stand before the prefix, the middle and the suffix",
+    )
     max_new_tokens: int = key(200, "largest number of tokens to sample", minimum=1)
     temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
     top_k: int = key(0, "sample from the k most likely tokens; 0 samples from all", minimum=0)

@@ -7,7 +7,7 @@ them, need the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ class FillInTheMiddle:
         data = config.data
         if not data.fim_rate:
             return None
-        ids = [tokenizer.control_token(name) for name in marker_names(data)]
+        ids = [tokenizer.control_token(name) for name in marker_names(data.fim_tokens)]
         if missing := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token is None]:
             raise _lacks(data, missing, f"the tokenizer {config.tokenizer.path or 'that was trained'}")
         joined = [*tokenizer.encode(_PROBE[0]), *tokenizer.encode(_PROBE[1])]
@@ -73,24 +73,39 @@ class FillInTheMiddle:
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 
+def gap_prompt(tokenizer: Tokenizer, markers: Sequence[str], before: str, after: str) -> list[int]:
+    """Return the ids after which a model writes what stands between two texts (PSM), without BOS.
+
+    `markers` are the names of those before prefix, middle and suffix. Raises ConfigError if the tokenizer lacks one.
+    """
+    ids = {name: tokenizer.control_token(name) for name in markers}
+    if missing := [name for name, token in ids.items() if token is None]:
+        raise ConfigError(
+            f"suffix: the model's tokenizer has no control token {' or '.join(missing)}, so it was not trained to fill "
+            "a gap; leave suffix out, or give the names of its own markers as "
+            '\'fim_tokens=["<before the prefix>","<before the middle>","<before the suffix>"]\''
+        )
+    prefix, middle, suffix = (token for token in ids.values() if token is not None)
+    return [prefix, *tokenizer.encode(before), suffix, *tokenizer.encode(after), middle]
+
+
 def check_markers(config: PrepareConfig) -> None:
     """Refuse fill-in-the-middle if the tokenizer to be trained will lack a marker. Raises ConfigError."""
     data = config.data
     if not data.fim_rate:
         return
     known = special_tokens(config.tokenizer, [])
-    if missing := [name for name in marker_names(data) if name not in known]:
+    if missing := [name for name in marker_names(data.fim_tokens) if name not in known]:
         raise _lacks(data, missing, "the tokenizer to be trained")
 
 
-def marker_names(data: DataConfig) -> list[str]:
-    """Return the names of the three markers. Raises ConfigError if `data.fim_tokens` has not three different names."""
-    if len(set(data.fim_tokens)) != 3 or len(data.fim_tokens) != 3:
+def marker_names(given: Sequence[str], key: str = "data.fim_tokens") -> list[str]:
+    """Return the names of the three markers that `key` gives. Raises ConfigError unless they are three and differ."""
+    if len(set(given)) != 3 or len(given) != 3:
         raise ConfigError(
-            f"data.fim_tokens={list(data.fim_tokens)}: give three names, of the markers before the prefix, the middle "
-            "and the suffix"
+            f"{key}={list(given)}: give three names, of the markers before the prefix, the middle and the suffix"
         )
-    return list(data.fim_tokens)
+    return list(given)
 
 
 def _lacks(data: DataConfig, missing: list[str], tokenizer: str) -> ConfigError:

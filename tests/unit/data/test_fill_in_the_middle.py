@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
-from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
+from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle, gap_prompt
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -168,3 +168,18 @@ def test_a_tokenizer_that_marks_the_beginning_of_each_text_is_refused(make, tmp_
     given = {"kind": "hf", "path": str(tmp_path / "tokenizer.json"), "fim_tokens": False}
     with pytest.raises(ConfigError, match=r"data.fim_rate=0.5: the tokenizer .* puts a mark before each text"):
         make(tokenizer=given)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "byte_level_bpe"])
+def test_the_prompt_for_a_gap_is_how_training_showed_it(make, kind):
+    """A rearranged document up to its middle is the prompt that prefix and suffix make."""
+    folder = make(tokenizer={"kind": kind}, fim_rate=1.0, fim_spm_rate=0.0)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    middle = tokenizer.control_token("<|fim_middle|>")
+    seen = 0
+    for ids, (parts, _) in zip(IndexedDataset.open(folder, "train").documents(), parts_of(folder), strict=True):
+        before, after = (dict(parts)[name] for name in ("<|fim_prefix|>", "<|fim_suffix|>"))
+        ids = ids.tolist()
+        assert gap_prompt(tokenizer, NAMES, before, after) == ids[: ids.index(middle) + 1]
+        seen += bool(before and after)
+    assert seen > 100

@@ -111,9 +111,48 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(name, fam
     assert capsys.readouterr().out == "", "nothing is echoed before the refusal"
 
 
+@pytest.fixture
+def fills_gaps(family, tmp_path):
+    """Return a checkpoint whose tokenizer has the markers of fill-in-the-middle, and that tokenizer."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(family("llama")[0], folder)
+    shutil.rmtree(folder / "tokenizer")
+    lines = (f"return x{i} + {i}\n" for i in range(400))
+    with_markers = train_sentencepiece(lines, TokenizerConfig(vocab_size=400, fim_tokens=True))
+    with_markers.save(folder / "tokenizer")
+    return folder, with_markers
+
+
+def test_what_is_missing_between_prompt_and_suffix_is_written(fills_gaps, monkeypatch, capsys):
+    folder, tokenizer = fills_gaps
+    given = []
+    written = tokenizer.encode("x7")
+    monkeypatch.setattr(generation, "sample", lambda model, ids, **_: given.append(ids) or iter(written))
+    assert text_of(capsys, folder, prompt="return ", suffix=" + 7") == "return x7 + 7\n"
+    prefix, middle, suffix = map(tokenizer.control_token, ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"))
+    assert given == [[prefix, *tokenizer.encode("return "), suffix, *tokenizer.encode(" + 7"), middle]]
+    assert text_of(capsys, folder, prompt="", suffix="") == "x7\n"
+    model = megatrain.load(folder, device="cpu")
+    assert model.generate("return ", suffix=" + 7") == "x7"
+
+
+def test_a_gap_is_refused_without_its_markers_and_if_it_is_too_long(family, fills_gaps, capsys):
+    with pytest.raises(ConfigError, match=r"suffix: .* no control token <\|fim_prefix\|> or .*; leave suffix out"):
+        text_of(capsys, family("llama")[0], suffix=" + 7")
+    with pytest.raises(ConfigError, match=r"suffix: .* no control token <PRE>"):
+        text_of(capsys, fills_gaps[0], suffix="", fim_tokens=["<PRE>", "<|fim_middle|>", "<|fim_suffix|>"])
+    with pytest.raises(ConfigError, match=r"fim_tokens=\['a'\]: give three names"):
+        text_of(capsys, fills_gaps[0], suffix="", fim_tokens=["a"])
+    with pytest.raises(ConfigError, match=r"prompt and suffix: \d+ tokens, but the model takes at most 64"):
+        text_of(capsys, fills_gaps[0], suffix=" + 7" * 60)
+    assert capsys.readouterr().out == ""
+
+
 def test_bytes_that_are_not_text_are_refused(family, capsys):
     with pytest.raises(ConfigError, match="not UTF-8"):
         text_of(capsys, family("llama")[0], prompt="a\udcff")
+    with pytest.raises(ConfigError, match="suffix: not UTF-8"):
+        text_of(capsys, family("llama")[0], suffix="a\udcff")
 
 
 def test_a_model_without_a_tokenizer_is_refused(family, tmp_path, capsys):
