@@ -33,6 +33,9 @@ Report = tuple[str, int, dict[str, Any]]
 """Outcome of a save: the kind of the event (`save`, `save_failed` or `copy_failed`), the step, and details."""
 
 
+TELL_S = 1.0
+"""Seconds between two reports of how long a caller has waited for a save."""
+
 ALIGNMENT = 64
 """Bytes at whose multiples the tensors of a staging block begin: a cache line, a multiple of every element size."""
 
@@ -97,9 +100,18 @@ class Saver:
     """Background writer of a run's checkpoints. All ranks must call its methods in the same order."""
 
     def __init__(
-        self, store: CheckpointStore, config: CheckpointConfig, memory: MemoryStore | None = None, on_gpu: bool = False
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        memory: MemoryStore | None = None,
+        on_gpu: bool = False,
+        waiting: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """No other thread may use `store` or `memory` while a save is pending (see `finish`)."""
+        """No other thread may use `store` or `memory` while a save is pending (see `finish`).
+
+        `waiting` is called every `TELL_S` seconds while the caller is blocked by a save, with the seconds so far.
+        """
+        self._waiting = waiting
         self.copies_every = config.copies_every(on_gpu) if memory else 0
         self._store = store
         self._memory = memory
@@ -161,7 +173,11 @@ class Saver:
             EnvironmentFault: too many saves in a row have failed.
         """
         if self._thread is not None:
-            self._thread.join()
+            started = time.perf_counter()
+            while self._thread.is_alive():
+                self._thread.join(TELL_S)
+                if self._thread.is_alive():
+                    self._waiting(time.perf_counter() - started)
             self._thread = None
         if self._error is not None:
             raise self._error

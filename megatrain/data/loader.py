@@ -234,6 +234,12 @@ def document_lengths(tokens: torch.Tensor, end_of_document: int) -> list[int]:
     return [end - start for start, end in pairwise(bounds)]
 
 
+def count_windows(dataset: Dataset, seq_len: int, limit: int | None = None) -> int:
+    """Return how many windows of a split an evaluation reads: all, or the first `limit` of them."""
+    whole = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
+    return whole if limit is None else min(whole, limit)
+
+
 def heldout_batches(
     dataset: Dataset,
     *,
@@ -252,9 +258,7 @@ def heldout_batches(
     token except the split's first is a label exactly once. `max_samples` limits the number of windows;
     `end_of_document` and `reset_positions` are as in `micro_batch_of`.
     """
-    num_windows = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
-    if max_samples is not None:
-        num_windows = min(num_windows, max_samples)
+    num_windows = count_windows(dataset, seq_len, max_samples)
     rows = micro_batch_size * dp_size
     windows = Windows(dataset, seq_len)
     for first in range(0, num_windows, rows):

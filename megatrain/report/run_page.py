@@ -22,7 +22,7 @@ from megatrain.report.sources import last_read, sources_of_run
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
 from megatrain.resilience.signals import signal_name
-from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, short
+from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, part_read, short
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 from megatrain.tracking.sweep_record import FILE as FILE_OF_SWEEP
@@ -226,7 +226,9 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = N
         found.append(("loss", f"{curves.last_loss:.4f}", "last step"))
     if curves.heldout:
         best = min(value for *_, value in curves.heldout)
-        found.append(("held-out loss", f"{curves.heldout[-1][3]:.4f}", f"best {best:.4f}"))
+        read = part_read(last_evaluation(events))
+        note = f"best {best:.4f}" + (f", {read}" if read else "")
+        found.append(("held-out loss", f"{curves.heldout[-1][3]:.4f}", note))
     for event in reversed(events):
         if is_number(event.get("bits_per_byte")):
             found.append(("bits per byte", f"{event['bits_per_byte']:.3f}", f"at step {event.get('step')}"))
@@ -322,6 +324,8 @@ def facts(
     rows += [(name.replace("_", " "), format_value(value)) for name, value in merged.items()]
     mixed = last_read(events)
     rows.append(("read of each source", describe_sources(mixed) if mixed else None))
+    if read := part_read(last_evaluation(events)):
+        rows.append(("held-out loss is of", f"the {read}; megatrain evaluate reads all"))
     rows.append(("changed on a resume", changes(events)))
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))
@@ -329,6 +333,11 @@ def facts(
     rows.append(("steps skipped", curves.num_skipped or None))
     rows.append(("checkpoints on disk", ", ".join(checkpoints[-6:])))
     return [[name, str(value)] for name, value in rows if value not in (None, "")]
+
+
+def last_evaluation(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last event `evaluate`; empty if there is none."""
+    return next((event for event in reversed(events) if event["kind"] == "evaluate"), {})
 
 
 def changes(events: list[dict[str, Any]]) -> str:

@@ -31,7 +31,8 @@ class Console:
     """The progress of a run on standard error.
 
     A terminal gets a bar with notes above it. Any other stream gets a line every `every_steps` steps or `every_s`
-    seconds, whichever comes first, and at the first step, the last step and each evaluation.
+    seconds, whichever comes first, and at the first step, the last step and each evaluation. While an evaluation or a
+    save holds up the steps, the bar shows how far it is; any other stream gets a line every `every_s` seconds.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Console:
         self._step, self._status = 0, ""
         self._next = ""
         self._moments: deque[float] = deque(maxlen=RECENT_STEPS + 1)
-        self._heldout: float | None = None
+        self._doing = ""
+        self._told: float | None = None
         self._last_line: tuple[int, float] | None = None
 
     def start(self, info: RunInfo) -> None:
@@ -73,23 +75,36 @@ class Console:
 
     def step(self, record: dict[str, Any]) -> None:
         """Update the bar, or print a line if one is due."""
+        self._end_progress()
         moment = time.monotonic()
         if not self._moments:
             self._moments.append(moment - (record.get("step_time_s") or 0.0))
         self._moments.append(moment)
-        evaluated = record.get("heldout_loss") is not None
-        if evaluated:
-            self._heldout = record["heldout_loss"]
         if self._has_bar:
             self._step, self._status = record["step"], self.status(record)
-        elif evaluated or self._is_line_due(record["step"], moment):
+        elif record.get("heldout_loss") is not None or self._is_line_due(record["step"], moment):
             self._last_line = (record["step"], moment)
             self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event as a note, except those that `start()` and `finish()` show."""
+        self._end_progress()
         if event["kind"] not in ("start", "resume", "stop"):
             self.note(describe(event))
+
+    def progress(self, step: int, text: str) -> None:
+        """Show on the bar what holds up the steps, or print a line if the last one is `every_s` seconds old."""
+        moment = time.monotonic()
+        if self._has_bar:
+            self._doing = text
+        elif self._told is None:
+            self._told = moment
+        elif moment - self._told >= self._every_s:
+            self._told = moment
+            self.note(f"step {step}: {text}")
+
+    def _end_progress(self) -> None:
+        self._doing, self._told = "", None
 
     def finish(self, status: str) -> None:
         """Stop the bar and print how the run ended."""
@@ -100,6 +115,7 @@ class Console:
 
     def abandon(self) -> None:
         """Stop the bar."""
+        self._end_progress()
         if self._has_bar and self._terminal is not None:
             self._terminal.end_status()
             self._has_bar = False
@@ -110,7 +126,7 @@ class Console:
 
     def bar(self, width: int) -> str:
         """Return the bar in `width` columns: `step 120/1000 ━━━━──────── loss 3.2145  12.3k tok/s  eta 0:04:03`."""
-        step, status = self._step, self._status
+        step, status = self._step, self._doing or self._status
         before = f"step {step}/{self._total} "
         room = width - len(before) - len(status) - 1
         if room < MIN_BAR:
@@ -119,13 +135,11 @@ class Console:
         return f"{before}{'━' * done}{'─' * (room - done)} {status}"
 
     def status(self, record: dict[str, Any]) -> str:
-        """Return a step's numbers on one line: `loss 3.2145  held-out 3.3010  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
+        """Return a step's numbers on one line: `loss 3.2145  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
         loss, mfu = record.get("loss"), record.get("mfu")
         parts = ["loss not finite" if loss is None else f"loss {loss:.4f}"]
         if record.get("updated") is False:
             parts.append("skipped")
-        if self._heldout is not None:
-            parts.append(f"held-out {self._heldout:.4f}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{short(record['tokens_per_s'])} tok/s")
         if mfu is not None:
@@ -191,16 +205,24 @@ def describe(event: dict[str, Any]) -> str:
         bits = event.get("bits_per_byte")
         by_source = {name: loss for name, loss in event.items() if name.startswith(SOURCE_LOSS)}
         listed = ", ".join(f"{name.removeprefix(SOURCE_LOSS)} {loss:.4f}" for name, loss in by_source.items())
+        read = part_read(event)
         return (
             f"step {step}: held-out loss {event['heldout_loss']:.4f}"
-            + (f", {bits:.3f} bits a byte" if bits is not None else "")
+            + (f", {bits:.3f} bits per byte" if bits is not None else "")
             + (f" ({listed})" if listed else "")
+            + (f" ({read})" if read else "")
         )
     if kind == "mixture":
         return f"read of each source: {describe_sources(event['sources'])}"
     detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
     shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
     return f"{kind} at step {step}" + (f": {shown}" if shown else "")
+
+
+def part_read(event: dict[str, Any]) -> str:
+    """Return how much of the held-out data an evaluation read: `first 8 of 108 batches`; empty for all of it."""
+    read, whole = event.get("num_batches"), event.get("all_batches")
+    return f"first {read:,} of {whole:,} batches" if read and whole and read < whole else ""
 
 
 def describe_sources(sources: dict[str, Any]) -> str:

@@ -61,6 +61,11 @@ class Journal:
         if self._events is not None:
             self._trackers.event(self._events.emit(kind, step, **detail))
 
+    def progress(self, step: int, text: str) -> None:
+        """Show what the run does besides steps, until the next step or event. Nothing is recorded."""
+        if self._events is not None:
+            self._trackers.progress(step, text)
+
     def finish(self, status: str, step: int, **detail: Any) -> None:
         """Record the end of the run, with one of `tracker.STATUSES`, and close everything."""
         self.event("stop", step, status=status, **detail)

@@ -127,6 +127,9 @@ class MlflowTracker:
                 self._run_dir / "logs" / "mlflow.log",
             )
 
+    def progress(self, step: int, text: str) -> None:
+        """Do nothing: MLflow shows finished evaluations and saves."""
+
     def abandon(self) -> None:
         """Kill the helper. The next start sends what it has not sent."""
         if self._helper is not None:

@@ -56,6 +56,9 @@ class Tracker(Protocol):
     def event(self, event: dict[str, Any]) -> None:
         """Show an event, whose record has been written to events.jsonl."""
 
+    def progress(self, step: int, text: str) -> None:
+        """Show what the run does besides steps (an evaluation, a save) until the next step or event."""
+
     def finish(self, status: str) -> None:
         """Show the end, one of `STATUSES`, and release everything. Called once."""
 
@@ -85,6 +88,10 @@ class Trackers:
     def event(self, event: dict[str, Any]) -> None:
         """Pass an event on to every tracker that has not failed."""
         self._each(lambda tracker: tracker.event(event))
+
+    def progress(self, step: int, text: str) -> None:
+        """Pass the progress of an evaluation or save on to every tracker that has not failed."""
+        self._each(lambda tracker: tracker.progress(step, text))
 
     def finish(self, status: str) -> None:
         """Finish every tracker, failed ones too."""

@@ -10,7 +10,7 @@ from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.loader import heldout_batches
+from megatrain.data.loader import count_windows, heldout_batches
 from megatrain.data.mixed_dataset import MixedSamples, Mixture, open_mixture, open_split
 from megatrain.data.mixture import MixtureOrder
 from megatrain.data.order import Order, SampleOrder
@@ -166,12 +166,35 @@ class HeldoutShare:
             micro_batch_size=loop.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
-            max_samples=loop.eval_steps * loop.global_batch_size if loop.eval_steps else None,
+            max_samples=self._limit,
             vocab_size=self.config.model.vocab,
             end_of_document=self.end_of_document,
             reset_positions=loop.reset_positions,
         )
         self.dataset.pause()
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of `train.global_batch_size` sequences that an evaluation reads, on all ranks together."""
+        return self._batches_of(count_windows(self.dataset, self.config.train.seq_len, self._limit))
+
+    @property
+    def all_batches(self) -> int:
+        """Such batches of the whole split."""
+        return self._batches_of(count_windows(self.dataset, self.config.train.seq_len))
+
+    def batches_done(self, micro_batches: int) -> int:
+        """Return how many such batches are done once each rank has done so many micro-batches."""
+        loop = self.config.train
+        return min(self.num_batches, micro_batches * loop.micro_batch_size * self.dp_size // loop.global_batch_size)
+
+    def _batches_of(self, windows: int) -> int:
+        return -(-windows // self.config.train.global_batch_size)
+
+    @property
+    def _limit(self) -> int | None:
+        loop = self.config.train
+        return loop.eval_steps * loop.global_batch_size if loop.eval_steps else None
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -227,7 +227,7 @@ class RankJob:
                     engine=engine,
                     stream=stream,
                     heldout=self._heldout(),
-                    store=Saver(stores.disk, config.checkpoint, stores.memory, self.on_gpu),
+                    store=Saver(stores.disk, config.checkpoint, stores.memory, self.on_gpu, self._show_wait),
                     journal=self.journal,
                     exchange=RankExchange(
                         world.all_gather,
@@ -376,6 +376,10 @@ class RankJob:
             self.journal.finish("failed", step, error=f"{type(error).__name__}: {message_of(error)}")
         else:
             self.journal.abandon()
+
+    def _show_wait(self, seconds: float) -> None:
+        """Show that training waits for a save."""
+        self.journal.progress(self.progress.step, f"writing a checkpoint: {seconds:.0f} s so far")
 
     def _peak_memory(self) -> dict[str, int]:
         """Return the peak bytes of this rank's tensors on its GPU; empty on a CPU."""

@@ -52,6 +52,9 @@ class Journal(Protocol):
     def event(self, kind: str, step: int, **detail: Any) -> None:
         """Record an event."""
 
+    def progress(self, step: int, text: str) -> None:
+        """Show what the run does besides steps, until the next step or event. Nothing is recorded."""
+
 
 class WeightedSource(Protocol):
     """A source of held-out data: its part in the mean of the losses."""
@@ -71,6 +74,17 @@ class WeightedSource(Protocol):
 
 class Heldout(WeightedSource, Protocol):
     """This rank's share of the held-out data of one source."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of `train.global_batch_size` sequences that an evaluation reads, on all ranks together."""
+
+    @property
+    def all_batches(self) -> int:
+        """Such batches of the whole split."""
+
+    def batches_done(self, micro_batches: int) -> int:
+        """Return how many such batches are done once each rank has done so many micro-batches."""
 
     def batches(self) -> Iterable[MicroBatch]:
         """Return the batches, starting with the first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,9 @@ from megatrain.training.evaluation import Evaluation
 from megatrain.training.exchange import JobReport, RankReport
 from megatrain.training.in_flight import InFlight, SubmittedStep
 from megatrain.training.protocols import Parts
+
+BATCH_COUNTS = ("num_batches", "all_batches")
+"""Fields of the event `evaluate`: the batches that it read, and those of the whole held-out data."""
 
 LAST_RESULT_S = 5.0
 """Longest wait, after a failure, for the result of the last submitted step."""
@@ -221,12 +224,13 @@ class Trainer:
             return 0.0
         started = time.perf_counter()
         evaluation = Evaluation()
-        for share in self.parts.heldout:
-            loss_sum, tokens = self.parts.engine.evaluate(self._with_signs_of_life(share.batches(), step))
+        for number, share in enumerate(self.parts.heldout):
+            loss_sum, tokens = self.parts.engine.evaluate(self._with_signs_of_life(number, step))
             evaluation.add(share, float(loss_sum), int(tokens))
         loss = evaluation.loss
         record |= evaluation.metrics()
         detail = evaluation.detail() | ({"sources": shares} if (shares := self.parts.shares(self.progress)) else {})
+        detail |= {name: sum(getattr(share, name) for share in self.parts.heldout) for name in BATCH_COUNTS}
         seen = self.progress.early_stop
         best = seen.best_heldout_loss
         if math.isfinite(loss) and (best is None or loss < best - self.config.train.early_stop_min_delta):
@@ -236,10 +240,14 @@ class Trainer:
         self.parts.journal.event("evaluate", step, **detail)
         return time.perf_counter() - started
 
-    def _with_signs_of_life(self, batches: Iterable[MicroBatch], step: int) -> Iterator[MicroBatch]:
-        """Yield the batches, and report the start of each to the agent."""
-        for batch in batches:
+    def _with_signs_of_life(self, number: int, step: int) -> Iterator[MicroBatch]:
+        """Yield the batches of a held-out share; report the start of each to the agent and show how far they are."""
+        shares = self.parts.heldout
+        share, before = shares[number], sum(share.num_batches for share in shares[:number])
+        total = sum(share.num_batches for share in shares)
+        for index, batch in enumerate(share.batches()):
             self.parts.clock.enter("evaluate", step)
+            self.parts.journal.progress(step, f"evaluating {before + share.batches_done(index)}/{total} batches")
             yield batch
 
     def _has_stalled(self) -> bool:

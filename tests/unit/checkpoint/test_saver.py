@@ -166,3 +166,21 @@ def test_a_copy_takes_the_bytes_of_its_state():
     blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in copied.values()}
     wanted = sum(tensor.nbytes for tensor in state.values())
     assert len(blocks) == 1 and wanted <= sum(blocks.values()) <= wanted + 64 * len(state)
+
+
+def test_a_wait_for_a_slow_save_is_told_and_a_short_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatrain.checkpoint.saver.TELL_S", 0.01)
+    store, waited = SlowStore(tmp_path), []
+
+    def tell(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            store.gate.set()
+
+    saving = Saver(store, CheckpointConfig(), waiting=tell)
+    saving.save({"model.w": torch.zeros(1)}, at(1))
+    saving.finish()
+    assert len(waited) >= 3 and waited == sorted(waited) and store.tried == [1]
+    told = len(waited)
+    saving.finish()
+    assert len(waited) == told, "nothing is pending, so nothing is told"

@@ -254,6 +254,19 @@ def test_the_numbers_at_the_top_match_the_run(tmp_path):
     assert (facts["resumes"], facts["steps skipped"]) == ("1", "1")
 
 
+def test_a_score_of_a_part_of_the_held_out_data_says_so(tmp_path):
+    run_dir = make_run(tmp_path, 60)
+    assert "batches" not in json.dumps([collect(run_dir)["tiles"], collect(run_dir)["facts"]])
+    events = EventLog(run_dir / "events.jsonl")
+    events.emit("evaluate", 60, heldout_loss=2.6, num_batches=8, all_batches=108)
+    data = collect(run_dir)
+    (note,) = [tile["note"] for tile in data["tiles"] if tile["name"] == "held-out loss"]
+    assert note.endswith(", first 8 of 108 batches")
+    assert ["held-out loss is of", "the first 8 of 108 batches; megatrain evaluate reads all"] in data["facts"]
+    events.emit("evaluate", 61, heldout_loss=2.6, num_batches=108, all_batches=108)
+    assert "batches" not in json.dumps([collect(run_dir)["tiles"], collect(run_dir)["facts"]])
+
+
 def test_engine_and_precision_are_said_once(tmp_path):
     run_dir = make_run(tmp_path, 5)
     with (run_dir / "config.yaml").open("a") as config:

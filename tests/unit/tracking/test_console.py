@@ -40,13 +40,60 @@ def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, cloc
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
 
 
-def test_evaluations_are_always_shown_and_their_loss_stays(tmp_path, capsys):
+def test_a_held_out_loss_is_shown_once_and_says_how_much_was_read(clock_at, capsys):
+    """The line of its step and of later ones do not repeat it."""
     shown = Console(100)
     for step in range(1, 5):
+        if step == 3:
+            shown.event(
+                {"kind": "evaluate", "step": 3, "heldout_loss": 3.125, "num_batches": 8, "all_batches": 1080}
+                | {"bits_per_byte": 1.5}
+            )
         shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.125} if step == 3 else {}))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("step 3/100") and "held-out 3.1250" in lines[1]
-    assert "held-out 3.1250" in shown.status({"step": 4, "loss": 2.5})
+    assert lines[1] == "step 3: held-out loss 3.1250, 1.500 bits per byte (first 8 of 1,080 batches)"
+    assert [line.split("  ")[0] for line in lines] == ["step 1/100", lines[1], "step 3/100"]
+    assert "3.1250" not in lines[2] + shown.status({"step": 4, "loss": 2.5})
+    whole = {"kind": "evaluate", "step": 3, "heldout_loss": 3.125, "num_batches": 8, "all_batches": 8}
+    assert describe(whole) == "step 3: held-out loss 3.1250"
+
+
+def test_a_file_gets_a_line_now_and_then_while_an_evaluation_lasts(clock_at, capsys):
+    shown = Console(100, every_s=10.0)
+    shown.step({"step": 1, "loss": 2.5})
+    for batch in range(26):
+        shown.progress(2, f"evaluating {batch}/26 batches")
+        clock_at[0] += 1.0
+    shown.event({"kind": "evaluate", "step": 2, "heldout_loss": 3.0})
+    for batch in range(10):  # another evaluation, of less than ten seconds
+        shown.progress(3, f"evaluating {batch}/10 batches")
+        clock_at[0] += 1.0
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "step 2: evaluating 10/26 batches",
+        "step 2: evaluating 20/26 batches",
+        "step 2: held-out loss 3.0000",
+    ]
+
+
+def test_the_bar_shows_an_evaluation_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = pty.openpty()
+    terminal = Terminal(writer, writer)
+    terminal.keep_going(background=True)
+    shown = Console(20, terminal=terminal)
+    shown.start(info(tmp_path))
+    shown.step({"step": 7, "loss": 2.25})
+    shown.progress(8, "evaluating 40/128 batches")
+    assert re.fullmatch(r"step 7/20 ━+─+ evaluating 40/128 batches", shown.bar(79)) and len(shown.bar(79)) == 79
+    shown.step({"step": 8, "loss": 2.0})
+    assert "loss 2.0000" in shown.bar(79) and "evaluating" not in shown.bar(79)
+    shown.progress(8, "writing a checkpoint: 3 s so far")
+    assert shown.bar(79).endswith("─ writing a checkpoint: 3 s so far")
+    shown.finish("done")
+    assert "writing" not in shown.bar(79), "the bar that stays on the terminal shows the last step"
+    terminal.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_the_time_left_follows_recent_steps(clock_at):

@@ -83,13 +83,29 @@ class FakeStore:
 
 class FakeJournal:
     def __init__(self):
-        self.records, self.events = [], []
+        self.records, self.events, self.shown = [], [], []
 
     def step(self, record):
         self.records.append(record)
 
     def event(self, kind, step, **detail):
         self.events.append((kind, step, detail))
+
+    def progress(self, step, text):
+        self.shown.append((step, text))
+
+
+class FakeHeldout:
+    """One micro-batch of a step's batch, the first of three that there are."""
+
+    source, weight, bytes_per_token = "", 1.0, 4.0
+    num_batches, all_batches = 1, 3
+
+    def batches(self):
+        return ["batch"]
+
+    def batches_done(self, micro_batches):
+        return micro_batches
 
 
 class FakeClock:
@@ -149,7 +165,7 @@ def trainer(
     parts = Parts(
         engine=engine,
         stream=stream(),
-        heldout=[SimpleNamespace(source="", weight=1.0, batches=lambda: ["batch"], bytes_per_token=4.0)],
+        heldout=[FakeHeldout()],
         store=FakeStore(copies_every=copies_every),
         journal=FakeJournal(),
         exchange=alone(),
@@ -182,6 +198,16 @@ def test_it_saves_every_so_many_steps_and_at_the_end():
     progress = record.progress
     assert (progress.cursor, progress.tokens, record.counters.optimizer.step) == (80, 100, 10)
     assert progress.early_stop.best_heldout_loss == 3.0
+
+
+def test_it_shows_how_far_an_evaluation_is_over_all_sources():
+    loop, parts = trainer(config(eval_every=5))
+    parts.heldout.append(FakeHeldout())
+    loop.run()
+    told = ["evaluating 0/2 batches", "evaluating 1/2 batches"]
+    assert parts.journal.shown == [(step, text) for step in (5, 10) for text in told]
+    (detail, _) = [detail for kind, _, detail in parts.journal.events if kind == "evaluate"]
+    assert (detail["num_batches"], detail["all_batches"]) == (2, 6)
 
 
 def test_it_copies_between_saves_and_never_while_a_save_is_under_way():
