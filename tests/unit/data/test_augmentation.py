@@ -6,8 +6,6 @@ import re
 from collections import Counter
 
 import pytest
-import torch
-import transformers
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.choices import choices_of
@@ -24,7 +22,6 @@ from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.errors import ConfigError
 
 ENGLISH = (
@@ -248,114 +245,6 @@ def test_documents_that_are_no_conversations_stay():
     assert (
         cleaned([chat(0), plain], {"mix_turns": {"rate": 1.0, "exchange_rate": 1.0}})[0][1] == "User: a\n\nAssistant: b"
     )
-
-
-# ------------------------------------------------------------------------------------------------- translation
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two tiny models of random weights, a T5 and a Marian: they translate nonsense, but each text always the same."""
-    folder = tmp_path_factory.mktemp("models")
-    train_byte_level_bpe([ENGLISH, CHINESE], TokenizerConfig(kind="byte_level_bpe", vocab_size=300)).save(
-        folder / "own"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "own")
-    tokenizer.pad_token = tokenizer.eos_token
-    others = [token for token in range(1, 300) if not re.fullmatch("[a-z]", tokenizer.decode([token]))]
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    t5 = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **sizes)
-    marian = transformers.MarianConfig(
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, init_std=0.8, **sizes,
-    )  # fmt: skip
-    for name, config in (("t5", t5), ("marian", marian)):
-        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
-        model.generation_config.suppress_tokens = others if name == "marian" else [0, *others]
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-def translate(folder, text, limit):
-    """The oracle: one sentence at a time by transformers alone; empty if it is too long."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    inputs = tokenizer([text], return_tensors="pt")
-    if inputs["input_ids"].shape[1] > limit:
-        return ""
-    ids = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
-        max_new_tokens=limit,
-    )  # fmt: skip
-    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
-
-
-@pytest.mark.parametrize("there, back", [("t5", "marian"), ("marian", "t5")])
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
-def test_each_sentence_is_translated_there_and_back(models, there, back, text):
-    one = step("back_translate", there=str(models / there), back=str(models / back), there_prefix=">> ", max_tokens=60)
-    result = changed(one, text)
-    expected = []
-    for line in text.split("\n"):
-        for sentence, gap in sentences(line):
-            foreign = translate(models / there, f">> {sentence}", 60) if sentence else ""
-            again = translate(models / back, foreign, 60) if foreign else ""
-            expected += [again or sentence, gap]
-        expected.append("\n")
-    assert result == "".join(expected[:-1])
-    assert result == changed(one, text)
-    assert not any(sentence in result for line in text.split("\n") for sentence, _ in sentences(line) if sentence)
-    batched = step("back_translate", there=str(models / there), back=str(models / back), there_prefix=">> ",
-                   max_tokens=60, batch_size=1)  # fmt: skip
-    assert changed(batched, text) == result
-
-
-def test_a_sentence_that_is_too_long_stays(models):
-    one = step("back_translate", there=str(models / "t5"), back=str(models / "marian"), max_tokens=60)
-    long = "X1" * 80 + "."
-    document = Document(f"Short one. {long}", "d")
-    one.apply(document)
-    assert document.text.endswith(f" {long}") and not document.text.startswith("Short one.")
-    assert document.counts == {"augmented": 1, "sentences": 2, "sentences_left": 1}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"there": None}, "back_translate.there: missing; give the folder of a model"),
-        ({"back": "gone"}, "back_translate.back=gone: no config.json there"),
-        ({"back": "{}/own"}, "no config.json there"),
-        ({"back": "{}/pickled"}, "no model.safetensors there"),
-    ],
-)
-def test_a_model_that_is_missing_is_named(models, change, message):
-    (models / "pickled").mkdir(exist_ok=True)
-    (models / "pickled" / "config.json").write_text("{}")
-    (models / "pickled" / "pytorch_model.bin").write_bytes(b"x")
-    given = {"there": str(models / "t5"), "back": str(models / "t5")} | change
-    with pytest.raises(ConfigError, match=message):
-        step("back_translate", **{name: value and value.format(models) for name, value in given.items()})
-
-
-def test_a_model_of_another_kind_is_refused(models):
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=300)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(models / "gpt")
-    one = step("back_translate", there=str(models / "gpt"), back=str(models / "t5"))
-    with pytest.raises(ConfigError, match="gpt is not a sequence-to-sequence model"):
-        changed(one, ENGLISH)
-
-
-def test_other_weights_are_another_recipe(models):
-    settings = [
-        step("back_translate", there=str(models / name), back=str(models / "t5")).settings()["digests"]
-        for name in ("t5", "marian")
-    ]
-    assert settings[0]["there"] != settings[1]["there"] and settings[0]["back"] == settings[1]["back"]
-    (models / "t5" / "generation_config.json").write_text('{"forced_bos_token_id": 5}')
-    again = step("back_translate", there=str(models / "t5"), back=str(models / "t5")).settings()["digests"]
-    assert again["there"] != settings[0]["there"], "what decides the text may be in any of the files"
 
 
 # ------------------------------------------------------------------------------------------------- all of them

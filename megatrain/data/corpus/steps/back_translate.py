@@ -25,7 +25,8 @@ class BackTranslate(Augmentation):
     arXiv 1511.06709).
 
     The models are folders that transformers' `AutoModelForSeq2SeqLM` loads, such as Marian's or T5's, with weights in
-    safetensors and their tokenizers (`megatrain[hf]`); nothing is downloaded and no code from them is run. Beams are
+    safetensors and their tokenizers (`megatrain[hf]`); nothing is downloaded and no code from them is run. A model of
+    many languages (NLLB, M2M100, mBART) is told them by `language` and `foreign`, and may serve both ways. Beams are
     searched without sampling, on one thread of a CPU, in batches of one document, so the same document gives the same
     text. Line ends and the spaces between sentences stay. A sentence that is longer than a model takes, or that comes
     back empty, stays as it was. Each worker holds both models. Other weights make another dataset.
@@ -36,12 +37,18 @@ class BackTranslate(Augmentation):
     back: str | None = key(None, "folder of the model that translates back; must be given")
     there_prefix: str = key("", "text before each sentence, as T5 wants: 'translate English to German: '")
     back_prefix: str = key("", "the same on the way back")
+    language: str | None = key(
+        None, "code of the documents' language, for models of many: eng_Latn (NLLB), en (M2M100)"
+    )
+    foreign: str | None = key(None, "code of the language to translate into, for models of many languages")
     num_beams: int = key(1, "beams of the search; 1 is greedy", minimum=1)
     max_tokens: int = key(256, "longest sentence, in tokens of either model", minimum=1)
     batch_size: int = key(16, "sentences translated at once", minimum=1)
 
     def __post_init__(self) -> None:
         require_library("transformers", "the cleaning step back_translate", "hf")
+        if (self.language is None) != (self.foreign is None):
+            raise ConfigError("clean.steps: back_translate: give language and foreign, or neither of them")
         digests = {}
         for name in ("there", "back"):
             if getattr(self, name) is None:
@@ -58,9 +65,10 @@ class BackTranslate(Augmentation):
         lines = [sentences(line) for line in document.text.split("\n")]
         texts = [text for line in lines for text, _ in line if text]
         digests = self.__dict__["_digests"]
-        foreign = self._translated(texts, _load(str(self.there), digests["there"]), self.there_prefix)
+        there, back = _load(str(self.there), digests["there"]), _load(str(self.back), digests["back"])
+        foreign = self._translated(texts, there, self.there_prefix, self.language, self.foreign)
         known = [text for text in foreign if text]
-        again = iter(self._translated(known, _load(str(self.back), digests["back"]), self.back_prefix))
+        again = iter(self._translated(known, back, self.back_prefix, self.foreign, self.language))
         translated = [next(again) if text else None for text in foreign]
         document.count("sentences_left", sum(text is None for text in translated))
         result = iter(translated)
@@ -71,10 +79,13 @@ class BackTranslate(Augmentation):
         document.count("sentences", len(texts))
         return "\n".join(written)
 
-    def _translated(self, texts: Sequence[str], loaded: tuple[Any, Any, int], prefix: str) -> list[str | None]:
+    def _translated(
+        self, texts: Sequence[str], loaded: tuple[Any, Any, int], prefix: str, source: str | None, target: str | None
+    ) -> list[str | None]:
         """Return each text in the other language, on one line; None if it is too long or comes back empty."""
         torch = require_library("torch", "the cleaning step back_translate", "hf")
         tokenizer, model, longest = loaded
+        options = _between(tokenizer, source, target)
         limit = min(self.max_tokens, longest)
         fitting = [at for at, text in enumerate(texts) if len(tokenizer(prefix + text)["input_ids"]) <= limit]
         found: list[str | None] = [None] * len(texts)
@@ -91,12 +102,37 @@ class BackTranslate(Augmentation):
                         num_beams=self.num_beams,
                         do_sample=False,
                         max_new_tokens=limit,
+                        **options,
                     )
+                if options:
+                    ids = ids[:, 2:]  # the start and the language, which not every tokenizer leaves out
                 for at, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                     found[at] = " ".join(text.split()) or None
         finally:
             torch.set_num_threads(threads)
         return found
+
+
+def _between(tokenizer: Any, source: str | None, target: str | None) -> dict[str, Any]:
+    """Let a tokenizer of many languages mark texts as `source`; return what lets its model write in `target`.
+
+    Raises ConfigError if it has no such language, or needs to be told one.
+    """
+    if not hasattr(tokenizer, "src_lang"):  # of one pair of languages
+        return {}
+    place = f"clean.steps: back_translate: {tokenizer.name_or_path} translates between many languages"
+    if source is None or target is None:
+        raise ConfigError(f"{place}; give their codes, as in {{language: eng_Latn, foreign: fra_Latn}}")
+    ids = {}
+    for code in (source, target):
+        try:
+            ids[code] = getattr(tokenizer, "get_lang_id", tokenizer.convert_tokens_to_ids)(code)
+        except KeyError:
+            ids[code] = tokenizer.unk_token_id
+        if ids[code] == tokenizer.unk_token_id:
+            raise ConfigError(f"{place}, but not {code}; give the codes that its model card lists")
+    tokenizer.src_lang = source
+    return {"forced_bos_token_id": ids[target]}
 
 
 def _check_folder(name: str, folder: Path) -> str:
