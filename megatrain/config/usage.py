@@ -21,7 +21,7 @@ WIDTH = 110
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "prepare": (
-        "megatrain prepare",
+        "megatrain prepare corpus/",
         "megatrain prepare data=files data.name=mine 'data.paths=[corpus/**/*.txt]' tokenizer.vocab_size=16384",
         "megatrain prepare data=fineweb_edu tokenizer=hf tokenizer.path=gpt2 launch=slurm launch.tasks=64",
     ),

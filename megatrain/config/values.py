@@ -21,7 +21,7 @@ SWEEPS = ("choice(", "range(", "interval(", "glob(")
 
 
 def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
-    """Read the value of one key according to its type. A path that exists is taken as typed.
+    """Read the value of one key according to its type. A path that exists is taken as typed, and one path is a list.
 
     Raises ConfigError with the key, the given and the expected value.
     """
@@ -42,10 +42,14 @@ def read_value(name: str, hint: Any, text: str, is_path: bool = False) -> Any:
         if listed.startswith("[") and listed.endswith("]"):
             items = [listed[1:-1]] if is_path and exists(listed[1:-1]) else split_list(listed[1:-1])
             return [literal(item) if is_path and exists(item) else item for item in items]
+        if is_path and stripped and (exists(stripped) or not (is_sweep(stripped) or set("[]{}'\"") & set(stripped))):
+            return [literal(stripped) if exists(stripped) else stripped]
         if stripped.startswith("-"):  # options of a program, which Hydra's grammar cannot read
             raise ConfigError(
                 f"{name}={text}: expected {describe(hint)}, given text (write {shlex.quote(f'{name}=[{stripped}]')})"
             )
+    if typing.get_origin(kind) is list and "," in stripped and not set("[]{}()'\"") & set(stripped):
+        raise ConfigError(f"{name}={text}: a list is in brackets: write {shlex.quote(f'{name}=[{stripped}]')}")
     value = _parse(name, text)
     if isinstance(value, str) and "${" in value:
         return value
@@ -65,7 +69,10 @@ def _parse(name: str, text: str) -> Any:
     try:
         override = OverridesParser.create().parse_override(f"{name}={text}")
     except HydraException as error:
-        raise ConfigError(f"cannot read {name}={text}: quote special characters, as in {name}='...'") from error
+        advice = f"quote special characters, as in {name}='...'"
+        if missing := missing_brackets(text):
+            advice = f"the closing {missing} is missing: write {shlex.quote(f'{name}={text}{missing}')}"
+        raise ConfigError(f"cannot read {name}={text}: {advice}") from error
     if override.is_sweep_override():
         raise ConfigError(sweep_message(name, text))
     if repeated := _repeated_key(f"{name}={text}"):
@@ -158,6 +165,22 @@ def split_list(text: str) -> list[str]:
             start = place + 1
     stripped = [item.strip() for item in (*items, text[start:])]
     return [re.sub(rf"\\([\\{item[0]}])", r"\1", item[1:-1]) if _is_quoted(item) else item for item in stripped if item]
+
+
+def missing_brackets(text: str) -> str:
+    """Return the brackets that would close a list or mapping; empty if none is open, or if a quote is."""
+    waiting: list[str] = []
+    quote = ""
+    for letter in text if text.startswith(("[", "{")) else "":
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{":
+            waiting.append("]" if letter == "[" else "}")
+        elif letter in "]}" and (not waiting or waiting.pop() != letter):
+            return ""
+    return "" if quote else "".join(reversed(waiting))
 
 
 def exists(text: str) -> bool:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatrain.config import VERBS, walk
-from megatrain.config.choices import CONFIG_FILE, GROUPS, YAML, home
-from megatrain.config.values import exists, quoted
+from megatrain.config.choices import CONFIG_FILE, GROUPS, YAML, choices_of, home
+from megatrain.config.suggest import nearest_path
+from megatrain.config.values import FREE_TEXT, as_text, exists, missing_brackets, quoted
 from megatrain.errors import ConfigError
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.places import require
 
 
 def expand_path(verb: str, words: Sequence[str]) -> list[str]:
-    """Replace the word that is a path: by `path=...`, or for `train` by what continues that run with its saved config.
+    """Replace the words that are paths: by `path=...`, for `train` by what continues that run with its saved config,
+    for `prepare` by what reads those files and folders.
 
     An existing path is a path even if it contains `=`, unless it is an override: a key of the verb, `=` and a value.
     """
     _refuse_spaces(words)
+    _refuse_split_lists(words)
     names = set(walk(VERBS[verb])) | set(GROUPS.get(verb, ()))
     has_path = "path" in names
+    if verb == "prepare":
+        return _corpus_words(words, names)
     if not has_path and verb != "train":
         return list(words)
     wanted = has_path and not any(word.startswith("path=") for word in words)
@@ -43,6 +50,52 @@ def _refuse_spaces(words: Sequence[str]) -> None:
         else:
             continue
         raise ConfigError(f"remove the spaces around =: write {shlex.quote(f'{before}{value}')}")
+
+
+def _refuse_split_lists(words: Sequence[str]) -> None:
+    """Refuse `key=[a, b]` without quotes, which a shell makes several words of. Raises ConfigError."""
+    for at, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in FREE_TEXT or exists(value) or not missing_brackets(value):
+            continue
+        for end in range(at + 2, len(words) + 1):
+            whole = " ".join(words[at:end])
+            if not missing_brackets(whole.partition("=")[2]):
+                raise ConfigError(f"the shell splits a list at its spaces: write {shlex.quote(whole)}")
+
+
+def _corpus_words(words: Sequence[str], names: set[str]) -> list[str]:
+    """Return the overrides of `prepare` with its path words as `data.paths` of a dataset that has the path's name.
+
+    Raises ConfigError if one of them does not exist, or if several leave the name open.
+    """
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    paths = [word for word in words if _is_path(word, names, wanted="data.paths" not in keys)]
+    if not paths:
+        return list(words)
+    others = [word for word in words if word not in paths]
+    if "data.paths" in keys:
+        raise ConfigError(f"{paths[0]} and data.paths=... both name what to read; give one of them")
+    for path in paths:
+        if not exists(path) and not set("*?[") & set(path):
+            meant = f"data={path}" if path in choices_of("data") else nearest_path(path)
+            near = f"; did you mean {meant}?" if meant else ";"
+            place = Path(path).expanduser().absolute()
+            raise ConfigError(
+                f"there is no file or folder {path} (looked for {place}){near} megatrain prepare takes key=value, "
+                f"group=choice, and files and folders to read, as in: megatrain prepare corpus/"
+            )
+    found = [] if "data" in keys else ["data=files"]
+    if "data.name" not in keys:
+        place = Path(os.path.realpath(Path(paths[0]).expanduser()))
+        name = place.name if place.is_dir() else place.name.partition(".")[0] if place.exists() else ""
+        if len(paths) > 1 or not name:
+            raise ConfigError(
+                f"{' '.join(paths[:3])}{' ...' * (len(paths) > 3)}: the dataset needs a name; add for example "
+                f"data.name=mine"
+            )
+        found.append(quoted("data.name", name))
+    return [*found, f"data.paths={as_text(paths)}", *others]
 
 
 def _is_path(word: str, names: set[str], wanted: bool) -> bool:

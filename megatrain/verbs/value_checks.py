@@ -27,6 +27,7 @@ from megatrain.config.clean_config import MinhashConfig
 from megatrain.config.compose import key_types
 from megatrain.config.model_checks import check_model
 from megatrain.config.suggest import did_you_mean
+from megatrain.config.values import as_text
 from megatrain.data.mixture_settings import KIND, read_phases
 from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError
@@ -44,6 +45,9 @@ GPUS_PER_NODE = re.compile(r"--(gpus-per-node=|gres=gpu:)([^:,]+:)?(?P<gpus>[1-9
 
 LONGEST_SIGNATURE = 10_000
 """Hashes of a document's signature, 4 bytes each. Published corpora use at most 9,000."""
+
+READS_PATHS = ("files", "code", "megatron")
+"""Kinds of sources that read `data.paths`."""
 
 LONGEST_NAME = 200
 """Longest name of a run, sweep or dataset, in bytes. File systems allow 255, of which temporary names need some."""
@@ -217,6 +221,11 @@ def check_source(config: DataConfig) -> None:
     if config.kind in ("files", "megatron") and not config.paths:
         raise ConfigError(
             f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"
+        )
+    if config.paths and config.kind not in READS_PATHS:
+        raise ConfigError(
+            f"data.paths={as_text(config.paths)}: data={config.kind} does not read it; add data=files and a name "
+            f"for the dataset, such as data.name=mine"
         )
     if config.kind == "megatron" and config.write_text:
         raise ConfigError("data.write_text=true: data=megatron reads no text; leave data.write_text out")

@@ -54,7 +54,10 @@ def matches(pattern: str) -> list[Path]:
     if not found:
         near = nearest_path(pattern)
         hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"data.paths: {pattern!r} matches no file{hint} (working folder {os.getcwd()})")
+        what = "matches no file" if set("*?[") & set(pattern) else "does not exist"
+        place = os.path.abspath(os.path.expanduser(pattern))
+        where = "" if place == pattern else f" (looked for {place})"
+        raise ConfigError(f"data.paths: {pattern!r} {what}{where}{hint}")
     return found
 
 

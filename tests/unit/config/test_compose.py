@@ -113,6 +113,7 @@ def test_values_are_read_by_their_keys_type():
     assert config.deterministic is True and config.data.workers is None
     assert config.data.paths == ["a/**/*.txt", "7"]
     assert compose("train", ["data.paths=['a,b',\"(c)\"]"]).data.paths == ["a,b", "(c)"]
+    assert compose("train", ["data.paths=a/**/*.txt"]).data.paths == ["a/**/*.txt"], "one path needs no brackets"
 
 
 def test_a_plus_in_front_of_a_key_or_group_changes_nothing():
@@ -219,7 +220,12 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
         ),
         ("prepare", "clean.steps=[{length: {min_characters: 1, min_characters: 2}}]", "min_characters is given twice"),
         ("train", "optim.betas=[0.9]", "expected two numbers, given 1"),
-        ("train", "data.paths=a.txt", r"expected a list of texts.*\(write 'data.paths=\[a.txt\]'\)"),
+        ("train", "data.paths=a.txt,b", r"a list is in brackets: write 'data.paths=\[a.txt,b\]'"),
+        ("train", "optim.betas=0.9,0.95", r"a list is in brackets: write 'optim.betas=\[0.9,0.95\]'"),
+        ("train", "optim.betas=[0.9,0.95", r"the closing \] is missing: write 'optim.betas=\[0.9,0.95\]'"),
+        ("train", "data.paths=[a", r"the closing \] is missing: write 'data.paths=\[a\]'"),
+        ("train", "data.phases=[{from_step: 2", r"the closing }\] is missing: write 'data.phases=\[{from_step: 2}\]'"),
+        ("train", "data.mixture={a: 'x", "quote special characters"),
         ("train", "launch.sbatch_options=--qos=high", r"\(write 'launch.sbatch_options=\[--qos=high\]'\)"),
         ("train", "run={name: x}", "run is a group of keys, not a key; set one of run.name, run.dir"),
         ("train", "~run.name", "cannot be deleted"),

@@ -53,8 +53,62 @@ def test_a_word_that_is_an_override_stays_one(places):
     assert expand_path("generate", ["runs/x", "seed=3"]) == ["path=runs/x", "seed=3"]
     assert expand_path("evaluate", ["split=train", "runs/x"]) == ["path=runs/x", "split=train"]
     assert expand_path("inspect", ["runs/lr=0.2"]) == ["path='runs/lr=0.2'"], "missing, but no key looks like that"
-    assert expand_path("prepare", ["runs"]) == ["runs"]
     assert expand_path("train", ["--config=x", "optim/lr=3"]) == ["--config=x", "optim/lr=3"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_prepare_reads_the_paths_among_its_words(name, places):
+    """They are data.paths of a dataset that has the folder's name; a key that is given stays."""
+    folder = places / "in" / name
+    folder.mkdir(parents=True)
+    (folder / "b.jsonl.zst").touch()
+    (places / "in" / "c.txt").touch()
+
+    def read(*words):
+        return compose("prepare", expand_path("prepare", words)).data
+
+    data = read(f"in/{name}", "data.bos=true")
+    assert (data.kind, data.name, data.paths, data.bos) == ("files", name, [f"in/{name}"], True)
+    data = read("data=code", f"in/{name}/b.jsonl.zst")
+    assert (data.kind, data.name, data.paths) == ("code", "b", [f"in/{name}/b.jsonl.zst"])
+    data = read(f"in/{name}", "in/c.txt", "in/*.md", "data.name=all")
+    assert (data.name, data.paths) == ("all", [f"in/{name}", "in/c.txt", "in/*.md"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["corpsu/x"],
+            r"no file or folder corpsu/x \(looked for /.*/corpsu/x\); did you mean corpus/x\?.*prepare corpus/",
+        ),
+        (["tinystories"], r"did you mean data=tinystories\?"),
+        (["corpus", "corpus/x"], "the dataset needs a name; add for example data.name=mine"),
+        (["corpus/*"], "the dataset needs a name"),
+        (["corpus", "data.paths=[x]"], "both name what to read"),
+    ],
+)
+def test_words_that_prepare_cannot_read_are_refused(words, says, places):
+    (places / "corpus" / "x").mkdir(parents=True)
+    assert re.search(says, refusal(expand_path, "prepare", words))
+
+
+@pytest.mark.parametrize(
+    ("words", "write"),
+    [
+        (["data.paths=[a,", "b]"], "'data.paths=[a, b]'"),
+        (["data.mixture={a:", "1,", "b:", "2}", "seed=1"], "'data.mixture={a: 1, b: 2}'"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prepare", "train"])
+def test_a_list_that_the_shell_split_is_refused_with_its_quotes(verb, words, write):
+    assert refusal(expand_path, verb, words) == f"the shell splits a list at its spaces: write {write}"
+    assert expand_path("generate", ["path=x", "prompt=[a,", "b]=c"])[1:] == ["prompt=[a,", "b]=c"], "a prompt is prose"
+
+
+def test_paths_that_the_data_does_not_read_are_refused():
+    config = compose("prepare", ["data.paths=corpus"])
+    assert "data=python_stdlib does not read it; add data=files" in refusal(check_values, config)
 
 
 @pytest.mark.parametrize("verb", VERBS)

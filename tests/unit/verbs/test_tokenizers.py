@@ -116,7 +116,7 @@ def test_texts_of_no_tokens_are_shown(capsys):
     [
         ("in", [], ConfigError, r"tokenizers: give some"),
         ("in", ["nothing/here/x"], ConfigError, r"tokenizers: nothing/here/x is not a Hugging Face tokenizer"),
-        ("gone", ["bytes/tokenizer.json"], ConfigError, r"path: .*gone.* matches no file"),
+        ("gone", ["bytes/tokenizer.json"], ConfigError, r"path: .*gone.* does not exist"),
         ("empty.txt", ["bytes/tokenizer.json"], DataError, r"empty.txt: there is no text to compare tokenizers on"),
     ],
 )
