@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatrain.config import PrepareConfig
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, SEARCH_PATH
-from megatrain.config.compose import compose, last_words
+from megatrain.config.compose import compose, default_choices, last_words
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
@@ -38,6 +38,8 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
+        if not any(word.startswith(CONFIG_FILE) for word in words):  # such a file has a model
+            words.insert(0, f"model={default_choices('train')['model']}")
         report = shlex.join(["megatrain", "report", str(folder)])
         print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder

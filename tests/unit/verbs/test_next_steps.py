@@ -41,6 +41,15 @@ def test_prepare_says_how_to_train_on_its_dataset_and_look_at_it(name, folder, m
     verb, page = read(report)
     assert (verb, page.path) == ("report", f"{folder}/{name}")
     assert ("data.dir" in command) == (folder != "data"), "only what differs from the defaults"
+    assert command.split()[:3] == ["megatrain", "train", "model=small"], "the size of the model is the user's to choose"
+
+
+def test_the_model_of_a_config_file_stays(monkeypatch, capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {num_layers: 3}\n")
+    monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
+    words = [f"--config={tmp_path}/c.yaml"]
+    prepare.prepare(compose("prepare", words), words)
+    assert read(commands(capsys)[0])[1].model.num_layers == 3
 
 
 def test_prepare_says_how_to_train_on_the_mixture_that_it_prepared(monkeypatch, capsys):
