@@ -350,6 +350,7 @@ class Agent:
                 if self.interrupts == 1:
                     print_message(notices.STOPPING)
                     self._record_interrupt()
+            self.heartbeats.ask(number)  # before the signal: the ranks name what their user sent
             number = number if number == signal.SIGUSR1 else int(signal.SIGTERM)
             self.forwarded_signals.add(number)
             if self.asked_at is None:

@@ -39,6 +39,8 @@ _SLOTS = (32, 272)
 """Where a rank's two slots begin, after the byte that counts its writes; its lowest bit names the current slot."""
 _END = 1
 """Where a rank says that it ends well: its exit code + 1, or 0."""
+_ASKED = 2
+"""Where the agent says which signal it got and forwards to the rank, perhaps as another one; 0: none."""
 _REPORT_SIZE = 16384
 _LENGTH = struct.Struct("@q")
 
@@ -155,6 +157,11 @@ class Heartbeat:
         if self._map is not None:
             self._map[self._offset + _END] = code + 1
 
+    @property
+    def asked_by(self) -> int:
+        """The signal by which the agent was asked to stop this rank; 0: none, or no agent."""
+        return self._map[self._offset + _ASKED] if self._map is not None else 0
+
     def _book(self) -> None:
         now = time.monotonic_ns()
         self._spent[_NUMBERS[self.phase]] += now - self._when
@@ -188,7 +195,12 @@ class Heartbeats:
         for rank in range(self.num_ranks):
             _replace(self._map, rank * _SIZE, 0, 0, time.monotonic_ns(), 0, 0, 0, *nothing)
             _LENGTH.pack_into(self._map, self._report_offset(rank), 0)
-            self._map[rank * _SIZE + _END] = 0
+            self._map[rank * _SIZE + _END] = self._map[rank * _SIZE + _ASKED] = 0
+
+    def ask(self, number: int) -> None:
+        """Tell all ranks which signal asks for their end; the first one stays."""
+        for rank in range(self.num_ranks):
+            self._map[rank * _SIZE + _ASKED] = self._map[rank * _SIZE + _ASKED] or number
 
     def read(self, local_rank: int) -> Beat:
         """Return a rank's last heartbeat."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -15,10 +16,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A request to save and stop: the first of `STOP_SIGNALS`. Later ones are ignored, to leave a save undisturbed."""
+    """A request to save and stop: the first of `STOP_SIGNALS`. Later ones are ignored, to leave a save undisturbed.
+
+    `asked_by` returns the signal that the agent got, if there is an agent: it forwards Ctrl-C as SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self.signal_number = 0
+        self._received = 0
+        self.asked_by: Callable[[], int] = lambda: 0
+
+    @property
+    def signal_number(self) -> int:
+        """The signal that the user or the cluster sent; 0: none."""
+        return (self.asked_by() or self._received) if self._received else 0
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""
@@ -28,10 +38,10 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = self.signal_number or number
+        self._received = self._received or number
 
     def __bool__(self) -> bool:
-        return self.signal_number != 0
+        return self._received != 0
 
 
 def set_parent_death_signal(parent: int, number: int = signal.SIGKILL) -> None:
@@ -42,7 +52,9 @@ def set_parent_death_signal(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def signal_name(number: int) -> str:
-    """Return `SIGTERM` for 15 and so on, or `signal 99` for a number that is no signal."""
+    """Return `SIGTERM` for 15 and so on, `Ctrl-C (SIGINT)` for 2, or `signal 99` for a number that is no signal."""
+    if number == signal.SIGINT:
+        return "Ctrl-C (SIGINT)"
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -196,7 +196,7 @@ def describe(event: dict[str, Any]) -> str:
         how = " (checkpoint.override)" if event["override"] else ""
         return f"changed: {event['key']} {change(event['before'], event['now'])}{how}"
     if kind == "signal":
-        return f"asked to stop at step {step} ({signal_name(event['signal'])}): the run saves and ends"
+        return f"{signal_name(event['signal'])} at step {step}: the run saves and ends"
     if kind == "preflight":
         return f"preflight: all checks passed in {event['seconds']:.2f} s"
     if kind == "save":

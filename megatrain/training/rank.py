@@ -56,6 +56,7 @@ def run(config: TrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     environment = RankEnvironment.from_environ()
     heartbeat = Heartbeat.from_environ(environment.local_rank)
+    stop.asked_by = lambda: heartbeat.asked_by
     rules.check(config, environment.world_size)
     run_dir = run_folder(config)
     with log_to(run_dir, environment.rank), answer_with_stacks(stack_file(run_dir, environment.rank)):

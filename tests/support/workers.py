@@ -16,8 +16,14 @@ def end(code):
     if records:
         mmap.mmap(int(records), 0)[int(os.environ["LOCAL_RANK"]) * {heartbeat._SIZE} + {heartbeat._END}] = code + 1
     sys.exit(code)
+
+def asked_by():
+    import mmap, os
+    records = mmap.mmap(int(os.environ["{heartbeat.ENVIRONMENT}"]), 0)
+    return records[int(os.environ["LOCAL_RANK"]) * {heartbeat._SIZE} + {heartbeat._ASKED}]
 """
-"""A function for workers: end well with 0 or 75, as a rank does that is done or has saved."""
+"""Functions for workers: end well with 0 or 75, as a rank does that is done or has saved; the signal that the agent
+got."""
 
 PYTHON = [sys.executable, "-E", "-S"]
 SAVE_ON_TERM = """
@@ -26,6 +32,7 @@ SAVE_ON_TERM = """
     rank = os.environ["RANK"]
     def save(number, frame):
         (here / f"got_{rank}").write_text(signal.Signals(number).name)
+        (here / f"sent_{rank}").write_text(str(asked_by()))
         time.sleep(float(sys.argv[2]))
         (here / f"saved_{rank}").touch()
         end(75)

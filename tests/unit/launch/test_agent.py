@@ -127,6 +127,7 @@ def test_a_signal_reaches_every_worker_and_the_agent_waits_for_their_save(tmp_pa
     assert agent.wait(timeout=20) == 75
     for rank in (0, 1):
         assert (tmp_path / f"got_{rank}").read_text() == received
+        assert (tmp_path / f"sent_{rank}").read_text() == str(int(sent)), "the rank is told what was sent to the agent"
         assert (tmp_path / f"saved_{rank}").exists()
 
 

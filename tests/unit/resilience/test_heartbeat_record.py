@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 
 from megatrain.resilience import heartbeat
 from megatrain.resilience.heartbeat import Heartbeat, Heartbeats
+from megatrain.resilience.signals import StopRequest
 
 
 class Interrupted:
@@ -35,3 +37,23 @@ def test_a_rank_suspended_in_a_write_keeps_its_last_record(monkeypatch):
     assert records.read(1).phase == "update"
     assert records.read(0).phase == "start", "the other rank's record is untouched"
     assert sum(records.account(1).seconds.values()) < 60
+
+
+def test_a_rank_names_the_signal_that_its_agent_got(monkeypatch):
+    """The agent forwards Ctrl-C as SIGTERM. Without a signal to the rank itself, nothing is asked of it."""
+    records = Heartbeats(2)
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.setdefault(number, handler))
+    stop = StopRequest()
+    stop.listen()
+    rank = Heartbeat(os.dup(records.file), 1)
+    stop.asked_by = lambda: rank.asked_by
+    records.ask(signal.SIGINT)
+    assert stop.signal_number == 0 and not stop
+    records.ask(signal.SIGTERM)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert stop.signal_number == signal.SIGINT and stop
+    rank.enter("update", 3)
+    assert stop.signal_number == signal.SIGINT, "a heartbeat leaves the mark alone"
+    records.clear()
+    assert stop.signal_number == signal.SIGTERM, "as under another launcher"

@@ -205,7 +205,8 @@ def test_a_stop_is_named_by_its_signal_and_says_how_to_go_on(tmp_path, capfd):
     shown.event({"time": "", "kind": "signal", "step": 7, "signal": 15})
     shown.finish("stopped")
     text = capfd.readouterr().err
-    assert "asked to stop at step 7 (SIGTERM): the run saves and ends" in text
+    assert "SIGTERM at step 7: the run saves and ends" in text
+    assert describe({"kind": "signal", "step": 7, "signal": 2}).startswith("Ctrl-C (SIGINT) at step 7: ")
     assert "run stopped; the same command continues it" in text
 
 
