@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megatrain.checkpoint.continued_mixture import MIXTURE_KEYS, harmless_keys
 from megatrain.checkpoint.manifest import Manifest, Override, Progress
 from megatrain.config import ModelConfig, TrainConfig
 from megatrain.config.flatten import flatten
+from megatrain.config.plain import plain
 from megatrain.data.order import merge_ranges
 from megatrain.errors import CheckpointError, DataError
 
@@ -129,12 +130,16 @@ def may_change(key: str) -> bool:
 
 
 def check_resume(
-    saved: Manifest, config: dict[str, Any], dataset_fingerprint: str | None, origin: str
+    saved: Manifest,
+    config: dict[str, Any],
+    dataset_fingerprint: str | None,
+    origin: str,
+    weights_fit: Callable[[], bool] = lambda: True,
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue `origin` with another model, data order, optimizer or dataset, except where overridden.
 
     Return the permitted changes as `{key: (old, new)}`. A mixture has no `dataset_fingerprint`: `continue_mixture`
-    compares its datasets.
+    compares its datasets. A refusal offers a new run from the weights of `origin` if `weights_fit` says that it can be.
 
     Raises:
         CheckpointError: a key changed that may not (the message gives both values), an override cannot be honoured, or
@@ -152,11 +157,12 @@ def check_resume(
     free = harmless_keys(saved, changed)
     forbidden = [key for key in changed if not (may_change(key) or key in free or (key in named and key in OVERRIDES))]
     if forbidden:
-        raise CheckpointError(_refusal(origin, {key: changed[key] for key in forbidden}))
+        raise CheckpointError(_refusal(origin, {key: changed[key] for key in forbidden}, weights_fit))
     if dataset_fingerprint is not None and identity.dataset_fingerprint != dataset_fingerprint:
         raise DataError(
             f"the dataset changed since {origin} was written: its fingerprint was {identity.dataset_fingerprint} and "
-            f"is now {dataset_fingerprint}; restore the dataset, or start a new run: {_new_run(origin)}"
+            f"is now {dataset_fingerprint}; restore the dataset, or start a new run with run.name=<new name>"
+            f"{f', from these weights with checkpoint.init_from={origin}' if weights_fit() else ''}"
         )
     _check_begun_from(identity.config, config, origin)
     if "optim.betas" in changed:
@@ -204,15 +210,15 @@ def _whole(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refusal(origin: str, forbidden: dict[str, tuple[Any, Any]]) -> str:
+def _refusal(origin: str, forbidden: dict[str, tuple[Any, Any]], weights_fit: Callable[[], bool]) -> str:
     """Return the message for keys that changed and may not."""
-    listed = ", ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in forbidden.items())
+    listed = ", ".join(f"{key} was {plain(before)} and is now {plain(now)}" for key, (before, now) in forbidden.items())
     ways = ["restore them"]
     if chosen := [key for key in forbidden if key in OVERRIDES]:
         rest = "" if len(chosen) == len(forbidden) else " and restore the others"
         ways.append(f"change them on purpose, with moments and position kept: {override_of(chosen)}{rest}")
     ways.append("start anew under another run.name")
-    if not any(key.startswith("model.") for key in forbidden):  # else they might not fit
+    if not any(key.startswith("model.") for key in forbidden) and weights_fit():
         ways[-1] += f", from its weights with checkpoint.init_from={origin}"
     return f"{origin} cannot continue with changed values: {listed}; {', or '.join(ways)}"
 
@@ -220,10 +226,6 @@ def _refusal(origin: str, forbidden: dict[str, tuple[Any, Any]]) -> str:
 def override_of(keys: Iterable[str]) -> str:
     """Return the argument that overrides these keys, quoted for a shell."""
     return f"'checkpoint.override=[{','.join(keys)}]'"
-
-
-def _new_run(origin: str) -> str:
-    return f"run.name=<new name> checkpoint.init_from={origin}"
 
 
 def _check_begun_from(saved: dict[str, Any], config: dict[str, Any], origin: str) -> None:

@@ -16,10 +16,11 @@ from megatrain.checkpoint.find import model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.resume import changed_keys, override_of
 from megatrain.config import ModelConfig, TrainConfig
+from megatrain.config.plain import plain
 from megatrain.config.values import quoted
 from megatrain.data.card import Card, made_by
 from megatrain.data.tokenizer import saved_meta
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.count import parameter_shapes
 
 LABELS = ("model.name", "model.init_std")
@@ -61,7 +62,7 @@ class Transfer:
 
     def describe(self) -> dict[str, Any]:
         """Return what the event `init_from` says of it."""
-        changed = [f"{key} {before} → {now}" for key, (before, now) in self.changed.items()]
+        changed = [f"{key} {plain(before)} → {plain(now)}" for key, (before, now) in self.changed.items()]
         return {
             name: names for name, names in (("changed", changed), ("drawn", self.drawn), ("left", self.left)) if names
         }
@@ -92,6 +93,16 @@ def plan_transfer(folder: Path, manifest: Manifest, model: ModelConfig, override
         left=[name for name in own if own[name] != wanted.get(name)],
         changed=changed,
     )
+
+
+def weights_fit(folder: Path, manifest: Manifest, card: Card, dataset: Path, config: TrainConfig) -> bool:
+    """Return whether a run with this config and dataset can begin from the weights of the checkpoint `folder`."""
+    try:
+        check_tokenizer(folder, manifest, card, dataset, config)
+        plan_transfer(folder, manifest, config.model, config.checkpoint.override)
+    except (CheckpointError, ConfigError, DataError):
+        return False
+    return True
 
 
 def check_tokenizer(folder: Path, manifest: Manifest, card: Card, dataset: Path, config: TrainConfig) -> None:
@@ -160,7 +171,9 @@ def _check_tensors(folder: Path, manifest: Manifest, own: Mapping[str, tuple[int
 
 
 def _refusal(folder: Path, contradicted: Mapping[str, tuple[Any, Any]]) -> str:
-    listed = ", ".join(f"{key} is {before!r} there and {now!r} here" for key, (before, now) in contradicted.items())
+    listed = ", ".join(
+        f"{key} is {plain(before)} there and {plain(now)} here" for key, (before, now) in contradicted.items()
+    )
     fixed = [key for key in contradicted if key in MEANING]
     message = (
         f"checkpoint.init_from={folder} holds the weights of another model: {listed}; leave model and model.* out, "

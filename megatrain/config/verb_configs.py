@@ -223,9 +223,11 @@ class ImportConfig:
 
 @dataclass
 class InspectConfig:
-    """`megatrain inspect <run | checkpoint | dataset>`: show what it holds and verify every checksum."""
+    """`megatrain inspect <run | checkpoint | dataset | tokenizer>`: show what it holds and verify every checksum."""
 
-    path: str = key(MISSING, "run folder, checkpoint folder or prepared dataset folder", path=True)
+    path: str = key(
+        MISSING, "folder of a run, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face model", path=True
+    )
     step: int | None = key(None, "step of the run's checkpoint to show; null shows the run", minimum=0)
     samples: int = key(3, "random documents of a dataset to print", minimum=0)
     seed: int = key(0, "seed of these documents", minimum=0)

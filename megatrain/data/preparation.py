@@ -15,6 +15,7 @@ from typing import Any
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.flatten import flatten
+from megatrain.config.plain import plain
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, Card, check_dataset
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle, check_markers
@@ -260,7 +261,7 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
     was.pop("data.deduplicate", None)
     now = flatten(settings)
     changed = [
-        f"{key} (was {was.get(key)!r}, now {now.get(key)!r})"
+        f"{key} (was {plain(was.get(key))}, now {plain(now.get(key))})"
         for key in sorted(was | now)
         if was.get(key) != now.get(key)
     ]

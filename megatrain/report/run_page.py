@@ -5,7 +5,6 @@ This module reads the folder and reduces it to what a page can show. `page.py` a
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from datetime import datetime
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatrain.config.plain import plain
 from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
@@ -21,8 +21,8 @@ from megatrain.report.pipeline_section import pipeline
 from megatrain.report.sources import last_read, sources_of_run
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
-from megatrain.resilience.signals import signal_name
-from megatrain.tracking.console import SOURCE_LOSS, clock, describe_sources, part_read, short
+from megatrain.tracking.console import clock, short
+from megatrain.tracking.event_words import SOURCE_LOSS, change, describe_sources, details, part_read
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
 from megatrain.tracking.sweep_record import FILE as FILE_OF_SWEEP
@@ -31,6 +31,8 @@ MAX_POINTS = 1200
 """Most points per curve. A longer run is cut into stretches, each shown as its mean and a min-max band."""
 MAX_EVENTS_OF_A_KIND = 400
 """Most events of one kind that the page shows."""
+MAX_DETAIL = 400
+"""Most characters of an event's detail."""
 RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
 """The files that a page is made of; a run's folder has one at least."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
@@ -81,7 +83,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
             "kind": str(event["kind"]),
             "step": event.get("step"),
             "time": seconds(event.get("time")) - first,
-            "detail": event_detail(event),
+            "detail": details(event)[:MAX_DETAIL],
         }
         for event in thin_out(events)
     ]
@@ -326,6 +328,7 @@ def facts(
     rows.append(("read of each source", describe_sources(mixed) if mixed else None))
     if read := part_read(last_evaluation(events)):
         rows.append(("held-out loss is of", f"the {read}; megatrain evaluate reads all"))
+    rows.append(("weights taken from", next((details(e) for e in events if e["kind"] == "init_from"), None)))
     rows.append(("changed on a resume", changes(events)))
     rows.append(("started", starts[0].get("time") if starts else None))
     rows.append(("last step written", curves.last.get("time")))
@@ -343,7 +346,7 @@ def last_evaluation(events: list[dict[str, Any]]) -> dict[str, Any]:
 def changes(events: list[dict[str, Any]]) -> str:
     """Return what resumes changed on purpose (`checkpoint.override`), each once: `key before → now (step)`."""
     told = [
-        f"{event['key']} {format_value(event['before'])} → {format_value(event['now'])} (step {event['step']})"
+        f"{event['key']} {change(event['before'], event['now'])} (step {event['step']})"
         for event in events
         if event["kind"] == "change" and event.get("override")
     ]
@@ -375,19 +378,11 @@ def thin_out(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [events[index] for index in sorted(index for chosen in kept for index in chosen)]
 
 
-def event_detail(event: dict[str, Any]) -> str:
-    """Return an event's fields except time, kind and step, as one line of at most 400 characters."""
-    if event["kind"] == "signal" and isinstance(event.get("signal"), int):
-        return signal_name(event["signal"])
-    parts = (f"{name} {format_value(value)}" for name, value in event.items() if name not in ("time", "kind", "step"))
-    return ", ".join(parts)[:400]
-
-
 def format_value(value: Any) -> str:
-    """Return a value as the page shows it: numbers with separators, text as it is, the rest as JSON."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value if isinstance(value, str) else json.dumps(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    """Return a value as the page shows it: integers with separators, the rest in plain words."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return plain(value, 6)
 
 
 def is_number(value: Any) -> bool:

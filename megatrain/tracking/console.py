@@ -11,8 +11,8 @@ from collections import deque
 from typing import Any
 
 from megatrain.config.suggest import next_step
-from megatrain.resilience.signals import signal_name
 from megatrain.resilience.terminal import Terminal, show
+from megatrain.tracking.event_words import describe
 from megatrain.tracking.tracker import RunInfo
 
 RECENT_STEPS = 50
@@ -21,10 +21,6 @@ RECENT_STEPS = 50
 
 MIN_BAR = 10
 """Width of the narrowest bar; where less is left, there is none."""
-
-
-SOURCE_LOSS = "heldout_loss/"
-"""How the key of one source's held-out loss begins."""
 
 
 class Console:
@@ -187,58 +183,3 @@ def length(info: RunInfo) -> str:
     mixed = info.config.get("data", {}).get("mixture")  # then each source has epochs of its own
     data = None if mixed else info.dataset.get("splits", {}).get("train", {}).get("tokens")
     return f"{steps:,} steps, {short(tokens)} tokens" + (f" ({tokens / data:.3g} epochs)" if data else "")
-
-
-def describe(event: dict[str, Any]) -> str:
-    """Return an event as a line: a sentence for the usual ones, else its kind, step and fields."""
-    kind, step = event["kind"], event.get("step")
-    if kind == "change":
-        how = " (checkpoint.override)" if event["override"] else ""
-        return f"changed: {event['key']} {change(event['before'], event['now'])}{how}"
-    if kind == "signal":
-        return f"{signal_name(event['signal'])} at step {step}: the run saves and ends"
-    if kind == "preflight":
-        return f"preflight: all checks passed in {event['seconds']:.2f} s"
-    if kind == "save":
-        return f"saved {event['checkpoint']} in {event['seconds']:.2f} s"
-    if kind == "evaluate":
-        bits = event.get("bits_per_byte")
-        by_source = {name: loss for name, loss in event.items() if name.startswith(SOURCE_LOSS)}
-        listed = ", ".join(f"{name.removeprefix(SOURCE_LOSS)} {loss:.4f}" for name, loss in by_source.items())
-        read = part_read(event)
-        return (
-            f"step {step}: held-out loss {event['heldout_loss']:.4f}"
-            + (f", {bits:.3f} bits per byte" if bits is not None else "")
-            + (f" ({listed})" if listed else "")
-            + (f" ({read})" if read else "")
-        )
-    if kind == "mixture":
-        return f"read of each source: {describe_sources(event['sources'])}"
-    detail = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
-    shown = ", ".join(f"{name} {_plain(value)}" for name, value in detail.items())
-    return f"{kind} at step {step}" + (f": {shown}" if shown else "")
-
-
-def part_read(event: dict[str, Any]) -> str:
-    """Return how much of the held-out data an evaluation read: `first 8 of 108 batches`; empty for all of it."""
-    read, whole = event.get("num_batches"), event.get("all_batches")
-    return f"first {read:,} of {whole:,} batches" if read and whole and read < whole else ""
-
-
-def describe_sources(sources: dict[str, Any]) -> str:
-    """Return what a run has read of each source of its mixture: `web 70.0% (0.11 epochs), code 30.0% (2.40 epochs)`."""
-    return ", ".join(f"{name} {seen['share']:.1%} ({seen['epochs']:.2f} epochs)" for name, seen in sources.items())
-
-
-def change(before: Any, now: Any) -> str:
-    """Return two values that differ, with as many digits as show it."""
-    first, second = _plain(before), _plain(now)
-    if first == second:
-        first, second = str(before), str(now)
-    return f"{first} → {second}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and len(value) > 8:
-        return f"[{', '.join(map(str, value[:8]))}, ... {len(value)} in all]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -20,8 +20,9 @@ from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import UNTOLD, check_resume, take_over
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import CheckpointStore
-from megatrain.checkpoint.weights import Transfer, check_tokenizer, plan_transfer
+from megatrain.checkpoint.weights import Transfer, check_tokenizer, plan_transfer, weights_fit
 from megatrain.config import OptimConfig, TrainConfig
+from megatrain.config.plain import plain
 from megatrain.data.loader import TrainStream, in_sample_order, step_hash
 from megatrain.data.mixture import seen_shares
 from megatrain.data.order import Order, merge_ranges
@@ -170,7 +171,8 @@ class RankJob:
         """Check that the run may continue from a checkpoint, and take over its progress."""
         saved = origin.manifest
         mixture, folder = self.data.mixture, str(origin.folder)
-        changed = check_resume(saved, asdict(self.config), None if mixture else self.data.fingerprint, folder)
+        fit = partial(weights_fit, origin.folder, saved, self.data.card, self.data.folder, self.config)
+        changed = check_resume(saved, asdict(self.config), None if mixture else self.data.fingerprint, folder, fit)
         if mixture:
             self.data = self.data.continued(continue_mixture(saved, mixture, self.config.train, changed, folder))
         progress, self.overrides = take_over(saved, changed)
@@ -181,7 +183,7 @@ class RankJob:
         self.changes = {key: values for key, values in changed.items() if key not in UNTOLD}
         self.changes |= self._changed_rate(saved.identity.config)
         for key, (before, now) in self.changes.items():
-            _LOG.info("resume: %s was %s in %s and is now %s", key, before, origin.folder, now)
+            _LOG.info("resume: %s was %s in %s and is now %s", key, plain(before), origin.folder, plain(now))
 
     def _changed_rate(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the learning rate of the next step as it was planned and as it is now, if they differ."""

@@ -1,4 +1,4 @@
-"""`megatrain inspect`: print what a run, a checkpoint or a prepared dataset holds and verify every checksum. Read-only.
+"""`megatrain inspect`: print what a run or another folder of megatrain holds and verify every checksum. Read-only.
 
 Everything readable is printed first. Any damage then ends the command with its error and exit code.
 """
@@ -6,36 +6,32 @@ Everything readable is printed first. Any damage then ends the command with its 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unicodedata import category
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, check_coverage, read_manifest, verify_file
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.resume import model_sizes
 from megatrain.config import InspectConfig
 from megatrain.config.flatten import flatten
-from megatrain.data.card import Card
-from megatrain.data.funnel import funnel
-from megatrain.data.indexed_dataset import verify_dataset
+from megatrain.config.model_config import ROPE_SCALING_KEYS
+from megatrain.config.plain import plain
 from megatrain.data.mixture import seen_shares
-from megatrain.data.packing_index import stored_packings, verify_packings
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.interop.load_model import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.model.formats import DTYPE_BYTES
-from megatrain.report.dataset_page import sample_texts
+from megatrain.resilience.owner import is_held
 from megatrain.tracking.console import short
+from megatrain.tracking.event_words import change, details, part_read
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
+from megatrain.verbs.inspect_data import print_dataset, print_huggingface, print_tokenizer
+from megatrain.verbs.printer import Printer
 
 HIGHLIGHTS = (
     "data.name",
@@ -49,6 +45,22 @@ HIGHLIGHTS = (
 )
 """Config keys to print after those of the model."""
 
+FIGURES = {
+    "step": "step",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "tokens": "tokens",
+    "tokens_per_s": "tokens/s",
+}
+"""Figures of metrics.jsonl to print, and their names."""
+
+SHOWN = 6
+"""Most folders that a message lists."""
+
+MAX_CELL = 80
+"""Most characters of an event's details in the table."""
+
 MIXTURE_COLUMNS = ("source", "samples", "share", "weight now", "epochs")
 
 
@@ -56,7 +68,7 @@ def inspect(config: InspectConfig) -> None:
     """Print what the path holds.
 
     Raises:
-        ConfigError: the path is not a run, a checkpoint or a prepared dataset, or the run has no checkpoint of `step`.
+        ConfigError: the path is none of what can be inspected, or the run has no checkpoint of `step`.
         CheckpointError, DataError: a file is damaged. Raised after everything was printed; names the files.
     """
     path = Path(config.path)
@@ -71,11 +83,21 @@ def inspect(config: InspectConfig) -> None:
     elif kind == "run":
         print_run(printer, path)
     elif kind == "huggingface":
-        raise ConfigError(
-            f"path={path} is a Hugging Face folder; turn it into a checkpoint with megatrain import, or give a run"
-        )
+        print_huggingface(printer, path)
+    elif (path / META).is_file():
+        print_tokenizer(printer, path)
     else:
-        raise ConfigError(f"path={path} is not a run folder, a checkpoint or a prepared dataset; give one of these")
+        raise ConfigError(
+            f"path={path} is not a run folder, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face folder; "
+            f"give one of these{inside(path)}"
+        )
+
+
+def inside(path: Path) -> str:
+    """Return which folders in a folder can be inspected, as the end of a message."""
+    found = [str(child) for child in sorted(path.iterdir()) if child.is_dir() and kind_of(child) != "unknown"]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f", such as {', '.join(found[:SHOWN])}{more}" if found else ""
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -142,8 +164,10 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
         "step": progress.step,
         "tokens": f"{progress.tokens:,}",
         "cursor (samples)": f"{progress.cursor:,}",
-        "skip ranges": [list(skipped) for skipped in progress.skip_ranges] or "none",
-        "changed on a resume": "; ".join(f"{o.key} {o.before} → {o.now} (step {o.step})" for o in identity.overrides)
+        "skip ranges": ", ".join(f"{start:,} to {stop:,}" for start, stop in progress.skip_ranges) or "none",
+        "changed on a resume": "; ".join(
+            f"{o.key} {change(o.before, o.now)} (step {o.step})" for o in identity.overrides
+        )
         or None,
         "optimizer steps": optimizer.step if optimizer else "none: weights alone",
         "parameters": f"{parameters:,}",
@@ -151,6 +175,7 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
         "layout": " ".join(f"{name}={value}" for name, value in (identity.layout or {}).items()) or "none",
         "dataset": identity.dataset_fingerprint or "none",
         "imported from": identity.imported_from,
+        "began from": identity.origin,
     }
 
 
@@ -203,68 +228,112 @@ def file_rows(folder: Path, found: Inspection) -> list[list[str]]:
 
 
 def highlights(config: dict[str, Any]) -> list[list[str]]:
-    """Return every key of the model, sizes of null resolved, and the keys of HIGHLIGHTS that the config has."""
+    """Return the keys that the model uses, sizes of null resolved, and the keys of HIGHLIGHTS that the config has."""
     flat = flatten(config) | model_sizes(config)
-    model = [name for name in flat if name.startswith("model.")]
-    return [[name, str(flat[name])] for name in (*model, *HIGHLIGHTS) if flat.get(name) is not None]
+    read = {f"model.{name}" for name in ROPE_SCALING_KEYS.get(flat.get("model.rope_scaling"), ())}
+    idle = {f"model.{name}" for names in ROPE_SCALING_KEYS.values() for name in names} - read
+    if not flat.get("model.qk_norm"):
+        idle.add("model.qk_norm_over")
+    if flat.get("model.position") != "rope":
+        idle.add("model.rope_theta")
+    model = [name for name in flat if name.startswith("model.") and name not in idle]
+    return [[name, plain(flat[name])] for name in (*model, *HIGHLIGHTS) if flat.get(name) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------- runs
 
 
 def print_run(printer: Printer, run: Path) -> None:
-    """Print a run: its checkpoints, which of them a resume would load, its last metrics and its events."""
+    """Print a run: how it stands, its checkpoints and which a resume would load, its events, and its config."""
     printer.title(f"run {run}")
     folder = checkpoints_folder(run)
     found = {path: inspect_checkpoint(path) for path in list_checkpoints(folder)}
     problems = [problem for inspection in found.values() for problem in inspection.problems]
     newest = next((path for path, inspection in found.items() if not inspection.problems), None)
-    if newest is not None and (manifest := found[newest].manifest) is not None:
-        printer.table("config", ("key", "value"), highlights(manifest.identity.config))
-        printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(manifest))
+    manifest = found[newest].manifest if newest else None
+    events = read_events(run / "events.jsonl") if (run / "events.jsonl").is_file() else []
+    facts: dict[str, Any] = {"status": status(run, events)}
+    try:
+        facts |= last_figures(run / "metrics.jsonl", events)
+    except DataError as error:
+        problems.append(str(error))
+    facts["weights taken from"] = next((details(event) for event in events if event["kind"] == "init_from"), None)
+    if (run / "tokenizer").is_dir():
+        try:
+            tokenizer = load_tokenizer(run / "tokenizer")
+            facts["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint}"
+        except (ConfigError, DataError) as error:
+            problems.append(str(error))
+            facts["tokenizer"] = "damaged"
+    if newest:
+        facts["a resume takes"] = newest.name
+    else:
+        why = "all are damaged" if found else "there is no checkpoint, so the run would start at its first step"
+        facts["a resume takes"] = f"none: {why}"
+    printer.facts(facts)
     rows = [[path.name, f"{format_tokens(c)}", f"{folder_bytes(path):,}", c.verdict] for path, c in found.items()]
     printer.table("checkpoints", ("checkpoint", "tokens", "bytes", "verdict"), rows)
     for path in sorted(folder.glob("*.writing")):
         printer.line(f"unfinished: {path.name} (a save in progress, or one that was cut short; no checkpoint)")
-    if found:
-        printer.facts({"a resume takes": newest.name if newest else "none: all are damaged"})
-    else:
-        printer.facts({"a resume takes": "none: there is no checkpoint, so the run would start at its first step"})
-    problems += print_records(printer, run)
-    if (run / "tokenizer").is_dir():
-        try:
-            tokenizer = load_tokenizer(run / "tokenizer")
-            printer.facts({"tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint}"})
-        except (ConfigError, DataError) as error:
-            problems.append(str(error))
-            printer.facts({"tokenizer": "damaged"})
+    printer.table("events", ("kind", "times", "last step", "last time", "last one"), event_rows(events))
+    if manifest:
+        printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(manifest))
+        printer.table("config", ("key", "value"), highlights(manifest.identity.config))
     raise_problems(problems)
 
 
-def print_records(printer: Printer, run: Path) -> list[str]:
-    """Print the last metrics and the events, and return the problems."""
-    problems = []
-    if (run / "metrics.jsonl").is_file():
-        try:
-            last: dict[str, Any] = {}
-            heldout = None
-            for last in iter_metrics(run / "metrics.jsonl"):
-                heldout = last.get("heldout_loss") or heldout
-            shown = {name: last.get(name) for name in ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s")}
-            printer.table("last metrics", ("metric", "value"), [[k, format_number(v)] for k, v in shown.items()])
-            if heldout is not None:
-                printer.facts({"last held-out loss": format_number(heldout)})
-        except DataError as error:
-            problems.append(str(error))
-    if (run / "events.jsonl").is_file():
-        events = read_events(run / "events.jsonl")
-        last_of = {event["kind"]: event for event in events}
-        rows = [
-            [kind, str(count), str(last_of[kind].get("step")), str(last_of[kind].get("time"))]
-            for kind, count in Counter(event["kind"] for event in events).items()
+def status(run: Path, events: list[dict[str, Any]]) -> str:
+    """Return how a run stands: the end that it recorded, or whether its job runs."""
+    last = next((event for event in reversed(events) if event["kind"] in ("start", "resume", "stop")), None)
+    if is_held(run):
+        return "running"
+    if last is None:
+        return "not started"
+    return plain(last.get("status")) if last["kind"] == "stop" else "no end recorded"
+
+
+def last_figures(path: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the last step in metrics.jsonl and the last held-out loss. Raises DataError if damaged."""
+    last: dict[str, Any] = {}
+    evaluated: dict[str, Any] = {}
+    for last in iter_metrics(path) if path.is_file() else ():
+        evaluated = last if last.get("heldout_loss") is not None else evaluated
+    if not last:
+        return {}
+    facts = {name: format_number(last[key]) for key, name in FIGURES.items() if last.get(key) is not None}
+    if evaluated:
+        step = evaluated["step"]
+        parts = [part_read(event) for event in events if event["kind"] == "evaluate" and event.get("step") == step]
+        read = f" ({parts[-1]})" if parts and parts[-1] else ""
+        facts["held-out loss"] = f"{format_number(evaluated['heldout_loss'])} at step {step:,}{read}"
+    return facts
+
+
+def event_rows(events: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a row for each kind of events: how many, and the last one."""
+    counts = Counter(event["kind"] for event in events)
+    last_of = {event["kind"]: event for event in events}
+    return [
+        [
+            kind.replace("_", " "),
+            f"{counts[kind]:,}",
+            plain(event.get("step")),
+            clock_time(event.get("time")),
+            shortened(event),
         ]
-        printer.table("events", ("kind", "times", "last step", "last time"), rows)
-    return problems
+        for kind, event in last_of.items()
+    ]
+
+
+def clock_time(moment: Any) -> str:
+    """Return an event's time without fractions of a second: `2026-11-30 11:59:24Z`."""
+    return re.sub(r"T([\d:]+)(\.\d+)?", r" \1", str(moment))
+
+
+def shortened(event: dict[str, Any]) -> str:
+    """Return an event's details in a table's cell."""
+    text = details(event)
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
 
 
 def format_tokens(inspection: Inspection) -> str:
@@ -278,136 +347,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def format_number(value: Any) -> str:
-    """Return a metric with six significant digits."""
-    return f"{value:.6g}" if isinstance(value, float) else f"{value}"
-
-
-# ---------------------------------------------------------------------------------------------------- datasets
-
-
-def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -> None:
-    """Print a prepared dataset's card, verify every hash, and print random documents."""
-    card = Card.load(folder)
-    printer.title(f"dataset {folder}")
-    printer.facts({"name": card.name, "fingerprint": card.fingerprint})
-    rows = [
-        [name, f"{s.documents:,}", f"{s.bytes:,}" if s.bytes is not None else "unknown", f"{s.tokens:,}", s.dtype]
-        for name, s in card.splits.items()
-    ]
-    printer.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
-    if card.tokenizer:
-        printer.table("tokenizer", ("key", "value"), [[k, str(v)] for k, v in vars(card.tokenizer).items()])
-    printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
-    printer.table("source", ("key", "value"), [[k, str(v)] for k, v in {**card.source, **card.counts}.items()])
-    printer.table("packings", PACKING_COLUMNS, packing_rows(folder, card))
-    try:
-        verify_dataset(folder)
-        verify_packings(folder)
-    except (ConfigError, DataError) as error:
-        printer.facts({"verdict": "damaged"})
-        raise DataError(str(error)) from error
-    for headline, text in sample_texts(folder, card, num_samples, seed, SAMPLE_TOKENS):
-        printer.title(headline)
-        printer.line(printable(text))
-    printer.facts({"verdict": "valid: every checksum matches"})
-
-
-PACKING_COLUMNS = ("split", "seq_len", "samples", "padding", "documents cut", "cut by concatenate")
-
-
-def packing_rows(folder: Path, card: Card) -> list[list[str]]:
-    """Return a row for each packing of a dataset that training has made: the shares of padding and of cut documents."""
-    return [
-        [
-            packing.split,
-            f"{packing.seq_len:,}",
-            f"{packing.samples:,}",
-            *(f"{packing.figures[name]:.4%}" for name in ("padding_share", "cut_share", "cut_share_of_windows")),
-        ]
-        for packing in stored_packings(folder)
-        if packing.fingerprint == card.fingerprint
-    ]
-
-
-FUNNEL_COLUMNS = (
-    "stage",
-    "documents in",
-    "removed",
-    "documents left",
-    "bytes left",
-    "changed",
-    "removed for",
-    "counted",
-)
-SAMPLE_TOKENS = 150
-"""Tokens printed of a random document at most."""
-
-
-def funnel_rows(card: Card) -> list[list[str]]:
-    """Return a row for each stage from the records that were read to the documents that are kept."""
-    return [
-        [
-            stage.name,
-            f"{stage.documents_in:,}",
-            f"{stage.removed:,}",
-            f"{stage.documents_out:,}",
-            "" if stage.bytes_out is None else f"{stage.bytes_out:,}",
-            f"{stage.changed:,}" if stage.is_step else "",
-            largest(stage.reasons),
-            largest(stage.changes),
-        ]
-        for stage in funnel(card)
-    ]
-
-
-def largest(counts: dict[str, int], limit: int = 5) -> str:
-    """Return the largest counts as text, and how many others there are."""
-    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{name} {count:,}" for name, count in listed[:limit]]
-    return ", ".join([*shown, *([f"{len(listed) - limit} others"] if len(listed) > limit else [])])
-
-
-def printable(text: str) -> str:
-    """Return text that cannot steer a terminal: control and invisible characters except newline and tab as escapes."""
-    return "".join(c if c in "\n\t" or category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
-
-
-# ---------------------------------------------------------------------------------------------------- printing
-
-
-class Printer:
-    """Print rich tables on a terminal and plain, aligned columns elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-
-    def title(self, text: str) -> None:
-        """Print a headline."""
-        self._console.print(Text(text, style="bold"))
-
-    def line(self, text: str) -> None:
-        """Print one line as it is."""
-        self._console.print(Text(text))
-
-    def facts(self, values: dict[str, Any]) -> None:
-        """Print `name: value` for each value that is not None."""
-        for name, value in values.items():
-            if value is not None:
-                self.line(f"{name}: {value}")
-
-    def table(self, title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-        """Print a table, or nothing if there are no rows."""
-        if not rows:
-            return
-        if self._console.is_terminal:
-            table = Table(title=Text(title), title_justify="left")
-            for column in columns:
-                table.add_column(column, overflow="fold")
-            for row in rows:
-                table.add_row(*map(Text, row))
-            self._console.print(table, soft_wrap=False)
-            return
-        widths = [max(len(row[index]) for row in [list(columns), *rows]) for index in range(len(columns))]
-        self.line(f"{title}:")
-        for row in [list(columns), *rows]:
-            self.line("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Return a figure with six significant digits, integers with separators."""
+    if isinstance(value, float) and abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else plain(value, 6)

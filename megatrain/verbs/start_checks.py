@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatrain.checkpoint.manifest import Manifest, Progress
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume, take_over
-from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments
+from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments, weights_fit
 from megatrain.config import DataConfig, PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
 from megatrain.config.compose import compose, last_words, read_overrides
@@ -102,7 +103,8 @@ def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None
     changed: dict[str, tuple[Any, Any]] | None = None
     if found:
         folder, manifest = found
-        changed = check_resume(manifest, asdict(config), None if mixture else card.fingerprint, str(folder))
+        fit = partial(weights_fit, folder, manifest, card, dataset, config)
+        changed = check_resume(manifest, asdict(config), None if mixture else card.fingerprint, str(folder), fit)
         if mixture:
             mixture = continue_mixture(manifest, mixture, config.train, changed, str(folder))
         progress = take_over(manifest, changed)[0]

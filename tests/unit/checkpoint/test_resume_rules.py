@@ -10,6 +10,7 @@ from megatrain.checkpoint.manifest import EngineCounters, Identity, Manifest, Op
 from megatrain.checkpoint.resume import MAY_CHANGE, OVERRIDES, changed_keys, check_resume, may_change, take_over
 from megatrain.config import TrainConfig, walk
 from megatrain.config.flatten import flatten
+from megatrain.config.plain import plain
 from megatrain.errors import CheckpointError, DataError
 
 
@@ -45,7 +46,7 @@ def test_what_is_trained_may_not_change(group, name, value):
     setattr(getattr(config, group), name, value)
     with pytest.raises(CheckpointError) as caught:
         check_resume(old, asdict(config), "abc", "step_1")
-    assert f"{group}.{name} was " in str(caught.value) and repr(value) in str(caught.value)
+    assert f"{group}.{name} was " in str(caught.value) and f"is now {plain(value)}" in str(caught.value)
     assert "start anew under another run.name" in str(caught.value)
     assert ("checkpoint.init_from=step_1" in str(caught.value)) == (group != "model"), "its weights may not fit"
     advised = f"'checkpoint.override=[{group}.{name}]'" in str(caught.value)
@@ -61,7 +62,7 @@ def test_a_label_and_another_spelling_of_the_same_sizes_change_nothing():
     config.model.head_size = config.model.hidden_size // config.model.num_heads
     assert set(check_resume(old, asdict(config), "abc", "step_1")) == {"model.name", "data.name"}
     config.model.ffn_size += 1
-    with pytest.raises(CheckpointError, match=r"model\.ffn_size was None and is now 257"):
+    with pytest.raises(CheckpointError, match=r"model\.ffn_size was null and is now 257"):
         check_resume(old, asdict(config), "abc", "step_1")
 
 
@@ -137,8 +138,19 @@ def test_a_run_is_not_continued_in_place_of_a_start_from_other_weights(tmp_path)
 
 def test_another_dataset_is_refused():
     """The fingerprint decides, not the name."""
-    with pytest.raises(DataError, match="was abc and is now xyz"):
+    with pytest.raises(DataError, match=r"was abc and is now xyz; .* with checkpoint\.init_from=step_1$"):
         check_resume(saved(TrainConfig()), asdict(TrainConfig()), "xyz", "step_1")
+
+
+def test_a_new_run_from_weights_is_offered_only_if_they_fit():
+    """Another tokenizer makes them worthless."""
+    config = TrainConfig()
+    with pytest.raises(DataError, match=r"or start a new run with run\.name=<new name>$"):
+        check_resume(saved(config), asdict(config), "xyz", "step_1", lambda: False)
+    old = saved(config)
+    config.train.seq_len += 1
+    with pytest.raises(CheckpointError, match=r"or start anew under another run\.name$"):
+        check_resume(old, asdict(config), "abc", "step_1", lambda: False)
 
 
 def test_the_list_names_only_keys_that_exist():
@@ -171,5 +183,5 @@ def test_a_key_younger_than_the_manifest_had_its_default():
     del old.identity.config["model"]["qk_norm"], old.identity.config["optim"]["betas"]
     assert check_resume(old, asdict(config), "abc", "step_1") == {}
     config.model.qk_norm = True
-    with pytest.raises(CheckpointError, match=r"model\.qk_norm was False and is now True"):
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm was false and is now true"):
         check_resume(old, asdict(config), "abc", "step_1")

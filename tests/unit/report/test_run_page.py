@@ -298,3 +298,12 @@ def test_a_browser_draws_the_sources_of_a_mixture(tmp_path):
     document = drawn(report(run_dir))
     assert "<h2>Held-out loss by source" in document
     assert re.search(r'data-drawn="(\d+)"', document).group(1) == "11"
+
+
+def test_weights_taken_from_another_run_are_told_in_words(tmp_path):
+    run_dir = make_run(tmp_path, 5)
+    EventLog(run_dir / "events.jsonl").emit("init_from", 0, checkpoint="runs/a/step_9", drawn=["head", "embed"])
+    page = collect(run_dir)
+    told = "runs/a/step_9; drawn anew: head, embed"
+    assert ["weights taken from", told] in page["facts"]
+    assert [event["detail"] for event in page["events"] if event["kind"] == "init_from"] == [told]

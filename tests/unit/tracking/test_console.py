@@ -10,7 +10,8 @@ import pytest
 
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
-from megatrain.tracking.console import Console, change, clock, describe, short
+from megatrain.tracking.console import Console, clock, short
+from megatrain.tracking.event_words import change, describe
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
 
@@ -195,7 +196,7 @@ def test_only_the_beginning_of_a_long_list_is_shown(tmp_path, capsys):
     Console(20).event({"time": "", "kind": "rollback", "step": 7, "windows": [*range(9)], "skip_range": [8, 16]})
     assert (
         capsys.readouterr().err
-        == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip_range [8, 16]\n"
+        == "rollback at step 7: windows [0, 1, 2, 3, 4, 5, 6, 7, ... 9 in all], skip range [8, 16]\n"
     )
 
 
@@ -236,3 +237,18 @@ def test_the_sources_of_a_mixture_are_named():
 
 def test_values_that_differ_late_are_shown_with_all_digits():
     assert change(3e-5, 2.99999e-5) == "3e-05 → 2.99999e-05" and change(0.1, 0.25) == "0.1 → 0.25"
+
+
+def test_an_event_is_told_in_plain_words():
+    """Without Python's spelling of texts, lists and missing values."""
+    began = {"kind": "init_from", "step": 0, "checkpoint": "runs/a/step_9", "left": ["head"]}
+    changed = ["model.max_seq_len 64 → 128", "model.dropout null → 0.1"]
+    assert describe(began | {"changed": changed}) == (
+        "the weights are those of runs/a/step_9; changed: model.max_seq_len 64 → 128, model.dropout null → 0.1; "
+        "left out: head"
+    )
+    aside = {"kind": "set_aside", "step": 4, "checkpoints": ["step_8", "step_6"], "folder": "a", "cut_metrics": None}
+    assert describe(aside) == "set aside at step 4: checkpoints [step_8, step_6], folder a"
+    assert describe({"kind": "early_stop", "step": 4}) == "early stop at step 4"
+    assert describe({"kind": "evaluate", "step": 4, "loss": 2.0}) == "step 4: loss 2", "of another program"
+    assert change(None, ["a", "b"]) == "null → [a, b]" and change(True, False) == "true → false"

@@ -1,6 +1,7 @@
 """`megatrain inspect`: prints the contents, verifies every checksum, and its exit code tells what is damaged."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ from megatrain.checkpoint.manifest import Identity, Manifest, Progress
 from megatrain.data.mixture import MixturePlan, Phase, PlannedSource
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.count import num_parameters
-from megatrain.verbs.inspect import mixture_rows, printable
+from megatrain.verbs.inspect import event_rows, highlights, mixture_rows
+from megatrain.verbs.printer import printable
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_a_damaged_checkpoint_is_printed_and_then_refused_by_file(inspect, run_c
     (folder / "0.safetensors").write_bytes(shard)
     code, out, err = inspect(folder)
     assert code == CheckpointError.exit_code and str(folder / "0.safetensors") in err
-    assert "step: 4" in out and "verdict: damaged" in out
+    assert re.search(r"^step: +4$", out, re.MULTILINE) and "verdict: damaged" in out
     (folder / "manifest.json").write_text("{")
     code, out, err = inspect(folder)
     assert code == CheckpointError.exit_code and str(folder / "manifest.json") in err
@@ -77,9 +79,11 @@ def test_a_run_shows_its_checkpoints_the_one_to_resume_from_and_its_records(insp
     lines = [words(line) for line in out.splitlines()]
     assert (code, err) == (0, "")
     assert [line[-1] for line in lines if line and line[0].startswith("step_")] == ["valid", "valid"]
-    assert "a resume takes: step_00000004" in out
-    assert ["step", "4"] in lines and any(line[:3] == ["save", "2", "4"] for line in lines)
-    assert "last held-out loss: " in out and "tokenizer: sentencepiece" in out
+    assert "a resume takes: step_00000004" in out and ["status:", "done"] in lines
+    assert ["step:", "4"] in lines and any(line[:3] == ["save", "2", "4"] for line in lines)
+    assert any(line[:2] == ["held-out", "loss:"] and line[-2:] == ["step", "4"] for line in lines)
+    assert ["tokenizer:", "sentencepiece,"] in [line[:2] for line in lines]
+    assert "None" not in out and "True" not in out and "False" not in out
 
 
 def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(inspect, run_copy):
@@ -87,7 +91,7 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(insp
     damaged.unlink()
     code, out, err = inspect(run_copy)
     assert code == CheckpointError.exit_code and str(damaged) in err
-    assert "a resume takes: step_00000002" in out and "last metrics" in out
+    assert "a resume takes: step_00000002" in out and "gradient norm: " in out
 
 
 def test_a_damaged_tokenizer_of_a_run_is_named(inspect, run_copy):
@@ -162,9 +166,68 @@ def test_no_text_of_a_dataset_steers_the_terminal():
 
 def test_anything_else_is_refused(inspect, tmp_path):
     code, out, err = inspect(tmp_path)
-    assert (
-        code == ConfigError.exit_code and out == "" and "is not a run folder, a checkpoint or a prepared dataset" in err
-    )
+    assert code == ConfigError.exit_code and out == ""
+    assert "is not a run folder, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face folder" in err
+
+
+def test_a_folder_of_runs_is_refused_with_their_names(inspect, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "first")
+    (tmp_path / "notes").mkdir()
+    code, _, err = inspect(tmp_path)
+    assert code == ConfigError.exit_code and err.rstrip().endswith(f"give one of these, such as {tmp_path / 'first'}")
+
+
+def test_a_tokenizer_is_shown_and_verified(inspect, finished, tmp_path):
+    folder = shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
+    saved = json.loads((folder / "megatrain_tokenizer.json").read_text())
+    code, out, err = inspect(folder)
+    lines = [words(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and ["fingerprint:", saved["fingerprint"]] in lines
+    assert ["kind:", "sentencepiece"] in lines and "verdict: valid" in out
+    model = bytearray((folder / "tokenizer.model").read_bytes())
+    model[-1] ^= 1
+    (folder / "tokenizer.model").write_bytes(model)
+    code, _, err = inspect(folder)
+    assert code == DataError.exit_code and str(folder) in err
+
+
+def test_a_hugging_face_folder_is_shown_and_its_tensors_checked(inspect, finished, tmp_path, family):
+    out_folder = tmp_path / "hf"
+    assert cli.main(["export", str(finished), f"out={out_folder}"]) == 0
+    code, out, err = inspect(out_folder)
+    _, config, _ = family("llama")
+    lines = [words(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and ["parameters:", f"{num_parameters(config):,}"] in lines
+    assert ["tokenizer:", "sentencepiece,"] in [line[:2] for line in lines] and ["layers:", "2"] in lines
+    (out_folder / "model.safetensors").write_bytes(b"")
+    code, _, err = inspect(out_folder)
+    assert code == CheckpointError.exit_code and "model.safetensors" in err
+
+
+def test_keys_that_the_model_does_not_use_are_left_out():
+    model = {
+        "position": "rope",
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "rope_beta_fast": 32.0,
+        "qk_norm_over": "head",
+    }
+    shown = [name for name, _ in highlights({"model": model})]
+    assert "model.rope_theta" in shown and not {"model.rope_beta_fast", "model.qk_norm_over"} & set(shown)
+    shown = [name for name, _ in highlights({"model": model | {"rope_scaling": "yarn", "qk_norm": True}})]
+    assert {"model.rope_beta_fast", "model.qk_norm_over", "model.rope_scaling"} <= set(shown)
+    assert ["model.qk_norm", "true"] in highlights({"model": model | {"qk_norm": True}})
+
+
+def test_the_last_event_of_each_kind_is_told_in_words():
+    events = [
+        {"kind": "evaluate", "step": step, "time": "2026-11-30T11:59:24.248Z", "heldout_loss": 2.0 + step}
+        for step in (1, 2)
+    ] + [{"kind": "init_from", "step": 0, "time": "x", "checkpoint": "runs/a", "drawn": ["head", "embed"]}]
+    assert event_rows(events) == [
+        ["evaluate", "2", "2", "2026-11-30 11:59:24Z", "held-out loss 4.0000"],
+        ["init from", "1", "0", "x", "runs/a; drawn anew: head, embed"],
+    ]
 
 
 def test_a_checkpoint_of_a_mixture_shows_what_was_read_of_each_source():

@@ -59,7 +59,7 @@ def test_a_resumed_run_reads_what_the_undisturbed_one_reads(whole, make_job, run
     assert run_job(make_job(tmp_path, train__steps=2, **PACKED)) == 0
     assert run_job(make_job(tmp_path, **PACKED)) == 0
     assert hashes(tmp_path / "first") == hashes(whole)
-    with pytest.raises(CheckpointError, match=r"data.packing was 'best_fit' and is now 'concatenate'"):
+    with pytest.raises(CheckpointError, match=r"data.packing was best_fit and is now concatenate"):
         run_job(make_job(tmp_path, **{**PACKED, "data__packing": "concatenate", "train__steps": 5}))
 
 

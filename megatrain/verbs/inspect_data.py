@@ -1,0 +1,146 @@
+"""`megatrain inspect` of what is no run: prepared datasets, tokenizers, and folders for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.config.plain import plain
+from megatrain.data.card import Card
+from megatrain.data.funnel import funnel
+from megatrain.data.indexed_dataset import verify_dataset
+from megatrain.data.packing_index import stored_packings, verify_packings
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.errors import ConfigError, DataError
+from megatrain.interop.load_model import load
+from megatrain.report.dataset_page import sample_texts
+from megatrain.verbs.printer import Printer, printable
+
+
+def print_tokenizer(printer: Printer, folder: Path) -> None:
+    """Print a tokenizer. Raises DataError if it is damaged."""
+    tokenizer = load_tokenizer(folder)
+    printer.title(f"tokenizer {folder}")
+    printer.facts(tokenizer_facts(tokenizer))
+    printer.facts({"verdict": "valid: its files match its fingerprint"})
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a tokenizer is, with its control tokens by their ids."""
+    start = tokenizer.beginning_of_document
+    return {
+        "kind": tokenizer.kind,
+        "ids": f"{tokenizer.vocab_size:,}",
+        "end of a document": f"id {tokenizer.end_of_document}",
+        "beginning of a document": "none" if start is None else f"id {start}",
+        "padding": None if tokenizer.padding is None else f"id {tokenizer.padding}",
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def print_huggingface(printer: Printer, folder: Path) -> None:
+    """Print a folder for transformers. Raises CheckpointError if its model is damaged or cannot be imported."""
+    loaded = load(folder)
+    printer.title(f"Hugging Face folder {folder}")
+    config = loaded.config
+    printer.facts(
+        {
+            "parameters": f"{sum(tensor.numel() for tensor in loaded.weights.values()):,}",
+            "dtype": ", ".join(
+                sorted({str(tensor.dtype).removeprefix("torch.") for tensor in loaded.weights.values()})
+            ),
+            "layers": config.num_layers,
+            "width": config.hidden_size,
+            "heads": config.num_heads,
+            "key-value heads": config.kv_heads,
+            "vocabulary": f"{config.vocab:,}",
+            "longest sequence": f"{config.max_seq_len:,} tokens",
+            "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} ids"
+            if loaded.tokenizer
+            else "none",
+            "verdict": "complete: every tensor is there and finite; such folders have no checksums",
+        }
+    )
+
+
+def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -> None:
+    """Print a prepared dataset's card, verify every hash, and print random documents."""
+    card = Card.load(folder)
+    printer.title(f"dataset {folder}")
+    printer.facts({"name": card.name, "fingerprint": card.fingerprint})
+    rows = [
+        [name, f"{s.documents:,}", f"{s.bytes:,}" if s.bytes is not None else "unknown", f"{s.tokens:,}", s.dtype]
+        for name, s in card.splits.items()
+    ]
+    printer.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
+    if card.tokenizer:
+        printer.table("tokenizer", ("key", "value"), [[k, plain(v)] for k, v in vars(card.tokenizer).items()])
+    printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
+    printer.table("source", ("key", "value"), [[k, plain(v)] for k, v in {**card.source, **card.counts}.items()])
+    printer.table("packings", PACKING_COLUMNS, packing_rows(folder, card))
+    try:
+        verify_dataset(folder)
+        verify_packings(folder)
+    except (ConfigError, DataError) as error:
+        printer.facts({"verdict": "damaged"})
+        raise DataError(str(error)) from error
+    for headline, text in sample_texts(folder, card, num_samples, seed, SAMPLE_TOKENS):
+        printer.title(headline)
+        printer.line(printable(text))
+    printer.facts({"verdict": "valid: every checksum matches"})
+
+
+PACKING_COLUMNS = ("split", "seq_len", "samples", "padding", "documents cut", "cut by concatenate")
+
+
+def packing_rows(folder: Path, card: Card) -> list[list[str]]:
+    """Return a row for each packing of a dataset that training has made: the shares of padding and of cut documents."""
+    return [
+        [
+            packing.split,
+            f"{packing.seq_len:,}",
+            f"{packing.samples:,}",
+            *(f"{packing.figures[name]:.4%}" for name in ("padding_share", "cut_share", "cut_share_of_windows")),
+        ]
+        for packing in stored_packings(folder)
+        if packing.fingerprint == card.fingerprint
+    ]
+
+
+FUNNEL_COLUMNS = (
+    "stage",
+    "documents in",
+    "removed",
+    "documents left",
+    "bytes left",
+    "changed",
+    "removed for",
+    "counted",
+)
+SAMPLE_TOKENS = 150
+"""Tokens printed of a random document at most."""
+
+
+def funnel_rows(card: Card) -> list[list[str]]:
+    """Return a row for each stage from the records that were read to the documents that are kept."""
+    return [
+        [
+            stage.name,
+            f"{stage.documents_in:,}",
+            f"{stage.removed:,}",
+            f"{stage.documents_out:,}",
+            "" if stage.bytes_out is None else f"{stage.bytes_out:,}",
+            f"{stage.changed:,}" if stage.is_step else "",
+            largest(stage.reasons),
+            largest(stage.changes),
+        ]
+        for stage in funnel(card)
+    ]
+
+
+def largest(counts: dict[str, int], limit: int = 5) -> str:
+    """Return the largest counts as text, and how many others there are."""
+    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} {count:,}" for name, count in listed[:limit]]
+    return ", ".join([*shown, *([f"{len(listed) - limit} others"] if len(listed) > limit else [])])
