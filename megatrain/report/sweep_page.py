@@ -47,12 +47,22 @@ def collect(folder: Path, page_folder: Path | None = None) -> dict[str, Any]:
         "points": [
             describe(folder.parent / point.run, point, keys)
             | {
-                "short": point.run.removeprefix(f"{folder.resolve().name}-"),
+                "short": short_name(point.run, folder.resolve().name),
                 "page": page_of(folder.parent / point.run, page_folder or folder),
             }
             for point in points
         ],
     }
+
+
+def short_name(run: str, sweep: str) -> str:
+    """Return a run's name without what it shares with the beginning of its sweep's name, such as model and data."""
+    parts, shared = run.split("-"), 0
+    for part, other in zip(parts[:-1], sweep.split("-"), strict=False):
+        if part != other:
+            break
+        shared += 1
+    return "-".join(parts[shared:])
 
 
 def page_of(run_dir: Path, page_folder: Path) -> str | None:

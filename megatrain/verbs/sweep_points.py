@@ -76,11 +76,14 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
         with errors_name_point(number, len(combinations), values):
             named = [name] if name is not None else []
             points.append(Point(values, given, compose("train", with_checkpoint_model("train", [*given, *named]))))
-    sweep = sweep_name(points, given=name is not None)
+    sweep, prefix = sweep_name(points, given=name is not None)
     check_folder_name("run.name", sweep)
+    folder = Path(points[0].config.run.dir) / sweep
+    recorded = SweepRecord.load(folder).points if is_sweep_folder(folder) else []
     for number, point in enumerate(points, start=1):
         point.config.run.sweep = sweep
-        point.config.run.name = f"{sweep}-{point_suffix(point.values)}"
+        known = next((one.run for one in recorded if one.values == point.values), None)
+        point.config.run.name = known or f"{prefix}-{point_suffix(point.values)}"
         point.overrides += [quoted("run.name", point.config.run.name), quoted("run.sweep", sweep)]
         with errors_name_point(number, len(points), point.values):
             check_values(point.config)
@@ -171,17 +174,24 @@ def errors_name_point(number: int, count: int, values: dict[str, str]) -> Iterat
 # ---------------------------------------------------------------------------------------------------- names
 
 
-def sweep_name(points: Sequence[Point], given: bool) -> str:
-    """Return `run.name` if given, else the model and data that all points share and the swept keys."""
+def sweep_name(points: Sequence[Point], given: bool) -> tuple[str, str]:
+    """Return the sweep's name, and what the names of its points begin with.
+
+    Both are `run.name` if given. Otherwise they begin with the model and data that all points share. The sweep's name
+    goes on with the swept keys. So do the names of the points where they would otherwise be those of plain runs.
+    """
     first = points[0].config
     if given or first.run.name != default_run_name(first):  # an experiment may give one too
-        return str(first.run.name)
+        return str(first.run.name), str(first.run.name)
     common = [
         values.pop()
         for values in ({p.config.model.name for p in points}, {p.config.data.name for p in points})
         if len(values) == 1
     ]
-    return "-".join([*common, *short_names(points[0].values).values()])
+    name = "-".join([*common, *short_names(points[0].values).values()])
+    prefix = "-".join(common)
+    is_plain = any(f"{prefix}-{point_suffix(point.values)}" == point.config.run.name for point in points)
+    return name, name if is_plain or not prefix else prefix
 
 
 def point_suffix(values: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from megatrain import cli
 from megatrain.config import ModelConfig
 from megatrain.errors import DataError
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.report.sweep_page import MAX_POINTS, collect, report_sweep
+from megatrain.report.sweep_page import MAX_POINTS, collect, report_sweep, short_name
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord
@@ -72,6 +72,21 @@ def test_the_numbers_of_a_point_are_those_of_its_run(sweep):
     assert texts == ["done", "failed", "no end recorded", "not started"]
     assert [point["short"] for point in (first, waiting)] == ["a-lr0.001", "b-lr0.01"], "without the sweep's name"
     assert waiting["train_curve"] == [] and waiting["compute"] is None and waiting["parameters"] is None
+
+
+@pytest.mark.parametrize(
+    ("run", "sweep", "short"),
+    [
+        ("tiny-books-lr1e-05", "tiny-books-lr", "lr1e-05"),
+        ("tiny-books-lr-lr1e-05", "tiny-books-lr", "lr1e-05"),  # as sweeps named their points before
+        ("my-scan-seed1", "my-scan", "seed1"),
+        ("books-tiny", "books-model", "tiny"),
+        ("other", "scan", "other"),
+        ("scan", "scan", "scan"),
+    ],
+)
+def test_a_point_is_shown_without_what_it_shares_with_the_sweeps_name(run, sweep, short):
+    assert short_name(run, sweep) == short
 
 
 @needs_browser

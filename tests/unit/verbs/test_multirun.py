@@ -86,23 +86,46 @@ def test_a_point_is_the_run_that_its_overrides_start():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["optim.lr=1,2", "model=tiny,small"], "books-model-lr-tiny-lr1"),  # the schema's order, not the typist's
-        (["model=tiny,small", "optim.lr=1,2"], "books-model-lr-tiny-lr1"),
-        (["model=tiny", "optim.lr=1e-5,2"], "tiny-books-lr-lr1e-05"),
-        (["model=tiny", "optim.schedule=wsd,cosine"], "tiny-books-schedule-schedule_wsd"),
+        (["optim.lr=1,2", "model=tiny,small"], "books-tiny-lr1"),  # the schema's order, not the typist's
+        (["model=tiny,small", "optim.lr=1,2"], "books-tiny-lr1"),
+        (["model=tiny", "optim.lr=1e-5,2"], "tiny-books-lr1e-05"),
+        (["model=tiny", "optim.schedule=wsd,cosine"], "tiny-books-schedule_wsd"),
         (
             ["model=tiny", "precision=bf16", "precision.accumulate_dtype=fp32,bf16"],
-            "tiny-books-accumulate_dtype-accumulate_dtype_fp32",
+            "tiny-books-accumulate_dtype_fp32",
         ),
         (["model=tiny", "precision=bf16,fp32", "run.name='my, scan'"], "my, scan-bf16"),
-        (["model=tiny", "optim.betas=[0.9,0.95],[0.9,0.99]"], "tiny-books-betas-betas0.9_0.95"),
-        (["model=tiny", "train.steps=5,6", "train.eval_steps=1,2"], "tiny-books-steps-eval_steps-steps5-eval_steps1"),
+        (["model=tiny", "optim.betas=[0.9,0.95],[0.9,0.99]"], "tiny-books-betas0.9_0.95"),
+        (["model=tiny", "train.steps=5,6", "train.eval_steps=1,2"], "tiny-books-steps5-eval_steps1"),
         (["experiment=quickstart", "seed=1,2"], "quickstart-seed1"),
-        (["model=tiny", "data.name=books", "data.dir=a/b,c"], "tiny-books-dir-dir_a_b"),
+        (["model=tiny", "data.name=books", "data.dir=a/b,c"], "tiny-books-dir_a_b"),
     ],
 )
 def test_a_runs_name_is_readable_stable_and_valid_as_a_folder(words, expected):
     assert names(compose_points(["data=files", "data.name=books", "data.paths=[x]", *words]))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "sweep", "first"),
+    [
+        (["model=tiny,small", "data=files", "data.name=books,news"], "model-name", "model-name-tiny-name_books"),
+        (["model=tiny", "data=python_stdlib,code"], "tiny-data", "tiny-data-python_stdlib"),
+    ],
+)
+def test_no_point_has_the_name_of_a_plain_run(words, sweep, first):
+    """Otherwise the second sweep would go on with tiny-python_stdlib, the run of `megatrain train model=tiny`."""
+    points = compose_points([*words, "data.paths=[x]"])
+    assert (points[0].config.run.sweep, names(points)[0]) == (sweep, first)
+
+
+def test_the_points_of_a_recorded_sweep_keep_their_names(tmp_path, monkeypatch):
+    """A sweep of an earlier version, which named its points otherwise, goes on under its names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-books-lr").mkdir(parents=True)
+    SweepRecord([SweepPoint("tiny-books-lr-lr1", {"optim.lr": "1"})]).save(tmp_path / "runs" / "tiny-books-lr")
+    points = compose_points([*TINY, "optim.lr=1,2"])
+    assert names(points) == ["tiny-books-lr-lr1", "tiny-books-lr2"]
+    assert "run.name=tiny-books-lr-lr1" in points[0].overrides
 
 
 def test_keys_with_the_same_last_part_stay_distinct_and_long_values_are_cut():
