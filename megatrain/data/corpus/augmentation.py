@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -16,12 +17,12 @@ import xxhash
 from megatrain.config import key
 from megatrain.data.corpus.document import Document, Removal, Step
 
-_ENGLISH_END = r"[.!?]+[\"'”’)\]]*(?=\s|$)"
-_CHINESE_END = r"[。！？；…]+[\"'”’」』）》]*"
-_SENTENCE = re.compile(rf"(.+?(?:{_ENGLISH_END}|{_CHINESE_END}|$))(\s*)")
+_MARKS = re.compile(r"([.!?]+)[\"'”’)\]]*|([。！？；…]+)[\"'”’」』）》]*")
+_SPACE = re.compile(r"\s*")
 _ABBREVIATED = re.compile(
     r"(?:\b[A-Za-z]|\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|cf|al|No|Fig|Eq|pp|approx|Inc|Ltd))\.$|\betc\.$"
 )
+_LONGEST_ABBREVIATION = 16
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,34 @@ def sentences(line: str) -> list[tuple[str, str]]:
     A sentence ends with `.`, `!` or `?` before whitespace, or with `。！？；…`, and the quotation marks and brackets
     after it. It does not end after an initial or an abbreviation, nor before a small letter.
     """
-    found: list[tuple[str, str]] = []
     indent = line[: len(line) - len(line.lstrip())]
-    for text, gap in _SENTENCE.findall(line[len(indent) :]):
-        before, space = found[-1] if found else ("", "")
-        goes_on = before and (_ABBREVIATED.search(before) or text[0].islower())
-        if goes_on:
-            found[-1] = before + space + text, gap
-        else:
-            found.append((text, gap))
-    return [("", indent), *found] if indent else found
+    found = [("", indent)] if indent else []
+    start = stop = len(indent)  # of the sentence so far, which ends here unless it goes on
+    for begin, end in _parts(line, len(indent)):
+        last = line[max(start, stop - _LONGEST_ABBREVIATION) : stop]
+        if last and not (_ABBREVIATED.search(last) or line[begin].islower()):
+            found.append((line[start:stop], line[stop:begin]))
+            start = begin
+        stop = end
+    if start < len(line):
+        found.append((line[start:stop], line[stop:]))
+    return found
+
+
+def _parts(line: str, start: int) -> Iterator[tuple[int, int]]:
+    """Yield where each part of a line starts and stops that ends like a sentence, or with the line.
+
+    Time is linear in the line's length, whatever marks it has.
+    """
+    for marks in _MARKS.finditer(line, start):
+        english, chinese = marks[1], marks[2]
+        if english and marks.end() < len(line) and not line[marks.end()].isspace():
+            continue
+        if marks.start() == start and len(english or chinese) == 1:  # nothing but a mark is no sentence
+            continue
+        yield start, marks.end()
+        space = _SPACE.match(line, marks.end())
+        assert space is not None
+        start = space.end()
+    if start < len(line):
+        yield start, len(line)

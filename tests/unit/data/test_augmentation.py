@@ -69,6 +69,30 @@ def test_sentences_of_a_line(line, expected):
     assert [text for text, _ in sentences(line)] == expected
 
 
+def test_sentences_are_those_of_their_definition_as_one_expression():
+    end = r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？；…]+[\"'”’」』）》]*"
+    definition = re.compile(rf"(.+?(?:{end}|$))(\s*)")  # quadratic in the length of the line
+    draw = random.Random(0)
+    parts = [*".!?\"')]。！…」）” aAb\t\u3000你", "Mr", "etc", "A.", "approx.", ".. "]
+    for _ in range(20_000):
+        line = "".join(draw.choices(parts, k=draw.randrange(14)))
+        indent = line[: len(line) - len(line.lstrip())]
+        expected = [("", indent)] if indent else []
+        for text, gap in definition.findall(line[len(indent) :]):
+            before, space = expected[-1] if expected else ("", "")
+            goes_on = re.search(r"(\b([A-Za-z]|Mr|approx)|\betc)\.$", before) or text[0].islower()
+            if before and goes_on:
+                expected[-1] = before + space + text, gap
+            else:
+                expected.append((text, gap))
+        assert sentences(line) == expected, line
+
+
+@pytest.mark.parametrize("line", ["." * 10**6 + "a", "?!" * 10**5 + "x", "a. " * 10**5, "some words. " * 10**5])
+def test_a_long_line_of_marks_takes_no_longer_than_another(line):
+    assert sentences(line.strip()) == [(line.strip(), "")]  # hours, were the time quadratic
+
+
 def test_sentences_joined_are_the_line():
     rng = random.Random(1)
     parts = [" ", "  ", ". ", "。", "!", "? ", "a", "Dr", "1.5", "\t", "“", "”", "x y", "…", "\u3000"]
