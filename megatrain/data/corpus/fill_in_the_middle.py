@@ -38,13 +38,22 @@ class FillInTheMiddle:
 
     @staticmethod
     def of(config: PrepareConfig, tokenizer: Tokenizer) -> FillInTheMiddle | None:
-        """Return what the config asks for, None for nothing. Raises ConfigError if the tokenizer lacks a marker."""
+        """Return what the config asks for, None for nothing.
+
+        Raises ConfigError if the tokenizer lacks a marker, or marks with one where documents begin or end.
+        """
         data = config.data
         if not data.fim_rate:
             return None
         ids = [tokenizer.control_token(name) for name in marker_names(data.fim_tokens)]
         if missing := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token is None]:
             raise _lacks(data, missing, f"the tokenizer {config.tokenizer.path or 'that was trained'}")
+        bounds = (tokenizer.end_of_document, tokenizer.beginning_of_document)
+        if taken := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token in bounds]:
+            raise ConfigError(
+                f"data.fim_tokens={list(data.fim_tokens)}: {taken[0]} marks where documents begin or end, so it would "
+                "cut a document into several; give control tokens that mark nothing else"
+            )
         joined = [*tokenizer.encode(_PROBE[0]), *tokenizer.encode(_PROBE[1])]
         if tokenizer.decode(joined) != "".join(_PROBE):
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Fill-in-the-middle loses no text, has its markers where they belong, and depends on the text and the seed alone."""
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from itertools import pairwise
@@ -149,6 +150,21 @@ def test_a_tokenizer_without_the_markers_is_refused(make, tmp_path):
         make(fim_tokens=NAMES[:2])
     with pytest.raises(ConfigError, match=r"data.fim_rate=0.5: the ids of data=megatron stay"):
         make(kind="megatron", paths=[str(plain / "train")])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind, bounds", [("sentencepiece", ["</s>", "<s>"]), ("byte_level_bpe", ["<|endoftext|>"])])
+def test_a_marker_that_ends_or_begins_documents_is_refused(make, tmp_path, kind, bounds, bos):
+    """A document with such a marker would be two to masks, positions and packing."""
+    trained = make("trained", bos=bos, tokenizer={"kind": kind, "special_tokens": bounds})
+    given = {"kind": "hf" if kind == "byte_level_bpe" else kind, "path": str(trained / "tokenizer")}
+    for name in bounds if bos else bounds[:1]:
+        names = [NAMES[0], name, NAMES[2]]
+        with pytest.raises(ConfigError, match=rf"data.fim_tokens=.*: {re.escape(name)} marks where documents begin or"):
+            make(fim_tokens=names, bos=bos, tokenizer=given)
+        with pytest.raises(ConfigError, match=rf"data.fim_tokens=.*: {re.escape(name)} marks where documents begin or"):
+            make(fim_tokens=names, bos=bos, tokenizer={"kind": kind, "special_tokens": bounds})
+    assert not (tmp_path / "out" / "d").exists()
 
 
 def test_other_rates_are_another_dataset(make):
