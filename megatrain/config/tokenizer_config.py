@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megatrain.config.key import key
 
+SMALLEST_VOCABULARY = 300
+"""Size of the smallest vocabulary to train: the bytes, and some pieces."""
+
 
 @dataclass
 class TokenizerConfig:
@@ -25,7 +28,7 @@ class TokenizerConfig:
     vocab_size: int = key(
         8192,
         "vocabulary size of the tokenizer to train (without tokenizer.path), special tokens included",
-        minimum=300,
+        minimum=SMALLEST_VOCABULARY,
         maximum=2**24,
     )
     train_bytes: int = key(

@@ -32,7 +32,7 @@ _LLAMA3 = """\
 CHAT_TEMPLATES = {"chatml": _CHATML, "llama3": _LLAMA3}
 """Chat templates by name: how OpenAI's ChatML and Meta's Llama 3 lay out messages, without their system prompts."""
 
-_MARKER = re.compile(r"<\|[^|<>\s'\"]{1,64}\|>")
+_MARKER = re.compile(r"<\|[^|<>\s'\"{}]{1,64}\|>")
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tags
 _LONGEST_NAME = 64
 
@@ -50,10 +50,12 @@ def chat_template(config: TokenizerConfig) -> str | None:
             f"tokenizer.chat_template={given}: no such file; give a Jinja file, or one of {', '.join(CHAT_TEMPLATES)}"
         )
     try:
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"tokenizer.chat_template={given}: not a text in UTF-8; give a Jinja file") from error
     _check_syntax(given, template)
+    if "messages" not in template:
+        raise ConfigError(f"tokenizer.chat_template={given}: does not use `messages`, so a chat would be lost in it")
     return template
 
 
@@ -63,7 +65,9 @@ def _check_syntax(given: str, template: str) -> None:
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        environment.parse(_GENERATION.sub("", template))
+        environment.compile(_GENERATION.sub("", template))  # finds unknown filters too
+    except RecursionError as error:
+        raise ConfigError(f"tokenizer.chat_template={given}: not a Jinja template (nested too deeply)") from error
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"tokenizer.chat_template={given}: not a Jinja template (line {error.lineno}: {error.message})"
@@ -76,13 +80,15 @@ def special_tokens(config: TokenizerConfig, first: list[str]) -> list[str]:
     The markers of the chat template are all of the form `<|name|>` in it. Raises ConfigError for a name that cannot be
     a control token.
     """
-    template = chat_template(config) or ""
+    markers = list(dict.fromkeys(_MARKER.findall(chat_template(config) or "")))
+    for name in markers:
+        _check_name("tokenizer.chat_template", name)
     for name in config.special_tokens:
-        _check_name(name)
+        _check_name("tokenizer.special_tokens", name)
     names = [
         *first,
         *(FIM_TOKENS if config.fim_tokens else ()),
-        *dict.fromkeys(_MARKER.findall(template)),
+        *markers,
         *config.special_tokens,
         *(f"<|reserved_{number}|>" for number in range(config.reserved_tokens)),
     ]
@@ -91,13 +97,13 @@ def special_tokens(config: TokenizerConfig, first: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_name(name: str) -> None:
+def _check_name(key: str, name: str) -> None:
     marked = len(name) >= 3 and not name[0].isalnum() and not name[-1].isalnum()
     plain = name.isprintable() and not re.search(r"[\s▁]", name)
     if not marked or not plain or re.fullmatch("<0x[0-9A-F]{2}>", name):
         raise ConfigError(
-            f"tokenizer.special_tokens: {name!r} cannot be a control token; give names without spaces that begin and "
+            f"{key}: {name!r} cannot be a control token; give names without spaces that begin and "
             "end with a mark, such as <|tool_call|> or [INST]"
         )
     if len(name) > _LONGEST_NAME:
-        raise ConfigError(f"tokenizer.special_tokens: {name[:16]}... has more than {_LONGEST_NAME} characters")
+        raise ConfigError(f"{key}: {name[:16]}... has more than {_LONGEST_NAME} characters")

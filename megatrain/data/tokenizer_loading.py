@@ -38,11 +38,17 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
 
     Raises `ConfigError` if it does not exist, `DataError` if it cannot be used.
     """
+    place = Path(path).expanduser()
+    if (place / "tokenizer" / META).is_file():
+        own = place / "tokenizer"
+        raise ConfigError(f"tokenizer.path: {path} is the folder of a prepared dataset; its tokenizer is in {own}")
     if kind in ("hf", "byte_level_bpe"):
         return find_hugging_face(path)
-    place = Path(path).expanduser()
     if place.is_dir() and (place / "tokenizer.model").is_file():
         place /= "tokenizer.model"
+    if place.is_dir():
+        own = "; for its tokenizer.json give tokenizer=hf" if (place / "tokenizer.json").is_file() else ""
+        raise ConfigError(f"tokenizer.path: {path} has no tokenizer.model of SentencePiece{own}")
     if not place.is_file():
         raise ConfigError(f"tokenizer.path: {path} does not exist; give a SentencePiece .model file")
     return SentencePieceTokenizer(place.read_bytes(), str(place), read_folder(place.parent).chat_template())

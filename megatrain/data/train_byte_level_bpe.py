@@ -54,6 +54,8 @@ def train_byte_level_bpe(texts: Iterable[str], config: TokenizerConfig, bos: boo
     settings["clean_up_tokenization_spaces"] = False
     if template := chat_template(config):
         settings["chat_template"] = template
+    else:
+        settings["split_special_tokens"] = True  # names in text are text for transformers too
     return HuggingFaceTokenizer(library.to_str(), Folder(settings), "the trained tokenizer")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatrain.config import TrainTokenizerConfig
 from megatrain.config.suggest import next_step
+from megatrain.config.tokenizer_config import SMALLEST_VOCABULARY
 from megatrain.config.values import quoted
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.tokenizer import Tokenizer
@@ -18,10 +19,10 @@ from megatrain.data.tokenizer_card import TrainedTokenizerCard
 from megatrain.data.tokenizer_sample import TextSample, draw_sample
 from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
+from megatrain.errors import ConfigError, DataError, EnvironmentFault, cannot_write, how_to_install
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.resilience.atomic_file import sync_path
-from megatrain.verbs.path_checks import refuse_existing
+from megatrain.verbs.path_checks import check_writable, refuse_existing
 
 _LONGEST = 10**6
 """`model_max_length` for transformers: a tokenizer has no limit of its own."""
@@ -34,12 +35,13 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
     settings and seed give the same bytes, whatever the number of workers.
 
     Raises:
-        ConfigError: settings or paths are wrong, or `out` exists.
+        ConfigError: settings or paths are wrong, or `out` exists or cannot be made.
         DataError: the text is damaged, or too little for a vocabulary of this size.
-        EnvironmentFault: a library is missing.
+        EnvironmentFault: a library is missing, or the disk is full.
     """
     out = Path(config.out)
     refuse_existing(out)
+    check_writable("out", out)
     if config.tokenizer.path:
         raise ConfigError("tokenizer.path: names a tokenizer that is trained already; leave it out to train one")
     if config.clean.dedup == "minhash":
@@ -62,7 +64,7 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
     try:
         _write(trained, TrainedTokenizerCard.of(trained, config, sample), out)
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+        raise cannot_write(out, error, "out") from error
     size = sum(given.num_bytes for given in sample.sources.values()) / 1e6
     use = ["megatrain", "prepare", "data=...", f"tokenizer={trained.kind}", quoted("tokenizer.path", config.out)]
     compare = ["megatrain", "tokenizers", "<text>", f"tokenizers=[{config.out}]"]
@@ -85,9 +87,9 @@ def _check_size(trained: Tokenizer, config: TrainTokenizerConfig, sample: TextSa
         if size >= config.tokenizer.train_bytes * 0.99
         else "train on more text"
     )
+    smaller = f"give tokenizer.vocab_size={found} or less, or " if found >= SMALLEST_VOCABULARY else ""
     raise DataError(
-        f"tokenizer.vocab_size={asked}: the sample of {size:,} bytes supports only {found} tokens; give "
-        f"tokenizer.vocab_size={found} or less, or {more}"
+        f"tokenizer.vocab_size={asked}: the sample of {size:,} bytes supports only {found} tokens; {smaller}{more}"
     )
 
 

@@ -167,6 +167,10 @@ def test_typos_are_keys_beside_the_letter_in_its_case():
 def test_probabilities_that_exceed_one_are_refused():
     with pytest.raises(ConfigError, match=r"swap, drop, repeat and typo add up to 1.1"):
         step("noise", swap=0.5, drop=0.6, typo=0.0)
+    with pytest.raises(ConfigError, match=r"add up to 1.0000001, more than 1"):
+        step("noise", swap=0.5, drop=0.5, typo=0.0, repeat=1e-7)
+    tenths = step("noise", swap=0.7, drop=0.1, typo=0.1, repeat=0.1)  # 1 exactly, though not where added in turn
+    assert tenths.swap == 0.7
 
 
 # ------------------------------------------------------------------------------------------------- synonyms
@@ -205,6 +209,12 @@ def test_a_table_may_be_json_and_another_table_is_another_recipe(tmp_path):
     assert changed(second, "big") == "vast!" and second.settings() != first.settings()
 
 
+@pytest.mark.parametrize("name, content", [("t.tsv", "big\tlarge\r\n"), ("t.JSON", '{"big": ["large"]}')])
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert changed(step("replace_synonyms", table=str(tmp_path / name), word_rate=1.0), "big") == "large"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -213,6 +223,7 @@ def test_a_table_may_be_json_and_another_table_is_another_recipe(tmp_path):
         (b"a\ta\n", "line 1: expected a word and its synonyms"),
         (b"\n", "has no words"),
         (b"\xe9\tb", "not a text in UTF-8"),
+        (b"hot dog\tsausage\n12\ttwelve", "no entry is a single word of letters, as '12'"),
     ],
 )
 def test_a_bad_table_is_refused(tmp_path, content, message):
@@ -224,7 +235,7 @@ def test_a_bad_table_is_refused(tmp_path, content, message):
         step("replace_synonyms")
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"a": "b"}'])
+@pytest.mark.parametrize("content", ["[1]", "{", '{"a": "b"}', '{"a": ["\\ud800"]}'])
 def test_a_bad_json_table_is_refused(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ConfigError, match=r"t.json"):

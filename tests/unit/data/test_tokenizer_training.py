@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from megatrain.config import TokenizerConfig
 from megatrain.data.byte_level_bpe import ByteLevelBpe
 from megatrain.data.corpus.normalise import normalise
-from megatrain.data.special_tokens import FIM_TOKENS, special_tokens
+from megatrain.data.special_tokens import FIM_TOKENS, chat_template, special_tokens
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -95,6 +95,14 @@ def test_transformers_gives_the_same_ids(trained, tmp_path):
     assert theirs.eos_token_id == tokenizer.end_of_document
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_chat_template_transformers_finds_no_control_token_in_text(kind, tmp_path):
+    tokenizer = train(kind=kind, fim_tokens=True)
+    theirs = exported(tokenizer, tmp_path)
+    text = "a<|fim_prefix|>b</s><|endoftext|>"
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+
+
 def tokens(tokenizer, text):
     """Return the bytes of each token that is used for a text."""
     found = []
@@ -167,6 +175,13 @@ def test_a_template_of_ones_own_survives_saving_and_loading(kind, tmp_path):
     assert find_tokenizer(tokenizer.kind, str(tmp_path / "a")).fingerprint == tokenizer.fingerprint
 
 
+def test_a_marker_with_an_expression_is_no_name(tmp_path):
+    template = "{% for m in messages %}<|{{m.role}}|>{{ m.content }}<|end|>{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template, encoding="utf-8-sig")
+    settings = TokenizerConfig(chat_template=str(tmp_path / "t.jinja"))
+    assert special_tokens(settings, []) == ["<|end|>"] and chat_template(settings) == template
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_have_the_first_ids_in_the_order_of_the_config(kind):
     tokenizer = train(kind=kind, **CONTROL)
@@ -232,11 +247,19 @@ def test_rounded_scores_of_a_unigram_model_are_near_those_of_the_library():
         ({"chat_template": "chatmk"}, ConfigError, "chat_template=chatmk: no such file.*chatml, llama3"),
         ({"chat_template": "{tmp}/bad.jinja"}, ConfigError, r"not a Jinja template \(line 2"),
         ({"chat_template": "{tmp}/latin.jinja"}, ConfigError, "not a text in UTF-8"),
+        ({"chat_template": "{tmp}/filter.jinja"}, ConfigError, r"not a Jinja template \(line 1: No filter named"),
+        ({"chat_template": "{tmp}/deep.jinja"}, ConfigError, "not a Jinja template .*nested too deeply"),
+        ({"chat_template": "{tmp}/empty.jinja"}, ConfigError, "does not use `messages`"),
+        ({"chat_template": "{tmp}/marker.jinja"}, ConfigError, r"chat_template: '<\|a▁b\|>' cannot be a control token"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_text_is_read(tmp_path, settings, error, message):
     (tmp_path / "bad.jinja").write_text("{% for m in messages %}\n{{ m.content }")
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    (tmp_path / "filter.jinja").write_text("{{ messages | lengthh }}")
+    (tmp_path / "deep.jinja").write_text("{{ messages" + "[" * 10**4)
+    (tmp_path / "empty.jinja").write_text("")
+    (tmp_path / "marker.jinja").write_text("{{ messages }}<|a▁b|>")
     given = {name: v.format(tmp=tmp_path) if isinstance(v, str) else v for name, v in settings.items()}
     with pytest.raises(error, match=message):
         check_training(TokenizerConfig(**given))

@@ -1,5 +1,6 @@
 """`megatrain tokenizer` trains on a sample that the seed and the data decide, and writes a folder that all can load."""
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,8 @@ from megatrain.data.preparation import prepare
 from megatrain.data.tokenizer_card import CARD
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sample import draw_sample
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, EnvironmentFault
+from megatrain.verbs import tokenizer as verb
 from megatrain.verbs.tokenizer import tokenizer
 
 SYLLABLES = ("mar", "ket", "bre", "ad", "fam", "hun", "riv", "gar", "den", "win", "dow", "let", "ter", "sum", "que")
@@ -221,6 +223,40 @@ def test_an_existing_folder_and_an_empty_corpus_are_refused(corpus):
     (corpus / "web" / "a.jsonl").write_text("")
     with pytest.raises(DataError, match="there is no text to train a tokenizer on"):
         tokenizer(of_files(corpus, out="u"))
+    (corpus / "web" / "a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match=r"of 1 bytes supports only 2\d\d tokens; train on more text$"):
+        tokenizer(of_files(corpus, out="u"))  # no vocabulary may be so small, so none is advised
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_text_is_read(corpus, monkeypatch):
+    monkeypatch.setattr(verb, "draw_sample", None)
+    with pytest.raises(ConfigError, match=r"out: .*a.jsonl/t cannot be made, because .*a.jsonl is a file"):
+        tokenizer(of_files(corpus, out="web/a.jsonl/t"))
+
+
+def test_a_full_disk_is_no_mistake_in_the_command(corpus, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verb, "export_tokenizer", full)
+    with pytest.raises(EnvironmentFault, match=r"out: .* cannot be written \(No space left"):
+        tokenizer(of_files(corpus))
+    assert sorted(path.name for path in corpus.iterdir()) == ["code", "web"]
+
+
+def test_the_folder_of_a_dataset_or_of_another_kind_is_told_from_a_tokenizer(corpus):
+    folder = prepare(
+        compose("prepare", ["data=files", f"data.dir={corpus}/data", "data.name=d", f"data.paths=[{corpus}/web]",
+                            "data.workers=1", "tokenizer.vocab_size=400"])
+    )  # fmt: skip
+    for kind in ("sentencepiece", "hf"):
+        with pytest.raises(
+            ConfigError, match=r"data/d is the folder of a prepared dataset; its tokenizer is in .*/tok"
+        ):
+            find_tokenizer(kind, str(folder))
+    made = tokenizer(of_files(corpus, "tokenizer=byte_level_bpe", "tokenizer.vocab_size=400"))
+    with pytest.raises(ConfigError, match=r"has no tokenizer.model of SentencePiece; .*give tokenizer=hf"):
+        find_tokenizer("sentencepiece", str(made))
 
 
 def test_prepare_trains_by_the_same_rules(corpus):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -45,9 +46,9 @@ class Noise(Augmentation):
     typo: float = key(0.01, "probability that a letter is one beside it on the keyboard", minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
-        total = self.swap + self.drop + self.repeat + self.typo
+        total = math.fsum((self.swap, self.drop, self.repeat, self.typo))
         if total > 1:
-            raise ConfigError(f"clean.steps: noise: swap, drop, repeat and typo add up to {total:g}, more than 1")
+            raise ConfigError(f"clean.steps: noise: swap, drop, repeat and typo add up to {total}, more than 1")
 
     def augmented(self, document: Document, draw: random.Random) -> str:
         """Return the misspelt text."""

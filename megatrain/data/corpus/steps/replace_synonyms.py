@@ -28,8 +28,8 @@ class ReplaceSynonyms(Augmentation):
 
     The table is a file with a word and its synonyms on each line, separated by tabs, or a `.json` with lists of
     synonyms by word. Case does not count: a synonym is written with a capital, or in capitals, as the word was. A
-    Chinese word is replaced where jieba finds it as a word (`megatrain[corpus]`). A changed table makes another
-    dataset.
+    Chinese word is replaced where jieba finds it as a word (`megatrain[corpus]`). Entries of several words or with
+    digits are never found. A changed table makes another dataset.
     """
 
     name: ClassVar[str] = "replace_synonyms"
@@ -94,18 +94,31 @@ def _read(path: str, digest: str) -> dict[str, tuple[str, ...]]:
     """Read a table once in each process: synonyms by word in small letters. Raises ConfigError if it is none."""
     place = f"clean.steps: replace_synonyms.table={path}"
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
+        content = Path(path).expanduser().read_text(encoding="utf-8-sig")  # Excel begins a file with the mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place}: not a text in UTF-8") from error
     table: dict[str, tuple[str, ...]] = {}
-    for where, word, synonyms in _of_json(content, place) if path.endswith(".json") else _of_lines(content):
+    for where, word, synonyms in _of_json(content, place) if path.lower().endswith(".json") else _of_lines(content):
         others = tuple(dict.fromkeys(other for other in synonyms if other and other.lower() != word.lower()))
         if not word or not others:
             raise ConfigError(f"{place}, {where}: expected a word and its synonyms, separated by tabs")
+        if not all(map(_is_unicode, (word, *others))):
+            raise ConfigError(f"{place}, {where}: has half of a surrogate pair, which is no character")
         table[word.lower()] = tuple(dict.fromkeys([*table.get(word.lower(), ()), *others]))
     if not table:
         raise ConfigError(f"{place}: has no words")
+    if not any(map(_WORD.fullmatch, table)):
+        raise ConfigError(f"{place}: no entry is a single word of letters, as {min(table)!r}, so none is ever found")
     return table
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: JSON can spell halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_lines(content: str) -> Iterator[tuple[str, str, list[str]]]:
