@@ -47,8 +47,8 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
     if place.is_dir() and (place / "tokenizer.model").is_file():
         place /= "tokenizer.model"
     if place.is_dir():
-        own = "; for its tokenizer.json give tokenizer=hf" if (place / "tokenizer.json").is_file() else ""
-        raise ConfigError(f"tokenizer.path: {path} has no tokenizer.model of SentencePiece{own}")
+        other = "; for its tokenizer.json give tokenizer=hf" if (place / "tokenizer.json").is_file() else ""
+        raise ConfigError(f"tokenizer.path: {path} has no tokenizer.model of SentencePiece{other}")
     if not place.is_file():
         raise ConfigError(f"tokenizer.path: {path} does not exist; give a SentencePiece .model file")
     return SentencePieceTokenizer(place.read_bytes(), str(place), read_folder(place.parent).chat_template())
