@@ -22,16 +22,25 @@ _MANY_BAD = 0.01
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """Return counts as words, without zeros."""
-    return (
-        ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
-        or "nothing read"
-    )
+    """Return counts in words, without zeros: what was read first, the others by name."""
+    found = sorted((item for item in counts.items() if item[1]), key=lambda item: (item[0] != "read", item[0]))
+    return ", ".join(f"{words(name)} {count:,}" for name, count in found) or "nothing read"
+
+
+def words(name: str) -> str:
+    """Return the name of a rule or of a count as people read it: `too short`."""
+    return name.replace("_", " ")
 
 
 def num_bad(counts: Mapping[str, int]) -> int:
     """Return the number of records that were left out as bad."""
     return counts.get("bad", 0) + counts.get("skipped_undecodable", 0)
+
+
+def bad_kinds(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return how many records were left out as bad, by reason."""
+    kinds = {name.removeprefix(_BAD): count for name, count in counts.items() if name.startswith(_BAD)}
+    return kinds | {"undecodable": counts.get("skipped_undecodable", 0)}
 
 
 def summary(target: Path, card: Card) -> Iterator[str]:
@@ -104,8 +113,7 @@ def bad_records(target: Path, counts: Mapping[str, int], first: str | None) -> I
     bad, read = num_bad(counts), counts.get("read", 0)
     if not bad:
         return
-    kinds = {name.removeprefix(_BAD): count for name, count in counts.items() if name.startswith(_BAD)}
-    kinds["undecodable"] = counts.get("skipped_undecodable", 0)
+    kinds = bad_kinds(counts)
     kept = target / QUARANTINE
     where = f"kept in {kept}" if kept.is_file() else "not kept; data.on_bad_record=quarantine keeps them"
     yield f"  bad records left out: {bad:,} of {read:,} ({format_counts(kinds)}), {where}"

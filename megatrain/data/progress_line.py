@@ -20,6 +20,7 @@ class Meter:
 
     def __init__(self, label: str, total: int | None) -> None:
         self._label, self._total, self._done = label, total, 0
+        self._shown: int | None = None
         self._start = self._drawn = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -45,6 +46,7 @@ class Meter:
         return self._done / max(time.monotonic() - self._start, 1e-9)
 
     def _draw(self) -> None:
+        self._shown = self._done
         rate = f"{self._done / 1e6:.1f} MB, {self.rate() / 1e6:.1f} MB/s"
         if self._bar:
             self._bar.update(self._task, completed=self._done, rate=rate)
@@ -61,6 +63,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._draw()
+        if self._bar or self._shown != self._done:  # else the last line says it already
+            self._draw()
         if self._bar:
             self._bar.stop()

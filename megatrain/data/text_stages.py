@@ -7,6 +7,7 @@ tokenizer) needs all documents at once, and writing joins them.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -32,7 +33,7 @@ from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.text_files import REMOVED, TEXT, TextPart
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed import token_dtype
-from megatrain.data.preparation_summary import QUARANTINE, format_counts, num_bad
+from megatrain.data.preparation_summary import QUARANTINE, bad_kinds, format_counts, num_bad
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.tokenizer_training import train_tokenizer
@@ -176,8 +177,13 @@ class TextStages:
         tokenizer = train_tokenizer(texts, config.tokenizer, config.data.bos)
         tokenizer.starts_with_bos = config.data.bos
         asked, size = config.tokenizer.vocab_size, tokenizer.vocab_size
-        fewer = "" if size == asked else f" (fewer than the {asked} asked for: the text has no more)"
-        print(f"tokenizer: trained {size} pieces{fewer} in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        print(f"tokenizer: trained {size:,} pieces in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        if size < asked:
+            print(
+                f"note: this text has fewer pieces than tokenizer.vocab_size={asked}, so the vocabulary is smaller; "
+                "nothing needs to be done, and more text would give a larger one",
+                file=sys.stderr,
+            )
         return tokenizer
 
     # ------------------------------------------------------------------------------------------ encode and write
@@ -254,11 +260,12 @@ class TextStages:
 
 def check_bad_fraction(counts: Counter[str], limit: float, first_bad: str | None) -> None:
     """Raise `DataError` if more than `data.max_bad_fraction` of the records were left out as bad."""
-    bad = num_bad(counts)
+    bad, kinds = num_bad(counts), bad_kinds(counts)
     if bad > limit * counts["read"]:
         raise DataError(
-            f"data.max_bad_fraction={limit:g}: {bad} of {counts['read']} records are bad ({format_counts(counts)}); "
-            f"the first: {first_bad}; mend the data, or allow a larger fraction"
+            f"{bad:,} of {counts['read']:,} records are bad ({format_counts(kinds)}), more than "
+            f"data.max_bad_fraction={limit:g} allows; the first: {first_bad}; mend the data, or allow so many with "
+            f"data.max_bad_fraction={math.ceil(100 * bad / counts['read']) / 100:g}"
         )
 
 

@@ -10,6 +10,7 @@ from megatrain.data.card import Card
 from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.packing_index import stored_packings, verify_packings
+from megatrain.data.preparation_summary import words
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -77,7 +78,7 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
     if card.tokenizer:
         printer.table("tokenizer", ("key", "value"), [[k, plain(v)] for k, v in vars(card.tokenizer).items()])
     printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
-    printer.table("source", ("key", "value"), [[k, plain(v)] for k, v in {**card.source, **card.counts}.items()])
+    printer.table("source", ("key", "value"), source_rows(card))
     printer.table("packings", PACKING_COLUMNS, packing_rows(folder, card))
     try:
         verify_dataset(folder)
@@ -89,6 +90,15 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
         printer.title(headline)
         printer.line(printable(text))
     printer.facts({"verdict": "valid: every checksum matches"})
+
+
+def source_rows(card: Card) -> list[list[str]]:
+    """Return a row for each field of a dataset's source, and for each count that is not zero."""
+    counts = sorted(card.counts.items(), key=lambda item: (item[0] != "read", item[0]))
+    return [
+        *([words(name), plain(value)] for name, value in card.source.items()),
+        *([words(name), f"{count:,}"] for name, count in counts if count),
+    ]
 
 
 PACKING_COLUMNS = ("split", "seq_len", "samples", "padding", "documents cut", "cut by concatenate")
@@ -126,7 +136,7 @@ def funnel_rows(card: Card) -> list[list[str]]:
     """Return a row for each stage from the records that were read to the documents that are kept."""
     return [
         [
-            stage.name,
+            stage.name if stage.is_step else words(stage.name),
             f"{stage.documents_in:,}",
             f"{stage.removed:,}",
             f"{stage.documents_out:,}",
@@ -142,5 +152,5 @@ def funnel_rows(card: Card) -> list[list[str]]:
 def largest(counts: dict[str, int], limit: int = 5) -> str:
     """Return the largest counts as text, and how many others there are."""
     listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{name} {count:,}" for name, count in listed[:limit]]
+    shown = [f"{words(name)} {count:,}" for name, count in listed[:limit]]
     return ", ".join([*shown, *([f"{len(listed) - limit} others"] if len(listed) > limit else [])])

@@ -199,7 +199,9 @@ def test_few_bad_records_are_counted_without_a_warning_and_none_are_not_mentione
 
 
 def test_an_empty_corpus_of_bad_records_names_the_first(run):
-    with pytest.raises(DataError, match=r"the corpus is empty \(bad 1.*the first bad record: .*a.jsonl:1: no text"):
+    with pytest.raises(
+        DataError, match=r"the corpus is empty \(read 1, bad 1.*the first bad record: .*a.jsonl:1: no text"
+    ):
         run("a.jsonl", b'{"text": 3}\n', on_bad_record="skip")
 
 

@@ -23,6 +23,7 @@ from megatrain.data.corpus.selection import DROPPED, TRAIN, Selection
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.preparation import prepare
+from megatrain.data.preparation_summary import format_counts
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError, OwnedError
 
@@ -214,7 +215,10 @@ def test_a_given_tokenizer_is_used_unchanged(tmp_path, corpus):
 def test_a_vocabulary_smaller_than_asked_is_said(tmp_path, corpus, capsys):
     folder = make(tmp_path, tokenizer=dict(vocab_size=20_000))
     found = Card.load(folder).tokenizer.vocab_size
-    assert f"trained {found} pieces (fewer than the 20000 asked for" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"trained {found:,} pieces in " in said
+    assert "fewer pieces than tokenizer.vocab_size=20000" in said and "nothing needs to be done" in said
+    assert format_counts({"duplicates": 2, "too_short": 0, "read": 1_510}) == "read 1,510, duplicates 2"
     make(tmp_path, data=dict(name="e"), tokenizer=dict(vocab_size=found))
     assert "fewer" not in capsys.readouterr().err
 

@@ -96,10 +96,11 @@ def test_bad_records_stop_are_skipped_or_go_to_quarantine_in_every_source(tmp_pa
     assert Card.load(prepared(tmp_path, name="two", on_bad_record="skip", workers=2, **keys)).counts == counts
     total, bad = counts["read"], counts["bad"] + counts["skipped_undecodable"]
     prepared(tmp_path, name="ok", on_bad_record="skip", max_bad_fraction=bad / total, **keys)
-    with pytest.raises(
-        DataError, match=rf"data.max_bad_fraction=0.01: {bad} of {total} records are bad .* the first: "
-    ):
+    with pytest.raises(DataError, match=rf"^{bad} of {total} records are bad \(.*the first: .* or allow") as refused:
         prepared(tmp_path, name="x", on_bad_record="skip", max_bad_fraction=0.01, **keys)
+    assert "read" not in str(refused.value).partition("(")[2].partition(")")[0], "reasons alone"
+    enough = float(str(refused.value).rpartition("data.max_bad_fraction=")[2])
+    prepared(tmp_path, name="enough", on_bad_record="skip", max_bad_fraction=enough, **keys)
 
 
 # ---------------------------------------------------------------------------------------------------- layouts of files
