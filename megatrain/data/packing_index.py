@@ -16,8 +16,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from megatrain.data.indexed import BlockHasher, hash_blocks, hash_file, pair
 from megatrain.data.indexed_dataset import IndexedDataset
@@ -156,11 +158,19 @@ def _stored(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard | 
 
 
 def _read_card(path: Path) -> PackingCard | None:
+    """Return a card, None if there is none that is whole: a packing without one is made again."""
     try:
-        card = PackingCard(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("checksum") != _checksum(content):
+            return None
+        card = PackingCard(**content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return card if card.format == FORMAT else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
@@ -198,7 +208,8 @@ def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
         *(dataset.fingerprint, dataset.split, seq_len, documents, num_cut, cut_by_windows),
         *(num_pieces, samples, tokens, size, hasher.digests()),
     )
-    write_atomically(path.with_suffix(".json"), json.dumps(asdict(card)) + "\n")
+    content = asdict(card)
+    write_atomically(path.with_suffix(".json"), json.dumps(content | {"checksum": _checksum(content)}) + "\n")
     _LOG.info("packed %s in %.1f s: %s", dataset.name, time.monotonic() - began, card.figures)
     return card
 

@@ -184,7 +184,7 @@ def test_the_card_hashes_what_was_written_not_what_another_process_put_there(mak
 def test_a_packing_is_computed_once_and_again_for_other_data(make_dataset, monkeypatch):
     folder = make_dataset(train=documents())
     dataset = IndexedDataset.open(folder, "train")
-    open_packing(dataset, T, True)
+    card = open_packing(dataset, T, True).card
     made = []
     make = packing_index._make
     monkeypatch.setattr(packing_index, "_make", lambda *args: made.append(args[2]) or make(*args))
@@ -192,14 +192,17 @@ def test_a_packing_is_computed_once_and_again_for_other_data(make_dataset, monke
     assert made == []
     open_packing(dataset, 2 * T, True)
     path = folder / "packing" / f"train_{T}.json"
-    for changed in ({"fingerprint": "another"}, {"format": 99}):
+    changes = ({"fingerprint": "another"}, {"format": 99}, {"samples": 2}, {"documents": 0}, {"tokens": None})
+    for changed in (*changes, {"block_hashes": []}, {"checksum": "0"}):
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-        open_packing(dataset, T, True)
+        assert list(stored_packings(folder)) != [] and all(card.seq_len == 2 * T for card in stored_packings(folder))
+        assert open_packing(dataset, T, True).card == card
     (folder / "packing" / f"train_{T}.bin").write_bytes(b"cut short")
     open_packing(dataset, T, True)
-    path.write_text("{")
-    assert open_packing(dataset, T, True).card.samples == open_packing(dataset, T, False).card.samples
-    assert made == [2 * T, T, T, T, T]
+    for damaged in ("{", "[]", "null", "1"):
+        path.write_text(damaged)
+        assert open_packing(dataset, T, True).card == open_packing(dataset, T, False).card == card
+    assert made == [2 * T, *[T] * 12]
 
 
 def test_a_changed_packing_is_refused(packed):
