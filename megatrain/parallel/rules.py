@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from megatrain.config import TrainConfig
@@ -311,31 +311,52 @@ def is_legal(config: TrainConfig, world_size: int) -> bool:
 def explain(row: Refusal, config: TrainConfig, world_size: int) -> str | None:
     """Return the row's message with the nearest values of its degrees that work, or None if the row does not apply.
 
-    Such a value makes the whole job legal; where none does, it makes at least this row and the ranks' division legal.
+    Such a value makes the whole job legal; where neither a value nor another number of ranks does, it makes at least
+    this row and the ranks' division legal.
     """
     text = row.check(config, world_size)
     if text is None or not row.degrees:
         return text
     options: list[str] = []
+    ranks = other_ranks(config, world_size) if row.check is rule_checks.world_size else ""
     for degree in row.degrees:
         given = getattr(config.parallel, degree)
-        if given > 1 and (found := _legal_values(row, degree, config, world_size)):
+        if given > 1 and (found := _legal_values(row, degree, config, world_size, partly=not ranks)):
             verb = "" if options else "give "
             options.append(f"{verb}parallel.{degree}={either(nearest(found, given))}")
-    if row.check is rule_checks.world_size:
-        unit = prod(getattr(config.parallel, axis) for axis in DEGREES)
-        ranks = [count for count in (world_size // unit * unit, (world_size // unit + 1) * unit) if count]
-        if ranks := [count for count in ranks if is_legal(config, count)]:
-            options.append(f"start {either(ranks)} ranks (launch.nproc_per_node)")
+    if ranks:
+        options.append(ranks)
     return f"{text}; {', or '.join(options)}" if options else text
 
 
-def _legal_values(row: Refusal, degree: str, config: TrainConfig, world_size: int) -> list[int]:
-    """Return the values of one degree with which the job is legal, the other keys as given."""
+def other_ranks(config: TrainConfig, world_size: int) -> str:
+    """Return advice to start the nearest smaller or larger number of ranks with which the job is legal.
+
+    Every node has as many ranks. Empty if there is no such number up to twice `world_size`, or twice the least one.
+    """
+    nodes = config.launch.num_nodes or 1
+    unit = lcm(nodes, prod(getattr(config.parallel, axis) for axis in DEGREES))
+    above = (world_size // unit + 1) * unit
+    sides = (range(above - unit, 0, -unit), range(above, 2 * max(world_size, unit) + 1, unit))
+    found = [next((n for n in side if n != world_size and is_legal(config, n)), None) for side in sides]
+    ranks = [count for count in found if count is not None]
+    if not ranks:
+        return ""
+    noun = "rank" if ranks == [1] else "ranks"
+    return f"start {either(ranks)} {noun} (launch.nproc_per_node={either([count // nodes for count in ranks])})"
+
+
+def _legal_values(row: Refusal, degree: str, config: TrainConfig, world_size: int, partly: bool) -> list[int]:
+    """Return the values of one degree with which the job is legal, the other keys as given.
+
+    If there is none, and with `partly`, those with which the row and the ranks' division are legal.
+    """
     parallel: Any = config.parallel
     jobs = {value: replace(config, parallel=replace(parallel, **{degree: value})) for value in divisors(world_size)}
     if legal := [value for value, job in jobs.items() if is_legal(job, world_size)]:
         return legal
+    if not partly:
+        return []
     both = (row.check, rule_checks.world_size)
     return [value for value, job in jobs.items() if not any(check(job, world_size) for check in both)]
 

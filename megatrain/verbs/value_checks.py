@@ -7,7 +7,7 @@ The bounds of single keys and the checks of a model's shape are in `megatrain/co
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any
 
@@ -324,8 +324,11 @@ def check_skip_ranges(ranges: list[list[int]]) -> None:
         end = stop
 
 
-def check_batches(config: TrainLoopConfig, ranks: int) -> None:
-    """Check that every batch size of the run is divisible into whole micro-batches on every data-parallel rank."""
+def check_batches(config: TrainLoopConfig, ranks: int, other_ranks: Callable[[], str] = str) -> None:
+    """Check that every batch size of the run is divisible into whole micro-batches on every data-parallel rank.
+
+    `other_ranks` returns advice on the number of ranks for the message. Raises ConfigError.
+    """
     from megatrain.optim.schedule import batch_sizes
 
     if (config.batch_ramp_start is None) != (config.batch_ramp_steps == 0):
@@ -348,9 +351,10 @@ def check_batches(config: TrainLoopConfig, ranks: int) -> None:
                     f"the batch ramp's size {size} (train.batch_ramp_start={config.batch_ramp_start} + a multiple of "
                     f"train.batch_ramp_increment={config.batch_ramp_increment})"
                 )
+            advice = ", or ".join(filter(None, (_whole_batches(config, ranks, size, sizes), other_ranks())))
             raise ConfigError(
                 f"{where} is not divisible by train.micro_batch_size={config.micro_batch_size} x {ranks} "
-                f"data-parallel ranks = {unit}; {_whole_batches(config, ranks, size, sizes)}"
+                f"data-parallel ranks = {unit}; {advice}"
             )
 
 
@@ -375,5 +379,5 @@ def check_layout(config: TrainConfig, ranks: int) -> None:
     from megatrain.parallel.layout import Layout
 
     rules.check_degrees(config, ranks)
-    check_batches(config.train, Layout.of(config, ranks).dp)
+    check_batches(config.train, Layout.of(config, ranks).dp, lambda: rules.other_ranks(config, ranks))
     rules.check(config, ranks)

@@ -110,7 +110,24 @@ def test_keys_that_agree_pass(base, overrides):
             ["train.micro_batch_size=3", "launch.nproc_per_node=4"],
             r"= 12; nearest that work: train.micro_batch_size=2, or train.global_batch_size=12$",
         ),
-        (["launch.nproc_per_node=3"], r"=8 .*=4 x 3 data-parallel ranks = 12; .* works: train.global_batch_size=12$"),
+        (
+            ["launch.nproc_per_node=3"],
+            r"=8 .*=4 x 3 data-parallel ranks = 12; .* works: train.global_batch_size=12, or start 2 ranks "
+            r"\(launch.nproc_per_node=2\)$",
+        ),
+        (
+            ["launch.nproc_per_node=3", "train.micro_batch_size=1"],
+            r"or start 2 or 4 ranks \(launch.nproc_per_node=2 or 4\)$",
+        ),
+        (
+            ["launch.nproc_per_node=7", "parallel.tp=2", "train.micro_batch_size=1"],
+            r"7 ranks are not divisible by .* = 2; start 4 or 8 ranks \(launch.nproc_per_node=4 or 8\)$",
+        ),
+        (
+            ["launch.nproc_per_node=3", "launch.num_nodes=2", "parallel.tp=4", "train.micro_batch_size=1"],
+            r"6 ranks are not divisible by .* = 4; start 4 or 8 ranks "
+            r"\(launch.nproc_per_node=2 or 4\)$",
+        ),
         (
             ["launch.nproc_per_node=4", "parallel.tp=3", "engine.name=native"],
             r"4 ranks are not divisible by parallel.tp=3 .* = 3; give parallel.tp=2 or 4$",
