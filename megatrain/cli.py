@@ -57,7 +57,7 @@ COMPLETION, COMPLETE = "--completion", "--complete"
 """Flags that print the script of a shell's completion, and that the script calls with the line so far."""
 
 FLAGS = {
-    "--help": "explain the verb and its keys; --help WORD: one group, or the keys that have the word",
+    "--help": "WORD: explain a verb; with a word: one group, the keys that mention it, or (all) every key",
     "--cfg": "print the resolved config as YAML and exit",
     "--config": "FILE: start from a saved config, such as runs/x/config.yaml",
     "--config-dir": "DIR: choices of your own, such as model=my from DIR/model/my.yaml",
@@ -169,10 +169,10 @@ def run(arguments: Arguments) -> int:
         print(f"megatrain {megatrain.__version__}")
         return EXIT_OK
     if verb is None:
-        print(overview())
+        print(overview(FLAGS))
         return EXIT_OK
     if "--help" in arguments.flags:
-        print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices)))
+        print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices), FLAGS))
         return EXIT_OK
     if "--multirun" in arguments.flags:
         if verb != "train":

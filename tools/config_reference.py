@@ -37,7 +37,7 @@ it as their first argument without `path=`. In paths `~` is home. [Your own conf
 choices of your own (`--config-dir`) and whole configs (`--config`).
 
 A bad config is refused within a second, before anything starts, with the key, what was given and what would work (exit
-code 2). `megatrain <verb> --help` shows the same tables as below, `--cfg` the resolved config.
+code 2). `megatrain <verb> --help all` shows the same tables as below, `--cfg` the resolved config.
 """
 
 
@@ -49,7 +49,7 @@ def page() -> str:
 def section(verb: str) -> str:
     """Return the section of a verb: its examples, groups and keys."""
     schema = VERBS[verb]
-    lines = [f"## megatrain {verb}", "", _sentence(summary(schema)), "", "```"]
+    lines = [f"## megatrain {verb}", "", _sentence(summary(schema)) + ".", "", "```"]
     lines += [*EXAMPLES[verb], "```", ""]
     if verb in GROUPS:
         lines += ["| group | choices |", "| --- | --- |"]

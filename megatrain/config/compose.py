@@ -204,7 +204,7 @@ def _unknown(verb: str, name: str, known: list[str]) -> str:
         return f"unknown key {name}; did you mean {nearest}?"
     siblings = [key for key in known if "." in name and key.startswith(name.split(".")[0] + ".")]
     listed = ", ".join(siblings or sorted({key.split(".")[0] for key in known} | set(groups)))
-    return f"unknown key {name}; the keys of megatrain {verb} are {listed} (megatrain {verb} --help explains each)"
+    return f"unknown key {name}; the keys of megatrain {verb} are {listed} (megatrain {verb} --help all explains each)"
 
 
 # -------------------------------------------------------------------------------------------------- groups and bounds

@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatrain.config import VERBS, walk
-from megatrain.config.choices import GROUPS, choices_of
+from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, choices_of
 from megatrain.config.compose import compose, default_choices, key_types
 from megatrain.config.flatten import flatten
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import describe
 from megatrain.errors import ConfigError
 
-WIDTH = 110
+WIDTHS = (60, 110)
+"""Narrowest and widest text, in characters. In between it is as wide as the terminal, or as COLUMNS says."""
+
+NARROW = 80
+"""Width of a terminal below which what a key means stands under its name."""
+
+KEY_COLUMN, GROUP_COLUMN, VERB_COLUMN, FLAG_COLUMN = 36, 14, 14, 22
+"""Characters from the left edge to the second column."""
+
+EVERY_KEY = "all"
+"""The word that asks for every key: `megatrain train --help all`."""
+
+MOST_USED: dict[str, tuple[str, ...]] = {
+    "prepare": (
+        "data.name",
+        "data.paths",
+        "data.text_column",
+        "data.heldout_fraction",
+        "data.max_documents",
+        "data.workers",
+        "data.overwrite",
+        "tokenizer.path",
+        "tokenizer.vocab_size",
+        "launch.tasks",
+    ),
+    "train": (
+        "run.name",
+        "train.steps",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "train.seq_len",
+        "optim.lr",
+        "optim.warmup_steps",
+        "launch.nproc_per_node",
+        "parallel.zero",
+        "checkpoint.every",
+    ),
+    "layouts": (
+        "launch.world_size",
+        "launch.nproc_per_node",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "train.seq_len",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.zero",
+        "layouts.memory_gib",
+        "layouts.limit",
+    ),
+}
+"""The ten keys to know first, of verbs that have many. Their help shows the others on request."""
+
+FLAGS_OF = {"--multirun": ("train",), "--dry-run": ("train", "prepare"), "--completion": (), "--version": ()}
+"""The verbs whose help lists a flag, where it is not all."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "prepare": (
@@ -66,21 +120,26 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-MULTIRUN = """--multirun (-m) trains every combination of the keys that have several values, each as a separate run:
-one after another, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); for groups also
-glob(gpt2*). --dry-run shows what launch=slurm or --multirun would do. See docs/guide/sweeps.md for details."""
+MULTIRUN = (
+    "--multirun (-m) trains every combination of the keys that have several values, each as a separate run: one after "
+    "another, or with launch=slurm each as a job. Values: a,b,c or range(1,5) or choice(a,b); for groups also "
+    "glob(gpt2*). --dry-run shows what launch=slurm or --multirun would do. See docs/guide/sweeps.md for details."
+)
+
+LAYOUTS = (
+    "The best guess is listed first; nothing is measured. Layouts that fit the memory come before those that do not. "
+    "Among those that fit, the nearly full ones (over 85% of the usable memory) come after the others. Otherwise they "
+    "are sorted by the product tp x pp x cp, smallest first, because splitting the model costs communication; equal "
+    "ones by recompute, none first, because it costs computation; then by ZeRO stage, lowest first, because higher "
+    "ones communicate more; then by memory, least first. Those that do not fit are sorted by memory alone. Each engine "
+    "and set of degrees is shown once before any is shown twice, as far as layouts.limit allows."
+)
+
+NOTES = {"train": MULTIRUN, "layouts": LAYOUTS}
 
 
-LAYOUTS = """The best guess is listed first; nothing is measured. Layouts that fit the memory come before
-those that do not. Among those that fit, the nearly full ones (over 85% of the usable memory) come after the others.
-Otherwise they are sorted by the product tp x pp x cp, smallest first, because splitting the model costs
-communication; equal ones by recompute, none first, because it costs computation; then by ZeRO stage, lowest first,
-because higher ones communicate more; then by memory, least first. Those that do not fit are sorted by memory alone.
-Each engine and set of degrees is shown once before any is shown twice, as far as layouts.limit allows."""
-
-
-def overview() -> str:
-    """Return the text of `megatrain --help`."""
+def overview(flags: Mapping[str, str]) -> str:
+    """Return the text of `megatrain --help`. `flags` maps each flag to what it does, as `cli.FLAGS`."""
     lines = [
         "megatrain pretrains GPT models.",
         "",
@@ -88,54 +147,79 @@ def overview() -> str:
         "",
         "verbs:",
     ]
-    for verb, schema in VERBS.items():
-        lines.append(f"  {verb:12}{summary(schema)}")
+    lines += [_wrapped(verb, summary(schema), VERB_COLUMN) for verb, schema in VERBS.items()]
+    lines += ["", "flags:", *_flag_lines(flags)]
     lines += [
-        "",
-        "flags:",
-        "  --help      explain a verb and its keys: megatrain <verb> --help; one group: megatrain train --help optim",
-        "  --cfg       print the resolved config as YAML and exit",
-        "  --config FILE       start from a saved config, such as runs/x/config.yaml",
-        "  --config-dir DIR    choices of your own: model=my is DIR/model/my.yaml",
-        "  --completion SHELL  print a script that completes commands in bash, zsh or fish",
-        "  --debug     show the stack trace of an error",
-        "  --multirun  train: run every combination of several values; short: -m",
-        "  --dry-run   train: show what launch=slurm or --multirun would do",
-        "  --version   print the version",
         "",
         "to get started:",
         "  megatrain prepare data=python_stdlib",
         "  megatrain train model=small data=python_stdlib launch.nproc_per_node=2",
+        "",
+        "megatrain <verb> --help explains a verb.",
     ]
     return "\n".join(lines)
 
 
-def verb_help(verb: str, words: Sequence[str] = (), folders: Sequence[Path] = ()) -> str:
-    """Return the text of `megatrain <verb> --help`: groups and keys with meaning, type, choices and default.
+def verb_help(
+    verb: str, words: Sequence[str] = (), folders: Sequence[Path] = (), flags: Mapping[str, str] | None = None
+) -> str:
+    """Return the text of `megatrain <verb> --help`: usage, keys, groups, examples and flags.
 
-    `words` select: a group or section (`optim`), or keys whose name or meaning has the word (`clip`). `folders` hold
-    choices of the user's own. Raises ConfigError for a word that nothing has, except where it may be the verb's PATH.
+    A verb with many keys shows the most used ones, and all of them for the word `all`. Other `words` select: a group or
+    section (`optim`), or keys whose name or meaning has the word (`clip`). `folders` hold choices of the user's own.
+    Raises ConfigError for a word that nothing has, except where it may be the verb's PATH.
     """
-    if words and (selected := [text for word in words if (text := _selected(verb, word, folders))]):
+    chosen = [word for word in words if word != EVERY_KEY]
+    if chosen and (selected := [text for word in chosen if (text := _selected(verb, word, folders))]):
         return "\n\n".join(selected)
     schema = VERBS[verb]
-    positional = " [PATH]" if "path" in walk(schema) else ""
-    flags = " [--multirun] [--dry-run]" if verb == "train" else ""
-    lines = [f"usage: megatrain {verb}{flags}{positional} [key=value | group=choice] ...", "", summary(schema), ""]
-    if verb == "train":
-        lines += [MULTIRUN, ""]
-    if verb == "layouts":
-        lines += [LAYOUTS, ""]
-    lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
+    lines = [usage(verb), "", _plain(f"{summary(schema)}."), ""]
+    types = key_types(schema)
+    shown = list(types) if EVERY_KEY in words else list(MOST_USED.get(verb, types))
+    if len(shown) < len(types):
+        lines += ["most used keys:", *_key_lines(verb, shown), ""]
+        lines += [_plain(f"all {len(types)} keys: megatrain {verb} --help {EVERY_KEY}"), *_how_to_select(verb), ""]
     groups = [group for group in GROUPS.get(verb, ()) if choices_of(group, folders)]
     if groups:
         lines += [f"groups (megatrain {verb} --help {groups[0]} shows one with its keys):"]
         lines += [*_group_lines(verb, groups, folders), ""]
-    lines.append("keys:")
-    types = key_types(schema)
-    for section in dict.fromkeys(name.rpartition(".")[0] for name in types):
-        lines += [*_key_lines(verb, [name for name in types if name.rpartition(".")[0] == section]), ""]
+    if len(shown) == len(types):
+        lines.append("keys:")
+        for section in dict.fromkeys(name.rpartition(".")[0] for name in types):
+            lines += [*_key_lines(verb, [name for name in types if name.rpartition(".")[0] == section]), ""]
+    lines += ["examples:", *(f"  {example}" for example in EXAMPLES[verb]), ""]
+    if verb in NOTES:
+        lines += [_plain(NOTES[verb]), ""]
+    if flags:
+        wanted = {flag: text for flag, text in flags.items() if verb in FLAGS_OF.get(flag, VERBS)}
+        if verb not in GROUPS:
+            wanted = {flag: text for flag, text in wanted.items() if flag not in (CONFIG_FILE, CONFIG_DIR)}
+        lines += ["flags:", *_flag_lines(wanted)]
     return "\n".join(lines).rstrip()
+
+
+def usage(verb: str) -> str:
+    """Return the line that shows how a verb is written; the docstring of its schema has its arguments."""
+    arguments = (VERBS[verb].__doc__ or "").partition("`")[2].partition("`")[0]
+    return f"usage: {arguments} [key=value{' | group=choice' * (verb in GROUPS)}] ..."
+
+
+def _how_to_select(verb: str) -> list[str]:
+    """Return the lines that say how the help of a verb with many keys shows some of them."""
+    return [
+        f"one group of them: megatrain {verb} --help {GROUPS[verb][0]}",
+        f"those that mention a word: megatrain {verb} --help batch",
+    ]
+
+
+def _flag_lines(flags: Mapping[str, str]) -> list[str]:
+    """Return each flag with its meaning. A meaning that begins with a word in capitals names the flag's value."""
+    lines = []
+    for flag, text in flags.items():
+        value, _, meaning = text.partition(": ")
+        name, text = (f"{flag} {value}", meaning) if value.isupper() else (flag, text)
+        lines.append(_wrapped(name, text, FLAG_COLUMN))
+    return lines
 
 
 def _selected(verb: str, word: str, folders: Sequence[Path]) -> str:
@@ -160,7 +244,11 @@ def _group_lines(verb: str, groups: Sequence[str], folders: Sequence[Path]) -> l
     """Return each group with its choices and its default choice."""
     defaults = default_choices(verb)
     return [
-        _wrapped(f"{group}=", f"{', '.join(choices_of(group, folders))} (default {defaults.get(group) or 'none'})", 14)
+        _wrapped(
+            f"{group}=",
+            f"{', '.join(choices_of(group, folders))} (default {defaults.get(group) or 'none'})",
+            GROUP_COLUMN,
+        )
         for group in groups
     ]
 
@@ -175,7 +263,7 @@ def _key_lines(verb: str, names: Sequence[str]) -> list[str]:
         group, f = name.partition(".")[0], keys[name]
         is_set = defaults.get(group) and name in values and values[name] != default_of(f)
         default = f"default {_shown(values[name])}, from {group}={defaults[group]}" if is_set else default_text(f)
-        lines.append(_wrapped(name, key_text(types[name], f, default), 32))
+        lines.append(_wrapped(name, key_text(types[name], f, default), KEY_COLUMN))
     return lines
 
 
@@ -187,8 +275,8 @@ def _values(verb: str) -> dict[str, Any]:
 
 
 def summary(schema: type) -> str:
-    """Return a verb's one-line description."""
-    return (schema.__doc__ or "").partition(": ")[2]
+    """Return a verb's description, without a full stop."""
+    return " ".join((schema.__doc__ or "").partition(": ")[2].split()).rstrip(".")
 
 
 def key_text(hint: Any, field: Any, default: str) -> str:
@@ -223,7 +311,21 @@ def bounds_text(metadata: Any) -> str:
     return ", ".join(f"{text} {metadata[name]:g}" for name, text in words.items() if name in metadata)
 
 
-def _wrapped(name: str, text: str, indent: int) -> str:
-    """Lay out a name and its text in two columns."""
-    first = f"  {name:{indent - 3}} "
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False)
+def _wrapped(name: str, text: str, column: int) -> str:
+    """Lay out a name and its text in two columns; on a narrow terminal a long name stands above its text."""
+    width = _width()
+    first, rest = f"  {name:{column - 3}} ", " " * column
+    if column == KEY_COLUMN and width < NARROW:
+        return f"  {name}\n{textwrap.fill(text, width, initial_indent='      ', subsequent_indent='      ')}"
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _plain(text: str) -> str:
+    """Return a paragraph in the width of the terminal."""
+    return textwrap.fill(text, _width(), break_on_hyphens=False)
+
+
+def _width() -> int:
+    """Return the width of the help's lines."""
+    least, most = WIDTHS
+    return min(max(shutil.get_terminal_size((most, 24)).columns, least), most)

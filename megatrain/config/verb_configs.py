@@ -23,7 +23,7 @@ from megatrain.config.tracking_config import TrackingConfig
 
 @dataclass
 class TrainConfig:
-    """`megatrain train`: pretrain a model on a prepared dataset."""
+    """`megatrain train [RUN]`: pretrain a model on a prepared dataset, or continue the run in a folder."""
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = key(1234, "one seed for weights, data order and dropout", minimum=0)
@@ -56,7 +56,7 @@ class TrainConfig:
 
 @dataclass
 class PrepareConfig:
-    """`megatrain prepare`: turn text into a tokenized, indexed dataset."""
+    """`megatrain prepare [PATH ...]`: turn text into a tokenized, indexed dataset."""
 
     seed: int = key(1234, "seed of the held-out split and of the sample that the tokenizer is trained on", minimum=0)
     data: DataConfig = field(default_factory=DataConfig)
@@ -163,7 +163,7 @@ STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact 
 
 @dataclass
 class EvaluateConfig:
-    """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte."""
+    """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte of a run or a checkpoint."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
@@ -179,7 +179,7 @@ class EvaluateConfig:
 
 @dataclass
 class GenerateConfig:
-    """`megatrain generate <run | checkpoint> prompt=...`: sample text."""
+    """`megatrain generate <run | checkpoint> prompt=...`: sample text from a run or a checkpoint."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
@@ -200,7 +200,7 @@ class GenerateConfig:
 
 @dataclass
 class ExportConfig:
-    """`megatrain export <run | checkpoint> out=DIR`: write a Hugging Face folder."""
+    """`megatrain export <run | checkpoint> out=DIR`: write a run's or checkpoint's model as a Hugging Face folder."""
 
     path: str = key(MISSING, "run folder or checkpoint folder", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
@@ -215,7 +215,7 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """`megatrain import <Hugging Face folder> out=DIR`: write a checkpoint for `checkpoint.init_from`."""
+    """`megatrain import <Hugging Face folder> out=DIR`: turn a Hugging Face model into a checkpoint to train from."""
 
     path: str = key(MISSING, "Hugging Face folder of a family that docs/guide/after_training.md lists", path=True)
     out: str = key(MISSING, "checkpoint folder to write; must not exist yet", path=True)
@@ -223,7 +223,7 @@ class ImportConfig:
 
 @dataclass
 class InspectConfig:
-    """`megatrain inspect <run | checkpoint | dataset | tokenizer>`: show what it holds and verify every checksum."""
+    """`megatrain inspect <run | checkpoint | dataset | tokenizer>`: show what a folder holds, and verify it."""
 
     path: str = key(
         MISSING, "folder of a run, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face model", path=True
@@ -269,7 +269,7 @@ class TokenizersConfig:
 
 @dataclass
 class ReportConfig:
-    """`megatrain report <run | sweep | dataset>`: write a self-contained HTML page."""
+    """`megatrain report <run | sweep | dataset>`: write a self-contained HTML page on a run, sweep or dataset."""
 
     path: str = key(
         MISSING, "run folder, sweep folder, prepared dataset folder or a folder of prepared datasets", path=True

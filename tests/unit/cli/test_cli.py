@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import megatrain
 from megatrain import cli
 from megatrain.config import VERBS, TrainConfig, walk
 from megatrain.config.compose import compose, default_choices
-from megatrain.config.usage import EXAMPLES
+from megatrain.config.usage import EXAMPLES, MOST_USED
 from megatrain.distributed.python_process import python_command
 from megatrain.errors import CheckpointError, DataError
 from megatrain.resilience.owner import last_owner
@@ -46,13 +47,55 @@ def test_the_bare_command_and_help_name_every_verb(capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_explains_every_key(verb, capsys):
-    assert cli.main([verb, "--help"]) == 0
+    assert cli.main([verb, "--help", "all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name, f in walk(VERBS[verb]).items():
         assert f" {name} {f.metadata['help']}" in shown
         for choice in f.metadata.get("choices", ()):
             assert str(choice) in shown
     assert f"megatrain {verb}" in shown
+
+
+@pytest.mark.parametrize("verb", MOST_USED)
+def test_help_of_a_verb_with_many_keys_begins_with_ten_and_says_how_to_see_the_rest(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "most used keys:"
+    shown = [line.split()[0] for line in lines[5 : lines.index("", 5)] if not line.startswith("   ")]
+    assert tuple(shown) == MOST_USED[verb] and len(shown) == 10 and set(shown) <= set(walk(VERBS[verb]))
+    assert lines[lines.index("", 5) + 1].endswith(f"keys: megatrain {verb} --help all")
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("40", 60), ("72", 72), ("90", 90), ("300", 110)])
+def test_help_is_as_wide_as_the_terminal(columns, widest, monkeypatch, capsys):
+    """Commands are not wrapped. A line that would be a little too wide is; so some line is nearly as wide."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out.splitlines()
+    lengths = [len(line) for line in text if not re.match("  megatrain |usage|groups|all|one|those", line)]
+    assert widest - 5 <= max(lengths) <= widest
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help", "all"] for verb in VERBS)])
+def test_keys_and_flags_stand_in_two_columns(argv, monkeypatch, capsys):
+    """In each list all meanings begin in one column, after at least one space."""
+    monkeypatch.setenv("COLUMNS", "110")
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    flags = [line for line in text.partition("\nflags:\n")[2].splitlines() if line.startswith("  -")]
+    flags = flags[: flags.index(next(line for line in flags if "--debug" in line)) + 1]
+    assert len(flags) >= 3 and {line[20:22] for line in flags} == {"  "} and all(line[22] != " " for line in flags)
+    keys = [line for line in text.partition("\nkeys:\n")[2].partition("\nexamples:")[0].splitlines() if line]
+    assert all(line[34:36] == "  " or line[:36].isspace() for line in keys) and all(line[36] != " " for line in keys)
+
+
+def test_the_help_of_import_export_and_inspect_says_what_they_take(capsys):
+    for verb, takes in {"import": "<Hugging Face folder> out=DIR", "export": "<run | checkpoint> out=DIR"}.items():
+        assert cli.main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: megatrain {verb} {takes} [key=value] ...\n") and "\nexamples:\n" in shown
+    assert cli.main(["inspect", "--help"]) == 0
+    assert "megatrain inspect <run | checkpoint | dataset | tokenizer> [key=value]" in capsys.readouterr().out
 
 
 def test_help_of_a_group_shows_its_choices_its_default_and_its_keys_alone(capsys):
@@ -85,7 +128,9 @@ def test_help_names_the_default_of_every_group(capsys):
 
 
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
-def test_every_example_in_the_help_is_a_command_that_composes(line):
+def test_every_example_in_the_help_is_a_command_that_composes(line, tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
     arguments = cli.parse(shlex.split(line)[1:])
     if "--multirun" in arguments.flags:
         assert len(compose_points(arguments.overrides)) == 4
