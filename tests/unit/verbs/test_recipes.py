@@ -44,7 +44,9 @@ def recipes():
 @pytest.mark.parametrize(
     ("page", "words"), recipes(), ids=lambda value: " ".join(value) if isinstance(value, list) else value
 )
-def test_a_printed_command_is_accepted(page, words):
+def test_a_printed_command_is_accepted(page, words, tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()  # the reader's own text
+    monkeypatch.chdir(tmp_path)
     arguments = parse([word for word in words if "<" not in word])
     if arguments.verb is None or "--help" in arguments.flags:
         return
