@@ -48,12 +48,7 @@ class FillInTheMiddle:
         ids = [tokenizer.control_token(name) for name in marker_names(data.fim_tokens)]
         if missing := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token is None]:
             raise _lacks(data, missing, f"the tokenizer {config.tokenizer.path or 'that was trained'}")
-        bounds = (tokenizer.end_of_document, tokenizer.beginning_of_document)
-        if taken := [name for name, token in zip(data.fim_tokens, ids, strict=True) if token in bounds]:
-            raise ConfigError(
-                f"data.fim_tokens={list(data.fim_tokens)}: {taken[0]} marks where documents begin or end, so it would "
-                "cut a document into several; give control tokens that mark nothing else"
-            )
+        _check_unbound("data.fim_tokens", data.fim_tokens, tokenizer)
         joined = [*tokenizer.encode(_PROBE[0]), *tokenizer.encode(_PROBE[1])]
         if tokenizer.decode(joined) != "".join(_PROBE):
             raise ConfigError(
@@ -85,7 +80,8 @@ class FillInTheMiddle:
 def gap_prompt(tokenizer: Tokenizer, markers: Sequence[str], before: str, after: str) -> list[int]:
     """Return the ids after which a model writes what stands between two texts (PSM), without BOS.
 
-    `markers` are the names of those before prefix, middle and suffix. Raises ConfigError if the tokenizer lacks one.
+    `markers` are the names of those before prefix, middle and suffix. Raises ConfigError if the tokenizer lacks one, or
+    marks with one where documents begin or end.
     """
     ids = {name: tokenizer.control_token(name) for name in markers}
     if missing := [name for name, token in ids.items() if token is None]:
@@ -94,6 +90,7 @@ def gap_prompt(tokenizer: Tokenizer, markers: Sequence[str], before: str, after:
             "a gap; leave suffix out, or give the names of its own markers as "
             '\'fim_tokens=["<before the prefix>","<before the middle>","<before the suffix>"]\''
         )
+    _check_unbound("fim_tokens", markers, tokenizer)
     prefix, middle, suffix = (token for token in ids.values() if token is not None)
     return [prefix, *tokenizer.encode(before), suffix, *tokenizer.encode(after), middle]
 
@@ -115,6 +112,16 @@ def marker_names(given: Sequence[str], key: str = "data.fim_tokens") -> list[str
             f"{key}={list(given)}: give three names, of the markers before the prefix, the middle and the suffix"
         )
     return list(given)
+
+
+def _check_unbound(key: str, markers: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if a marker begins or ends documents: it would cut one into several."""
+    bounds = (tokenizer.end_of_document, tokenizer.beginning_of_document)
+    if bound := [name for name in markers if tokenizer.control_token(name) in bounds]:
+        raise ConfigError(
+            f"{key}={list(markers)}: {bound[0]} marks where documents begin or end; give control tokens that mark "
+            "nothing else"
+        )
 
 
 def _lacks(data: DataConfig, missing: list[str], tokenizer: str) -> ConfigError:

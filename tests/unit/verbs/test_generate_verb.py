@@ -143,6 +143,8 @@ def test_a_gap_is_refused_without_its_markers_and_if_it_is_too_long(family, fill
         text_of(capsys, fills_gaps[0], suffix="", fim_tokens=["<PRE>", "<|fim_middle|>", "<|fim_suffix|>"])
     with pytest.raises(ConfigError, match=r"fim_tokens=\['a'\]: give three names"):
         text_of(capsys, fills_gaps[0], suffix="", fim_tokens=["a"])
+    with pytest.raises(ConfigError, match=r"fim_tokens=.*: </s> marks where documents begin or end"):
+        text_of(capsys, fills_gaps[0], suffix="", fim_tokens=["<|fim_prefix|>", "</s>", "<|fim_suffix|>"])
     with pytest.raises(ConfigError, match=r"prompt and suffix: \d+ tokens, but the model takes at most 64"):
         text_of(capsys, fills_gaps[0], suffix=" + 7" * 60)
     assert capsys.readouterr().out == ""
