@@ -156,6 +156,10 @@ def _open(data: DataConfig, mixture: PhaseSetting, source: SourceSetting) -> Sou
     folder = place_of(data, source)
     if (folder / CARD).is_file():
         return folder
+    if data.kind == "demo":
+        raise ConfigError(
+            f"{mixture.key}.{source.place}: no dataset at {folder}; first give: megatrain prepare data=demo"
+        )
     try:
         return open_source(replace(data, kind="files", paths=[source.place], mixture={}))
     except ConfigError as error:

@@ -14,6 +14,7 @@ from megatrain.config.suggest import next_step
 from megatrain.config.tokenizer_config import SMALLEST_VOCABULARY
 from megatrain.config.values import quoted
 from megatrain.data.corpus.worker_pool import Workers
+from megatrain.data.samples import BEST_FIT
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_card import TrainedTokenizerCard
 from megatrain.data.tokenizer_sample import TextSample, draw_sample
@@ -51,6 +52,8 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
         "data.fim_rate": config.data.fim_rate > 0,
         "data.write_text": config.data.write_text,
         "data.deduplicate": not config.data.deduplicate,
+        "data.packing": config.data.packing == BEST_FIT,
+        "data.overwrite": config.data.overwrite,
     }
     if given := [key for key, is_given in ignored.items() if is_given]:
         raise ConfigError(f"{given[0]}: has no effect on a tokenizer's sample; leave it out")

@@ -21,6 +21,7 @@ from megatrain.config import (
     PrepareConfig,
     TrainConfig,
     TrainLoopConfig,
+    TrainTokenizerConfig,
 )
 from megatrain.config.arithmetic import divisors, either, nearest
 from megatrain.config.clean_config import MinhashConfig
@@ -55,6 +56,8 @@ LONGEST_NAME = 200
 
 def check_values(config: Any) -> None:
     """Check that the keys of a config agree with one another. Raises ConfigError."""
+    if isinstance(config, TrainTokenizerConfig) and config.data.kind != "megatron":  # whose own message says more
+        check_read_keys(config.data)
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
         if "/" in config.clean.name:
@@ -218,6 +221,11 @@ def check_source(config: DataConfig) -> None:
             "data=mixture trains on datasets that are prepared already, so there is nothing to prepare; prepare each "
             "of them by its own name, for example with data=files data.name=web"
         )
+    check_read_keys(config)
+
+
+def check_read_keys(config: DataConfig) -> None:
+    """Check that the data source has the keys that it needs, and none that it does not read."""
     if config.kind in ("files", "megatron") and not config.paths:
         raise ConfigError(
             f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"

@@ -177,6 +177,16 @@ def test_sources_of_the_demonstration_corpus_are_in_a_folder_of_their_own(corpus
     prepare(compose("prepare", [*words, "tokenizer.vocab_size=500", "data.workers=1"]))
     config = composed(corpus, "data=demo", "data.mixture={web: 1}", "tokenizer.vocab_size=400")
     assert list(drawn(config).sources) == ["web"]
+    with pytest.raises(ConfigError, match=r"data.mixture.code: no dataset at .*megatrain prepare data=demo"):
+        drawn(composed(corpus, "data=demo", "data.mixture={code: 1}"))
+
+
+@pytest.mark.parametrize("source", ["python_stdlib", "demo", "mixture"])
+def test_paths_that_a_source_does_not_read_are_refused(corpus, source, capsys):
+    """Or the tokenizer would be trained on other text than the command names."""
+    words = [f"data={source}", f"data.paths=[{corpus}/web]", "data.mixture={web: 1}"]
+    assert main(["tokenizer", f"out={corpus / 't'}", *words[: 3 if source != "python_stdlib" else 2]]) == 2
+    assert f"data.paths=[{corpus}/web]: data={source} does not read it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,8 @@ def test_sources_of_the_demonstration_corpus_are_in_a_folder_of_their_own(corpus
         (["clean.dedup_passages=lines"], ConfigError, "clean.dedup_passages: has no effect"),
         (["data.write_text=true"], ConfigError, "data.write_text: has no effect"),
         (["data.deduplicate=false"], ConfigError, "data.deduplicate: has no effect"),
+        (["data.packing=best_fit"], ConfigError, "data.packing: has no effect"),
+        (["data.overwrite=true"], ConfigError, "data.overwrite: has no effect"),
         (["data=megatron"], ConfigError, "data=megatron: a tokenizer is trained on text"),
         (["data=mixture"], ConfigError, "data.mixture is empty"),
         (["data=mixture", "data.mixture={gone: 1}"], ConfigError, "data.mixture.gone: neither a prepared dataset"),
