@@ -46,10 +46,18 @@ def bad_kinds(counts: Mapping[str, int]) -> dict[str, int]:
 def summary(target: Path, card: Card) -> Iterator[str]:
     """Yield the lines that say what was prepared."""
     yield f"{target}: prepared, fingerprint {card.fingerprint}"
+    documents = {name: f"{split.documents:,}" for name, split in card.splits.items()}
+    tokens = {name: f"{split.tokens:,}" for name, split in card.splits.items()}
+    columns = [max(map(len, column)) + 1 for column in (documents, documents.values(), tokens.values())]
     for name, split in card.splits.items():
-        size = f"  {name}: {split.documents:,} document{'s' * (split.documents != 1)}, {split.tokens:,} tokens"
+        label, count, ids = (
+            f"{name}:".ljust(columns[0]),
+            documents[name].rjust(columns[1]),
+            tokens[name].rjust(columns[2]),
+        )
+        size = f"  {label}{count} document{'s' * (split.documents != 1)},{ids} tokens"
         if split.bytes is not None:  # unknown for data that came as token ids
-            size += f", {_size(split.bytes)} of text ({split.bytes / max(split.tokens, 1):.2f} bytes a token)"
+            size += f", {_size(split.bytes)} of text ({split.bytes / max(split.tokens, 1):.2f} bytes per token)"
         yield size
     kinds = {name.removeprefix(KIND): count for name, count in card.counts.items() if name.startswith(KIND)}
     if kinds:

@@ -94,7 +94,7 @@ def tiles(card: Card, stages: list[Stage]) -> list[dict[str, str]]:
     found = [("documents", short(documents), f"{documents:,}"), ("tokens", short(tokens), f"{tokens:,}")]
     if size is not None:
         found.append(("text", f"{short(size)}B", f"{size:,} bytes"))
-        found.append(("bytes a token", f"{size / max(tokens, 1):.2f}", "of text"))
+        found.append(("bytes per token", f"{size / max(tokens, 1):.2f}", "of text"))
     if stages:
         read = stages[0].documents_in
         kept = read + sum(stage.added - stage.removed for stage in stages)
@@ -220,7 +220,7 @@ def describe_tokens(folder: Path, card: Card, tokenizer: Tokenizer | None) -> di
         split = card.splits.get(name)
         if split and split.bytes is not None and split.tokens:
             rows.append(
-                [f"bytes a token, {'held out' if name == 'heldout' else name}", f"{split.bytes / split.tokens:.3f}"]
+                [f"bytes per token, {'held out' if name == 'heldout' else name}", f"{split.bytes / split.tokens:.3f}"]
             )
     if found.beyond:
         rows.append(["ids outside the vocabulary", f"{found.beyond:,}"])

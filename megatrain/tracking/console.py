@@ -50,9 +50,11 @@ class Console:
         self._doing = ""
         self._told: float | None = None
         self._last_line: tuple[int, float] | None = None
+        self._began: float | None = None
 
     def start(self, info: RunInfo) -> None:
         """Print what runs and where, and start the bar on a terminal."""
+        self._began = time.monotonic()
         if info.config.get("run", {}).get("sweep") is None:  # a sweep says once what comes next
             folder = shlex.quote(str(info.run_dir))
             self._next = next_step(
@@ -80,7 +82,7 @@ class Console:
             self._step, self._status = record["step"], self.status(record)
         elif record.get("heldout_loss") is not None or self._is_line_due(record["step"], moment):
             self._last_line = (record["step"], moment)
-            self.note(f"step {record['step']}/{self._total}  {self.status(record)}")
+            self.note(f"{self._place(record['step'])}  {self.status(record)}")
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event as a note, except those that `start()` and `finish()` show."""
@@ -105,7 +107,8 @@ class Console:
     def finish(self, status: str) -> None:
         """Stop the bar and print how the run ended."""
         self.abandon()
-        self.note(f"run {status}" + ("; the same command continues it" if status == "stopped" else ""))
+        lasted = f" in {clock(time.monotonic() - self._began)}" if self._began is not None else ""
+        self.note(f"run {status}{lasted}" + ("; the same command continues it" if status == "stopped" else ""))
         if self._next and status == "done":
             self.note(self._next)
 
@@ -123,7 +126,7 @@ class Console:
     def bar(self, width: int) -> str:
         """Return the bar in `width` columns: `step 120/1000 ━━━━──────── loss 3.2145  12.3k tok/s  eta 0:04:03`."""
         step, status = self._step, self._doing or self._status
-        before = f"step {step}/{self._total} "
+        before = f"{self._place(step)} "
         room = width - len(before) - len(status) - 1
         if room < MIN_BAR:
             return before + status
@@ -137,11 +140,16 @@ class Console:
         if record.get("updated") is False:
             parts.append("skipped")
         if record.get("tokens_per_s") is not None:
-            parts.append(f"{short(record['tokens_per_s'])} tok/s")
+            parts.append(f"{short(record['tokens_per_s']):>5} tok/s")
         if mfu is not None:
             parts.append(f"mfu {mfu:.1%}")
-        parts.append(f"eta {clock(self.seconds_left(record['step']))}")
+        if record["step"] < self._total:
+            parts.append(f"eta {clock(self.seconds_left(record['step']))}")
         return "  ".join(parts)
+
+    def _place(self, step: int) -> str:
+        """Return `step  20/1000`, as wide at the first step as at the last."""
+        return f"step {step:>{len(str(self._total))}}/{self._total}"
 
     def seconds_left(self, step: int) -> float:
         """Return the number of steps left times the mean wall time of recent ones; 0.0 before the first."""

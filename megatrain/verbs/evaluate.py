@@ -191,7 +191,7 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
     bits, num_bytes = result["bits_per_byte"], result["bytes"]
     lines = [
         f"{loaded.describe()} on {result['data']}",
-        f"  loss           {result['loss']:.6f} nats a token",
+        f"  loss           {result['loss']:.6f} nats per token",
         f"  perplexity     {result['perplexity']:.4f}",
         f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown: the size of the text is not recorded'}",
         f"  tokens         {result['tokens']:,}",

@@ -81,7 +81,7 @@ def test_the_figures_are_those_counted_by_hand(dataset):
     tile = {t["name"]: (t["value"], t["note"]) for t in data["tiles"]}
     assert tile["documents"] == ("30", "30") and tile["kept"] == ("75.0%", "of 40 records")
     tokens, size = (sum(s[name] for s in data["splits"]) for name in ("tokens", "bytes"))
-    assert tile["tokens"][1] == f"{tokens:,}" and tile["bytes a token"][0] == f"{size / tokens:.2f}"
+    assert tile["tokens"][1] == f"{tokens:,}" and tile["bytes per token"][0] == f"{size / tokens:.2f}"
     assert sum(documents for _, documents, _ in data["lengths"]["bins"]) == 30
     assert sum(count for _, _, count in data["lengths"]["bins"]) == tokens
     facts = dict(data["tokens"]["rows"])

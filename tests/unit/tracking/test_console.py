@@ -35,10 +35,16 @@ def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, cloc
     shown.finish("done")
     text = capsys.readouterr().err
     assert "\x1b" not in text and "\r" not in text
-    assert "12.3M parameters" in text and "resuming from step 3" in text and text.splitlines()[-2] == "run done"
+    assert (
+        "12.3M parameters" in text
+        and "resuming from step 3" in text
+        and re.fullmatch(r"run done in 0:00:1\d", text.splitlines()[-2])
+    )
     assert text.splitlines()[-1].startswith(f"next: megatrain report {tmp_path}  or  megatrain generate {tmp_path} ")
-    assert [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
+    assert [int(step) for step in re.findall(r"^step +(\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
+    assert "\nstep  4/40  " in text and "\nstep 14/40  " in text, "the figures are in columns"
+    assert re.search(r"step 40/40  .* mfu 25\.0%$", text, re.MULTILINE), "no time is left after the last step"
 
 
 def test_a_held_out_loss_is_shown_once_and_says_how_much_was_read(clock_at, capsys):
@@ -53,7 +59,7 @@ def test_a_held_out_loss_is_shown_once_and_says_how_much_was_read(clock_at, caps
         shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.125} if step == 3 else {}))
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == "step 3: held-out loss 3.1250, 1.500 bits per byte (first 8 of 1,080 batches)"
-    assert [line.split("  ")[0] for line in lines] == ["step 1/100", lines[1], "step 3/100"]
+    assert [lines[0][:12], lines[2][:12]] == ["step   1/100", "step   3/100"] and len(lines) == 3
     assert "3.1250" not in lines[2] + shown.status({"step": 4, "loss": 2.5})
     whole = {"kind": "evaluate", "step": 3, "heldout_loss": 3.125, "num_batches": 8, "all_batches": 8}
     assert describe(whole) == "step 3: held-out loss 3.1250"
@@ -85,7 +91,7 @@ def test_the_bar_shows_an_evaluation_until_it_ends(tmp_path, monkeypatch):
     shown.start(info(tmp_path))
     shown.step({"step": 7, "loss": 2.25})
     shown.progress(8, "evaluating 40/128 batches")
-    assert re.fullmatch(r"step 7/20 ━+─+ evaluating 40/128 batches", shown.bar(79)) and len(shown.bar(79)) == 79
+    assert re.fullmatch(r"step  7/20 ━+─+ evaluating 40/128 batches", shown.bar(79)) and len(shown.bar(79)) == 79
     shown.step({"step": 8, "loss": 2.0})
     assert "loss 2.0000" in shown.bar(79) and "evaluating" not in shown.bar(79)
     shown.progress(8, "writing a checkpoint: 3 s so far")
@@ -125,8 +131,8 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
     os.close(writer)
     lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
     assert lines[1] == "saved runs/a/step_7 in 0.12 s"
-    assert re.fullmatch(r"step 7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
-    assert lines[3] == "run done" and lines[4].startswith("next: ") and lines[5:] == [""]
+    assert re.fullmatch(r"step  7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
+    assert re.fullmatch(r"run done in 0:00:0\d", lines[3]) and lines[4].startswith("next: ") and lines[5:] == [""]
 
 
 def test_a_skipped_step_is_marked(tmp_path):
@@ -208,7 +214,7 @@ def test_a_stop_is_named_by_its_signal_and_says_how_to_go_on(tmp_path, capfd):
     text = capfd.readouterr().err
     assert "SIGTERM at step 7: the run saves and ends" in text
     assert describe({"kind": "signal", "step": 7, "signal": 2}).startswith("Ctrl-C (SIGINT) at step 7: ")
-    assert "run stopped; the same command continues it" in text
+    assert re.search(r"run stopped in 0:00:0\d; the same command continues it", text)
 
 
 def test_the_start_says_how_long_the_run_is_and_a_resume_only_where_it_goes_on(tmp_path, capsys):
