@@ -86,6 +86,17 @@ def _init_from(event: dict[str, Any]) -> str:
     return "".join([event["checkpoint"], *told])
 
 
+def _start(event: dict[str, Any]) -> str:
+    further = _fields({name: event[name] for name in ("restarts", "copy", "cut_metrics") if name in event})
+    place = f"{event['layout']}, {event['world_size']} x {event['device']} on {event['host']}"
+    return f"{place}, {further}" if further else place
+
+
+def _stop(event: dict[str, Any]) -> str:
+    further = _fields({name: value for name, value in event.items() if name != "status"})
+    return f"{event['status']}, {further}" if further else str(event["status"])
+
+
 def _change(event: dict[str, Any]) -> str:
     how = " (checkpoint.override)" if event.get("override") else ""
     return f"{event['key']} {change(event['before'], event['now'])}{how}"
@@ -96,6 +107,9 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate": _evaluate,
     "init_from": _init_from,
     "mixture": lambda event: describe_sources(event["sources"]),
+    "start": _start,
+    "resume": _start,
+    "stop": _stop,
     "preflight": lambda event: f"all checks passed in {event['seconds']:.2f} s",
     "save": lambda event: f"{event['checkpoint']} in {event['seconds']:.2f} s",
     "signal": lambda event: signal_name(event["signal"]),

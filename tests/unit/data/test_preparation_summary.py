@@ -41,3 +41,11 @@ def test_few_documents_left_are_noted_with_the_step_that_removed_most():
         "note: cleaning removed 101 of 110 documents, most of them by gopher_quality; megatrain report d shows examples"
     )
     assert not [line for line in told(1000, 0, [step("language", 110, 56)]) if line.startswith("note: ")]
+
+
+def test_the_splits_are_in_columns():
+    train, heldout = told(25_000, 100)[1:3]
+    assert train == "  train:   3 documents, 25,000 tokens, 0.1 MB of text (4.00 bytes per token)"
+    assert [train.index(word) for word in ("documents", " tokens")] == [
+        heldout.index(word) for word in ("documents", " tokens")
+    ]

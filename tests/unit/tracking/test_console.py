@@ -11,7 +11,7 @@ import pytest
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
 from megatrain.tracking.console import Console, clock, short
-from megatrain.tracking.event_words import change, describe
+from megatrain.tracking.event_words import change, describe, details
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
 
@@ -256,5 +256,9 @@ def test_an_event_is_told_in_plain_words():
     aside = {"kind": "set_aside", "step": 4, "checkpoints": ["step_8", "step_6"], "folder": "a", "cut_metrics": None}
     assert describe(aside) == "set aside at step 4: checkpoints [step_8, step_6], folder a"
     assert describe({"kind": "early_stop", "step": 4}) == "early stop at step 4"
+    began = {"kind": "resume", "step": 4, "layout": "native dp=2 bf16", "world_size": 2, "device": "cuda", "host": "n1"}
+    assert details(began | {"num_parameters": 9}) == "native dp=2 bf16, 2 x cuda on n1"
+    assert details(began | {"restarts": 2}) == "native dp=2 bf16, 2 x cuda on n1, restarts 2"
+    assert details({"kind": "stop", "step": 4, "status": "failed", "error": "x"}) == "failed, error x"
     assert describe({"kind": "evaluate", "step": 4, "loss": 2.0}) == "step 4: loss 2", "of another program"
     assert change(None, ["a", "b"]) == "null → [a, b]" and change(True, False) == "true → false"
