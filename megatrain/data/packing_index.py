@@ -25,7 +25,7 @@ from megatrain.data.indexed import BlockHasher, hash_blocks, hash_file, pair
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.packing import BEGINS, ENDS, PIECE, best_fit, cut
 from megatrain.data.verified_file import VerifiedFile
-from megatrain.errors import DataError, cannot_write
+from megatrain.errors import ConfigError, DataError, cannot_write
 from megatrain.resilience.atomic_file import replacing, write_atomically
 
 FOLDER = "packing"
@@ -104,6 +104,10 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
     try:
         path.parent.mkdir(exist_ok=True)
         return PackingIndex(path, _make(path, dataset, seq_len), verify)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"data.packing=best_fit: {path.parent} is no folder, so packings cannot be kept there; remove it"
+        ) from error
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise cannot_write(path, error, "data.packing=best_fit") from error

@@ -13,7 +13,7 @@ from megatrain.data.loader import TrainStream, in_sample_order, micro_batch_of, 
 from megatrain.data.order import SampleOrder
 from megatrain.data.packing_index import open_packing, stored_packings, verify_packings
 from megatrain.data.samples import PackedSamples, Sample, Windows, open_samples
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.resilience import atomic_file
 
@@ -247,6 +247,15 @@ def test_a_folder_that_cannot_be_written_to_is_packed_at_each_start(make_dataset
     assert made == [T]  # once, though a mixture opens it twice: to count its samples, and to read them
     assert f"nothing can be written to {folder} (Permission denied), so each start packs anew" in caplog.text
     assert not (folder / "packing").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_stands_where_packings_are_kept_is_named(make_dataset, link):
+    folder = make_dataset(train=documents())
+    place = folder / "packing"
+    place.symlink_to(folder / "gone") if link else place.write_text("")
+    with pytest.raises(ConfigError, match=r"data.packing=best_fit: .*/packing is no folder, .*; remove it"):
+        open_packing(IndexedDataset.open(folder, "train"), T, True)
 
 
 def test_without_packing_the_samples_are_windows(packed):
