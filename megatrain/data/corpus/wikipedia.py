@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from xml.parsers import expat
 
 from megatrain.data.corpus.record import Problem, Record
+from megatrain.data.corpus.wikitext_cost import what_is_too_slow
 
 _READ_BYTES = 2**16
 _KEPT = ("title", "ns", "id", "timestamp", "text")
@@ -177,6 +178,8 @@ def wikitext_to_text(source: str, namespaces: Iterable[str] = ()) -> str | Probl
     """
     import mwparserfromhell
 
+    if reason := what_is_too_slow(source):
+        return Problem("wikitext", reason)
     try:
         return _text(source, {*_ALIASES, *(name.lower() for name in namespaces)})
     except RecursionError:
