@@ -58,7 +58,7 @@ def is_done(config: PrepareConfig) -> bool:
 def is_prepared(config: PrepareConfig, identity: dict[str, Any], given: Tokenizer | None) -> bool:
     """Return whether the dataset is there already, and say so. Raises `ConfigError` if its name is another one's."""
     target = _target(config)
-    if not _already_prepared(target, _settings(config) | {"source": identity}, given, config.data.overwrite):
+    if not _already_prepared(target, settings(config) | {"source": identity}, given, config.data.overwrite):
         return False
     print(f"{target}: already prepared with these settings (data.overwrite=true prepares it again)", file=sys.stderr)
     return True
@@ -92,7 +92,7 @@ def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], 
             check_contents_apart(card, opened)
             if given:
                 given.save(staging.folder / "tokenizer")
-        card.source, card.config = _identity(opened), _settings(config)
+        card.source, card.config = _identity(opened), settings(config)
         card.save(staging.folder)
         staging.publish()
     print("\n".join([*summary(target, card), *bad_records(target, card.counts, first_bad)]), file=sys.stderr)
@@ -119,7 +119,7 @@ def _identity(opened: Source | dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def _stages(config: PrepareConfig, source: Source, work: Path) -> TextStages:
-    return TextStages(source, config, _settings(config), _dedup(config), work)
+    return TextStages(source, config, settings(config), _dedup(config), work)
 
 
 def _do_share(config: PrepareConfig, source: Source) -> None:
@@ -215,7 +215,7 @@ def _choose_start(tokenizer: Tokenizer, config: PrepareConfig) -> None:
     tokenizer.starts_with_bos = config.data.bos
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
+def settings(config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that determine the dataset's content, as recorded in the card."""
     data = {key: value for key, value in asdict(config.data).items() if key not in _NOT_IDENTITY}
     clean: dict[str, Any] = {"steps": settings_of(build_recipe(config.clean.steps)), "dedup": _dedup(config)}

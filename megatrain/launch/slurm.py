@@ -238,17 +238,31 @@ def show_dry_run(script: Path, jobs: Sequence[str]) -> None:
     print(f"# to submit {'them' if several else 'it'}: leave out --dry-run, or run the command{'s' * several} below")
 
 
-def jobs_here() -> dict[str, str]:
-    """Return the numbers, by name, of the user's unfinished jobs that were submitted from this folder.
+@dataclass(frozen=True)
+class QueuedJob:
+    """An unfinished job: its number (of an array with its tasks, as in 7_[1-3]), name and comment."""
+
+    number: str
+    name: str
+    comment: str
+
+
+def queue_here() -> list[QueuedJob]:
+    """Return the user's unfinished jobs that were submitted from this folder.
 
     Empty if squeue is missing or fails.
     """
-    command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%j"]
+    command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%k|%j"]
     if shutil.which("squeue") is None:
-        return {}
+        return []
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line.split("|", 2) for line in listed.stdout.splitlines() if line.count("|") >= 2]
-    return {name: number for number, folder, name in lines if folder == os.getcwd()}
+    lines = [line.split("|", 3) for line in listed.stdout.splitlines() if line.count("|") >= 3]
+    return [QueuedJob(number, name, comment) for number, folder, comment, name in lines if folder == os.getcwd()]
+
+
+def jobs_here() -> dict[str, str]:
+    """Return the numbers, by name, of the jobs of `queue_here`."""
+    return {job.name: job.number for job in queue_here()}
 
 
 def sbatch_command(

@@ -29,7 +29,7 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         if not preparation.is_done(config):
             arguments = [word for word in overrides if not word.lstrip("+").startswith(("launch=", "launch."))]
             arguments = [*(flag for flag in flags if flag != "--dry-run"), *arguments]
-            prepare_jobs.submit(config, arguments, dry_run="--dry-run" in flags)
+            prepare_jobs.submit(config, arguments, "--dry-run" in flags, preparation.settings(config))
         return Path(config.data.dir) / config.data.name
     folder = prepare_demo(config) if config.data.kind == "demo" else preparation.prepare(config)
     if stage in ("all", "publish"):

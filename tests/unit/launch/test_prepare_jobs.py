@@ -43,6 +43,10 @@ def calls(path):
     return [line.partition("|")[2] for line in path.read_text().splitlines()]
 
 
+def comment_of(call):
+    return next(word for word in call.split() if word.startswith("--comment="))
+
+
 def test_each_stage_is_a_job_after_the_one_before_and_tasks_are_an_array(called, capsys):
     words = ["launch.tasks=8", "launch.time=60", "launch.max_requeues=3", "seed=5"]
     assert cli.main([*WORDS, *words, "--debug"]) == 0
@@ -50,11 +54,11 @@ def test_each_stage_is_a_job_after_the_one_before_and_tasks_are_an_array(called,
     assert capsys.readouterr().out == listed
     clean, select, encode, publish = calls(called)
     own = "--debug data=files data.name=d data.paths=[in] seed=5"
-    assert clean == (
+    assert clean.replace(f" {comment_of(clean)}", "") == (
         f"--parsable --ntasks=1 --array=0-7 --job-name=prepare-d-clean --time=60 {SCRIPT} {own} "
         "launch.tasks=8 launch.stage=clean"
-    ).replace(str(SCRIPT), clean.split()[5])
-    assert clean.split()[5].endswith("slurm/prepare.sbatch")
+    ).replace(str(SCRIPT), clean.split()[6])
+    assert clean.split()[6].endswith("slurm/prepare.sbatch")
     after = "--dependency=afterok:{} --kill-on-invalid-dep=yes"
     for call, before in ((select, 41), (encode, 42), (publish, 43)):
         assert after.format(before) in call
@@ -87,7 +91,7 @@ def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(called, capsys):
 
 
 def test_jobs_in_the_queue_and_a_finished_dataset_are_not_submitted_again(called, capsys):
-    (called.parent / "queue").write_text(f"7_[1-3]|{os.getcwd()}|prepare-d-clean\n9|/elsewhere|prepare-d-select\n")
+    (called.parent / "queue").write_text(f"7_[1-3]|{os.getcwd()}||prepare-d-clean\n9|/elsewhere||prepare-d-select\n")
     assert cli.main([*WORDS, "launch.tasks=4"]) == 0
     assert capsys.readouterr().out == "7  prepare-d-clean (in the queue already)\n" and not called.exists()
     (called.parent / "queue").unlink()
@@ -95,6 +99,30 @@ def test_jobs_in_the_queue_and_a_finished_dataset_are_not_submitted_again(called
     assert cli.main(here) == 0
     assert cli.main([*here, "launch=slurm", "launch.tasks=2"]) == 0
     assert "already prepared" in capsys.readouterr().err and not called.exists()
+
+
+def test_jobs_in_the_queue_are_those_of_the_same_folder_and_settings(called, capsys):
+    assert cli.main([*WORDS, "launch.tasks=2", "seed=5"]) == 0
+    comments = [comment_of(call) for call in calls(called)]
+    assert len(set(comments)) == 1
+    comment = comments[0].removeprefix("--comment=")
+    lines = [f"41_[0-1]|{os.getcwd()}|{comment}|prepare-d-clean", f"42|{os.getcwd()}|{comment}|prepare-d-select"]
+    (called.parent / "queue").write_text("\n".join(lines) + "\n")
+    called.unlink()
+    capsys.readouterr()
+    for words in (["launch.tasks=2"], ["launch.tasks=7", "launch.time=60", "data.workers=3"], []):
+        assert cli.main([*WORDS, "seed=5", *words]) == 0
+        shown = capsys.readouterr().out
+        assert shown.splitlines() == [
+            f"{n}  prepare-d-{s} (in the queue already)" for n, s in ((41, "clean"), (42, "select"))
+        ]
+    for words in (["launch.tasks=2"], ["seed=5", "launch.tasks=2", "data.heldout_fraction=0.3"], ["seed=6"]):
+        assert cli.main([*WORDS, *words]) == 2
+        said = capsys.readouterr().err
+        assert "data.name=d: jobs that prepare data/d with other settings are in the queue (41 42)" in said
+        assert "scancel 41 42" in said and not called.exists()
+    assert cli.main([*WORDS, "seed=6", "data.dir=other", "launch.tasks=2"]) == 0
+    assert "in the queue" not in capsys.readouterr().out and len(calls(called)) == 4, "another dataset of that name"
 
 
 def test_if_slurm_refuses_a_stage_those_before_it_are_cancelled(called, capsys):

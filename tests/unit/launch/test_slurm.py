@@ -233,7 +233,7 @@ def test_a_dry_run_of_a_sweep_shows_every_job_and_the_scripts_place_once(fake_cl
 
 def test_points_that_are_done_or_queued_are_not_submitted_again(fake_cluster, capsys):
     here = fake_cluster / "here"
-    (fake_cluster / "queue").write_text(f"17|{here}|scan-seed1\n18|/elsewhere|scan-seed2\n19|{here}|other\n")
+    (fake_cluster / "queue").write_text(f"17|{here}||scan-seed1\n18|/elsewhere||scan-seed2\n19|{here}|a|other\n")
     run_dir = here / "runs" / "scan-seed3"
     assert cli.main(["train", "model=tiny", "seed=3", "run.name=scan-seed3", "run.sweep=scan", "--cfg"]) == 0
     run_dir.mkdir(parents=True)
