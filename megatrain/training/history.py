@@ -11,8 +11,15 @@ from megatrain.tracking.events import read_events
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Return whether a run's folder holds more than the logs and the owners of starts that did not get to a run."""
-    return any((run_dir / name).exists() for name in ("config.yaml", "events.jsonl", "metrics.jsonl", "checkpoints"))
+    """Return whether a run's folder holds records of a run, and not only what starts leave that did not get that far.
+
+    Those are logs, owners, the ledger, and records that were opened but have nothing in them.
+    """
+    files = [run_dir / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")]
+    checkpoints = run_dir / "checkpoints"
+    return any(file.exists() and file.stat().st_size for file in files) or (
+        checkpoints.exists() and any(checkpoints.iterdir())
+    )
 
 
 def refuse_to_overwrite(checkpoints: Path) -> None:
