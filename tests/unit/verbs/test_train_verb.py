@@ -38,7 +38,8 @@ def test_a_refused_start_leaves_no_folder_unless_a_run_has_begun_in_it(written, 
     run_dir = tmp_path / "runs" / "first"
 
     def launch(*_):
-        (run_dir / "checkpoints").mkdir()
+        for made in ("checkpoints", "logs"):
+            (run_dir / made).mkdir(exist_ok=True)
         (run_dir / "logs" / "rank_00000.log").write_text("megatrain: error: kernels=triton: no GPU\n")
         for name in ("metrics.jsonl", "events.jsonl"):
             (run_dir / name).touch()
