@@ -7,7 +7,6 @@ Messages become `User: ...`, `Assistant: ...`, with an empty line between them. 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from typing import Any
 
@@ -24,6 +23,12 @@ IDS = ("id", "comment_id", "message_id")
 PARENTS = ("parent_id", "parent")
 """Fields that may hold the id of what a comment answers."""
 
+Key = tuple[str, str]
+"""A comment or post: the prefix of its kind in dumps of Reddit (`t1` for comments, `t3` for posts) and its id.
+
+One id may be that of a post and of a comment.
+"""
+
 _NAME_FIELDS = ("login", "username", "screen_name", "name", "display_name", "role")
 """Fields of an author that is an object, which may hold its name."""
 
@@ -36,7 +41,6 @@ _NAMES = {
     "model": "Assistant",
 }
 _DELETED = ("", "[deleted]", "[removed]")  # texts of comments that are left out, but not what answers them
-_PREFIX = re.compile(r"t\d_")  # of the ids that parents are named by in dumps of Reddit
 
 
 def find_conversation(record: dict[str, Any], column: str) -> list[Any] | None:
@@ -74,14 +78,14 @@ def render(conversation: list[Any], record: dict[str, Any]) -> str | Problem:
 
 
 def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> str | Problem:
-    ids = {_id(comment) for comment in comments} - {None}
-    answers: dict[str | None, list[dict[str, Any]]] = defaultdict(list)
+    ids = {key_of(comment) for comment in comments} - {None}
+    answers: dict[Key | None, list[dict[str, Any]]] = defaultdict(list)
     first: list[dict[str, Any]] = []
     for comment in comments:
-        parent = _without_prefix(reference(comment, PARENTS))
-        (answers[parent] if parent in ids else first).append(comment)
+        parent = next((key for key in parents_of(comment) if key in ids), None)
+        (first if parent is None else answers[parent]).append(comment)
     parts = [text.strip() for name in BEGINNINGS if isinstance(text := record.get(name), str)]
-    seen: set[str | None] = {None}
+    seen: set[Key | None] = {None}
     waiting: list[tuple[dict[str, Any], dict[str, Any] | None]] = [(comment, None) for comment in reversed(first)]
     written, last = 0, None
     while waiting:
@@ -89,16 +93,17 @@ def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> st
         written += 1
         text, author = _text_of_comment(comment), _author(comment)
         has = ", ".join(map(repr, list(comment)[:8]))
+        which = "a comment" if (own_id := reference(comment, IDS)) is None else f"the comment {own_id!r}"
         if text is None:
-            return Problem("not_a_message", f"a comment has no text under body, text or content (it has {has})")
+            return Problem("not_a_message", f"{which} has no text under body, text or content (it has {has})")
         if author is None:
-            return Problem("not_a_message", f"a comment has an author that is no name (it has {has})")
+            return Problem("not_a_message", f"{which} has an author that is no name (it has {has})")
         if text not in _DELETED:
             # The roles of a conversation need no name of whom they answer, unless something stands between.
             is_plain = answered is None or (answered is last and "role" in comment)
             parts.append(f"{author}{'' if is_plain else f', to {_author(answered or {})}'}: {text}")
             last = comment
-        if (own := _id(comment)) not in seen:
+        if (own := key_of(comment)) not in seen:
             seen.add(own)
             waiting.extend((answer, comment) for answer in reversed(answers[own]))
     if written < len(comments):
@@ -108,7 +113,30 @@ def _render_thread(comments: list[dict[str, Any]], record: dict[str, Any]) -> st
 
 def has_parent(entry: dict[str, Any]) -> bool:
     """Return whether an object has a field for the id of what it answers, even if that is null."""
-    return any(name in entry and not isinstance(entry[name], bool) for name in PARENTS)
+    return any(name in entry and _may_be_id(entry[name]) for name in PARENTS)
+
+
+def _may_be_id(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
+
+
+def key_of(entry: dict[str, Any]) -> Key | None:
+    """Return the key of a comment, or of a post, which has a title and no parent; None if it has no id."""
+    own = reference(entry, IDS)
+    kind = "t3" if "title" in entry and not has_parent(entry) else "t1"
+    return None if own is None else keys(own, (kind,))[0]
+
+
+def parents_of(entry: dict[str, Any]) -> tuple[Key, ...]:
+    """Return the possible keys of what a comment answers; none if it begins a thread."""
+    parent = reference(entry, PARENTS)
+    return () if parent is None else keys(parent, ("t1", "t3"))
+
+
+def keys(reference: str, kinds: tuple[str, ...]) -> tuple[Key, ...]:
+    """Return what a reference may mean: what its prefix says, or else something of these kinds."""
+    prefix, underscore, rest = reference.partition("_")
+    return ((prefix, rest),) if underscore and prefix in ("t1", "t3") else tuple((kind, reference) for kind in kinds)
 
 
 def reference(entry: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -147,14 +175,6 @@ def _name(entry: dict[str, Any], *names: str) -> str | None:
     if isinstance(value, dict):
         value = _first(value, *_NAME_FIELDS)
     return (value.strip() or None) if isinstance(value, str) else None
-
-
-def _id(comment: dict[str, Any]) -> str | None:
-    return _without_prefix(reference(comment, IDS))
-
-
-def _without_prefix(reference: str | None) -> str | None:
-    return None if reference is None else _PREFIX.sub("", reference)
 
 
 def _first(entry: dict[str, Any], *names: str) -> Any:

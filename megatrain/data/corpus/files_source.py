@@ -22,10 +22,11 @@ from megatrain.data.corpus.source import Source, require_library
 from megatrain.data.corpus.threads import is_comment, join_threads
 from megatrain.data.corpus.warc import read_warc
 from megatrain.data.corpus.wikipedia import read_dump
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 
 _HEAD_BYTES = 512  # of a file, by which an archive is recognised
 _LOOKED_AT = 100  # files, for comments that could be joined
+_JOINED = ("lines", "json")  # kinds of files whose records can be joined to threads
 _LISTED = 8  # suffixes of files that are left out, in the note
 
 
@@ -48,6 +49,12 @@ class FilesSource(Source):
         for kind, library in (("html", "resiliparse"), ("warc", "resiliparse"), ("wikipedia", "mwparserfromhell")):
             if kind in kinds:
                 require_library(library, f"reading {kind}", "corpus")
+        if config.join_comments and not kinds & set(_JOINED):
+            raise ConfigError(
+                "data.join_comments=true joins the records of .jsonl, .ndjson and .json files, and data.paths has none "
+                "of them; leave it out"
+                + ("; rows of .parquet can be converted to .jsonl" if "parquet" in kinds else "")
+            )
         self.total_bytes = sum(look(path).st_size for path in self.files)
         self.identity = {
             "kind": config.kind,
@@ -72,7 +79,11 @@ class FilesSource(Source):
             listed = [f"{suffix} {count:,}" for suffix, count in self.left_out.most_common(_LISTED)]
             more = ", ..." if len(self.left_out) > _LISTED else ""
             yield f"data.paths: {self.left_out.total():,} files of other kinds are not read ({', '.join(listed)}{more})"
-
+        if self.config.join_comments and (path := next((p for p in self.files if self._kind(p) == "parquet"), None)):
+            yield (
+                f"{path}: data.join_comments=true joins no rows of .parquet, which are documents of their own; convert "
+                "them to .jsonl to have them joined"
+            )
         if not self.config.join_comments and (path := next(filter(self._has_comments, self.files[:_LOOKED_AT]), None)):
             yield (
                 f"{path}: its records answer one another (parent_id) and are documents of their own; "
@@ -80,15 +91,15 @@ class FilesSource(Source):
             )
 
     def _has_comments(self, path: Path) -> bool:
-        """Return whether a file begins with a line of JSON that is a comment."""
-        if self._kind(path) != "lines":
+        """Return whether a file begins with a record of JSON that is a comment."""
+        if (kind := self._kind(path)) not in _JOINED:
             return False
         try:
             with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
-                line = file.readline(2**20)
-        except (*ERRORS, OSError):
+                first = next(self._documents(path, file, kind), None)
+        except (*ERRORS, OSError, DataError):
             return False  # reading it says what is wrong
-        return is_comment(Record(line, str(path), kind="json"))
+        return first is not None and is_comment(first)
 
     def shards(self) -> Iterator[Shard]:
         """Yield groups of small files, and ranges of large ones that can be cut."""
@@ -110,7 +121,7 @@ class FilesSource(Source):
 
     def _is_joined(self, path: Path) -> bool:
         """Return whether the records of a file are joined to threads, so that it is not cut."""
-        return self.config.join_comments and self._kind(path) in ("lines", "json")
+        return self.config.join_comments and self._kind(path) in _JOINED
 
     def _license(self, path: Path) -> tuple[list[Path], str | None]:
         """Return the files with the licence of a file of code, and the licence; none for another file."""

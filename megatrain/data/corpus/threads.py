@@ -1,8 +1,9 @@
 """Join comments that are records of their own, as in dumps of Reddit and message trees, into threads. Opens no files.
 
 A comment has an id (`id`, `comment_id` or `message_id`) and a field `parent_id` or `parent`, null where it begins a
-thread. Comments whose parent is not in the file are one thread if they name the same post (`link_id`), or else the same
-parent. Threads are written as text by `conversations.py`.
+thread. A file in which no `parent` names a record has other records. Comments whose parent is not in the file are one
+thread if they name the same post (`link_id`), or else the same parent. Threads are written as text by
+`conversations.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatrain.data.corpus.conversations import IDS, PARENTS, has_parent, reference
+from megatrain.data.corpus.conversations import IDS, PARENTS, Key, has_parent, key_of, keys, parents_of, reference
 from megatrain.data.corpus.record import Record
 from megatrain.data.corpus.source import num_bytes
 from megatrain.errors import DataError
 
 _THREADS = ("link_id", "message_tree_id")
 _OVERHEAD = 1200  # bytes of memory for a record beside its text
-
-Key = tuple[str, str]
-"""A comment or post: the prefix of its kind in dumps of Reddit (`t1` for comments, `t3` for posts) and its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,8 @@ class _Place:
     parents: tuple[Key, ...]
     thread: Key | None
     is_comment: bool
+    is_sure: bool
+    """Whether its fields are those of comments alone: many other records have a `parent`, such as a folder."""
 
 
 def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[Record]:
@@ -53,6 +53,7 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
             )
         held.append(record)
         places.append(_place(record))
+    places = _without_others(places)
     roots = _roots(place for place in places if place)
     threads: dict[Key, list[int]] = {}
     for number, place in enumerate(places):
@@ -64,6 +65,13 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
             yield record
         elif number == thread[0]:
             yield _joined([held[at] for at in thread])
+
+
+def _without_others(places: list[_Place | None]) -> list[_Place | None]:
+    """Return the places, without those of records with a `parent` in a file where it never names a record."""
+    known = {place.key for place in places if place}
+    is_answered = any(parent in known for place in places if place for parent in place.parents)
+    return [place if place and (is_answered or place.is_sure or not place.is_comment) else None for place in places]
 
 
 def is_comment(record: Record) -> bool:
@@ -125,20 +133,14 @@ def _object(record: Record) -> dict[str, Any] | None:
 def _place(record: Record) -> _Place | None:
     """Return where a record belongs, None if it is no comment or post."""
     value = _object(record)
-    own = reference(value, IDS) if value else None
+    own = key_of(value) if value else None
     if value is None or own is None:
         return None
-    answers = has_parent(value)
-    parent, thread = reference(value, PARENTS), reference(value, _THREADS)
+    thread = reference(value, _THREADS)
     return _Place(
-        key=_keys(own, ("t3",) if "title" in value and not answers else ("t1",))[0],
-        parents=_keys(parent, ("t1", "t3")) if parent is not None else (),
-        thread=_keys(thread, ("t3",))[0] if thread is not None else None,
-        is_comment=answers or thread is not None,
+        key=own,
+        parents=parents_of(value),
+        thread=None if thread is None else keys(thread, ("t3",))[0],
+        is_comment=has_parent(value) or thread is not None,
+        is_sure="parent_id" in value or thread is not None,
     )
-
-
-def _keys(reference: str, kinds: tuple[str, ...]) -> tuple[Key, ...]:
-    """Return what a reference may mean: what its prefix says, or else something of these kinds."""
-    prefix, underscore, rest = reference.partition("_")
-    return ((prefix, rest),) if underscore and prefix in ("t1", "t3") else tuple((kind, reference) for kind in kinds)

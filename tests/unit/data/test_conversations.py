@@ -65,7 +65,7 @@ def test_content_in_parts_and_calls_of_tools_are_written_and_empty_messages_left
         ([*MESSAGES, None], "message 4 is null"),
         ([*MESSAGES, "x"], "message 4 is no object"),
         ([{"id": 1, "parent_id": 2, "body": "a"}, {"id": 2, "parent_id": 1, "body": "b"}], "2 comments .* in a circle"),
-        ([{"id": 1, "parent_id": 2, "score": 3}], r"a comment has no text .* \(it has 'id', 'parent_id', 'score'\)"),
+        ([{"id": 1, "parent_id": 2, "score": 3}], r"comment '1' has no text .* \(it has 'id', 'parent_id', 'score'\)"),
     ],
 )
 def test_what_is_no_message_is_a_bad_record(messages, message):

@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
@@ -172,3 +174,46 @@ def test_a_note_says_that_comments_could_be_joined(tmp_path):
     assert not list(open_source(DataConfig(name="d", paths=[str(tmp_path / "in")], join_comments=True)).notes())
     write(tmp_path / "in", [{"id": 1, "text": "x"}])
     assert not list(open_source(DataConfig(name="d", paths=[str(tmp_path / "in")])).notes())
+
+
+def test_a_post_and_a_comment_of_one_id_are_told_apart(tmp_path):
+    def comment(own, parent, body):
+        return {"id": own, "parent_id": parent, "link_id": "t3_1", "author": own.upper(), "body": body}
+
+    rows = [comment("1", "t3_1", "On it."), comment("2", "t1_1", "To that."), comment("b", "t3_1", "On it too.")]
+    write(tmp_path / "in", rows)
+    below = "2, to 1: To that.\n\n"
+    assert texts(tmp_path / "in") == [f"1: On it.\n\n{below}B: On it too."]
+    write(tmp_path / "in", [{"id": "1", "title": "A post", "author": "Ann"}, *rows])
+    assert texts(tmp_path / "in") == [f"Ann: A post\n\n1, to Ann: On it.\n\n{below}B, to Ann: On it too."]
+
+
+@pytest.mark.parametrize("parent", [None, "Category:Physics", "f0", {"id": 1}, [1]])
+def test_records_with_a_parent_that_is_no_comment_stay_as_they_are(tmp_path, parent):
+    write(tmp_path / "in", [{"id": n, "parent": parent, "text": f"text {n}"} for n in range(3)])
+    assert texts(tmp_path / "in") == ["text 0", "text 1", "text 2"]
+    write(tmp_path / "in", [{"id": n, "parent": None if n == 0 else 0, "text": f"text {n}"} for n in range(2)])
+    assert texts(tmp_path / "in") == ["Comment: text 0\n\nComment, to Comment: text 1"]
+
+
+def test_a_bad_comment_of_a_thread_is_named(tmp_path):
+    write(tmp_path / "in", [{"id": "a", "parent_id": None, "body": "one"}, {"id": "b", "parent_id": "a"}])
+    with pytest.raises(BadRecordError, match="the comment 'b' has no text under body, text or content"):
+        texts(tmp_path / "in")
+
+
+def test_rows_of_parquet_are_not_joined_and_it_is_said(tmp_path):
+    table = pa.table({"id": ["a", "b"], "parent_id": [None, "a"], "text": ["one", "two"]})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "a.parquet")
+    with pytest.raises(ConfigError, match=r"data.join_comments=true joins the records of .jsonl.*converted to .jsonl"):
+        records(tmp_path / "in")
+    write(tmp_path / "in", REDDIT, "b.jsonl")
+    (note,) = open_source(DataConfig(name="d", paths=[str(tmp_path / "in")], join_comments=True)).notes()
+    assert "a.parquet: data.join_comments=true joins no rows of .parquet" in note
+
+
+def test_a_note_says_that_comments_of_an_array_could_be_joined(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(REDDIT[1:], indent=1))
+    (note,) = open_source(DataConfig(name="d", paths=[str(tmp_path / "a.json")])).notes()
+    assert "data.join_comments=true" in note
