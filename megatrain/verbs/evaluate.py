@@ -136,7 +136,7 @@ def evaluate(config: EvaluateConfig) -> None:
             end_of_document=ends[name],
             reset_positions=bool(loaded.run_config().get("train", {}).get("reset_positions")),
         )
-        what = f"evaluate {name}".strip()
+        what = f"evaluating {name}".strip()
         loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches, what), device)
         scores[name] = compute_scores(float(loss_sum), int(tokens), source)
         total.add(MixedSource(name, source), float(loss_sum), int(tokens))
@@ -355,5 +355,5 @@ def _with_lines(batches: Iterable[MicroBatch], total: int, what: str) -> Iterato
     for done, batch in enumerate(batches):
         if time.monotonic() - told >= LINE_EVERY_S:
             told = time.monotonic()
-            print(f"{what}: {done} of {total} batches ({100 * done / total:.0f}%)", file=sys.stderr, flush=True)
+            print(f"{what}: {done:,}/{total:,} batches ({100 * done / total:.0f}%)", file=sys.stderr, flush=True)
         yield batch

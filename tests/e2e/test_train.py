@@ -70,7 +70,9 @@ def test_a_killed_run_continues_on_another_stage_and_number_of_ranks(workplace, 
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in undisturbed], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "engine"), [(signal.SIGTERM, "deepspeed"), (signal.SIGUSR1, "native")])
+@pytest.mark.parametrize(
+    ("number", "engine"), [(signal.SIGTERM, "deepspeed"), (signal.SIGUSR1, "native"), (signal.SIGINT, "native")]
+)
 def test_a_signal_saves_and_ends_with_75(workplace, number, engine, request):
     """The signal stops all ranks at the same step, no step is lost, and the same command continues bit for bit."""
     expected = request.getfixturevalue("undisturbed" if engine == "deepspeed" else "undisturbed_native")
@@ -82,6 +84,8 @@ def test_a_signal_saves_and_ends_with_75(workplace, number, engine, request):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     stopped_at = metrics(workplace, name)[-1]["step"]
+    (event,) = events(workplace, name, "signal")
+    assert event["signal"] == number, "what was sent, not what the agent forwards"
     assert (workplace / "runs" / name / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
     assert megatrain(workplace, *words).returncode == 0
     same(metrics(workplace, name), expected)

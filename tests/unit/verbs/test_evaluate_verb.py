@@ -65,7 +65,7 @@ def test_without_a_terminal_progress_is_told_in_lines(finished, capsys, monkeypa
     capsys.readouterr()
     evaluate(EvaluateConfig(path=str(finished), device="cpu", batch_size=2, max_batches=3))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate: ")]
-    assert told == [f"evaluate: {done} of 3 batches ({share}%)" for done, share in ((0, 0), (1, 33), (2, 67))]
+    assert told == [f"evaluating: {done}/3 batches ({share}%)" for done, share in ((0, 0), (1, 33), (2, 67))]
 
 
 def test_a_model_trained_document_by_document_is_evaluated_document_by_document(
