@@ -64,7 +64,7 @@ def test_without_a_terminal_progress_is_told_in_lines(finished, capsys, monkeypa
     monkeypatch.setattr("megatrain.verbs.evaluate.LINE_EVERY_S", 0.0)
     capsys.readouterr()
     evaluate(EvaluateConfig(path=str(finished), device="cpu", batch_size=2, max_batches=3))
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate: ")]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluating: ")]
     assert told == [f"evaluating: {done}/3 batches ({share}%)" for done, share in ((0, 0), (1, 33), (2, 67))]
 
 
