@@ -1,6 +1,8 @@
 """Samples of whole documents: what they hold, their labels and positions, and the file that keeps the packing."""
 
 import json
+import os
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -247,6 +249,17 @@ def test_a_folder_that_cannot_be_written_to_is_packed_at_each_start(make_dataset
     assert made == [T]  # once, though a mixture opens it twice: to count its samples, and to read them
     assert f"nothing can be written to {folder} (Permission denied), so each start packs anew" in caplog.text
     assert not (folder / "packing").exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(make_dataset):
+    folder = make_dataset(train=documents())
+    (folder / "packing").mkdir()
+    left, written = (folder / "packing" / f".train_{T}.bin.{n}.0.writing" for n in (7, 8))
+    for file in (left, written):
+        file.write_bytes(b"pieces")
+    os.utime(left, (0, time.time() - 25 * 3600))
+    open_packing(IndexedDataset.open(folder, "train"), T, True)
+    assert not left.exists() and written.exists()
 
 
 @pytest.mark.parametrize("link", [False, True])
