@@ -24,7 +24,7 @@ from megatrain.config.values import as_text
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
 
 FORMAT = 1
 CARD = "card.json"
@@ -104,6 +104,7 @@ class Card:
             split["parts"] = [{key: part[key] for key in part if key != "parts"} for part in split["parts"]]
             if not split["parts"]:
                 del split["parts"]  # so that older versions read the cards of single pairs
+        remove_abandoned(folder)
         write_atomically(folder / CARD, json.dumps(raw, indent=1, sort_keys=True) + "\n", durable=True)
 
     @staticmethod

@@ -26,14 +26,12 @@ from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.packing import BEGINS, ENDS, PIECE, best_fit, cut
 from megatrain.data.verified_file import VerifiedFile
 from megatrain.errors import ConfigError, DataError, cannot_write
-from megatrain.resilience.atomic_file import replacing, write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, replacing, write_atomically
 
 FOLDER = "packing"
 FORMAT = 1
 _AT_ONCE = 2**22
 """Pieces packed together. This bounds the memory, to about half a GB; each block's last samples may be less full."""
-_ABANDONED_S = 24 * 3600
-"""Seconds without a write after which a file that is being written belongs to a process that was killed."""
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOG = logging.getLogger("megatrain")
 
@@ -105,7 +103,7 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
         return PackingIndex(path, card, verify)
     try:
         path.parent.mkdir(exist_ok=True)
-        _remove_abandoned(path)
+        remove_abandoned(path.parent)
         return PackingIndex(path, _make(path, dataset, seq_len), verify)
     except FileExistsError as error:
         raise ConfigError(
@@ -124,14 +122,6 @@ def open_packing(dataset: IndexedDataset, seq_len: int, verify: bool) -> Packing
         )
         card = _make(path, dataset, seq_len)
     return PackingIndex(path, card, verify)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes, on whatever machine, left of their writing to `path`: it may be large."""
-    for left in path.parent.glob(f".{path.name}.*.writing"):
-        with suppress(OSError):  # another process may remove it at the same time
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                left.unlink()
 
 
 @cache

@@ -8,7 +8,6 @@ knows nothing of our checkpoints.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatrain.interop.hf_families import family_of
 from megatrain.interop.hf_tokenizer import export_tokenizer
 from megatrain.model.count import parameter_shapes
 from megatrain.model.dtypes import DTYPES
+from megatrain.resilience.atomic_file import remove_abandoned, temporary_name
 
 MAX_SHARD_SIZE = "5GB"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -226,7 +226,8 @@ def export_model(
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    remove_abandoned(out.parent)
+    partial = temporary_name(out)
     partial.mkdir(parents=True)
     try:
         save_torch_state_dict(tensors, partial, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})

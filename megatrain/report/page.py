@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import ConfigError, cannot_write
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
 from megatrain.tracking.metrics import to_json
 
 RUN_PAGE = ("run.html", "page.css", "sources.css", "page.js", "sources.js", "run_charts.js", "run_strips.js", "run.js")
@@ -55,6 +55,7 @@ def write_page(assets: tuple[str, ...], data: dict[str, Any], out: Path) -> Path
             _refuse_other_file(out)
             target = out.resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent)
             write_atomically(target, page)
     except OSError as error:
         raise cannot_write(out, error, "out") from error

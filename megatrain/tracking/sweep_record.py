@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatrain.errors import ConfigError, DataError
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
 
 FILE = "sweep.json"
 
@@ -59,6 +59,7 @@ class SweepRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record atomically."""
+        remove_abandoned(folder)
         write_atomically(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def add(self, points: list[SweepPoint]) -> None:

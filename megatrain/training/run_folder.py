@@ -15,7 +15,8 @@ import yaml
 
 from megatrain.config import TrainConfig
 from megatrain.errors import cannot_write
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
+from megatrain.resilience.owner import FOLDER as OWNERS
 from megatrain.resilience.terminal import Terminal, say, show
 
 _LOG = logging.getLogger("megatrain")
@@ -95,6 +96,8 @@ def log_to(run_dir: Path, rank: int) -> Iterator[None]:
 def write_run_folder(run_dir: Path, config: TrainConfig, dataset: Path) -> None:
     """Write the resolved config and copy the dataset's tokenizer, so that the folder does not depend on the dataset."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    for folder in (run_dir, run_dir / OWNERS):
+        remove_abandoned(folder)
     write_atomically(run_dir / "config.yaml", text)
     source, target = dataset / "tokenizer", run_dir / "tokenizer"
     if source.is_dir() and not target.exists():

@@ -22,7 +22,7 @@ from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import generation_of
 from megatrain.interop.load_model import Loaded, kind_of, load
-from megatrain.resilience.atomic_file import sync_path
+from megatrain.resilience.atomic_file import remove_abandoned, sync_path, temporary_name
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 
@@ -51,7 +51,8 @@ def import_(config: ImportConfig) -> None:
 
 def write_weights(loaded: Loaded, out: Path) -> None:
     """Write a checkpoint of step 0: only `model.*` tensors, in fp32, and the tokenizer."""
-    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    remove_abandoned(out.parent)
+    partial = temporary_name(out)
     partial.mkdir(parents=True)
     try:
         if loaded.tokenizer is not None:

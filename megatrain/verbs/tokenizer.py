@@ -22,7 +22,7 @@ from megatrain.data.tokenizer_training import check_training, train_tokenizer
 from megatrain.distributed.rank_environment import usable_cores
 from megatrain.errors import ConfigError, DataError, EnvironmentFault, cannot_write, how_to_install
 from megatrain.interop.hf_tokenizer import export_tokenizer
-from megatrain.resilience.atomic_file import sync_path
+from megatrain.resilience.atomic_file import remove_abandoned, sync_path, temporary_name
 from megatrain.verbs.path_checks import check_writable, refuse_existing
 
 _LONGEST = 10**6
@@ -98,8 +98,8 @@ def _check_size(trained: Tokenizer, config: TrainTokenizerConfig, sample: TextSa
 
 def _write(trained: Tokenizer, card: TrainedTokenizerCard, out: Path) -> None:
     """Write the folder, atomically."""
-    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    own = partial.with_name(f"{partial.name}.own")
+    remove_abandoned(out.parent)
+    partial, own = temporary_name(out), temporary_name(out)
     try:
         own.mkdir(parents=True)
         partial.mkdir()

@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_to_is_packed_at_each_start(make_dataset
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(make_dataset):
     folder = make_dataset(train=documents())
     (folder / "packing").mkdir()
-    left, written = (folder / "packing" / f".train_{T}.bin.{n}.0.writing" for n in (7, 8))
+    left, written = (folder / "packing" / f".train_{T}.bin.{n:012x}.{n}.00000000.writing" for n in (7, 8))
     for file in (left, written):
         file.write_bytes(b"pieces")
     os.utime(left, (0, time.time() - 25 * 3600))
