@@ -24,6 +24,9 @@ _LINE_END = re.compile(rb"\r?\n")
 _SKIP_BYTES = 2**20
 _PAGES = ("response", "resource", "conversion")
 _CONTINUATION = "continuation"
+_JOINED = ("content-encoding", "transfer-encoding")  # fields whose lines are one list; of others the first counts
+_UNKNOWN = ("br", "zstd", "compress", "x-compress", "dcb", "dcz")
+"""Content-Encodings that cannot be undone here. Other names, such as utf-8, are mistakes and mean nothing."""
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -93,7 +96,12 @@ def _fields(block: bytes) -> dict[str, str]:
     for line in re.sub(rb"\r?\n[ \t]+", b" ", block).decode(errors="replace").split("\n"):
         name, colon, value = line.partition(":")
         if colon:
-            found.setdefault(name.strip().lower(), value.strip())
+            name, value = name.strip().lower(), value.strip()
+            if name in found and name in _JOINED:
+                value = f"{found[name]}, {value}"
+            elif name in found:
+                continue
+            found[name] = value
     return found
 
 
@@ -127,14 +135,17 @@ def _record(kind: str, headers: dict[str, str], content: bytes, where: str, limi
         return Record(b"", where, left_out=page.reason, **about)
     if len(content) == limit + _MAX_HEADER_BYTES:
         return Record(b"", where, oversized=True, **about)
-    if page.problem:
-        return Record(b"", where, problem=page.problem, **about)
-    body = page.body
-    for coding in reversed(page.codings):
+    body, problem = page.body, page.problem
+    for coding in reversed(page.codings) if not problem else ():
         decoded = _decompressed(body, coding, limit)
         if isinstance(decoded, Problem):
-            return Record(b"", where, problem=decoded, **about)
+            problem = decoded
+            break
         body = decoded
+    if problem and headers.get("warc-truncated"):  # by the crawler, which says so
+        return Record(b"", where, left_out="truncated", **about)
+    if problem:
+        return Record(body, where, problem=problem, **about)
     if len(body) > limit:
         return Record(b"", where, oversized=True, **about)
     return Record(body, where, markup=page.media_type in _HTML, charset=page.charset, **about)
@@ -153,13 +164,15 @@ def _page(kind: str, headers: dict[str, str], content: bytes) -> _Page:
         page = _Page(*_media_type(http.get("content-type", "")), body=body)
         if code and not code[0].startswith(b"2"):
             page.reason = "http_status"
-        if "chunked" in http.get("transfer-encoding", "").lower():
+        listed = [http.get(name, "").lower().split(",") for name in _JOINED]  # the transfer is encoded last
+        page.codings = [coding.strip() for codings in listed for coding in codings]
+        if "chunked" in page.codings:  # some servers name it as a Content-Encoding
+            page.codings = [coding for coding in page.codings if coding != "chunked"]
             dechunked = _dechunked(body)
             if isinstance(dechunked, Problem):
                 page.problem = dechunked
             else:
                 page.body = dechunked
-        page.codings = [coding.strip().lower() for coding in http.get("content-encoding", "").split(",")]
     if not page.reason and page.media_type not in (*_HTML, "text/plain"):
         page.reason = "no_page"
     return page
@@ -199,7 +212,7 @@ def _dechunked(body: bytes) -> bytes | Problem:
 
 def _decompressed(body: bytes, coding: str, limit: int) -> bytes | Problem:
     """Undo a Content-Encoding. A crawler may have undone it and left the header; more than `limit` bytes are cut."""
-    if coding in ("", "identity", "none") or not body:
+    if not body:
         return body
     if coding in ("gzip", "x-gzip", "deflate"):
         if "gzip" in coding and not body.startswith(b"\x1f\x8b"):
@@ -211,7 +224,7 @@ def _decompressed(body: bytes, coding: str, limit: int) -> bytes | Problem:
                 continue
             return Problem("encoding", f"a {coding} body that ends early") if whole is None else whole
         return body if coding == "deflate" else Problem("encoding", "a damaged gzip body")
-    if coding == "br" and b"<" in body[:100]:
+    if coding not in _UNKNOWN or b"<" in body[:100]:
         return body
     return Problem("encoding", f"a body in the Content-Encoding {coding}", "leave it out")
 

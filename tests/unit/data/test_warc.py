@@ -207,6 +207,53 @@ def test_a_compressed_body_that_ends_early_is_a_bad_record(coding, compress):
         assert record.problem.message == f"a {coding} body that ends early"
 
 
+ZIPPED = gzip.compress(page("packed"))
+
+
+def packed(body, **headers):
+    (record,) = pages(io.BytesIO(warc_response(body, **headers)))
+    return record.problem.message if record.problem else text_of(record)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (chunked(ZIPPED), {"Transfer_Encoding": "gzip, chunked"}),
+        (chunked(ZIPPED), {"Content_Encoding": "gzip, chunked"}),
+        (chunked(ZIPPED), {"Content_Encoding": "GZIP", "Transfer_Encoding": "Chunked"}),
+        (ZIPPED, {"Content_Encoding": "gzip, chunked"}),
+        (ZIPPED, {"Transfer_Encoding": "gzip"}),
+        (gzip.compress(zlib.compress(page("packed"))), {"Content_Encoding": "deflate\r\nContent-Encoding: gzip"}),
+        (zlib.compress(ZIPPED), {"Content_Encoding": "gzip", "Transfer_Encoding": "deflate"}),
+        *(
+            (page("packed"), {"Content_Encoding": name})
+            for name in ("utf-8", "identity", "none", "text/html", "br", "zstd")
+        ),
+    ],
+)
+def test_bodies_are_unpacked_whatever_the_server_calls_their_encoding(body, headers):
+    assert packed(body, **headers) == "packed"
+
+
+def test_a_body_that_cannot_be_unpacked_is_kept_with_its_problem():
+    for coding in ("br", "zstd"):
+        (record,) = pages(io.BytesIO(warc_response(b"\x00\x01\x02", Content_Encoding=coding)))
+        assert record.problem.message == f"a body in the Content-Encoding {coding}"
+        assert record.payload == b"\x00\x01\x02"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [(ZIPPED[:-9], {"Content_Encoding": "gzip"}), (chunked(page("x"))[:-9], {"Transfer_Encoding": "chunked"})],
+)
+def test_a_packed_page_that_the_crawler_says_it_cut_is_left_out(body, headers):
+    whole = warc_response(body, **headers)
+    (bad,) = pages(io.BytesIO(whole))
+    assert bad.problem.kind == "encoding"
+    (found,) = pages(io.BytesIO(whole.replace(b"\r\n", b"\r\nWARC-Truncated: length\r\n", 1)))
+    assert found.left_out == "truncated" and not found.problem
+
+
 CHUNKS = b"5\r\nfirst\r\nA;x=y\r\n<p>second.\r\n"
 
 
