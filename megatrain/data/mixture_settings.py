@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Context, Decimal, Overflow
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ _PHASE_KEYS = ("from_step", "from_tokens", "mixture", "mixture_temperature")
 _EXAMPLE = "{web: 0.7, code: 0.3}"
 _LATEST = 2**62
 """Latest step or token at which a phase may begin."""
-_DIGITS = Context(prec=50)
+_DIGITS = Context(prec=50, Emin=-1000, Emax=1000)
 """Of a power by `data.mixture_temperature`: decimal arithmetic is the same on every machine."""
 
 
@@ -247,23 +247,37 @@ def first_sample(setting: PhaseSetting, seq_len: int, samples_before: Callable[[
 def phase_weights(setting: PhaseSetting, sources: Mapping[str, PlannedSource]) -> dict[str, int]:
     """Return a phase's whole weights by source. Raises ConfigError for a weight that is too small."""
     shares: dict[str, Fraction] = {}
+    if setting.temperature is not None:
+        shares = _shares_of_sizes({name: sources[name].samples for name in setting.sources}, setting.temperature)
     for name, source in setting.sources.items():
         size = sources[name].samples
         if setting.temperature is not None:
-            exponent = _DIGITS.divide(Decimal(setting.temperature.denominator), Decimal(setting.temperature.numerator))
-            shares[name] = Fraction(_DIGITS.power(Decimal(size), exponent))
-        elif source.epochs is not None:
+            continue
+        if source.epochs is not None:
             shares[name] = source.epochs * size
         else:
             assert source.weight is not None
             shares[name] = source.weight
     try:
+        if lost := [name for name, share in shares.items() if not share]:
+            raise ValueError(", ".join(lost))
         return whole_weights(shares)
     except ValueError as error:
         raise ConfigError(
             f"{setting.key}: the share of {error} is below 1/{LONGEST_PERIOD:,}, which is rounded to nothing; give it "
             "a larger weight, or leave it out"
         ) from error
+
+
+def _shares_of_sizes(sizes: Mapping[str, int], temperature: Fraction) -> dict[str, Fraction]:
+    """Return size^(1/temperature) of each source; where that is too large a number, relative to the largest."""
+    exponent = _DIGITS.divide(Decimal(temperature.denominator), Decimal(temperature.numerator))
+    try:
+        return {name: Fraction(_DIGITS.power(Decimal(size), exponent)) for name, size in sizes.items()}
+    except Overflow:
+        largest = Decimal(max(sizes.values()))
+        ratios = {name: _DIGITS.divide(Decimal(size), largest) for name, size in sizes.items()}
+        return {name: Fraction(_DIGITS.power(ratio, exponent)) for name, ratio in ratios.items()}
 
 
 def check_caps(

@@ -42,6 +42,13 @@ def test_a_temperature_takes_weights_from_sizes():
     assert even["web"] - even["code"] <= 1
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-5, 0.001, 0.1])
+def test_a_temperature_near_0_takes_the_largest_source_alone_which_is_refused(temperature):
+    with pytest.raises(ConfigError, match=r"data.mixture: the share of code is below 1/100,000"):
+        planned({"web": None, "code": None}, mixture_temperature=temperature)
+    assert planned({"web": None}, mixture_temperature=temperature).phases[0].weights == {"web": 1}
+
+
 def test_phases_begin_at_a_step_or_after_tokens():
     plan = planned(
         {"web": 1},
