@@ -123,7 +123,7 @@ def _stages(config: PrepareConfig, source: Source, work: Path) -> TextStages:
 
 
 def _do_share(config: PrepareConfig, source: Source) -> None:
-    """Do a task's share of a stage. Raises `OwnedError` if the dataset was finished, or its work removed, meanwhile."""
+    """Do a task's share of a stage. Raises `OwnedError` if another process finished or removed its work."""
     launch, work = config.launch, work_folder(_target(config))
     share = Share(launch.task or 0, launch.tasks)
     stages = _stages(config, source, work)
@@ -140,6 +140,12 @@ def _do_share(config: PrepareConfig, source: Source) -> None:
     except FileNotFoundError as error:
         if not work.exists():
             raise OwnedError(f"{work} is gone: the dataset was finished or the folder removed meanwhile") from error
+        if error.filename and work in Path(error.filename).parents:
+            raise OwnedError(
+                f"launch.stage={launch.stage} launch.task={share.task}: files that this task wrote in {work} were "
+                "removed, as a later stage does that did its share meanwhile; if nothing else is at work there, start "
+                "the task again"
+            ) from error
         raise
     print(f"launch.stage={launch.stage}: {done} parts of task {share.task} of {share.tasks} are done", file=sys.stderr)
 

@@ -212,6 +212,25 @@ def test_a_selection_of_other_settings_or_files_is_not_taken(corpus):
     assert files_of(prepare(config(corpus, "publish", heldout_fraction=0.5))) == plain
 
 
+def test_a_task_whose_files_a_later_stage_removes_says_so(corpus, monkeypatch):
+    calls = []
+
+    def overtaken(given):
+        calls.append(given)
+        if len(calls) == 2:  # in the middle of a shard
+            monkeypatch.setattr(pipeline, "clean_chunk", clean_chunk)
+            prepare(config(corpus, "select"))
+        return clean_chunk(given)
+
+    monkeypatch.setattr(pipeline, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(pipeline, "clean_chunk", overtaken)
+    with pytest.raises(OwnedError, match=r"launch.stage=clean launch.task=0: files .* were removed, as a later stage"):
+        prepare(config(corpus, "clean", task=0, tasks=2))
+    monkeypatch.setattr(pipeline, "CHUNK_RECORDS", 2048)
+    plain = files_of(prepare(config(corpus, out="plain")))
+    assert files_of(prepare(config(corpus, "publish"))) == plain
+
+
 def test_a_task_whose_folder_is_finished_by_another_process_says_so(corpus, monkeypatch):
     def finished(given):
         monkeypatch.setattr(pipeline, "clean_chunk", clean_chunk)
