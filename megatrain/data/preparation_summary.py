@@ -110,8 +110,11 @@ def _step(step: dict[str, Any]) -> str:
     added = step.get("added", 0)
     removed = step["documents_in"] + added - step["documents_out"]
     what = [f"{removed:,} removed ({format_counts(step['rules'])})"] if removed else []
-    changes = f" ({format_counts(step['changes'])})" if step["changes"] else ""
-    what += [f"{step['changed']:,} changed{changes}"] if step["changed"] else []
+    changes = format_counts(step["changes"]) if step["changes"] else ""
+    if step["changed"]:
+        what.append(f"{step['changed']:,} changed" + f" ({changes})" * bool(changes))
+    elif changes:  # what was counted of documents that stay as they are, such as those without a URL
+        what.append(changes)
     what += [f"{added:,} originals kept beside them"] if added else []
     return f"  {step['name']}: {step['documents_in']:,} documents, {', '.join(what) or 'nothing to do'}"
 

@@ -33,20 +33,25 @@ def _digest(path: Path, size: int, time: int) -> str:
 def read_list(path: str) -> Iterator[str]:
     """Yield the entries of a list in UTF-8, maybe compressed: its lines, or the elements of an array in a `.json`.
 
-    Empty lines and those that begin with # are skipped. Raises `DataError` if the file is damaged or no such list.
+    Empty lines and those that begin with # are skipped. Raises `DataError` if the file is damaged, no such list, or
+    has no entry.
     """
     place = Path(path).expanduser()
+    is_empty = True
     try:
         with open(place, "rb") as raw, opened(place, raw) as file:
             if without_suffix(place.name).endswith(".json"):
                 entries = json.loads(file.read())
                 if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
                     raise DataError(f"{path}: not an array of texts; write an entry a line into a .txt")
-                yield from filter(None, map(str.strip, entries))
-                return
-            for line in file:
-                entry = line.decode("utf-8-sig").strip()
-                if entry and not entry.startswith("#"):
-                    yield entry
+                found: Iterator[str] = filter(None, map(str.strip, entries))
+            else:
+                lines = (line.decode("utf-8-sig").strip() for line in file)
+                found = (line for line in lines if line and not line.startswith("#"))
+            for entry in found:
+                is_empty = False
+                yield entry
     except (*ERRORS, OSError, ValueError) as error:
         raise DataError(f"{path}: not a list of words in UTF-8 ({error})") from error
+    if is_empty:
+        raise DataError(f"{path}: has no entry, so it would do nothing; write one a line, or leave the file out")

@@ -107,3 +107,10 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "words.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match=r"words.json: not an array of texts"):
         removed("text", path=str(tmp_path / "words.json"))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", ""), ("a.txt", "# nothing\n\n"), ("a.json", "[]")])
+def test_a_list_without_entries_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name}: has no entry"):
+        removed("text", path=str(tmp_path / name))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.data.card import Card, SplitCard
-from megatrain.data.preparation_summary import summary
+from megatrain.data.preparation_summary import _step, summary
 
 
 def told(train, heldout, cleaning=()):
@@ -49,3 +49,9 @@ def test_the_splits_are_in_columns():
     assert [train.index(word) for word in ("documents", " tokens")] == [
         heldout.index(word) for word in ("documents", " tokens")
     ]
+
+
+def test_a_step_that_changed_nothing_says_what_it_counted():
+    step = {"name": "url_filter", "documents_in": 9, "documents_out": 8, "changed": 0, "rules": {"blocked_word": 1}}
+    assert _step(step | {"changes": {"no_url": 7}}) == "  url_filter: 9 documents, 1 removed (blocked word 1), no url 7"
+    assert _step(step | {"documents_out": 9, "changes": {}}) == "  url_filter: 9 documents, nothing to do"

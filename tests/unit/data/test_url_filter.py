@@ -177,3 +177,20 @@ def test_the_lists_are_part_of_the_settings_and_mistakes_are_named(tmp_path, own
     step = UrlFilter(lists="none", words=[str(tmp_path / "bytes.txt")])
     with pytest.raises(DataError, match=r"bytes.txt: not a list of words in UTF-8"):
         step.apply(Document("", "id", metadata={"url": "http://fine.org"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "says"),
+    [
+        *(("domains", entry, "is no domain or host") for entry in
+          ("http://bad.com/", "*.bad.com", ".bad.com", "bad.com.", "0.0.0.0 bad.com", "||bad.com^", "bad.com:80")),
+        *(("words", entry, "cannot be found in a URL") for entry in ("über", "赌场", ".*", "слово1")),
+        ("subwords", "über", "cannot be found in a URL"),
+        ("soft_words", "赌场", "cannot be found in a URL"),
+        *((kind, "# nothing", "has no entry") for kind in LISTS),
+    ],
+)  # fmt: skip
+def test_entries_that_no_url_could_have_are_refused_before_documents_are_read(tmp_path, kind, entry, says):
+    (tmp_path / "mine.txt").write_text("fine\n" * (entry[0] != "#") + entry + "\n")
+    with pytest.raises(DataError, match=rf"mine.txt: .*{says}"):
+        UrlFilter(lists="none", **{kind: [str(tmp_path / "mine.txt")]}).share(tmp_path / "tables")

@@ -22,8 +22,9 @@ from megatrain.data.corpus.document import Document, Removal, Step
 from megatrain.data.corpus.shared_files import own_folder, shared_file
 from megatrain.data.corpus.source import require_library
 from megatrain.data.corpus.word_lists import digest_of, read_list
-from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
+from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
 
+_NO_DOMAIN = re.compile(r"[\s/\\*|^@:?#!,]|^\.|\.$")
 _NO_LETTERS = re.compile(r"[^a-zA-Z0-9]+")
 _ARCHIVE = "url_filterblacklistsv0_3_0.tar.gz"  # datatrove's name of the list that it took from RefinedWeb's sources
 _WORD_LISTS = {"words": "banned_words.txt", "subwords": "banned_subwords.txt", "soft_words": "soft_banned_words.txt"}
@@ -39,7 +40,8 @@ class UrlFilter(Step):
     enough soft words are; or if a subword is somewhere in its letters and digits. The URL is the document's field
     `url`; documents without one stay and are counted. FineWeb's own lists come with datatrove: 4.6 million domains, of
     which the workers share one table. A host without a public suffix, such as an IP address, is not looked up. Lists of
-    your own have an entry a line and may be compressed; lines that begin with # do not count.
+    your own have an entry a line and may be compressed; lines that begin with # do not count. Upper and lower case
+    count in domains, URLs and words, as in FineWeb; words of a list are compared in lower case.
     """
 
     name: ClassVar[str] = "url_filter"
@@ -82,6 +84,11 @@ class UrlFilter(Step):
         name = xxhash.xxh3_128_hexdigest(json.dumps([carried, self.settings()], sort_keys=True).encode())
         place = shared_file(folder, f"url_filter_{name}.npy", self._write)
         object.__setattr__(self, "_place", place)
+        self._words()  # so that a bad list is refused before documents are read
+
+    def _words(self) -> dict[str, frozenset[str]]:
+        paths = (tuple(getattr(self, kind)) for kind in _WORD_LISTS)
+        return _word_lists(self.lists, tuple(self.__dict__["_digests"].items()), *paths)
 
     def apply(self, document: Document) -> Removal | None:
         """Compare the document's URL with the lists."""
@@ -98,8 +105,7 @@ class UrlFilter(Step):
                 return Removal(f"blocked_{rule}", entry)
         if _holds(blocked, _hash_url(_bytes(url))):
             return Removal("blocked_url", url)
-        paths = (tuple(getattr(self, kind)) for kind in _WORD_LISTS)
-        lists = _word_lists(self.lists, tuple(self.__dict__["_digests"].items()), *paths)
+        lists = self._words()
         written = set(_NO_LETTERS.split(url))
         if found := written & lists["words"]:
             return Removal("blocked_word", f"{min(found)} in {url}")
@@ -116,7 +122,7 @@ class UrlFilter(Step):
             yield from _packed_lists()
         for kind in ("domains", "urls"):
             for path in getattr(self, kind):
-                yield kind, map(_bytes, read_list(path))
+                yield kind, map(_bytes, read_list(path) if kind == "urls" else _own_domains(path))
 
     def _write(self, place: Path) -> None:
         found = [np.zeros(0, _HASH)]
@@ -164,9 +170,30 @@ def _word_lists(lists: str, digests: tuple[tuple[str, str], ...], *paths: tuple[
     """
     found = {}
     for (kind, name), own in zip(_WORD_LISTS.items(), paths, strict=True):
-        files = [str(_assets() / name)] if lists == "datatrove" else []
-        found[kind] = frozenset(filter(None, (_letters(entry) for path in (*files, *own) for entry in read_list(path))))
+        theirs = read_list(str(_assets() / name)) if lists == "datatrove" else ()
+        words = itertools.chain(map(_letters, theirs), *(map(_letters, _own_words(path)) for path in own))
+        found[kind] = frozenset(filter(None, words))
     return found
+
+
+def _own_domains(path: str) -> Iterator[str]:
+    """Yield the domains and hosts of a list. Raises `DataError` for an entry that no page could have."""
+    for entry in read_list(path):
+        if _NO_DOMAIN.search(entry):
+            raise DataError(f"{path}: {entry[:200]!r} is no domain or host, such as example.com; URLs go into urls")
+        yield entry
+
+
+def _own_words(path: str) -> Iterator[str]:
+    """Yield the words of a list. Raises `DataError` for one that would lose letters, as URLs are compared without."""
+    for entry in read_list(path):
+        letters = "".join(filter(str.isalnum, entry))
+        if not letters or not letters.isascii():
+            raise DataError(
+                f"{path}: {entry[:200]!r} cannot be found in a URL, of which only the letters a to z and digits are "
+                "compared; leave it out"
+            )
+        yield entry
 
 
 def _bytes(text: str) -> bytes:
