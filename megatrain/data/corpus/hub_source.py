@@ -38,6 +38,7 @@ class HuggingFaceSource(Source):
             "config": config.hf_config,
             "split": config.hf_split,
         }
+        self._is_folder = Path(str(config.hf_path)).expanduser().is_dir()
         self._datasets = require_library("datasets", "data.kind=huggingface")
         place = f"data.hf_path={config.hf_path}, data.hf_config={config.hf_config}, data.hf_split={config.hf_split}"
         try:
@@ -97,7 +98,8 @@ class HuggingFaceSource(Source):
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{path}: cannot be read after row {number} ({_first_line(error)})") from error
+            remedy = "; data=files with this folder in data.paths names the file and line" if self._is_folder else ""
+            raise DataError(f"{path}: cannot be read after row {number} ({_first_line(error)}){remedy}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -114,3 +114,8 @@ def test_a_list_without_entries_is_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"{name}: has no entry"):
         removed("text", path=str(tmp_path / name))
+
+
+def test_an_entry_is_found_however_its_accents_are_spelled(tmp_path):
+    (tmp_path / "words.txt").write_text("e\u0301te\u0301\n", encoding="utf-8")  # a letter and its accent apart
+    assert removed("un \u00e9t\u00e9 chaud", path=str(tmp_path / "words.txt")).detail == "has \u00e9t\u00e9"

@@ -168,3 +168,17 @@ def test_the_recipe_for_code_keeps_code_and_masks_secrets():
     assert not run_recipe(recipe, Document(CODE, "b", metadata={"license": "AGPL-3.0"}), reports, 1)
     assert run_recipe(recipe, Document(CODE, "c"), reports, 1)
     assert reports[0].rules == {"license": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "'' is no SPDX identifier"),
+        ("MIT OR ISC", r"give each by itself, such as \[MIT,Apache-2.0\]"),
+        ("permissve", "did you mean permissive"),
+    ],
+)
+def test_a_licence_that_no_file_could_have_is_refused(name, says):
+    with pytest.raises(ConfigError, match=rf"code_quality.licenses: .*{says}"):
+        removal(CODE, licenses=[name])
+    assert removal(CODE, {"license": "GPL-2.0+"}, licenses=["Permissive", "GPL-2.0", "LicenseRef-x"]) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -84,7 +85,7 @@ def _words(
 ) -> tuple[frozenset[str], tuple[str, ...], re.Pattern[str] | None]:
     """Return the arguments of `_find` for a list."""
     entries = read_list(path) if path else json.loads(_LISTS.read_text(encoding="utf-8"))["words"][language]
-    listed = {entry.lower() for entry in entries} - (frozenset() if path else _EXEMPT)
+    listed = {unicodedata.normalize("NFC", entry).lower() for entry in entries} - (frozenset() if path else _EXEMPT)
     if language in _WITHOUT_SPACES:
         return frozenset(), tuple(sorted(listed)), None
     words = frozenset(entry for entry in listed if _WORD.fullmatch(entry))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +53,15 @@ class CodeQuality(Step):
             raise ConfigError(
                 "clean.steps: code_quality.unknown_license=remove acts only with licenses; add licenses: [permissive]"
             )
+
+        for name in self.licenses:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", name):
+                raise ConfigError(
+                    f"clean.steps: code_quality.licenses: {name!r} is no SPDX identifier; give each by itself, such as "
+                    "[MIT,Apache-2.0], or permissive"
+                )
+            if name.lower() != "permissive" and difflib.get_close_matches(name.lower(), ["permissive"], 1, 0.8):
+                raise ConfigError(f"clean.steps: code_quality.licenses: {name!r} is unknown; did you mean permissive?")
 
     def apply(self, document: Document) -> Removal | None:
         """Compare the file with each rule."""
