@@ -267,12 +267,16 @@ def test_train_starts_local_workers_with_the_same_overrides(monkeypatch, tmp_pat
         (8, (), {"SLURM_JOB_ID": "1"}, False),
         (1, (), {}, False),
         (2, ("events.jsonl",), {}, False),
-        (2, ("checkpoints",), {}, False),
+        (2, ("config.yaml",), {}, False),
+        (4, ("checkpoints/step_00000001/manifest.json",), {}, False),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_refusal_by_the_ranks_leaves_no_folder(code, left, environ, is_removed, exists, monkeypatch, tmp_path):
-    """Unless it was there before, the run had begun, or a requeue needs it. Nothing else is removed."""
+    """Unless it was there before, the run had begun, or a requeue needs it. Nothing else is removed.
+
+    Rank 0 opens its records before the first batch shows what a kernel refuses: empty ones are no beginning.
+    """
     from megatrain.launch import agent as local
 
     run = tmp_path / "new" / "runs" / "a"
@@ -280,8 +284,12 @@ def test_a_refusal_by_the_ranks_leaves_no_folder(code, left, environ, is_removed
     def launch(command, count, logs, *_):
         logs.mkdir(parents=True, exist_ok=True)
         (logs / "rank_00000.log").write_text("megatrain: error: no such device\n")
-        for name in left:
+        (run / "checkpoints").mkdir(exist_ok=True)
+        for name in ("metrics.jsonl", "events.jsonl"):
             (run / name).touch()
+        for name in left:
+            (run / name).parent.mkdir(exist_ok=True)
+            (run / name).write_text("{}\n")
         return code
 
     for name, value in environ.items():

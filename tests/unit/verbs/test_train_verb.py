@@ -21,40 +21,6 @@ def test_a_start_says_at_once_how_many_ranks_and_where_their_log_is(tmp_path, mo
     assert seen == [f"megatrain: starting 2 ranks (log: {tmp_path}/first/logs/rank_00000.log)\n"]
 
 
-@pytest.mark.parametrize(
-    ("written", "code", "is_left"),
-    [
-        ([], 2, False),
-        ([], 8, False),
-        ([], 1, True),  # a defect: its stack trace is in the log
-        (["events.jsonl"], 8, True),
-        (["config.yaml"], 2, True),
-        (["checkpoints/step_00000001/manifest.json"], 4, True),
-    ],
-)
-def test_a_refused_start_leaves_no_folder_unless_a_run_has_begun_in_it(written, code, is_left, tmp_path, monkeypatch):
-    """Rank 0 opens its records before the first batch shows what a kernel refuses."""
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    run_dir = tmp_path / "runs" / "first"
-
-    def launch(*_):
-        for made in ("checkpoints", "logs"):
-            (run_dir / made).mkdir(exist_ok=True)
-        (run_dir / "logs" / "rank_00000.log").write_text("megatrain: error: kernels=triton: no GPU\n")
-        for name in ("metrics.jsonl", "events.jsonl"):
-            (run_dir / name).touch()
-        for name in written:
-            (run_dir / name).parent.mkdir(exist_ok=True)
-            (run_dir / name).write_text("{}\n")
-        return code
-
-    monkeypatch.setattr(resources, "warnings", lambda *_: ())
-    monkeypatch.setattr(agent, "launch", launch)
-    config = compose("train", [f"run.dir={tmp_path}/runs", "run.name=first"])
-    assert start_workers(config, [], SingleNode()) == code
-    assert run_dir.exists() == is_left and run_dir.parent.exists() == is_left
-
-
 @pytest.fixture
 def prepared(monkeypatch):
     """Let preparing fail as it does without a network; return the configs that it was given."""
