@@ -93,8 +93,8 @@ def _training_error(error: str, vocab_size: int) -> DataError:
     """Return what the library's error means for the user."""
     if needed := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return DataError(
-            f"tokenizer.vocab_size={vocab_size}: too small: control tokens, bytes and the characters of this text need "
-            f"{needed[1]} pieces; give tokenizer.vocab_size={needed[1]} or more"
+            f"tokenizer.vocab_size={vocab_size}: too small for control tokens, bytes and the characters of this text, "
+            f"which need {needed[1]} pieces; give tokenizer.vocab_size={needed[1]} or more"
         )
     if "sentences_.empty()" in error:
         return DataError(

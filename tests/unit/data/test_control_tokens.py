@@ -250,7 +250,7 @@ def test_documents_begin_with_bos_on_request_and_are_another_dataset(tmp_path, c
     assert Card.load(folder).tokenizer.beginning_of_document == 0
     assert Card.load(bare).tokenizer.beginning_of_document is None
     assert load_tokenizer(folder / "tokenizer").start() == [0] and load_tokenizer(bare / "tokenizer").start() == []
-    with pytest.raises(ConfigError, match=r"data.bos \(was True, now False\)"):
+    with pytest.raises(ConfigError, match=r"data.bos \(was true, now false\)"):
         prepared(tmp_path, "d", tokenizer=given)
     adopted = dict(kind="megatron", paths=[str(folder / "train")], tokenizer=dict(path=str(folder / "tokenizer")))
     adopted["tokenizer"]["kind"] = "hf"
