@@ -41,6 +41,7 @@ ACTIONS: dict[str, str] = {
     "layouts": "megatrain.verbs.layouts:layouts",
     "evaluate": "megatrain.verbs.evaluate:evaluate",
     "generate": "megatrain.verbs.generate:generate",
+    "chat": "megatrain.verbs.chat:chat",
     "export": "megatrain.verbs.export:export_",
     "import": "megatrain.verbs.import_:import_",
     "inspect": "megatrain.verbs.inspect:inspect",
@@ -50,7 +51,7 @@ ACTIONS: dict[str, str] = {
 }
 """The function behind each verb, as module:function; it is imported only when called, with the config."""
 
-READERS = ("layouts", "evaluate", "generate", "inspect", "tokenizers")
+READERS = ("layouts", "evaluate", "generate", "chat", "inspect", "tokenizers")
 """Verbs that change nothing: what they print is all they are for. The others do their work even if nobody reads it."""
 
 COMPLETION, COMPLETE = "--completion", "--complete"

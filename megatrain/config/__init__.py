@@ -23,6 +23,7 @@ from megatrain.config.tokenizer_config import TokenizerConfig
 from megatrain.config.tracking_config import TrackingConfig
 from megatrain.config.verb_configs import (
     VERBS,
+    ChatConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -45,6 +46,7 @@ from megatrain.config.verb_configs import (
 __all__ = [
     "ROPE_SCALING_KEYS",
     "VERBS",
+    "ChatConfig",
     "CheckpointConfig",
     "CleanConfig",
     "DataConfig",

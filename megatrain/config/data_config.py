@@ -17,7 +17,7 @@ class DataConfig:
     kind: str = key(
         "files",
         "kind of source",
-        choices=("python_stdlib", "files", "code", "huggingface", "megatron", "mixture", "demo"),
+        choices=("python_stdlib", "files", "code", "chat", "huggingface", "megatron", "mixture", "demo"),
     )
     mixture: dict[str, Any] = key(
         {},
@@ -78,6 +78,11 @@ class DataConfig:
     )
     max_bad_fraction: float = key(
         1.0, "largest fraction of the records that may be skipped as bad", minimum=0, maximum=1
+    )
+    chat_template: str | None = key(
+        None,
+        "data=chat: template that lays conversations out, a Jinja file, chatml or llama3; null takes the tokenizer's",
+        path=True,
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")
     write_text: bool = key(

@@ -93,6 +93,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',
         'megatrain generate runs/mine step=500 prompt="def main("',
     ),
+    "chat": (
+        "megatrain chat runs/assistant",
+        'megatrain chat runs/assistant prompt="What is the larger of 31 and 58?" temperature=0',
+    ),
     "export": (
         "megatrain export runs/small-python_stdlib out=exported",
         "megatrain export runs/mine step=500 out=exported",

@@ -199,6 +199,22 @@ class GenerateConfig:
 
 
 @dataclass
+class ChatConfig:
+    """`megatrain chat <run | checkpoint>`: talk with a model that was tuned on conversations."""
+
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
+    prompt: str | None = key(None, "a question to answer, and no more; null asks on the terminal, or reads lines")
+    system: str | None = key(None, "system message that the conversation begins with")
+    max_new_tokens: int = key(512, "largest number of tokens of a reply", minimum=1)
+    temperature: float = key(0.8, "softmax temperature; 0 is greedy", minimum=0)
+    top_k: int = key(0, "sample from the k most likely tokens; 0 samples from all", minimum=0)
+    top_p: float = key(1.0, "sample from the most likely tokens whose probabilities add up to this", above=0, maximum=1)
+    seed: int = key(1234, "seed for sampling; each reply of a conversation draws anew", minimum=0)
+    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
 class ExportConfig:
     """`megatrain export <run | checkpoint> out=DIR`: write a run's or checkpoint's model as a Hugging Face folder."""
 
@@ -283,6 +299,7 @@ VERBS: dict[str, type] = {
     "layouts": LayoutsConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "inspect": InspectConfig,

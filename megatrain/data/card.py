@@ -21,7 +21,7 @@ import xxhash
 from megatrain.config import PrepareConfig, TrainConfig
 from megatrain.config.flatten import flatten
 from megatrain.config.values import as_text
-from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, pair, read_header
+from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, loss_file, pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
@@ -35,7 +35,8 @@ SPLITS = ("train", "heldout")
 class SplitCard:
     """One split: counts, and its files' sizes and hashes. `bytes` is its normalised text in UTF-8, None if unknown.
 
-    A split of several pairs has a card for each in `parts`, in the order in which they are read, and no hashes itself.
+    `loss_hashes` are those of its `.loss`, if it has one. A split of several pairs has a card for each in `parts`, in
+    the order in which they are read, and no hashes itself.
     """
 
     documents: int
@@ -47,6 +48,7 @@ class SplitCard:
     idx_hash: str
     block_hashes: list[str]
     parts: list[SplitCard] = field(default_factory=list)
+    loss_hashes: list[str] | None = None
 
     def pairs(self, split: str) -> list[tuple[str, SplitCard]]:
         """Return the name and the card of each `.bin/.idx` pair of this split."""
@@ -101,9 +103,11 @@ class Card:
         """Write `card.json` and flush it to disk."""
         raw = asdict(self)
         for split in raw["splits"].values():
-            split["parts"] = [{key: part[key] for key in part if key != "parts"} for part in split["parts"]]
-            if not split["parts"]:
-                del split["parts"]  # so that older versions read the cards of single pairs
+            for part in split["parts"]:
+                del part["parts"], part["loss_hashes"]
+            for name in ("parts", "loss_hashes"):
+                if not split[name]:
+                    del split[name]  # so that older versions read the card
         remove_abandoned(folder)
         write_atomically(folder / CARD, json.dumps(raw, indent=1, sort_keys=True) + "\n", durable=True)
 
@@ -153,11 +157,13 @@ def _kinds(kind: type) -> dict[str, list[Any]]:
 
 
 def fingerprint(splits: dict[str, SplitCard]) -> str:
-    """Return the dataset's identity: xxh3-128 over each pair's name, `.idx` hash, `.bin` size and block hashes."""
+    """Return the dataset's identity: xxh3-128 over each pair's name, `.idx` hash, `.bin` size and all block hashes."""
     state = xxhash.xxh3_128()
     for name in sorted(splits):
         for pair_name, part in splits[name].pairs(name):
             state.update(f"{pair_name} {part.idx_hash} {part.bin_size} {' '.join(part.block_hashes)}\n".encode())
+            if part.loss_hashes:
+                state.update(f"{pair_name}.loss {' '.join(part.loss_hashes)}\n".encode())
     return state.hexdigest()
 
 
@@ -172,6 +178,7 @@ def card_of_written(writer: IndexedWriter, text_bytes: int) -> SplitCard:
         idx_size=writer.idx_path.stat().st_size,
         idx_hash=hash_file(writer.idx_path),
         block_hashes=writer.blocks.digests(),
+        loss_hashes=writer.loss_blocks.digests() if writer.loss_blocks else None,
     )
 
 
@@ -229,7 +236,12 @@ def check_dataset(folder: Path) -> Card:
     for name, split in card.pairs():
         prefix = folder / name
         header = read_header(prefix)
-        for path, size in zip(pair(prefix), (split.bin_size, split.idx_size), strict=True):
+        sizes = dict(zip(pair(prefix), (split.bin_size, split.idx_size), strict=True))
+        if split.loss_hashes:
+            sizes[loss_file(prefix)] = split.tokens
+        for path, size in sizes.items():
+            if not path.is_file():
+                raise DataError(f"{path}: no such file, but the card has it; copy or prepare the dataset again")
             if path.stat().st_size != size:
                 raise DataError(
                     f"{path}: {path.stat().st_size} bytes, but the card says {size}: the file was changed or cut"

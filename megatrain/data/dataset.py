@@ -24,6 +24,9 @@ class Dataset(Protocol):
     def read(self, start: int, count: int) -> np.ndarray:
         """Return token ids `[start, start + count)` as a new int64 array."""
 
+    def counts(self, start: int, count: int) -> np.ndarray | None:
+        """Return which tokens of `[start, start + count)` count in the loss as labels (bool); None: all of them."""
+
     def place(self, token: int) -> str:
         """Return where the token at this index is stored, for messages, such as "byte 198"."""
 

@@ -1,9 +1,10 @@
-"""Write, check and read Megatron-LM's `.bin/.idx` pairs. No tokenizer, no card, no torch.
+"""Write, check and read Megatron-LM's `.bin/.idx` pairs, with `.loss` beside. No tokenizer, no card, no torch.
 
 `.bin` holds the token ids of all documents, concatenated. `.idx` holds, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
 version 1; u8 dtype code; u64 number of sequences; u64 number of document indices; int32 sequence lengths (tokens);
 int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). Here each
-document is written as one sequence.
+document is written as one sequence. `.loss`, if there is one, has a byte for each token: 1 if it counts in the loss as
+a label, else 0.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class BlockHasher:
 
 
 class IndexedWriter:
-    """Writes `<prefix>.bin` and, on `finish`, `<prefix>.idx`. Memory does not grow with the number of documents."""
+    """Writes `<prefix>.bin` and, on `finish`, `<prefix>.idx`. Memory does not grow with the number of documents.
+
+    `<prefix>.loss` is written if `add` is told which tokens count; `loss_blocks` has its hashes then.
+    """
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self.bin_path, self.idx_path = pair(prefix)
@@ -75,10 +79,16 @@ class IndexedWriter:
         self._lengths_path = prefix.with_name(prefix.name + ".lengths")
         self._bin: BinaryIO = open(self.bin_path, "wb")  # noqa: SIM115, closed by finish
         self._lengths: BinaryIO = open(self._lengths_path, "wb")  # noqa: SIM115
+        self.loss_path = loss_file(prefix)
+        self.loss_blocks: BlockHasher | None = None
+        self._loss: BinaryIO | None = None
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their concatenated token ids, and the number of ids in each."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Append documents: their concatenated token ids, the number of ids in each, and which ids count (uint8)."""
         assert ids.dtype == self.dtype and int(lengths.sum()) == len(ids)
+        if counts is not None:
+            assert len(counts) == len(ids)
+            self._add_counts(memoryview(counts.tobytes()))
         data = memoryview(ids.tobytes())
         self._bin.write(data)
         self.blocks.update(data)
@@ -86,9 +96,18 @@ class IndexedWriter:
         self.num_documents += len(lengths)
         self.num_tokens += len(ids)
 
+    def _add_counts(self, data: memoryview) -> None:
+        if self._loss is None or self.loss_blocks is None:
+            self._loss, self.loss_blocks = open(self.loss_path, "wb"), BlockHasher()  # noqa: SIM115, closed by finish
+        self._loss.write(data)
+        self.loss_blocks.update(data)
+
     def finish(self) -> None:
-        """Write the index and flush both files to disk."""
+        """Write the index and flush the files to disk."""
         self._lengths.close()
+        if self._loss is not None:
+            _flush(self._loss)
+            self._loss.close()
         with open(self.idx_path, "wb") as idx:
             n = self.num_documents
             idx.write(HEADER.pack(MAGIC, 1, dtype_code(self.dtype), n, n + 1))
@@ -117,8 +136,9 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        self._lengths.close()
+        for file in (self._bin, self._lengths, self._loss):
+            if file is not None:
+                file.close()
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,11 @@ class IndexHeader:
 def pair(prefix: Path) -> tuple[Path, Path]:
     """Return the `.bin` and `.idx` paths of a prefix, whose name may contain dots."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def loss_file(prefix: Path) -> Path:
+    """Return the path of the file that says which tokens of a prefix count in the loss."""
+    return prefix.with_name(prefix.name + ".loss")
 
 
 def read_header(prefix: Path) -> IndexHeader:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
-from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, pair, read_header
+from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, loss_file, pair, read_header
 from megatrain.data.verified_file import VerifiedFile
 from megatrain.errors import DataError
 
@@ -19,6 +19,7 @@ _MAX_OPEN = 64
 """Pairs of one split that are open at once; a process may often open no more than 1,024 files."""
 
 _STRIDE = 2**18  # document lengths read at once
+_REMEDY = "copy or prepare the dataset again"
 
 
 class IndexedDataset:
@@ -36,9 +37,12 @@ class IndexedDataset:
         self.num_tokens: int = self.split_card.tokens
         self.bin_path, self.idx_path = pair(folder / split)
         self._dtype = np.dtype(self.split_card.dtype)
-        self._verifies = verify
+        self.verifies = verify
         card_of_bin = self.split_card.bin_size, self.split_card.block_hashes
-        self._file = VerifiedFile(self.bin_path, *card_of_bin, verify, "copy or prepare the dataset again")
+        self._file = VerifiedFile(self.bin_path, *card_of_bin, verify, _REMEDY)
+        self._loss: VerifiedFile | None = None
+        if hashes := self.split_card.loss_hashes:
+            self._loss = VerifiedFile(loss_file(folder / split), self.num_tokens, hashes, verify, _REMEDY)
 
     @staticmethod
     def open(folder: Path, split: str, verify: bool = True) -> IndexedDataset:
@@ -68,6 +72,13 @@ class IndexedDataset:
         itemsize = self._dtype.itemsize
         data = self._file.read(start * itemsize, (start + count) * itemsize)
         return np.frombuffer(data, self._dtype).astype(np.int64)
+
+    def counts(self, start: int, count: int) -> np.ndarray | None:
+        """Return which tokens of `[start, start + count)` count in the loss as labels (bool); None: all of them.
+
+        Raises as `read`.
+        """
+        return None if self._loss is None else np.frombuffer(self._loss.read(start, start + count), np.uint8) > 0
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Yield the lengths of the documents in tokens (int32), in order, a few hundred thousand at once.
@@ -112,8 +123,10 @@ class IndexedDataset:
         return f"byte {token * self._dtype.itemsize}"
 
     def pause(self) -> None:
-        """Close the file until the next read."""
+        """Close the files until the next read."""
         self._file.pause()
+        if self._loss is not None:
+            self._loss.pause()
 
 
 class ChainedDataset(IndexedDataset):
@@ -126,7 +139,7 @@ class ChainedDataset(IndexedDataset):
         self.num_tokens = self.split_card.tokens
         self._pairs = self.split_card.pairs(split)
         self._ends = np.cumsum([part.tokens for _, part in self._pairs])
-        self._verifies = verify
+        self.verifies = verify
         self._parts: dict[int, IndexedDataset] = {}
         self._in_use: list[int] = []  # those that are open, the latest last
 
@@ -140,6 +153,10 @@ class ChainedDataset(IndexedDataset):
             pieces.append(self._part(at).read(offset, taken))
             start, count = start + taken, count - taken
         return np.concatenate(pieces)
+
+    def counts(self, start: int, count: int) -> np.ndarray | None:
+        """Return None: all tokens of such a split count."""
+        return None
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Yield the lengths of the documents of each pair."""
@@ -172,7 +189,7 @@ class ChainedDataset(IndexedDataset):
             if at not in self._parts:
                 name, part = self._pairs[at]
                 alone = Card(self.card.name, self.fingerprint, {name: part}, None)
-                self._parts[at] = IndexedDataset(self.folder, name, alone, self._verifies)
+                self._parts[at] = IndexedDataset(self.folder, name, alone, self.verifies)
             if len(self._in_use) >= _MAX_OPEN:
                 self._parts[self._in_use.pop(0)].pause()
         else:
@@ -193,9 +210,13 @@ def verify_dataset(folder: Path) -> None:
         bin_path, idx_path = pair(folder / name)
         if hash_file(idx_path) != split.idx_hash:
             raise DataError(f"{idx_path}: its hash does not match the card's: the file was changed")
-        for block, (found, expected) in enumerate(zip(hash_blocks(bin_path), split.block_hashes, strict=True)):
-            if found != expected:
-                raise DataError(f"{bin_path}: block at byte {block * BLOCK_BYTES} does not match the card's hash")
+        hashed = {bin_path: split.block_hashes}
+        if split.loss_hashes:
+            hashed[loss_file(folder / name)] = split.loss_hashes
+        for path, hashes in hashed.items():
+            for block, (found, expected) in enumerate(zip(hash_blocks(path), hashes, strict=True)):
+                if found != expected:
+                    raise DataError(f"{path}: block at byte {block * BLOCK_BYTES} does not match the card's hash")
     assert card.fingerprint == fingerprint(card.splits)
     if card.tokenizer is not None:
         tokenizer = load_tokenizer(folder / "tokenizer")

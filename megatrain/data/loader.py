@@ -18,7 +18,7 @@ import xxhash
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import Order, merge_ranges, take
-from megatrain.data.samples import Sample, Samples, Windows
+from megatrain.data.samples import PackedSamples, Sample, Samples, open_heldout
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.attention import Documents
 
@@ -180,14 +180,16 @@ def micro_batch_of(
 ) -> MicroBatch:
     """Return the micro-batch of some samples, given their `padded_ids`.
 
-    Labels of padding, and those that do not continue their document, are `IGNORE_INDEX`. If `end_of_document` (the
-    token that ends each document) is given, the micro-batch has the samples' documents; with `reset_positions` also
-    positions that begin at 0 in each. Padding counts as a document.
+    Labels of padding, those that do not continue their document, and those that do not count are `IGNORE_INDEX`. If
+    `end_of_document` (the token that ends each document) is given, the micro-batch has the samples' documents; with
+    `reset_positions` also positions that begin at 0 in each. Padding counts as a document.
     """
     tokens, labels = ids[:, :-1].copy(), ids[:, 1:].copy()
     for row, sample in zip(labels, samples, strict=True):
         row[max(0, len(sample.ids) - 1) :] = IGNORE_INDEX
         row[list(sample.unrelated)] = IGNORE_INDEX
+        if sample.counts is not None:
+            row[: len(sample.ids) - 1][~sample.counts[1:]] = IGNORE_INDEX
     pieces = [_input_pieces(sample.pieces, tokens.shape[1]) for sample in samples if sample.pieces is not None]
     tensors = torch.from_numpy(tokens), torch.from_numpy(labels)
     return with_documents(*tensors, end_of_document, reset_positions, pieces or None)
@@ -236,7 +238,7 @@ def document_lengths(tokens: torch.Tensor, end_of_document: int) -> list[int]:
 
 def count_windows(dataset: Dataset, seq_len: int, limit: int | None = None) -> int:
     """Return how many windows of a split an evaluation reads: all, or the first `limit` of them."""
-    whole = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
+    whole = open_heldout(dataset, seq_len).num_readable
     return whole if limit is None else min(whole, limit)
 
 
@@ -255,14 +257,14 @@ def heldout_batches(
     """Yield one rank's share of a split's windows in file order. Every rank gets the same number of batches.
 
     The last window may be partial. It and the last batch are padded with labels of `IGNORE_INDEX`. Over all ranks, each
-    token except the split's first is a label exactly once. `max_samples` limits the number of windows;
-    `end_of_document` and `reset_positions` are as in `micro_batch_of`.
+    token except the split's first is a label exactly once; of conversations each token that counts. `max_samples`
+    limits the number of windows; `end_of_document` and `reset_positions` are as in `micro_batch_of`.
     """
-    num_windows = count_windows(dataset, seq_len, max_samples)
+    windows = open_heldout(dataset, seq_len)
+    num_windows = windows.num_readable if max_samples is None else min(windows.num_readable, max_samples)
     rows = micro_batch_size * dp_size
-    windows = Windows(dataset, seq_len)
     for first in range(0, num_windows, rows):
         own = range(first + dp_rank * micro_batch_size, first + (dp_rank + 1) * micro_batch_size)
-        nothing = Sample(np.empty(0, np.int64))
+        nothing = Sample(np.empty(0, np.int64), pieces=[] if isinstance(windows, PackedSamples) else None)
         samples = [windows.read(window, vocab_size) if window < num_windows else nothing for window in own]
         yield micro_batch_of(samples, padded_ids(samples, seq_len), end_of_document, reset_positions)

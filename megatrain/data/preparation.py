@@ -18,6 +18,7 @@ from megatrain.config.flatten import flatten
 from megatrain.config.plain import plain
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
 from megatrain.data.card import CARD, Card, check_dataset
+from megatrain.data.chat.settings import check_settings, use_template
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle, check_markers
 from megatrain.data.corpus.recipe import build_recipe, settings_of
 from megatrain.data.corpus.shard import Share
@@ -27,7 +28,7 @@ from megatrain.data.preparation_summary import bad_records, summary
 from megatrain.data.staging import StagingFolder, work_folder
 from megatrain.data.text_stages import TextStages
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.data.tokenizer_loading import find_tokenizer
+from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_training import check_training
 from megatrain.errors import ConfigError, OwnedError, cannot_write
 
@@ -191,9 +192,12 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
             f"data.fim_rate={config.data.fim_rate:g}: the ids of data=megatron stay as they are; prepare the text with "
             "data=files data.fim_rate=... in place of it"
         )
+    check_settings(config)
     if config.tokenizer.path:
         tokenizer = find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
-        if config.data.kind != "megatron":
+        if config.data.kind == "chat":
+            use_template(tokenizer, config.data.chat_template)
+        elif config.data.kind != "megatron":
             _choose_start(tokenizer, config)
             FillInTheMiddle.of(config, tokenizer)
         return tokenizer
@@ -230,6 +234,8 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
     if config.clean.dedup_passages != "none":
         clean["dedup_passages"] = config.clean.dedup_passages
         clean["min_passage_characters"] = config.clean.min_passage_characters
+    if config.data.kind != "chat":
+        del data["chat_template"]
     return {"seed": config.seed, "data": data, "clean": clean, "tokenizer": asdict(config.tokenizer)}
 
 
@@ -277,9 +283,15 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
         elif given.end_of_document != card.tokenizer.end_of_document:
             was_end, now_end = card.tokenizer.end_of_document, given.end_of_document
             changed.append(f"the end-of-document token of tokenizer.path (was id {was_end}, now {now_end})")
+        if settings["data"]["kind"] == "chat" and _template_of(target) != given.chat_template():
+            changed.append("the chat template")
     if changed:
         raise ConfigError(
             f"data.name: {target} was prepared with other settings: {'; '.join(changed)}. "
             "Choose another data.name, or data.overwrite=true to replace it"
         )
     return True
+
+
+def _template_of(dataset: Path) -> str | None:
+    return load_tokenizer(dataset / "tokenizer").chat_template()

@@ -29,12 +29,13 @@ class Sample:
 
     `pieces` has the tokens of each document or piece of one, in order, if they are known; they sum to the number of
     ids. `unrelated` has the inputs (their indices) whose next id is no continuation, because it or they are part of a
-    document that was cut.
+    document that was cut. `counts` (bool) has which ids count as labels, if not all do.
     """
 
     ids: np.ndarray
     pieces: list[int] | None = None
     unrelated: tuple[int, ...] = ()
+    counts: np.ndarray | None = None
 
 
 class Samples(Protocol):
@@ -58,17 +59,20 @@ class Samples(Protocol):
 class Windows:
     """Windows of T+1 tokens, T apart: a window's last token is the first of the next, so each is a label once.
 
-    Window w starts at token w * T. The last, partial window of the tokens is no sample of an epoch, but can be read.
+    Window w starts at token w * T. The last, partial window of the tokens is no sample of an epoch, but can be read:
+    `num_readable` counts it.
     """
 
     def __init__(self, dataset: Dataset, seq_len: int) -> None:
         self.dataset, self.seq_len = dataset, seq_len
         self.num_samples = num_windows(dataset.num_tokens, seq_len)
+        self.num_readable = -(-(dataset.num_tokens - 1) // seq_len) if dataset.num_tokens else 0
 
     def read(self, window: int, vocab_size: int | None) -> Sample:
         """Return a window, shorter than T+1 tokens at the end of the split."""
         start = window * self.seq_len
-        return Sample(read_ids(self.dataset, start, min(self.seq_len + 1, self.dataset.num_tokens - start), vocab_size))
+        count = min(self.seq_len + 1, self.dataset.num_tokens - start)
+        return Sample(read_ids(self.dataset, start, count, vocab_size), counts=self.dataset.counts(start, count))
 
     def pause(self) -> None:
         """Close the files until the next read."""
@@ -81,19 +85,22 @@ class PackedSamples:
     def __init__(self, dataset: Dataset, index: PackingIndex) -> None:
         self.dataset, self.index = dataset, index
         self.seq_len, self.num_samples = index.card.seq_len, index.card.samples
+        self.num_readable = self.num_samples
 
     def read(self, window: int, vocab_size: int | None) -> Sample:
         """Return the documents of a window."""
         pieces = self.index.pieces(window)
         starts, lengths, flags = (pieces[name].tolist() for name in ("start", "length", "flags"))
-        ids = [read_ids(self.dataset, *place, vocab_size) for place in zip(starts, lengths, strict=True)]
+        places = list(zip(starts, lengths, strict=True))
+        ids = [read_ids(self.dataset, *place, vocab_size) for place in places]
+        counts = [found for place in places if (found := self.dataset.counts(*place)) is not None]
         ends = np.cumsum(lengths).tolist()
         unrelated = [
             end - 1
             for end, before, after in zip(ends, flags, flags[1:], strict=False)
             if not (before & ENDS and after & BEGINS)
         ]
-        return Sample(np.concatenate(ids), lengths, tuple(unrelated))
+        return Sample(np.concatenate(ids), lengths, tuple(unrelated), np.concatenate(counts) if counts else None)
 
     def pause(self) -> None:
         """Close the files until the next read."""
@@ -127,6 +134,13 @@ def open_samples(dataset: IndexedDataset, packing: str, seq_len: int, verify: bo
             f"{dataset.name} holds {dataset.num_tokens} tokens, one sample of train.seq_len={seq_len} needs "
             f"{seq_len + 1}; use a smaller train.seq_len or more data"
         )
+    return Windows(dataset, seq_len)
+
+
+def open_heldout(dataset: Dataset, seq_len: int) -> Windows | PackedSamples:
+    """Open what an evaluation reads: windows, or whole conversations where only some of their tokens count."""
+    if isinstance(dataset, IndexedDataset) and dataset.split_card.loss_hashes:
+        return PackedSamples(dataset, open_packing(dataset, seq_len, dataset.verifies))
     return Windows(dataset, seq_len)
 
 

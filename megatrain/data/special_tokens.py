@@ -32,34 +32,35 @@ _LLAMA3 = """\
 CHAT_TEMPLATES = {"chatml": _CHATML, "llama3": _LLAMA3}
 """Chat templates by name: how OpenAI's ChatML and Meta's Llama 3 lay out messages, without their system prompts."""
 
-_MARKER = re.compile(r"<\|[^|<>\s'\"{}]{1,64}\|>")
+MARKER = re.compile(r"<\|[^|<>\s'\"{}]{1,64}\|>")
+"""A control token as chat templates spell them."""
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tags
 _LONGEST_NAME = 64
 
 
 def chat_template(config: TokenizerConfig) -> str | None:
     """Return the chat template that `tokenizer.chat_template` names. Raises ConfigError if it is none."""
-    given = config.chat_template
-    if given is None:
-        return None
+    return None if config.chat_template is None else named_template("tokenizer.chat_template", config.chat_template)
+
+
+def named_template(key: str, given: str) -> str:
+    """Return the chat template of a name or in a file, which `key` gives. Raises ConfigError if it is none."""
     if given in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[given]
     path = Path(given).expanduser()
     if not path.is_file():
-        raise ConfigError(
-            f"tokenizer.chat_template={given}: no such file; give a Jinja file, or one of {', '.join(CHAT_TEMPLATES)}"
-        )
+        raise ConfigError(f"{key}={given}: no such file; give a Jinja file, or one of {', '.join(CHAT_TEMPLATES)}")
     try:
         template = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"tokenizer.chat_template={given}: not a text in UTF-8; give a Jinja file") from error
-    _check_syntax(given, template)
+        raise ConfigError(f"{key}={given}: not a text in UTF-8; give a Jinja file") from error
+    _check_syntax(f"{key}={given}", template)
     if "messages" not in template:
-        raise ConfigError(f"tokenizer.chat_template={given}: does not use `messages`, so a chat would be lost in it")
+        raise ConfigError(f"{key}={given}: does not use `messages`, so a chat would be lost in it")
     return template
 
 
-def _check_syntax(given: str, template: str) -> None:
+def _check_syntax(place: str, template: str) -> None:
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -67,11 +68,9 @@ def _check_syntax(given: str, template: str) -> None:
     try:
         environment.compile(_GENERATION.sub("", template))  # finds unknown filters too
     except RecursionError as error:
-        raise ConfigError(f"tokenizer.chat_template={given}: not a Jinja template (nested too deeply)") from error
+        raise ConfigError(f"{place}: not a Jinja template (nested too deeply)") from error
     except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"tokenizer.chat_template={given}: not a Jinja template (line {error.lineno}: {error.message})"
-        ) from error
+        raise ConfigError(f"{place}: not a Jinja template (line {error.lineno}: {error.message})") from error
 
 
 def special_tokens(config: TokenizerConfig, first: list[str]) -> list[str]:
@@ -80,7 +79,7 @@ def special_tokens(config: TokenizerConfig, first: list[str]) -> list[str]:
     The markers of the chat template are all of the form `<|name|>` in it. Raises ConfigError for a name that cannot be
     a control token.
     """
-    markers = list(dict.fromkeys(_MARKER.findall(chat_template(config) or "")))
+    markers = list(dict.fromkeys(MARKER.findall(chat_template(config) or "")))
     for name in markers:
         _check_name("tokenizer.chat_template", name)
     for name in config.special_tokens:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from megatrain.errors import DataError
 META = "megatrain_tokenizer.json"
 SEGMENT = 4096
 """Characters encoded at once. Cutting long text into segments keeps memory and time linear in its length."""
+
+Place = tuple[int, int, int]
+"""Where an id is from: the number of the part, and its characters `[start, stop)` in there (a control token: 0, 1)."""
 
 
 class Tokenizer(ABC):
@@ -56,6 +59,29 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the tokenizer into `folder`, created if missing."""
+
+    @abstractmethod
+    def encode_marked(self, parts: Sequence[str | int]) -> tuple[list[int], list[Place]]:
+        """Return the token ids of text parts and control tokens (given by id) as one text, and where each id is from.
+
+        Names of control tokens in text parts are plain text.
+        """
+
+    @abstractmethod
+    def control_names(self) -> list[str]:
+        """Return the names of all control tokens."""
+
+    @abstractmethod
+    def named_tokens(self) -> dict[str, str | None]:
+        """Return the names of the tokens that a chat template may ask for: `bos_token`, `eos_token`, `pad_token`."""
+
+    @abstractmethod
+    def use_chat_template(self, template: str) -> None:
+        """Take another chat template, which `save` writes."""
+
+    @abstractmethod
+    def chat_template(self) -> str | None:
+        """Return the Jinja template that the tokenizer came with; None if there is none."""
 
     @abstractmethod
     def control_token(self, name: str) -> int | None:

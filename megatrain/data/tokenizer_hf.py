@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import xxhash
 from megatrain.data.byte_level_bpe import ByteLevelBpe
 from megatrain.data.control_tokens import control_ids, probes, spellings, unknown_id, unspellable
 from megatrain.data.hub import one_line_a_wait
-from megatrain.data.tokenizer import StreamDecoder, Tokenizer, read_text, segments
+from megatrain.data.tokenizer import Place, StreamDecoder, Tokenizer, read_text, segments
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
 # fmt: off
@@ -203,11 +205,45 @@ class HuggingFaceTokenizer(Tokenizer):
 
         return encode
 
-    def _encode_apart(self, segment: str) -> list[int]:
+    def encode_marked(self, parts: Sequence[str | int]) -> tuple[list[int], list[Place]]:
+        """Return the ids of text parts and control tokens, encoded as one text, and where each is from."""
+        texts = [part if isinstance(part, str) else f"\0{self._tokenizer.id_to_token(part)}\0" for part in parts]
+        ends = list(accumulate(map(len, texts)))
+        encoding = self._apart_tokenizer().encode("".join(texts), add_special_tokens=False)
+        places: list[Place] = []
+        for start, stop in encoding.offsets:
+            number = bisect_right(ends, start)
+            before = ends[number - 1] if number else 0
+            is_text = isinstance(parts[number], str)
+            places.append((number, start - before, stop - before) if is_text else (number, 0, 1))
+        return list(encoding.ids), places
+
+    def control_names(self) -> list[str]:
+        """Return the names of all control tokens."""
+        return self._names(self._control)
+
+    def named_tokens(self) -> dict[str, str | None]:
+        """Return the names of BOS, EOS and padding."""
+        ids = {"bos_token": self.beginning_of_document, "eos_token": self.end_of_document, "pad_token": self.padding}
+        return {name: None if token is None else self._tokenizer.id_to_token(token) for name, token in ids.items()}
+
+    def use_chat_template(self, template: str) -> None:
+        """Take another chat template."""
+        self._folder = replace(self._folder, templates={**self._folder.templates, _TEMPLATE: template})
+
+    def chat_template(self) -> str | None:
+        """Return the template that the definition came with."""
+        return self._folder.chat_template()
+
+    def _apart_tokenizer(self) -> Any:
         if self._apart is None:
             names = {*self._names(self._control), *([self._unknown_name] if self._unknown_name else [])}
             self._apart = _load(unspellable(self._definition, names), self._origin)
-        found: list[int] = self._apart.encode(segment, add_special_tokens=False).ids
+            self._apart.encode_special_tokens = False  # only `encode_marked` has their new names
+        return self._apart
+
+    def _encode_apart(self, segment: str) -> list[int]:
+        found: list[int] = self._apart_tokenizer().encode(segment, add_special_tokens=False).ids
         if wrong := self._control.intersection(found):
             names_found = ", ".join(map(repr, self._names(wrong)))
             raise DataError(

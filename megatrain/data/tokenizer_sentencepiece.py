@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
 
-from megatrain.data.tokenizer import StreamDecoder, Tokenizer, segments
+from megatrain.data.tokenizer import Place, StreamDecoder, Tokenizer, segments
 from megatrain.errors import DataError
 
 SETTINGS = "tokenizer_config.json"
@@ -50,8 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         for index, byte_id in enumerate(byte_ids):
             self._bytes[byte_id] = bytes([index])
-        names = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
-        probe = _PROBE + "".join(names)
+        probe = _PROBE + "".join(self.control_names())
         if self.decode(self.encode(probe)) != probe:
             raise DataError(
                 f"{origin}: decoding does not return the text exactly (the model normalises); use a lossless model"
@@ -78,6 +78,41 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the text of token ids, without control tokens; invalid UTF-8 becomes U+FFFD."""
         table = self._bytes
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def encode_marked(self, parts: Sequence[str | int]) -> tuple[list[int], list[Place]]:
+        """Return the ids of text parts and control tokens, and where each is from."""
+        ids: list[int] = []
+        places: list[Place] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                places.append((number, 0, 1))
+                continue
+            found = self.encode(part)
+            ids += found
+            character = [at for at, one in enumerate(part) for _ in one.encode()] + [len(part)]  # of each byte
+            stop = 0
+            for token in found:
+                start, stop = stop, stop + len(self._bytes[token])
+                places.append((number, character[start], character[stop - 1] + 1))
+        return ids, places
+
+    def control_names(self) -> list[str]:
+        """Return the names of all control pieces."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
+
+    def named_tokens(self) -> dict[str, str | None]:
+        """Return the names of BOS, EOS and padding."""
+        ids = {"bos_token": self.beginning_of_document, "eos_token": self.end_of_document, "pad_token": self.padding}
+        return {name: None if token is None else self._processor.id_to_piece(token) for name, token in ids.items()}
+
+    def use_chat_template(self, template: str) -> None:
+        """Take another chat template."""
+        self._chat_template = template
+
+    def chat_template(self) -> str | None:
+        """Return the template that the model came with."""
+        return self._chat_template
 
     def control_token(self, name: str) -> int | None:
         """Return the id of a control piece by its name; None if it has none of that name."""

@@ -28,7 +28,7 @@ from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.loader import heldout_batches
+from megatrain.data.loader import count_windows, heldout_batches
 from megatrain.data.mixed_dataset import place_of
 from megatrain.data.mixture_settings import read_phases
 from megatrain.data.progress_line import LINE_EVERY_S
@@ -90,6 +90,9 @@ class TextTokens:
         """Return token ids `[start, start + count)`."""
         return self._ids[start : start + count].copy()
 
+    def counts(self, start: int, count: int) -> None:
+        """Return None: all tokens count."""
+
     def place(self, token: int) -> str:
         """Return the token's index; ids of a text have no offset in its file."""
         return f"token {token}"
@@ -121,8 +124,7 @@ def evaluate(config: EvaluateConfig) -> None:
     started = time.perf_counter()
     scores, total = {}, Evaluation()
     for name, source in sources.items():
-        windows = -(-(source.tokens.num_tokens - 1) // seq_len)
-        num_batches = -(-windows // config.batch_size)
+        num_batches = -(-count_windows(source.tokens, seq_len) // config.batch_size)
         if config.max_batches is not None:
             num_batches = min(num_batches, config.max_batches)
         batches = heldout_batches(

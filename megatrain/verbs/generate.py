@@ -68,7 +68,7 @@ def stream(model: GPT, tokenizer: Tokenizer, end_tokens: Collection[int], config
         seed=config.seed,
         stop_ids=end_tokens if config.stop_at_end else (),
     )
-    return _decode(sampled, tokenizer, ids if prompt and suffix is None else [])
+    return decode(sampled, tokenizer, ids if prompt and suffix is None else [])
 
 
 def _texts(config: GenerateConfig) -> tuple[str, str | None]:
@@ -76,7 +76,8 @@ def _texts(config: GenerateConfig) -> tuple[str, str | None]:
     return read_text("prompt", config.prompt), None if config.suffix is None else read_text("suffix", config.suffix)
 
 
-def _decode(sampled: Iterator[int], tokenizer: Tokenizer, before: Sequence[int]) -> Iterator[str]:
+def decode(sampled: Iterator[int], tokenizer: Tokenizer, before: Sequence[int]) -> Iterator[str]:
+    """Yield the text of ids as they are sampled, after the ids `before`."""
     decoder = tokenizer.stream_decoder()
     for token in before:
         decoder.push(token)  # how the first sampled token decodes may depend on the prompt

@@ -27,6 +27,7 @@ from megatrain.config import (
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
+from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.corpus.file_search import matches
 from megatrain.data.mixed_dataset import open_mixture
 from megatrain.data.samples import BEST_FIT, num_samples
@@ -139,6 +140,12 @@ def check_documents(config: DataConfig, mask_documents: bool, card: Card, folder
         raise ConfigError(
             f"data.bos=true: the documents of {folder} do not begin with BOS; prepare them again with data.bos=true "
             "under another data.name, or leave data.bos out"
+        )
+    talks = any(split.loss_hashes for split in card.splits.values())
+    if talks and not (config.packing == BEST_FIT and mask_documents):
+        raise ConfigError(
+            f"data.packing={config.packing}: {folder} has conversations, which must stay whole and apart from one "
+            f"another; add {' '.join(KEYS_FOR_CHAT)}"
         )
     if mask_documents and card.tokenizer is None:
         raise ConfigError(

@@ -14,6 +14,7 @@ from megatrain.config.compose import compose, default_choices, last_words
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
+from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.demo.corpus import prepare_demo
 from megatrain.launch import prepare_jobs
 
@@ -38,7 +39,9 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
-        if not any(word.startswith(CONFIG_FILE) for word in words):  # such a file has a model
+        if config.data.kind == "chat":
+            words = ["checkpoint.init_from=<run>", *words, *KEYS_FOR_CHAT]
+        elif not any(word.startswith(CONFIG_FILE) for word in words):  # such a file has a model
             words.insert(0, f"model={default_choices('train')['model']}")
         report = shlex.join(["megatrain", "report", str(folder)])
         print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatrain.data.chat.conversation import ConversationError, read_conversation, to_text
 from megatrain.data.corpus.code import license_of, why_left_out
 from megatrain.data.corpus.compressed import SUFFIXES, archive_kind
 from megatrain.data.corpus.conversations import find_conversation, render
@@ -69,7 +70,7 @@ def decode(record: Record, policy: Policy) -> Decoded:
             raise BadRecordError(found, record.id)
         text = found
     elif record.kind == "json":
-        text = _from_json(text, policy.text_column, decoded)
+        text = _from_json(text, policy, decoded)
     if _SURROGATE.search(text):
         bad, at = True, at or "a lone surrogate"
         text = _SURROGATE.sub("\ufffd", text)
@@ -132,14 +133,17 @@ def _undecodable(record: Record, what: str, remedy: str, others: str, policy: Po
     return BadRecordError(Problem(kind, f"not UTF-8 ({what})", remedy))
 
 
-def _from_json(line: str, column: str, decoded: Decoded) -> str:
+def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
     """Return the text of a line of JSON; put its id and other fields into `decoded`."""
+    column = policy.text_column
     try:
         value = json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise BadRecordError(Problem("not_json", f"not a line of JSON ({error})")) from error
     if not isinstance(value, dict):
         raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
+    if policy.chat:
+        return _messages(value, decoded)
     conversation = find_conversation(value, column)
     held = column if column in value else column.partition(".")[0]
     rest = {name: other for name, other in value.items() if name != held and other is not conversation}
@@ -151,6 +155,16 @@ def _from_json(line: str, column: str, decoded: Decoded) -> str:
     if conversation is not None:
         decoded.kind = "conversation"
     return str(text)
+
+
+def _messages(record: dict[str, Any], decoded: Decoded) -> str:
+    """Return the messages of a conversation to tune on as text; put its id into `decoded`."""
+    own, source, _ = identity(record)
+    decoded.id, decoded.source, decoded.kind = own or decoded.id, source or decoded.source, "conversation"
+    try:
+        return to_text(read_conversation(record))
+    except ConversationError as error:
+        raise BadRecordError(Problem(error.kind, error.message, error.remedy), decoded.id) from error
 
 
 def find_text(record: dict[str, Any], column: str) -> str | bytes | Problem:

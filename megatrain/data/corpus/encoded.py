@@ -1,7 +1,8 @@
 """Encoded shards on disk: token ids and document lengths of each split, and a marker written last.
 
-A shard is `<key>.<split>.ids` and `<key>.<split>.lengths` (int32) for each split that it has documents of, and
-`<key>.json` with their sizes and checksums. Joined in corpus order, shards are the dataset's `.bin/.idx` pairs.
+A shard is `<key>.<split>.ids` and `<key>.<split>.lengths` (int32) for each split that it has documents of, with
+`<key>.<split>.counts` (uint8) if they are conversations, and `<key>.json` with sizes and checksums. Joined in corpus
+order, shards are the dataset's files.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from megatrain.data.corpus.encoding import EncodedSplit
 from megatrain.data.corpus.part_files import PartFiles
 from megatrain.data.indexed import hash_file
 from megatrain.resilience.atomic_file import write_atomically
@@ -39,14 +42,22 @@ class EncodedShard:
             return None
         return shard if whole else None
 
-    def read(self, split: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield token ids and the lengths (int32) of the documents they belong to, a few thousand documents at once."""
+    def read(self, split: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Yield token ids, the lengths (int32) of the documents they belong to, and which ids count in the loss.
+
+        The last (uint8) is None but for conversations. A few thousand documents come at once.
+        """
         if split not in self.text_bytes:
             return
-        ids_path, lengths_path = (self._folder / f"{self.key}.{split}.{ending}" for ending in ("ids", "lengths"))
-        with open(ids_path, "rb") as ids, open(lengths_path, "rb") as lengths:
+        names = [f"{self.key}.{split}.{ending}" for ending in ("ids", "lengths", "counts")]
+        with ExitStack() as stack:
+            ids, lengths, *counts = (
+                stack.enter_context(open(self._folder / name, "rb")) for name in names if name in self._hashes
+            )
             while len(found := np.fromfile(lengths, "<i4", _DOCUMENTS)):
-                yield np.fromfile(ids, dtype, int(found.sum(dtype=np.int64))), found
+                total = int(found.sum(dtype=np.int64))
+                counted = np.fromfile(counts[0], np.uint8, total) if counts else None
+                yield np.fromfile(ids, dtype, total), found, counted
 
 
 class EncodedShardWriter:
@@ -57,11 +68,13 @@ class EncodedShardWriter:
         self._files = PartFiles(folder, key)
         self._text_bytes: Counter[int] = Counter()
 
-    def add(self, split: int, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        """Append documents of a split: their concatenated token ids, the number of ids in each, their size as text."""
-        self._files[f"{split}.ids"].write(ids.tobytes())
-        self._files[f"{split}.lengths"].write(lengths.astype("<i4").tobytes())
-        self._text_bytes[split] += text_bytes
+    def add(self, split: int, documents: EncodedSplit) -> None:
+        """Append documents of a split."""
+        self._files[f"{split}.ids"].write(documents.ids.tobytes())
+        self._files[f"{split}.lengths"].write(documents.lengths.astype("<i4").tobytes())
+        if documents.counts is not None:
+            self._files[f"{split}.counts"].write(documents.counts.tobytes())
+        self._text_bytes[split] += documents.text_bytes
 
     def finish(self) -> EncodedShard:
         """Write the marker and return the shard."""

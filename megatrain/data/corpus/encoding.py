@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatrain.data.chat.conversation import from_text
+from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.corpus.cleaned import Frame, unpack
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.selection import HELDOUT, TRAIN
@@ -20,7 +23,7 @@ from megatrain.data.tokenizer_loading import load_tokenizer
 class EncodeTask:
     """A frame of `text`, a flag per document (of `selection.py`), and the tokenizer and dtype to use.
 
-    `fim` rearranges documents of the train split.
+    `fim` rearranges documents of the train split. With `chat`, a Jinja template, they are conversations.
     """
 
     text: Path
@@ -31,16 +34,27 @@ class EncodeTask:
     starts_with_bos: bool
     dtype: str
     fim: FillInTheMiddle | None = None
+    chat: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Documents' concatenated token ids, the number of ids in each (int32), and their bytes of text.
+
+    `counts` (uint8) says of each token of a conversation whether it counts in the loss.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_bytes: int
+    counts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Per split: its documents' concatenated token ids, the number of ids in each, and their bytes of text.
+    """The documents of each split. `text_bytes` counts dropped documents too."""
 
-    `text_bytes` counts dropped documents too.
-    """
-
-    splits: dict[int, tuple[np.ndarray, np.ndarray, int]]
+    splits: dict[int, EncodedSplit]
     text_bytes: int
 
 
@@ -53,20 +67,43 @@ def _load(folder: Path, fingerprint: str, starts_with_bos: bool) -> tuple[Tokeni
 
 
 def encode_chunk(task: EncodeTask) -> Encoded:
-    """Encode the kept documents of a frame, each between BOS (if the dataset has it) and the end-of-document token."""
+    """Encode the kept documents of a frame.
+
+    Each stands between BOS (if the dataset has it) and the end-of-document token. A conversation has what its template
+    gives it, and then the end-of-document token, unless it ends with that.
+    """
     tokenizer, encode = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
     first, last = np.array(tokenizer.start(), task.dtype), np.array([tokenizer.end_of_document], task.dtype)
-    found: dict[int, tuple[list[np.ndarray], list[int], int]] = {}
+    chat = ChatTemplate(tokenizer, task.chat) if task.chat else None
+    found: dict[int, tuple[list[np.ndarray], list[int], list[np.ndarray]]] = {}
+    sizes: Counter[int] = Counter()
     total = 0
     for flag, text in zip(task.flags, unpack(task.text, task.frame), strict=True):
         total += len(text)
         if flag not in (TRAIN, HELDOUT):
             continue
-        ids = task.fim.encode(text.decode(), encode) if task.fim and flag == TRAIN else encode(text.decode())
-        arrays, lengths, size = found.get(flag, ([], [], 0))
-        arrays += [first, ids.astype(task.dtype), last]
-        lengths.append(len(first) + len(ids) + 1)
-        found[flag] = (arrays, lengths, size + len(text))
-    return Encoded(
-        {f: (np.concatenate(a), np.array(n, dtype=np.int32), size) for f, (a, n, size) in found.items()}, total
-    )
+        arrays, lengths, counted = found.setdefault(flag, ([], [], []))
+        if chat:
+            ids, counts = _conversation(chat, text.decode())
+            arrays.append(ids.astype(task.dtype))
+            counted.append(counts)
+            lengths.append(len(ids))
+        else:
+            ids = task.fim.encode(text.decode(), encode) if task.fim and flag == TRAIN else encode(text.decode())
+            arrays += [first, ids.astype(task.dtype), last]
+            lengths.append(len(first) + len(ids) + 1)
+        sizes[flag] += len(text)
+    splits = {}
+    for flag, (arrays, lengths, counted) in found.items():
+        of_all = np.concatenate(counted) if chat else None
+        splits[flag] = EncodedSplit(np.concatenate(arrays), np.array(lengths, np.int32), sizes[flag], of_all)
+    return Encoded(splits, total)
+
+
+def _conversation(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a conversation, and of each whether it counts in the loss. A last end token does not."""
+    encoded = chat.encode(from_text(text))
+    ids, counts = encoded.ids, encoded.counts
+    if ids[-1] != chat.tokenizer.end_of_document:
+        ids, counts = [*ids, chat.tokenizer.end_of_document], [*counts, False]
+    return np.array(ids), np.array(counts, np.uint8)

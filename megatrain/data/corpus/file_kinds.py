@@ -26,6 +26,9 @@ KNOWN = f"the suffixes {', '.join(KINDS)}, these with .gz, .zst, .bz2 or .xz, or
 KNOWN_CODE = "the suffixes of a source code"
 """What `data=code` reads, in words."""
 
+KNOWN_JSON = "the suffixes .jsonl, .ndjson and .json, also compressed"
+"""What `data=chat` reads, in words."""
+
 _CODE = {
     "Ada": "adb ads",
     "Assembly": "asm s",

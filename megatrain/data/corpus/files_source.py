@@ -14,7 +14,7 @@ from megatrain.config import DataConfig
 from megatrain.data.corpus.code import FOLDERS_OF_OTHERS, find_license_files, read_licenses
 from megatrain.data.corpus.compressed import ERRORS, archive_kind, opened, without_suffix
 from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_with_a_line
-from megatrain.data.corpus.file_kinds import KNOWN, KNOWN_CODE, kind_of, programming_language
+from megatrain.data.corpus.file_kinds import KNOWN, KNOWN_CODE, KNOWN_JSON, kind_of, programming_language
 from megatrain.data.corpus.file_search import find_paths
 from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, look, stamp
@@ -40,7 +40,7 @@ class FilesSource(Source):
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
         self.files, self.left_out = find_paths(
-            config.paths, self._is_read, KNOWN if config.kind == "files" else KNOWN_CODE
+            config.paths, self._is_read, {"code": KNOWN_CODE, "chat": KNOWN_JSON}.get(config.kind, KNOWN)
         )
         folders = [Path(path).expanduser() for path in config.paths]
         self._folders = {folder for folder in folders if folder.is_dir()}
@@ -64,10 +64,11 @@ class FilesSource(Source):
         }
 
     def _kind(self, path: Path) -> str | None:
-        """Return the kind of a file by its name: `code` for all that `data=code` reads."""
+        """Return the kind of a file by its name: `code` for all that `data=code` reads, JSON alone for `chat`."""
         if self.config.kind == "code":
             return "code" if programming_language(path.name) or kind_of(path.name) == "html" else None
-        return kind_of(path.name)
+        kind = kind_of(path.name)
+        return kind if kind in ("lines", "json") or self.config.kind != "chat" else None
 
     def _is_read(self, path: Path) -> bool:
         kind = self._kind(path)

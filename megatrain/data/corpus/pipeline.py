@@ -61,7 +61,7 @@ def clean_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = config.data
-    policy = Policy(data.text_column, data.undecodable, data.on_bad_record)
+    policy = Policy(data.text_column, data.undecodable, data.on_bad_record, data.kind == "chat")
     recipe = build_recipe(config.clean.steps)
     signing = signing_of(config)
     settings = {name: getattr(data, name) for name in _CLEANS} | {
@@ -280,19 +280,22 @@ def encode_selection(
     folder: Path,
     share: Share = ALL,
     fim: FillInTheMiddle | None = None,
+    chat: str | None = None,
 ) -> list[EncodedShard]:
     """Encode every shard into `folder`, or a task's share, and return them in corpus order.
 
-    `saved` is the tokenizer's folder.
+    `saved` is the tokenizer's folder. Documents are conversations if there is a template for them, `chat`.
     """
     folder.mkdir(exist_ok=True)
     mine = [number for number in range(len(selection.shards)) if share.has(number)]
     text_bytes = sum(selection.shards[number].text_bytes for number in mine)
-    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, fim)
+    encoding = (saved, tokenizer.fingerprint, tokenizer.starts_with_bos, dtype.name, fim, chat)
     ends = (tokenizer.start(), tokenizer.end_of_document)
     made_by: tuple[object, ...] = (tokenizer.fingerprint, ends, dtype.name, versions(ENCODING_LIBRARIES))
     if fim:
         made_by += (asdict(fim),)
+    if chat:
+        made_by += (chat, versions(["jinja2"]))
     encoded: list[EncodedShard | None] = []
     coming: deque[tuple[int, EncodedShardWriter, bool]] = deque()
     done = 0
@@ -320,8 +323,8 @@ def encode_selection(
     with Meter("encoding", text_bytes) as meter, closing_writers(coming):
         for result in pool.map(encode_chunk, tasks()):
             number, writer, last = coming.popleft()
-            for split, (ids, lengths, text_bytes) in result.splits.items():
-                writer.add(split, ids, lengths, text_bytes)
+            for split, found in result.splits.items():
+                writer.add(split, found)
             if last:
                 encoded[number] = writer.finish()
             done += result.text_bytes
@@ -366,7 +369,7 @@ def write_texts(
 
 
 def join(shards: Sequence[EncodedShard], split: int, prefix: Path, dtype: np.dtype) -> tuple[IndexedWriter, int] | None:
-    """Write a split's `.bin/.idx` from its shards, in order; return the finished writer and the bytes of text.
+    """Write a split's files from its shards, in order; return the finished writer and the bytes of text.
 
     None if the split has no documents.
     """
@@ -374,7 +377,7 @@ def join(shards: Sequence[EncodedShard], split: int, prefix: Path, dtype: np.dty
         return None
     writer = IndexedWriter(prefix, dtype)
     for shard in shards:
-        for ids, lengths in shard.read(split, dtype):
-            writer.add(ids, lengths)
+        for ids, lengths, counts in shard.read(split, dtype):
+            writer.add(ids, lengths, counts)
     writer.finish()
     return writer, sum(shard.text_bytes.get(split, 0) for shard in shards)

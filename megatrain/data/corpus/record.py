@@ -56,11 +56,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to read records and what to do with bad ones: the keys of the same names under `data.`."""
+    """How to read records and what to do with bad ones: the keys of the same names under `data.`.
+
+    With `chat` a record is a conversation to tune on, and its text is its messages as JSON (chat/conversation.py).
+    """
 
     text_column: str
     undecodable: str
     on_bad_record: str = "stop"
+    chat: bool = False
 
 
 def identity(fields: dict[str, Any]) -> tuple[str | None, str, dict[str, Any]]:

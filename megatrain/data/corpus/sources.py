@@ -20,6 +20,7 @@ def open_source(config: DataConfig) -> Source:
         "python_stdlib": StdlibSource,
         "files": FilesSource,
         "code": FilesSource,
+        "chat": FilesSource,
         "huggingface": HuggingFaceSource,
     }
     return kinds[config.kind](config)

@@ -23,6 +23,9 @@ class Counting:
         assert start >= 0 and start + count <= self.num_tokens
         return np.arange(start, start + count, dtype=np.int64)
 
+    def counts(self, start, count):
+        return None
+
     def place(self, token: int) -> str:
         return f"number {token}"
 

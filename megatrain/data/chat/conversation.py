@@ -1,0 +1,128 @@
+"""Read a conversation out of a record: messages, instruction triples, or a prompt and its completion.
+
+All forms become a list of messages, each with a `role` and a `content`. `to_text` writes that as one line of JSON,
+which is the text of such a document until it is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+Message = dict[str, str]
+
+_SAME_ROLE = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_LISTS = ("messages", "conversations", "conversation")
+_FORMS = (
+    "messages (a list of objects with role and content), conversations (with from and value), instruction with input "
+    "and output, or prompt with completion"
+)
+
+
+class ConversationError(Exception):
+    """A record without a conversation that can be tuned on: a kind, to be counted, a message, and what would help."""
+
+    def __init__(self, kind: str, message: str, remedy: str = "mend it") -> None:
+        super().__init__(message)
+        self.kind, self.message, self.remedy = kind, message, remedy
+
+
+def read_conversation(record: dict[str, Any]) -> list[Message]:
+    """Return the messages of a record.
+
+    At most one system message comes first; then users and assistants take turns, a user first; an assistant ends it.
+    Raises `ConversationError` otherwise.
+    """
+    messages = _messages(record)
+    _check(messages)
+    return messages
+
+
+def to_text(messages: list[Message]) -> str:
+    """Return messages as one line of JSON."""
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def from_text(text: str) -> list[Message]:
+    """Return the messages that `to_text` wrote."""
+    messages: list[Message] = json.loads(text)
+    return messages
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
+    """Return the messages of the first form that a record has, with roles by their usual names."""
+    for name in _LISTS:
+        if record.get(name) is not None:
+            return _from_list(name, record[name])
+    if record.get("instruction") is not None:
+        instruction, given = record["instruction"], record.get("input") or ""
+        if isinstance(instruction, str) and isinstance(given, str):
+            question = "\n\n".join(filter(None, (instruction, given)))
+            return _pair("instruction", question, "output", record.get("output"))
+        name, value = ("input", given) if isinstance(instruction, str) else ("instruction", instruction)
+        return _pair(name, value, "output", record.get("output"))
+    if record.get("prompt") is not None:
+        prompt, completion = record["prompt"], record.get("completion", record.get("response"))
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _from_list("prompt and completion", [*prompt, *completion])
+        return _pair("prompt", prompt, "completion", completion)
+    has = ", ".join(map(repr, list(record)[:8])) or "no fields"
+    raise ConversationError("no_conversation", f"no conversation (it has {has})", f"give {_FORMS}")
+
+
+def _pair(asked: str, question: Any, name: str, answer: Any) -> list[Message]:
+    for what, value in ((asked, question), (name, answer)):
+        if not isinstance(value, str):
+            kind = "null or missing" if value is None else f"no text ({json.dumps(value)[:40]})"
+            raise ConversationError("no_conversation", f"{what} is {kind}", f"give {_FORMS}")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _from_list(name: str, value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ConversationError(
+            "no_conversation", f"{name} is {'empty' if value == [] else 'no list'}", f"give {_FORMS}"
+        )
+    messages = []
+    for number, entry in enumerate(value, start=1):
+        if not isinstance(entry, dict):
+            raise ConversationError("bad_message", f"message {number} is {'null' if entry is None else 'no object'}")
+        pair = next((pair for pair in (("role", "content"), ("from", "value")) if pair[0] in entry), None)
+        if pair is None:
+            has = ", ".join(map(repr, list(entry)[:8])) or "no fields"
+            raise ConversationError("bad_message", f"message {number} has no role (it has {has})", f"give {_FORMS}")
+        if unknown := [key for key in entry if key not in pair and entry[key] not in (None, [], {}, "")]:
+            raise ConversationError(
+                "unknown_key",
+                f"message {number} has {', '.join(map(repr, unknown[:4]))} beside {pair[0]} and {pair[1]}",
+                "leave it out, as nothing would come of it",
+            )
+        role, content = entry[pair[0]], entry.get(pair[1])
+        if not isinstance(role, str) or not isinstance(content, str):
+            what = pair[0] if not isinstance(role, str) else pair[1]
+            raise ConversationError("bad_message", f"message {number}: its {what} is no text")
+        messages.append({"role": _SAME_ROLE.get(role.lower(), role.lower()), "content": content})
+    return messages
+
+
+def _check(messages: list[Message]) -> None:
+    """Check that roles are in order and that each message says something."""
+    expected = "user"
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in ROLES:
+            raise ConversationError("bad_role", f"message {number} has the role {role!r}", f"use {', '.join(ROLES)}")
+        if not message["content"].strip():
+            raise ConversationError("empty_message", f"message {number} ({role}) is empty")
+        if role == "system" and number == 1:
+            continue
+        if role != expected:
+            raise ConversationError(
+                "role_order",
+                f"message {number} is the {role}'s, where the {expected}'s turn is",
+                "let user and assistant take turns, after at most one system message",
+            )
+        expected = "assistant" if role == "user" else "user"
+    if messages[-1]["role"] != "assistant":
+        raise ConversationError("no_reply", "no assistant has the last word", "end it with an assistant's message")

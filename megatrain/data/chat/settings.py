@@ -1,0 +1,57 @@
+"""What `data=chat` needs of the other settings, and which template it lays conversations out by."""
+
+from __future__ import annotations
+
+from megatrain.config import PrepareConfig
+from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.special_tokens import MARKER, named_template
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import ConfigError
+
+KEYS_FOR_CHAT = ("data.packing=best_fit", "train.mask_documents=true", "train.reset_positions=true")
+"""Keys of a run on conversations: they stay whole, and apart from one another."""
+
+_WHY = "the documents of data=chat are messages, not plain text"
+
+
+def check_settings(config: PrepareConfig) -> None:
+    """Refuse settings that conversations cannot honour. Raises ConfigError."""
+    data, clean = config.data, config.clean
+    if data.kind != "chat":
+        if data.chat_template is not None:
+            raise ConfigError(f"data.chat_template={data.chat_template}: only data=chat lays out conversations")
+        return
+    if config.tokenizer.path is None:
+        raise ConfigError(
+            "data=chat: give the tokenizer of the model that is to be tuned: tokenizer.path=data/<name>/tokenizer of "
+            "the dataset that it was trained on, or tokenizer=hf tokenizer.path=<its folder>"
+        )
+    refused = {
+        f"clean={clean.name}": bool(clean.steps),
+        "clean.dedup=minhash": clean.dedup == "minhash",
+        f"clean.dedup_passages={clean.dedup_passages}": clean.dedup_passages != "none",
+        "data.write_text=true": data.write_text,
+        "data.join_comments=true": data.join_comments,
+        f"data.fim_rate={data.fim_rate:g}": data.fim_rate > 0,
+    }
+    if wrong := [key for key, given in refused.items() if given]:
+        raise ConfigError(f"{wrong[0]}: {_WHY}; leave it out")
+    if data.bos:
+        raise ConfigError("data.bos=true: the chat template says whether conversations begin with BOS; leave it out")
+
+
+def use_template(tokenizer: Tokenizer, given: str | None) -> None:
+    """Give the tokenizer the template that `data.chat_template` names, if any, and check that the two go together.
+
+    Raises ConfigError if there is no template, or it writes markers that are no control tokens of the tokenizer.
+    """
+    if given is not None:
+        tokenizer.use_chat_template(named_template("data.chat_template", given))
+    chat = ChatTemplate(tokenizer)
+    known = tokenizer.control_names()
+    if missing := [name for name in dict.fromkeys(MARKER.findall(chat.source)) if name not in known]:
+        raise ConfigError(
+            f"data.chat_template: the template writes {', '.join(missing)}, which the tokenizer has no control token "
+            f"for, so that any message could spell it; give a template with the tokenizer's own control tokens "
+            f"({', '.join(known[:12])}), or a model whose tokenizer was trained with tokenizer.chat_template"
+        )

@@ -1,0 +1,216 @@
+"""Lay out conversations by a tokenizer's chat template (Jinja), and tell which tokens are the assistant's.
+
+The ids are those of transformers' `apply_chat_template`, with one difference on purpose: control tokens that a message
+spells stay text, so that no message can end a turn or begin another.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatrain.data.chat.conversation import Message
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import ConfigError
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+"""Noncharacters, which no clean text has: they enclose what `{% generation %}` marks, and ..."""
+_APART = "\ufdd2"
+"""... stand within names of control tokens that a message spells, until the template has been filled in."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text. `spans` are the characters `[start, stop)` that the assistant writes.
+
+    `controls` are those of the names of control tokens, in order.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    controls: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and for each whether the assistant writes it: whether it counts in the loss."""
+
+    ids: list[int]
+    counts: list[bool]
+
+
+class ChatTemplate:
+    """A chat template with the tokenizer that it belongs to."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
+        """Take `template`, or else the tokenizer's own. Raises `ConfigError` if there is none, or it is no Jinja."""
+        source = template or tokenizer.chat_template()
+        if source is None:
+            raise ConfigError(
+                "the tokenizer has no chat template; give one as data.chat_template (a Jinja file, chatml or llama3)"
+            )
+        self.tokenizer, self.source = tokenizer, source
+        names = sorted(tokenizer.control_names(), key=len, reverse=True)  # of two that begin alike the longer one
+        self._control = re.compile("|".join(map(re.escape, names))) if names else None
+        self._marks_replies = re.search(r"\{%-?\s*generation\b", source) is not None
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template is not valid Jinja ({error})") from error
+
+    def encode(self, messages: Sequence[Message], asks: bool = False) -> Encoded:
+        """Return the ids of a conversation; with `asks`, the beginning of the assistant's next message too.
+
+        Raises `ConfigError` if the template refuses the messages, or does not say which part is the assistant's.
+        """
+        rendered = self.render(messages, asks)
+        parts: list[str | int] = []
+        starts: list[int] = []
+        at = 0
+        for start, stop in [*rendered.controls, (len(rendered.text), len(rendered.text))]:
+            if start > at:
+                parts.append(rendered.text[at:start])
+                starts.append(at)
+            if stop > start:
+                token = self.tokenizer.control_token(rendered.text[start:stop])
+                assert token is not None
+                parts.append(token)
+                starts.append(start)
+            at = stop
+        ids, places = self.tokenizer.encode_marked(parts)
+        counts = []
+        for part, first, last in places:
+            first, last = starts[part] + first, starts[part] + last
+            counts.append(any(first < stop and last > start for start, stop in rendered.spans))
+        return Encoded(ids, counts)
+
+    def ends(self) -> list[int]:
+        """Return the control tokens that end a reply: the one that the template writes, and the end of a document."""
+        encoded = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        last = [token for token, counts in zip(encoded.ids, encoded.counts, strict=True) if counts][-1:]
+        control = {self.tokenizer.control_token(name) for name in self.tokenizer.control_names()}
+        return [*(token for token in last if token in control), self.tokenizer.end_of_document]
+
+    def render(self, messages: Sequence[Message], asks: bool = False) -> Rendered:
+        """Return a conversation as text, with the spans that the assistant writes. Raises as `encode`."""
+        text, controls, spans = self._fill(messages, asks)
+        if not self._marks_replies:
+            spans = self._replies(messages, text)
+        return Rendered(text, spans, controls)
+
+    def _fill(
+        self, messages: Sequence[Message], asks: bool
+    ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the text, where control tokens are in it, and what `{% generation %}` encloses."""
+        safe = [{**message, "content": self._without_controls(message["content"])} for message in messages]
+        named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
+        try:
+            marked = self._template.render(
+                messages=safe, add_generation_prompt=asks, tools=None, documents=None, **named
+            )
+        except _RefusedError as error:
+            raise ConfigError(f"the chat template refuses the messages: {error}") from error
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"the chat template cannot be filled in ({type(error).__name__}: {error})") from error
+        spans: list[tuple[int, int]] = []
+        text, opened = "", 0
+        for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+            if piece == _OPEN:
+                opened = len(text)
+            elif piece == _CLOSE:
+                spans.append((opened, len(text)))
+            else:
+                text += piece
+        return self._restored(text, spans)
+
+    def _restored(
+        self, text: str, spans: list[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Find the control tokens, then take out what kept the messages' own spellings of them apart."""
+        found = [match.span() for match in self._control.finditer(text)] if self._control else []
+        marks = [match.start() for match in re.finditer(_APART, text)]
+        if not marks:
+            return text, found, spans
+
+        def moved(at: int) -> int:
+            return at - sum(mark < at for mark in marks)
+
+        def all_moved(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+            return [(moved(start), moved(stop)) for start, stop in pairs]
+
+        return text.replace(_APART, ""), all_moved(found), all_moved(spans)
+
+    def _without_controls(self, content: str) -> str:
+        if self._control is None:
+            return content
+        return self._control.sub(lambda match: f"{match[0][0]}{_APART}{match[0][1:]}", content)
+
+    def _replies(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Return the assistant's spans of a template that does not mark them.
+
+        Each begins where the template asks for a reply and ends before what comes next: after the control token that
+        ends the turn, without whitespace behind it.
+        """
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, *_ = self._fill(messages[:number], asks=True)
+            after, controls, _ = self._fill(messages[: number + 1], asks=False)
+            if not text.startswith(after) or not after.startswith(before):
+                raise ConfigError(
+                    "the chat template lays a reply out differently once more messages follow, or when it asks for "
+                    "one, so it is unknown which tokens the assistant writes; enclose what it writes in "
+                    "{% generation %} and {% endgeneration %}"
+                )
+            stop = len(after)
+            if controls and controls[-1][0] >= len(before) and not after[controls[-1][1] :].strip():
+                stop = controls[-1][1]
+            spans.append((len(before), stop))
+        return spans
+
+
+class _RefusedError(Exception):
+    """What a template says of messages that it refuses."""
+
+
+class _Generation(Extension):
+    """`{% generation %}`: what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012, as the library declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return the node of a block that is enclosed by marks."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
+
+    def _enclosed(self, caller: Callable[[], str]) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return an environment with the settings and functions that transformers gives to chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+
+    def refuse(message: str) -> None:
+        raise _RefusedError(message)
+
+    def as_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.filters["tojson"] = as_json
+    return environment

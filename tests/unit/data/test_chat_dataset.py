@@ -1,0 +1,223 @@
+"""A dataset of conversations has transformers' ids, counts the assistant's tokens alone, and cuts no talk."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+from megatrain.config import CleanConfig, DataConfig, ModelConfig, PrepareConfig, TokenizerConfig
+from megatrain.config.compose import compose
+from megatrain.data.card import Card, check_dataset
+from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
+from megatrain.data.loader import heldout_batches, micro_batch_of, padded_ids
+from megatrain.data.preparation import prepare
+from megatrain.data.samples import open_samples
+from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.engine.common import evaluate
+from megatrain.errors import ConfigError, DataError
+from megatrain.kernels import IGNORE_INDEX
+from megatrain.model.init import build_model
+from megatrain.verbs.path_checks import check_documents
+
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""A template whose turns end with the end-of-document token, as those of Llama 2 and Mistral do."""
+T = 64
+
+
+def talks(count=120):
+    draw = random.Random(1)
+    for number in range(count):
+        turns = [
+            {"role": role, "content": f"{draw.choice(['say', 'name', 'give'])} {number} " + "very " * draw.randrange(6)}
+            for role in ["user", "assistant"] * draw.randrange(1, 4)
+        ]
+        yield {"id": f"t{number}", "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizers")
+    (place / "marked.jinja").write_text(MARKED)
+    texts = [message["content"] for talk in talks() for message in talk["messages"]]
+    for name, template in (("marked", str(place / "marked.jinja")), ("chatml", "chatml"), ("none", None)):
+        config = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template=template)
+        if name == "marked":
+            config.special_tokens = ["<|user|>", "<|assistant|>"]
+        train_byte_level_bpe(iter(texts), config).save(place / name)
+    return place
+
+
+@pytest.fixture
+def make(tmp_path, tokenizers):
+    """Return a function that prepares the conversations, or other records, and returns the folder."""
+
+    def prepared(name="d", tokenizer="marked", records=None, clean=None, **data):
+        lines = "".join(json.dumps(one) + "\n" for one in records or talks())
+        if not (path := tmp_path / "talks.jsonl").exists() or path.read_text() != lines:
+            path.write_text(lines)
+        base = dict(name=name, dir=str(tmp_path / "out"), kind="chat", paths=[str(path)], workers=1)
+        words = TokenizerConfig(kind="hf", path=str(tokenizers / tokenizer) if tokenizer else None)
+        config = PrepareConfig(seed=1, data=DataConfig(**base | data), clean=clean or CleanConfig(), tokenizer=words)
+        return prepare(config)
+
+    return prepared
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ids_and_counted_tokens_are_those_of_transformers(make, tokenizers, workers):
+    folder = make(heldout_fraction=0, workers=workers)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizers / "marked")
+    dataset = IndexedDataset.open(folder, "train")
+    start = 0
+    for talk, ids in zip(talks(), dataset.documents(), strict=True):
+        expected = theirs.apply_chat_template(talk["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == expected["input_ids"], "they end with the end-of-document token, so none is added"
+        assert dataset.counts(start, len(ids)).astype(int).tolist() == expected["assistant_masks"]
+        start += len(ids)
+
+
+def test_the_loss_is_that_of_transformers_on_each_conversation_alone(make, tokenizers):
+    """Of a model whose positions begin anew in each conversation: packing changes nothing, held-out data included."""
+    folder = make(heldout_fraction=0.3)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizers / "marked")
+    config = ModelConfig(
+        num_layers=2, num_heads=2, num_kv_heads=2, hidden_size=32, ffn_size=64, vocab_size=len(theirs), max_seq_len=T
+    )
+    model = build_model(config, seed=3)
+    end = Card.load(folder).tokenizer.end_of_document
+    documents = IndexedDataset.open(folder, "heldout")
+    options = dict(micro_batch_size=4, dp_rank=0, dp_size=1, end_of_document=end, reset_positions=True)
+    batches = list(heldout_batches(documents, seq_len=T, **options))
+    loss, tokens = evaluate(model, batches, torch.device("cpu"))
+    total = count = 0
+    by_ids = {}
+    for talk in talks():
+        found = theirs.apply_chat_template(talk["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        by_ids[tuple(found["input_ids"])] = found["assistant_masks"]
+    for ids in documents.documents():
+        labels = torch.tensor([i if m else -100 for i, m in zip(ids, by_ids[tuple(ids.tolist())], strict=True)][1:])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids)[None])[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert int(tokens) == count > 100
+    assert float(loss) == pytest.approx(total, rel=1e-6)
+    assert all(len(row) > 1 for batch in batches[:-1] for row in batch.documents.lengths), "packed, several in a row"
+
+
+def test_what_the_template_ends_with_another_token_gets_the_end_of_a_document(make):
+    folder = make(tokenizer="chatml", heldout_fraction=0)
+    dataset, end = IndexedDataset.open(folder, "train"), Card.load(folder).tokenizer.end_of_document
+    start = 0
+    for ids in dataset.documents():
+        assert ids[-1] == end and not dataset.counts(start, len(ids))[-1]
+        start += len(ids)
+
+
+def test_labels_that_do_not_count_are_ignored_in_training_too(make):
+    folder = make(heldout_fraction=0)
+    dataset, end = IndexedDataset.open(folder, "train"), Card.load(folder).tokenizer.end_of_document
+    samples = open_samples(dataset, "best_fit", T, True)
+    counted = 0
+    for window in range(samples.num_samples):
+        sample = samples.read(window, None)
+        batch = micro_batch_of([sample], padded_ids([sample], T), end, True)
+        labels = batch.labels[0].tolist()
+        kept = [i for i, counts in zip(sample.ids[1:].tolist(), sample.counts[1:], strict=True) if counts]
+        assert [label for label in labels if label != IGNORE_INDEX] == kept
+        counted += len(kept)
+    assert counted == int(dataset.counts(0, dataset.num_tokens).sum())
+
+
+def test_a_changed_mask_is_another_dataset_and_a_damaged_one_is_noticed(make):
+    folder = make()
+    card = Card.load(folder)
+    other = make("other", tokenizer="chatml")
+    assert card.fingerprint != Card.load(other).fingerprint
+    path = folder / "train.loss"
+    content = bytearray(path.read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.loss: bytes 0 to .* are not what was prepared"):
+        IndexedDataset.open(folder, "train").counts(0, 10)
+    with pytest.raises(DataError, match=r"train\.loss: block at byte 0 does not match"):
+        verify_dataset(folder)
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"train\.loss: \d+ bytes, but the card says"):
+        check_dataset(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train\.loss: no such file"):
+        check_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer": None}, "give the tokenizer of the model that is to be tuned"),
+        ({"tokenizer": "none"}, "the tokenizer has no chat template; give one as data.chat_template"),
+        ({"tokenizer": "none", "chat_template": "chatml"}, r"writes <\|im_start\|>, <\|im_end\|>, which the tokenizer"),
+        ({"chat_template": "nowhere.jinja"}, "data.chat_template=nowhere.jinja: no such file"),
+        ({"bos": True}, "data.bos=true: the chat template says"),
+        ({"fim_rate": 0.5}, "data.fim_rate=0.5: the documents of data=chat are messages"),
+        ({"write_text": True}, "data.write_text=true: the documents of data=chat"),
+        ({"clean": CleanConfig(dedup="minhash")}, "clean.dedup=minhash: the documents"),
+        ({"clean": CleanConfig(dedup_passages="lines")}, "clean.dedup_passages=lines: the documents"),
+        ({"clean": CleanConfig(name="c4", steps=["unicode"])}, "clean=c4: the documents"),
+        ({"kind": "files", "chat_template": "chatml"}, "only data=chat lays out conversations"),
+    ],
+)
+def test_settings_that_conversations_cannot_honour_are_refused(make, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+    assert not (tmp_path / "out" / "d").exists()
+
+
+def test_bad_conversations_stop_or_are_skipped_and_counted_by_their_line(make):
+    good = list(talks(20))
+    bad = [{"messages": good[0]["messages"][:1]}, {"messages": []}, {"text": "x"}]
+    with pytest.raises(DataError, match=r"talks\.jsonl:21: no assistant has the last word"):
+        make(records=[*good, *bad])
+    card = Card.load(make(records=[*good, *bad], on_bad_record="quarantine"))
+    kinds = {name: count for name, count in card.counts.items() if name.startswith("bad_") and count}
+    assert sum(kinds.values()) == 3 and card.splits["train"].documents + card.splits["heldout"].documents == 20
+    with pytest.raises(DataError, match=r"there is one conversation, .* set data\.heldout_fraction=0"):
+        make("one", records=good[:1])
+
+
+def test_a_run_must_pack_them_and_keep_them_apart(make):
+    folder = make()
+    card = Card.load(folder)
+    config = compose("train", [f"data.name={folder.name}", f"data.dir={folder.parent}"])
+    with pytest.raises(ConfigError, match=r"has conversations, .* add data\.packing=best_fit train\.mask"):
+        check_documents(config.data, True, card, folder)
+    config.data.packing = "best_fit"
+    check_documents(config.data, True, card, folder)
+    with pytest.raises(ConfigError, match="must stay whole and apart"):
+        check_documents(config.data, False, card, folder)
+
+
+def test_an_edited_template_is_another_preparation(make, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(MARKED)
+    make(chat_template=str(template))
+    make(chat_template=str(template))
+    template.write_text(MARKED.replace("eos_token", "'.' + eos_token"))
+    with pytest.raises(ConfigError, match=r"prepared with other settings: the chat template"):
+        make(chat_template=str(template))
+
+
+def test_the_dataset_keeps_the_template_with_its_tokenizer(make, tokenizers, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(MARKED.replace("eos_token", "'!' + eos_token"))
+    folder = make(chat_template=str(template), heldout_fraction=0)
+    kept = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert kept.chat_template == template.read_text()
+    ids = next(iter(IndexedDataset.open(folder, "train").documents()))
+    assert ids.tolist() == kept.apply_chat_template(next(talks())["messages"], return_dict=True)["input_ids"]
