@@ -18,7 +18,7 @@ def has_begun(run_dir: Path) -> bool:
     files = [run_dir / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")]
     checkpoints = run_dir / "checkpoints"
     return any(file.exists() and file.stat().st_size for file in files) or (
-        checkpoints.exists() and any(checkpoints.iterdir())
+        checkpoints.is_dir() and any(checkpoints.iterdir())
     )
 
 

@@ -12,6 +12,7 @@ from megatrain.errors import ConfigError
 PATHS = {
     "evaluate": ["path=x"],
     "generate": ["path=x"],
+    "chat": ["path=x"],
     "inspect": ["path=x"],
     "report": ["path=x"],
     "tokenizers": ["path=x"],

@@ -158,7 +158,7 @@ def test_the_ranks_and_the_points_of_a_sweep_get_the_same_flags(own, monkeypatch
     arguments = cli.parse(["train", "--config-dir", str(folder), "model=my"])
     assert arguments.overrides == [f"--config-dir={folder}", "model=my"]
     points = compose_points([*arguments.overrides[:1], "data.name=x", "model=glob(m*)"])
-    assert [point.config.run.name for point in points] == ["x-model-mine", "x-model-my"]
+    assert [point.config.run.name for point in points] == ["x-mine", "x-my"]
     assert all(point.overrides[0] == f"--config-dir={folder}" for point in points)
 
 
