@@ -207,7 +207,7 @@ def test_a_compressed_body_that_ends_early_is_a_bad_record(coding, compress):
         assert record.problem.message == f"a {coding} body that ends early"
 
 
-ZIPPED = gzip.compress(page("packed"))
+ZIPPED = gzip.compress(page("packed"), mtime=0)  # names of tests must not change with the time
 
 
 def packed(body, **headers):
@@ -223,7 +223,10 @@ def packed(body, **headers):
         (chunked(ZIPPED), {"Content_Encoding": "GZIP", "Transfer_Encoding": "Chunked"}),
         (ZIPPED, {"Content_Encoding": "gzip, chunked"}),
         (ZIPPED, {"Transfer_Encoding": "gzip"}),
-        (gzip.compress(zlib.compress(page("packed"))), {"Content_Encoding": "deflate\r\nContent-Encoding: gzip"}),
+        (
+            gzip.compress(zlib.compress(page("packed")), mtime=0),
+            {"Content_Encoding": "deflate\r\nContent-Encoding: gzip"},
+        ),
         (zlib.compress(ZIPPED), {"Content_Encoding": "gzip", "Transfer_Encoding": "deflate"}),
         *(
             (page("packed"), {"Content_Encoding": name})
