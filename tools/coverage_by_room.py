@@ -2,8 +2,8 @@
 
     python tools/coverage_by_room.py
 
-`bash tools/test.sh --all` calls it. Only the unit tier is measured, because the ranks of the other tiers are forked
-processes that end without writing their coverage.
+`bash tools/test.sh --coverage` calls it. Only the unit tier is measured, because the ranks of the other tiers are
+forked processes that end without writing their coverage.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 #   bash tools/test.sh               unit, e2e and parity on up to two ranks, without what compiles for long: at
 #                                    most 15 minutes on two cores
 #   bash tools/test.sh --all         everything, with chaos and slurm: about 40 minutes on two cores
+#   bash tools/test.sh --coverage    the unit tests, and how much of each room they cover: a third slower
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
 #
 # Exits with 1 if a test failed or a tier ran no test. The last line sums the tiers up in pytest's own form.
@@ -17,7 +18,9 @@ coverage=()
 if [ "${1:-}" = --all ] && [ $# -eq 1 ]; then
   tiers+=(chaos slurm)
   daily=()
-  coverage=(--cov=megatrain --cov=kernels --cov-report=) # costs a third more time
+elif [ "${1:-}" = --coverage ] && [ $# -eq 1 ]; then
+  tiers=(unit)
+  coverage=(--cov=megatrain --cov=kernels --cov-report=)
 elif [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
 fi
