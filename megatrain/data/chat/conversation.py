@@ -7,6 +7,7 @@ which is the text of such a document until it is encoded.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -28,13 +29,13 @@ class ConversationError(Exception):
         self.kind, self.message, self.remedy = kind, message, remedy
 
 
-def read_conversation(record: dict[str, Any]) -> list[Message]:
-    """Return the messages of a record.
+def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = str) -> list[Message]:
+    """Return the messages of a record, each normalised.
 
     At most one system message comes first; then users and assistants take turns, a user first; an assistant ends it.
     Raises `ConversationError` otherwise.
     """
-    messages = _messages(record)
+    messages = [{**message, "content": normalise(message["content"])} for message in _messages(record)]
     _check(messages)
     return messages
 

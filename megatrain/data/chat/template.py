@@ -23,9 +23,11 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Noncharacters, which no clean text has: they enclose what `{% generation %}` marks, and ..."""
+"""Noncharacters of Unicode: they enclose what `{% generation %}` marks, and ..."""
 _APART = "\ufdd2"
 """... stand within names of control tokens that a message spells, until the template has been filled in."""
+_RESERVED = re.compile(f"[\0{_OPEN}{_CLOSE}{_APART}]")
+"""Characters that messages lose: those above, and that by which tokenizers mark names of control tokens."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,10 @@ class ChatTemplate:
         self, messages: Sequence[Message], asks: bool
     ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
         """Return the text, where control tokens are in it, and what `{% generation %}` encloses."""
-        safe = [{**message, "content": self._without_controls(message["content"])} for message in messages]
+        safe = [
+            {**message, "content": self._without_controls(_RESERVED.sub("", message["content"]))}
+            for message in messages
+        ]
         named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
         try:
             marked = self._template.render(

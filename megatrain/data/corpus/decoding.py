@@ -162,7 +162,7 @@ def _messages(record: dict[str, Any], decoded: Decoded) -> str:
     own, source, _ = identity(record)
     decoded.id, decoded.source, decoded.kind = own or decoded.id, source or decoded.source, "conversation"
     try:
-        return to_text(read_conversation(record))
+        return to_text(read_conversation(record, normalise))  # later they are JSON, which escapes line ends
     except ConversationError as error:
         raise BadRecordError(Problem(error.kind, error.message, error.remedy), decoded.id) from error
 

@@ -43,7 +43,7 @@ from megatrain.errors import DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
-FORMAT = 5
+FORMAT = 6
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")

@@ -1,8 +1,12 @@
 """What a record's conversation is, in each form that datasets have, and what is refused by its place."""
 
+import json
+
 import pytest
 
 from megatrain.data.chat.conversation import ConversationError, from_text, read_conversation, to_text
+from megatrain.data.corpus.decoding import decode
+from megatrain.data.corpus.record import BadRecordError, Policy, Record
 
 HELLO = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
@@ -59,6 +63,18 @@ def test_what_is_no_conversation_is_told_with_its_place(record, kind, words):
     with pytest.raises(ConversationError) as found:
         read_conversation(record)
     assert found.value.kind == kind and words in found.value.message and found.value.remedy
+
+
+def test_messages_are_normalised_like_other_text():
+    talk = [{"role": "user", "content": "a\r\nb\x00\x1b[31m e\u0301"}, {"role": "assistant", "content": "\ufeffyes\r"}]
+    assert [message["content"] for message in _decoded({"messages": talk})] == ["a\nb[31m \xe9", "yes\n"]
+    with pytest.raises(BadRecordError, match="is empty"):
+        _decoded({"prompt": "\x07", "completion": "yes"})
+
+
+def _decoded(record):
+    read = Record(json.dumps(record).encode(), "talks.jsonl:1", kind="json")
+    return from_text(decode(read, Policy("text", "refuse", chat=True)).text)
 
 
 def test_messages_are_one_line_of_text_until_they_are_encoded():

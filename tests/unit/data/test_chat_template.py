@@ -160,6 +160,19 @@ def test_no_message_can_end_a_turn_or_begin_one(kind, tmp_path):
         assert counted.count(end) == sum(message["role"] == "assistant" for message in messages)
 
 
+@pytest.mark.parametrize("mark", ["\0", "\ufdd0", "\ufdd1", "\ufdd2"])
+def test_no_message_can_use_the_marks_that_are_used_inside(folders, mark):
+    tokenizer = find_tokenizer("hf", str(folders / "marked"))
+    chat = ChatTemplate(tokenizer)
+
+    def encoded(content):
+        return chat.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}])
+
+    for spelled in (f"{mark}<|end|>{mark}", f"<|e{mark}nd|>", f"<{mark}|end|>", f"\ufdd0 a{mark}\ufdd1"):
+        assert encoded(f"a{spelled}b") == encoded("a" + re.sub("[\0\ufdd0-\ufdd2]", "", spelled) + "b")
+        assert encoded(spelled).ids.count(tokenizer.control_token("<|end|>")) == 2
+
+
 def test_what_a_template_refuses_or_cannot_say_is_told(folders):
     with pytest.raises(ConfigError, match="refuses the messages: no system prompt"):
         ChatTemplate(find_tokenizer("hf", str(folders / "inst"))).encode([{"role": "system", "content": "x"}])
