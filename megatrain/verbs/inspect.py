@@ -95,7 +95,8 @@ def inspect(config: InspectConfig) -> None:
 
 def inside(path: Path) -> str:
     """Return which folders in a folder can be inspected, as the end of a message."""
-    found = [str(child) for child in sorted(path.iterdir()) if child.is_dir() and kind_of(child) != "unknown"]
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    found = [str(child) for child in children if child.is_dir() and kind_of(child) != "unknown"]
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return f", such as {', '.join(found[:SHOWN])}{more}" if found else ""
 

@@ -164,8 +164,10 @@ def test_no_text_of_a_dataset_steers_the_terminal():
     assert printable("a\x1b[2Jb\r\u202ec\n\td\u3000é") == "a\\x1b[2Jb\\r\\u202ec\n\td\u3000é"
 
 
-def test_anything_else_is_refused(inspect, tmp_path):
-    code, out, err = inspect(tmp_path)
+@pytest.mark.parametrize("is_file", [False, True])
+def test_anything_else_is_refused(inspect, tmp_path, is_file):
+    (tmp_path / "notes.txt").write_text("x")
+    code, out, err = inspect(tmp_path / "notes.txt" if is_file else tmp_path)
     assert code == ConfigError.exit_code and out == ""
     assert "is not a run folder, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face folder" in err
 
