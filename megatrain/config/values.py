@@ -14,7 +14,7 @@ from megatrain.config import walk
 from megatrain.config.choices import home
 from megatrain.errors import ConfigError
 
-FREE_TEXT = ("prompt",)
+FREE_TEXT = ("prompt", "suffix", "system")
 """Keys whose value is prose: commas and brackets have no special meaning."""
 
 SWEEPS = ("choice(", "range(", "interval(", "glob(")

@@ -96,7 +96,10 @@ def test_text_may_be_quoted():
     "text", ["Once, upon (a time)\nthere was {x: 'y'}", "${HOME}", "a=b", "", " two  spaces ", "\\n"]
 )
 def test_a_prompt_is_prose_and_stays_as_typed(text):
-    assert compose("generate", ["path=x", f"prompt={text}"]).prompt == text
+    config = compose("generate", ["path=x", f"prompt={text}", f"suffix={text}"])
+    assert config.prompt == config.suffix == text
+    config = compose("chat", ["path=x", f"prompt={text}", f"system={text}"])
+    assert config.prompt == config.system == text
 
 
 def test_the_run_is_named_after_model_and_data_unless_it_has_a_name():
