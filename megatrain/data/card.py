@@ -50,6 +50,11 @@ class SplitCard:
     parts: list[SplitCard] = field(default_factory=list)
     loss_hashes: list[str] | None = None
 
+    @property
+    def bytes_in_loss(self) -> int | None:
+        """Bytes of the text whose tokens count in the loss; None if unknown, as of conversations, where some count."""
+        return None if self.loss_hashes else self.bytes
+
     def pairs(self, split: str) -> list[tuple[str, SplitCard]]:
         """Return the name and the card of each `.bin/.idx` pair of this split."""
         return [(f"{split}_{at:05d}", part) for at, part in enumerate(self.parts)] or [(split, self)]

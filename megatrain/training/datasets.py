@@ -198,6 +198,6 @@ class HeldoutShare:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes per token; None if the size of the text is unknown."""
+        """Mean UTF-8 bytes per token; None if the size of the text that counts in the loss is unknown."""
         card = self.dataset.split_card
-        return card.bytes / card.tokens if card.bytes and card.tokens else None
+        return card.bytes_in_loss / card.tokens if card.bytes_in_loss and card.tokens else None

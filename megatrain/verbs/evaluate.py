@@ -195,7 +195,7 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
         f"{loaded.describe()} on {result['data']}",
         f"  loss           {result['loss']:.6f} nats per token",
         f"  perplexity     {result['perplexity']:.4f}",
-        f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown: the size of the text is not recorded'}",
+        f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown: the size of the text that counts is not recorded'}",
         f"  tokens         {result['tokens']:,}",
         f"  bytes          {f'{num_bytes:,}' if num_bytes is not None else 'unknown'}",
         f"  seconds        {result['seconds']:.2f}",
@@ -269,7 +269,7 @@ def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
     if dataset.num_tokens < 2:
         raise DataError(f"{dataset.name}: {dataset.num_tokens} tokens are too few to predict any; give a larger split")
     end = dataset.card.tokenizer.end_of_document if dataset.card.tokenizer else None
-    return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes, dataset.num_tokens, end)
+    return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes_in_loss, dataset.num_tokens, end)
 
 
 def open_text(path: Path, tokenizer: Tokenizer) -> Source:
