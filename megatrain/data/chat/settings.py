@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatrain.config import PrepareConfig
-from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.chat.template import SHORT_TALK, ChatTemplate
 from megatrain.data.special_tokens import MARKER, named_template
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
@@ -43,7 +43,8 @@ def check_settings(config: PrepareConfig) -> None:
 def use_template(tokenizer: Tokenizer, given: str | None) -> None:
     """Give the tokenizer the template that `data.chat_template` names, if any, and check that the two go together.
 
-    Raises ConfigError if there is no template, or it writes markers that are no control tokens of the tokenizer.
+    Raises ConfigError if there is no template, it writes markers that are no control tokens of the tokenizer, or it
+    cannot lay out a short conversation.
     """
     if given is not None:
         tokenizer.use_chat_template(named_template("data.chat_template", given))
@@ -54,4 +55,9 @@ def use_template(tokenizer: Tokenizer, given: str | None) -> None:
             f"data.chat_template: the template writes {', '.join(missing)}, which the tokenizer has no control token "
             f"for, so that any message could spell it; give a template with the tokenizer's own control tokens "
             f"({', '.join(known[:12])}), or a model whose tokenizer was trained with tokenizer.chat_template"
+        )
+    if not any(chat.encode(SHORT_TALK).counts):
+        raise ConfigError(
+            "data.chat_template: the template writes nothing of a reply, so no token would count in the loss; give a "
+            "template that writes each message's content"
         )

@@ -29,6 +29,9 @@ _APART = "\ufdd2"
 _RESERVED = re.compile(f"[\0{_OPEN}{_CLOSE}{_APART}]")
 """Characters that messages lose: those above, and that by which tokenizers mark names of control tokens."""
 
+SHORT_TALK: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+"""A conversation that every template can lay out."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -97,7 +100,7 @@ class ChatTemplate:
 
     def ends(self) -> list[int]:
         """Return the control tokens that end a reply: the one that the template writes, and the end of a document."""
-        encoded = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        encoded = self.encode(SHORT_TALK)
         last = [token for token, counts in zip(encoded.ids, encoded.counts, strict=True) if counts][-1:]
         control = {self.tokenizer.control_token(name) for name in self.tokenizer.control_names()}
         return [*(token for token in last if token in control), self.tokenizer.end_of_document]
@@ -124,7 +127,7 @@ class ChatTemplate:
             )
         except _RefusedError as error:
             raise ConfigError(f"the chat template refuses the messages: {error}") from error
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever the template's code raises
             raise ConfigError(f"the chat template cannot be filled in ({type(error).__name__}: {error})") from error
         spans: list[tuple[int, int]] = []
         text, opened = "", 0

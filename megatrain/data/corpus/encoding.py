@@ -17,6 +17,7 @@ from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.selection import HELDOUT, TRAIN
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
+from megatrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,15 @@ def encode_chunk(task: EncodeTask) -> Encoded:
 
 
 def _conversation(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a conversation, and of each whether it counts in the loss. A last end token does not."""
-    encoded = chat.encode(from_text(text))
+    """Return the ids of a conversation, and of each whether it counts in the loss. A last end token does not.
+
+    Raises ConfigError if the template cannot lay it out.
+    """
+    messages = from_text(text)
+    try:
+        encoded = chat.encode(messages)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in the conversation that begins {messages[0]['content'][:60]!r})") from error
     ids, counts = encoded.ids, encoded.counts
     if ids[-1] != chat.tokenizer.end_of_document:
         ids, counts = [*ids, chat.tokenizer.end_of_document], [*counts, False]

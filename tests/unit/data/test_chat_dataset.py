@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from megatrain.engine.common import evaluate
 from megatrain.errors import ConfigError, DataError
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.init import build_model
+from megatrain.training.datasets import HeldoutShare
+from megatrain.verbs.evaluate import open_dataset
 from megatrain.verbs.path_checks import check_documents
 
 MARKED = (
@@ -177,6 +180,35 @@ def test_settings_that_conversations_cannot_honour_are_refused(make, tmp_path, c
     with pytest.raises(ConfigError, match=message):
         make(**changes)
     assert not (tmp_path / "out" / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{# messages #}", "the template writes nothing of a reply, so no token would count"),
+        ("{{ messages[0].content * (1 // 0) }}", "cannot be filled in .ZeroDivisionError"),
+    ],
+)
+def test_a_template_is_tried_before_anything_is_read(make, tmp_path, template, message):
+    (tmp_path / "own.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=message):
+        make(chat_template=str(tmp_path / "own.jinja"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_template_refuses_is_named_by_how_it_begins(make, tmp_path):
+    refuses = "{% if 'odd' in messages[0].content %}{{ raise_exception('no oddities') }}{% endif %}"
+    (tmp_path / "own.jinja").write_text(refuses + MARKED)
+    odd = {"prompt": "an odd question", "completion": "yes"}
+    with pytest.raises(ConfigError, match=r"no oddities \(in the conversation that begins 'an odd question'\)"):
+        make(records=[*talks(9), odd], chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_there_are_no_bits_per_byte_of_replies_in_text_of_whole_conversations(make):
+    folder = make()
+    share = SimpleNamespace(dataset=IndexedDataset.open(folder, "heldout"))
+    assert share.dataset.split_card.bytes and vars(HeldoutShare)["bytes_per_token"].fget(share) is None
+    assert open_dataset(folder, "heldout", SimpleNamespace(tokenizer=None)).num_bytes is None
 
 
 def test_bad_conversations_stop_or_are_skipped_and_counted_by_their_line(make):
