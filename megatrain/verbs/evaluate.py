@@ -195,7 +195,7 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
         f"{loaded.describe()} on {result['data']}",
         f"  loss           {result['loss']:.6f} nats per token",
         f"  perplexity     {result['perplexity']:.4f}",
-        f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown: the size of the text that counts is not recorded'}",
+        f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown, like the size of the text'}",
         f"  tokens         {result['tokens']:,}",
         f"  bytes          {f'{num_bytes:,}' if num_bytes is not None else 'unknown'}",
         f"  seconds        {result['seconds']:.2f}",
