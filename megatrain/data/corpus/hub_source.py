@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatrain.data.corpus.source import Source, num_bytes, require_library
 from megatrain.data.hub import one_line_a_wait
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 
+_DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow")  # not those that descriptions have too
 _ROWS = 100_000
 """Rows of a part of a folder written by `save_to_disk`; other datasets are read file by file."""
 
@@ -39,6 +41,7 @@ class HuggingFaceSource(Source):
             "split": config.hf_split,
         }
         self._is_folder = Path(str(config.hf_path)).expanduser().is_dir()
+        self._unread: list[Path] = []
         self._datasets = require_library("datasets", "data.kind=huggingface")
         place = f"data.hf_path={config.hf_path}, data.hf_config={config.hf_config}, data.hf_split={config.hf_split}"
         try:
@@ -63,7 +66,10 @@ class HuggingFaceSource(Source):
         folder = Path(str(config.hf_path)).expanduser()
         if not saved_to_disk(folder):
             builder = self._datasets.load_dataset_builder(config.hf_path, config.hf_config)
-            files = (builder.config.data_files or {}).get(config.hf_split)
+            by_split = builder.config.data_files or {}
+            if self._is_folder:
+                self._unread = _unread(folder, {str(file) for files in by_split.values() for file in files})
+            files = by_split.get(config.hf_split)
             origins = getattr(files, "origin_metadata", [])
             revision = xxhash.xxh3_128_hexdigest(repr(origins).encode())
             return builder.as_streaming_dataset(split=config.hf_split), revision
@@ -73,6 +79,15 @@ class HuggingFaceSource(Source):
                 raise ValueError(f"Unknown split {config.hf_split!r}; the folder has {', '.join(rows)}")
             rows = rows[config.hf_split]
         return rows.to_iterable_dataset(num_shards=max(1, len(rows) // _ROWS)), str(rows._fingerprint)
+
+    def notes(self) -> Iterator[str]:
+        """Yield how many data files of a local folder are not read: the library reads those of one format."""
+        if self._unread:
+            yield (
+                f"data.hf_path={self.config.hf_path}: data files are not read ({len(self._unread):,}), such as "
+                f"{self._unread[0].name}: of a folder without a description the library reads the files of one format; "
+                "data=files with this folder in data.paths reads all"
+            )
 
     def shards(self) -> Iterator[Shard]:
         """Yield each of the dataset's files, or of parts of so many rows of a folder written by `save_to_disk`."""
@@ -100,6 +115,13 @@ class HuggingFaceSource(Source):
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:
             remedy = "; data=files with this folder in data.paths names the file and line" if self._is_folder else ""
             raise DataError(f"{path}: cannot be read after row {number} ({_first_line(error)}){remedy}") from error
+
+
+def _unread(folder: Path, read: set[str]) -> list[Path]:
+    """Return the data files of a folder that are not among those that are read, sorted."""
+    real = {os.path.realpath(path) for path in read}
+    found = (path for path in folder.rglob("*") if path.suffix in _DATA_SUFFIXES and path.is_file())
+    return sorted(path for path in found if os.path.realpath(path) not in real)
 
 
 def _first_line(error: BaseException) -> str:

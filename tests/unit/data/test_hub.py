@@ -3,6 +3,8 @@
 import logging
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatrain.config import DataConfig
@@ -75,3 +77,16 @@ def test_each_series_of_retries_has_one_line_and_other_messages_are_kept(library
     assert printed == ["You are sending requests without a token."]
     logger.warning(waits.format(1))
     assert len(printed) == 2, "what comes after is not filtered"
+
+
+def test_data_files_of_a_folder_that_the_library_does_not_read_are_noted(tmp_path):
+    """It takes the files of the most frequent format; a description may name the files of each split."""
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "line"}\n')
+    source = open_source(DataConfig(name="d", kind="huggingface", hf_path=str(tmp_path)))
+    assert list(source.notes()) == []
+    pq.write_table(pa.table({"text": ["row"]}), tmp_path / "more.parquet")
+    source = open_source(DataConfig(name="d", kind="huggingface", hf_path=str(tmp_path)))
+    (note,) = source.notes()
+    assert "data files are not read (1), such as more.parquet: " in note and "data=files" in note
+    assert len(list(source.records())) == 3
