@@ -24,6 +24,7 @@ def describe(event: dict[str, Any]) -> str:
         "preflight": f"preflight: {what}",
         "save": f"saved {what}",
         "evaluate": f"step {step}: {what}",
+        "packing": f"packed {what}",
         "mixture": f"read of each source: {what}",
         "init_from": f"the weights are those of {what}",
     }
@@ -97,6 +98,14 @@ def _stop(event: dict[str, Any]) -> str:
     return f"{event['status']}, {further}" if further else str(event["status"])
 
 
+def _packing(event: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: {figures['samples']:,} samples, {figures['padding_share']:.2%} padding, {figures['cut_share']:.2%} of "
+        f"the documents cut"
+        for name, figures in event["packings"].items()
+    )
+
+
 def _change(event: dict[str, Any]) -> str:
     how = " (checkpoint.override)" if event.get("override") else ""
     return f"{event['key']} {change(event['before'], event['now'])}{how}"
@@ -106,6 +115,7 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "change": _change,
     "evaluate": _evaluate,
     "init_from": _init_from,
+    "packing": _packing,
     "mixture": lambda event: describe_sources(event["sources"]),
     "start": _start,
     "resume": _start,

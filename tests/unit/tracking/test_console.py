@@ -254,6 +254,9 @@ def test_an_event_is_told_in_plain_words():
         "left out: head"
     )
     aside = {"kind": "set_aside", "step": 4, "checkpoints": ["step_8", "step_6"], "folder": "a", "cut_metrics": None}
+    figures = {"seq_len": 64, "documents": 55, "samples": 1470, "cut_share": 0.02, "padding_share": 0.004674}
+    told = "packed web: 1,470 samples, 0.47% padding, 2.00% of the documents cut"
+    assert describe({"kind": "packing", "step": 0, "packings": {"web": figures}}) == told
     assert describe(aside) == "set aside at step 4: checkpoints [step_8, step_6], folder a"
     assert describe({"kind": "early_stop", "step": 4}) == "early stop at step 4"
     began = {"kind": "resume", "step": 4, "layout": "native dp=2 bf16", "world_size": 2, "device": "cuda", "host": "n1"}
