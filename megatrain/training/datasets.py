@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from megatrain.config import TrainConfig
@@ -173,12 +174,12 @@ class HeldoutShare:
         )
         self.dataset.pause()
 
-    @property
+    @cached_property
     def num_batches(self) -> int:
         """Batches of `train.global_batch_size` sequences that an evaluation reads, on all ranks together."""
         return self._batches_of(count_windows(self.dataset, self.config.train.seq_len, self._limit))
 
-    @property
+    @cached_property
     def all_batches(self) -> int:
         """Such batches of the whole split."""
         return self._batches_of(count_windows(self.dataset, self.config.train.seq_len))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatrain.config import TrainConfig
+from megatrain.training import datasets
 from megatrain.training.datasets import HeldoutShare
 
 
@@ -16,6 +17,9 @@ class Split:
 
     def read(self, start, count):
         return np.zeros(min(count, self.num_tokens - start), np.int64)
+
+    def counts(self, start, count):
+        return None
 
     def pause(self):
         pass
@@ -33,3 +37,11 @@ def test_an_evaluation_counts_its_batches_in_global_batches_on_any_number_of_ran
         micro_batches = len(list(share.batches()))
         done = [share.batches_done(number) for number in range(micro_batches + 1)]
         assert done == sorted(done) and done[0] == 0 and read - 1 <= done[-1] <= read
+
+
+def test_how_far_an_evaluation_is_costs_no_file_to_open(monkeypatch):
+    """Conversations are packed: counting them reads a file, which is done once and not for every micro-batch."""
+    opened = []
+    monkeypatch.setattr(datasets, "count_windows", lambda *given: opened.append(given) or 1000)
+    share = HeldoutShare("", 1.0, Split(), TrainConfig(), 0, 1, None)
+    assert [share.batches_done(number) for number in range(0, 64, 8)] and len(opened) == 1
