@@ -100,8 +100,8 @@ def _stop(event: dict[str, Any]) -> str:
 
 def _packing(event: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name}: {figures['samples']:,} samples, {figures['padding_share']:.2%} padding, {figures['cut_share']:.2%} of "
-        f"the documents cut"
+        f"{name}: {figures['samples']:,} samples, {figures['padding_share']:.2%} padding, "
+        f"{figures['cut_share']:.2%} of the documents cut"
         for name, figures in event["packings"].items()
     )
 
