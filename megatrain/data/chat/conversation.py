@@ -15,6 +15,8 @@ Message = dict[str, str]
 
 _SAME_ROLE = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _LISTS = ("messages", "conversations", "conversation")
+_NOT_READ = ("history", "tools", "functions", "images")
+"""Fields of a record that belong to its conversation, but have no place among its messages."""
 _FORMS = (
     "messages (a list of objects with role and content), conversations (with from and value), instruction with input "
     "and output, or prompt with completion"
@@ -35,7 +37,14 @@ def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = 
     At most one system message comes first; then users and assistants take turns, a user first; an assistant ends it.
     Raises `ConversationError` otherwise.
     """
-    messages = [{**message, "content": normalise(message["content"])} for message in _messages(record)]
+    if lost := [name for name in _NOT_READ if record.get(name)]:
+        raise ConversationError(
+            "unknown_key",
+            f"it has {', '.join(map(repr, lost))}, which would be lost",
+            "leave it out, or write what it says as messages",
+        )
+    found = [*_system(record.get("system")), *_messages(record)]
+    messages = [{**message, "content": normalise(message["content"])} for message in found]
     _check(messages)
     return messages
 
@@ -49,6 +58,15 @@ def from_text(text: str) -> list[Message]:
     """Return the messages that `to_text` wrote."""
     messages: list[Message] = json.loads(text)
     return messages
+
+
+def _system(given: Any) -> list[Message]:
+    """Return the system message that a record has in a field of its own, if any."""
+    if not given:
+        return []
+    if not isinstance(given, str):
+        raise ConversationError("bad_message", "its system message is no text")
+    return [{"role": "system", "content": given}]
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:

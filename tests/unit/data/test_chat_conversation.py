@@ -65,6 +65,16 @@ def test_what_is_no_conversation_is_told_with_its_place(record, kind, words):
     assert found.value.kind == kind and words in found.value.message and found.value.remedy
 
 
+@pytest.mark.parametrize("record", [{"messages": HELLO}, {"instruction": "hello", "output": "hi"}])
+def test_a_system_message_may_have_a_field_of_its_own(record):
+    assert read_conversation(record | {"system": "Be kind."}) == [{"role": "system", "content": "Be kind."}, *HELLO]
+    assert read_conversation(record | {"system": "", "history": [], "tools": None}) == HELLO
+    with pytest.raises(ConversationError, match="its system message is no text"):
+        read_conversation(record | {"system": ["Be kind."]})
+    with pytest.raises(ConversationError, match="it has 'history', which would be lost"):
+        read_conversation(record | {"history": [["a", "b"]]})
+
+
 def test_messages_are_normalised_like_other_text():
     talk = [{"role": "user", "content": "a\r\nb\x00\x1b[31m e\u0301"}, {"role": "assistant", "content": "\ufeffyes\r"}]
     assert [message["content"] for message in _decoded({"messages": talk})] == ["a\nb[31m \xe9", "yes\n"]
