@@ -5,6 +5,7 @@ Nothing here is stored; metrics.jsonl holds the numbers.
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections import deque
@@ -136,8 +137,10 @@ class Console:
     def status(self, record: dict[str, Any]) -> str:
         """Return a step's numbers on one line: `loss 3.2145  12.3k tok/s  mfu 31.2%  eta 0:04:03`."""
         loss, mfu = record.get("loss"), record.get("mfu")
-        parts = ["loss not finite" if loss is None else f"loss {loss:.4f}"]
-        if record.get("updated") is False:
+        skipped = record.get("updated") is False
+        without = "loss not finite" if skipped else "no loss, as no token counts"
+        parts = [f"loss {loss:.4f}" if loss is not None and math.isfinite(loss) else without]
+        if skipped:
             parts.append("skipped")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{short(record['tokens_per_s']):>5} tok/s")

@@ -73,8 +73,9 @@ def _evaluate(event: dict[str, Any]) -> str:
     bits, read = event.get("bits_per_byte"), part_read(event)
     by_source = {name: loss for name, loss in event.items() if name.startswith(SOURCE_LOSS)}
     listed = ", ".join(f"{name.removeprefix(SOURCE_LOSS)} {loss:.4f}" for name, loss in by_source.items())
+    loss = f"held-out loss {event['heldout_loss']:.4f}" if event.get("tokens") != 0 else "no held-out token counts"
     return (
-        f"held-out loss {event['heldout_loss']:.4f}"
+        loss
         + (f", {bits:.3f} bits per byte" if bits is not None else "")
         + (f" ({listed})" if listed else "")
         + (f" ({read})" if read else "")

@@ -20,8 +20,11 @@ class Evaluation:
     _bytes: float | None = 0.0
 
     def add(self, share: WeightedSource, loss_sum: float, tokens: int) -> None:
-        """Add a source's losses, which sum to `loss_sum` nats over `tokens` labels of all ranks."""
-        loss = self.losses[share.source] = loss_sum / max(1, tokens)
+        """Add a source's losses, which sum to `loss_sum` nats over `tokens` labels of all ranks.
+
+        The loss is NaN if no token was a label, as may be in the first windows of long conversations.
+        """
+        loss = self.losses[share.source] = loss_sum / tokens if tokens else math.nan
         self.tokens += tokens
         if not share.weight:
             return

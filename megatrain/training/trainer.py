@@ -160,7 +160,7 @@ class Trainer:
         self.progress.step, self.progress.cursor = step.step, step.cursor
         self.progress.tokens += tokens
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
-        loss = float(result.loss_sum) / max(1, tokens)
+        loss = float(result.loss_sum) / tokens if tokens else math.nan  # parts of long conversations have no replies
         if not updated:
             cause = "gradient norm" if math.isfinite(loss) else "loss"
             self.parts.journal.event("skip", step.step, reason=f"non-finite {cause}")

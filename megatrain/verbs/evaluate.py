@@ -172,7 +172,12 @@ def mean_scores(total: Evaluation, scores: Mapping[str, dict[str, Any]]) -> dict
 
 
 def compute_scores(loss_sum: float, tokens: int, source: Source) -> dict[str, Any]:
-    """Return loss, perplexity and bits per byte of `tokens` labels whose cross-entropies sum to `loss_sum` nats."""
+    """Return loss, perplexity and bits per byte of `tokens` labels whose cross-entropies sum to `loss_sum` nats.
+
+    Raises DataError if there is no label.
+    """
+    if not tokens:
+        raise DataError(f"{source.name}: no token of what was read counts in the loss; read more with max_batches=null")
     loss = loss_sum / tokens
     bits_per_byte = num_bytes = None
     if source.num_bytes:

@@ -1,6 +1,7 @@
 """The console and the composite tracker."""
 
 import logging
+import math
 import os
 import pty
 import re
@@ -137,6 +138,13 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
 
 def test_a_skipped_step_is_marked(tmp_path):
     shown = Console(20)
+    assert shown.status({"step": 7, "loss": None, "updated": True}).startswith("no loss, as no token counts")
+    assert shown.status({"step": 7, "loss": math.nan}).startswith("no loss, as no token counts")
+    assert "loss not finite  skipped" in shown.status({"step": 7, "loss": math.inf, "updated": False})
+    part = {"num_batches": 1, "all_batches": 3}
+    assert describe({"kind": "evaluate", "step": 7, "heldout_loss": math.nan, "tokens": 0} | part) == (
+        "step 7: no held-out token counts (first 1 of 3 batches)"
+    )
     assert "loss not finite  skipped" in shown.status({"step": 7, "loss": None, "updated": False})
 
 

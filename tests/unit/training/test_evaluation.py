@@ -21,6 +21,12 @@ def test_one_dataset_has_one_loss():
     assert evaluation.detail()["bits_per_byte"] == pytest.approx(3.33 / math.log(2) / 4)
 
 
+def test_without_a_label_there_is_no_loss_and_not_the_best_one():
+    evaluation = Evaluation()
+    evaluation.add(share("", 1.0), 0.0, 0)
+    assert math.isnan(evaluation.loss) and math.isnan(evaluation.metrics()["heldout_loss"])
+
+
 def test_a_mixture_is_weighed_by_its_shares_not_by_the_sizes_of_its_held_out_splits():
     evaluation = Evaluation()
     evaluation.add(share("web", 7, 4.0), 300.0, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,15 +23,16 @@ from megatrain.training.trainer import Trainer
 class FakeEngine:
     """`finite` selects the steps that update, `heldout` holds evaluation losses, `loss` maps a step to its loss."""
 
-    def __init__(self, finite=lambda step: True, heldout=(3.0,), loss=lambda step, count: 2.0):
+    def __init__(self, finite=lambda step: True, heldout=(3.0,), loss=lambda step, count: 2.0, tokens=lambda step: 10):
         self.finite, self.heldout, self.asked, self.trained, self.loss = finite, list(heldout), 0, [], loss
+        self.tokens = tokens
 
     def train_step(self, micro_batches, lr, step):
         self.trained.append((step, lr))
         finite = self.finite(step)
         return StepResult(
-            torch.tensor(10 * self.loss(step, len(self.trained))),
-            torch.tensor(10),
+            torch.tensor(self.tokens(step) * self.loss(step, len(self.trained))),
+            torch.tensor(self.tokens(step)),
             torch.tensor(1.0 if finite else float("nan")),
             torch.tensor(finite),
         )
@@ -403,6 +405,15 @@ def test_the_guard_judges_the_losses_of_steps_that_moved_parameters():
     engine = FakeEngine(loss=lambda step, count: 5.0 if count == 1 else 2.0)
     loop, _ = trainer(guarded(), engine, progress, rollback=back)
     assert loop.run() == "done" and back.spikes == [9]
+
+
+def test_a_step_without_a_label_has_no_loss_and_the_next_is_no_spike():
+    """As when all samples of a step are parts of long conversations in which nobody answers."""
+    back = FakeRollback()
+    loop, parts = trainer(guarded(), FakeEngine(tokens=lambda step: 0 if step < 9 else 10), rollback=back)
+    assert loop.run() == "done" and back.spikes == []
+    losses = [record["loss"] for record in parts.journal.records]
+    assert all(map(math.isnan, losses[:8])) and losses[8:] == [2.0] * len(losses[8:])
 
 
 def test_what_became_of_saves_is_told_at_the_next_step_and_giving_up_ends_the_run():

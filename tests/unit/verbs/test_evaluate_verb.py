@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.tracking.metrics import read_metrics
-from megatrain.verbs.evaluate import evaluate
+from megatrain.verbs.evaluate import Source, TextTokens, compute_scores, evaluate
 from megatrain.verbs.export import export_
 
 SEQ_LEN = 16
@@ -214,3 +215,8 @@ def test_evaluating_a_run_does_not_disturb_a_save_in_progress(finished, tmp_path
     saving.mkdir()
     assert result(capsys, run)["step"] == 4
     assert saving.exists()
+
+
+def test_labels_of_which_none_counts_have_no_scores():
+    with pytest.raises(DataError, match="no token of what was read counts in the loss; read more with max_batches"):
+        compute_scores(0.0, 0, Source("talks (heldout)", TextTokens(Path("talks"), [1, 2]), None, 2, None))
