@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_tokenizer(kind: str, path: str) -> Tokenizer:
-    """Load the tokenizer that `tokenizer.kind` and `tokenizer.path` name.
+    """Load the tokenizer that `tokenizer.kind` and `tokenizer.path` name. A folder that megatrain wrote says its kind.
 
     Raises `ConfigError` if it does not exist, `DataError` if it cannot be used.
     """
@@ -42,6 +42,8 @@ def find_tokenizer(kind: str, path: str) -> Tokenizer:
     if (place / "tokenizer" / META).is_file():
         own = place / "tokenizer"
         raise ConfigError(f"tokenizer.path: {path} is the folder of a prepared dataset; its tokenizer is in {own}")
+    if (place / META).is_file():
+        kind = saved_meta(place)["kind"]
     if kind in ("hf", "byte_level_bpe"):
         return find_hugging_face(path)
     if place.is_dir() and (place / "tokenizer.model").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatrain.verbs.generate import decode, print_text, read_text
 
 NEW = "/new"
 """What a user types to begin another conversation."""
+_COMMANDS = f"{NEW} begins another conversation, Ctrl-D ends"
 
 
 def chat(config: ChatConfig) -> None:
@@ -31,7 +33,13 @@ def chat(config: ChatConfig) -> None:
         CheckpointError: there is no intact model.
     """
     loaded = load(Path(config.path), config.step)
-    template = ChatTemplate(loaded.need_tokenizer())
+    tokenizer = loaded.need_tokenizer()
+    if tokenizer.chat_template() is None:
+        raise ConfigError(
+            f"{config.path}: was not tuned on conversations, as its tokenizer has no chat template; megatrain generate "
+            "continues text, and megatrain prepare data=chat begins the way to a model that answers"
+        )
+    template = ChatTemplate(tokenizer)
     model = loaded.build(device_by_name(config.device))
     ends = [*template.ends(), *loaded.end_tokens()]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,6 +57,9 @@ def _talk(model: GPT, template: ChatTemplate, ends: list[int], config: ChatConfi
     for number, line in enumerate(_lines()):
         if line.strip() == NEW:
             messages = _beginning(config)
+            continue
+        if sys.stdin.isatty() and re.fullmatch(r"/\w+", line.strip()):
+            print(f"megatrain: no command {line.strip()}; {_COMMANDS}", file=sys.stderr)
             continue
         if not line.strip():
             continue
@@ -70,7 +81,7 @@ def _lines() -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, arrow keys and earlier lines
-    print(f"Type a message; {NEW} begins another conversation, Ctrl-D ends.", file=sys.stderr)
+    print(f"Type a message; {_COMMANDS}", file=sys.stderr)
     while True:
         try:
             yield input("> ")

@@ -23,8 +23,8 @@ def check_settings(config: PrepareConfig) -> None:
         return
     if config.tokenizer.path is None:
         raise ConfigError(
-            "data=chat: give the tokenizer of the model that is to be tuned: tokenizer.path=data/<name>/tokenizer of "
-            "the dataset that it was trained on, or tokenizer=hf tokenizer.path=<its folder>"
+            "data=chat: give the tokenizer of the model that is to be tuned: tokenizer.path=data/<name>/tokenizer, "
+            "where <name> is the dataset that it was trained on, or tokenizer=hf tokenizer.path=<its folder>"
         )
     refused = {
         f"clean={clean.name}": bool(clean.steps),

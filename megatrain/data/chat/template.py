@@ -61,7 +61,9 @@ class ChatTemplate:
         source = template or tokenizer.chat_template()
         if source is None:
             raise ConfigError(
-                "the tokenizer has no chat template; give one as data.chat_template (a Jinja file, chatml or llama3)"
+                "the tokenizer has no chat template; give one whose markers are control tokens of it as "
+                "data.chat_template (a Jinja file, chatml or llama3), or begin with a base model whose data were "
+                "prepared with tokenizer.chat_template=chatml"
             )
         self.tokenizer, self.source = tokenizer, source
         names = sorted(tokenizer.control_names(), key=len, reverse=True)  # of two that begin alike the longer one

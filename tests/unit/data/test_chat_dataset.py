@@ -164,7 +164,7 @@ def test_a_changed_mask_is_another_dataset_and_a_damaged_one_is_noticed(make):
     "changes, message",
     [
         ({"tokenizer": None}, "give the tokenizer of the model that is to be tuned"),
-        ({"tokenizer": "none"}, "the tokenizer has no chat template; give one as data.chat_template"),
+        ({"tokenizer": "none"}, "the tokenizer has no chat template; give one whose markers are control tokens"),
         ({"tokenizer": "none", "chat_template": "chatml"}, r"writes <\|im_start\|>, <\|im_end\|>, which the tokenizer"),
         ({"chat_template": "nowhere.jinja"}, "data.chat_template=nowhere.jinja: no such file"),
         ({"bos": True}, "data.bos=true: the chat template says"),

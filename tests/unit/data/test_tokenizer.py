@@ -138,6 +138,13 @@ def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     assert [again.encode(text) for text in HARD] == [tokenizer.encode(text) for text in HARD]
 
 
+def test_a_folder_that_megatrain_wrote_says_its_kind_itself(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t")
+    for kind in ("sentencepiece", "unigram", "hf", "byte_level_bpe"):
+        found = find_tokenizer(kind, str(tmp_path / "t"))
+        assert (found.kind, found.fingerprint) == (tokenizer.kind, tokenizer.fingerprint)
+
+
 def test_a_byte_order_mark_in_a_file_of_a_tokenizer_changes_nothing(tmp_path, gpt2):
     tokenizer = find_tokenizer("hf", str(gpt2[0]))
     tokenizer.save(tmp_path)
