@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import ExportConfig
+from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import Loaded, kind_of, load
@@ -45,10 +46,16 @@ def export_(config: ExportConfig) -> None:
 def generation(loaded: Loaded) -> dict[str, Any]:
     """Return the fields of generation_config.json to export: those of the folder that was imported, if it was one.
 
-    Special tokens that it does not name are the tokenizer's.
+    Special tokens that it does not name are the tokenizer's. A model tuned on conversations also stops at what ends a
+    reply.
     """
-    imported: dict[str, Any] = loaded.manifest.identity.generation if loaded.manifest else {}
-    if "eos_token_id" in imported or loaded.tokenizer is None:
-        return imported
-    given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
-    return {**imported, **{name: token for name, token in given.items() if token is not None}}
+    fields: dict[str, Any] = dict(loaded.manifest.identity.generation) if loaded.manifest else {}
+    if loaded.tokenizer is None:
+        return fields
+    if "eos_token_id" not in fields:
+        given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
+        fields |= {name: token for name, token in given.items() if token is not None}
+    if loaded.run_config().get("data", {}).get("kind") == "chat":
+        ends = {*loaded.end_tokens(), *ChatTemplate(loaded.tokenizer).ends()}
+        fields["eos_token_id"] = sorted(ends) if len(ends) > 1 else min(ends)
+    return fields

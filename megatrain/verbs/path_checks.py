@@ -53,8 +53,9 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
         check_installed(config)
         mixture = open_mixture(config, samples_before)
         if mixture is not None:
+            for name, source in mixture.cards.items():
+                check_documents(config.data, config.train.mask_documents, source, mixture.folders[name])
             card = mixture.card(config.data.name)
-            check_documents(config.data, config.train.mask_documents, card, mixture.folder)
         else:
             if not is_launched() and not (Path(config.data.dir) / config.data.name).is_dir():
                 check_sources(config.data)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -68,9 +70,10 @@ class ChatTemplate:
         self.tokenizer, self.source = tokenizer, source
         names = sorted(tokenizer.control_names(), key=len, reverse=True)  # of two that begin alike the longer one
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
-        self._marks_replies = re.search(r"\{%-?\s*generation\b", source) is not None
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._marks_replies = any(map(_Generation.made, environment.parse(source).find_all(nodes.CallBlock)))
+            self._template = environment.from_string(source)
         except TemplateError as error:
             raise ConfigError(f"the chat template is not valid Jinja ({error})") from error
 
@@ -95,17 +98,21 @@ class ChatTemplate:
             at = stop
         ids, places = self.tokenizer.encode_marked(parts)
         counts = []
+        spans = sorted(rendered.spans)
+        begins, ends = [start for start, _ in spans], list(accumulate((stop for _, stop in spans), max))
         for part, first, last in places:
             first, last = starts[part] + first, starts[part] + last
-            counts.append(any(first < stop and last > start for start, stop in rendered.spans))
+            before = bisect_left(begins, last)  # the spans that begin before the token ends
+            counts.append(before > 0 and ends[before - 1] > first)
         return Encoded(ids, counts)
 
     def ends(self) -> list[int]:
         """Return the control tokens that end a reply: the one that the template writes, and the end of a document."""
         encoded = self.encode(SHORT_TALK)
-        last = [token for token, counts in zip(encoded.ids, encoded.counts, strict=True) if counts][-1:]
+        counted = [token for token, counts in zip(encoded.ids, encoded.counts, strict=True) if counts]
         control = {self.tokenizer.control_token(name) for name in self.tokenizer.control_names()}
-        return [*(token for token in last if token in control), self.tokenizer.end_of_document]
+        last = [token for token in counted if token in control][-1:]  # a template may count a newline after it
+        return [*last, self.tokenizer.end_of_document]
 
     def render(self, messages: Sequence[Message], asks: bool = False) -> Rendered:
         """Return a conversation as text, with the spans that the assistant writes. Raises as `encode`."""
@@ -176,6 +183,8 @@ class ChatTemplate:
                 continue
             before, *_ = self._fill(messages[:number], asks=True)
             after, controls, _ = self._fill(messages[: number + 1], asks=False)
+            if number + 1 == len(messages) or not text.startswith(after):
+                after, controls = self._without_last_end(messages[: number + 1], after, controls)
             if not text.startswith(after) or not after.startswith(before):
                 raise ConfigError(
                     "the chat template lays a reply out differently once more messages follow, or when it asks for "
@@ -187,6 +196,18 @@ class ChatTemplate:
                 stop = controls[-1][1]
             spans.append((len(before), stop))
         return spans
+
+    def _without_last_end(
+        self, messages: Sequence[Message], text: str, controls: list[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of messages and its control tokens without what the template writes at the very end alone.
+
+        Phi-3's, for example, writes the end of a document there, unless it asks for another reply.
+        """
+        asking, *_ = self._fill(messages, asks=True)
+        stop = next((at for at, (a, b) in enumerate(zip(text, asking, strict=False)) if a != b), len(text))
+        stop = min([stop, *(start for start, end in controls if start < stop < end)])
+        return text[:stop], [pair for pair in controls if pair[1] <= stop]
 
 
 class _RefusedError(Exception):
@@ -203,6 +224,12 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def made(block: nodes.CallBlock) -> bool:
+        """Return whether a block of a template is such a tag."""
+        called = block.call.node
+        return isinstance(called, nodes.ExtensionAttribute) and called.identifier == _Generation.identifier
 
     def _enclosed(self, caller: Callable[[], str]) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"

@@ -11,6 +11,7 @@ import transformers
 from megatrain.config import CleanConfig, DataConfig, ModelConfig, PrepareConfig, TokenizerConfig
 from megatrain.config.compose import compose
 from megatrain.data.card import Card, check_dataset
+from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.loader import heldout_batches, micro_batch_of, padded_ids
 from megatrain.data.preparation import prepare
@@ -22,7 +23,7 @@ from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.init import build_model
 from megatrain.training.datasets import HeldoutShare
 from megatrain.verbs.evaluate import open_dataset
-from megatrain.verbs.path_checks import check_documents
+from megatrain.verbs.path_checks import check_documents, check_paths
 
 MARKED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
@@ -233,6 +234,23 @@ def test_a_run_must_pack_them_and_keep_them_apart(make):
     check_documents(config.data, True, card, folder)
     with pytest.raises(ConfigError, match="must stay whole and apart"):
         check_documents(config.data, False, card, folder)
+
+
+def test_a_run_on_a_mixture_must_keep_them_whole_and_apart_too(make):
+    folders = [make(), make("other", records=list(talks(40)))]
+    weights = ", ".join(f"{folder}: 0.5" for folder in folders)
+    keys = [
+        "data=mixture",
+        f"data.mixture={{{weights}}}",
+        f"run.dir={folders[0].parent}",
+        "model=tiny",
+        f"train.seq_len={T}",
+        "launch.nproc_per_node=1",
+        "tracking=none",
+    ]
+    with pytest.raises(ConfigError, match=r"has conversations, .* add data\.packing=best_fit train\.mask"):
+        check_paths(compose("train", keys))
+    check_paths(compose("train", [*keys, *KEYS_FOR_CHAT]))
 
 
 def test_an_edited_template_is_another_preparation(make, tmp_path):

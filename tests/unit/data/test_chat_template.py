@@ -187,3 +187,43 @@ def test_what_a_template_refuses_or_cannot_say_is_told(folders):
         ChatTemplate(tokenizer, forgets).encode(talk)
     with pytest.raises(ConfigError, match="cannot be filled in"):
         ChatTemplate(tokenizer, "{{ messages[9]['content'] }}").encode(talk)
+
+
+LAST = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""A template that ends a conversation, and not each turn, with the end of a document, as Phi-3's does."""
+
+
+def test_what_a_template_writes_at_the_very_end_alone_is_no_part_of_a_reply(folders):
+    """The oracle: the masks that transformers gives if the template says itself what the assistant writes."""
+    path = folders / "marked"
+    ours, theirs = ChatTemplate(find_tokenizer("hf", str(path)), LAST), transformers.AutoTokenizer.from_pretrained(path)
+    said = "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
+    theirs.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' }}" + said + "{% else %}"
+        "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}{{ eos_token }}"
+    )
+    words = [word for word in WORDS if word.strip()]  # a newline before a reply may be in a token with its first
+    for messages in conversations(100, words):
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        found = ours.encode(messages)
+        assert found.ids == expected["input_ids"]
+        assert [int(counts) for counts in found.counts] == expected["assistant_masks"]
+    assert ours.ends() == theirs.convert_tokens_to_ids(["<|end|>", theirs.eos_token])
+
+
+def test_a_reply_ends_with_its_control_token_even_if_a_newline_after_it_counts(folders):
+    tokenizer = find_tokenizer("hf", str(folders / "marked"))
+    template = MARKED.replace("'<|end|>' }}{% endgeneration", "'<|end|>\n' }}{% endgeneration")
+    chat = ChatTemplate(tokenizer, template)
+    assert chat.ends() == [tokenizer.control_token("<|end|>"), tokenizer.end_of_document]
+
+
+def test_a_tag_in_a_comment_marks_nothing(folders):
+    tokenizer = find_tokenizer("hf", str(folders / "chatml"))
+    plain = ChatTemplate(tokenizer)
+    noted = ChatTemplate(tokenizer, "{# without {% generation %} #}" + plain.source)
+    for messages in conversations(20, WORDS):
+        assert noted.encode(messages) == plain.encode(messages)

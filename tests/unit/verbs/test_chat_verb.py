@@ -14,6 +14,7 @@ from megatrain.checkpoint.store import write
 from megatrain.config import ChatConfig, ExportConfig, ModelConfig, TokenizerConfig
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.errors import ConfigError
+from megatrain.interop.load_model import load
 from megatrain.model.init import build_model
 from megatrain.verbs.chat import chat
 from megatrain.verbs.export import export_
@@ -51,6 +52,22 @@ def theirs(place, messages, count=12):
     with torch.no_grad():
         drawn = model.generate(**ids, do_sample=False, max_new_tokens=count, eos_token_id=ends, pad_token_id=0)[0]
     return tokenizer.decode(drawn[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind, ends", [("chat", ["<|endoftext|>", "<|im_end|>"]), ("files", ["<|endoftext|>"])])
+def test_an_exported_model_that_was_tuned_on_conversations_stops_at_the_end_of_a_reply(
+    assistants, tmp_path, kind, ends
+):
+    loaded = load(assistants / "chat")
+    state = {f"model.{name}": tensor for name, tensor in loaded.weights.items()}
+    data = {"kind": kind, "dir": str(tmp_path), "name": "talks"}
+    write(tmp_path / "run", state, at(0, identity=Identity(loaded.run_config() | {"data": data})), None)
+    loaded.tokenizer.save(tmp_path / "run" / "tokenizer")
+    export_(ExportConfig(path=str(tmp_path / "run"), out=str(tmp_path / "hf")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id
+    found = found if isinstance(found, list) else [found]
+    assert sorted(tokenizer.convert_ids_to_tokens(found)) == ends
 
 
 def say(capsys, path, **keys):
