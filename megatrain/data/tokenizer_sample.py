@@ -307,6 +307,10 @@ def _of_dataset(folder: Path, card: Card, asked: int, seed: int) -> Iterator[str
             f"{folder}: was prepared with data.fim_rate, so its documents are rearranged and have control tokens; give "
             "the text that it was made of"
         )
+    if card.splits["train"].loss_hashes:
+        raise ConfigError(
+            f"{folder}: has conversations, laid out by the chat template of a tokenizer; give text that has no markup"
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
     split = card.splits["train"]
     num_bytes = split.bytes if split.bytes is not None else split.tokens * _BYTES_A_TOKEN

@@ -45,12 +45,17 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
     check_writable("out", out)
     if config.tokenizer.path:
         raise ConfigError("tokenizer.path: names a tokenizer that is trained already; leave it out to train one")
+    if config.data.kind == "chat":
+        raise ConfigError(
+            "data=chat: conversations are laid out by a trained tokenizer; to train one, give text (data=files)"
+        )
     if config.clean.dedup == "minhash":
         raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")
     ignored = {
         "clean.dedup_passages": config.clean.dedup_passages != "none",
         "data.fim_rate": config.data.fim_rate > 0,
         "data.write_text": config.data.write_text,
+        "data.chat_template": config.data.chat_template is not None,
         "data.deduplicate": not config.data.deduplicate,
         "data.packing": config.data.packing == BEST_FIT,
         "data.overwrite": config.data.overwrite,

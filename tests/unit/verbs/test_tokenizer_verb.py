@@ -163,6 +163,23 @@ def test_a_dataset_made_for_fill_in_the_middle_is_refused_as_its_text_is_rearran
         drawn(composed(corpus, "data=mixture", "data.mixture={plain: 1, fim: 1}"))
 
 
+def test_conversations_are_no_text_to_train_a_tokenizer_on(corpus):
+    (corpus / "talks.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 2)
+    paths = f"data.paths=[{corpus / 'talks.jsonl'}]"
+    with pytest.raises(ConfigError, match="data=chat: conversations are laid out by a trained tokenizer"):
+        tokenizer(composed(corpus, "data=chat", paths))
+    with pytest.raises(ConfigError, match=r"data\.chat_template: has no effect"):
+        tokenizer(composed(corpus, "data=files", paths, "data.chat_template=chatml"))
+    assert not (corpus / "t").exists()
+    place = [f"data.dir={corpus / 'data'}", "data.workers=1"]
+    base = [*place, "data.name=base", f"data.paths=[{corpus / 'web'}]", "tokenizer.vocab_size=600"]
+    prepare(compose("prepare", ["data=files", *base, "tokenizer.chat_template=chatml"]))
+    words = [*place, "data.name=talks", paths, f"tokenizer.path={corpus / 'data' / 'base' / 'tokenizer'}"]
+    prepare(compose("prepare", ["data=chat", *words, "data.heldout_fraction=0"]))
+    with pytest.raises(ConfigError, match=r"data/talks: has conversations, .*; give text that has no markup"):
+        drawn(composed(corpus, "data=mixture", "data.mixture={talks: 1}"))
+
+
 def test_the_comparison_shows_how_it_was_trained(corpus, capsys):
     folder = tokenizer(mixture(corpus, 1, 1, "tokenizer.digits=single"))
     capsys.readouterr()
