@@ -15,6 +15,7 @@ from megatrain.errors import EXIT_DEFECT, EXIT_ENVIRONMENT, EXIT_NO_PROGRESS, Ow
 from megatrain.launch.rank_process import log_name
 from megatrain.resilience.failure import (
     HANG,
+    MEMORY_FAILURES,
     SAME_FAILURES,
     Failure,
     failed_alike_before_any_step,
@@ -34,8 +35,8 @@ MACHINES = (MACHINE, PEER)
 """Classes of errors after which the machine, not the job, is to blame."""
 
 MEMORY_ADVICE = (
-    "the model, its optimizer states and activations do not fit: lower train.micro_batch_size, set "
-    "train.recompute=selective or full, raise parallel.zero, or use more ranks (megatrain layouts shows what fits)"
+    "lower train.micro_batch_size, set train.recompute=selective or full, raise parallel.zero, or use more ranks "
+    "(megatrain layouts shows what a rank needs)"
 )
 
 
@@ -98,7 +99,7 @@ def decide_restart(
     if of_machine:
         limit, count = recovery.max_machine_restarts, restarts.machine
     own_code = EXIT_ENVIRONMENT if of_machine or failure.kind == HANG else EXIT_DEFECT
-    before = failed_alike_before_any_step(failure, events) if failure.kind in (JOB, MEMORY) else None
+    before = failed_alike_before_any_step(failure, events) if failure.kind == JOB else None
     bad_hosts = suspects([failure.host], [*events, _as_event(failure)], time.time()) if failure.kind == MACHINE else []
     hint = _log_hint(log_dir, failure)
 
@@ -106,10 +107,10 @@ def decide_restart(
     if stop_requested:
         code = EXIT_DEFECT if failure.kind == JOB else EXIT_ENVIRONMENT
         decision = "not started again, because the job was asked to stop"
+    elif failure.kind == MEMORY and seen >= MEMORY_FAILURES:
+        code, decision = EXIT_NO_PROGRESS, f"also after a fresh start; not started again: {MEMORY_ADVICE}. {hint}"
     elif seen >= SAME_FAILURES and (failure.step or not of_machine):
         code, decision = EXIT_NO_PROGRESS, f"the same {seen} times in a row; not started again. {hint}"
-    elif before is not None and failure.kind == MEMORY:
-        code, decision = EXIT_NO_PROGRESS, f"the same on two starts before any step was done; not started again. {hint}"
     elif before is not None:
         code, decision = EXIT_DEFECT, "the same on two starts before any step was done; not started again"
         print_message(f"the first start ended with:\n{before.get('trace', '')}")
@@ -118,19 +119,18 @@ def decide_restart(
         decision = f"{failure.host} had a fault of the machine before; the job is to go on without that node"
     elif count >= limit:
         key = "resilience.max_machine_restarts" if of_machine else "resilience.max_restarts"
-        code, decision = own_code, f"not started again ({key}={limit}). {hint}"
+        advice = f": {MEMORY_ADVICE}" if failure.kind == MEMORY else ""
+        code, decision = own_code, f"not started again ({key}={limit}){advice}. {hint}"
     print_message(f"{failure}; {decision}")
     if bad_hosts:
         print_message(f"{failure.host} has had faults of the machine more than once in a day: have it checked")
     if code is None:
         restarts.count(failure)
         record_event(recovery.run_dir, "restart", failure.step, restarts=restarts.total)
-    elif failure.trace:
+    elif failure.trace and failure.kind != MEMORY:  # where memory ran out says little; the rank's log has the trace
         print_message(f"the stack trace of rank {failure.rank}:\n{failure.trace}")
         if failure.kind == JOB:
             print_message("this is a defect of megatrain; please report it with the lines above")
-        if failure.kind == MEMORY:
-            print_message(MEMORY_ADVICE)
     return code
 
 

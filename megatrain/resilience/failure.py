@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from megatrain.resilience.fault_classes import MACHINE
+from megatrain.resilience.fault_classes import MACHINE, MEMORY
 
 SAME_FAILURES = 3
 """A job ends (exit code 6) once the same failure has occurred this many times at the same step without progress."""
+
+MEMORY_FAILURES = 2
+"""The same for want of memory, at any step and place: an allocator that starts afresh helps once or not at all."""
 
 BEFORE_ANY_STEP = 2
 """A job ends with the error's own exit code once it fails this often in a row, at the same place, before any step."""
@@ -64,6 +67,8 @@ class Failure:
             what = f"was killed by {self.how}" + (" (out of memory, perhaps)" if self.how == "SIGKILL" else "")
         elif self.kind == EXIT:
             what = f"ended with {self.how}"
+        elif self.kind == MEMORY:
+            what = "ran out of memory"
         else:
             what = f"raised {self.how}"
         where = f"at step {self.step} in {self.phase}" if self.step else f"in {self.phase}, before its first step"
@@ -72,20 +77,29 @@ class Failure:
 
 
 def times_seen(failure: Failure, events: Iterable[dict[str, Any]]) -> int:
-    """Return how many times in a row this failure has occurred at this step, this time included.
+    """Return how many times in a row this failure has occurred, this time included.
 
-    `events` are the run's earlier events. A checkpoint of that step or a later one is progress and resets the count, so
-    failures before the first step (step 0) may recur now and then in a long run.
+    `events` are the run's earlier events. A failure is the same at the same step and place, whatever its message says,
+    which often holds sizes, addresses and process ids. For want of memory step and place do not matter: which
+    allocation is one too many is chance. A checkpoint of the earlier failure's step or a later one is progress and
+    resets the count, so failures before the first step (step 0) may recur now and then in a long run.
     """
-    count = 1
+    count, saved = 1, -1
     for event in reversed(list(events)):
-        if event["kind"] == "save" and event["step"] >= failure.step:
-            break
-        if event["kind"] == "failure":
-            if (event.get("how"), event.get("place", ""), event["step"]) != (failure.how, failure.place, failure.step):
+        if event["kind"] == "save":
+            saved = max(saved, event["step"])
+        elif event["kind"] == "failure":
+            if saved >= event["step"] or not _is_same(failure, event):
                 break
             count += 1
     return count
+
+
+def _is_same(failure: Failure, event: dict[str, Any]) -> bool:
+    """Return whether an earlier failure's event tells of the same failure."""
+    if failure.kind == MEMORY:
+        return event.get("class") == MEMORY
+    return (event.get("how"), event.get("place", ""), event["step"]) == (failure.how, failure.place, failure.step)
 
 
 def failed_alike_before_any_step(failure: Failure, events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -122,6 +122,7 @@ def test_a_model_that_does_not_fit_is_said_after_the_second_start(workplace):
     done = run_with(workplace, faults, *TWO_NATIVE, "run.name=too-large")
     assert done.returncode == 6, done.stderr
     assert "train.micro_batch_size" in done.stderr and "defect" not in done.stderr
+    assert "Traceback" not in done.stderr, "the stack trace is in the rank's log"
 
 
 def test_faults_of_the_machine_have_a_budget_of_their_own(workplace):

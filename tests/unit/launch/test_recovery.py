@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def decide(tmp_path):
     return decision
 
 
-@pytest.mark.parametrize("kind", [MACHINE, PEER, MEMORY, JOB, SIGNAL, HANG])
+@pytest.mark.parametrize("kind", [MACHINE, PEER, JOB, SIGNAL, HANG])
 def test_any_failure_is_worth_a_second_start_and_the_third_alike_none(decide, kind):
     assert [decide(failed(kind)) for _ in range(3)] == [None, None, 6]
 
@@ -64,10 +65,37 @@ def test_the_same_error_of_two_starts_before_any_step_is_a_defect(decide, capfd)
     assert capfd.readouterr().err.count("the trace") == 2
 
 
-def test_too_little_memory_of_two_starts_before_any_step_is_told_with_advice(decide, capfd):
-    assert decide(failed(MEMORY, 1, 0)) is None and decide(failed(MEMORY, 1, 0)) == 6
-    told = capfd.readouterr().err
-    assert "train.micro_batch_size" in told and "defect" not in told
+@pytest.mark.parametrize("finished", [0, 3])
+def test_memory_that_ran_out_is_worth_one_more_start_wherever_it_runs_out_next(decide, capfd, finished):
+    """The end is one line with the advice; the stack trace is only in the rank's log."""
+    assert decide(failed(MEMORY, 1, finished, "RuntimeError", "linear.py:35 in linear")) is None
+    capfd.readouterr()
+    assert decide(failed(MEMORY, 2, finished, "MemoryError", "gelu.py:9 in gelu")) == 6
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "rank 1 on n1 ran out of memory at step 2 in forward: why; also after a fresh start" in told
+    assert "lower train.micro_batch_size" in told and "rank_00001.log" in told
+
+
+def test_memory_that_runs_out_again_after_progress_is_worth_another_start(decide, tmp_path):
+    assert decide(failed(MEMORY, 7)) is None
+    log = EventLog(tmp_path / "events.jsonl")
+    log.emit("save", 7)
+    log.close()
+    assert decide(failed(MEMORY, 9)) is None and decide(failed(MEMORY, 9)) == 6
+
+
+def test_memory_that_ran_out_is_told_with_advice_where_restarts_are_switched_off(decide, capfd):
+    assert decide(failed(MEMORY), limit=0) == 1
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "resilience.max_restarts=0" in told and "lower train.micro_batch_size" in told
+
+
+@pytest.mark.parametrize(("kind", "codes"), [(MACHINE, [None, None, 6]), (MEMORY, [None, 6]), (JOB, [None, None, 6])])
+def test_numbers_in_a_message_make_no_other_failure(decide, kind, codes):
+    """Sizes, addresses and process ids differ from start to start."""
+    details = ("tried to allocate 402653184 bytes", "tried to allocate 268435456 bytes", "at 0x7f3a, pid 17")
+    found = [decide(replace(failed(kind), detail=one)) for one, _ in zip(details, codes, strict=False)]
+    assert found == codes
 
 
 def test_a_different_error_before_any_step_is_tried_again(decide):
