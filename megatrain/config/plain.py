@@ -9,7 +9,7 @@ MOST = 8
 
 
 def plain(value: Any, digits: int | None = None) -> str:
-    """Return a value in plain words: `null`, `true`, text as it is, `[a, b]`, `web 0.7, code 0.3`.
+    """Return a value in plain words: `null`, `true`, text as it is, `[a, b]`, `web 0.7, code 0.3`, `''`.
 
     Floats get so many significant `digits` (None: all).
     """
@@ -19,6 +19,8 @@ def plain(value: Any, digits: int | None = None) -> str:
         return str(value) if digits is None else f"{value:.{digits}g}"
     if isinstance(value, (list, tuple)):
         return f"[{_listed([plain(item, digits) for item in value])}]"
+    if value in ("", {}):
+        return repr(value)  # that something is empty must be seen
     if isinstance(value, dict):
         return _listed([f"{name} {plain(item, digits)}" for name, item in value.items()])
     return str(value)
