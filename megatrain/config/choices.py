@@ -105,7 +105,7 @@ def find_choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
         raise ConfigError(f"{group}={value}: no such file {listed}{where}")
     hint = did_you_mean(f"{group}=", name, known)
     if group == "data" and not hint:
-        hint = f"; a dataset of your own is data=files data.name={name} (megatrain prepare makes it from data.paths)"
+        hint = f", and no dataset of that name is prepared: megatrain prepare <files> data.name={name} makes one"
     where = where or f"; a choice of your own is {group}=FILE.yaml, or DIR/{group}/{name}.yaml with {CONFIG_DIR} DIR"
     raise ConfigError(f"unknown choice {group}={value}{hint} {listed}{where}")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import VERBS, TrainConfig, walk
+from megatrain.config import VERBS, DataConfig, TrainConfig, walk
 from megatrain.config.choices import (
     CONFIG_DIR,
     CONFIG_FILE,
@@ -31,6 +31,7 @@ from megatrain.config.choices import (
     read_yaml,
 )
 from megatrain.config.flatten import flatten
+from megatrain.config.own_dataset import TRAINING, advice_on_place, find_dataset, same_place
 from megatrain.config.suggest import did_you_mean, meant_keys
 from megatrain.config.values import (
     describe,
@@ -100,18 +101,24 @@ def read_overrides(verb: str, overrides: list[str]) -> Request:
     hints = key_types(schema)
     paths = {name for name, f in walk(schema).items() if f.metadata.get("path")}
     request = Request(folders=own_folders(overrides) if verb in GROUPS else ())
+    dataset: tuple[str, Path] | None = None
     for text in overrides:
         name, value = _split(text)
         if name in (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH) and verb not in GROUPS:
             raise ConfigError(f"{text}: megatrain {verb} has no config groups; leave {name} out")
         if name == CONFIG_FILE:
             request.file = home(text, value)
+        elif name == "data" and verb in TRAINING and (folder := _own_dataset(value, overrides, request.folders)):
+            request.groups[name], dataset = "files", (text, folder)
         elif name in GROUPS.get(verb, ()):
             request.groups[name] = _choice(name, value, request.folders)
+            dataset = None if name == "data" else dataset
         elif name in hints:
             request.values[name] = read_value(name, hints[name], value, name in paths)
         elif name not in (CONFIG_DIR, SEARCH_PATH):
             raise ConfigError(_unknown(verb, name, list(hints)))
+    if dataset is not None:
+        _name_dataset(request, *dataset)
     return request
 
 
@@ -189,7 +196,29 @@ def _choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
     value = value.strip().strip("'\"")
     if is_sweep(value) and not Path(value).is_file():
         raise ConfigError(sweep_message(group, value))
-    return value if value == "null" and group == "experiment" else find_choice(group, value, folders)
+    if value == "null" and group == "experiment":
+        return value
+    try:
+        return find_choice(group, value, folders)
+    except ConfigError as error:
+        if group == "data" and (advice := advice_on_place(value)):
+            raise ConfigError(advice) from error
+        raise
+
+
+def _own_dataset(value: str, overrides: Sequence[str], folders: Sequence[Path]) -> Path | None:
+    """Return the folder of the prepared dataset that `data=<value>` names, or None."""
+    given = [text.partition("=")[2] for text in last_words(overrides, ("data.dir",))]
+    data_dir = given[0] if given else DataConfig().dir
+    return find_dataset(value.strip().strip("'\""), data_dir.strip().strip("'\""), folders)
+
+
+def _name_dataset(request: Request, text: str, folder: Path) -> None:
+    """Set the name and parent of the dataset that the override `text` chooses. Raises ConfigError if keys differ."""
+    for key, value in {"data.name": folder.name, "data.dir": str(folder.parent)}.items():
+        given = request.values.setdefault(key, value)
+        if given is None or not same_place(given, value):
+            raise ConfigError(f"{text} is the dataset {folder}, but {key}={given} names another; give one of them")
 
 
 def _unknown(verb: str, name: str, known: list[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import xxhash
 
-from megatrain.config import PrepareConfig, TrainConfig
+from megatrain.config import PrepareConfig, TrainConfig, own_dataset
 from megatrain.config.flatten import flatten
 from megatrain.config.values import as_text
 from megatrain.data.indexed import IndexedWriter, hash_blocks, hash_file, loss_file, pair, read_header
@@ -27,7 +27,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.resilience.atomic_file import remove_abandoned, write_atomically
 
 FORMAT = 1
-CARD = "card.json"
+CARD = own_dataset.CARD
 SPLITS = ("train", "heldout")
 
 

@@ -7,13 +7,16 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.config import VERBS, walk
+from megatrain.config import VERBS, DataConfig, walk
 from megatrain.config.choices import CONFIG_FILE, GROUPS, YAML, choices_of, home
+from megatrain.config.own_dataset import find_dataset
 from megatrain.config.suggest import nearest_path
 from megatrain.config.values import FREE_TEXT, as_text, exists, missing_brackets, quoted
 from megatrain.errors import ConfigError
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.places import require
+
+_PREPARE = "prepare it first: megatrain prepare"
 
 
 def expand_path(verb: str, words: Sequence[str]) -> list[str]:
@@ -34,8 +37,9 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
     place = next((n for n, word in enumerate(words) if _is_path(word, names, wanted)), None)
     if place is None:
         return list(words)
-    found = [quoted("path", words[place])] if has_path else _run_words(words[place])
-    return [*found, *words[:place], *words[place + 1 :]]
+    others = [*words[:place], *words[place + 1 :]]
+    found = [quoted("path", words[place])] if has_path else _run_words(words[place], others)
+    return [*found, *others]
 
 
 def _refuse_spaces(words: Sequence[str]) -> None:
@@ -109,12 +113,15 @@ def _is_path(word: str, names: set[str], wanted: bool) -> bool:
     return (known not in names or wanted) and (exists(word) or (known not in names and "/" in name))
 
 
-def _run_words(word: str) -> list[str]:
-    """Return the overrides that continue the run in a folder with its saved config.
+def _run_words(word: str, others: Sequence[str]) -> list[str]:
+    """Return the overrides that continue the run in a folder with its saved config. `others` are the further words.
 
     Raises ConfigError unless it is a run's folder.
     """
     folder = home(word, word)
+    if find_dataset(word, DataConfig().dir):
+        command = shlex.join(["megatrain", "train", quoted("data", word), *others])
+        raise ConfigError(f"{word} is a dataset, not a run; to train on it: {command}")
     if not exists(word) and "/" not in word:
         groups = ", ".join(f"{group}={word}" for group in ("model", "data", "experiment"))
         raise ConfigError(
@@ -123,14 +130,16 @@ def _run_words(word: str) -> list[str]:
         )
     require("run folder", folder)
     if folder.is_file():
-        advice = f"; to start from a config: {CONFIG_FILE} {shlex.quote(word)}" if folder.suffix in YAML else ""
+        advice = f"; to start from a config: {CONFIG_FILE}" if folder.suffix in YAML else f"; if it is text, {_PREPARE}"
+        advice = f"{advice} {shlex.quote(word)}"
         raise ConfigError(f"{word} is a file; give the folder of the run to continue{advice}")
     if is_sweep_folder(folder):
         raise ConfigError(f"{word} is the folder of a sweep; repeat its megatrain train --multirun to continue it")
     if not (folder / "config.yaml").is_file():
         owner = next((parent for parent in folder.absolute().parents if (parent / "config.yaml").is_file()), None)
-        advice = f"; it is inside a run: megatrain train {shlex.quote(str(owner))}" if owner else ""
-        raise ConfigError(f"{word} holds no config.yaml, so it is not the folder of a run{advice}")
+        advice = f"it is inside a run: megatrain train {shlex.quote(str(owner))}" if owner else ""
+        advice = advice or f"if it holds text, {_PREPARE} {shlex.quote(word)}"
+        raise ConfigError(f"{word} holds no config.yaml, so it is not the folder of a run; {advice}")
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = folder.resolve()
     return [

@@ -177,6 +177,8 @@ def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:
     known = {*walk(PrepareConfig), *GROUPS["prepare"], CONFIG_DIR, CONFIG_FILE, SEARCH_PATH}
     known = {name for name in known if name.partition(".")[0] != "launch"} - {"data.name", "data.dir"}
     words = last_words(overrides, known)
+    if data.kind == "files" and (chosen := last_words(words, ("data",))):  # perhaps by the name of the dataset
+        words = [word for word in words if word not in chosen] + ["data=files"]
     if not last_words(overrides, ("data", CONFIG_FILE)):
         words.append(f"data={data.name if data.kind == 'huggingface' else data.kind}")
     if data.kind in ("files", "megatron") and not data.paths:

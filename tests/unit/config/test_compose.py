@@ -185,7 +185,11 @@ def test_a_key_unlike_any_other_is_refused_with_the_existing_ones():
             r"unknown choice precision=float7.*\(choices of precision: bf16, fp16, fp32, fp8\)",
         ),
         ("train", "experiment=quikstart", "did you mean experiment=quickstart"),
-        ("train", "data=mine", r"^unknown choice data=mine; a dataset of your own is data=files data.name=mine"),
+        (
+            "train",
+            "data=mine",
+            r"^unknown choice data=mine, and no .*: megatrain prepare <files> data.name=mine",
+        ),
         ("train", "model=124m", "did you mean model=gpt2_124m"),
         ("train", "model=my.yaml", r"model=my.yaml: no such file \(choices of model"),
         ("prepare", "model=tiny", "unknown key model"),
