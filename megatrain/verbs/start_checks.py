@@ -22,8 +22,9 @@ from megatrain.checkpoint.resume import check_resume, take_over
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments, weights_fit
 from megatrain.config import DataConfig, PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
-from megatrain.config.compose import compose, last_words, read_overrides
+from megatrain.config.compose import compose, last_words, own_folders, read_overrides
 from megatrain.config.flatten import flatten
+from megatrain.config.own_dataset import find_dataset
 from megatrain.config.values import as_text, quoted
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.mixed_dataset import Mixture
@@ -177,7 +178,8 @@ def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:
     known = {*walk(PrepareConfig), *GROUPS["prepare"], CONFIG_DIR, CONFIG_FILE, SEARCH_PATH}
     known = {name for name in known if name.partition(".")[0] != "launch"} - {"data.name", "data.dir"}
     words = last_words(overrides, known)
-    if data.kind == "files" and (chosen := last_words(words, ("data",))):  # perhaps by the name of the dataset
+    chosen = last_words(words, ("data",))
+    if chosen and find_dataset(chosen[0].partition("=")[2].strip("'\""), data.dir, own_folders(overrides)):
         words = [word for word in words if word not in chosen] + ["data=files"]
     if not last_words(overrides, ("data", CONFIG_FILE)):
         words.append(f"data={data.name if data.kind == 'huggingface' else data.kind}")
