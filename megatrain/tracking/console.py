@@ -58,9 +58,7 @@ class Console:
         self._began = time.monotonic()
         if info.config.get("run", {}).get("sweep") is None:  # a sweep says once what comes next
             folder = shlex.quote(str(info.run_dir))
-            self._next = next_step(
-                f"megatrain report {folder}", f'megatrain generate {folder} prompt="Once upon a time"'
-            )
+            self._next = next_step(f"megatrain report {folder}", try_out(folder, info.dataset))
         chosen = info.config.get("launch", {}).get("device") == "auto" and info.device == "cpu"
         device = f"{info.world_size} x {info.device}" + (" (no GPU found)" if chosen else "")
         parts = [f"{short(info.num_parameters)} parameters", device, info.layout]
@@ -166,6 +164,16 @@ class Console:
             return True
         last_step, last_moment = self._last_line
         return step - last_step >= self._every_steps or moment - last_moment >= self._every_s
+
+
+def try_out(folder: str, card: dict[str, Any]) -> str:
+    """Return the command that shows what a run in `folder`, quoted for the shell, has learnt from a dataset."""
+    splits = card.get("splits", {}).values()
+    if any(part.get("loss_hashes") for split in splits for part in [split, *split.get("parts", ())]):
+        return f"megatrain chat {folder}"  # conversations
+    kind = card.get("config", {}).get("data", {}).get("kind")
+    prompt = "def main(" if kind in ("python_stdlib", "code") else "Once upon a time"
+    return f'megatrain generate {folder} prompt="{prompt}"'
 
 
 def short(number: float) -> str:

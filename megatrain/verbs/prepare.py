@@ -18,6 +18,12 @@ from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.demo.corpus import prepare_demo
 from megatrain.launch import prepare_jobs
 
+QUICKSTART = "quickstart"
+"""The experiment of README's first run, and its dataset."""
+
+STEPS, CHAT_STEPS = 1000, 300
+"""Steps of the runs that are advised, from nothing and on conversations. The default of train.steps is for a trial."""
+
 
 def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Path:
     """Prepare the dataset that `config` describes, say what to type next, and return its folder.
@@ -36,13 +42,15 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
     if stage in ("all", "publish"):
         mixture = ("data.mixture", "data.mixture_temperature", "data.phases")  # of data=demo, which train takes too
         words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data", *mixture))
+        if config.data.name == QUICKSTART and config.data.kind == "python_stdlib":
+            words = [f"experiment={QUICKSTART}"]
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
         if config.data.kind == "chat":
-            words = ["checkpoint.init_from=<run>", *words, *KEYS_FOR_CHAT]
-        elif not any(word.startswith(CONFIG_FILE) for word in words):  # such a file has a model
-            words.insert(0, f"model={default_choices('train')['model']}")
+            words = ["checkpoint.init_from=<run>", *words, *KEYS_FOR_CHAT, f"train.steps={CHAT_STEPS}"]
+        elif not any(word.startswith((CONFIG_FILE + "=", "experiment=")) for word in words):  # these have a model
+            words = [f"model={default_choices('train')['model']}", *words, f"train.steps={STEPS}"]
         report = shlex.join(["megatrain", "report", str(folder)])
         print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder

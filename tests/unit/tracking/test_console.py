@@ -48,6 +48,20 @@ def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, cloc
     assert re.search(r"step 40/40  .* mfu 25\.0%$", text, re.MULTILINE), "no time is left after the last step"
 
 
+def test_the_next_step_fits_the_text_that_the_run_read(tmp_path, capsys):
+    def advice(kind, **split):
+        shown = Console(10)
+        dataset = {"splits": {"train": {"tokens": 9, **split}}, "config": {"data": {"kind": kind}}}
+        shown.start(info(tmp_path, dataset=dataset))
+        shown.finish("done")
+        return capsys.readouterr().err.splitlines()[-1].partition("  or  ")[2]
+
+    assert advice("files") == f'megatrain generate {tmp_path} prompt="Once upon a time"'
+    assert advice("python_stdlib") == advice("code") == f'megatrain generate {tmp_path} prompt="def main("'
+    assert advice("chat", loss_hashes=["00"]) == f"megatrain chat {tmp_path}"
+    assert advice("files", parts=[{"loss_hashes": ["00"]}]) == f"megatrain chat {tmp_path}"
+
+
 def test_a_held_out_loss_is_shown_once_and_says_how_much_was_read(clock_at, capsys):
     """The line of its step and of later ones do not repeat it."""
     shown = Console(100)

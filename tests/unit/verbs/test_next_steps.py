@@ -42,6 +42,23 @@ def test_prepare_says_how_to_train_on_its_dataset_and_look_at_it(name, folder, m
     assert (verb, page.path) == ("report", f"{folder}/{name}")
     assert ("data.dir" in command) == (folder != "data"), "only what differs from the defaults"
     assert command.split()[:3] == ["megatrain", "train", "model=small"], "the size of the model is the user's to choose"
+    assert found.train.steps == 1000, "the default is for a trial"
+
+
+def test_the_datasets_of_the_readme_lead_to_its_runs(monkeypatch, capsys):
+    monkeypatch.setattr(preparation, "prepare", lambda config: Path(config.data.dir) / config.data.name)
+    for folder, rest in {"data": "", "d": " data.dir=d"}.items():
+        words = ["data=python_stdlib", "data.name=quickstart", "tokenizer.vocab_size=2048", f"data.dir={folder}"]
+        prepare.prepare(compose("prepare", words), words)
+        command = commands(capsys)[0]
+        assert command == f"megatrain train experiment=quickstart{rest}"
+        assert (read(command)[1].data.name, read(command)[1].data.dir) == ("quickstart", folder)
+    words = ["data=chat", "data.paths=[x]", "data.name=talks"]
+    prepare.prepare(compose("prepare", words), words)
+    assert read(commands(capsys)[0].replace("<run>", "x"))[1].train.steps == 300
+    words = ["data=files", "data.paths=[x]", "data.name=quickstart"]
+    prepare.prepare(compose("prepare", words), words)
+    assert "experiment=" not in commands(capsys)[0], "another text"
 
 
 def test_the_model_of_a_config_file_stays(monkeypatch, capsys, tmp_path):
