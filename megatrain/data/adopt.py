@@ -15,7 +15,7 @@ import numpy as np
 
 from megatrain.data.card import SPLITS, Card, SplitCard, TokenizerCard, card_of_files, card_of_parts, fingerprint
 from megatrain.data.corpus.file_search import expand
-from megatrain.data.indexed import pair, read_header
+from megatrain.data.indexed import loss_file, pair, read_header
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
@@ -47,6 +47,12 @@ def check_prefixes(paths: list[str]) -> dict[str, list[Path]]:
                     f"data.paths: there is no {prefix}.bin and .idx; give the prefix that both files share"
                 )
             read_header(prefix)
+            if loss_file(prefix).exists():
+                raise ConfigError(
+                    f"data.paths: {prefix} has conversations, and {loss_file(prefix).name} says which of their tokens "
+                    "count in the loss, which would be lost; copy the whole dataset's folder and name it by data.dir "
+                    "and data.name"
+                )
         prefixes[split] = found
     _check_apart(*prefixes.values())
     return prefixes

@@ -212,3 +212,15 @@ def test_a_folder_without_a_name_is_a_folder_like_any_other(tmp_path, shards, fo
     if folder != "/":
         monkeypatch.chdir(shards)
         adopt(tmp_path, [folder])
+
+
+def test_conversations_are_not_adopted_without_what_counts_in_their_loss(tmp_path, shards):
+    ids = np.arange(10, dtype=np.uint16)
+    with IndexedWriter(shards / "talks", ids.dtype) as writer:
+        writer.add(ids, np.array([10], np.int32), np.ones(10, np.uint8))
+        writer.finish()
+    with pytest.raises(ConfigError, match=r"talks has conversations, and talks\.loss says"):
+        adopt(tmp_path, [shards / "talks"])
+    assert not (tmp_path / "out" / "d").exists()
+    (shards / "talks.loss").unlink()
+    assert adopt(tmp_path, [shards / "talks"]).is_dir()
