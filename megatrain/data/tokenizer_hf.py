@@ -72,6 +72,9 @@ class Folder:
     def chat_template(self) -> str | None:
         """Return the default chat template, None if there is none. A file of its own comes before the settings."""
         template = self.templates.get(_TEMPLATE) or self.settings.get("chat_template")
+        if isinstance(template, list):  # several, each an object with its name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
         return template if isinstance(template, str) else None
 
     def names(self) -> list[str]:

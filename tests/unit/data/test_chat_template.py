@@ -1,5 +1,6 @@
 """Conversations are laid out as transformers lays them out, and no message can spell what ends a turn."""
 
+import json
 import random
 import re
 
@@ -227,3 +228,18 @@ def test_a_tag_in_a_comment_marks_nothing(folders):
     noted = ChatTemplate(tokenizer, "{# without {% generation %} #}" + plain.source)
     for messages in conversations(20, WORDS):
         assert noted.encode(messages) == plain.encode(messages)
+
+
+def test_of_several_templates_the_default_one_is_used(folders, tmp_path):
+    """As transformers does; older tokenizers have a list of them in their settings."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "chatml")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [
+        {"name": "tool_use", "template": "{{ messages }}"},
+        {"name": "default", "template": tokenizer.chat_template},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_chat_template() == tokenizer.chat_template
+    assert find_tokenizer("hf", str(tmp_path)).chat_template() == tokenizer.chat_template
