@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from megatrain.resilience import colours
+
 MAX_WAITING = 1000
 """Number of writes that wait for a slow reader. Further ones go to the log only."""
 
@@ -86,7 +88,7 @@ class Terminal:
     @property
     def has_status_line(self) -> bool:
         """Whether standard error is a terminal that can redraw a line."""
-        return self._queue is not None and self.is_tty(_ERR) and os.environ.get("TERM") not in ("dumb", "unknown")
+        return self._queue is not None and self.is_tty(_ERR) and os.environ.get("TERM") not in colours.PLAIN_TERMINALS
 
     def is_tty(self, number: int) -> bool:
         """Return whether a stream (1 or 2) leads to a terminal."""
@@ -177,6 +179,8 @@ class Terminal:
         self._print(number, data)
 
     def _print(self, number: int, data: bytes) -> None:
+        if number == _ERR and self.is_tty(_ERR) and colours.are_wanted():
+            data = colours.paint(data)
         if self._queue is None:
             if not self._stuck:
                 self._write_now(number, data)

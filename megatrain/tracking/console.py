@@ -19,6 +19,8 @@ from megatrain.tracking.tracker import RunInfo
 RECENT_STEPS = 50
 """Number of recent steps whose wall time, including evaluations and saves, predicts the time left."""
 
+KEPT_LINES = 10
+"""Lines of steps that a run leaves above the bar, evaluations apart."""
 
 MIN_BAR = 10
 """Width of the narrowest bar; where less is left, there is none."""
@@ -27,9 +29,10 @@ MIN_BAR = 10
 class Console:
     """The progress of a run on standard error.
 
-    A terminal gets a bar with notes above it. Any other stream gets a line every `every_steps` steps or `every_s`
-    seconds, whichever comes first, and at the first step, the last step and each evaluation. While an evaluation or a
-    save holds up the steps, the bar shows how far it is; any other stream gets a line every `every_s` seconds.
+    A terminal gets a bar, and above it notes and a line at every tenth of the run and at each evaluation.
+    Any other stream gets a line every `every_steps` steps or `every_s` seconds, whichever comes first, and at the first
+    step, the last step and each evaluation. While an evaluation or a save holds up the steps, the bar shows how far it
+    is; any other stream gets a line every `every_s` seconds.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Console:
         self._moments.append(moment)
         if self._has_bar:
             self._step, self._status = record["step"], self.status(record)
+            if self._is_kept(record):
+                self.note(f"{self._place(record['step'])}  {self._status}")
         elif record.get("heldout_loss") is not None or self._is_line_due(record["step"], moment):
             self._last_line = (record["step"], moment)
             self.note(f"{self._place(record['step'])}  {self.status(record)}")
@@ -158,6 +163,12 @@ class Console:
             return 0.0
         per_step = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
         return max(0, self._total - step) * per_step
+
+    def _is_kept(self, record: dict[str, Any]) -> bool:
+        """Return whether a step's line stays above the bar. The bar itself shows the last step."""
+        step: int = record["step"]
+        every = max(1, self._total // KEPT_LINES)
+        return step < self._total and (step % every == 0 or record.get("heldout_loss") is not None)
 
     def _is_line_due(self, step: int, moment: float) -> bool:
         if self._last_line is None or step >= self._total:

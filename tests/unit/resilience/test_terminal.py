@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import select
 import subprocess
 import sys
@@ -163,3 +164,46 @@ def test_a_line_is_lost_in_silence_where_nobody_installed_a_terminal(monkeypatch
     monkeypatch.setattr(sys, "stderr", None)
     show("nor this")
     assert capsys.readouterr().out == ""
+
+
+LINES = {
+    "megatrain: error: no such key": "megatrain: \x1b[31merror:\x1b[0m no such key",
+    "megatrain: warning: slow": "megatrain: \x1b[33mwarning:\x1b[0m slow",
+    "note: few pieces": "\x1b[2mnote: few pieces\x1b[0m",
+    "step 20: held-out loss 3.1250": "\x1b[36mstep 20: held-out loss 3.1250\x1b[0m",
+    "saved runs/a in 0.12 s": "\x1b[32msaved runs/a in 0.12 s\x1b[0m",
+    "run done in 0:00:12": "\x1b[32mrun done in 0:00:12\x1b[0m",
+    "step 20/40  loss 2.5": "step 20/40  loss 2.5",
+    "read: error: of a user's text": "read: error: of a user's text",
+}
+
+
+def printed(ends, log, background):
+    """Return what the reader at the other end sees of `LINES` on standard error, and of one on standard output."""
+    reader, writer = ends
+    terminal = Terminal(writer, writer)
+    terminal.keep_going(background)
+    terminal.log_to(log)
+    for line in LINES:
+        print(line, file=terminal.stderr)
+    print("note: a text that a model wrote", file=terminal.stdout)
+    terminal.close()
+    text = os.read(reader, 1 << 16).decode().replace("\r\n", "\n").replace("\r\x1b[K", "")
+    return text.splitlines()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_terminal_has_colours_and_nothing_else_has(background, pipe, tmp_path, monkeypatch):
+    plain = [*LINES, "note: a text that a model wrote"]
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert printed(pipe, tmp_path / "log", background) == plain
+    ends = pty.openpty()
+    assert printed(ends, tmp_path / "log of a terminal", background) == [*LINES.values(), plain[-1]]
+    assert (tmp_path / "log of a terminal").read_text().splitlines() == plain
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert printed(ends, tmp_path / "log", background) == plain, name
+    for end in ends:
+        os.close(end)

@@ -145,9 +145,29 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
     os.close(reader)
     os.close(writer)
     lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
+    lines = [re.sub(r"\x1b\[\d+m", "", line) for line in lines]
     assert lines[1] == "saved runs/a/step_7 in 0.12 s"
     assert re.fullmatch(r"step  7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
     assert re.fullmatch(r"run done in 0:00:0\d", lines[3]) and lines[4].startswith("next: ") and lines[5:] == [""]
+
+
+def test_a_terminal_keeps_a_history_of_the_loss_above_the_bar(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = pty.openpty()
+    terminal = Terminal(writer, writer)
+    terminal.keep_going(background=True)
+    shown = Console(50, terminal=terminal)
+    shown.start(info(tmp_path))
+    for step in range(1, 51):
+        shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.0} if step == 12 else {}))
+    shown.finish("done")
+    terminal.close()
+    text = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    os.close(writer)
+    lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
+    kept = [int(found.group(1)) for line in lines if (found := re.match(r"step +(\d+)/50  loss 2.5", line))]
+    assert kept == [5, 10, 12, 15, 20, 25, 30, 35, 40, 45], "the bar itself shows the last step"
 
 
 def test_a_skipped_step_is_marked(tmp_path):
