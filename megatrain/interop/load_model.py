@@ -17,15 +17,15 @@ from torch import Tensor
 
 from megatrain.checkpoint.find import model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
+from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.store import first_valid, load_weights, verify
 from megatrain.config import ModelConfig
-from megatrain.data.card import CARD
 from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.huggingface import generation_of, import_model
+from megatrain.interop.path_kind import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.gpt import GPT
 
@@ -110,39 +110,6 @@ class Loaded:
                     raise CheckpointError(f"{self.folder}: the shape of {name} does not match the config")
                 parameter.copy_(self.weights[name])
         return model.eval()
-
-
-def kind_of(path: Path) -> str:
-    """Return what a path holds, by file names alone: `checkpoint`, `dataset`, `huggingface`, `run` or `unknown`."""
-    if (path / MANIFEST).exists() or checkpoint_step(path) is not None:
-        return "checkpoint"
-    if (path / CARD).exists():
-        return "dataset"
-    if any((path / name).exists() for name in ("config.json", "model.safetensors", "model.safetensors.index.json")):
-        return "huggingface"
-    if (path / "checkpoints").is_dir() or (path / "config.yaml").exists() or list_checkpoints(path):
-        return "run"
-    return "unknown"
-
-
-def checkpoints_folder(run: Path) -> Path:
-    """Return the folder of a run's checkpoints: `run` itself if it has no `checkpoints/`."""
-    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
-
-
-def find_checkpoint(path: Path, step: int) -> Path:
-    """Return the checkpoint of a run's `step`, without verifying it.
-
-    Raises:
-        ConfigError: the path is no run, or the run keeps no checkpoint of that step; the message names those it keeps.
-    """
-    if kind_of(path) != "run":
-        raise ConfigError(f"step={step} chooses a checkpoint of a run, but path={path} is no run; leave step out")
-    found = {checkpoint_step(folder): folder for folder in list_checkpoints(checkpoints_folder(path))}
-    if step not in found:
-        kept = ", ".join(str(number) for number in sorted(n for n in found if n is not None)) or "none"
-        raise ConfigError(f"{path}: no checkpoint of step {step} (there are: {kept})")
-    return found[step]
 
 
 def load(path: Path, step: int | None = None) -> Loaded:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,6 @@ from megatrain.checkpoint.find import own_dataset
 from megatrain.config import DataConfig, EvaluateConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import CARD, Card
-from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.normalise import normalise
 from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
@@ -39,9 +37,6 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
-
-_RECORDS = ("lines", "json", "parquet", "warc")
-"""Kinds of files that are no text of their own."""
 
 
 @dataclass(frozen=True)
@@ -252,12 +247,6 @@ def open_source(config: EvaluateConfig, loaded: Loaded) -> Source:
     path = Path(config.data)
     if path.is_dir():
         return open_dataset(path, config.split, loaded)
-    if kind_of(path.name) in _RECORDS and path.is_file():
-        words = ["data=files", "data.name=test", f"data.paths=[{path}]", f"tokenizer.path={loaded.tokenizer_dir}"]
-        raise ConfigError(
-            f"data={path} holds records, whose braces and names would be scored as text; prepare it (megatrain prepare "
-            f"{shlex.join(words)}) and give the dataset"
-        )
     return open_text(path, loaded.need_tokenizer())
 
 

@@ -9,7 +9,8 @@ from megatrain.config import ExportConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import export_model
-from megatrain.interop.load_model import Loaded, kind_of, load
+from megatrain.interop.load_model import Loaded, load
+from megatrain.interop.path_kind import kind_of
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 

@@ -21,7 +21,8 @@ from megatrain.config.values import quoted
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
 from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import generation_of
-from megatrain.interop.load_model import Loaded, kind_of, load
+from megatrain.interop.load_model import Loaded, load
+from megatrain.interop.path_kind import kind_of
 from megatrain.resilience.atomic_file import remove_abandoned, sync_path, temporary_name
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing

@@ -23,7 +23,7 @@ from megatrain.data.mixture import seen_shares
 from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
-from megatrain.interop.load_model import checkpoints_folder, find_checkpoint, kind_of
+from megatrain.interop.path_kind import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.model.formats import DTYPE_BYTES
 from megatrain.resilience.owner import is_held
 from megatrain.tracking.console import short

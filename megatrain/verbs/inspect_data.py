@@ -14,7 +14,6 @@ from megatrain.data.preparation_summary import words
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
-from megatrain.interop.load_model import load
 from megatrain.report.dataset_page import sample_texts
 from megatrain.verbs.printer import Printer, printable
 
@@ -42,6 +41,8 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def print_huggingface(printer: Printer, folder: Path) -> None:
     """Print a folder for transformers. Raises CheckpointError if its model is damaged or cannot be imported."""
+    from megatrain.interop.load_model import load  # imports torch, which no other folder needs
+
     loaded = load(folder)
     printer.title(f"Hugging Face folder {folder}")
     config = loaded.config

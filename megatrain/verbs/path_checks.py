@@ -6,11 +6,13 @@ Every message names the key, the given path and what is nearby.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.find import peek, tokenizer_folder
 from megatrain.config import (
     DataConfig,
     EvaluateConfig,
@@ -28,6 +30,7 @@ from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists
 from megatrain.data.card import Card, check_dataset
 from megatrain.data.chat.settings import KEYS_FOR_CHAT
+from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.file_search import matches
 from megatrain.data.mixed_dataset import open_mixture
 from megatrain.data.samples import BEST_FIT, num_samples
@@ -37,6 +40,9 @@ from megatrain.optim.schedule import samples_before
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.places import require
 from megatrain.verbs.start_checks import check_origin, prepare_command
+
+RECORDS = ("lines", "json", "parquet", "warc")
+"""Kinds of files that are no text of their own."""
 
 
 def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
@@ -73,6 +79,7 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
         require("path", Path(config.path))
     if isinstance(config, EvaluateConfig) and config.data is not None:
         require("data", Path(config.data))
+        refuse_records(Path(config.data), Path(config.path))
     if isinstance(config, (ExportConfig, ImportConfig)):
         refuse_existing(Path(config.out))
         check_writable("out", Path(config.out))
@@ -162,6 +169,19 @@ def check_tokenizer(config: TokenizerConfig) -> None:
     path = Path(config.path)
     if config.kind != "hf" or is_local(config.path) or path.suffix == ".json":
         require("tokenizer.path", path)
+
+
+def refuse_records(data: Path, model: Path) -> None:
+    """Refuse to evaluate on a file of records, and say how to prepare it with the model's tokenizer."""
+    if kind_of(data.name) not in RECORDS or not data.is_file():
+        return
+    found = peek(model)
+    tokenizer = (tokenizer_folder(*found) if found else None) or model  # a Hugging Face folder holds its own
+    words = ["data=files", "data.name=test", f"data.paths=[{data}]", f"tokenizer.path={tokenizer}"]
+    raise ConfigError(
+        f"data={data} holds records, whose braces and names would be scored as text; prepare it (megatrain prepare "
+        f"{shlex.join(words)}) and give the dataset"
+    )
 
 
 def check_sources(config: DataConfig) -> None:

@@ -354,12 +354,16 @@ def test_under_another_launcher_each_rank_reports_the_mistake(rank, speaker, mon
         ["train", "checkpoint.resume=none/such"],
         ["prepare", "tokenizer.path=none.model"],
         ["evaluate", "none/such"],
+        ["evaluate", ".", "data=talks.jsonl"],
+        ["inspect", "."],
         ["generate", "none/such"],
         ["export", "none/such", "out=x"],
         ["report", "none/such"],
     ],
 )
 def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text("{}")
     program = (
         "import sys; from megatrain.cli import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'deepspeed', 'mlflow', 'transformers', 'datasets'} & set(sys.modules); "
@@ -370,7 +374,7 @@ def test_neither_help_nor_a_refusal_imports_torch(argv, tmp_path):
         [sys.executable, "-c", program, *argv], cwd=tmp_path, env=os.environ, capture_output=True, text=True
     )
     assert done.returncode == expected, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [talks]
 
 
 def test_shutdown_does_not_change_the_exit_code_of_a_rank_that_failed():

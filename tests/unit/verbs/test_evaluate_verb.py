@@ -19,6 +19,7 @@ from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.evaluate import Source, TextTokens, compute_scores, evaluate
 from megatrain.verbs.export import export_
+from megatrain.verbs.path_checks import check_paths
 
 SEQ_LEN = 16
 
@@ -172,7 +173,9 @@ def test_a_model_that_cannot_be_evaluated_is_refused_with_a_remedy(finished, fam
     assert "no text" in refusal(DataError, finished, data=str(empty))
     records = tmp_path / "records.jsonl.gz"
     records.write_bytes(b"")
-    assert "holds records, whose braces" in refusal(ConfigError, finished, data=str(records))
+    words = rf"holds records, whose braces .* tokenizer\.path={finished}/.*tokenizer"
+    with pytest.raises(ConfigError, match=words):
+        check_paths(EvaluateConfig(path=str(finished), data=str(records)))
     assert "give data=" in refusal(ConfigError, family("llama")[0])
     assert "seq_len=64 or less" in refusal(ConfigError, finished, seq_len=65)
 
