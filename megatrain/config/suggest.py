@@ -95,7 +95,9 @@ def did_you_mean(prefix: str, given: str, known: Sequence[str]) -> str:
     found = found or [name for name in known if len(text) > 2 and name.startswith(text)]
     found = found or get_close_matches(text, known, n=1, cutoff=0.6)
     if not found and len(text) > 2:
-        found = [name for name in known if text in name.lower()] or [name for name in known if name.lower() in text]
+        found = [name for name in known if text in name.lower()] or [
+            name for name in known if len(name) > 2 and name.lower() in text
+        ]
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 

@@ -68,8 +68,12 @@ def summary(target: Path, card: Card) -> Iterator[str]:
         }
         yield f"  no documents, left out: {left_out:,} ({format_counts(reasons)})"
     counts = {name: count for name, count in card.counts.items() if not name.startswith((_BAD, KIND, LEFT_OUT))}
+    kept = {"with HTML tags": counts.pop("markup", 0)}
+    kept["with replaced bytes that are not UTF-8"] = counts.pop("undecodable", 0) - counts.get("skipped_undecodable", 0)
     if card.counts:
         yield f"  documents: {format_counts(counts)}"
+    if any(kept.values()):
+        yield f"  of these: {format_counts(kept)}"
     yield from map(_step, card.cleaning)
     if near := card.near_duplicates:
         yield (

@@ -63,7 +63,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar or self._shown != self._done:  # else the last line says it already
+        if kind is None and (self._bar or self._shown != self._done):  # else the last line, or the error, says it
             self._draw()
         if self._bar:
             self._bar.stop()

@@ -74,10 +74,10 @@ class TextStages:
         counts = pipeline.total_counts(shards)
         first_bad = next((shard.first_bad for shard in shards if shard.first_bad), None)
         check_bad_fraction(counts, self.config.data.max_bad_fraction, first_bad)
-        if counts["markup"]:
+        if pages := counts["markup"]:
             print(
-                f"note: {counts['markup']:,} documents are HTML, and their tags stay in the text; clean=web extracts "
-                "their text, as does the step html in a recipe of your own (clean.steps)",
+                f"note: {pages:,} document{'s are' if pages > 1 else ' is'} HTML, and the tags stay in the text; "
+                "clean=web extracts the text, as does the step html in a recipe of your own (clean.steps)",
                 file=sys.stderr,
             )
         if saved := Selected.load(self.work, self.key, shards):

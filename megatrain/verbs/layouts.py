@@ -123,11 +123,15 @@ def usable_bytes(config: LayoutsConfig) -> float | None:
 def advice(row: Row, config: LayoutsConfig, job: TrainConfig, world_size: int) -> str:
     """Return what to type for a layout: the keys that the command which asked for it does not have yet."""
     words = paste(row, config, job)
-    lines = [f"for the first layout, start `megatrain train` with the same keys on {world_size:,} ranks and add:"]
+    lines = [f"for the first layout, start `megatrain train` with the same keys on {_ranks(world_size)} and add:"]
     lines = [*lines, f"  {words}"] if words else ["the first layout is what `megatrain train` takes with the same keys"]
     if assumed := [f"{key}={_value(job, key)}" for key in SIZES if _value(config, key) is None]:
         lines.append(f"assumed sizes: {' '.join(assumed)}; add them too, or give `megatrain layouts` those of your run")
     return "\n".join(lines)
+
+
+def _ranks(number: int) -> str:
+    return f"{number:,} rank{'s' * (number != 1)}"
 
 
 def paste(row: Row, config: LayoutsConfig, job: TrainConfig) -> str:
@@ -283,7 +287,7 @@ def header_lines(
     """Yield the lines above the table."""
     loop, limit = job.train, usable_bytes(config)
     precision = job.precision.name + ("" if job.precision.name == "fp32" else " on fp32 masters")
-    yield f"{job.model.name}: {num_parameters(job.model):,} parameters, {precision}, {world_size:,} ranks"
+    yield f"{job.model.name}: {num_parameters(job.model):,} parameters, {precision}, {_ranks(world_size)}"
     yield (
         f"{loop.global_batch_size * loop.seq_len:,} tokens a step: {loop.global_batch_size:,} sequences of "
         f"{loop.seq_len:,}, {loop.micro_batch_size} a micro-batch"
@@ -345,7 +349,7 @@ def row_record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any
 
 def explain_no_layout(config: LayoutsConfig, job: TrainConfig, world_size: int, refused: Counter[str]) -> str:
     """Return the message for no legal layout: the most frequent reasons, and which given keys to leave open."""
-    axes, lines = open_axes(config), [f"no layout of {world_size} ranks is legal with these keys"]
+    axes, lines = open_axes(config), [f"no layout of {_ranks(world_size)} is legal with these keys"]
     examples: dict[str, str] = {}
     for _, refusal, view in judge(job, world_size, axes):
         if refusal is not None and refusal.name not in examples:

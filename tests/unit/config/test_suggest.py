@@ -36,5 +36,6 @@ def test_a_path_is_compared_part_by_part(tmp_path, monkeypatch):
 
 def test_a_name_unlike_all_others_gets_no_suggestion():
     assert did_you_mean("data=", "mine", ["fineweb", "files"]) == ""
+    assert did_you_mean("runs/", "nothing", ["g", "in"]) == "", "a letter or two are in many names"
     assert did_you_mean("", "tiny-books", ["tiny-book", "small"]) == "; did you mean tiny-book?"
     assert nearest_key("xyzzy", KEYS, GROUPS["train"]) is None

@@ -143,11 +143,15 @@ def pages(tmp_path):
 def test_without_a_step_html_stays_markup_and_the_terminal_says_so_once(tmp_path, pages, capsys):
     card = Card.load(prepared(tmp_path))
     said = capsys.readouterr().err
-    assert said.count("3 documents are HTML, and their tags stay in the text; clean=web extracts their text") == 1
+    assert said.count("3 documents are HTML, and the tags stay in the text; clean=web extracts the text") == 1
     assert (card.counts["kind_html"], card.counts["kind_text"], card.counts["markup"]) == (3, 1, 3)
     assert "read as: html 3, text 1" in said
+    (pages / "a.html").unlink()
+    (pages / "b.HTM").unlink()
+    prepared(tmp_path, "one")
+    assert "note: 1 document is HTML, and the tags stay" in capsys.readouterr().err
     prepared(tmp_path, "clean", ["html"])
-    assert "are HTML" not in capsys.readouterr().err
+    assert " HTML, and" not in capsys.readouterr().err
 
 
 def test_examples_name_the_page_and_the_text_is_extracted(tmp_path, pages):

@@ -43,6 +43,18 @@ def test_few_documents_left_are_noted_with_the_step_that_removed_most():
     assert not [line for line in told(1000, 0, [step("language", 110, 56)]) if line.startswith("note: ")]
 
 
+def test_documents_that_are_kept_do_not_stand_among_those_removed():
+    def of(**counts):
+        splits = {"train": SplitCard(3, 4, 1, "uint16", 2, 0, "", [])}
+        return list(summary(Path("d"), Card("d", "0" * 32, splits, None, counts={"read": 9, "empty": 2, **counts})))[2:]
+
+    assert of(markup=3, undecodable=2, skipped_undecodable=1) == [
+        "  documents: read 9, empty 2, skipped undecodable 1",
+        "  of these: with HTML tags 3, with replaced bytes that are not UTF-8 1",
+    ]
+    assert of(markup=0, undecodable=1, skipped_undecodable=1) == ["  documents: read 9, empty 2, skipped undecodable 1"]
+
+
 def test_the_splits_are_in_columns():
     train, heldout = told(25_000, 100)[1:3]
     assert train == "  train:   3 documents, 25,000 tokens, 0.1 MB of text (4.00 bytes per token)"

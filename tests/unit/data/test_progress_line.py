@@ -22,6 +22,12 @@ def test_each_state_is_printed_once(last, lines, monkeypatch, capsys):
     assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == lines
 
 
+def test_a_stage_that_fails_leaves_the_last_line_to_the_error(capsys):
+    with pytest.raises(OSError), Meter("reading", 100):
+        raise OSError("the disk")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_stage_without_progress_prints_its_end(capsys):
     with Meter("reading", 100):
         pass

@@ -69,6 +69,8 @@ def test_the_table_names_its_job(capsys):
     assert cli.main([*LLAMA, "layouts.limit=3"]) == 0
     shown = capsys.readouterr().out
     assert "llama_8b: 8,030,261,248 parameters, bf16 on fp32 masters, 64 ranks" in shown
+    assert cli.main(["layouts", "model=tiny", "layouts.limit=1"]) == 0
+    assert "parameters, fp32, 1 rank\n" in capsys.readouterr().out
     assert "1,048,576 tokens a step" in shown and "layouts.limit=0 shows them" in shown and "\033" not in shown
     table = shown.split("\n\n")[1].splitlines()
     assert len(table) == 4 and table[0].split()[:3] == ["engine", "dp", "tp"]
