@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.card import Card
-from megatrain.data.indexed import HEADER, pair, read_header
+from megatrain.data.indexed import HEADER, loss_file, pair, read_header
 from megatrain.errors import DataError
 
 _STRIDE = 2**20
@@ -131,12 +131,16 @@ def count_tokens(folder: Path, card: Card) -> TokenCounts:
 
 @dataclass
 class Sample:
-    """A document: its split, its number there, its length in tokens, and its first ids."""
+    """A document: its split, its number there, its length in tokens, and its first ids.
+
+    `counts` says which of the ids count in the loss; None: all of them.
+    """
 
     split: str
     number: int
     length: int
     ids: list[int]
+    counts: list[bool] | None = None
 
 
 def sample_documents(folder: Path, card: Card, count: int, seed: int, max_tokens: int) -> Iterator[Sample]:
@@ -154,10 +158,26 @@ def sample_documents(folder: Path, card: Card, count: int, seed: int, max_tokens
             if at < size:
                 length, start = _locate(folder / name, at, size, part.dtype)
                 ids = _read_ids(folder / name, np.dtype(part.dtype), start, min(length, max_tokens))
-                yield Sample(split, number[split] + at, length, ids.tolist())
+                counts = _read_counts(folder / name, start, len(ids)).tolist() if part.loss_hashes else None
+                yield Sample(split, number[split] + at, length, ids.tolist(), counts)
                 break
             number[split] += size
             at -= size
+
+
+def count_in_loss(folder: Path, card: Card) -> dict[str, int]:
+    """Return how many tokens of each split count in the loss; of splits where that is not all of them.
+
+    Raises `DataError` if a `.loss` is shorter than its card says.
+    """
+    return {
+        name: sum(
+            int(np.count_nonzero(_read_counts(folder / name, start, min(_STRIDE, split.tokens - start))))
+            for start in range(0, split.tokens, _STRIDE)
+        )
+        for name, split in card.splits.items()
+        if split.loss_hashes
+    }
 
 
 def _locate(prefix: Path, at: int, num_sequences: int, dtype: str) -> tuple[int, int]:
@@ -179,3 +199,17 @@ def _read_ids(prefix: Path, dtype: np.dtype, start: int, count: int) -> np.ndarr
             f"{bin_path}: ends at token {start + len(ids)}, but the card says more; copy or prepare the dataset again"
         )
     return ids.astype(np.int64)
+
+
+def _read_counts(prefix: Path, start: int, count: int) -> np.ndarray:
+    """Return which of the tokens `[start, start + count)` count in the loss (bool), from a `.loss`."""
+    path = loss_file(prefix)
+    try:
+        counts = np.fromfile(path, dtype=np.uint8, count=count, offset=start)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy or prepare the dataset again") from error
+    if len(counts) < count:
+        raise DataError(
+            f"{path}: ends at token {start + len(counts)}, but the card says more; copy or prepare the dataset again"
+        )
+    return counts > 0

@@ -6,7 +6,6 @@ Imports no torch. The page of a single dataset is in `dataset_page.py`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megatrain.data.card import CARD, Card, check_dataset
 from megatrain.data.mixture_settings import SAVED_MIXTURE
 from megatrain.data.survey import sample_documents
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.report.dataset_page import SAMPLE_TOKENS, decoded, seed_of, tiles
+from megatrain.report.dataset_page import SAMPLE_TOKENS, describe_sample, seed_of, tiles
 from megatrain.report.page import DATASET_PAGE, write_page
 from megatrain.report.sources import describe_packages, describe_sources
 
@@ -45,8 +44,7 @@ def collect_corpus(folder: Path) -> dict[str, Any]:
     for name, card in cards.items():
         tokenizer = load_tokenizer(places[name] / "tokenizer") if card.tokenizer else None
         for sample in sample_documents(places[name], card, SAMPLES, seed_of(card), SAMPLE_TOKENS):
-            shown = decoded(sample.ids, sample.length, tokenizer)
-            samples.append({**asdict(sample), "source": name, "ids": sample.ids[:40], **shown})
+            samples.append({"source": name, **describe_sample(sample, tokenizer)})
     settings = {name: {"source": card.source, "settings": card.config} for name, card in cards.items()}
     return {
         "name": folder.resolve().name,
@@ -55,6 +53,7 @@ def collect_corpus(folder: Path) -> dict[str, Any]:
         "tiles": total_tiles(cards),
         "sources": describe_sources(cards, _mixture(folder)),
         "packages": describe_packages(cards),
+        "has_records": False,
         "funnel": [],
         "splits": [],
         "examples": [],

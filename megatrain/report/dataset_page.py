@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 from megatrain.data.card import SPLITS, Card, check_dataset
 from megatrain.data.corpus.cleaning import KIND
 from megatrain.data.funnel import Stage, funnel
-from megatrain.data.survey import Lengths, count_lengths, count_tokens, sample_documents
+from megatrain.data.survey import Lengths, Sample, count_in_loss, count_lengths, count_tokens, sample_documents
 from megatrain.data.text_stages import EXAMPLES
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -59,6 +59,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "fingerprint": card.fingerprint,
         "notices": notices,
         "tiles": tiles(card, stages),
+        "has_records": "read" in card.counts,
         "funnel": [asdict(stage) | {"removed": stage.removed} for stage in stages],
         "splits": [
             {"name": name, "documents": split.documents, "bytes": split.bytes, "tokens": split.tokens}
@@ -69,7 +70,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "counted": [{"step": name, "counts": by_count(found)} for name, found in counted(card, stages) if found],
         "tokens": describe_tokens(folder, card, tokenizer),
         "samples": [
-            {**asdict(sample), "ids": sample.ids[:40], **decoded(sample.ids, sample.length, tokenizer)}
+            describe_sample(sample, tokenizer)
             for sample in sample_documents(folder, card, NUM_SAMPLES, seed_of(card), SAMPLE_TOKENS)
         ],
         "sample_seed": seed_of(card),
@@ -91,9 +92,9 @@ def tiles(card: Card, stages: list[Stage]) -> list[dict[str, str]]:
     documents, tokens = sum(s.documents for s in splits), sum(s.tokens for s in splits)
     known = [split.bytes for split in splits if split.bytes is not None]
     size = sum(known) if len(known) == len(card.splits) else None
-    found = [("documents", short(documents), f"{documents:,}"), ("tokens", short(tokens), f"{tokens:,}")]
+    found = [(name, short(n), f"{n:,}" * (n >= 1000)) for name, n in (("documents", documents), ("tokens", tokens))]
     if size is not None:
-        found.append(("text", f"{short(size)}B", f"{size:,} bytes"))
+        found.append(("text", byte_size(size), f"{size:,} bytes" * (size >= 1000)))
         found.append(("bytes per token", f"{size / max(tokens, 1):.2f}", "of text"))
     if stages:
         read = stages[0].documents_in
@@ -103,6 +104,14 @@ def tiles(card: Card, stages: list[Stage]) -> list[dict[str, str]]:
         held = card.splits["heldout"]
         found.append(("held out", short(held.documents), f"documents, {short(held.tokens)} tokens"))
     return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in found]
+
+
+def byte_size(num_bytes: int) -> str:
+    """Return a number of bytes with three digits and its unit, as `size` of sources.js does: `6.02 kB`."""
+    for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes} B"
 
 
 # ---------------------------------------------------------------------------------------------------- examples
@@ -222,27 +231,44 @@ def describe_tokens(folder: Path, card: Card, tokenizer: Tokenizer | None) -> di
             rows.append(
                 [f"bytes per token, {'held out' if name == 'heldout' else name}", f"{split.bytes / split.tokens:.3f}"]
             )
+    in_loss = count_in_loss(folder, card)
+    for name, count in ((name, in_loss[name]) for name in SPLITS if name in in_loss):
+        share = count / max(card.splits[name].tokens, 1)
+        rows.append([f"count in the loss, {'held out' if name == 'heldout' else name}", f"{count:,} ({share:.1%})"])
     if found.beyond:
         rows.append(["ids outside the vocabulary", f"{found.beyond:,}"])
     if found.counted < found.tokens:
         rows.append(["counted", f"{found.counted:,} of {found.tokens:,} tokens, in evenly spaced pieces"])
+    names = control_names(tokenizer) if tokenizer else {}
     order = np.argsort(-found.counts, kind="stable")[:NUM_FREQUENT]
     frequent = [
-        {"id": at, "count": int(found.counts[at]), "share": float(found.counts[at] / counted), **spelled(at, tokenizer)}
+        {
+            "id": at,
+            "count": int(found.counts[at]),
+            "share": float(found.counts[at] / counted),
+            **spelled(at, tokenizer, names),
+        }
         for at in order.tolist()
         if found.counts[at]
     ]
-    return {"rows": rows, "frequent": frequent}
+    return {"rows": rows, "frequent": frequent, "counted": counted}
 
 
-def spelled(token: int, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Return a token's `text`, or what it is (`kind`) if it has none to show."""
+def control_names(tokenizer: Tokenizer) -> dict[int | None, str]:
+    """Return the names of a tokenizer's control tokens by their ids."""
+    return {tokenizer.control_token(name): name for name in tokenizer.control_names()}
+
+
+def spelled(token: int, tokenizer: Tokenizer | None, names: dict[int | None, str]) -> dict[str, str]:
+    """Return a token's `text`, or what it is (`kind`) if it has none to show: its name in `names`, for one."""
     if tokenizer is None:
         return {"text": "", "kind": "unknown"}
     if token == tokenizer.end_of_document:
         return {"text": "", "kind": "end of document"}
     if token == tokenizer.beginning_of_document:
         return {"text": "", "kind": "beginning of document"}
+    if token in names:
+        return {"text": "", "kind": names[token]}
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:
         return {"text": "", "kind": "part of a character" if text else "no text"}
@@ -258,11 +284,58 @@ def decoded(ids: list[int], length: int, tokenizer: Tokenizer | None) -> dict[st
     return {"text": text.rstrip("\ufffd") if cut else text, "is_cut": cut}  # a cut may divide a character
 
 
-def sample_texts(folder: Path, card: Card, count: int, seed: int, max_tokens: int) -> Iterator[tuple[str, str]]:
-    """Yield a headline and the beginning of the text (or its ids, if it cannot be decoded) of random documents."""
+@dataclass
+class Piece:
+    """A stretch of a document: its text, whether it counts in the loss, whether it is a control token's name."""
+
+    text: str
+    counts: bool = False
+    is_control: bool = False
+
+
+def describe_sample(sample: Sample, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return a random document as a page shows it: `decoded`, and in `pieces` if it is a conversation."""
+    shown, pieces = decoded(sample.ids, sample.length, tokenizer), pieces_of(sample, tokenizer)
+    return {
+        "split": sample.split,
+        "number": sample.number,
+        "length": sample.length,
+        "ids": sample.ids[:40],
+        "pieces": pieces and [asdict(piece) for piece in pieces],
+        **shown,
+    }
+
+
+def pieces_of(sample: Sample, tokenizer: Tokenizer | None) -> list[Piece] | None:
+    """Return a conversation in pieces: control tokens by name, and text, cut where counting in the loss begins or ends.
+
+    None for other documents, and if the ids cannot be decoded.
+    """
+    ids, counts = sample.ids, sample.counts
+    if tokenizer is None or counts is None or decoded(ids, sample.length, tokenizer)["text"] is None:
+        return None
+    names = control_names(tokenizer)
+    decoder, found = tokenizer.stream_decoder(), [Piece("")]
+    for token, does_count in zip(ids, counts, strict=True):
+        if token in names:
+            found.append(Piece(names[token], does_count, True))
+            continue
+        text = decoder.push(token)
+        if found[-1].is_control or found[-1].counts != does_count:
+            found.append(Piece("", does_count))
+        found[-1].text += text
+    return [piece for piece in found if piece.text]
+
+
+def sample_texts(folder: Path, card: Card, count: int, seed: int, max_tokens: int) -> Iterator[tuple[str, list[Piece]]]:
+    """Yield a headline and the beginning of the text (or its ids, if it cannot be decoded) of random documents.
+
+    The text is one piece that does not count, unless it is of a conversation.
+    """
     tokenizer = load_tokenizer(folder / "tokenizer") if card.tokenizer else None
     for sample in sample_documents(folder, card, count, seed, max_tokens):
         shown = decoded(sample.ids, sample.length, tokenizer)
         headline = f"{sample.split} document {sample.number:,}, {sample.length:,} tokens"
         text = " ".join(map(str, sample.ids)) if shown["text"] is None else shown["text"]
-        yield headline, text + (" …" if sample.length > len(sample.ids) else "")
+        pieces = pieces_of(sample, tokenizer) or [Piece(text)]
+        yield headline, [*pieces, *([Piece(" …")] if sample.length > len(sample.ids) else [])]

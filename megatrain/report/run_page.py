@@ -18,7 +18,7 @@ from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
-from megatrain.report.sources import last_read, sources_of_run
+from megatrain.report.sources import last_read, reads_conversations, sources_of_run
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
 from megatrain.tracking.console import clock, short
@@ -36,6 +36,8 @@ MAX_DETAIL = 400
 RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
 """The files that a page is made of; a run's folder has one at least."""
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
+IN_LOSS = "that count in the loss"
+"""Which tokens the numbers of a run are of that reads conversations."""
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
 """Parts of the run's time. `step_time_s` includes waiting for data, but not evaluating or saving."""
 
@@ -88,6 +90,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         for event in thin_out(events)
     ]
     config = config if isinstance(config, dict) else {}
+    in_loss = IN_LOSS if reads_conversations(config) else ""
     life = None
     if (run_dir / FILE).exists():
         try:
@@ -97,7 +100,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
     return {
         "name": run_dir.resolve().name,
         "status": status(run_dir, events, curves),
-        "tiles": tiles(curves, events, life),
+        "tiles": tiles(curves, events, life, in_loss),
+        "in_loss": in_loss,
         "facts": facts(config, events, curves, checkpoints),
         "pipeline": pipeline(config, events),
         "x": {"step": curves.steps, "time": [time - first for time in curves.times], "tokens": curves.tokens},
@@ -217,13 +221,13 @@ def reduce_to(kind: str, values: list[float]) -> float:
     return min(values) if kind == "min" else max(values)
 
 
-def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None = None) -> list[dict[str, str]]:
-    """Return the tiles at the top of the page."""
+def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None, in_loss: str) -> list[dict[str, str]]:
+    """Return the tiles at the top of the page. `in_loss` says which tokens were counted, empty if all."""
     found = []
     if curves.last:
         found.append(("step", f"{curves.last['step']:,}", ""))
         if is_number(curves.last.get("tokens")):
-            found.append(("tokens", short(curves.last["tokens"]), ""))
+            found.append(("tokens", short(curves.last["tokens"]), in_loss))
     if curves.last_loss is not None:
         found.append(("loss", f"{curves.last_loss:.4f}", "last step"))
     if curves.heldout:

@@ -63,10 +63,27 @@ def sources_of_run(config: Mapping[str, Any], events: list[dict[str, Any]]) -> l
 
     The target is the mixture at the last recorded step.
     """
-    data = config.get("data")
     seen = last_read(events)
+    cards, first = _mixture(config.get("data"))
+    targets = {name: found["weight"] for name, found in seen.items() if isinstance(found.get("weight"), (int, float))}
+    return describe_sources(cards, targets or first, seen)
+
+
+def reads_conversations(config: Mapping[str, Any]) -> bool:
+    """Return whether a run reads conversations, so that only some of its tokens count in the loss."""
+    data = config.get("data")
+    if not isinstance(data, dict):
+        return False
+    cards = [*_mixture(data)[0].values(), _card(Path(str(data.get("dir"))) / str(data.get("name")))]
+    return data.get("kind") == "chat" or any(
+        split.loss_hashes for card in cards if card for split in card.splits.values()
+    )
+
+
+def _mixture(data: Any) -> tuple[dict[str, Card | None], dict[str, float]]:
+    """Return the cards of a mixture's sources, and the weights that it begins with; empty if it is none."""
     if not isinstance(data, dict) or data.get("kind") not in MIXED:
-        return []
+        return {}, {}
     known = {
         key: data[key] for key in ("name", "dir", "kind", "mixture", "mixture_temperature", "phases") if key in data
     }
@@ -75,11 +92,9 @@ def sources_of_run(config: Mapping[str, Any], events: list[dict[str, Any]]) -> l
         phases = read_phases(settings)
         places = {name: place_of(settings, source) for phase in phases for name, source in phase.sources.items()}
     except (MegatrainError, TypeError, AttributeError):  # a config that was edited by hand
-        return []
-    cards = {name: _card(place) for name, place in sorted(places.items())}
-    targets = {name: found["weight"] for name, found in seen.items() if isinstance(found.get("weight"), (int, float))}
+        return {}, {}
     first = {name: float(source.weight) for name, source in phases[0].sources.items() if source.weight is not None}
-    return describe_sources(cards, targets or first, seen)
+    return {name: _card(place) for name, place in sorted(places.items())}, first
 
 
 def _card(folder: Path) -> Card | None:

@@ -11,6 +11,7 @@ from megatrain.data.funnel import funnel
 from megatrain.data.indexed_dataset import verify_dataset
 from megatrain.data.packing_index import stored_packings, verify_packings
 from megatrain.data.preparation_summary import words
+from megatrain.data.survey import count_in_loss
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -76,6 +77,11 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
         for name, s in card.splits.items()
     ]
     printer.table("splits", ("split", "documents", "bytes", "tokens", "dtype"), rows)
+    try:
+        in_loss = count_in_loss(folder, card)
+    except DataError:  # the checksums below tell what is damaged
+        in_loss = {}
+    printer.table("tokens that count in the loss", ("split", "tokens", "share"), loss_rows(card, in_loss))
     if card.tokenizer:
         printer.table("tokenizer", ("key", "value"), [[k, plain(v)] for k, v in vars(card.tokenizer).items()])
     printer.table("from records to documents", FUNNEL_COLUMNS, funnel_rows(card))
@@ -87,10 +93,17 @@ def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -
     except (ConfigError, DataError) as error:
         printer.facts({"verdict": "damaged"})
         raise DataError(str(error)) from error
-    for headline, text in sample_texts(folder, card, num_samples, seed, SAMPLE_TOKENS):
+    if in_loss and num_samples:
+        printer.line(printer.legend("What counts in the loss"))
+    for headline, pieces in sample_texts(folder, card, num_samples, seed, SAMPLE_TOKENS):
         printer.title(headline)
-        printer.line(printable(text))
+        printer.marked([(printable(piece.text), piece.counts) for piece in pieces])
     printer.facts({"verdict": "valid: every checksum matches"})
+
+
+def loss_rows(card: Card, in_loss: dict[str, int]) -> list[list[str]]:
+    """Return a row for each split of conversations: how many of its tokens count in the loss."""
+    return [[name, f"{count:,}", f"{count / max(card.splits[name].tokens, 1):.1%}"] for name, count in in_loss.items()]
 
 
 def source_rows(card: Card) -> list[list[str]]:

@@ -12,6 +12,11 @@ from rich.text import Text
 
 from megatrain.config.plain import plain
 
+MARK = "green"
+"""The colour of marked text on a terminal."""
+OPENING, CLOSING = "[[", "]]"
+"""What encloses marked text elsewhere."""
+
 
 class Printer:
     """Print rich tables on a terminal and plain, aligned columns elsewhere."""
@@ -26,6 +31,21 @@ class Printer:
     def line(self, text: str) -> None:
         """Print one line as it is."""
         self._console.print(Text(text))
+
+    def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
+        """Print text of which some pieces are marked: in colour on a terminal, between `[[` and `]]` elsewhere."""
+        text, was_marked = Text(), False
+        for piece, is_marked in [*pieces, ("", False)]:
+            if is_marked != was_marked and not self._console.is_terminal:
+                text.append(OPENING if is_marked else CLOSING)
+            text.append(piece, style=MARK if is_marked else "")
+            was_marked = is_marked
+        self._console.print(text)
+
+    def legend(self, what: str) -> str:
+        """Return a sentence about how `marked` shows `what`."""
+        how = f"in {MARK}" if self._console.is_terminal else f"between {OPENING} and {CLOSING}"
+        return f"{what} is {how}"
 
     def facts(self, values: dict[str, Any]) -> None:
         """Print `name: value` for each value that is not None, with the values in one column."""

@@ -67,7 +67,7 @@ function funnel() {
       why: said.filter(Boolean).join(' \u00a0|\u00a0 '),
     });
   });
-  if (D.funnel.length) rows.unshift(row({name: 'records read', parts: [[total, 'a']], left: total}));
+  if (D.has_records) rows.unshift(row({name: 'records read', parts: [[total, 'a']], left: total}));
   D.splits.forEach(s =>
     rows.push(
       row({
@@ -82,7 +82,9 @@ function funnel() {
   card('From records to training data', `<ol class="funnel">${rows.join('')}</ol>`, {
     under: D.funnel.length
       ? 'Documents left after each stage, what the stage removed, and the text left where it was counted.'
-      : 'The data came as token ids, so nothing is known of its records.',
+      : D.has_records
+        ? 'Every record became a document.'
+        : 'The data came as token ids, so nothing is known of its records.',
   });
 }
 
@@ -94,6 +96,7 @@ class Histogram {
       wide: false,
       under: `Tokens a document, in doublings. The mean is ${num(data.mean)}.`,
     });
+    this.el.classList.add('fills');
     this.el
       .querySelector('.head')
       .insertAdjacentHTML(
@@ -108,9 +111,9 @@ class Histogram {
       .join('');
     this.el.insertAdjacentHTML(
       'beforeend',
-      `<div class="quantiles">${data.quantiles
+      `<div class="quantiles-frame"><div class="quantiles">${data.quantiles
         .map(([name, value]) => `<div><div>${esc(name)}</div><div>${num(value)}</div></div>`)
-        .join('')}</div>
+        .join('')}</div></div>
       <details class="group"><summary>As a table</summary><table><tr><td>length</td><td>documents</td><td>tokens</td></tr>${rows}</table></details>`,
     );
     this.plot = this.el.querySelector('.plot');
@@ -145,8 +148,9 @@ class Histogram {
   }
   draw() {
     const bins = this.data.bins,
-      w = this.plot.clientWidth,
-      h = w < 460 ? 220 : 320,
+      w = this.plot.clientWidth;
+    this.plot.style.minHeight = w < 460 ? '220px' : '320px';
+    const h = this.plot.clientHeight,
       left = (this.left = 46),
       bottom = 22,
       top = 8;
@@ -172,34 +176,38 @@ class Histogram {
   }
 }
 
-const countedRow = (label, n, most, all, tone) =>
-  `<div class="counted">${label}<span class="bar" aria-hidden="true"><i style="width:${
-    (100 * n) / most
-  }%;background:var(--${tone})"></i></span><span>${whole(n)} <span class="soft">${percent(n, all)}</span></span></div>`;
+// Rows of a label, a bar and a number. All bars have one length: the numbers' column fits the longest of them.
+function countedList(rows, all, tone) {
+  const most = rows.length ? rows[0].count : 1,
+    longest = Math.max(...rows.map(r => `${whole(r.count)} ${percent(r.count, all)}`.length));
+  const row = ({label, count}) =>
+    `<div class="counted">${label}<span class="bar" aria-hidden="true"><i style="width:${
+      (100 * count) / most
+    }%;background:var(--${tone})"></i></span><span>${whole(count)} <span class="soft">${percent(count, all)}</span></span></div>`;
+  return `<div class="lists" style="--numbers:${longest + 1}ch">${rows.map(row).join('')}</div>`;
+}
 
 const table = rows =>
   `<table>${rows.map(([name, value]) => `<tr><td>${esc(name)}</td><td>${esc(value)}</td></tr>`).join('')}</table>`;
 function tokens() {
-  const t = D.tokens,
-    most = t.frequent.length ? t.frequent[0].count : 1;
+  const t = D.tokens;
   const frequent = t.frequent.map(f => {
     const label = f.kind
       ? `<span class="soft">${f.id} ${esc(f.kind)}</span>`
       : `<span><code title="id ${f.id}">${token(f.text)}</code></span>`;
-    return countedRow(label, f.count, most, f.count / f.share, 'a');
+    return {label, count: f.count};
   });
-  card('Tokens', `${table(t.rows)}<h3>Most frequent</h3><div class="lists">${frequent.join('')}</div>`, {
-    wide: false,
-  });
+  card('Tokens', `${table(t.rows)}<h3>Most frequent</h3>${countedList(frequent, t.counted, 'a')}`, {wide: false});
 }
 
 // What the steps counted: the languages in a card of their own, the rest together.
 function counted() {
   const list = (counts, all) =>
-    `<div class="lists">${counts
-      .slice(0, 60)
-      .map(([name, n]) => countedRow(`<span>${esc(words(name))}</span>`, n, counts[0][1], all, 'c'))
-      .join('')}</div>`;
+    countedList(
+      counts.slice(0, 60).map(([name, count]) => ({label: `<span>${esc(words(name))}</span>`, count})),
+      all,
+      'c',
+    );
   const sum = counts => counts.reduce((total, c) => total + c[1], 0);
   const others = D.counted.filter(c => c.step !== 'language');
   for (const {counts} of D.counted.filter(c => c.step === 'language'))
@@ -264,31 +272,31 @@ function packages() {
   });
 }
 
+const conversationPiece = p => {
+  const text = p.is_control ? `<b class="control">${shownText(p.text)}</b>` : shownText(p.text);
+  return p.counts ? `<mark>${text}</mark>` : text;
+};
 function samples() {
   const list = D.samples.map(s =>
     shown(
       `${s.source ? `${s.source}: ` : ''}${s.split === 'heldout' ? 'held-out' : s.split} document ${whole(s.number)}, ${plural(s.length, 'token')}`,
       '',
-      s.text === null ? esc(s.ids.join(' ')) : shownText(s.text),
+      s.text === null ? esc(s.ids.join(' ')) : s.pieces ? s.pieces.map(conversationPiece).join('') : shownText(s.text),
       s.is_cut,
     ),
   );
+  const legend = D.samples.some(s => s.pieces)
+    ? ' <mark>Marked</mark> tokens count in the loss. <b class="control">Framed</b> names are control tokens.'
+    : '';
   card('Random documents', `<div class="pair">${list.join('')}</div>`, {
-    under: `Decoded from their ids, drawn with seed ${D.sample_seed}.`,
+    under: `Decoded from their ids, drawn with seed ${D.sample_seed}.${legend}`,
   });
 }
 
 function build() {
   document.getElementById('status').innerHTML = `<span class="chip" title="fingerprint">${esc(D.fingerprint)}</span>`;
-  document.getElementById('tiles').innerHTML = D.tiles
-    .map(
-      t => `<div class="tile"><div class="name">${esc(t.name)}</div>
-    <div class="value">${esc(t.value)}</div><div class="note">${esc(t.note)}</div></div>`,
-    )
-    .join('');
-  document.getElementById('notices').innerHTML = D.notices
-    .map(n => `<div class="card notice">${esc(n)}</div>`)
-    .join('');
+  showTiles(D.tiles);
+  showNotices(D.notices);
   if (D.sources) document.getElementById('root').insertAdjacentHTML('beforeend', sourcesSection(D.sources));
   else funnel();
   const histogram = D.lengths && new Histogram(D.lengths);
@@ -303,16 +311,7 @@ function build() {
     'beforeend',
     `<details class="card wide"><summary>Source and settings</summary><pre tabindex="0">${esc(D.config)}</pre></details>`,
   );
-  if (histogram) {
-    histogram.draw();
-    let width = root.clientWidth;
-    new ResizeObserver(() => {
-      if (root.clientWidth !== width) {
-        width = root.clientWidth;
-        histogram.draw();
-      }
-    }).observe(root);
-  }
+  drawAtEachWidth(() => histogram && histogram.draw());
   // A link to a step opens the first of its examples.
   window.addEventListener('hashchange', () => {
     const details = document.querySelector(`#${CSS.escape(location.hash.slice(1))} + details`);

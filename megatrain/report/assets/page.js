@@ -1,4 +1,4 @@
-// What every report page shares: the data as `D`, number formats, axis ticks and tooltips.
+// What every report page shares: the data as `D`, number formats, tiles, notices, axis ticks and tooltips.
 
 'use strict';
 const D = JSON.parse(document.getElementById('data').textContent);
@@ -59,6 +59,42 @@ function logTicks(lo, hi) {
     }
   const every = Math.ceil(out.length / 7);
   return out.filter((_, i) => i % every === 0);
+}
+const showNotices = texts => {
+  document.getElementById('notices').innerHTML = texts.map(n => `<div class="card notice">${esc(n)}</div>`).join('');
+};
+// The numbers at the top of a page, in rows of almost the same number of tiles.
+function showTiles(tiles) {
+  document.getElementById('tiles').innerHTML = tiles
+    .map(
+      t => `<div class="tile"><div class="name">${esc(t.name)}</div>
+    <div class="value">${esc(t.value)}</div><div class="note">${esc(t.note)}</div></div>`,
+    )
+    .join('');
+  placeTiles();
+}
+function placeTiles() {
+  const parent = document.getElementById('tiles'),
+    n = parent.children.length,
+    gap = 12,
+    most = Math.max(1, Math.floor((parent.clientWidth + gap) / (112 + gap))),
+    rows = Math.ceil(n / most);
+  let at = 0;
+  for (let row = 0; row < rows; row++)
+    for (let left = Math.floor(n / rows) + (row < n % rows), inRow = left; left; left--)
+      parent.children[at++].style.flexBasis = `calc((100% - ${(inRow - 1) * gap}px) / ${inRow} - 0.02px)`;
+}
+// Draw now, and again when the page gets another width.
+function drawAtEachWidth(draw) {
+  const root = document.getElementById('root');
+  let width = root.clientWidth;
+  draw();
+  new ResizeObserver(() => {
+    if (root.clientWidth === width) return;
+    width = root.clientWidth;
+    placeTiles();
+    draw();
+  }).observe(root);
 }
 // Show a chart's tooltip beside the pointer, inside the card.
 function showTip(chart, px, e, content) {

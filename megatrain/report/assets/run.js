@@ -4,18 +4,12 @@ function build() {
   const root = document.getElementById('root'),
     curve = (name, label, tone) => D.curves[name] && {name: label, tone, ...D.curves[name]};
   document.getElementById('status').innerHTML = `<span class="chip ${D.status.tone}">${esc(D.status.text)}</span>`;
-  document.getElementById('tiles').innerHTML = D.tiles
-    .map(
-      t => `<div class="tile"><div class="name">${esc(t.name)}</div>
-    <div class="value">${esc(t.value)}</div><div class="note">${esc(t.note)}</div></div>`,
-    )
-    .join('');
-  document.getElementById('notices').innerHTML = D.notices
-    .map(n => `<div class="card notice">${esc(n)}</div>`)
-    .join('');
+  showTiles(D.tiles);
+  showNotices(D.notices);
+  const specs = [];
   const add = spec => {
     spec.series = spec.series.filter(Boolean);
-    if (spec.series.length) new Chart(root, spec);
+    if (spec.series.length) specs.push(spec);
   };
   const wideRange = name => {
     const v = ((D.curves[name] || {}).mean || []).filter(x => x > 0);
@@ -28,16 +22,14 @@ function build() {
     add({
       title: 'Held-out loss by source',
       legend: true,
-      height: 208,
       series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % tones.length], points})),
     });
     add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
     add({
-      title: 'Tokens per second',
+      title: `Tokens per second ${D.in_loss}`.trim(),
       zero: true,
       noLog: true,
-      height: D.curves.mfu ? 208 : 233,
       series: [curve('tokens_per_s', 'tokens/s', 'a')],
     });
     if (D.curves.mfu)
@@ -67,11 +59,10 @@ function build() {
         .join('');
       add({
         title: 'Time per step (seconds)',
-        wide: Boolean(D.curves.mfu),
         zero: true,
         noLog: true,
         stacked: true,
-        height: D.curves.mfu ? 208 : 178,
+        height: 178,
         above: `<div class="share">${share}</div>`,
         exact: v => num(v, 3) + ' s',
         series: labels.map(([k, label, tone]) => ({
@@ -81,6 +72,9 @@ function build() {
         })),
       });
     }
+    // The last chart takes a whole row where it would be alone in one.
+    if (specs.filter(spec => !spec.wide).length % 2) specs.at(-1).wide = true;
+    for (const spec of specs) new Chart(root, spec);
   } else root.innerHTML = '<section class="card wide empty">No steps recorded yet.</section>';
   if (D.sources.length) root.insertAdjacentHTML('beforeend', sourcesSection(D.sources));
   if (D.life) new Life(root, D.life);
@@ -127,14 +121,7 @@ function build() {
     zoom(null, null);
   };
   document.getElementById('reset').onclick = () => zoom(null, null);
-  drawAll();
-  let width = root.clientWidth;
-  new ResizeObserver(() => {
-    if (root.clientWidth !== width) {
-      width = root.clientWidth;
-      drawAll();
-    }
-  }).observe(root);
+  drawAtEachWidth(drawAll);
   document.body.dataset.drawn = document.querySelectorAll('path.curve').length;
 }
 build();

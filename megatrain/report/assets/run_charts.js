@@ -62,7 +62,7 @@ class Chart {
     this.spec = spec;
     this.log = !!spec.log;
     this.el = document.createElement('section');
-    this.el.className = 'card chart' + (spec.wide ? ' wide' : '');
+    this.el.className = 'card chart fills' + (spec.wide ? ' wide' : '');
     const legend =
       spec.series.length > 1 || spec.legend
         ? spec.series
@@ -81,6 +81,7 @@ class Chart {
       <span class="spacer"></span>${toggle}</div>${spec.above || ''}<div class="plot"></div><div class="tip"></div>`;
     parent.append(this.el);
     this.plot = this.el.querySelector('.plot');
+    this.plot.style.minHeight = `${spec.height || 208}px`; // it grows with the other card of its row
     this.tip = this.el.querySelector('.tip');
     const button = this.el.querySelector('button');
     if (button)
@@ -169,7 +170,7 @@ class Chart {
   }
   draw() {
     const w = (this.w = this.plot.clientWidth),
-      h = this.spec.height || 208;
+      h = this.plot.clientHeight;
     const left = (this.left = 52),
       right = (this.right = 10),
       top = 8,

@@ -12,14 +12,14 @@ const size = n => {
     [1e6, 'MB'],
     [1e3, 'kB'],
   ])
-    if (n >= unit) return `${trim((n / unit).toPrecision(3))} ${name}`;
+    if (n >= 0.9995 * unit) return `${trim((n / unit).toPrecision(3))} ${name}`;
   return `${n} B`;
 };
 
 // A section with a row for each source; columns of which nothing is known are left out.
 function sourcesSection(rows) {
   const share = tone => v =>
-    `<span class="level"><i style="width:${Math.min(100, 100 * v)}%;background:var(--${tone})"></i></span>${percent(v, 1)}`;
+    `<span class="level"><i style="width:${Math.min(100, 100 * v)}%;background:var(--${tone})"></i></span><span class="share-number">${percent(v, 1)}</span>`;
   const columns = [
     ['documents', 'documents', whole],
     ['text', 'bytes', size],

@@ -196,9 +196,7 @@ function build() {
     done = P.filter(p => p.status.text === 'done').length;
   document.getElementById('status').innerHTML =
     `<span class="chip ${done === P.length ? 'good' : ''}">${done} of ${P.length} done</span>`;
-  document.getElementById('notices').innerHTML = P.filter(p => p.notice)
-    .map(p => `<div class="card notice">${esc(p.run)}: ${esc(p.notice)}</div>`)
-    .join('');
+  showNotices(P.filter(p => p.notice).map(p => `${p.run}: ${p.notice}`));
   const best = P.filter(p => p.heldout !== null).sort((a, b) => a.heldout - b.heldout)[0],
     total = P.reduce((t, p) => t + (p.compute || 0), 0);
   const tiles = [
@@ -206,12 +204,7 @@ function build() {
     ['compute', num(total, 3), 'FLOPs over all points'],
   ];
   if (best) tiles.push(['best held-out loss', num(best.heldout, 5), best.label]);
-  document.getElementById('tiles').innerHTML = tiles
-    .map(
-      t => `<div class="tile"><div class="name">${esc(t[0])}</div>
-    <div class="value">${esc(t[1])}</div><div class="note">${esc(t[2])}</div></div>`,
-    )
-    .join('');
+  showTiles(tiles.map(([name, value, note]) => ({name, value, note})));
   root.innerHTML = '<section class="card wide table"><table id="points"></table></section>';
   fill(document.getElementById('points'));
   for (const [title, curve] of [
@@ -224,14 +217,7 @@ function build() {
   const draw = () => {
     for (const chart of charts) chart.draw();
   };
-  draw();
-  let width = root.clientWidth;
-  new ResizeObserver(() => {
-    if (root.clientWidth !== width) {
-      width = root.clientWidth;
-      draw();
-    }
-  }).observe(root);
+  drawAtEachWidth(draw);
   document.body.dataset.drawn = document.querySelectorAll('path.curve').length;
 }
 build();

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from support.pages import drawn, needs_browser
+from support.pages import BOX, drawn, measured, needs_browser
 
 from megatrain import cli
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
@@ -53,7 +53,7 @@ def test_each_source_has_its_sizes_and_its_share(corpus):
         assert row["bytes"] == sum(split.bytes for split in card.splits.values())
         assert row["share"] == row["tokens"] / sum(tokens.values()) and row["target"] is None
     tile = {t["name"]: t["note"] for t in page["tiles"]}
-    assert tile["documents"] == "40" and tile["tokens"] == f"{sum(tokens.values()):,}"
+    assert tile["documents"] == "" and tile["tokens"] == f"{sum(tokens.values()):,}"
     assert {sample["source"] for sample in page["samples"]} == {"prose", "talk"}
     assert page["notices"] == [] and page["name"] == "both"
 
@@ -104,6 +104,20 @@ def test_a_browser_draws_the_sources_and_texts_stay_texts(corpus, tmp_path):
     assert heads == ["source", "documents", "text", "tokens", "held out", "share of tokens", "mixture"]
     assert "75%" in document and "25%" in document and "NaN" not in document and "undefined" not in document
     assert "<img" not in document and "prose: train document" in document
+
+
+@needs_browser
+def test_the_headers_of_the_sources_are_above_their_columns_and_bars_begin_at_one_x(corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "both")
+    (folder / "mixture.json").write_text('{"prose": 3, "talk": 0.009}')
+    text = f"""[...document.querySelectorAll('.sources tr')].map(row => [...row.children].map(cell => {{
+      const range = document.createRange(); range.selectNodeContents(cell); return {BOX}(range); }}))"""
+    bars = f"[...document.querySelectorAll('.sources tr')].map(r => [...r.querySelectorAll('.level')].map({BOX}))"
+    (head, *rows), (_, *levels) = measured(report_corpus(folder), f"[{text}, {bars}]")
+    for row in rows:
+        assert row[0][0] == pytest.approx(head[0][0], abs=0.5)
+        assert [cell[2] for cell in row[1:]] == pytest.approx([cell[2] for cell in head[1:]], abs=0.5)
+    assert [bar[0] for bar in levels[0]] == [bar[0] for bar in levels[1]] and len(levels[0]) == 2
 
 
 def test_the_report_verb_takes_a_folder_of_datasets(corpus, tmp_path, capsys):

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support.pages import References, drawn, needs_browser
+from support.pages import BOX, References, drawn, measured, needs_browser, rows_of
 
 from megatrain import cli
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
@@ -17,7 +17,7 @@ from megatrain.data.preparation import prepare
 from megatrain.data.text_stages import EXAMPLES
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import DataError
-from megatrain.report.dataset_page import MAX_EXAMPLES, collect, decoded, read_examples, report_dataset
+from megatrain.report.dataset_page import MAX_EXAMPLES, byte_size, collect, decoded, read_examples, report_dataset
 from megatrain.report.text_diff import diff
 
 ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
@@ -79,7 +79,7 @@ def test_the_figures_are_those_counted_by_hand(dataset):
     assert [s["name"] for s in data["splits"]] == ["train", "heldout"]
     assert sum(s["documents"] for s in data["splits"]) == 30
     tile = {t["name"]: (t["value"], t["note"]) for t in data["tiles"]}
-    assert tile["documents"] == ("30", "30") and tile["kept"] == ("75.0%", "of 40 records")
+    assert tile["documents"] == ("30", "") and tile["kept"] == ("75.0%", "of 40 records")
     tokens, size = (sum(s[name] for s in data["splits"]) for name in ("tokens", "bytes"))
     assert tile["tokens"][1] == f"{tokens:,}" and tile["bytes per token"][0] == f"{size / tokens:.2f}"
     assert sum(documents for _, documents, _ in data["lengths"]["bins"]) == 30
@@ -277,3 +277,44 @@ def test_the_report_verb_knows_a_dataset_and_names_all_kinds_of_folders(dataset,
     assert cli.main(["report", str(dataset.parent.parent)]) == 2
     error = capsys.readouterr().err
     assert "not the folder of a run" in error and "of a sweep" in error and "of a prepared dataset" in error
+
+
+SIZES = {0: "0 B", 999: "999 B", 1000: "1 kB", 6023: "6.02 kB", 20_500: "20.5 kB", 999_600: "1 MB", 1.75e9: "1.75 GB",
+         2e12: "2 TB"}  # fmt: skip
+
+
+def test_a_size_in_bytes_has_three_digits_and_a_unit():
+    assert {size: byte_size(int(size)) for size in SIZES} == SIZES
+
+
+@needs_browser
+def test_scripts_write_a_size_in_bytes_alike(dataset, tmp_path):
+    page = report_dataset(dataset, tmp_path / "page.html")
+    assert measured(page, f"{list(map(int, SIZES))}.map(size)") == list(SIZES.values())
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [500, 700, 1200, 1600])
+def test_bars_of_a_list_are_equally_long_and_quantiles_and_the_histogram_fill_their_card(dataset, tmp_path, width):
+    bars, quantiles, card, end = measured(
+        report_dataset(dataset, tmp_path / "page.html"),
+        f"""[[...document.querySelectorAll('.lists')].map(l => [...l.querySelectorAll('.bar')].map({BOX})),
+        [...document.querySelectorAll('.quantiles > div')].map({BOX}),
+        ...[document.querySelector('.fills'), document.querySelector('.fills').lastElementChild].map({BOX})]""",
+        width,
+    )
+    for boxes in bars:
+        assert max(right - left for left, _, right, _ in boxes) == pytest.approx(
+            min(right - left for left, _, right, _ in boxes), abs=0.5
+        )
+    assert len(bars[0]) == 24
+    assert {len(row) for row in rows_of(quantiles)} in ({9}, {3})
+    assert card[3] - end[3] <= 15
+
+
+@needs_browser
+def test_quantiles_on_a_phone_are_in_three_rows_of_three(dataset, tmp_path):
+    narrow = "document.querySelector('main').style.width = '380px'"
+    boxes = f"[...document.querySelectorAll('.quantiles > div')].map({BOX})"
+    (boxes,) = measured(report_dataset(dataset, tmp_path / "page.html"), f"({narrow}, [{boxes}])")
+    assert [len(row) for row in rows_of(boxes)] == [3, 3, 3]

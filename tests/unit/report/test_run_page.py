@@ -5,8 +5,9 @@ import math
 import re
 
 import pytest
-from support.pages import References, drawn, needs_browser
+from support.pages import BOX, References, drawn, measured, needs_browser, rows_of
 
+from megatrain.data.card import Card, SplitCard, fingerprint
 from megatrain.errors import ConfigError
 from megatrain.report import run_page as report_module
 from megatrain.report.run_page import collect, report
@@ -307,3 +308,57 @@ def test_weights_taken_from_another_run_are_told_in_words(tmp_path):
     told = "runs/a/step_9; drawn anew: head, embed"
     assert ["weights taken from", told] in page["facts"]
     assert [event["detail"] for event in page["events"] if event["kind"] == "init_from"] == [told]
+
+
+@needs_browser
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("mfu", [None, 0.4])
+def test_charts_fill_the_width_of_the_page_and_the_height_of_their_row(tmp_path, mixture, mfu):
+    run_dir = make_run(tmp_path, 20)
+    sources = {"heldout_loss/web": 2.5, "heldout_loss/zh": 4.0} if mixture else {}
+    MetricsLog(run_dir / "metrics.jsonl").append({"step": 30, "loss": 2.0, "mfu": mfu, **sources})
+    cards, charts = measured(
+        report(run_dir),
+        f"['.fills', '.fills svg'].map(which => [...document.querySelectorAll(which)].map({BOX}))",
+    )
+    assert len(cards) == len(charts) == 5 + mixture + bool(mfu)
+    left, right = min(box[0] for box in cards), max(box[2] for box in cards)
+    for row in rows_of(cards):
+        assert (row[0][0], row[-1][2]) == pytest.approx((left, right), abs=0.5), "no half of a row is empty"
+    for card, chart in zip(cards, charts, strict=True):
+        assert 0 <= card[3] - chart[3] <= 12, "the axis is at the bottom of its card"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [500, 600, 800, 1200])
+def test_no_tile_is_alone_in_a_row(tmp_path, width):
+    tiles = measured(report(make_run(tmp_path, 20)), f"[...document.querySelectorAll('.tile')].map({BOX})", width)
+    rows = rows_of(tiles)
+    assert len(tiles) == 7 and max(map(len, rows)) - min(map(len, rows)) <= 1
+    assert len({round(row[-1][2]) for row in rows}) == 1, "each row is as wide as the page"
+
+
+def test_the_tokens_of_conversations_are_those_that_count(tmp_path):
+    """Also where the config does not say that the data are conversations; then the card of the dataset does."""
+    run_dir = make_run(tmp_path, 20)
+    split = SplitCard(1, 9, 3, "uint16", 6, 50, "", [], loss_hashes=["00"])
+    (tmp_path / "talks").mkdir()
+    Card("talks", fingerprint({"train": split}), {"train": split}, None).save(tmp_path / "talks")
+    found = {}
+    for kind, name in (("files", "gone"), ("chat", "gone"), ("files", "talks")):
+        config = {"data": {"kind": kind, "dir": str(tmp_path), "name": name}}
+        (run_dir / "config.yaml").write_text(json.dumps(config))
+        data = collect(run_dir)
+        (note,) = [tile["note"] for tile in data["tiles"] if tile["name"] == "tokens"]
+        assert note == data["in_loss"]
+        found[kind, name] = note
+    told = "that count in the loss"
+    assert found == {("files", "gone"): "", ("chat", "gone"): told, ("files", "talks"): told}
+
+
+@needs_browser
+def test_a_chart_says_that_the_tokens_are_those_that_count(tmp_path):
+    run_dir = make_run(tmp_path, 20)
+    assert "<h2>Tokens per second</h2>" in drawn(report(run_dir))
+    (run_dir / "config.yaml").write_text(json.dumps({"data": {"kind": "chat"}}))
+    assert "<h2>Tokens per second that count in the loss</h2>" in drawn(report(run_dir))
