@@ -321,6 +321,13 @@ def _load(definition: str, origin: str) -> Any:
         tokenizer = tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{origin}: not a Hugging Face tokenizer ({error})") from error
+    try:
+        tokenizer.encode("x \u0378 \ue123 \U0001f9ff", add_special_tokens=False)
+    except Exception as error:
+        raise DataError(
+            f"{origin}: it cannot encode characters outside its vocabulary ({error}); give its model an unk_token that "
+            "is in the vocabulary, or take a byte-level tokenizer"
+        ) from error
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
     tokenizer.no_truncation()
     tokenizer.no_padding()

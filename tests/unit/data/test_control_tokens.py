@@ -12,6 +12,7 @@ from megatrain.data.card import Card
 from megatrain.data.control_tokens import spellings
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preparation import prepare
+from megatrain.data.tokenizer_hf import HuggingFaceTokenizer
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.errors import ConfigError, DataError
 from megatrain.verbs.path_checks import check_dataset_folder
@@ -116,6 +117,19 @@ def test_tokens_that_are_text_keep_their_ids(tmp_path):
     tokenizer = find_tokenizer("hf", str(saved(tmp_path / "t", made, pad_token="!")))
     assert made.token_to_id("<think>") in tokenizer.encode("a <think> b</s>")
     assert made.token_to_id("!") in tokenizer.encode("hey!</s>")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.WordLevel({"</s>": 0, "x": 1}), models.WordPiece({"</s>": 0, "x": 1}), models.Unigram([("</s>", 0.0)])],
+    ids=["word list", "word pieces", "unigram"],
+)
+def test_a_tokenizer_that_cannot_encode_every_text_is_refused_by_name(tmp_path, model):
+    """Its library raises on the first unknown character, so the word x alone proves nothing."""
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(DataError, match=r"cannot encode characters outside its vocabulary .* unk_token"):
+        HuggingFaceTokenizer(made.to_str(), "</s>", str(tmp_path))
 
 
 @pytest.mark.parametrize("unknown", ["</s>", "<s>"])
