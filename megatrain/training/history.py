@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.config import TrainConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.tracking.events import read_events
 
@@ -19,6 +20,14 @@ def has_begun(run_dir: Path) -> bool:
     checkpoints = run_dir / "checkpoints"
     return any(file.exists() and file.stat().st_size for file in files) or (
         checkpoints.is_dir() and any(checkpoints.iterdir())
+    )
+
+
+def nothing_to_do(config: TrainConfig, step: int) -> str:
+    """Return what a command says that continues a run at its last step, or beyond."""
+    return (
+        f"run {config.run.name} is at step {step} of train.steps={config.train.steps}: nothing to do. Raise "
+        f"train.steps to continue it, or start another run.name"
     )
 
 

@@ -47,6 +47,7 @@ from megatrain.tracking.tracker import RunInfo, Tracker, Trackers, git_commit
 from megatrain.training.clock import CudaClock, HostClock
 from megatrain.training.datasets import HeldoutShare, RunData
 from megatrain.training.exchange import RankExchange
+from megatrain.training.history import nothing_to_do
 from megatrain.training.origin import Origin, choose_origin, copy_in_memory, inherited_generation, load_origin
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.rollback import CheckpointRollback
@@ -202,11 +203,7 @@ class RankJob:
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:
-            show(
-                f"run {self.config.run.name} is at step {self.progress.step} of train.steps={self.config.train.steps}: "
-                f"nothing to do. Raise train.steps to continue it, or start another run.name",
-                sys.stdout,
-            )
+            show(nothing_to_do(self.config, self.progress.step), sys.stdout)
 
     # ---------------------------------------------------------------------------------------------- the trainer's parts
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture
 from megatrain.checkpoint.find import model_of, peek, tokenizer_folder
-from megatrain.checkpoint.manifest import Manifest, Progress
-from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.checkpoint.manifest import Manifest, Progress, check_coverage, read_manifest, verify_file
+from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume, take_over
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments, weights_fit
@@ -31,6 +31,7 @@ from megatrain.data.mixed_dataset import Mixture
 from megatrain.data.mixture_settings import read_phases
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.resilience.owner import is_held
 from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 from megatrain.verbs.places import require
 
@@ -115,6 +116,34 @@ def check_origin(config: TrainConfig, card: Card, mixture: Mixture | None = None
         check_run_caps(mixture, config.train, progress, changed)
     if weights:
         plan_transfer(*weights, config.model, config.checkpoint.override)
+
+
+def finished_step(config: TrainConfig) -> int | None:
+    """Return the step of a run that has nothing left to do, or None if it has, or only its ranks can tell.
+
+    Call it after `check_origin`. The newest checkpoint must have all steps and intact files, since the ranks would
+    continue from the one before a damaged one, and the command must change no key.
+    """
+    run_dir = Path(config.run.dir) / str(config.run.name)
+    checkpoints = run_dir / "checkpoints"
+    newest = next(iter(list_checkpoints(checkpoints)), None)
+    if newest is None or (checkpoint_step(newest) or 0) < config.train.steps or config.checkpoint.resume != "auto":
+        return None
+    if (checkpoints / RESCUED).exists() or is_held(run_dir):
+        return None
+    try:
+        manifest = read_manifest(newest)
+        check_coverage(newest, manifest)
+    except CheckpointError:
+        return None
+    saved, now = flatten(manifest.identity.config), flatten(asdict(config))
+    if now["model.vocab_size"] is None:  # the dataset's, which `check_origin` has compared
+        saved["model.vocab_size"] = None
+    if any(saved.get(key) != now.get(key) for key in saved.keys() | now.keys() if not key.startswith("run.")):
+        return None
+    if any(verify_file(newest, name, recorded) for name, recorded in manifest.files.items()):
+        return None
+    return manifest.step
 
 
 def real(path: Path) -> Path:

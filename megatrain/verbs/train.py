@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,18 +19,18 @@ from megatrain.config import PrepareConfig, TrainConfig
 from megatrain.config.compose import read_overrides
 from megatrain.config.values import quoted
 from megatrain.distributed.python_process import python_command
-from megatrain.errors import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_ENVIRONMENT
+from megatrain.errors import EXIT_BAD_CHECKPOINT, EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_ENVIRONMENT, EXIT_OK
 from megatrain.launch import agent, slurm
 from megatrain.launch.nodes import Peers, SingleNode
 from megatrain.launch.rank_process import log_name
 from megatrain.launch.recovery import EVENTS, Recovery
 from megatrain.resilience.ledger import process_age
 from megatrain.resilience.owner import FOLDER, Ownership
-from megatrain.resilience.terminal import keep_log, say
+from megatrain.resilience.terminal import keep_log, say, show
 from megatrain.resilience.watchdog import Limits
-from megatrain.training.history import has_begun
+from megatrain.training.history import has_begun, nothing_to_do
 from megatrain.verbs import path_checks, resources
-from megatrain.verbs.start_checks import INIT_FROM, ignored_keys, real
+from megatrain.verbs.start_checks import INIT_FROM, finished_step, ignored_keys, real
 
 REFUSED = (EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_BAD_CHECKPOINT)
 """Exit codes of a user's mistake."""
@@ -58,6 +59,9 @@ def start(config: TrainConfig, flags: Sequence[str], overrides: Sequence[str]) -
         slurm.together(peers, lambda: _check(config, overrides))
         if peers.node == 0:
             _say_notes(config, overrides)
+        if step is None and (done := finished_step(config)) is not None:
+            show(nothing_to_do(config, done), sys.stdout)
+            return EXIT_OK
         return start_workers(config, [*flags, *overrides], peers)
     finally:
         peers.close()

@@ -1,5 +1,8 @@
 """What `megatrain train` does before its ranks run."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from megatrain import cli
@@ -19,6 +22,40 @@ def test_a_start_says_at_once_how_many_ranks_and_where_their_log_is(tmp_path, mo
     config = compose("train", [f"run.dir={tmp_path}", "run.name=first", "launch.nproc_per_node=2"])
     assert start_workers(config, [], SingleNode()) == 0
     assert seen == [f"megatrain: starting 2 ranks (log: {tmp_path}/first/logs/rank_00000.log)\n"]
+
+
+@pytest.fixture
+def continued(finished, tmp_path, monkeypatch):
+    """Return a copy of a finished run of four steps, and a function that tells whether a command on it starts ranks."""
+    run = Path(shutil.copytree(finished, tmp_path / "runs" / "first"))
+    launched = []
+    monkeypatch.setattr(agent, "launch", lambda *_: launched.append(1) or 0)
+
+    def starts_ranks(*words):
+        launched.clear()
+        assert cli.main(["train", str(run), *words]) == 0
+        return bool(launched)
+
+    return run, starts_ranks
+
+
+def test_a_finished_run_has_nothing_to_do_and_starts_no_rank(continued, capsys):
+    """What changes a key is for the ranks to judge."""
+    run, starts_ranks = continued
+    before = sorted(run.rglob("*"))
+    assert not starts_ranks("train.steps=4")
+    assert "is at step 4 of train.steps=4: nothing to do" in capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before
+    assert starts_ranks("train.steps=6") and starts_ranks("train.steps=3") and starts_ranks("kernels=reference")
+    assert starts_ranks(f"checkpoint.resume={run}")
+
+
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_starts_its_ranks(continued):
+    """They continue from the one before it."""
+    run, starts_ranks = continued
+    shard = max(next(iter(sorted((run / "checkpoints").iterdir(), reverse=True))).glob("*.safetensors"))
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    assert starts_ranks()
 
 
 @pytest.fixture
