@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.report.sources import last_read, reads_conversations, sources_of_run
+from megatrain.resilience.failure import seconds_of
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
 from megatrain.resilience.owner import is_held
 from megatrain.tracking.console import clock, short
@@ -402,6 +402,6 @@ def round_for_plot(value: float) -> float:
 def seconds(time: Any) -> float:
     """Convert ISO 8601 to seconds since 1970; NaN where the time is missing or malformed."""
     try:
-        return datetime.fromisoformat(str(time).replace("Z", "+00:00")).timestamp()
+        return seconds_of(str(time))
     except ValueError:
         return math.nan

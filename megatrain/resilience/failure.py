@@ -126,6 +126,11 @@ def suspects(hosts: Iterable[str], events: Iterable[dict[str, Any]], now: float)
         for event in events
         if event["kind"] == "failure"
         and event.get("class") == MACHINE
-        and now - datetime.fromisoformat(event["time"]).timestamp() < SUSPECT_WINDOW_S
+        and now - seconds_of(event["time"]) < SUSPECT_WINDOW_S
     )
     return sorted(host for host in set(hosts) if counts[host] >= SUSPECT_AFTER)
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds since 1970 of a time in records. Python 3.10 does not read the Z at its end."""
+    return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()

@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
+from megatrain.resilience.failure import seconds_of
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking.mlflow import tracking_uri, without_password
 from megatrain.tracking.mlflow_run import MAX_PARAM_LENGTH, ServerRun
@@ -332,4 +332,4 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 def milliseconds(time_text: str) -> int:
     """Convert an ISO 8601 time, as in metrics.jsonl, to milliseconds since the Unix epoch."""
-    return round(datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp() * 1000)
+    return round(seconds_of(time_text) * 1000)

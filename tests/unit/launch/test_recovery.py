@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
 from megatrain.launch.recovery import Recovery, Restarts, decide_restart
-from megatrain.resilience.failure import HANG, SIGNAL, Failure, suspects
+from megatrain.resilience.failure import HANG, SIGNAL, Failure, seconds_of, suspects
 from megatrain.resilience.fault_classes import JOB, MACHINE, MEMORY, PEER
 from megatrain.resilience.watchdog import Limits
 from megatrain.tracking.events import EventLog, read_events
@@ -125,6 +124,6 @@ def test_a_host_is_suspected_by_its_own_faults_of_one_day(tmp_path):
         log.emit("failure", 1, **failed(kind, host=host).event())
     log.close()
     events = read_events(tmp_path / "events.jsonl")
-    now = datetime.fromisoformat(events[0]["time"]).timestamp()
+    now = seconds_of(events[0]["time"])
     assert suspects("abcd", events, now + 60) == ["b"]
     assert suspects("abcd", events, now + 25 * 3600) == []
