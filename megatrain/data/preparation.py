@@ -20,6 +20,7 @@ from megatrain.data.adopt import check_contents_apart, check_prefixes, link, mak
 from megatrain.data.card import CARD, Card, check_dataset
 from megatrain.data.chat.settings import check_settings, use_template
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle, check_markers
+from megatrain.data.corpus.normalise import normalise
 from megatrain.data.corpus.recipe import build_recipe, settings_of
 from megatrain.data.corpus.shard import Share
 from megatrain.data.corpus.source import Source
@@ -30,7 +31,7 @@ from megatrain.data.text_stages import TextStages
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_training import check_training
-from megatrain.errors import ConfigError, OwnedError, cannot_write
+from megatrain.errors import ConfigError, DataError, OwnedError, cannot_write
 
 _MIXING = ("mixture", "mixture_temperature", "phases")
 _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "packing", *_MIXING, "deduplicate")
@@ -199,12 +200,32 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
             use_template(tokenizer, config.data.chat_template)
         elif config.data.kind != "megatron":
             _choose_start(tokenizer, config)
+            _note_losses(tokenizer, config.tokenizer.path)
             FillInTheMiddle.of(config, tokenizer)
         return tokenizer
     if config.data.kind != "megatron":
         check_training(config.tokenizer)
         check_markers(config)
     return None
+
+
+_EXACT = "The END: naïve café, a  b\n\tc 漢字 ﬁ Å"
+"""A text that is clean, and that tokenizers which lower, strip or normalise text change."""
+
+
+def _note_losses(tokenizer: Tokenizer, place: str) -> None:
+    """Say that a tokenizer does not give text back as it was: a model would never see what is lost."""
+    text = normalise(_EXACT)
+    try:
+        given = tokenizer.decode(tokenizer.encode(text))
+    except DataError:  # it has a control token for characters that it does not know: the corpus may have none
+        return
+    if given != text:
+        print(
+            f"note: the tokenizer {place} changes text: {text!r} comes back as {given!r}; a model will not know the "
+            "difference, and bits per byte count the text as it was",
+            file=sys.stderr,
+        )
 
 
 def _choose_start(tokenizer: Tokenizer, config: PrepareConfig) -> None:

@@ -302,3 +302,22 @@ def test_a_dataset_prepared_by_an_older_version_is_still_found(tmp_path, capsys)
     card["tokenizer"].pop("beginning_of_document")
     (folder / "card.json").write_text(json.dumps(card))
     assert prepared(tmp_path, "d")[0] == folder and "already prepared" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_changes_text_is_told_so_before_a_model_is_trained_on_it(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Some Text\n" * 50)
+    for name, normalizer in (("exact", None), ("lower", normalizers.Lowercase()), ("nfkc", normalizers.NFKC())):
+        made = tokenizers.Tokenizer(models.BPE())
+        if normalizer is not None:
+            made.normalizer = normalizer
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+        )
+        made.train_from_iterator(["Some Text"], trainer)
+        made.save(str(tmp_path / f"{name}.json"))
+        data = DataConfig(name=name, dir=str(tmp_path / "out"), paths=[str(tmp_path / "a.txt")], workers=1)
+        prepare(PrepareConfig(data=data, tokenizer=TokenizerConfig(kind="hf", path=str(tmp_path / f"{name}.json"))))
+        said = capsys.readouterr().err
+        assert (f"note: the tokenizer {tmp_path / name}.json changes text: 'The END" in said) == (name != "exact")
