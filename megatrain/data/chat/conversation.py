@@ -115,7 +115,7 @@ def _from_list(name: str, value: Any) -> list[Message]:
             raise ConversationError(
                 "unknown_key",
                 f"message {number} has {', '.join(map(repr, unknown[:4]))} beside {pair[0]} and {pair[1]}",
-                "leave it out, as nothing would come of it",
+                "leave it out: it has no effect",
             )
         role, content = entry[pair[0]], entry.get(pair[1])
         if not isinstance(role, str) or not isinstance(content, str):
@@ -144,4 +144,4 @@ def _check(messages: list[Message]) -> None:
             )
         expected = "assistant" if role == "user" else "user"
     if messages[-1]["role"] != "assistant":
-        raise ConversationError("no_reply", "no assistant has the last word", "end it with an assistant's message")
+        raise ConversationError("no_reply", "it does not end with the assistant's reply", "end it with one")

@@ -215,7 +215,7 @@ def test_there_are_no_bits_per_byte_of_replies_in_text_of_whole_conversations(ma
 def test_bad_conversations_stop_or_are_skipped_and_counted_by_their_line(make):
     good = list(talks(20))
     bad = [{"messages": good[0]["messages"][:1]}, {"messages": []}, {"text": "x"}]
-    with pytest.raises(DataError, match=r"talks\.jsonl:21: no assistant has the last word"):
+    with pytest.raises(DataError, match=r"talks\.jsonl:21: it does not end with the assistant's reply"):
         make(records=[*good, *bad])
     card = Card.load(make(records=[*good, *bad], on_bad_record="quarantine"))
     kinds = {name: count for name, count in card.counts.items() if name.startswith("bad_") and count}
