@@ -57,7 +57,8 @@ def test_help_of_a_verb_explains_every_key(verb, capsys):
 
 
 @pytest.mark.parametrize("verb", MOST_USED)
-def test_help_of_a_verb_with_many_keys_begins_with_ten_and_says_how_to_see_the_rest(verb, capsys):
+def test_help_of_a_verb_with_many_keys_begins_with_ten_and_says_how_to_see_the_rest(verb, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
     assert cli.main([verb, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[4] == "most used keys:"

@@ -17,6 +17,7 @@ from megatrain.data.card import Card
 from megatrain.data.corpus import shard as shard_module
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.preparation import prepare
+from megatrain.data.tokenizer import META
 from megatrain.data.tokenizer_card import CARD
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.tokenizer_sample import draw_sample
@@ -284,6 +285,8 @@ def test_the_folder_of_a_dataset_or_of_another_kind_is_told_from_a_tokenizer(cor
         ):
             find_tokenizer(kind, str(folder))
     made = tokenizer(of_files(corpus, "tokenizer=byte_level_bpe", "tokenizer.vocab_size=400"))
+    assert find_tokenizer("sentencepiece", str(made)).kind == "hf", "a folder that megatrain wrote says its kind"
+    (made / META).unlink()
     with pytest.raises(ConfigError, match=r"has no tokenizer.model of SentencePiece; .*give tokenizer=hf"):
         find_tokenizer("sentencepiece", str(made))
 
