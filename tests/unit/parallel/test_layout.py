@@ -356,7 +356,7 @@ def test_random_jobs_are_legal_or_refused_in_words():
     """Whatever the numbers, the table answers with a legal layout or with a message, and in a moment."""
     draw = random.Random(0)
     legal = 0
-    for _ in range(3000):
+    for _ in range(1000):
         config = job(
             draw.choice(("native", "deepspeed")),
             draw.randrange(4),
@@ -376,7 +376,7 @@ def test_random_jobs_are_legal_or_refused_in_words():
             legal += 1
         except ConfigError as error:
             assert str(error)
-    assert 100 < legal < 2900
+    assert 30 < legal < 970
 
 
 def test_a_layout_describes_itself():
