@@ -97,13 +97,32 @@ def test_a_file_gets_a_line_now_and_then_while_an_evaluation_lasts(clock_at, cap
     ]
 
 
-def test_the_bar_shows_an_evaluation_until_it_ends(tmp_path, monkeypatch):
+@pytest.fixture
+def on_a_terminal(tmp_path, monkeypatch):
+    """Return a function that starts a console on a pty; it returns that, and a function that ends it: its output."""
     monkeypatch.setenv("TERM", "xterm")
-    reader, writer = pty.openpty()
-    terminal = Terminal(writer, writer)
-    terminal.keep_going(background=True)
-    shown = Console(20, terminal=terminal)
-    shown.start(info(tmp_path))
+
+    def start(steps):
+        reader, writer = pty.openpty()
+        terminal = Terminal(writer, writer)
+        terminal.keep_going(background=True)
+        shown = Console(steps, terminal=terminal)
+        shown.start(info(tmp_path))
+
+        def ended():
+            terminal.close()
+            text = os.read(reader, 1 << 16).decode()
+            os.close(reader)
+            os.close(writer)
+            return text
+
+        return shown, ended
+
+    return start
+
+
+def test_the_bar_shows_an_evaluation_until_it_ends(on_a_terminal):
+    shown, ended = on_a_terminal(20)
     shown.step({"step": 7, "loss": 2.25})
     shown.progress(8, "evaluating 40/128 batches")
     assert re.fullmatch(r"step  7/20 ━+─+ evaluating 40/128 batches", shown.bar(79)) and len(shown.bar(79)) == 79
@@ -113,9 +132,7 @@ def test_the_bar_shows_an_evaluation_until_it_ends(tmp_path, monkeypatch):
     assert shown.bar(79).endswith("─ writing a checkpoint: 3 s so far")
     shown.finish("done")
     assert "writing" not in shown.bar(79), "the bar that stays on the terminal shows the last step"
-    terminal.close()
-    os.close(reader)
-    os.close(writer)
+    ended()
 
 
 def test_the_time_left_follows_recent_steps(clock_at):
@@ -130,42 +147,24 @@ def test_the_time_left_follows_recent_steps(clock_at):
     assert shown.seconds_left(399) == pytest.approx(601 * 0.5)
 
 
-def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    reader, writer = pty.openpty()
-    terminal = Terminal(writer, writer)
-    terminal.keep_going(background=True)
-    shown = Console(20, terminal=terminal)
-    shown.start(info(tmp_path))
+def test_a_terminal_gets_a_bar_with_notes_above_it(on_a_terminal):
+    shown, ended = on_a_terminal(20)
     shown.step({"step": 7, "loss": 2.25, "step_time_s": 1.0})
     shown.event({"time": "", "kind": "save", "step": 7, "checkpoint": "runs/a/step_7", "seconds": 0.123456})
     shown.finish("done")
-    terminal.close()
-    text = os.read(reader, 1 << 16).decode()
-    os.close(reader)
-    os.close(writer)
-    lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
+    lines = [line.rpartition("\r\x1b[K")[2] for line in ended().split("\r\n")]
     lines = [re.sub(r"\x1b\[\d+m", "", line) for line in lines]
     assert lines[1] == "saved runs/a/step_7 in 0.12 s"
     assert re.fullmatch(r"step  7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
     assert re.fullmatch(r"run done in 0:00:0\d", lines[3]) and lines[4].startswith("next: ") and lines[5:] == [""]
 
 
-def test_a_terminal_keeps_a_history_of_the_loss_above_the_bar(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    reader, writer = pty.openpty()
-    terminal = Terminal(writer, writer)
-    terminal.keep_going(background=True)
-    shown = Console(50, terminal=terminal)
-    shown.start(info(tmp_path))
+def test_a_terminal_keeps_a_history_of_the_loss_above_the_bar(on_a_terminal):
+    shown, ended = on_a_terminal(50)
     for step in range(1, 51):
         shown.step({"step": step, "loss": 2.5} | ({"heldout_loss": 3.0} if step == 12 else {}))
     shown.finish("done")
-    terminal.close()
-    text = os.read(reader, 1 << 16).decode()
-    os.close(reader)
-    os.close(writer)
-    lines = [line.rpartition("\r\x1b[K")[2] for line in text.split("\r\n")]
+    lines = [line.rpartition("\r\x1b[K")[2] for line in ended().split("\r\n")]
     kept = [int(found.group(1)) for line in lines if (found := re.match(r"step +(\d+)/50  loss 2.5", line))]
     assert kept == [5, 10, 12, 15, 20, 25, 30, 35, 40, 45], "the bar itself shows the last step"
 
