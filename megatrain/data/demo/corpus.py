@@ -248,7 +248,7 @@ def _train_tokenizer(
 
 
 def _sample(config: PrepareConfig, source: DemoFiles, budget: int) -> list[str]:
-    """Return clean text of a source. What is cleaned for it is kept, and the source's preparation uses it again."""
+    """Return clean text of a source. The preparation of the source uses the cleaned parts again."""
     data = config.data
     with StagingFolder(Path(data.dir) / data.name) as staging, Workers(data.workers or usable_cores()) as pool:
         shards = pipeline.clean_source(source, config, pool, staging.work / "cleaned")
