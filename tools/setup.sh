@@ -62,7 +62,7 @@ install() {
   local log=.venv/install.log pid
   echo "installing megatrain with all extras, tests and documentation included, into .venv: 3.3 GB with torch for CPUs," \
     "more with torch for CUDA. It takes two minutes or more, depending on the network. Log: $log"
-  .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,corpus,hf,test,docs]' >"$log" 2>&1 &
+  .venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[data,corpus,hf,tune,evaluate,compress,serve,test,docs]' >"$log" 2>&1 &
   pid=$!
   trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
   show_progress "$pid" "$log"
