@@ -37,7 +37,7 @@ run_tier() {
   local tier=$1 start=$SECONDS result=passed
   shift
   echo "== $tier"
-  if ! "${pytest[@]}" "tests/$tier" "$@" 2>&1 | tee -a "$output"; then
+  if ! "${pytest[@]}" --tb=short "tests/$tier" "$@" 2>&1 | tee -a "$output"; then
     result=FAILED
     failed=1
   fi

@@ -45,6 +45,9 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 
+LINES = 60
+"""Lines of a failed rank's trace that a message holds."""
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -70,7 +73,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
         folder = Path(name)
         children = {_fork(function, rank, size, folder, args): rank for rank in range(size)}
         deadline = time.monotonic() + timeout_s
-        failed, killed = [], []
+        failed, causes = [], []
         while children and time.monotonic() < deadline and not failed:
             for pid in list(children):
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -79,15 +82,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
                     if status:
                         failed.append(rank)
                         if os.WIFSIGNALED(status):
-                            killed.append(f"--- rank {rank} was killed by {signal.Signals(os.WTERMSIG(status)).name}")
+                            said = (folder / f"stderr{rank}").read_text(errors="replace").strip().splitlines()[-20:]
+                            name = signal.Signals(os.WTERMSIG(status)).name
+                            causes.append(" / ".join([f"rank {rank} was killed by {name}", *said]))
             time.sleep(0.002)
         if failed:
             time.sleep(0.5)  # let the others fail too and report why
         for pid in children:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        errors = killed + [path.read_text() for path in sorted(folder.glob("error*")) if path.stat().st_size]
-        assert not failed, f"ranks {failed} did not end well\n" + "\n".join(errors)
+        errors = ["\n".join(path.read_text().splitlines()[:LINES]) for path in sorted(folder.glob("error*"))]
+        assert not failed, "\n".join([f"ranks {failed} did not end well: {'; '.join(causes)}", *errors])
         if children:
             raise TimeoutError(f"ranks {sorted(children.values())} still ran after {timeout_s:g} s")
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(size)]
@@ -104,6 +109,7 @@ def _fork(function: Callable[..., Any], rank: int, size: int, folder: Path, args
     if compiler := sys.modules.get("torch._inductor.async_compile"):
         compiler.AsyncCompile.pool.cache_clear()  # if a test has compiled something, its threads are the parent's
     faulthandler.enable(open(folder / f"error{rank}.fault", "w"))  # noqa: SIM115 - open as long as the rank lives
+    os.dup2(os.open(folder / f"stderr{rank}", os.O_WRONLY | os.O_CREAT), 2)  # what C++ says before it aborts
     try:
         dist.init_process_group(
             "gloo",
