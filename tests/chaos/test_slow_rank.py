@@ -1,7 +1,7 @@
 """A rank that is slower than the others in a real job is named; the run's results do not change.
 
-How small a slowness is named, and that noise names nobody, is tested on recorded times (test_stragglers.py): on a shared
-machine, other programs slow the ranks of a real job too.
+How small a slowness is named, and that noise names nobody, is tested on recorded times (test_stragglers.py): other
+programs of a machine slow the ranks of a real job too.
 """
 
 from __future__ import annotations
