@@ -21,8 +21,11 @@ OTHER_DRIVERS = ("dxg", "kfd")
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
-VISIBLE = re.compile(r"\d+|GPU-.+|MIG-.+")
-"""An entry of `VARIABLE` that names a GPU. CUDA ignores all entries after the first other one (-1, NoDevFiles)."""
+NUMBER = re.compile(r"\+?\d+")
+"""How an entry of `VARIABLE` begins that names a GPU by its number. CUDA ignores what follows it in the entry."""
+
+NAMES = ("GPU-", "MIG-")
+"""How other entries begin that name a GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,36 @@ def _limit_of_environment(environ: Mapping[str, str]) -> Limit | None:
     value = environ.get(VARIABLE)
     if value is None:
         return None
-    most = 0
+    if not value:
+        return Limit(0, f"{VARIABLE} is set, but empty, and shows none", f"unset {VARIABLE}, or list GPUs in it")
+    named = _named(value)
+    if twice := next((one for at, one in enumerate(named) if one in named[:at]), None):
+        return Limit(
+            0, f"{VARIABLE}={value} names {twice} twice, and then CUDA shows none", f"list each GPU once in {VARIABLE}"
+        )
+    return Limit(
+        len(named),
+        f"{VARIABLE}={value} shows {len(named) or 'none'}",
+        f"unset {VARIABLE}, or list more GPUs in it",
+    )
+
+
+def _named(value: str) -> list[str]:
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES names, as CUDA reads it.
+
+    They are numbers, or names that all begin alike; entries after the first other one (-1, NoDevFiles) do not count.
+    """
+    prefix = next((prefix for prefix in NAMES if value.startswith(prefix)), None)
+    found = []
     for entry in value.split(","):
-        if not VISIBLE.fullmatch(entry.strip()):
+        if prefix is not None:
+            name = entry if entry.startswith(prefix) else None
+        else:
+            name = str(int(number[0])) if (number := NUMBER.match(entry.strip())) else None
+        if name is None:
             break
-        most += 1
-    reason = f"{VARIABLE}={value} shows {most or 'none'}" if value else f"{VARIABLE} is set, but empty, and shows none"
-    return Limit(most, reason, f"unset {VARIABLE}, or list more GPUs in it")
+        found.append(name)
+    return found
 
 
 def _limit_of_system() -> Limit | None:

@@ -137,8 +137,9 @@ def join(
         try:
             control = _within(timeout, stopped, lambda: _connect(device, environment, timeout))
         except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
+            others = environment.world_size - 1
             raise EnvironmentFault(
-                f"rank {environment.rank} could not join the other {environment.world_size - 1} ranks at "
+                f"rank {environment.rank} could not join the other {f'{others} ranks' if others > 1 else 'rank'} at "
                 f"{environment.master_addr}:{environment.master_port} within {config.timeout_s:g} s "
                 f"(launch.timeout_s): {error}"
             ) from error

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import OwnedError, cannot_write
-from megatrain.resilience.atomic_file import write_atomically
+from megatrain.resilience.atomic_file import remove_abandoned, temporary_name, write_atomically
 from megatrain.resilience.terminal import say
 
 FOLDER = "owner"
@@ -80,6 +80,7 @@ class Ownership:
                 for older in folder.iterdir():
                     if (match := _NAME.fullmatch(older.name)) and int(match[1]) < number - 1:
                         older.unlink(missing_ok=True)
+                remove_abandoned(folder)
                 return cls(folder, number)
         except OSError as error:
             raise cannot_write(run_dir, error, dir_key) from error
@@ -236,7 +237,7 @@ def _path(folder: Path, number: int) -> Path:
 
 def _create(path: Path, document: dict[str, Any]) -> None:
     """Create a file with all its content or not at all. Raises FileExistsError if the name is taken."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("x") as file:
             json.dump(document, file)

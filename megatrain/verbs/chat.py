@@ -47,8 +47,8 @@ def chat(config: ChatConfig) -> None:
     if config.prompt is not None:
         _answer(model, template, ends, [*_beginning(config), _user("prompt", config.prompt)], config, 0)
         return
-    with contextlib.suppress(KeyboardInterrupt):
-        _talk(model, template, ends, config)
+    with contextlib.suppress(KeyboardInterrupt) if sys.stdin.isatty() else contextlib.nullcontext():
+        _talk(model, template, ends, config)  # on a terminal Ctrl-C is one way to end a conversation
 
 
 def _talk(model: GPT, template: ChatTemplate, ends: list[int], config: ChatConfig) -> None:

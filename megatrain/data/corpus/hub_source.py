@@ -113,8 +113,18 @@ class HuggingFaceSource(Source):
         except (ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(f"{path}: connection lost after row {number} ({_first_line(error)})") from error
         except (OSError, EOFError, zlib.error, ValueError, self._datasets.exceptions.DatasetsError) as error:
-            remedy = "; data=files with this folder in data.paths names the file and line" if self._is_folder else ""
-            raise DataError(f"{path}: cannot be read after row {number} ({_first_line(error)}){remedy}") from error
+            raise DataError(
+                f"{path}: cannot be read after row {number} ({_first_line(error)}); {self._remedy()}"
+            ) from error
+
+    def _remedy(self) -> str:
+        """Return what helps with a file that the library cannot parse: it gives none of the rows around the bad one."""
+        what = "this folder" if self._is_folder else "the downloaded files (hf download --repo-type dataset)"
+        files = f"data=files with {what} in data.paths"
+        if self.config.on_bad_record == "stop":
+            return f"{files} names the file and line"
+        key = f"data.on_bad_record={self.config.on_bad_record}"
+        return f"{key} applies to rows that the library can parse; {files} reads on"
 
 
 def _unread(folder: Path, read: set[str]) -> list[Path]:

@@ -102,7 +102,7 @@ def test_own_lists_give_datatroves_verdicts(own):
     ]
     made = ["http://" + "".join(draw.choice(parts) for _ in range(draw.randrange(1, 9))) + ".org/" for _ in range(500)]
     found = verdicts(theirs, UrlFilter(lists="none", **own), [*PLANTED, *made])
-    assert [row for row in found if row[1] != row[2]] == []
+    assert [row for row in found if row[1] != row[2]] == [("https://BAD.com/", None, "blocked_domain")]
     assert {row[2] for row in found} == {None, *RULES.values()}
 
 
@@ -124,6 +124,24 @@ def test_finewebs_lists_give_datatroves_verdicts(monkeypatch, tmp_path):
     assert [row for row in found if row[1] != row[2]] == []
     assert {row[2] for row in found} == {None, *RULES.values()}
     assert ours.apply(Document("", "id", metadata={"url": "https://docs.python.org/3/library/"})) is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "host"),
+    [
+        *(("bad.com", host) for host in ("BAD.com", "www.Bad.COM", "user@BAD.com:80", "bad。com")),
+        *(("Bad.Com", host) for host in ("bad.com", "BAD.COM")),
+        *(("bücher.de", host) for host in ("bücher.de", "BÜCHER.de", "xn--bcher-kva.de", "XN--BCHER-KVA.de")),
+        *(("xn--bcher-kva.de", host) for host in ("bücher.de", "www.Bücher.DE")),
+        ("á́_.com", "Á́_.com"),  # no valid name, but the same one
+    ],
+)
+def test_a_host_is_blocked_however_it_is_spelled(tmp_path, listed, host):
+    (tmp_path / "mine.txt").write_text(f"{listed}\n", encoding="utf-8")
+    step = UrlFilter(lists="none", domains=[str(tmp_path / "mine.txt")])
+    found = step.apply(Document("", "id", metadata={"url": f"http://{host}/page"}))
+    assert found is not None and found.rule == "blocked_domain"
+    assert step.apply(Document("", "id", metadata={"url": "http://bucher.de/BAD.com"})) is None
 
 
 def test_a_crawl_is_filtered_and_pages_without_a_url_stay(tmp_path, own):

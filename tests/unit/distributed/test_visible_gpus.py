@@ -48,12 +48,27 @@ def test_a_machine_without_device_files_has_no_driver(machine):
         ("NoDevFiles", 0, "shows none"),  # what Slurm sets in a job without GPUs
         ("0", 1, "CUDA_VISIBLE_DEVICES=0 shows 1"),
         ("0,-1,1", 1, "shows 1"),  # CUDA stops at the first that is none
-        ("GPU-5a,MIG-7", 2, "shows 2"),
+        ("GPU-5a,GPU-7", 2, "shows 2"),
+        ("GPU-5a,MIG-7", 1, "shows 1"),  # only names of the first one's kind count
+        ("0,0,1", 0, "names 0 twice"),  # and then CUDA shows none
+        ("1, 01", 0, "names 1 twice"),
+        ("GPU-5a,GPU-5a", 0, "names GPU-5a twice"),
+        ("2ampere,0", 2, "shows 2"),
     ],
 )
 def test_the_environment_may_hide_gpus(machine, value, most, shown):
     found = machine(["nvidia0", "nvidia1", "nvidia2"], CUDA_VISIBLE_DEVICES=value)
-    assert found.most == most and shown in found.reason and "unset CUDA_VISIBLE_DEVICES" in found.remedy
+    assert found.most == most and shown in found.reason and "CUDA_VISIBLE_DEVICES" in found.remedy
+
+
+@pytest.mark.parametrize(
+    "value", ["0,0,1", "1, 01", "+1,2", "3x,4", "GPU-5a,MIG-7", "GPU-5a, GPU-6", "-1,0", "0,,1", "x"]
+)
+def test_torch_counts_as_many(machine, monkeypatch, value):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    names = [f"nvidia{number}" for number in range(9)]
+    assert machine(names, CUDA_VISIBLE_DEVICES=value).most == len(torch.cuda._parse_visible_devices())
 
 
 def test_without_another_limit_the_device_files_count(machine):

@@ -156,3 +156,18 @@ def test_signs_of_life_are_written_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(owner, "BEAT_S", 0)
     mine.check()
     assert path.stat().st_mtime > 1e9
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from megatrain.resilience.owner import Ownership
+os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Ownership.take(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_what_a_job_leaves_that_was_killed_while_it_became_the_owner_is_removed(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert len(list((tmp_path / "owner").iterdir())) == 1, "a half-made mark"
+    Ownership.take(tmp_path)
+    assert [path.name for path in (tmp_path / "owner").iterdir()] == ["00000001.json"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
+from megatrain.cli import main
 from megatrain.config import ChatConfig, ExportConfig, ModelConfig, TokenizerConfig
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.errors import ConfigError
@@ -150,3 +151,23 @@ def test_what_looks_like_a_command_is_no_message_on_a_terminal(assistants, capsy
     shown = capsys.readouterr()
     assert "no command /help; /new begins another conversation, Ctrl-D ends" in shown.err
     assert shown.out == say(capsys, assistants / "chat", prompt="Bye") + "\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_ends_a_conversation_on_a_terminal_and_is_an_interruption_elsewhere(
+    assistants, capsys, monkeypatch, terminal
+):
+    class Interrupted(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def __next__(self):
+            raise KeyboardInterrupt
+
+    def typed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted("Bye\n"))
+    monkeypatch.setattr("builtins.input", typed)
+    code = main(["chat", str(assistants / "chat"), "device=cpu"])
+    assert code == (0 if terminal else 130)

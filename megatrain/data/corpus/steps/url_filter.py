@@ -40,8 +40,9 @@ class UrlFilter(Step):
     enough soft words are; or if a subword is somewhere in its letters and digits. The URL is the document's field
     `url`; documents without one stay and are counted. FineWeb's own lists come with datatrove: 4.6 million domains, of
     which the workers share one table. A host without a public suffix, such as an IP address, is not looked up. Lists of
-    your own have an entry a line and may be compressed; lines that begin with # do not count. Upper and lower case
-    count in domains, URLs and words, as in FineWeb; words of a list are compared in lower case.
+    your own have an entry a line and may be compressed; lines that begin with # do not count. Domains and
+    hosts are compared in lower case and as punycode, which FineWeb does not do. In URLs and words upper and lower case
+    count, as in FineWeb; words of a list are compared in lower case.
     """
 
     name: ClassVar[str] = "url_filter"
@@ -101,7 +102,7 @@ class UrlFilter(Step):
         blocked = _load(self.__dict__["_place"])
         parts = _extractor()(url)
         for rule, entry in (("domain", parts.top_domain_under_public_suffix), ("host", parts.fqdn)):
-            if _holds(blocked, _hash_domain(_bytes(entry))):
+            if _holds(blocked, _hash_domain(_canonical(entry))):
                 return Removal(f"blocked_{rule}", entry)
         if _holds(blocked, _hash_url(_bytes(url))):
             return Removal("blocked_url", url)
@@ -122,7 +123,7 @@ class UrlFilter(Step):
             yield from _packed_lists()
         for kind in ("domains", "urls"):
             for path in getattr(self, kind):
-                yield kind, map(_bytes, read_list(path) if kind == "urls" else _own_domains(path))
+                yield kind, map(_bytes, read_list(path)) if kind == "urls" else map(_canonical, _own_domains(path))
 
     def _write(self, place: Path) -> None:
         found = [np.zeros(0, _HASH)]
@@ -198,6 +199,18 @@ def _own_words(path: str) -> Iterator[str]:
 
 def _bytes(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
+
+
+def _canonical(domain: str) -> bytes:
+    """Return a domain in lower case and as punycode (UTS 46), as datatrove's list has them; else as it is written."""
+    if domain.isascii():
+        return domain.lower().encode()
+    import idna
+
+    try:
+        return idna.encode(domain, uts46=True)
+    except UnicodeError:
+        return _bytes(domain.lower())
 
 
 def _letters(text: str) -> str:
