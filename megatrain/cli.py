@@ -207,8 +207,8 @@ def run(arguments: Arguments) -> int:
         return start(config, sorted(arguments.flags), arguments.overrides)
     check_paths(config)
     action = _action(verb)
-    also = (arguments.overrides, sorted(arguments.flags)) if verb == "prepare" else ()
-    result = action(config, *also)
+    also = {"prepare": (arguments.overrides, sorted(arguments.flags)), "tokenizer": (arguments.overrides,)}
+    result = action(config, *also.get(verb, ()))
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
 
 

@@ -99,6 +99,7 @@ def decide_restart(
     if of_machine:
         limit, count = recovery.max_machine_restarts, restarts.machine
     own_code = EXIT_ENVIRONMENT if of_machine or failure.kind == HANG else EXIT_DEFECT
+    own_code = EXIT_NO_PROGRESS if failure.kind == MEMORY else own_code
     before = failed_alike_before_any_step(failure, events) if failure.kind == JOB else None
     bad_hosts = suspects([failure.host], [*events, _as_event(failure)], time.time()) if failure.kind == MACHINE else []
     hint = _log_hint(log_dir, failure)

@@ -28,9 +28,10 @@ from megatrain.config.own_dataset import find_dataset
 from megatrain.config.values import as_text, quoted
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.mixed_dataset import Mixture
-from megatrain.data.mixture_settings import read_phases
+from megatrain.data.mixture_settings import first_sample, read_phases
 from megatrain.distributed.rank_environment import was_requeued
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.optim.schedule import samples_before
 from megatrain.resilience.owner import is_held
 from megatrain.training.history import refuse_if_lost, refuse_to_overwrite
 from megatrain.verbs.places import require
@@ -196,6 +197,17 @@ def ignored_keys(config: TrainConfig, overrides: Sequence[str]) -> Iterator[str]
             f"{name}={as_text(ours[name])} acts in megatrain prepare and does nothing here"
             f"{'' if name in UNRECORDED else has}; leave it out, or prepare the dataset again under another data.name"
         )
+
+
+def unreached_phases(config: TrainConfig) -> Iterator[str]:
+    """Yield a note for each phase of the mixture that begins after the run's last step."""
+    loop = config.train
+    end = samples_before(loop, loop.steps + 1)
+    for phase in read_phases(config.data):
+        if first_sample(phase, loop.seq_len, partial(samples_before, loop)) >= end:
+            start = f"at step {phase.from_step:,}" if phase.from_step else f"after {phase.from_tokens:,} tokens"
+            length = f"train.steps={loop.steps}" + ("" if phase.from_step else f", {end * loop.seq_len:,} tokens")
+            yield f"{phase.place} begins {start}, after the end of the run ({length}), so it has no effect"
 
 
 def prepare_command(config: TrainConfig, overrides: Sequence[str]) -> str:

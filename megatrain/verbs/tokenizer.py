@@ -6,10 +6,12 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatrain.config import TrainTokenizerConfig
+from megatrain.config.compose import read_overrides
 from megatrain.config.suggest import next_step
 from megatrain.config.tokenizer_config import SMALLEST_VOCABULARY
 from megatrain.config.values import quoted
@@ -29,11 +31,16 @@ _LONGEST = 10**6
 """`model_max_length` for transformers: a tokenizer has no limit of its own."""
 
 
-def tokenizer(config: TrainTokenizerConfig) -> Path:
+_OF_DATASETS = ("data.heldout_fraction", "data.fim_spm_rate", "data.fim_tokens")
+"""Keys that some choices of data set, and that have no effect here: refused where the command line gives them."""
+
+
+def tokenizer(config: TrainTokenizerConfig, overrides: Sequence[str] = ()) -> Path:
     """Train the tokenizer that the config describes, say what to type next, and return its folder.
 
-    The folder has the tokenizer, a tokenizer.json for transformers' `AutoTokenizer`, and a card. The same text,
-    settings and seed give the same bytes, whatever the number of workers.
+    `overrides` are those of the command line, and part of `config` already. The folder has the tokenizer, a
+    tokenizer.json for transformers' `AutoTokenizer`, and a card. The same text, settings and seed give the same bytes,
+    whatever the number of workers.
 
     Raises:
         ConfigError: settings or paths are wrong, or `out` exists or cannot be made.
@@ -60,6 +67,7 @@ def tokenizer(config: TrainTokenizerConfig) -> Path:
         "data.packing": config.data.packing == BEST_FIT,
         "data.overwrite": config.data.overwrite,
     }
+    ignored |= dict.fromkeys(set(_OF_DATASETS) & set(read_overrides("tokenizer", list(overrides)).values), True)
     if given := [key for key, is_given in ignored.items() if is_given]:
         raise ConfigError(f"{given[0]}: has no effect on a tokenizer's sample; leave it out")
     check_training(config.tokenizer)

@@ -30,7 +30,7 @@ from megatrain.resilience.terminal import keep_log, say, show
 from megatrain.resilience.watchdog import Limits
 from megatrain.training.history import has_begun, nothing_to_do
 from megatrain.verbs import path_checks, resources
-from megatrain.verbs.start_checks import INIT_FROM, finished_step, ignored_keys, real
+from megatrain.verbs.start_checks import INIT_FROM, finished_step, ignored_keys, real, unreached_phases
 
 REFUSED = (EXIT_BAD_CONFIG, EXIT_BAD_DATA, EXIT_BAD_CHECKPOINT)
 """Exit codes of a user's mistake."""
@@ -87,6 +87,8 @@ def _say_notes(config: TrainConfig, overrides: Sequence[str]) -> None:
     """Say what a user may not expect of this command."""
     for warning in ignored_keys(config, overrides):
         say(f"warning: {warning}")
+    for note in unreached_phases(config):
+        say(f"note: {note}")
     _say_if_new(config, overrides)
 
 

@@ -84,7 +84,7 @@ def test_memory_that_runs_out_again_after_progress_is_worth_another_start(decide
 
 
 def test_memory_that_ran_out_is_told_with_advice_where_restarts_are_switched_off(decide, capfd):
-    assert decide(failed(MEMORY), limit=0) == 1
+    assert decide(failed(MEMORY), limit=0) == 6
     (told,) = capfd.readouterr().err.splitlines()
     assert "resilience.max_restarts=0" in told and "lower train.micro_batch_size" in told
 

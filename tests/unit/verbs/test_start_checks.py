@@ -21,7 +21,7 @@ from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.inspect import checkpoint_facts, highlights
 from megatrain.verbs.path_checks import check_writable
-from megatrain.verbs.start_checks import check_origin, ignored_keys, with_checkpoint_model
+from megatrain.verbs.start_checks import check_origin, ignored_keys, unreached_phases, with_checkpoint_model
 from megatrain.verbs.value_checks import check_values
 
 
@@ -394,3 +394,16 @@ def test_a_loop_of_links_is_refused_and_not_followed(started, tmp_path):
     started("model=tiny", runs=tmp_path / "a")  # raises no error of its own: path_checks says what is wrong
     with pytest.raises(ConfigError, match="is a link to nowhere"):
         check_writable("run.dir", tmp_path / "a" / "run")
+
+
+def test_phases_after_the_end_of_the_run_are_named():
+    phases = "[{from_step: 9, mixture: {b: 1}}, {from_tokens: 5121, mixture: {c: 1}}]"
+    words = ["data=mixture", "data.mixture={a: 1}", f"data.phases={phases}", "train.seq_len=64", "data.name=m"]
+    words += ["train.global_batch_size=8"]
+    assert list(unreached_phases(compose("train", [*words, "train.steps=11"]))) == []
+    assert list(unreached_phases(compose("train", [*words, "train.steps=10"]))) == [
+        "data.phases[1] begins after 5,121 tokens, after the end of the run (train.steps=10, 5,120 tokens), so it has "
+        "no effect"
+    ]
+    both = list(unreached_phases(compose("train", [*words, "train.steps=8"])))
+    assert len(both) == 2 and both[0].startswith("data.phases[0] begins at step 9, after the end of the run")

@@ -218,6 +218,8 @@ def test_paths_that_a_source_does_not_read_are_refused(corpus, source, capsys):
         (["data.write_text=true"], ConfigError, "data.write_text: has no effect"),
         (["data.deduplicate=false"], ConfigError, "data.deduplicate: has no effect"),
         (["data.packing=best_fit"], ConfigError, "data.packing: has no effect"),
+        (["data.heldout_fraction=0.05"], ConfigError, "data.heldout_fraction: has no effect"),
+        (["data.fim_spm_rate=1"], ConfigError, "data.fim_spm_rate: has no effect"),
         (["data.overwrite=true"], ConfigError, "data.overwrite: has no effect"),
         (["data=megatron"], ConfigError, "data=megatron: a tokenizer is trained on text"),
         (["data=mixture"], ConfigError, "data.mixture is empty"),
@@ -242,7 +244,7 @@ def test_paths_that_a_source_does_not_read_are_refused(corpus, source, capsys):
 def test_what_cannot_be_trained_is_refused_and_leaves_nothing(corpus, monkeypatch, words, error, message):
     monkeypatch.chdir(corpus)
     with pytest.raises(error, match=message):
-        tokenizer(of_files(corpus, *words))
+        tokenizer(of_files(corpus, *words), words)
     assert sorted(path.name for path in corpus.iterdir()) == ["code", "web"]
 
 
