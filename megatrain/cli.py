@@ -38,6 +38,7 @@ from megatrain.resilience.terminal import Terminal, say
 ACTIONS: dict[str, str] = {
     "prepare": "megatrain.verbs.prepare:prepare",
     "train": "megatrain.training.rank:run",
+    "tune": "megatrain.training.rank:run",
     "layouts": "megatrain.verbs.layouts:layouts",
     "evaluate": "megatrain.verbs.evaluate:evaluate",
     "generate": "megatrain.verbs.generate:generate",
@@ -188,6 +189,11 @@ def run(arguments: Arguments) -> int:
         return multirun(arguments.overrides, arguments.flags - {"--multirun"})
     from megatrain.verbs.path_checks import check_paths
 
+    if verb == "tune":
+        from megatrain.verbs.tune import train_words
+
+        words = train_words(arguments.overrides, make=not arguments.flags & {"--cfg", "--dry-run"})
+        verb, arguments.overrides = "train", words
     config = config_of(verb, arguments.overrides)
     if "--cfg" in arguments.flags:
         _warn_of_repetitions(arguments)

@@ -13,6 +13,7 @@ from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key, walk
 from megatrain.config.launch_config import JobConfig, LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
+from megatrain.config.method_config import METHODS, MethodConfig
 from megatrain.config.model_config import ROPE_SCALING_KEYS, ModelConfig
 from megatrain.config.optim_config import OptimConfig
 from megatrain.config.parallel_config import ParallelConfig
@@ -41,9 +42,11 @@ from megatrain.config.verb_configs import (
     TokenizersConfig,
     TrainConfig,
     TrainTokenizerConfig,
+    TuneConfig,
 )
 
 __all__ = [
+    "METHODS",
     "ROPE_SCALING_KEYS",
     "VERBS",
     "ChatConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "LaunchConfig",
     "LayoutListConfig",
     "LayoutsConfig",
+    "MethodConfig",
     "ModelConfig",
     "OpenDataConfig",
     "OpenEngineConfig",
@@ -80,6 +84,7 @@ __all__ = [
     "TrainConfig",
     "TrainLoopConfig",
     "TrainTokenizerConfig",
+    "TuneConfig",
     "key",
     "walk",
 ]

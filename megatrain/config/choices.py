@@ -16,11 +16,14 @@ from megatrain.config.suggest import did_you_mean
 from megatrain.errors import ConfigError
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "train": ("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "experiment"),
+    "train": (
+        *("model", "data", "tokenizer", "engine", "optim", "precision", "launch", "tracking", "method"),
+        "experiment",
+    ),
     "prepare": ("data", "clean", "tokenizer", "launch"),
     "tokenizer": ("data", "clean", "tokenizer"),
 }
-GROUPS["layouts"] = GROUPS["train"]
+GROUPS["layouts"] = GROUPS["tune"] = GROUPS["train"]
 """Config groups of each verb that has any: `<group>=<choice>` selects conf/<group>/<choice>.yaml."""
 
 CONFIG_DIR = "--config-dir"

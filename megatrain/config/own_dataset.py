@@ -15,7 +15,7 @@ from megatrain.config.choices import YAML, choices_of, home
 CARD = "card.json"
 """File of a dataset's folder that is written last: a folder without it is no prepared dataset yet."""
 
-TRAINING = ("train", "layouts")
+TRAINING = ("train", "tune", "layouts")
 """Verbs whose dataset is a prepared one; the others read the source that the group names."""
 
 

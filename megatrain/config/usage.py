@@ -55,6 +55,18 @@ MOST_USED: dict[str, tuple[str, ...]] = {
         "parallel.zero",
         "checkpoint.every",
     ),
+    "tune": (
+        "data.paths",
+        "data.name",
+        "run.name",
+        "method.epochs",
+        "train.steps",
+        "train.global_batch_size",
+        "train.seq_len",
+        "optim.lr",
+        "launch.nproc_per_node",
+        "parallel.zero",
+    ),
     "layouts": (
         "launch.world_size",
         "launch.nproc_per_node",
@@ -70,7 +82,7 @@ MOST_USED: dict[str, tuple[str, ...]] = {
 }
 """The ten keys to know first, of verbs that have many. Their help shows the others on request."""
 
-FLAGS_OF = {"--multirun": ("train",), "--dry-run": ("train", "prepare"), "--completion": (), "--version": ()}
+FLAGS_OF = {"--multirun": ("train",), "--dry-run": ("train", "tune", "prepare"), "--completion": (), "--version": ()}
 """The verbs whose help lists a flag, where it is not all."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -83,6 +95,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain train model=tiny train.steps=1000",
         "megatrain train model=gpt2_124m data=files data.name=mine precision=bf16 train.steps=1000 optim.lr=6e-4",
         "megatrain train --multirun model=tiny,small optim.lr=1e-3,3e-4",
+    ),
+    "tune": (
+        "megatrain tune runs/base 'data.paths=[talks.jsonl]'",
+        "megatrain tune llama-folder data.name=talks method=sft precision=bf16 launch.nproc_per_node=8 parallel.zero=3",
     ),
     "layouts": (
         "megatrain layouts model=llama_8b precision=bf16 launch.world_size=64",
@@ -145,7 +161,7 @@ NOTES = {"train": MULTIRUN, "layouts": LAYOUTS}
 def overview(flags: Mapping[str, str]) -> str:
     """Return the text of `megatrain --help`. `flags` maps each flag to what it does, as `cli.FLAGS`."""
     lines = [
-        "megatrain pretrains GPT models.",
+        "megatrain pretrains and tunes GPT models.",
         "",
         "usage: megatrain <verb> [key=value | group=choice] ...",
         "",

@@ -11,6 +11,7 @@ from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key
 from megatrain.config.launch_config import LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
+from megatrain.config.method_config import MethodConfig
 from megatrain.config.model_config import ModelConfig
 from megatrain.config.optim_config import OptimConfig
 from megatrain.config.parallel_config import ParallelConfig
@@ -45,6 +46,7 @@ class TrainConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -156,6 +158,68 @@ class LayoutsConfig(TrainConfig):
     parallel: OpenParallelConfig = field(default_factory=OpenParallelConfig)
     launch: OpenLaunchConfig = field(default_factory=OpenLaunchConfig)
     layouts: LayoutListConfig = field(default_factory=LayoutListConfig)
+
+
+@dataclass
+class TuneOptimConfig(OptimConfig):
+    """Optimizer and learning-rate schedule; a null key gets a value that suits the method."""
+
+    lr: float | None = key(  # type: ignore[assignment]
+        None, "peak learning rate; null takes the method's, as docs/guide/tuning.md lists them", above=0
+    )
+    warmup_steps: int | None = key(  # type: ignore[assignment]
+        None, "steps of linear warm-up from 0; null means 3% of train.steps", minimum=0
+    )
+
+
+@dataclass
+class TuneMethodConfig(MethodConfig):
+    """The method, and how long it trains."""
+
+    epochs: float = key(3.0, "passes over the data, if train.steps is null", above=0)
+
+
+@dataclass
+class TuneLoopConfig(TrainLoopConfig):
+    """Steps and batch sizes; a null key gets a value from the data and the base."""
+
+    steps: int | None = key(  # type: ignore[assignment]
+        None, "optimizer steps of the whole run; null means method.epochs passes over the data", minimum=1
+    )
+    seq_len: int | None = key(  # type: ignore[assignment]
+        None, "tokens per sequence; null means model.max_seq_len, and at most 2048", minimum=1
+    )
+    eval_every: int | None = key(  # type: ignore[assignment]
+        None, "steps between held-out evaluations; 0 evaluates only at the end; null means each epoch", minimum=0
+    )
+
+
+@dataclass
+class TuneDataConfig(DataConfig):
+    """The data to tune on: a prepared dataset, or files that become one."""
+
+    name: str | None = key(  # type: ignore[assignment]
+        None, "dataset identity; null names the dataset of data.paths by its first file and the base"
+    )
+
+
+@dataclass
+class TuneRunConfig(RunConfig):
+    """The identity of a run."""
+
+    name: str | None = key(None, "run identity; null means <base>-<method>, so the same command resumes")
+
+
+@dataclass
+class TuneConfig(TrainConfig):
+    """`megatrain tune <run | checkpoint | Hugging Face folder>`: tune a model, in a run like those of train."""
+
+    path: str = key(MISSING, "the base: run folder, checkpoint folder or Hugging Face folder", path=True)
+    run: TuneRunConfig = field(default_factory=TuneRunConfig)
+    data: TuneDataConfig = field(default_factory=TuneDataConfig)
+    method: TuneMethodConfig = field(default_factory=TuneMethodConfig)
+    optim: TuneOptimConfig = field(default_factory=TuneOptimConfig)
+    train: TuneLoopConfig = field(default_factory=TuneLoopConfig)
 
 
 STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact one"
@@ -296,6 +360,7 @@ class ReportConfig:
 VERBS: dict[str, type] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "layouts": LayoutsConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

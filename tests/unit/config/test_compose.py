@@ -15,6 +15,7 @@ PATHS = {
     "chat": ["path=x"],
     "inspect": ["path=x"],
     "report": ["path=x"],
+    "tune": ["path=x"],
     "tokenizers": ["path=x"],
 }
 PATHS |= {"tokenizer": ["out=t"], "export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}

@@ -1,0 +1,19 @@
+"""Which objective each method trains with. The objectives themselves are beside this file, one a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatrain.config import TrainConfig
+from megatrain.optim.objective import NextToken, Objective
+
+OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
+    "pretrain": lambda _config: NextToken(),
+    "sft": lambda _config: NextToken(),
+}
+"""How each method's objective is made of the config."""
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """Return the objective that `method.name` trains with."""
+    return OBJECTIVES[config.method.name](config)

@@ -1,0 +1,230 @@
+"""`megatrain tune`: a training run that begins from a base and learns by a method. Imports no torch.
+
+What the base, the data and the method imply becomes words of `megatrain train`, which does everything else: the run's
+folder, resuming, restarts, Slurm. A base of another library is imported first, and files of data are prepared.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.find import is_checkpoint, model_of, peek, tokenizer_folder
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.naming import checkpoint_step
+from megatrain.config import ModelConfig, PrepareConfig, TokenizerConfig, TrainConfig, TuneConfig
+from megatrain.config.compose import compose, key_types, read_overrides
+from megatrain.config.values import as_text, quoted
+from megatrain.data import preparation
+from megatrain.data.card import check_dataset
+from megatrain.data.mixture_settings import MIXED
+from megatrain.data.samples import num_samples
+from megatrain.data.tokenizer import saved_meta
+from megatrain.distributed.python_process import python_command
+from megatrain.distributed.rank_environment import is_launched
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.interop.path_kind import kind_of
+from megatrain.launch.slurm import Step
+from megatrain.resilience.terminal import say
+from megatrain.verbs.path_checks import check_paths
+from megatrain.verbs.places import require
+from megatrain.verbs.start_checks import INIT_FROM, with_checkpoint_model
+from megatrain.verbs.value_checks import check_values
+
+LONGEST = 2048
+"""Most tokens of a sequence that `train.seq_len=null` means."""
+
+WARMUP = 0.03
+"""Share of the steps that `optim.warmup_steps=null` means."""
+
+
+ONLY_HERE = key_types(TuneConfig).keys() - key_types(TrainConfig).keys()
+"""Keys of `tune` that `train` does not have."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a method of tuning needs of the rest: the kind of source its data comes from, and a learning rate."""
+
+    data: str
+    lr: float
+
+
+TUNINGS: dict[str, Tuning] = {
+    "sft": Tuning(data="chat", lr=2e-5),
+}
+"""The methods of tuning by `method.name`."""
+
+
+def train_words(overrides: Sequence[str], make: bool) -> list[str]:
+    """Return the words of `megatrain train` that mean the same as these of `megatrain tune`.
+
+    With `make`, a Hugging Face base is imported and the files of `data.paths` are prepared, unless that is done. In a
+    job or under another launcher they must be there already.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: as `megatrain train` and `prepare`, or the base is no model.
+    """
+    given = list(overrides)
+    config: TuneConfig = compose("tune", given)
+    tuning = _tuning(config)
+    make = make and not is_launched() and Step.from_environ() is None
+    base = _base_checkpoint(config, make)
+    model = _model_of(base)
+    groups = read_overrides("tune", given).groups
+    implied: dict[str, Any] = {
+        "run.name": config.run.name or f"{_name_of(Path(config.path))}-{config.method.name}",
+        "data.name": config.data.name or _dataset_name(config),
+        "train.seq_len": config.train.seq_len or min(model.max_seq_len, LONGEST),
+        "optim.lr": config.optim.lr or tuning.lr,
+    }
+    if "data" not in groups and config.data.kind not in MIXED:
+        implied["data.kind"] = tuning.data
+    words = [quoted(INIT_FROM, str(base)), *(f"{key}={as_text(value)}" for key, value in implied.items())]
+    if "method" not in groups:
+        words.append(f"method={config.method.name}")
+    words += [word for word in given if word.partition("=")[0].lstrip("+").replace("/", ".") not in ONLY_HERE]
+    planned = _checked([*words, *_planned(config, epoch=1)])
+    samples = _samples(planned, base, make) if planned.data.kind not in MIXED else None
+    return [*words, *_planned(config, samples and samples / planned.train.global_batch_size)]
+
+
+def _tuning(config: TuneConfig) -> Tuning:
+    """Return what the method needs. Raises ConfigError if it is none of tuning, or the base is named twice."""
+    if config.checkpoint.init_from is not None:
+        raise ConfigError(
+            f"{INIT_FROM}={config.checkpoint.init_from}: megatrain tune begins from its first argument, "
+            f"{config.path}; leave {INIT_FROM} out"
+        )
+    if config.method.name not in TUNINGS:
+        raise ConfigError(
+            f"method={config.method.name} is not a method of tuning; give method={' or '.join(TUNINGS)}, or use "
+            "megatrain train"
+        )
+    return TUNINGS[config.method.name]
+
+
+# ------------------------------------------------------------------------------------------------------------ the base
+
+
+def _base_checkpoint(config: TuneConfig, make: bool) -> Path:
+    """Return the run or checkpoint to begin from: the base itself, or the checkpoint that it is or was imported into.
+
+    Raises ConfigError if the base is no model, or must be imported and cannot be here.
+    """
+    path = Path(config.path)
+    require("path", path)
+    kind = kind_of(path)
+    if kind in ("run", "checkpoint"):
+        return path
+    if kind != "huggingface":
+        raise ConfigError(
+            f"path={path} is {'a prepared dataset' if kind == 'dataset' else 'no model'}; give the base first, a run, "
+            "a checkpoint or a Hugging Face folder, and the data as data.name=... or data.paths=[...]"
+        )
+    out = Path(config.run.dir) / f"{_name_of(path)}-imported"
+    if is_checkpoint(out):
+        source = read_manifest(out).identity.imported_from
+        if source is None or os.path.realpath(source) != os.path.realpath(path):
+            raise ConfigError(f"{out} was imported from {source}, not from {path}; give another run.dir")
+        return out
+    command = ["import", quoted("path", str(path)), quoted("out", str(out))]
+    if not make:
+        raise ConfigError(f"path={path} must be imported first: megatrain {shlex.join(command)}")
+    say(f"importing {path} into {out}")
+    code = subprocess.run(python_command("megatrain", *command), stdout=subprocess.DEVNULL, check=False).returncode
+    if code:
+        raise SystemExit(code)  # it has said why
+    return out
+
+
+def _model_of(base: Path) -> ModelConfig:
+    """Return the base's model. Raises CheckpointError if no checkpoint of it can be read."""
+    found = peek(base)
+    if found is None:
+        raise CheckpointError(f"{base} holds no checkpoint that can be read; megatrain inspect {base} says why")
+    return model_of(*found)
+
+
+def _name_of(path: Path) -> str:
+    """Return the name of a base: of the run for a checkpoint of a run, else of its folder."""
+    whole = Path(os.path.realpath(path))
+    if checkpoint_step(whole) is not None:
+        whole = whole.parent.parent if whole.parent.name == "checkpoints" else whole.parent
+    return whole.name
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def _dataset_name(config: TuneConfig) -> str:
+    """Return the name of the dataset that files become. Raises ConfigError if there are none."""
+    if not config.data.paths:
+        raise ConfigError(
+            "tune needs data: give data.paths=[talks.jsonl], or data.name=... of a dataset that megatrain prepare made"
+        )
+    stem = Path(config.data.paths[0]).name.partition(".")[0].strip("*?[]") or Path(config.data.paths[0]).parent.name
+    return f"{stem or 'data'}-{_name_of(Path(config.path))}"
+
+
+def _samples(config: TrainConfig, base: Path, make: bool) -> int:
+    """Return the number of samples in an epoch; prepare the dataset first if it is to be made of files."""
+    folder = Path(config.data.dir) / config.data.name
+    if config.data.paths and make:
+        prepare = PrepareConfig(seed=config.seed, data=config.data, tokenizer=_tokenizer(config, base))
+        check_values(prepare)
+        check_paths(prepare)
+        preparation.prepare(prepare)
+    if not folder.is_dir():
+        check_paths(config)  # says what is missing
+    return num_samples(folder, check_dataset(folder), config.data.packing, config.train.seq_len, config.data.verify)
+
+
+def _tokenizer(config: TrainConfig, base: Path) -> TokenizerConfig:
+    """Return how `prepare` loads the base's tokenizer: the one that the command names, or the base's own."""
+    if config.tokenizer.path is not None:
+        return TokenizerConfig(kind=config.tokenizer.kind, path=config.tokenizer.path)
+    found = peek(base)
+    place = tokenizer_folder(*found) if found else None
+    if place is None:
+        raise ConfigError(
+            f"path={base} comes without a tokenizer; name the one that made its data: tokenizer=hf tokenizer.path=..."
+        )
+    inside = Path(os.path.relpath(place))
+    return TokenizerConfig(kind=saved_meta(place)["kind"], path=str(place if inside.parts[0] == ".." else inside))
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def _checked(words: Sequence[str]) -> TrainConfig:
+    """Return the config of `megatrain train` with these words. Raises ConfigError."""
+    config: TrainConfig = compose("train", with_checkpoint_model("train", words))
+    check_values(config)
+    return config
+
+
+def _planned(config: TuneConfig, epoch: float | None) -> list[str]:
+    """Return the words of the run's length and what depends on it. `epoch` is the steps of one, if they are known.
+
+    Raises ConfigError if the length is not given and not known.
+    """
+    steps = config.train.steps
+    if steps is None and epoch is None:
+        raise ConfigError("train.steps is not set; several datasets have no common epoch: give train.steps=...")
+    words = []
+    if steps is None:
+        assert epoch is not None
+        steps = max(1, math.ceil(config.method.epochs * epoch))
+        words.append(f"train.steps={steps}")
+    if config.optim.warmup_steps is None:
+        words.append(f"optim.warmup_steps={math.ceil(WARMUP * steps)}")
+    if config.train.eval_every is None:
+        words.append(f"train.eval_every={min(steps, math.ceil(epoch)) if epoch else 0}")
+    return words
