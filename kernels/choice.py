@@ -14,6 +14,7 @@ from megatrain.kernels.gelu import fused_gelu, gelu
 from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
 from megatrain.kernels.linear import linear, onednn_linear, prefers_onednn
 from megatrain.kernels.linear_cross_entropy import chunked_linear_cross_entropy_sum, linear_cross_entropy_sum
+from megatrain.kernels.linear_log_probs import chunked_linear_log_probs, linear_log_probs
 from megatrain.kernels.rms_norm import add_rms_norm, fused_add_rms_norm, fused_rms_norm, rms_norm
 from megatrain.kernels.rope import fused_rope_qk, rope_qk
 from megatrain.kernels.support import KernelError, unsupported
@@ -41,12 +42,17 @@ class Kernels:
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     gelu: Callable[[Tensor], Tensor] = gelu
     linear_cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = linear_cross_entropy_sum
+    linear_log_probs: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_log_probs
     vocabulary_statistics: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = vocabulary_statistics
     vocabulary_gradient_: Callable[[Tensor, Tensor, int, Tensor, Tensor | None], None] = vocabulary_gradient_
 
 
 REFERENCE = Kernels()
-CHUNKED = replace(REFERENCE, linear_cross_entropy_sum=chunked_linear_cross_entropy_sum)
+CHUNKED = replace(
+    REFERENCE,
+    linear_cross_entropy_sum=chunked_linear_cross_entropy_sum,
+    linear_log_probs=chunked_linear_log_probs,
+)
 ONEDNN = replace(CHUNKED, linear=onednn_linear)
 FUSED = Kernels(
     rms_norm=fused_rms_norm,
@@ -57,12 +63,14 @@ FUSED = Kernels(
     swiglu=fused_swiglu,
     gelu=fused_gelu,
     linear_cross_entropy_sum=partial(chunked_linear_cross_entropy_sum, fused=True),
+    linear_log_probs=partial(chunked_linear_log_probs, fused=True),
     vocabulary_statistics=fused_vocabulary_statistics,
     vocabulary_gradient_=fused_vocabulary_gradient_,
 )
 COMPILED = replace(
     REFERENCE,
     linear_cross_entropy_sum=FUSED.linear_cross_entropy_sum,
+    linear_log_probs=FUSED.linear_log_probs,
     vocabulary_statistics=fused_vocabulary_statistics,
     vocabulary_gradient_=fused_vocabulary_gradient_,
 )

@@ -73,7 +73,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and the gradients of `x` and `weight`; without `with_gradients` these two are empty."""
     num_rows, vocab = len(x), len(weight)
-    padding = _padding(weight)
+    padding = padding_rows(weight)
     table = F.pad(weight, (0, 0, 0, padding)) if padding else weight  # F.pad copies even without padding
     rows = max(1, min(num_rows, chunk_bytes // (max(1, len(table)) * x.element_size())))
     in_place = fused_cross_entropy_with_gradient_ if fused else cross_entropy_with_gradient_
@@ -88,12 +88,12 @@ def _chunked(
         loss += in_place(chunk[:, :vocab], labels[part], None if weights is None else weights[part]).sum()
         if with_gradients:
             product(chunk, table, out=d_x[part])
-            d_table = _add_product(None if start == 0 else d_table, chunk.t(), x[part])
+            d_table = add_chunk_product(None if start == 0 else d_table, chunk.t(), x[part])
         del chunk  # free it before the next chunk is allocated
     return loss, d_x, d_table[:vocab]
 
 
-def _padding(weight: Tensor) -> int:
+def padding_rows(weight: Tensor) -> int:
     """Return how many rows of zeros to append to a weight on a GPU, so that rows of logits are aligned to 16 bytes.
 
     On an H200, products over 50,257 columns in bf16 took 7 times as long as over 50,304 (docs/measurements/kernels.md).
@@ -108,7 +108,7 @@ def _accumulated(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def add_chunk_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Return `total + a b`, computed in place if there is a total, in the dtype that `_accumulated` returns.
 
     If each chunk were rounded to 16 bits, the sum would lose half a bit.

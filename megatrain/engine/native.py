@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,10 @@ from megatrain.engine.common import (
 from megatrain.engine.protocol import StepResult
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
+from megatrain.kernels.linear_log_probs import label_log_probs
 from megatrain.model.count import parameter_shapes
 from megatrain.model.fp8 import use_fp8
-from megatrain.model.gpt import LossFunction
+from megatrain.model.gpt import LogProbFunction, LossFunction
 from megatrain.model.init import initial_block
 from megatrain.optim.adamw import parameter_groups
 from megatrain.optim.loss_scale import LossScaler
@@ -56,7 +58,7 @@ from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
 from megatrain.parallel.stages import stage_layers
 from megatrain.parallel.tensor import cut_tensors
-from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy
+from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_log_probs
 
 EVALUATED_AT_ONCE = 16
 """Held-out micro-batches that are evaluated together, so that a pipeline stays busy."""
@@ -147,7 +149,7 @@ class NativeEngine:
                     *(self.config.model, layers[index], self.layout.num_stages, index, kernels),
                     *(self.inputs, self.meter),
                 )
-            stage.loss = self._loss(kernels)
+            stage.loss, stage.log_probs = self._losses(kernels)
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
                 split_sequences(stage, self.layout.cp_kind, self.groups.cp)
@@ -163,12 +165,14 @@ class NativeEngine:
             stages[index] = stage.to_empty(device=self.world.device).train()
         return stages
 
-    def _loss(self, kernels: Kernels) -> LossFunction | None:
-        """Return the loss function over logits; None if the head computes the loss itself."""
+    def _losses(self, kernels: Kernels) -> tuple[LossFunction, LogProbFunction] | tuple[None, None]:
+        """Return the functions of the logits that give losses and log-probabilities; None if the head computes them."""
         if self.groups is None or self.groups.tp is None:
-            return None if head_in_chunks(self.config, self.layout) else cross_entropy_sum
+            in_chunks = head_in_chunks(self.config, self.layout)
+            return (None, None) if in_chunks else (cross_entropy_sum, label_log_probs)
         first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
-        return partial(vocabulary_parallel_cross_entropy, first=first, group=self.groups.tp, kernels=kernels)
+        place: dict[str, Any] = {"first": first, "group": self.groups.tp, "kernels": kernels}
+        return partial(vocabulary_parallel_cross_entropy, **place), partial(vocabulary_parallel_log_probs, **place)
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
         """Yield a stage's parameters with their coordinates in the whole model."""

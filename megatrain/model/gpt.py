@@ -25,6 +25,9 @@ from megatrain.model.rope import model_angles
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Maps logits, labels and weights to the summed loss, an fp32 scalar."""
 
+LogProbFunction = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits `[..., V]` and labels `[...]` to the labels' log-probabilities, fp32 `[...]`, 0 for ignored labels."""
+
 
 class Linear(nn.Linear):
     """`nn.Linear` that leaves its values uninitialised. If `shared` is given, it uses that embedding's weight."""
@@ -62,10 +65,17 @@ class Head(Linear):
     def __init__(self, width: int, vocab: int, kernels: Kernels, shared: Embedding | None) -> None:
         super().__init__(width, vocab, False, kernels, shared)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Map `x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar."""
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, each: bool = False
+    ) -> Tensor:
+        """Map `x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar.
+
+        With `each` return the log-probability of each label instead, fp32 `[B, T]`.
+        """
         if labels is None:
             return super().forward(x)
+        if each:
+            return self.kernels.linear_log_probs(x, self.weight, labels)
         return self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
 
 
@@ -211,15 +221,19 @@ class GPT(nn.Module):
     """The whole model.
 
     `config` must be checked (config/model_checks.py): its vocabulary size is known and its sizes fit together.
-    `kernels` are the operations that it computes with. Set `loss` if the vocabulary is sharded over ranks: it is then
-    computed from the head's output. Set `needs_dense_mask` if another `attend` than `attention` takes no `Documents`.
+    `kernels` are the operations that it computes with. Set `loss` and `log_probs` if the vocabulary is sharded over
+    ranks: they are then computed from the head's output. Set `needs_dense_mask` if another `attend` than `attention`
+    takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
         self.loss: LossFunction | None = None
+        self.log_probs: LogProbFunction | None = None
         self.needs_dense_mask = False
+        self.context_size = 1
+        self.context_sum: Callable[[Tensor], Tensor] | None = None
         self.embed = Embedding(config.vocab, config.hidden_size)
         learned = config.position == "learned"
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
@@ -259,6 +273,17 @@ class GPT(nn.Module):
             loss: Tensor = self.head(x, labels, weights)
             return loss
         return self.loss(self.head(x), labels, weights)
+
+    def token_log_probs(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the log-probability of each label given the result of `hidden`, fp32 `[B, T]`, 0 if ignored."""
+        if self.log_probs is None:
+            log_probs: Tensor = self.head(x, labels, each=True)
+            return log_probs
+        return self.log_probs(self.head(x), labels)
+
+    def sum_over_context(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over the ranks that hold the other slices of these sequences."""
+        return values if self.context_sum is None else self.context_sum(values)
 
     def hidden(
         self,

@@ -22,6 +22,24 @@ class OutputHead(Protocol):
     def cross_entropy_sum(self, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the summed cross-entropy of `labels` `[B, T]` given `hidden` `[B, T, D]`, an fp32 scalar in nats."""
 
+    def token_log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the log-probability of each of `labels` `[B, T]` given `hidden` `[B, T, D]`, fp32 `[B, T]`, in nats.
+
+        It is 0, without a gradient, where a label is `IGNORE_INDEX`. Memory is that of `cross_entropy_sum`. The
+        backward pass may run only once.
+        """
+
+    @property
+    def context_size(self) -> int:
+        """Return over how many ranks context parallelism cuts a sequence."""
+
+    def sum_over_context(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over the ranks that hold the other slices of these sequences, in their shape.
+
+        For losses of whole sequences. All these ranks must compute the same loss from the sum, and each returns the
+        share `1 / context_size` of it, so that the job's sum counts it once.
+        """
+
 
 class Objective(Protocol):
     """A loss over micro-batches. All ranks must use the same one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,31 @@ The ring takes no `Documents` as a mask.
 def split_sequences(model: GPT, kind: str, group: dist.ProcessGroup) -> None:
     """Let a model attend across the ranks of a context group, whose ranks run it on slices of the sequences."""
     model.needs_dense_mask = kind == "ring"
+    model.context_size, model.context_sum = group.size(), partial(_summed, group=group)
     for block in model.blocks.children():
         block.attn.attend = make_attend(kind, group)  # type: ignore[union-attr]
+
+
+def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    apply: Callable[..., Tensor] = _Sum.apply
+    return apply(values, group)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over a group whose ranks each return an equal share of one loss, computed from the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum over the ranks of the group, in the shape of `values`."""
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        ctx.size = group.size()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient of the whole loss: the gradients of all ranks' shares are equal."""
+        return gradients[0] * ctx.size, None
 
 
 def make_attend(kind: str, group: dist.ProcessGroup) -> Attend:

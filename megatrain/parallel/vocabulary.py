@@ -23,24 +23,30 @@ def vocabulary_parallel_cross_entropy(
     logit (Shoeybi et al., 2019, arXiv:1909.08053, section 3). No second tensor of the logits' size is kept. The
     backward pass OVERWRITES the logits with their gradient, so it can run only once.
     """
+    losses = _losses(logits, labels, first, group, kernels)
+    return losses.sum() if weights is None else (losses * weights.float()).sum()
+
+
+def vocabulary_parallel_log_probs(
+    logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup, kernels: Kernels
+) -> Tensor:
+    """Return `label_log_probs`, fp32 `[...]`, with the arguments and memory of `vocabulary_parallel_cross_entropy`."""
+    return -_losses(logits, labels, first, group, kernels)
+
+
+def _losses(logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup, kernels: Kernels) -> Tensor:
     apply: Callable[..., Tensor] = _CrossEntropy.apply
-    return apply(logits, labels, weights, first, group, kernels)
+    return apply(logits, labels, first, group, kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss of `vocabulary_parallel_cross_entropy` and its gradient."""
+    """Each token's loss, 0 for ignored labels, and its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-        first: int,
-        group: dist.ProcessGroup,
-        kernels: Kernels,
+        ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup, kernels: Kernels
     ) -> Tensor:
-        """Return the summed loss in nats, fp32 `[]`, of `logits` `[..., V]`, `labels` and `weights` `[...]`."""
+        """Return the losses in nats, fp32 `[...]`, of `logits` `[..., V]` and `labels` `[...]`."""
         scores, targets = logits.flatten(0, -2), labels.flatten()
         own_largest, sums, label_logits = kernels.vocabulary_statistics(scores, targets, first)
         largest = own_largest.clone()
@@ -48,20 +54,18 @@ class _CrossEntropy(torch.autograd.Function):
         both = torch.stack([sums * (own_largest - largest).exp(), label_logits])
         dist.all_reduce(both, group=group)
         log_sum = both[0].log()
-        valid = targets != IGNORE_INDEX
         # Subtract in this order: `largest` may be far larger than the loss.
-        losses = (log_sum - (both[1] - largest)).where(valid, 0.0)
-        flat_weights = None if weights is None else weights.flatten().float()
-        ctx.save_for_backward(scores, targets, largest + log_sum, flat_weights)
+        losses = (log_sum - (both[1] - largest)).where(targets != IGNORE_INDEX, 0.0)
+        ctx.save_for_backward(scores, targets, largest + log_sum)
         ctx.first, ctx.shape, ctx.kernels, ctx.is_spent = first, logits.shape, kernels, False
-        return losses.sum() if flat_weights is None else (losses * flat_weights).sum()
+        return losses.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Return the gradient of the logits `[..., V]` for that of the loss `[]`, in the logits' own memory."""
+        """Return the gradient of the logits `[..., V]` for that of the losses `[...]`, in the logits' own memory."""
         assert not ctx.is_spent, "the logits of this loss were overwritten with their gradient"
         ctx.is_spent = True
-        scores, targets, logsumexp, weights = ctx.saved_tensors
-        factors = gradients[0].expand(targets.shape) if weights is None else weights * gradients[0]
+        scores, targets, logsumexp = ctx.saved_tensors
+        factors = gradients[0].flatten().contiguous()
         ctx.kernels.vocabulary_gradient_(scores, targets, ctx.first, logsumexp, factors)
-        return scores.view(ctx.shape), None, None, None, None, None
+        return scores.view(ctx.shape), None, None, None, None

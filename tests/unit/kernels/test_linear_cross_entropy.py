@@ -68,7 +68,7 @@ def test_rows_padded_as_on_a_gpu_give_the_same(vocab, fused, monkeypatch):
     """On a CPU, too, where nothing is padded: loss and gradients of rows that a GPU pads."""
     from megatrain.kernels import linear_cross_entropy
 
-    monkeypatch.setattr(linear_cross_entropy, "_padding", lambda weight: 64 - len(weight) % 64)
+    monkeypatch.setattr(linear_cross_entropy, "padding_rows", lambda weight: 64 - len(weight) % 64)
     x, weight, labels, weights = problem(9, 8, vocab)
     size = 4 * (vocab + 64) * 4
     loss = chunked_linear_cross_entropy_sum(x, weight, labels, weights, chunk_bytes=size, fused=fused)
