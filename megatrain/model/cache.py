@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from megatrain.config import ModelConfig
+from megatrain.kernels.attention import Documents, attention
+
+
+class AttentionCache(Protocol):
+    """What a block needs of its part of a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None) -> Tensor:
+        """Store the new tokens' keys and values `[B, Hkv, T, K]`; return what the queries `[B, H, T, K]` attend to."""
+        ...
+
+
+class Cache(Protocol):
+    """What a model needs of a cache. `layers[i]` belongs to block `i`."""
+
+    has_own_masks: bool
+    """Whether `attend` knows what each token may see; otherwise the model makes the mask."""
+
+    @property
+    def length(self) -> int:
+        """Tokens stored so far, before those of this call."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[AttentionCache]:
+        """The parts of the blocks."""
+        ...
 
 
 class LayerCache:
@@ -25,9 +54,16 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None) -> Tensor:
+        """Append the new tokens; return the attention of their queries `[B, H, T, K]` over all tokens so far."""
+        keys, values = self.append(k, v)
+        return attention(q, keys, values, mask)
+
 
 class KVCache:
-    """The cache of a whole model: `batch_size` rows of up to `capacity` tokens. `layers[i]` belongs to block `i`."""
+    """A cache of `batch_size` rows of up to `capacity` tokens, which all have the same length."""
+
+    has_own_masks = False
 
     def __init__(
         self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import Documents, attends_by_document, attention, document_mask
 from megatrain.kernels.choice import REFERENCE, Kernels
-from megatrain.model.cache import KVCache, LayerCache
+from megatrain.model.cache import AttentionCache, Cache
 from megatrain.model.rope import model_angles
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(k_size, config.norm_eps, kernels) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None, cache: LayerCache | None
+        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None, cache: AttentionCache | None
     ) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         # The head count is the local output width over K. The weight's shape would give it too, but partitioned
@@ -157,9 +157,10 @@ class Attention(nn.Module):
             if positions.dim() == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             q, k = self.kernels.rope_qk(q, k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = self.attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
+        if cache is None:
+            y = self.attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
+        else:
+            y = cache.attend(q, k, v, mask)
         output: Tensor = self.o(y.transpose(1, 2).flatten(-2))
         return output
 
@@ -205,7 +206,7 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None = None, cache: LayerCache | None = None
+        self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None = None, cache: AttentionCache | None = None
     ) -> Tensor:
         """Map `x` `[B, T, D]` to `[B, T, D]`; `positions` is `[T]` or `[B, T]`, `mask` as in `kernels.attention`."""
         if self.norm_place == "after":
@@ -251,7 +252,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seed: int | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return logits `[B, T, V]`, or with `labels` the summed loss, an fp32 scalar in nats.
@@ -292,14 +293,15 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         dropout_seed: int | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Return the head's input: the last block's output after the final norm, `[B, T, D]`. See `forward`."""
         num_tokens, past = tokens.shape[1], 0 if cache is None else cache.length
         if positions is None:
             positions = torch.arange(past, past + num_tokens, device=tokens.device)
         x = self.embedded(tokens, positions, dropout_seed)
-        mask = self._mask(documents, positions, x.dtype, past)
+        has_mask = cache is not None and cache.has_own_masks
+        mask = None if has_mask else self._mask(documents, positions, x.dtype, past)
         x = self.through_blocks(x, positions, mask, dropout_seed, cache)
         normed: Tensor = self.final_norm(x)
         return normed
@@ -320,7 +322,7 @@ class GPT(nn.Module):
         positions: Tensor,
         mask: Tensor | Documents | None,
         dropout_seed: int | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Return `x` `[B, T, D]` after every block of this model.
 
