@@ -26,6 +26,7 @@ from megatrain.data.corpus.shard import Share
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.sources import open_source
 from megatrain.data.preparation_summary import bad_records, summary
+from megatrain.data.special_tokens import named_template
 from megatrain.data.staging import StagingFolder, work_folder
 from megatrain.data.text_stages import TextStages
 from megatrain.data.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ from megatrain.errors import ConfigError, DataError, OwnedError, cannot_write
 _MIXING = ("mixture", "mixture_temperature", "phases")
 _NOT_IDENTITY = ("dir", "workers", "overwrite", "verify", "packing", *_MIXING, "deduplicate")
 """The last: see `_dedup`."""
+_TEMPLATES = ("tokenizer.chat_template", "data.chat_template")
+"""Keys whose values are compared by what the dataset keeps of them, as a file may be edited, moved or copied."""
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -291,11 +294,11 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
         return False
     card = check_dataset(target)
     was = flatten(_older(card.config)) | flatten(card.config | {"source": card.source})
-    was.pop("data.deduplicate", None)
     now = flatten(settings)
+    skipped = {"data.deduplicate", *_TEMPLATES, *(["tokenizer.path"] if given and was.get("tokenizer.path") else [])}
     changed = [
         f"{key} (was {plain(was.get(key))}, now {plain(now.get(key))})"
-        for key in sorted(was | now)
+        for key in sorted((was | now).keys() - skipped)
         if was.get(key) != now.get(key)
     ]
     if given and card.tokenizer:
@@ -304,8 +307,13 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
         elif given.end_of_document != card.tokenizer.end_of_document:
             was_end, now_end = card.tokenizer.end_of_document, given.end_of_document
             changed.append(f"the end-of-document token of tokenizer.path (was id {was_end}, now {now_end})")
-        if settings["data"]["kind"] == "chat" and _template_of(target) != given.chat_template():
+        is_moved = was.get("tokenizer.path") != now["tokenizer.path"]
+        if (settings["data"]["kind"] == "chat" or is_moved) and _template_of(target) != given.chat_template():
             changed.append("the chat template")
+    elif card.tokenizer and not was.get("tokenizer.path"):
+        name = now.get(_TEMPLATES[0])
+        if _template_of(target) != (named_template(_TEMPLATES[0], name) if name else None):
+            changed.append(f"the chat template ({_TEMPLATES[0]})")
     if changed:
         raise ConfigError(
             f"data.name: {target} was prepared with other settings: {'; '.join(changed)}. "

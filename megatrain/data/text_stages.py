@@ -34,6 +34,7 @@ from megatrain.data.corpus.text_files import REMOVED, TEXT, TextPart
 from megatrain.data.corpus.worker_pool import Workers
 from megatrain.data.indexed import token_dtype
 from megatrain.data.preparation_summary import QUARANTINE, bad_kinds, format_counts, num_bad
+from megatrain.data.special_tokens import chat_template
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.tokenizer_training import train_tokenizer
@@ -172,7 +173,8 @@ class TextStages:
 
     def _tokenizer_key(self, selected: Selected, given: Tokenizer | None) -> str:
         of_given = [given.fingerprint, given.start(), given.end_of_document] if given else None
-        return json.dumps([[shard.key for shard in selected.documents.shards], self.key, of_given])
+        of_trained = None if given else chat_template(self.config.tokenizer)
+        return json.dumps([[shard.key for shard in selected.documents.shards], self.key, of_given or of_trained])
 
     def _train_tokenizer(self, selection: Selection) -> Tokenizer:
         config = self.config

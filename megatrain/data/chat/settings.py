@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from megatrain.config import PrepareConfig
-from megatrain.data.chat.template import SHORT_TALK, ChatTemplate
+from megatrain.data.chat.template import PREPARED_ON, SHORT_TALK, ChatTemplate
 from megatrain.data.special_tokens import MARKER, named_template
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
@@ -48,7 +50,7 @@ def use_template(tokenizer: Tokenizer, given: str | None) -> None:
     """
     if given is not None:
         tokenizer.use_chat_template(named_template("data.chat_template", given))
-    chat = ChatTemplate(tokenizer)
+    chat = ChatTemplate(tokenizer, date=PREPARED_ON)
     known = tokenizer.control_names()
     if missing := [name for name in dict.fromkeys(MARKER.findall(chat.source)) if name not in known]:
         raise ConfigError(
@@ -60,4 +62,10 @@ def use_template(tokenizer: Tokenizer, given: str | None) -> None:
         raise ConfigError(
             "data.chat_template: the template writes nothing of a reply, so no token would count in the loss; give a "
             "template that writes each message's content"
+        )
+    if chat.asks_for_date:
+        print(
+            f"note: the chat template asks for the date (strftime_now) and is told {PREPARED_ON:%d %B %Y}, so that the "
+            "same conversations give the same dataset on any day; megatrain chat tells it today's",
+            file=sys.stderr,
         )

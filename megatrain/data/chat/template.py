@@ -11,6 +11,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -30,6 +31,15 @@ _APART = "\ufdd2"
 """... stand within names of control tokens that a message spells, until the template has been filled in."""
 _RESERVED = re.compile(f"[\0{_OPEN}{_CLOSE}{_APART}]")
 """Characters that messages lose: those above, and that by which tokenizers mark names of control tokens."""
+
+_FEW = 8
+"""Replies that are found one by one, which takes a time that grows with the square of their number."""
+
+PREPARED_ON = datetime.datetime(2024, 7, 26)
+"""The date that templates are told which ask for it, when a dataset is prepared: its bytes must not depend on the day.
+
+It is the one that Llama 3.1's template has for want of another.
+"""
 
 SHORT_TALK: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 """A conversation that every template can lay out."""
@@ -58,8 +68,13 @@ class Encoded:
 class ChatTemplate:
     """A chat template with the tokenizer that it belongs to."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
-        """Take `template`, or else the tokenizer's own. Raises `ConfigError` if there is none, or it is no Jinja."""
+    def __init__(
+        self, tokenizer: Tokenizer, template: str | None = None, date: datetime.datetime | None = None
+    ) -> None:
+        """Take `template`, or else the tokenizer's own. Raises `ConfigError` if there is none, or it is no Jinja.
+
+        `date` is what the template's `strftime_now` tells; None means now.
+        """
         source = template or tokenizer.chat_template()
         if source is None:
             raise ConfigError(
@@ -70,7 +85,7 @@ class ChatTemplate:
         self.tokenizer, self.source = tokenizer, source
         names = sorted(tokenizer.control_names(), key=len, reverse=True)  # of two that begin alike the longer one
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
-        environment = _environment()
+        environment = _environment(date)
         try:
             self._marks_replies = any(map(_Generation.made, environment.parse(source).find_all(nodes.CallBlock)))
             self._template = environment.from_string(source)
@@ -114,6 +129,11 @@ class ChatTemplate:
         last = [token for token in counted if token in control][-1:]  # a template may count a newline after it
         return [*last, self.tokenizer.end_of_document]
 
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether the text depends on the date."""
+        return "strftime_now" in self.source
+
     def render(self, messages: Sequence[Message], asks: bool = False) -> Rendered:
         """Return a conversation as text, with the spans that the assistant writes. Raises as `encode`."""
         text, controls, spans = self._fill(messages, asks)
@@ -122,13 +142,18 @@ class ChatTemplate:
         return Rendered(text, spans, controls)
 
     def _fill(
-        self, messages: Sequence[Message], asks: bool
+        self, messages: Sequence[Message], asks: bool, encloses: bool = False
     ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return the text, where control tokens are in it, and what `{% generation %}` encloses."""
-        safe = [
-            {**message, "content": self._without_controls(_RESERVED.sub("", message["content"]))}
-            for message in messages
-        ]
+        """Return the text, where control tokens are in it, and what `{% generation %}` encloses.
+
+        With `encloses` the last are the contents of the assistant's messages, for templates without that tag.
+        """
+        safe = []
+        for message in messages:
+            content = self._without_controls(_RESERVED.sub("", message["content"]))
+            if encloses and message["role"] == "assistant":
+                content = f"{_OPEN}{content}{_CLOSE}"
+            safe.append({**message, "content": content})
         named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
         try:
             marked = self._template.render(
@@ -159,7 +184,7 @@ class ChatTemplate:
             return text, found, spans
 
         def moved(at: int) -> int:
-            return at - sum(mark < at for mark in marks)
+            return at - bisect_left(marks, at)
 
         def all_moved(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
             return [(moved(start), moved(stop)) for start, stop in pairs]
@@ -172,30 +197,62 @@ class ChatTemplate:
         return self._control.sub(lambda match: f"{match[0][0]}{_APART}{match[0][1:]}", content)
 
     def _replies(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Return the assistant's spans of a template that does not mark them.
+        """Return the assistant's spans of a template that does not mark them."""
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(numbers) > _FEW:
+            with suppress(ConfigError):  # finding them one by one says what is wrong, if anything is
+                if found := self._enclosed_replies(messages, text, numbers):
+                    return found
+        return [self._reply(messages, number, text) for number in numbers]
 
-        Each begins where the template asks for a reply and ends before what comes next: after the control token that
+    def _enclosed_replies(
+        self, messages: Sequence[Message], text: str, numbers: Sequence[int]
+    ) -> list[tuple[int, int]] | None:
+        """Return the spans of many replies: what encloses the first one's content must enclose all others' too.
+
+        The template is filled in once with marks around the contents, and a few times to find the first reply, one in
+        the middle and the last as `_reply` does. None if the marks change the text, or those replies say otherwise.
+        """
+        stripped: list[Message] = [{**message, "content": message["content"].strip()} for message in messages]
+        for given in (messages, stripped):  # a template may strip the contents, but does not strip the marks
+            marked, _, contents = self._fill(given, asks=False, encloses=True)
+            if marked == text and len(contents) == len(numbers):
+                break
+        else:
+            return None
+        before, asking = (self._fill(messages[: numbers[0]], asks)[0] for asks in (False, True))
+        prompt = asking[_num_shared(before, asking) :]
+        first = self._reply(messages, numbers[0], text)
+        lead, tail = contents[0][0] - first[0], first[1] - contents[0][1]
+        begin, end = text[first[0] - len(prompt) : contents[0][0]], text[contents[0][1] : first[1]]
+        if lead < 0 or tail < 0 or not begin.startswith(prompt):
+            return None
+        spans = [(start - lead, stop + tail) for start, stop in contents]
+        spans[-1] = self._reply(messages, numbers[-1], text)  # what ends a conversation may differ
+        same = all(text.startswith(end, stop) and text.endswith(begin, 0, start) for start, stop in contents[:-1])
+        middle = len(numbers) // 2
+        return spans if same and spans[middle] == self._reply(messages, numbers[middle], text) else None
+
+    def _reply(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+        """Return the span of the assistant's message of this number.
+
+        It begins where the template asks for a reply and ends before what comes next: after the control token that
         ends the turn, without whitespace behind it.
         """
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, *_ = self._fill(messages[:number], asks=True)
-            after, controls, _ = self._fill(messages[: number + 1], asks=False)
-            if number + 1 == len(messages) or not text.startswith(after):
-                after, controls = self._without_last_end(messages[: number + 1], after, controls)
-            if not text.startswith(after) or not after.startswith(before):
-                raise ConfigError(
-                    "the chat template lays a reply out differently once more messages follow, or when it asks for "
-                    "one, so it is unknown which tokens the assistant writes; enclose what it writes in "
-                    "{% generation %} and {% endgeneration %}"
-                )
-            stop = len(after)
-            if controls and controls[-1][0] >= len(before) and not after[controls[-1][1] :].strip():
-                stop = controls[-1][1]
-            spans.append((len(before), stop))
-        return spans
+        before, *_ = self._fill(messages[:number], asks=True)
+        after, controls, _ = self._fill(messages[: number + 1], asks=False)
+        if number + 1 == len(messages) or not text.startswith(after):
+            after, controls = self._without_last_end(messages[: number + 1], after, controls)
+        if not text.startswith(after) or not after.startswith(before):
+            raise ConfigError(
+                "the chat template lays a reply out differently once more messages follow, or when it asks for "
+                "one, so it is unknown which tokens the assistant writes; enclose what it writes in "
+                "{% generation %} and {% endgeneration %}"
+            )
+        stop = len(after)
+        if controls and controls[-1][0] >= len(before) and not after[controls[-1][1] :].strip():
+            stop = controls[-1][1]
+        return len(before), stop
 
     def _without_last_end(
         self, messages: Sequence[Message], text: str, controls: list[tuple[int, int]]
@@ -205,9 +262,15 @@ class ChatTemplate:
         Phi-3's, for example, writes the end of a document there, unless it asks for another reply.
         """
         asking, *_ = self._fill(messages, asks=True)
-        stop = next((at for at, (a, b) in enumerate(zip(text, asking, strict=False)) if a != b), len(text))
+        stop = _num_shared(text, asking)
         stop = min([stop, *(start for start, end in controls if start < stop < end)])
         return text[:stop], [pair for pair in controls if pair[1] <= stop]
+
+
+def _num_shared(first: str, second: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 class _RefusedError(Exception):
@@ -235,7 +298,7 @@ class _Generation(Extension):
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(date: datetime.datetime | None) -> ImmutableSandboxedEnvironment:
     """Return an environment with the settings and functions that transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -248,6 +311,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (date or datetime.datetime.now()).strftime(form)
     environment.filters["tojson"] = as_json
     return environment

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.chat.conversation import from_text
-from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.corpus.cleaned import Frame, unpack
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.selection import HELDOUT, TRAIN
@@ -75,7 +75,7 @@ def encode_chunk(task: EncodeTask) -> Encoded:
     """
     tokenizer, encode = _load(task.tokenizer, task.fingerprint, task.starts_with_bos)
     first, last = np.array(tokenizer.start(), task.dtype), np.array([tokenizer.end_of_document], task.dtype)
-    chat = ChatTemplate(tokenizer, task.chat) if task.chat else None
+    chat = ChatTemplate(tokenizer, task.chat, PREPARED_ON) if task.chat else None
     found: dict[int, tuple[list[np.ndarray], list[int], list[np.ndarray]]] = {}
     sizes: Counter[int] = Counter()
     total = 0

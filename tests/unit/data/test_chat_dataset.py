@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.loader import heldout_batches, micro_batch_of, padded_ids
 from megatrain.data.preparation import prepare
 from megatrain.data.samples import open_samples
+from megatrain.data.special_tokens import CHAT_TEMPLATES
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.engine.common import evaluate
 from megatrain.errors import ConfigError, DataError
@@ -261,6 +264,43 @@ def test_an_edited_template_is_another_preparation(make, tmp_path):
     template.write_text(MARKED.replace("eos_token", "'.' + eos_token"))
     with pytest.raises(ConfigError, match=r"prepared with other settings: the chat template"):
         make(chat_template=str(template))
+
+
+def test_the_same_template_or_tokenizer_at_another_place_is_the_same_preparation(make, tmp_path, tokenizers, capsys):
+    for name in ("one.jinja", "two.jinja"):
+        (tmp_path / name).write_text(MARKED)
+        make(chat_template=str(tmp_path / name))
+    shutil.copytree(tokenizers / "marked", tmp_path / "moved")
+    make(chat_template=str(tmp_path / "one.jinja"), tokenizer=str(tmp_path / "moved"))
+    assert capsys.readouterr().err.count("already prepared with these settings") == 2
+    with pytest.raises(ConfigError, match=r"other settings: the tokenizer at tokenizer.path; the chat template\."):
+        make(tokenizer="chatml")
+
+
+def test_a_trained_tokenizers_template_counts_by_what_it_says(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n\n".join(message["content"] for talk in talks() for message in talk["messages"]))
+    data = DataConfig(name="d", dir=str(tmp_path / "out"), kind="files", paths=[str(tmp_path / "a.txt")], workers=1)
+
+    def prepared(name):
+        words = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template=name and str(tmp_path / name))
+        prepare(PrepareConfig(seed=1, data=data, tokenizer=words))
+
+    for name in ("one.jinja", "two.jinja", "three.jinja"):
+        (tmp_path / name).write_text(CHAT_TEMPLATES["chatml"] + "!" * (name == "three.jinja"))
+    prepared("one.jinja")
+    prepared("two.jinja")
+    assert "already prepared with these settings" in capsys.readouterr().err
+    for other in ("three.jinja", None):
+        with pytest.raises(ConfigError, match=r"other settings: the chat template \(tokenizer.chat_template\)"):
+            prepared(other)
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_same_one_on_any_day(make, tmp_path, capsys):
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%Y') }}" + MARKED)
+    folder = make(chat_template=str(tmp_path / "dated.jinja"), heldout_fraction=0)
+    assert "asks for the date (strftime_now) and is told 26 July 2024" in capsys.readouterr().err
+    ids = next(IndexedDataset.open(folder, "train").documents())
+    assert load_tokenizer(folder / "tokenizer").decode(ids.tolist()).startswith("2024")
 
 
 def test_the_dataset_keeps_the_template_with_its_tokenizer(make, tokenizers, tmp_path):

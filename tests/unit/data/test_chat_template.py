@@ -1,5 +1,6 @@
 """Conversations are laid out as transformers lays them out, and no message can spell what ends a turn."""
 
+import datetime
 import json
 import random
 import re
@@ -9,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from megatrain.config import TokenizerConfig
-from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.special_tokens import CHAT_TEMPLATES
 from megatrain.data.tokenizer_loading import find_tokenizer, load_tokenizer
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
@@ -220,6 +221,42 @@ def test_a_reply_ends_with_its_control_token_even_if_a_newline_after_it_counts(f
     template = MARKED.replace("'<|end|>' }}{% endgeneration", "'<|end|>\n' }}{% endgeneration")
     chat = ChatTemplate(tokenizer, template)
     assert chat.ends() == [tokenizer.control_token("<|end|>"), tokenizer.end_of_document]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "plain", "inst", "last"])
+def test_many_replies_are_those_that_are_found_one_by_one(folders, name, monkeypatch):
+    """With contents that begin and end with spaces, and contents that a template would strip."""
+    path = folders / ("marked" if name == "last" else name)
+    chat = ChatTemplate(find_tokenizer("hf", str(path)), LAST if name == "last" else None)
+    filled = []
+    fill = chat._template.render
+    monkeypatch.setattr(chat._template, "render", lambda **given: filled.append(given) or fill(**given))
+    for words in (WORDS, [*WORDS, *SPELLED], [word for word in WORDS if word.strip()]):
+        for talk in conversations(3, words, system=False):
+            talk = [message for _ in range(40) for message in talk]
+            with monkeypatch.context() as slow:
+                slow.setattr("megatrain.data.chat.template._FEW", 10**6)
+                expected = chat.render(talk)
+            filled.clear()
+            assert chat.render(talk) == expected
+            assert len(filled) < 15, "not once for each reply"
+
+
+def test_a_reply_among_many_that_is_laid_out_otherwise_is_noticed(folders):
+    odd = LAST.replace("'<|end|>\n' }}", "('<|end|>\n' if loop.index != 12 else '!<|end|>\n') }}")
+    chat = ChatTemplate(find_tokenizer("hf", str(folders / "marked")), odd)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 20
+    rendered = chat.render(talk)
+    assert [rendered.text[start:stop] for start, stop in rendered.spans].count("b!<|end|>") == 1
+
+
+def test_the_date_is_one_that_is_given_or_todays(folders):
+    tokenizer = find_tokenizer("hf", str(folders / "chatml"))
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATES["chatml"]
+    talk = [{"role": "user", "content": "a"}]
+    assert ChatTemplate(tokenizer, dated, PREPARED_ON).render(talk).text.startswith("26 Jul 2024<")
+    assert ChatTemplate(tokenizer, dated).render(talk).text.startswith(datetime.date.today().strftime("%d %b %Y"))
+    assert ChatTemplate(tokenizer, dated).asks_for_date and not ChatTemplate(tokenizer).asks_for_date
 
 
 def test_a_tag_in_a_comment_marks_nothing(folders):
