@@ -45,6 +45,10 @@ class ConfigError(MegatrainError):
     exit_code = EXIT_BAD_CONFIG
 
 
+class RewardError(ConfigError):
+    """A reward function that cannot be loaded, raises, hangs or returns no numbers."""
+
+
 class DataError(MegatrainError):
     """Bad data: a corpus, a tokenizer or a prepared dataset that cannot be used."""
 

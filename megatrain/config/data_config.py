@@ -7,6 +7,9 @@ from typing import Any
 
 from megatrain.config.key import key
 
+CHAT_KINDS = ("chat", "prompts")
+"""Kinds of sources whose records a chat template lays out: conversations, and prompts without their replies."""
+
 
 @dataclass
 class DataConfig:
@@ -17,7 +20,7 @@ class DataConfig:
     kind: str = key(
         "files",
         "kind of source",
-        choices=("python_stdlib", "files", "code", "chat", "huggingface", "megatron", "mixture", "demo"),
+        choices=("python_stdlib", "files", "code", *CHAT_KINDS, "huggingface", "megatron", "mixture", "demo"),
     )
     mixture: dict[str, Any] = key(
         {},
@@ -81,7 +84,8 @@ class DataConfig:
     )
     chat_template: str | None = key(
         None,
-        "data=chat: template that lays conversations out, a Jinja file, chatml or llama3; null takes the tokenizer's",
+        "data=chat, data=prompts: template that lays messages out, a Jinja file, chatml or llama3; null takes that of "
+        "the tokenizer",
         path=True,
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")

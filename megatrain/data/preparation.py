@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.config.flatten import flatten
 from megatrain.config.plain import plain
 from megatrain.data.adopt import check_contents_apart, check_prefixes, link, make_card
@@ -199,7 +200,7 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     check_settings(config)
     if config.tokenizer.path:
         tokenizer = find_tokenizer(config.tokenizer.kind, config.tokenizer.path)
-        if config.data.kind == "chat":
+        if config.data.kind in CHAT_KINDS:
             use_template(tokenizer, config.data.chat_template)
         elif config.data.kind != "megatron":
             _choose_start(tokenizer, config)
@@ -258,7 +259,7 @@ def settings(config: PrepareConfig) -> dict[str, Any]:
     if config.clean.dedup_passages != "none":
         clean["dedup_passages"] = config.clean.dedup_passages
         clean["min_passage_characters"] = config.clean.min_passage_characters
-    if config.data.kind != "chat":
+    if config.data.kind not in CHAT_KINDS:
         del data["chat_template"]
     return {"seed": config.seed, "data": data, "clean": clean, "tokenizer": asdict(config.tokenizer)}
 
@@ -308,7 +309,7 @@ def _already_prepared(target: Path, settings: dict[str, Any], given: Tokenizer |
             was_end, now_end = card.tokenizer.end_of_document, given.end_of_document
             changed.append(f"the end-of-document token of tokenizer.path (was id {was_end}, now {now_end})")
         is_moved = was.get("tokenizer.path") != now["tokenizer.path"]
-        if (settings["data"]["kind"] == "chat" or is_moved) and _template_of(target) != given.chat_template():
+        if (settings["data"]["kind"] in CHAT_KINDS or is_moved) and _template_of(target) != given.chat_template():
             changed.append("the chat template")
     elif card.tokenizer and not was.get("tokenizer.path"):
         name = now.get(_TEMPLATES[0])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import PrepareConfig
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.card import SPLITS, Card, TokenizerCard, card_of_written, fingerprint
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
@@ -135,9 +136,10 @@ class TextStages:
             removed = [f"{report.name} removed {format_counts(report.rules)}" for report in reports if report.rules]
             steps = f"; clean={self.config.clean.name}: {'; '.join(removed)}" if removed else ""
             raise DataError(f"data={data.kind}: the corpus is empty ({format_counts(counts)}){first}{steps}")
-        if kept == 1 and data.kind == "chat" and data.heldout_fraction > 0:
+        if kept == 1 and data.kind in CHAT_KINDS and data.heldout_fraction > 0:
             raise DataError(
-                "data=chat: there is one conversation, of which none can be held out; set data.heldout_fraction=0"
+                f"data={data.kind}: there is one {'conversation' if data.kind == 'chat' else 'prompt'}, of which none "
+                "can be held out; set data.heldout_fraction=0"
             )
         if kept == 1 and data.heldout_fraction > 0:
             counts["cut_in_two"] = 1
@@ -201,7 +203,7 @@ class TextStages:
         return pipeline.encode_selection(
             *(selected.selection, tokenizer, saved, dtype, pool, self.work / "encoded", share),
             FillInTheMiddle.of(self.config, tokenizer),
-            tokenizer.chat_template() if self.config.data.kind == "chat" else None,
+            tokenizer.chat_template() if self.config.data.kind in CHAT_KINDS else None,
         )
 
     def texts(self, selected: Selected, pool: Workers, share: Share = ALL) -> list[TextPart]:

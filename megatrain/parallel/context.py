@@ -94,6 +94,9 @@ def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) 
         labels=micro_batch.labels[:, own].contiguous(),
         positions=positions,
         loss_weights=cut(micro_batch.loss_weights),
+        old_log_probs=cut(micro_batch.old_log_probs),
+        advantages=cut(micro_batch.advantages),
+        reference_log_probs=cut(micro_batch.reference_log_probs),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatrain.config import TrainTokenizerConfig
 from megatrain.config.compose import read_overrides
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.config.suggest import next_step
 from megatrain.config.tokenizer_config import SMALLEST_VOCABULARY
 from megatrain.config.values import quoted
@@ -52,9 +53,10 @@ def tokenizer(config: TrainTokenizerConfig, overrides: Sequence[str] = ()) -> Pa
     check_writable("out", out)
     if config.tokenizer.path:
         raise ConfigError("tokenizer.path: names a tokenizer that is trained already; leave it out to train one")
-    if config.data.kind == "chat":
+    if config.data.kind in CHAT_KINDS:
         raise ConfigError(
-            "data=chat: conversations are laid out by a trained tokenizer; to train one, give text (data=files)"
+            f"data={config.data.kind}: messages are laid out by a trained tokenizer; to train one, give text "
+            "(data=files)"
         )
     if config.clean.dedup == "minhash":
         raise ConfigError("clean.dedup=minhash: of a tokenizer's sample only equal documents are dropped; give exact")

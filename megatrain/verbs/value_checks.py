@@ -26,6 +26,7 @@ from megatrain.config import (
 from megatrain.config.arithmetic import divisors, either, nearest
 from megatrain.config.clean_config import MinhashConfig
 from megatrain.config.compose import key_types
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.config.model_checks import check_model
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import as_text
@@ -47,7 +48,7 @@ GPUS_PER_NODE = re.compile(r"--(gpus-per-node=|gres=gpu:)([^:,]+:)?(?P<gpus>[1-9
 LONGEST_SIGNATURE = 10_000
 """Hashes of a document's signature, 4 bytes each. Published corpora use at most 9,000."""
 
-READS_PATHS = ("files", "code", "chat", "megatron")
+READS_PATHS = ("files", "code", *CHAT_KINDS, "megatron")
 """Kinds of sources that read `data.paths`."""
 
 LONGEST_NAME = 200
@@ -226,7 +227,7 @@ def check_source(config: DataConfig) -> None:
 
 def check_read_keys(config: DataConfig) -> None:
     """Check that the data source has the keys that it needs, and none that it does not read."""
-    if config.kind in ("files", "chat", "megatron") and not config.paths:
+    if config.kind in ("files", *CHAT_KINDS, "megatron") and not config.paths:
         raise ConfigError(
             f"data.paths=[]: data={config.kind} needs paths; give for example 'data.paths=[corpus/**/*.txt]'"
         )

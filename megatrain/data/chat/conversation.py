@@ -45,7 +45,7 @@ def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = 
         )
     found = [*_system(record.get("system")), *_messages(record)]
     messages = [{**message, "content": normalise(message["content"])} for message in found]
-    _check(messages)
+    check_turns(messages, last="assistant")
     return messages
 
 
@@ -54,9 +54,9 @@ def to_text(messages: list[Message]) -> str:
     return json.dumps(messages, ensure_ascii=False)
 
 
-def from_text(text: str) -> list[Message]:
-    """Return the messages that `to_text` wrote."""
-    messages: list[Message] = json.loads(text)
+def from_text(text: str) -> list[Message] | dict[str, Any]:
+    """Return the messages that `to_text` wrote, or what `read_prompt` did."""
+    messages: list[Message] | dict[str, Any] = json.loads(text)
     return messages
 
 
@@ -73,7 +73,7 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     """Return the messages of the first form that a record has, with roles by their usual names."""
     for name in _LISTS:
         if record.get(name) is not None:
-            return _from_list(name, record[name])
+            return messages_of(name, record[name])
     if record.get("instruction") is not None:
         instruction, given = record["instruction"], record.get("input") or ""
         if isinstance(instruction, str) and isinstance(given, str):
@@ -84,7 +84,7 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     if record.get("prompt") is not None:
         prompt, completion = record["prompt"], record.get("completion", record.get("response"))
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _from_list("prompt and completion", [*prompt, *completion])
+            return messages_of("prompt and completion", [*prompt, *completion])
         return _pair("prompt", prompt, "completion", completion)
     has = ", ".join(map(repr, list(record)[:8])) or "no fields"
     raise ConversationError("no_conversation", f"no conversation (it has {has})", f"give {_FORMS}")
@@ -98,7 +98,8 @@ def _pair(asked: str, question: Any, name: str, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _from_list(name: str, value: Any) -> list[Message]:
+def messages_of(name: str, value: Any) -> list[Message]:
+    """Return the messages of a list under the field `name`. Raises `ConversationError` if it is none."""
     if not isinstance(value, list) or not value:
         raise ConversationError(
             "no_conversation", f"{name} is {'empty' if value == [] else 'no list'}", f"give {_FORMS}"
@@ -125,8 +126,8 @@ def _from_list(name: str, value: Any) -> list[Message]:
     return messages
 
 
-def _check(messages: list[Message]) -> None:
-    """Check that roles are in order and that each message says something."""
+def check_turns(messages: list[Message], last: str) -> None:
+    """Check that roles are in order, that each message says something, and that the `last` one is that role's."""
     expected = "user"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
@@ -143,5 +144,8 @@ def _check(messages: list[Message]) -> None:
                 "let user and assistant take turns, after at most one system message",
             )
         expected = "assistant" if role == "user" else "user"
-    if messages[-1]["role"] != "assistant":
-        raise ConversationError("no_reply", "it does not end with the assistant's reply", "end it with one")
+    if messages[-1]["role"] != last:
+        what = "the assistant's reply" if last == "assistant" else "the user's message"
+        raise ConversationError(
+            "no_reply" if last == "assistant" else "no_prompt", f"it does not end with {what}", "end it with one"
+        )

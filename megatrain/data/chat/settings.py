@@ -1,10 +1,11 @@
-"""What `data=chat` needs of the other settings, and which template it lays conversations out by."""
+"""What `data=chat` and `data=prompts` need of the other settings, and which template it lays conversations out by."""
 
 from __future__ import annotations
 
 import sys
 
 from megatrain.config import PrepareConfig
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.chat.template import PREPARED_ON, SHORT_TALK, ChatTemplate
 from megatrain.data.special_tokens import MARKER, named_template
 from megatrain.data.tokenizer import Tokenizer
@@ -13,20 +14,21 @@ from megatrain.errors import ConfigError
 KEYS_FOR_CHAT = ("data.packing=best_fit", "train.mask_documents=true", "train.reset_positions=true")
 """Keys of a run on conversations: they stay whole, and apart from one another."""
 
-_WHY = "the documents of data=chat are messages, not plain text"
-
 
 def check_settings(config: PrepareConfig) -> None:
     """Refuse settings that conversations cannot honour. Raises ConfigError."""
     data, clean = config.data, config.clean
-    if data.kind != "chat":
+    if data.kind not in CHAT_KINDS:
         if data.chat_template is not None:
-            raise ConfigError(f"data.chat_template={data.chat_template}: only data=chat lays out conversations")
+            raise ConfigError(
+                f"data.chat_template={data.chat_template}: only data=chat and data=prompts lay out messages"
+            )
         return
     if config.tokenizer.path is None:
         raise ConfigError(
-            "data=chat: give the tokenizer of the model that is to be tuned: tokenizer.path=data/<name>/tokenizer, "
-            "where <name> is the dataset that it was trained on, or tokenizer=hf tokenizer.path=<its folder>"
+            f"data={data.kind}: give the tokenizer of the model that is to be tuned: "
+            "tokenizer.path=data/<name>/tokenizer, where <name> is the dataset that it was trained on, or "
+            "tokenizer=hf tokenizer.path=<its folder>"
         )
     refused = {
         f"clean={clean.name}": bool(clean.steps),
@@ -37,7 +39,7 @@ def check_settings(config: PrepareConfig) -> None:
         f"data.fim_rate={data.fim_rate:g}": data.fim_rate > 0,
     }
     if wrong := [key for key, given in refused.items() if given]:
-        raise ConfigError(f"{wrong[0]}: {_WHY}; leave it out")
+        raise ConfigError(f"{wrong[0]}: the documents of data={data.kind} are messages, not plain text; leave it out")
     if data.bos:
         raise ConfigError("data.bos=true: the chat template says whether conversations begin with BOS; leave it out")
 

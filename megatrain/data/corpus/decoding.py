@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.chat.conversation import ConversationError, read_conversation, to_text
+from megatrain.data.chat.prompt import read_prompt
 from megatrain.data.corpus.code import license_of, why_left_out
 from megatrain.data.corpus.compressed import SUFFIXES, archive_kind
 from megatrain.data.corpus.conversations import find_conversation, render
@@ -142,8 +144,8 @@ def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
         raise BadRecordError(Problem("not_json", f"not a line of JSON ({error})")) from error
     if not isinstance(value, dict):
         raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
-    if policy.chat:
-        return _messages(value, decoded)
+    if policy.kind in CHAT_KINDS:
+        return _messages(value, policy.kind, decoded)
     conversation = find_conversation(value, column)
     held = column if column in value else column.partition(".")[0]
     rest = {name: other for name, other in value.items() if name != held and other is not conversation}
@@ -157,12 +159,13 @@ def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
     return str(text)
 
 
-def _messages(record: dict[str, Any], decoded: Decoded) -> str:
-    """Return the messages of a conversation to tune on as text; put its id into `decoded`."""
+def _messages(record: dict[str, Any], kind: str, decoded: Decoded) -> str:
+    """Return the messages of a conversation to tune on, or of a prompt, as text; put its id into `decoded`."""
     own, source, _ = identity(record)
     decoded.id, decoded.source, decoded.kind = own or decoded.id, source or decoded.source, "conversation"
     try:
-        return to_text(read_conversation(record, normalise))  # later they are JSON, which escapes line ends
+        # normalised here: later they are JSON, which escapes line ends
+        return read_prompt(record, normalise) if kind == "prompts" else to_text(read_conversation(record, normalise))
     except ConversationError as error:
         raise BadRecordError(Problem(error.kind, error.message, error.remedy), decoded.id) from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.chat.conversation import from_text
+from megatrain.data.chat.prompt import encode_prompt
 from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.corpus.cleaned import Frame, unpack
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
@@ -102,11 +103,15 @@ def encode_chunk(task: EncodeTask) -> Encoded:
 
 
 def _conversation(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a conversation, and of each whether it counts in the loss. A last end token does not.
+    """Return the ids of a conversation, or of a prompt, and of each whether it counts in the loss.
+
+    A last end token of a conversation does not.
 
     Raises ConfigError if the template cannot lay it out.
     """
     messages = from_text(text)
+    if isinstance(messages, dict):
+        return encode_prompt(chat, messages)
     try:
         encoded = chat.encode(messages)
     except ConfigError as error:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import xxhash
 
 from megatrain.config import DataConfig
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.corpus.code import FOLDERS_OF_OTHERS, find_license_files, read_licenses
 from megatrain.data.corpus.compressed import ERRORS, archive_kind, opened, without_suffix
 from megatrain.data.corpus.file_formats import TextColumn, json_values, starts_with_a_line
@@ -40,7 +41,9 @@ class FilesSource(Source):
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
         self.files, self.left_out = find_paths(
-            config.paths, self._is_read, {"code": KNOWN_CODE, "chat": KNOWN_JSON}.get(config.kind, KNOWN)
+            config.paths,
+            self._is_read,
+            KNOWN_JSON if config.kind in CHAT_KINDS else KNOWN_CODE if config.kind == "code" else KNOWN,
         )
         folders = [Path(path).expanduser() for path in config.paths]
         self._folders = {folder for folder in folders if folder.is_dir()}
@@ -64,11 +67,11 @@ class FilesSource(Source):
         }
 
     def _kind(self, path: Path) -> str | None:
-        """Return the kind of a file by its name: `code` for all that `data=code` reads, JSON alone for `chat`."""
+        """Return the kind of a file by its name: `code` for all that `data=code` reads, JSON alone for messages."""
         if self.config.kind == "code":
             return "code" if programming_language(path.name) or kind_of(path.name) == "html" else None
         kind = kind_of(path.name)
-        return kind if kind in ("lines", "json") or self.config.kind != "chat" else None
+        return kind if kind in ("lines", "json") or self.config.kind not in CHAT_KINDS else None
 
     def _is_read(self, path: Path) -> bool:
         kind = self._kind(path)

@@ -61,7 +61,7 @@ def clean_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = config.data
-    policy = Policy(data.text_column, data.undecodable, data.on_bad_record, data.kind == "chat")
+    policy = Policy(data.text_column, data.undecodable, data.on_bad_record, data.kind)
     recipe = build_recipe(config.clean.steps)
     signing = signing_of(config)
     settings = {name: getattr(data, name) for name in _CLEANS} | {

@@ -58,13 +58,14 @@ class Record:
 class Policy:
     """How to read records and what to do with bad ones: the keys of the same names under `data.`.
 
-    With `chat` a record is a conversation to tune on, and its text is its messages as JSON (chat/conversation.py).
+    With `kind="chat"` a record is a conversation to tune on, and its text is its messages as JSON
+    (chat/conversation.py); with `prompts` it is a prompt with fields for rewards (chat/prompt.py).
     """
 
     text_column: str
     undecodable: str
     on_bad_record: str = "stop"
-    chat: bool = False
+    kind: str = "files"
 
 
 def identity(fields: dict[str, Any]) -> tuple[str | None, str, dict[str, Any]]:

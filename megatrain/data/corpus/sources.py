@@ -21,6 +21,7 @@ def open_source(config: DataConfig) -> Source:
         "files": FilesSource,
         "code": FilesSource,
         "chat": FilesSource,
+        "prompts": FilesSource,
         "huggingface": HuggingFaceSource,
     }
     return kinds[config.kind](config)

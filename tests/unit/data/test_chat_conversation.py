@@ -84,7 +84,7 @@ def test_messages_are_normalised_like_other_text():
 
 def _decoded(record):
     read = Record(json.dumps(record).encode(), "talks.jsonl:1", kind="json")
-    return from_text(decode(read, Policy("text", "refuse", chat=True)).text)
+    return from_text(decode(read, Policy("text", "refuse", kind="chat")).text)
 
 
 def test_messages_are_one_line_of_text_until_they_are_encoded():
