@@ -120,8 +120,8 @@ def nearest_path(text: str) -> str | None:
 
 
 def next_step(*commands: str) -> str:
-    """Return the line that says what to type after a command."""
-    return "next: " + "  or  ".join(commands)
+    """Return the lines that say what to type after a command, each of which can be copied."""
+    return "next: " + "\n  or: ".join(commands)
 
 
 def nearest_key(given: str, helps: Mapping[str, str], groups: Sequence[str]) -> str | None:

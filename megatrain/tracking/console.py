@@ -114,7 +114,8 @@ class Console:
         lasted = f" in {clock(time.monotonic() - self._began)}" if self._began is not None else ""
         self.note(f"run {status}{lasted}" + ("; the same command continues it" if status == "stopped" else ""))
         if self._next and status == "done":
-            self.note(self._next)
+            for line in self._next.splitlines():
+                self.note(line)
 
     def abandon(self) -> None:
         """Stop the bar."""

@@ -22,11 +22,12 @@ class Evaluation:
     def add(self, share: WeightedSource, loss_sum: float, tokens: int) -> None:
         """Add a source's losses, which sum to `loss_sum` nats over `tokens` labels of all ranks.
 
-        The loss is NaN if no token was a label, as may be in the first windows of long conversations.
+        The loss is NaN if no token was a label, as may be in the first windows of long conversations; such a source is
+        left out of the mean. It has none in any evaluation of a run, as all read the same windows.
         """
         loss = self.losses[share.source] = loss_sum / tokens if tokens else math.nan
         self.tokens += tokens
-        if not share.weight:
+        if not (share.weight and tokens):
             return
         self._weights += share.weight
         self._weighted += share.weight * loss
@@ -35,8 +36,8 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """The weighted mean of the losses."""
-        return self._weighted / self._weights
+        """The weighted mean of the losses; NaN without any."""
+        return self._weighted / self._weights if self._weights else math.nan
 
     def metrics(self) -> dict[str, float]:
         """Return the keys of metrics.jsonl."""

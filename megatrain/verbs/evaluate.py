@@ -135,8 +135,13 @@ def evaluate(config: EvaluateConfig) -> None:
         )
         what = f"evaluating {name}".strip()
         loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches, what), device)
+        if mixture and not tokens:
+            print(f"note: {name}: no token counts in the loss, so it is left out of the mean", file=sys.stderr)
+            continue
         scores[name] = compute_scores(float(loss_sum), int(tokens), source)
         total.add(MixedSource(name, source), float(loss_sum), int(tokens))
+    if not scores:
+        raise DataError(f"no token of {', '.join(sources)} counts in the loss; give split=train, or another data=...")
     result = {
         "checkpoint": str(loaded.folder),
         "step": loaded.manifest.step if loaded.manifest else None,
@@ -146,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "seconds": time.perf_counter() - started,
     }
     if mixture:
-        weights = sum(source.weight for source in sources.values())
+        weights = sum(sources[name].weight for name in scores)
         result["sources"] = {
             name: {"weight": sources[name].weight / weights, **found} for name, found in scores.items()
         }

@@ -11,6 +11,7 @@ from megatrain.errors import ConfigError
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import Loaded, load
 from megatrain.interop.path_kind import kind_of
+from megatrain.report.sources import reads_conversations
 from megatrain.verbs.conversion import print_result
 from megatrain.verbs.path_checks import refuse_existing
 
@@ -47,8 +48,8 @@ def export_(config: ExportConfig) -> None:
 def generation(loaded: Loaded) -> dict[str, Any]:
     """Return the fields of generation_config.json to export: those of the folder that was imported, if it was one.
 
-    Special tokens that it does not name are the tokenizer's. A model tuned on conversations also stops at what ends a
-    reply.
+    Special tokens that it does not name are the tokenizer's. A model tuned on conversations, also in a mixture whose
+    datasets are still there, stops at what ends a reply as well.
     """
     fields: dict[str, Any] = dict(loaded.manifest.identity.generation) if loaded.manifest else {}
     if loaded.tokenizer is None:
@@ -56,7 +57,7 @@ def generation(loaded: Loaded) -> dict[str, Any]:
     if "eos_token_id" not in fields:
         given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
         fields |= {name: token for name, token in given.items() if token is not None}
-    if loaded.run_config().get("data", {}).get("kind") == "chat":
+    if loaded.tokenizer.chat_template() is not None and reads_conversations(loaded.run_config()):
         ends = {*loaded.end_tokens(), *ChatTemplate(loaded.tokenizer).ends()}
         fields["eos_token_id"] = sorted(ends) if len(ends) > 1 else min(ends)
     return fields

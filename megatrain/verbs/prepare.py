@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatrain.config import PrepareConfig
+from megatrain.config import DataConfig, PrepareConfig
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, SEARCH_PATH
-from megatrain.config.compose import compose, default_choices, last_words
+from megatrain.config.compose import compose, default_choices, last_words, own_folders
+from megatrain.config.own_dataset import find_dataset
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
@@ -44,6 +45,10 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data", *mixture))
         if config.data.name == QUICKSTART and config.data.kind == "python_stdlib":
             words = [f"experiment={QUICKSTART}"]
+        if config.data.kind == "files" and _is_a_choice(config, overrides):
+            words = [word for word in words if word not in last_words(words, ("data",))]
+            words.append(quoted("data", config.data.name))
+            words += [quoted("data.dir", config.data.dir)] * (config.data.dir != DataConfig().dir)
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
@@ -54,3 +59,9 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         report = shlex.join(["megatrain", "report", str(folder)])
         print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder
+
+
+def _is_a_choice(config: PrepareConfig, overrides: Sequence[str]) -> bool:
+    """Return whether `data=<name>` alone names the dataset for `megatrain train`."""
+    folder = Path(config.data.dir) / config.data.name
+    return find_dataset(config.data.name, config.data.dir, own_folders(overrides)) == folder

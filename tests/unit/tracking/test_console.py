@@ -39,9 +39,11 @@ def test_a_file_gets_plain_lines_at_intervals_of_steps_or_seconds(tmp_path, cloc
     assert (
         "12.3M parameters" in text
         and "resuming from step 3" in text
-        and re.fullmatch(r"run done in 0:00:1\d", text.splitlines()[-2])
+        and re.fullmatch(r"run done in 0:00:1\d", text.splitlines()[-3])
     )
-    assert text.splitlines()[-1].startswith(f"next: megatrain report {tmp_path}  or  megatrain generate {tmp_path} ")
+    first, other = text.splitlines()[-2:]
+    assert first == f"next: megatrain report {tmp_path}"
+    assert other.startswith(f"  or: megatrain generate {tmp_path} ")
     assert [int(step) for step in re.findall(r"^step +(\d+)/40", text, re.MULTILINE)] == [4, 14, 24, 27, 30, 40]
     assert "loss 2.5000  12.3k tok/s  mfu 25.0%  eta" in text
     assert "\nstep  4/40  " in text and "\nstep 14/40  " in text, "the figures are in columns"
@@ -54,7 +56,7 @@ def test_the_next_step_fits_the_text_that_the_run_read(tmp_path, capsys):
         dataset = {"splits": {"train": {"tokens": 9, **split}}, "config": {"data": {"kind": kind}}}
         shown.start(info(tmp_path, dataset=dataset))
         shown.finish("done")
-        return capsys.readouterr().err.splitlines()[-1].partition("  or  ")[2]
+        return capsys.readouterr().err.splitlines()[-1].partition("  or: ")[2]
 
     assert advice("files") == f'megatrain generate {tmp_path} prompt="Once upon a time"'
     assert advice("python_stdlib") == advice("code") == f'megatrain generate {tmp_path} prompt="def main("'
@@ -156,7 +158,8 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(on_a_terminal):
     lines = [re.sub(r"\x1b\[\d+m", "", line) for line in lines]
     assert lines[1] == "saved runs/a/step_7 in 0.12 s"
     assert re.fullmatch(r"step  7/20 ━+─+ loss 2\.2500  eta \S+", lines[2]) and len(lines[2]) == 79
-    assert re.fullmatch(r"run done in 0:00:0\d", lines[3]) and lines[4].startswith("next: ") and lines[5:] == [""]
+    assert re.fullmatch(r"run done in 0:00:0\d", lines[3]) and lines[4].startswith("next: ")
+    assert lines[5].startswith("  or: ") and lines[6:] == [""]
 
 
 def test_a_terminal_keeps_a_history_of_the_loss_above_the_bar(on_a_terminal):

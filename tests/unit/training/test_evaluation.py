@@ -27,6 +27,15 @@ def test_without_a_label_there_is_no_loss_and_not_the_best_one():
     assert math.isnan(evaluation.loss) and math.isnan(evaluation.metrics()["heldout_loss"])
 
 
+def test_a_source_without_a_label_is_left_out_of_the_mean():
+    evaluation = Evaluation()
+    evaluation.add(share("web", 7, 4.0), 300.0, 100)
+    evaluation.add(share("chat", 3, 2.0), 0.0, 0)
+    found = evaluation.metrics()
+    assert found["heldout_loss"] == found["heldout_loss/web"] == 3.0 and math.isnan(found["heldout_loss/chat"])
+    assert evaluation.detail()["bits_per_byte"] == pytest.approx(3 / math.log(2) / 4)
+
+
 def test_a_mixture_is_weighed_by_its_shares_not_by_the_sizes_of_its_held_out_splits():
     evaluation = Evaluation()
     evaluation.add(share("web", 7, 4.0), 300.0, 100)

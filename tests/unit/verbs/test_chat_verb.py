@@ -1,8 +1,9 @@
 """`megatrain chat` gives the replies that transformers gives by the same template, and remembers the conversation."""
 
 import io
+import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
 from megatrain.cli import main
-from megatrain.config import ChatConfig, ExportConfig, ModelConfig, TokenizerConfig
+from megatrain.config import ChatConfig, DataConfig, ExportConfig, ModelConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.preparation import prepare
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import load
@@ -55,13 +57,31 @@ def theirs(place, messages, count=12):
     return tokenizer.decode(drawn[ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind, ends", [("chat", ["<|endoftext|>", "<|im_end|>"]), ("files", ["<|endoftext|>"])])
+REPLIES = ["<|endoftext|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def talks(assistants):
+    """A prepared dataset of conversations."""
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A test."}]
+    (assistants / "talks.jsonl").write_text("".join(json.dumps({"messages": [*turns, *turns]}) + "\n" for _ in "ab"))
+    data = DataConfig(name="talks", kind="chat", dir=str(assistants), paths=[str(assistants / "talks.jsonl")])
+    data = replace(data, workers=1, deduplicate=False)
+    words = TokenizerConfig(kind="byte_level_bpe", path=str(assistants / "chat" / "tokenizer"))
+    return prepare(PrepareConfig(data=data, tokenizer=words))
+
+
+@pytest.mark.parametrize(
+    "kind, ends", [("chat", REPLIES), ("mixture", REPLIES), ("gone", REPLIES[:1]), ("files", REPLIES[:1])]
+)
 def test_an_exported_model_that_was_tuned_on_conversations_stops_at_the_end_of_a_reply(
-    assistants, tmp_path, kind, ends
+    assistants, talks, tmp_path, kind, ends
 ):
     loaded = load(assistants / "chat")
     state = {f"model.{name}": tensor for name, tensor in loaded.weights.items()}
     data = {"kind": kind, "dir": str(tmp_path), "name": "talks"}
+    if kind in ("mixture", "gone"):
+        data |= {"kind": "mixture", "mixture": {str(talks) if kind == "mixture" else "gone": 1.0}}
     write(tmp_path / "run", state, at(0, identity=Identity(loaded.run_config() | {"data": data})), None)
     loaded.tokenizer.save(tmp_path / "run" / "tokenizer")
     export_(ExportConfig(path=str(tmp_path / "run"), out=str(tmp_path / "hf")))

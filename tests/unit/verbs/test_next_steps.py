@@ -18,8 +18,9 @@ def commands(capsys):
     """Return the commands of the line that says what to type next; standard output must not have it."""
     shown = capsys.readouterr()
     assert "next:" not in shown.out
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("next: ")]
-    return line.removeprefix("next: ").split("  or  ")
+    _, first, rest = shown.err.partition("next: ")
+    assert first and "next: " not in rest
+    return rest.removesuffix("\n").split("\n  or: ")
 
 
 def read(command):
@@ -59,6 +60,22 @@ def test_the_datasets_of_the_readme_lead_to_its_runs(monkeypatch, capsys):
     words = ["data=files", "data.paths=[x]", "data.name=quickstart"]
     prepare.prepare(compose("prepare", words), words)
     assert "experiment=" not in commands(capsys)[0], "another text"
+
+
+def test_a_prepared_dataset_of_files_is_named_as_a_choice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("Some text, and more of it.\n" * 20)
+    base = ["data=files", "data.paths=[a.txt]", "tokenizer.vocab_size=300"]
+    for words, expected in {
+        ("data.name=mine",): "data=mine",
+        ("data.name=mine", "data.dir=my data"): "data=mine 'data.dir=my data'",
+        ("data.name=tinystories",): "data=files data.name=tinystories",  # another choice has the name
+    }.items():
+        prepare.prepare(compose("prepare", [*base, *words]), [*base, *words])
+        command = commands(capsys)[0]
+        assert command == f"megatrain train model=small {expected} train.steps=1000"
+        found = read(command)[1].data
+        assert [f"data.name={found.name}", f"data.dir={found.dir}"] == [*words, "data.dir=data"][:2]
 
 
 def test_the_model_of_a_config_file_stays(monkeypatch, capsys, tmp_path):

@@ -46,6 +46,8 @@ def recipes():
 )
 def test_a_printed_command_is_accepted(page, words, tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()  # the reader's own text
+    (tmp_path / "data" / "mine").mkdir(parents=True)  # and their dataset
+    (tmp_path / "data" / "mine" / "card.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     arguments = parse([word for word in words if "<" not in word])
     if arguments.verb is None or "--help" in arguments.flags:
