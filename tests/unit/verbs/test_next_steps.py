@@ -68,7 +68,7 @@ def test_a_prepared_dataset_of_files_is_named_as_a_choice(tmp_path, monkeypatch,
     base = ["data=files", "data.paths=[a.txt]", "tokenizer.vocab_size=300"]
     for words, expected in {
         ("data.name=mine",): "data=mine",
-        ("data.name=mine", "data.dir=my data"): "data=mine 'data.dir=my data'",
+        ("data.name=mine", "data.dir=d2"): "data=mine data.dir=d2",
         ("data.name=tinystories",): "data=files data.name=tinystories",  # another choice has the name
     }.items():
         prepare.prepare(compose("prepare", [*base, *words]), [*base, *words])
