@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
-from megatrain.config import ModelConfig
+from megatrain.config import LoraConfig, ModelConfig
 from megatrain.data.card import CARD, Card
 from megatrain.data.tokenizer import META
 from megatrain.errors import CheckpointError
@@ -41,6 +41,21 @@ def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
     if config.vocab_size is None:
         raise CheckpointError(f"{folder / MANIFEST}: model.vocab_size is null, so the model's size is unknown")
     return config
+
+
+def lora_of(manifest: Manifest) -> LoraConfig | None:
+    """Return the config of the low-rank layers that a checkpoint holds beside the weights; None if it has none.
+
+    Raises CheckpointError if this version does not read it.
+    """
+    given = manifest.identity.config.get("method", {}).get("lora", {})
+    try:
+        lora = LoraConfig(**given)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{MANIFEST} holds no config of low-rank layers that this version reads: {error}"
+        ) from error
+    return lora if lora.rank else None
 
 
 def tokenizer_folder(folder: Path, manifest: Manifest) -> Path | None:

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.find import model_of, tokenizer_folder
+from megatrain.checkpoint.find import lora_of, model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.resume import changed_keys, override_of
 from megatrain.config import ModelConfig, TrainConfig
@@ -84,6 +84,11 @@ def plan_transfer(folder: Path, manifest: Manifest, model: ModelConfig, override
         raise CheckpointError(
             f"model.max_seq_len={model.max_seq_len}: {folder} has learned positions for {theirs.max_seq_len} tokens, "
             f"and no override can change their number; give model.max_seq_len={theirs.max_seq_len}"
+        )
+    if lora_of(manifest):
+        raise CheckpointError(
+            f"{folder} holds low-rank layers beside the weights; merge them first: megatrain export "
+            f"{shlex.quote(str(folder))} out=<folder>, which megatrain tune takes as a base"
         )
     own, wanted = parameter_shapes(theirs), parameter_shapes(model)
     _check_tensors(folder, manifest, own)

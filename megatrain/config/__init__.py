@@ -13,7 +13,7 @@ from megatrain.config.engine_config import EngineConfig
 from megatrain.config.key import key, walk
 from megatrain.config.launch_config import JobConfig, LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
-from megatrain.config.method_config import METHODS, MethodConfig
+from megatrain.config.method_config import METHODS, LoraConfig, MethodConfig
 from megatrain.config.model_config import ROPE_SCALING_KEYS, ModelConfig
 from megatrain.config.optim_config import OptimConfig
 from megatrain.config.parallel_config import ParallelConfig
@@ -63,6 +63,7 @@ __all__ = [
     "LaunchConfig",
     "LayoutListConfig",
     "LayoutsConfig",
+    "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "OpenDataConfig",

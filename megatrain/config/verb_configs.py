@@ -286,6 +286,9 @@ class ExportConfig:
     step: int | None = key(None, STEP_HELP, minimum=0)
     out: str = key(MISSING, "Hugging Face folder to write; must not exist yet", path=True)
     dtype: str = key("fp32", "number format of the exported weights", choices=("fp32", "bf16", "fp16"))
+    adapter: bool = key(
+        False, "write the low-rank layers of a tuned model alone, in peft's format; false merges them into the weights"
+    )
     family: str | None = key(
         None,
         "model_type to write; null takes one whose class computes the model",

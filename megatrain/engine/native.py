@@ -39,10 +39,11 @@ from megatrain.engine.protocol import StepResult
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.kernels.linear_log_probs import label_log_probs
-from megatrain.model.count import parameter_shapes
+from megatrain.model.count import adapter_shapes, parameter_shapes
 from megatrain.model.fp8 import use_fp8
 from megatrain.model.gpt import LogProbFunction, LossFunction
 from megatrain.model.init import initial_block
+from megatrain.model.lora import add_adapters
 from megatrain.optim.adamw import parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.optim.objective import LossMeter, Objective
@@ -88,6 +89,11 @@ class LocalParameter:
         return sum(start * stride for start, stride in zip(self.origin, strides, strict=True))
 
     @property
+    def is_trained(self) -> bool:
+        """Whether training changes it: with low-rank layers, all others are frozen."""
+        return self.parameter.requires_grad
+
+    @property
     def is_copied(self) -> bool:
         """Whether the model computes with a lower-precision copy of the master."""
         return self.master.data_ptr() != local(self.parameter).data_ptr()
@@ -121,11 +127,12 @@ class NativeEngine:
         self.meter = LossMeter(objective, world.device)
         self.stages = self._build_stages()
         self.held = [held for stage in self.stages.values() for held in self._hold(stage)]
+        self.trained = [held for held in self.held if held.is_trained]
         self.tied = self._tied()
         if self.accumulate_in_master:
             self._accumulate_into_masters()
-        groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.held), config.optim)
-        places = {held.master: (held.name, held.first_element) for held in self.held}
+        groups = parameter_groups(((held.name, held.master, len(held.shape)) for held in self.trained), config.optim)
+        places = {held.master: (held.name, held.first_element) for held in self.trained}
         self.optimizer = build_optimizer(groups, config.optim, config.seed, places)
         self._create_slots(step=0)
         self._initialise()
@@ -149,6 +156,8 @@ class NativeEngine:
                     *(self.config.model, layers[index], self.layout.num_stages, index, kernels),
                     *(self.inputs, self.meter),
                 )
+                if self.config.method.lora.rank:
+                    add_adapters(stage, self.config.method.lora)
             stage.loss, stage.log_probs = self._losses(kernels)
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
@@ -176,7 +185,7 @@ class NativeEngine:
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
         """Yield a stage's parameters with their coordinates in the whole model."""
-        shapes = parameter_shapes(self.config.model)
+        shapes = parameter_shapes(self.config.model) | adapter_shapes(self.config.model, self.config.method.lora)
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         mesh = self.groups.mesh if self.groups else None
         shards = mesh["shard"].size() if mesh and self.is_sharded else 1
@@ -193,7 +202,7 @@ class NativeEngine:
             whole_on_tp = plan.cut_dimension(name) is None
             in_norm = not is_replica and not (whole_on_tp and self.place.tp > 0) and own_name == name
             master = nn.Parameter(here if here.dtype == torch.float32 else here.float())
-            slots = slots_of(self.config.optim, name, shape)
+            slots = slots_of(self.config.optim, name, shape) if parameter.requires_grad else ()
             yield LocalParameter(name, parameter, master, shape, origin, sizes, in_norm, slots)
 
     def _tied(self) -> list[LocalParameter]:
@@ -204,7 +213,7 @@ class NativeEngine:
 
     def _accumulate_into_masters(self) -> None:
         """Add each low-precision gradient to the fp32 gradient of its master as soon as autograd has computed it."""
-        for held in self.held:
+        for held in self.trained:
 
             def add(parameter: Tensor, held: LocalParameter = held) -> None:
                 """Add the parameter's gradient to its master's, in fp32 and of the same shape, and free it."""
@@ -226,9 +235,9 @@ class NativeEngine:
         self._refresh()
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        """Copy the masters into the parameters that the model computes with."""
-        copied = [held for held in self.held if held.is_copied]
+    def _refresh(self, some: list[LocalParameter] | None = None) -> None:
+        """Copy the masters (by default all) into the parameters that the model computes with."""
+        copied = [held for held in (self.held if some is None else some) if held.is_copied]
         if copied:
             torch._foreach_copy_([local(held.parameter) for held in copied], [held.master for held in copied])
 
@@ -306,7 +315,7 @@ class NativeEngine:
         and no host sync. Return the job's summed loss, the objective's summed scalars, the norm before clipping, and
         whether that norm was finite.
         """
-        for held in self.held:
+        for held in self.trained:
             if not self.accumulate_in_master:
                 held.master.grad, held.parameter.grad = self._local_gradient(held).float(), None
         self._sum_gradients_of_slices()
@@ -328,9 +337,9 @@ class NativeEngine:
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.train_step = step  # type: ignore[attr-defined]  # for LowMomentsAdamW
         self.optimizer.step()
-        for held in self.held:
+        for held in self.trained:
             held.master.grad = None
-        self._refresh()
+        self._refresh(self.trained)
         return loss_sum, scalars, norm, finite
 
     def _sum_gradients_of_slices(self) -> None:
@@ -338,6 +347,8 @@ class NativeEngine:
         if self.groups is None or self.groups.tp is None:
             return
         parts = [held.master.grad for held in self.held if plan.is_summed(held.name) and held.master.grad is not None]
+        if not parts:
+            return
         together = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(together, group=self.groups.tp)
         for part, total in zip(parts, together.split([part.numel() for part in parts]), strict=True):
@@ -408,7 +419,7 @@ class NativeEngine:
 
     def _create_slots(self, step: int) -> None:
         """Create the optimizer's missing states (zeros) for every parameter, and set the step count."""
-        create_slots(self.optimizer, ((held.master, held.slot_shapes) for held in self.held), step)
+        create_slots(self.optimizer, ((held.master, held.slot_shapes) for held in self.trained), step)
 
     def _saved(self) -> list[LocalParameter]:
         """Return the parameters to save. If this rank has two copies of a tied weight, only one is saved."""
@@ -427,9 +438,9 @@ class NativeEngine:
     def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         step = int(next(iter(self.optimizer.state.values()))["step"])
-        return engine_counters(
-            self.config.optim.name, self.optimizer.param_groups, parameter_shapes(self.config.model), step, self.scaler
-        )
+        model = self.config.model
+        shapes = adapter_shapes(model, self.config.method.lora) or parameter_shapes(model)
+        return engine_counters(self.config.optim.name, self.optimizer.param_groups, shapes, step, self.scaler)
 
     def restore(self, counters: EngineCounters | None) -> None:
         """See `Engine.restore`."""

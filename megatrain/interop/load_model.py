@@ -8,18 +8,18 @@ huggingface.py.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.find import model_of, tokenizer_folder
+from megatrain.checkpoint.find import lora_of, model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.store import first_valid, load_weights, verify
-from megatrain.config import ModelConfig
+from megatrain.config import LoraConfig, ModelConfig
 from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -27,7 +27,9 @@ from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.huggingface import generation_of, import_model
 from megatrain.interop.path_kind import checkpoints_folder, find_checkpoint, kind_of
 from megatrain.kernels.choice import REFERENCE, Kernels
+from megatrain.model.count import adapter_shapes
 from megatrain.model.gpt import GPT
+from megatrain.model.lora import merged
 
 _LOG = logging.getLogger("megatrain")
 
@@ -37,7 +39,8 @@ class Loaded:
     """A model and its origin.
 
     `weights` are whole tensors on the CPU, by single-device name. `tokenizer` was read from the folder
-    `tokenizer_dir`. `manifest` is the checkpoint's, or None for a Hugging Face folder.
+    `tokenizer_dir`. `manifest` is the checkpoint's, or None for a Hugging Face folder. Low-rank layers are merged into
+    `weights`; `adapters` has them as they were, and `lora` is their config.
     """
 
     folder: Path
@@ -46,6 +49,8 @@ class Loaded:
     manifest: Manifest | None
     tokenizer: Tokenizer | None
     tokenizer_dir: Path | None
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    lora: LoraConfig | None = None
 
     def describe(self) -> str:
         """Return the origin as text."""
@@ -159,7 +164,11 @@ def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
     config = model_of(folder, manifest)
     tokenizer_dir = tokenizer_folder(folder, manifest)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    return Loaded(folder, config, load_weights(folder, manifest), manifest, tokenizer, tokenizer_dir)
+    weights = load_weights(folder, manifest)
+    lora = lora_of(manifest)
+    adapters = {name: weights[name] for name in adapter_shapes(config, lora)} if lora else {}
+    weights = merged(weights, lora) if lora else weights
+    return Loaded(folder, config, weights, manifest, tokenizer, tokenizer_dir, adapters, lora)
 
 
 def _load_huggingface(folder: Path) -> Loaded:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import resources
 from math import prod
 
-from megatrain.config import ModelConfig, TokenizerConfig
+from megatrain.config import LoraConfig, ModelConfig, TokenizerConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -46,6 +46,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     norm("final_norm")
     if not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab, width)
+    return shapes
+
+
+def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the low-rank layers beside a model's projections: `<layer>.lora_a` and `<layer>.lora_b`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(config).items() if lora.rank else ():
+        layer, _, what = name.rpartition(".")
+        if layer.startswith("blocks.") and what == "weight" and layer.rpartition(".")[2] in lora.targets:
+            shapes[f"{layer}.lora_a"] = (lora.rank, shape[1])
+            shapes[f"{layer}.lora_b"] = (shape[0], lora.rank)
     return shapes
 
 

@@ -10,6 +10,7 @@ Shapes: B batch, T sequence, D width, H query heads, Hkv key-value heads, K head
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,23 @@ LogProbFunction = Callable[[Tensor, Tensor], Tensor]
 """Maps logits `[..., V]` and labels `[...]` to the labels' log-probabilities, fp32 `[...]`, 0 for ignored labels."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """How low-rank layers count: `scale` times their product, of an input with `dropout`. model/lora.py adds them."""
+
+    scale: float
+    dropout: float
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` that leaves its values uninitialised. If `shared` is given, it uses that embedding's weight."""
+    """`nn.Linear` that leaves its values uninitialised. If `shared` is given, it uses that embedding's weight.
+
+    With an `adapter` it has low-rank layers beside its weight: `lora_a` `[rank, in]` and `lora_b` `[out, rank]`.
+    """
+
+    adapter: Adapter | None = None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, kernels: Kernels, shared: Embedding | None = None
@@ -46,7 +62,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., in_features]` to `[..., out_features]`."""
-        return self.kernels.linear(x, self.weight, self.bias)
+        y = self.kernels.linear(x, self.weight, self.bias)
+        if self.adapter is None:
+            return y
+        x = F.dropout(x, self.adapter.dropout, self.training)
+        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.adapter.scale
 
     def reset_parameters(self) -> None:
         """Do nothing: init.py fills the values."""
@@ -204,6 +224,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
         self.norm_place = config.norm_place
         self.dropout = config.dropout
+        self.has_dropout = config.dropout > 0
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | Documents | None = None, cache: AttentionCache | None = None
@@ -233,6 +254,7 @@ class GPT(nn.Module):
         self.loss: LossFunction | None = None
         self.log_probs: LogProbFunction | None = None
         self.needs_dense_mask = False
+        self.has_dropout = config.dropout > 0
         self.context_size = 1
         self.context_sum: Callable[[Tensor], Tensor] | None = None
         self.embed = Embedding(config.vocab, config.hidden_size)
@@ -376,7 +398,7 @@ class GPT(nn.Module):
 
     def _seed_dropout(self, dropout_seed: int | None, layer: int) -> None:
         """Make the dropout masks drawn next a pure function of (dropout_seed, layer)."""
-        if self.training and self.config.dropout > 0:
+        if self.training and self.has_dropout:
             if dropout_seed is None:
                 raise ValueError("training with dropout needs dropout_seed")
             torch.manual_seed(mix_seed(dropout_seed, layer))

@@ -28,14 +28,17 @@ def initial_values(
     `name` is the single-device name and `shape` that of the whole parameter. Norm weights are 1 and biases 0. All
     other values, embeddings included, are normal with mean 0 and standard deviation `config.init_std`. The two
     projections that write to the residual stream (`attn.o`, `mlp.down`) are scaled by `1/sqrt(2 * num_layers)`
-    (Radford et al., 2019, section 2.3, with each projection counted as a residual layer).
+    (Radford et al., 2019, section 2.3, with each projection counted as a residual layer). Of low-rank layers, the one
+    at the input has the variance of peft's, and the one at the output is 0, so that they change nothing at first.
     """
     stop = math.prod(shape) if stop is None else stop
     assert 0 <= start <= stop <= math.prod(shape), (name, shape, start, stop)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".lora_b")):
         return torch.zeros(stop - start)
     if len(shape) == 1:
         return torch.ones(stop - start)
+    if name.endswith(".lora_a"):
+        return _normal(name, seed, start, stop).mul_(1 / math.sqrt(3 * shape[1]))
     std = config.init_std
     if name.endswith(("attn.o.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.num_layers)

@@ -39,6 +39,11 @@ Rules = tuple[tuple[str, Cut], ...]
 PLAN: Rules = (
     ("embed.weight", VOCAB),
     ("head.weight", VOCAB),
+    ("blocks.*.attn.[qkv].lora_a", REPLICATED),
+    ("blocks.*.attn.o.lora_a", ROW),
+    ("blocks.*.mlp.gate.lora_a", REPLICATED),
+    ("blocks.*.mlp.up.lora_a", REPLICATED),
+    ("blocks.*.mlp.down.lora_a", ROW),
     ("blocks.*.attn.[qkv].*", COLUMN),
     ("blocks.*.attn.[qk]_norm.weight", HEADWISE),
     ("blocks.*.attn.o.weight", ROW),
@@ -72,9 +77,12 @@ def is_summed(name: str) -> bool:
     """Return whether a parameter is whole on every tensor rank, but its gradient must be summed over them.
 
     This holds where each rank applies the parameter to its own slice of the sequence or its own heads. Biases of
-    row-cut layers are added to the whole sequence, so their gradients need no sum.
+    row-cut layers are added to the whole sequence, so their gradients need no sum; those of low-rank layers are summed
+    as they are computed.
     """
     layer, _, kind = name.rpartition(".")
+    if kind in ("lora_a", "lora_b"):
+        return False
     return cut_dimension(name) is None and not (kind == "bias" and cut(f"{layer}.weight") == ROW)
 
 

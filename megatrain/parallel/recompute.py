@@ -48,7 +48,7 @@ class FullyRecomputed(Block):
             super().__call__,
             *arguments,
             use_reentrant=False,
-            preserve_rng_state=self.dropout > 0,
+            preserve_rng_state=self.has_dropout,
             context_fn=self.make_contexts,
         )
 

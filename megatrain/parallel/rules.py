@@ -88,6 +88,31 @@ REFUSALS = (
             "parallel.pp={parallel.pp} needs engine=native",
         ),
     ),
+    Refusal(
+        "low_rank_deepspeed",
+        "low-rank layers (method.lora) under engine=deepspeed",
+        Combination(
+            {"engine.name": "deepspeed", "method.lora.rank": above(0)},
+            "method.lora.rank={method.lora.rank} needs engine=native",
+        ),
+    ),
+    Refusal(
+        "low_rank_tensor_dropout",
+        "dropout of low-rank layers with tensor parallelism: ranks would draw masks of parts that they share",
+        Combination(
+            {"parallel.tp": above(1), "method.lora.rank": above(0), "method.lora.dropout": above(0)},
+            "method.lora.dropout={method.lora.dropout:g} needs parallel.tp=1, given {parallel.tp}; use "
+            "method.lora.dropout=0",
+        ),
+    ),
+    Refusal(
+        "low_rank_fp8",
+        "low-rank layers with precision=fp8",
+        Combination(
+            {"precision.name": "fp8", "method.lora.rank": above(0)},
+            "method.lora.rank={method.lora.rank} does not work with precision=fp8; use precision=bf16",
+        ),
+    ),
     Refusal("tensor_cuts", "heads, key-value heads or ffn width not divisible by tp", rule_checks.tensor_cuts, ("tp",)),
     Refusal(
         "vocabulary_cut",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -15,9 +15,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from megatrain.model.gpt import MLP, Attention
+from megatrain.model.gpt import MLP, Attention, Linear
 from megatrain.parallel.pipeline import Stage
-from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut
+from megatrain.parallel.plan import COLUMN, ROW, VOCAB, cut, cut_dimension
 
 
 def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
@@ -49,8 +49,26 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
             styles[name] = ColwiseParallel(input_layouts=sequence, output_layouts=Shard(-1))
         elif isinstance(module, nn.Embedding):  # learned positions: whole, looked up for this rank's slice
             module.register_forward_pre_hook(_slice_of_sequence(mesh))
+    adapters = _take_adapters(stage)
     parallelize_module(stage, mesh, styles)
+    for name, parameter in adapters.items():
+        layer, _, what = name.rpartition(".")
+        dimension = cut_dimension(name)
+        placement: Placement = whole if dimension is None else Shard(dimension)
+        here = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
+        stage.get_submodule(layer).register_parameter(what, here)
     stage.tie()
+
+
+def _take_adapters(stage: Stage) -> dict[str, nn.Parameter]:
+    """Remove the low-rank layers and return them by name: the styles would cut them like the weight beside them."""
+    taken = {}
+    for name, module in stage.named_modules():
+        if isinstance(module, Linear) and module.adapter is not None:
+            for what in ("lora_a", "lora_b"):
+                taken[f"{name}.{what}"] = getattr(module, what)
+                delattr(module, what)
+    return taken
 
 
 def _slice_of_sequence(mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 from megatrain.config import ExportConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
+from megatrain.interop.adapter import export_adapter
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import Loaded, load
 from megatrain.interop.path_kind import kind_of
@@ -30,6 +31,12 @@ def export_(config: ExportConfig) -> None:
     loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer() if loaded.tokenizer else None
     try:
+        if config.adapter:
+            if loaded.lora is None:
+                raise ConfigError(f"adapter=true: {loaded.folder} has no low-rank layers; leave adapter out")
+            export_adapter(loaded.config, loaded.adapters, loaded.lora, out, config.family)
+            print_result(loaded, out, "fp32", f"peft.PeftModel.from_pretrained(<the exported base>, {str(out)!r})")
+            return
         export_model(
             loaded.config,
             loaded.weights,

@@ -50,14 +50,15 @@ ONLY_HERE = key_types(TuneConfig).keys() - key_types(TrainConfig).keys()
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a method of tuning needs of the rest: the kind of source its data comes from, and a learning rate."""
+    """What a method of tuning needs of the rest: the kind of source its data comes from, and learning rates."""
 
     data: str
     lr: float
+    lora_lr: float
 
 
 TUNINGS: dict[str, Tuning] = {
-    "sft": Tuning(data="chat", lr=2e-5),
+    "sft": Tuning(data="chat", lr=2e-5, lora_lr=1e-4),
 }
 """The methods of tuning by `method.name`."""
 
@@ -82,8 +83,10 @@ def train_words(overrides: Sequence[str], make: bool) -> list[str]:
         "run.name": config.run.name or f"{_name_of(Path(config.path))}-{config.method.name}",
         "data.name": config.data.name or _dataset_name(config),
         "train.seq_len": config.train.seq_len or min(model.max_seq_len, LONGEST),
-        "optim.lr": config.optim.lr or tuning.lr,
+        "optim.lr": config.optim.lr or (tuning.lora_lr if config.method.lora.rank else tuning.lr),
     }
+    if config.method.lora.rank and "engine" not in groups:
+        implied["engine.name"] = "native"
     if "data" not in groups and config.data.kind not in MIXED:
         implied["data.kind"] = tuning.data
     words = [quoted(INIT_FROM, str(base)), *(f"{key}={as_text(value)}" for key, value in implied.items())]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from itertools import chain, product
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -31,9 +32,10 @@ def job(engine="deepspeed", zero=3, precision="fp32", accumulate="fp32", reduce=
     )
     config.train.global_batch_size, config.train.micro_batch_size = 64, 2
     for key, value in changes.items():
-        group, _, name = key.partition("__")
-        assert hasattr(getattr(config, group), name), key
-        setattr(getattr(config, group), name, value)
+        *groups, name = key.split("__")
+        place = attrgetter(".".join(groups))(config)
+        assert hasattr(place, name), key
+        setattr(place, name, value)
     return config
 
 
@@ -53,6 +55,18 @@ REFUSED: dict[str, list[Any]] = {
         ),
         (native(parallel__tp=8), 8, "model.num_kv_heads=4", dict(parallel__tp=4)),
         (native(parallel__tp=4, model__ffn_size=190), 4, "model.ffn_size=190", dict(parallel__tp=2)),
+    ],
+    "low_rank_deepspeed": [(job(method__lora__rank=4), 1, "engine=native", dict(engine__name="native"))],
+    "low_rank_tensor_dropout": [
+        (
+            native(method__lora__rank=4, method__lora__dropout=0.1, parallel__tp=2),
+            2,
+            "method.lora.dropout=0",
+            dict(method__lora__dropout=0.0),
+        )
+    ],
+    "low_rank_fp8": [
+        (native(precision="fp8", method__lora__rank=4), 1, "precision=bf16", dict(precision__name="bf16"))
     ],
     "vocabulary_cut": [
         (job(parallel__tp=4, model__vocab_size=5), 4, "parallel.tp=2 or engine=native", dict(engine__name="native")),
@@ -294,9 +308,9 @@ def test_each_refused_row_speaks_for_itself(row):
         assert advice in str(caught.value) and "{" not in str(caught.value)
         mended = deepcopy(config)
         for key, value in change.items():
-            group, _, name = key.partition("__")
-            if group != "world":
-                setattr(getattr(mended, group), name, value)
+            *groups, name = key.split("__")
+            if groups:
+                setattr(attrgetter(".".join(groups))(mended), name, value)
         other = refusal(mended, change.get("world", world_size))
         assert other is not row, str(caught.value)
         assert other is None or row.name in ("tensor_cuts", "sequence_cut"), (row.name, other)
