@@ -86,7 +86,8 @@ def theirs(folder, config, packing, **further):
     """Return the same of TRL's trainer, with our names."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.chat_template = TEMPLATE
