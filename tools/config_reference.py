@@ -53,7 +53,7 @@ def section(verb: str) -> str:
     lines += [*EXAMPLES[verb], "```", ""]
     if verb in GROUPS:
         lines += ["| group | choices |", "| --- | --- |"]
-        lines += [f"| `{group}` | {_codes(choices_of(group))} |" for group in GROUPS[verb]]
+        lines += [f"| `{group}` | `{' '.join(choices_of(group))}` |" for group in GROUPS[verb]]
         lines.append("")
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     types = key_types(schema)

@@ -20,7 +20,7 @@ class DataConfig:
     kind: str = key(
         "files",
         "kind of source",
-        choices=("python_stdlib", "files", "code", *CHAT_KINDS, "huggingface", "megatron", "mixture", "demo"),
+        choices=("python_stdlib", "files", "code", *CHAT_KINDS, "huggingface", "megatron", "mixture", "demo", "toy"),
     )
     mixture: dict[str, Any] = key(
         {},
@@ -84,8 +84,8 @@ class DataConfig:
     )
     chat_template: str | None = key(
         None,
-        "data=chat, data=prompts: template that lays messages out, a Jinja file, chatml or llama3; null takes that of "
-        "the tokenizer",
+        "data=chat, data=prompts: template for messages, a Jinja file, chatml, llama3 or minimal; null takes "
+        "that of the tokenizer",
         path=True,
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")

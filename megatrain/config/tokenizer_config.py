@@ -64,6 +64,6 @@ class TokenizerConfig:
     )
     chat_template: str | None = key(
         None,
-        "chat template to save with the tokenizer: chatml, llama3, or a Jinja file; its markers such as <|im_start|> "
-        "become control tokens",
+        "chat template to save with the tokenizer: chatml, llama3, minimal, or a Jinja file; its markers such as "
+        "<|im_start|> become control tokens",
     )

@@ -85,13 +85,14 @@ def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], 
     with StagingFolder(target) as staging, _kept_work_is_named(staging):
         if is_prepared(config, _identity(opened), given):  # another process has finished it a moment ago
             return target
-        first_bad = None
+        first_bad, beside = None, list[Path]()
         if isinstance(opened, Source):
             stages = _stages(config, opened, staging.work)
             done = _prepare_text(stages, given, staging.folder)
             if done is None:
                 return target
             card, first_bad = done
+            beside = opened.write_beside(staging.folder)
         else:
             link(opened, staging.folder)
             card = make_card(staging.folder, config.data.name, given)
@@ -101,7 +102,10 @@ def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], 
         card.source, card.config = _identity(opened), settings(config)
         card.save(staging.folder)
         staging.publish()
-    print("\n".join([*summary(target, card), *bad_records(target, card.counts, first_bad)]), file=sys.stderr)
+    lines = [*summary(target, card), *bad_records(target, card.counts, first_bad)]
+    if beside:
+        lines.append(f"  beside it, in {target / beside[0].parent.name}: {', '.join(path.name for path in beside)}")
+    print("\n".join(lines), file=sys.stderr)
     return target
 
 

@@ -29,8 +29,21 @@ _LLAMA3 = """\
 {%- endif %}
 """
 
-CHAT_TEMPLATES = {"chatml": _CHATML, "llama3": _LLAMA3}
-"""Chat templates by name: how OpenAI's ChatML and Meta's Llama 3 lay out messages, without their system prompts."""
+_MINIMAL = """\
+{%- set begin = {'system': '<|system|>', 'user': '<|user|>', 'assistant': '<|assistant|>'} %}
+{%- for message in messages %}
+{{- begin[message['role']] + message['content'] + '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- begin['assistant'] }}
+{%- endif %}
+"""
+
+CHAT_TEMPLATES = {"chatml": _CHATML, "llama3": _LLAMA3, "minimal": _MINIMAL}
+"""Chat templates by name: how OpenAI's ChatML and Meta's Llama 3 lay out messages, without their system prompts.
+
+`minimal` has one token before a message and one after it, for models so small that more tokens would matter.
+"""
 
 MARKER = re.compile(r"<\|[^|<>\s'\"{}]{1,64}\|>")
 """A control token as chat templates spell them."""

@@ -22,6 +22,9 @@ from megatrain.launch import prepare_jobs
 QUICKSTART = "quickstart"
 """The experiment of README's first run, and its dataset."""
 
+EXPERIMENTS = {("python_stdlib", QUICKSTART): QUICKSTART, ("toy", "toy"): "assistant_toy"}
+"""Experiments that are made for a dataset, by its kind and name."""
+
 STEPS, CHAT_STEPS = 1000, 300
 """Steps of the runs that are advised, from nothing and on conversations. The default of train.steps is for a trial."""
 
@@ -43,8 +46,8 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
     if stage in ("all", "publish"):
         mixture = ("data.mixture", "data.mixture_temperature", "data.phases")  # of data=demo, which train takes too
         words = last_words(overrides, (CONFIG_DIR, CONFIG_FILE, SEARCH_PATH, "data", *mixture))
-        if config.data.name == QUICKSTART and config.data.kind == "python_stdlib":
-            words = [f"experiment={QUICKSTART}"]
+        if experiment := EXPERIMENTS.get((config.data.kind, config.data.name)):
+            words = [f"experiment={experiment}"]
         if config.data.kind == "files" and _is_a_choice(config, overrides):
             words = [word for word in words if word not in last_words(words, ("data",))]
             words.append(quoted("data", config.data.name))

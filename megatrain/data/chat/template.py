@@ -79,8 +79,8 @@ class ChatTemplate:
         if source is None:
             raise ConfigError(
                 "the tokenizer has no chat template; give one whose markers are control tokens of it as "
-                "data.chat_template (a Jinja file, chatml or llama3), or begin with a base model whose data were "
-                "prepared with tokenizer.chat_template=chatml"
+                "data.chat_template (a Jinja file, chatml, llama3 or minimal), or begin with a base model whose data "
+                "were prepared with tokenizer.chat_template=chatml"
             )
         self.tokenizer, self.source = tokenizer, source
         names = sorted(tokenizer.control_names(), key=len, reverse=True)  # of two that begin alike the longer one

@@ -53,6 +53,11 @@ class Source(ABC):
         """Yield what the user should know before the source is read."""
         yield from ()
 
+    def write_beside(self, folder: Path) -> list[Path]:
+        """Write what belongs to the dataset besides its text into its new folder; return the files (mostly none)."""
+        del folder
+        return []
+
     def records(self) -> Iterator[Record]:
         """Yield all documents in a fixed order."""
         for shard in self.shards():

@@ -9,6 +9,7 @@ from megatrain.data.corpus.files_source import FilesSource
 from megatrain.data.corpus.hub_source import HuggingFaceSource
 from megatrain.data.corpus.source import Source
 from megatrain.data.corpus.stdlib_source import StdlibSource
+from megatrain.data.corpus.toy_source import ToySource
 
 
 def open_source(config: DataConfig) -> Source:
@@ -23,5 +24,6 @@ def open_source(config: DataConfig) -> Source:
         "chat": FilesSource,
         "prompts": FilesSource,
         "huggingface": HuggingFaceSource,
+        "toy": ToySource,
     }
     return kinds[config.kind](config)

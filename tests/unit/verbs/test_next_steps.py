@@ -54,6 +54,8 @@ def test_the_datasets_of_the_readme_lead_to_its_runs(monkeypatch, capsys):
         command = commands(capsys)[0]
         assert command == f"megatrain train experiment=quickstart{rest}"
         assert (read(command)[1].data.name, read(command)[1].data.dir) == ("quickstart", folder)
+    prepare.prepare(compose("prepare", ["data=toy"]), ["data=toy"])
+    assert commands(capsys)[0] == "megatrain train experiment=assistant_toy"
     words = ["data=chat", "data.paths=[x]", "data.name=talks"]
     prepare.prepare(compose("prepare", words), words)
     assert read(commands(capsys)[0].replace("<run>", "x"))[1].train.steps == 300
