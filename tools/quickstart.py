@@ -22,7 +22,7 @@ import numpy as np
 
 DATASET = Path("data/quickstart")
 RUN = Path("runs/quickstart")
-STOP_AT = 0.4
+STOP_AT = 0.3
 """Share of the run after which it is stopped once."""
 PREPARE = ["data=python_stdlib", "data.name=quickstart", "tokenizer.vocab_size=2048"]
 

@@ -102,6 +102,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "status": status(run_dir, events, curves),
         "tiles": tiles(curves, events, life, in_loss),
         "in_loss": in_loss,
+        "schedule": schedule(config),
         "facts": facts(config, events, curves, checkpoints),
         "pipeline": pipeline(config, events),
         "x": {"step": curves.steps, "time": [time - first for time in curves.times], "tokens": curves.tokens},
@@ -219,6 +220,15 @@ def reduce_to(kind: str, values: list[float]) -> float:
     if kind == "mean":
         return math.fsum(values) / len(values)
     return min(values) if kind == "min" else max(values)
+
+
+def schedule(config: dict[str, Any]) -> str:
+    """Return the learning rate's schedule for its title, so that its bends explain themselves; empty if unknown."""
+    optim = config.get("optim")
+    name = optim.get("schedule") if isinstance(optim, dict) else None
+    if name == "wsd" and isinstance(share := optim.get("decay_fraction"), (int, float)):
+        return f"({name}: falls over the last {share:.0%})"
+    return f"({name})" if isinstance(name, str) else ""
 
 
 def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None, in_loss: str) -> list[dict[str, str]]:

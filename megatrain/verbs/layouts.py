@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -329,16 +330,38 @@ def table_cells(row: Row, limit: float | None) -> list[str]:
 
 
 def print_table(rows: list[Row], limit: float | None) -> None:
-    """Print the rows in aligned columns, with bold headings on a terminal."""
+    """Print the rows in aligned columns; on a terminal with bold headings, and without columns that do not fit."""
     lines = [table_cells(row, limit) for row in rows]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *lines, strict=True)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for index, text in enumerate(table_lines(lines, width)):
+        print(f"\033[1m{text}\033[0m" if index == 0 and width is not None else text)
+
+
+def table_lines(lines: list[list[str]], width: int | None) -> list[str]:
+    """Return the headings and the rows in aligned columns.
+
+    In fewer columns than they need, those that have one value in all rows are left out first, then the parts of the
+    memory, and a last line says so.
+    """
+    columns = dict(zip(HEADINGS, zip(HEADINGS, *lines, strict=True), strict=True))
+    same = {
+        name: cells[1] for name, cells in columns.items() if name not in ("engine", "total") and len({*cells[1:]}) == 1
+    }
+    left_out: list[str] = []
+    for names in ([*same], [name for name in KINDS if name not in same]):
+        if width is None or sum(max(map(len, columns[name])) + 2 for name in columns) - 2 <= width:
+            break
+        left_out += [f"{name} ({same[name]} in all)" if same.get(name) else name for name in names]
+        columns = {name: cells for name, cells in columns.items() if name not in names}
     left = ("engine", "cp", "pipeline", "recompute", "fits")
-    for index, line in enumerate([list(HEADINGS), *lines]):
-        text = "  ".join(
-            cell.ljust(width) if heading in left else cell.rjust(width)
-            for heading, cell, width in zip(HEADINGS, line, widths, strict=True)
-        ).rstrip()
-        print(f"\033[1m{text}\033[0m" if index == 0 and sys.stdout.isatty() else text)
+    padded = []
+    for name, cells in columns.items():
+        size = max(map(len, cells))
+        padded.append([cell.ljust(size) if name in left else cell.rjust(size) for cell in cells])
+    found = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    if left_out:
+        found += ["", f"left out, to fit the window: {', '.join(left_out)}; a wider one, or `| less -S`, shows them"]
+    return found
 
 
 def row_record(row: Row, job: TrainConfig, limit: float | None) -> dict[str, Any]:

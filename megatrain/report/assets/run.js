@@ -24,7 +24,7 @@ function build() {
       legend: true,
       series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % tones.length], points})),
     });
-    add({title: 'Learning rate', zero: true, series: [curve('lr', 'learning rate', 'c')]});
+    add({title: `Learning rate ${D.schedule}`.trim(), zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
     add({
       title: `Tokens per second ${D.in_loss}`.trim(),

@@ -10,7 +10,7 @@ from support.pages import BOX, References, drawn, measured, needs_browser, rows_
 from megatrain.data.card import Card, SplitCard, fingerprint
 from megatrain.errors import ConfigError
 from megatrain.report import run_page as report_module
-from megatrain.report.run_page import collect, report
+from megatrain.report.run_page import collect, report, schedule
 from megatrain.resilience.owner import Ownership
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
@@ -59,6 +59,17 @@ def test_a_browser_draws_every_chart(tmp_path):
     assert document.count('class="mark"') == 1 + 6 + 1
     assert "note &lt;/script&gt;" in document
     assert "num_layers: 2" in document and "waiting for data 23.8%" in document
+
+
+@needs_browser
+def test_the_learning_rate_is_titled_with_its_schedule(tmp_path):
+    """So that a bend that happens to be near a resume is not taken for one that the resume made."""
+    run = make_run(tmp_path, 20)
+    with open(run / "config.yaml", "a") as file:
+        file.write("optim: {schedule: wsd, decay_fraction: 0.6}\n")
+    assert "<h2>Learning rate (wsd: falls over the last 60%)</h2>" in drawn(report(run))
+    assert schedule({"optim": {"schedule": "cosine"}}) == "(cosine)"
+    assert schedule({}) == schedule({"optim": None}) == schedule({"optim": {"schedule": 3}}) == ""
 
 
 @needs_browser

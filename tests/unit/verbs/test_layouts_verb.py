@@ -15,7 +15,7 @@ from megatrain import cli
 from megatrain.config.compose import compose
 from megatrain.parallel.rules import check
 from megatrain.planner.candidates import Candidate
-from megatrain.verbs.layouts import fill_open_sizes, find_legal, open_axes
+from megatrain.verbs.layouts import fill_open_sizes, find_legal, open_axes, table_lines
 
 LLAMA = ["layouts", "model=llama_8b", "precision=bf16", "launch.world_size=64"]
 
@@ -210,3 +210,34 @@ def test_the_vocabulary_is_that_of_the_prepared_dataset(dataset):
     assert job.model.vocab_size == 400 and f"a vocabulary of 400 ({dataset})" in notes
     job, _ = fill_open_sizes(compose("layouts", [*words, "data.name=not_prepared"]), 2)
     assert job.model.vocab_size == 8192
+
+
+def test_the_table_fits_the_window_and_says_what_it_leaves_out():
+    def line(recompute, total):
+        return [
+            "native",
+            "8",
+            "1",
+            "1",
+            "1",
+            "0",
+            "interleaved_zero_bubble x 2",
+            recompute,
+            *["10.00"] * 5,
+            total,
+            "yes",
+        ]
+
+    lines = [line("none", "50.00"), line("none", "60.00")]
+    whole = table_lines(lines, None)
+    assert len(whole) == 3 and table_lines(lines, len(whole[0])) == whole
+    some = table_lines(lines, len(whole[0]) - 1)
+    assert "recompute" not in some[0] and "total" in some[0] and "50.00" in some[1] and len(some) == 5
+    assert some[-1].startswith("left out, to fit the window: dp (8 in all), ") and "recompute (none in all)" in some[-1]
+    assert "activations" in table_lines([*lines, ["deepspeed", *lines[0][1:8], *["1.00"] * 5, "1.00", "no"]], 110)[0]
+    differing = [
+        ["native", *"81110", "", recompute, *sizes, "9", "yes"]
+        for recompute, sizes in zip(["none", "full"], ["12345", "23456"], strict=True)
+    ]
+    narrow = table_lines(differing, 40)
+    assert "recompute" in narrow[0] and "working" not in narrow[0] and "working" in narrow[-1]
