@@ -225,7 +225,8 @@ def reduce_to(kind: str, values: list[float]) -> float:
 def schedule(config: dict[str, Any]) -> str:
     """Return the learning rate's schedule for its title, so that its bends explain themselves; empty if unknown."""
     optim = config.get("optim")
-    name = optim.get("schedule") if isinstance(optim, dict) else None
+    optim = optim if isinstance(optim, dict) else {}
+    name = optim.get("schedule")
     if name == "wsd" and isinstance(share := optim.get("decay_fraction"), (int, float)):
         return f"({name}: falls over the last {share:.0%})"
     return f"({name})" if isinstance(name, str) else ""
