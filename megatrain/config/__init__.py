@@ -10,6 +10,7 @@ from megatrain.config.checkpoint_config import CheckpointConfig
 from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
+from megatrain.config.evaluate_config import EvaluateConfig
 from megatrain.config.key import key, walk
 from megatrain.config.launch_config import JobConfig, LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
@@ -25,7 +26,6 @@ from megatrain.config.tracking_config import TrackingConfig
 from megatrain.config.verb_configs import (
     VERBS,
     ChatConfig,
-    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     ImportConfig,

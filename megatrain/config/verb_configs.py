@@ -8,6 +8,7 @@ from megatrain.config.checkpoint_config import CheckpointConfig
 from megatrain.config.clean_config import CleanConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
+from megatrain.config.evaluate_config import STEP_HELP, EvaluateConfig
 from megatrain.config.key import key
 from megatrain.config.launch_config import LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
@@ -220,25 +221,6 @@ class TuneConfig(TrainConfig):
     method: TuneMethodConfig = field(default_factory=TuneMethodConfig)
     optim: TuneOptimConfig = field(default_factory=TuneOptimConfig)
     train: TuneLoopConfig = field(default_factory=TuneLoopConfig)
-
-
-STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact one"
-
-
-@dataclass
-class EvaluateConfig:
-    """`megatrain evaluate <run | checkpoint>`: compute loss, perplexity and bits per byte of a run or a checkpoint."""
-
-    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
-    step: int | None = key(None, STEP_HELP, minimum=0)
-    data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset", path=True)
-    split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
-    seq_len: int | None = key(
-        None, "tokens per sequence; null means the value of training, or else model.max_seq_len", minimum=1
-    )
-    batch_size: int = key(8, "sequences evaluated at once", minimum=1)
-    max_batches: int | None = key(None, "largest number of batches to evaluate; null evaluates all", minimum=1)
-    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass

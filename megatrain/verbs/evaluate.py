@@ -37,6 +37,8 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
+from megatrain.verbs.evaluation_checks import TASKS, kind_of_evaluation
+from megatrain.verbs.printer import Printer
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,41 @@ class TextTokens:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print the result: a few lines on a terminal; elsewhere one line of JSON, and the lines on standard error.
+    """Score the models of `path` and `paths` by what the config asks for: their loss on text, or tasks.
 
-    `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
-    loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card. A model that was
-    trained on a mixture gets these scores for each of its sources, and their weighted mean as training has it.
+    On a terminal a few lines or a table show the result. Elsewhere standard output gets one line of JSON (of several
+    models `{"models": [...]}`), and standard error the lines.
 
     Raises:
         ConfigError: the dataset, tokenizer or sequence length does not fit the model.
         DataError: the dataset is damaged, or the text is not UTF-8.
         CheckpointError: there is no intact model.
     """
-    loaded = load(Path(config.path), config.step)
+    if kind_of_evaluation(config) == TASKS:
+        from megatrain.verbs.evaluate_tasks import evaluate_tasks
+
+        evaluate_tasks(config)
+        return
+    results = []
+    for path in [config.path, *config.paths]:
+        loaded = load(Path(path), config.step)
+        results.append(evaluate_loss(replace(config, path=path), loaded))
+        print_result(results[-1], loaded)
+    if not sys.stdout.isatty():
+        print(json.dumps(results[0] if len(results) == 1 else {"models": results}), flush=True)
+    if len(results) > 1:
+        columns = [name for name in ("loss", "perplexity", "bits_per_byte") if results[0][name] is not None]
+        rows = [[one["checkpoint"], *(f"{one[name]:.6f}" for name in columns)] for one in results]
+        Printer(stderr=not sys.stdout.isatty()).table("side by side", ["model", *columns], rows)
+
+
+def evaluate_loss(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
+    """Return the scores of a model on text.
+
+    `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
+    loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card. A model that was
+    trained on a mixture gets these scores for each of its sources, and their weighted mean as training has it.
+    """
     mixture = mixed_sources(config, loaded)
     sources = mixture or {"": open_source(config, loaded)}
     seq_len = choose_sequence_length(config, loaded)
@@ -155,7 +180,7 @@ def evaluate(config: EvaluateConfig) -> None:
         result["sources"] = {
             name: {"weight": sources[name].weight / weights, **found} for name, found in scores.items()
         }
-    print_result(result, loaded)
+    return result
 
 
 def mean_scores(total: Evaluation, scores: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -194,7 +219,7 @@ def compute_scores(loss_sum: float, tokens: int, source: Source) -> dict[str, An
 
 
 def print_result(result: dict[str, Any], loaded: Loaded) -> None:
-    """Print a summary for people; where standard output is no terminal, it gets JSON for programs instead."""
+    """Print a summary for people, on standard error where standard output is for programs."""
     bits, num_bytes = result["bits_per_byte"], result["bytes"]
     lines = [
         f"{loaded.describe()} on {result['data']}",
@@ -211,10 +236,7 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
             f"  {name}: loss {found['loss']:.6f}, perplexity {found['perplexity']:.4f}, bits per byte "
             f"{f'{bits:.6f}' if bits is not None else 'unknown'}, weight {found['weight']:.1%}"
         )
-    to_terminal = sys.stdout.isatty()
-    print("\n".join(lines), file=sys.stdout if to_terminal else sys.stderr, flush=True)
-    if not to_terminal:
-        print(json.dumps(result), flush=True)
+    print("\n".join(lines), file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
 
 
 def choose_sequence_length(config: EvaluateConfig, loaded: Loaded) -> int:

@@ -38,6 +38,7 @@ from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 from megatrain.optim.schedule import samples_before
 from megatrain.tracking.sweep_record import is_sweep_folder
+from megatrain.verbs.evaluation_checks import check_evaluation
 from megatrain.verbs.places import require
 from megatrain.verbs.start_checks import check_origin, prepare_command
 
@@ -77,19 +78,20 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
             check_writable("data.dir", Path(config.data.dir))
     if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
         require("path", Path(config.path))
-    if isinstance(config, EvaluateConfig) and config.data is not None:
-        require("data", Path(config.data))
-        refuse_records(Path(config.data), Path(config.path))
+    if isinstance(config, EvaluateConfig):
+        check_evaluation(config)
+        if config.data is not None:
+            refuse_records(Path(config.data), Path(config.path))
+    out = config.out if isinstance(config, (EvaluateConfig, ReportConfig)) else None
     if isinstance(config, (ExportConfig, ImportConfig)):
         refuse_existing(Path(config.out))
         check_writable("out", Path(config.out))
-    if isinstance(config, ReportConfig) and config.out is not None:
-        if Path(config.out).is_dir():
-            raise ConfigError(
-                f"out={config.out} is a folder; give the page's file, such as out={config.out}/report.html"
-            )
-        target = Path(config.out).resolve()
-        if not exists(config.out) or target.is_file():  # a device or a FIFO is written to
+    if out is not None:
+        if Path(out).is_dir():
+            what = "report.html" if isinstance(config, ReportConfig) else "scores.json"
+            raise ConfigError(f"out={out} is a folder; give the file to write, such as out={out}/{what}")
+        target = Path(out).resolve()
+        if not exists(out) or target.is_file():  # a device or a FIFO is written to
             check_writable("out", target.parent)
 
 

@@ -20,8 +20,8 @@ _PREPARE = "prepare it first: megatrain prepare"
 
 
 def expand_path(verb: str, words: Sequence[str]) -> list[str]:
-    """Replace the words that are paths: by `path=...`, for `train` by what continues that run with its saved config,
-    for `prepare` by what reads those files and folders.
+    """Replace the words that are paths: by `path=...`, and further ones by `paths=[...]` if a verb has that key; for
+    `train` by what continues that run with its saved config; for `prepare` by what reads those files and folders.
 
     An existing path is a path even if it contains `=`, unless it is an override: a key of the verb, `=` and a value.
     """
@@ -39,6 +39,10 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
         return list(words)
     others = [*words[:place], *words[place + 1 :]]
     found = [quoted("path", words[place])] if has_path else _run_words(words[place], others)
+    if "paths" in names and not any(word.startswith("paths=") for word in words):
+        more = [word for word in others if _is_path(word, names, wanted)]
+        found += [f"paths={as_text(more)}"] if more else []
+        others = [word for word in others if word not in more]
     return [*found, *others]
 
 

@@ -1,4 +1,4 @@
-"""What `megatrain inspect` prints with: facts, and tables that are boxes on a terminal and plain columns elsewhere."""
+"""What `megatrain inspect` and `evaluate` print with: facts; tables, plain columns but on a terminal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OPENING, CLOSING = "[[", "]]"
 class Printer:
     """Print rich tables on a terminal and plain, aligned columns elsewhere."""
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, stderr: bool = False) -> None:
+        self._console = Console(highlight=False, soft_wrap=True, stderr=stderr)
 
     def title(self, text: str) -> None:
         """Print a headline."""

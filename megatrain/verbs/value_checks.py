@@ -15,6 +15,7 @@ from megatrain.checkpoint.resume import OVERRIDES, may_change, override_of
 from megatrain.checkpoint.weights import MEANING, TOKENIZER
 from megatrain.config import (
     DataConfig,
+    EvaluateConfig,
     JobConfig,
     LaunchConfig,
     LayoutsConfig,
@@ -35,6 +36,7 @@ from megatrain.distributed.rank_environment import RankEnvironment, is_launched
 from megatrain.errors import ConfigError
 from megatrain.kernels import MAX_ROW
 from megatrain.launch.slurm import Step, num_nodes
+from megatrain.verbs.evaluation_checks import check_keys
 
 LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
@@ -59,6 +61,8 @@ def check_values(config: Any) -> None:
     """Check that the keys of a config agree with one another. Raises ConfigError."""
     if isinstance(config, TrainTokenizerConfig) and config.data.kind != "megatron":  # whose own message says more
         check_read_keys(config.data)
+    if isinstance(config, EvaluateConfig):
+        check_keys(config)
     if isinstance(config, PrepareConfig):
         check_folder_name("data.name", config.data.name)
         if "/" in config.clean.name:

@@ -141,6 +141,55 @@ class ChatTemplate:
             spans = self._replies(messages, text)
         return Rendered(text, spans, controls)
 
+    def prompt(self, messages: Sequence[Message], continues: bool = False) -> str:
+        """Return the text that asks for the assistant's next message; with `continues`, for the rest of the last one.
+
+        `encode_prompt` tells the template's control tokens in it from those that messages spell, also in a text that
+        something was appended to. Raises `ConfigError` if the template refuses the messages.
+        """
+        asked = messages[:-1] if continues else messages
+        text = re.sub(f"[{_OPEN}{_CLOSE}]", "", self._filled(asked, asks=True))
+        return text + self.kept_apart(messages[-1]["content"]) if continues else text
+
+    def kept_apart(self, text: str) -> str:
+        """Return a text in which names of control tokens stay text where `encode_prompt` reads it."""
+        return self._without_controls(_RESERVED.sub("", text))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of what `prompt` returned, with what was appended to it."""
+        parts: list[str | int] = []
+        at = 0
+        for match in self._control.finditer(text) if self._control else ():
+            token = self.tokenizer.control_token(match[0])
+            assert token is not None
+            parts += [text[at : match.start()].replace(_APART, ""), token]
+            at = match.end()
+        parts.append(text[at:].replace(_APART, ""))
+        ids, _ = self.tokenizer.encode_marked([part for part in parts if part != ""])
+        return ids
+
+    def _filled(self, messages: Sequence[Message], asks: bool, encloses: bool = False) -> str:
+        """Return the text with its marks, in which names of control tokens that messages spell are kept apart.
+
+        With `encloses` the contents of the assistant's messages have the marks of `{% generation %}`.
+        """
+        safe = []
+        for message in messages:
+            content = self.kept_apart(message["content"])
+            if encloses and message["role"] == "assistant":
+                content = f"{_OPEN}{content}{_CLOSE}"
+            safe.append({**message, "content": content})
+        named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
+        try:
+            filled: str = self._template.render(
+                messages=safe, add_generation_prompt=asks, tools=None, documents=None, **named
+            )
+        except _RefusedError as error:
+            raise ConfigError(f"the chat template refuses the messages: {error}") from error
+        except Exception as error:  # whatever the template's code raises
+            raise ConfigError(f"the chat template cannot be filled in ({type(error).__name__}: {error})") from error
+        return filled
+
     def _fill(
         self, messages: Sequence[Message], asks: bool, encloses: bool = False
     ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
@@ -148,21 +197,7 @@ class ChatTemplate:
 
         With `encloses` the last are the contents of the assistant's messages, for templates without that tag.
         """
-        safe = []
-        for message in messages:
-            content = self._without_controls(_RESERVED.sub("", message["content"]))
-            if encloses and message["role"] == "assistant":
-                content = f"{_OPEN}{content}{_CLOSE}"
-            safe.append({**message, "content": content})
-        named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
-        try:
-            marked = self._template.render(
-                messages=safe, add_generation_prompt=asks, tools=None, documents=None, **named
-            )
-        except _RefusedError as error:
-            raise ConfigError(f"the chat template refuses the messages: {error}") from error
-        except Exception as error:  # whatever the template's code raises
-            raise ConfigError(f"the chat template cannot be filled in ({type(error).__name__}: {error})") from error
+        marked = self._filled(messages, asks, encloses)
         spans: list[tuple[int, int]] = []
         text, opened = "", 0
         for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):

@@ -1,0 +1,51 @@
+"""The config of `megatrain evaluate`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from megatrain.config.key import key
+
+STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact one"
+
+
+@dataclass
+class EvaluateConfig:
+    """`megatrain evaluate <run | checkpoint>`: score a model by its loss on text, or on tasks of lm-evaluation-harness.
+
+    Without `tasks` these are loss, perplexity and bits per byte.
+    """
+
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    paths: list[str] = key([], "more of these, to compare with path: megatrain evaluate runs/a runs/b", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
+    data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset", path=True)
+    split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
+    seq_len: int | None = key(
+        None, "tokens per sequence; null means the value of training, or else model.max_seq_len", minimum=1
+    )
+    batch_size: int = key(8, "sequences evaluated at once", minimum=1)
+    max_batches: int | None = key(None, "largest number of batches to evaluate; null evaluates all", minimum=1)
+    tasks: list[str] = key(
+        [], "tasks of lm-evaluation-harness, by name or pattern (needs megatrain[evaluate]), in place of the loss"
+    )
+    tasks_dir: str | None = key(
+        None, "folder of task files (.yaml) of your own; without tasks, all that it holds are evaluated", path=True
+    )
+    num_fewshot: int | None = key(
+        None, "solved examples before each question of a task; null means what the task says", minimum=0
+    )
+    limit: int | None = key(None, "documents of each task to evaluate, the first ones; null evaluates all", minimum=1)
+    chat_template: str = key(
+        "auto",
+        "lay out the questions of tasks by the tokenizer's chat template: auto, where it has one; always; never",
+        choices=("auto", "always", "never"),
+    )
+    system: str | None = key(None, "system message before the questions of tasks, with a chat template")
+    seed: int = key(1234, "seed of the examples before questions, and of sampled answers", minimum=0)
+    out: str | None = key(
+        None,
+        "JSON file for the results on tasks, with what each document got; those of a run go to its folder too",
+        path=True,
+    )
+    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))

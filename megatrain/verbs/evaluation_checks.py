@@ -1,0 +1,76 @@
+"""Checks of `megatrain evaluate`: which keys go together, what it reads, what must be installed. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatrain.config import EvaluateConfig
+from megatrain.config.plain import plain
+from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
+from megatrain.verbs.places import require
+
+LOSS, TASKS = "the loss on text", "tasks"
+
+USED_BY: dict[str, tuple[str, ...]] = {
+    "data": (LOSS,),
+    "split": (LOSS,),
+    "seq_len": (LOSS,),
+    "max_batches": (LOSS,),
+    "num_fewshot": (TASKS,),
+    "limit": (TASKS,),
+    "chat_template": (TASKS,),
+    "system": (TASKS,),
+    "seed": (TASKS,),
+    "out": (TASKS,),
+}
+"""The keys that not every kind of evaluation has, and those that have them."""
+
+CHOSEN_BY = {TASKS: ("tasks", "tasks_dir")}
+"""The keys that choose a kind of evaluation; without any it is the loss on text."""
+
+
+def kind_of_evaluation(config: EvaluateConfig) -> str:
+    """Return what a config evaluates: `LOSS`, `TASKS`, ..."""
+    for kind, keys in CHOSEN_BY.items():
+        if any(getattr(config, name) for name in keys):
+            return kind
+    return LOSS
+
+
+def check_keys(config: EvaluateConfig) -> None:
+    """Refuse keys that have no effect in this kind of evaluation. Raises ConfigError."""
+    kind = kind_of_evaluation(config)
+    for f in fields(EvaluateConfig):
+        value = getattr(config, f.name)
+        if f.name in USED_BY and kind not in USED_BY[f.name] and value != f.default:
+            needed = [name for other in USED_BY[f.name] for name in CHOSEN_BY.get(other, ())[:1]]
+            advice = (
+                f"add {' or '.join(f'{name}=...' for name in needed)}, or leave it out" if needed else "leave it out"
+            )
+            raise ConfigError(f"{f.name}={plain(value)} has no effect on {kind}; {advice}")
+    if config.step is not None and config.paths:
+        raise ConfigError(
+            f"step={config.step} chooses a checkpoint of one run; of several give the checkpoints themselves, such as "
+            f"{config.path}/checkpoints/step_{config.step:08d}"
+        )
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Check that what an evaluation reads exists, and that the libraries that it needs are installed.
+
+    Raises:
+        ConfigError: a path does not exist.
+        EnvironmentFault: a library is missing.
+    """
+    for path in config.paths:
+        require("paths", Path(path))
+    if config.data is not None:
+        require("data", Path(config.data))
+    if config.tasks_dir is not None:
+        require("tasks_dir", Path(config.tasks_dir))
+        if not Path(config.tasks_dir).is_dir():
+            raise ConfigError(f"tasks_dir={config.tasks_dir} is a file; give the folder with your tasks' YAML files")
+    if kind_of_evaluation(config) == TASKS and find_spec("lm_eval") is None:
+        raise EnvironmentFault(f"tasks need lm-evaluation-harness: {how_to_install('evaluate')}")
