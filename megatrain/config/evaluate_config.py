@@ -11,10 +11,7 @@ STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact 
 
 @dataclass
 class EvaluateConfig:
-    """`megatrain evaluate <run | checkpoint>`: score a model by its loss on text, or on tasks of lm-evaluation-harness.
-
-    Without `tasks` these are loss, perplexity and bits per byte.
-    """
+    """`megatrain evaluate <run | checkpoint> ...`: score models by their loss on text, on tasks or on your examples."""
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     paths: list[str] = key([], "more of these, to compare with path: megatrain evaluate runs/a runs/b", path=True)
@@ -35,17 +32,23 @@ class EvaluateConfig:
     num_fewshot: int | None = key(
         None, "solved examples before each question of a task; null means what the task says", minimum=0
     )
-    limit: int | None = key(None, "documents of each task to evaluate, the first ones; null evaluates all", minimum=1)
+    examples: str | None = key(
+        None, "file of JSON lines with prompt and label, for classification or extraction", path=True
+    )
+    answer: str = key(
+        "label",
+        "what a model's answer to examples is: label, the likeliest of the file's labels; written, what it writes, as "
+        "a label; text, what it writes, compared word by word",
+        choices=("label", "written", "text"),
+    )
+    max_new_tokens: int = key(64, "largest number of tokens that a model writes as an answer", minimum=1)
+    limit: int | None = key(None, "documents, examples or prompts to read, the first ones; null reads all", minimum=1)
     chat_template: str = key(
         "auto",
-        "lay out the questions of tasks by the tokenizer's chat template: auto, where it has one; always; never",
+        "lay out questions by the tokenizer's chat template: auto, where it has one; always; never",
         choices=("auto", "always", "never"),
     )
-    system: str | None = key(None, "system message before the questions of tasks, with a chat template")
-    seed: int = key(1234, "seed of the examples before questions, and of sampled answers", minimum=0)
-    out: str | None = key(
-        None,
-        "JSON file for the results on tasks, with what each document got; those of a run go to its folder too",
-        path=True,
-    )
+    system: str | None = key(None, "system message before the questions, with a chat template")
+    seed: int = key(1234, "seed of the solved examples, of sampled answers and of the bootstrap", minimum=0)
+    out: str | None = key(None, "JSON file for the results, with each document's answer", path=True)
     device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))

@@ -12,7 +12,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,10 @@ import torch
 from megatrain.config.suggest import did_you_mean
 from megatrain.data.hub import one_line_a_wait
 from megatrain.errors import ConfigError, DataError, EnvironmentFault, how_to_install
+from megatrain.evaluation.results import Score, TaskResult
 
 BOOTSTRAPS = 1000
 """Resamples of the documents, for the standard error of a metric that is no mean over documents."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric of a task: its value, and its standard error (None if the metric has none).
-
-    `higher_is_better` is None if the task does not say. `variant` names the filter of the answers, empty for none.
-    """
-
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool | None
-    variant: str = ""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task's (or a group's) scores over `documents`, and what the harness recorded of each document."""
-
-    name: str
-    version: str | None
-    num_fewshot: int | None
-    documents: int
-    scores: list[Score]
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self, with_samples: bool) -> dict[str, Any]:
-        """Return the result for JSON."""
-        known = asdict(self)
-        return known if with_samples else {name: value for name, value in known.items() if name != "samples"}
 
 
 class Tasks:

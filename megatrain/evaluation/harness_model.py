@@ -7,13 +7,12 @@ out, only the template's markers are control tokens, and what a document spells 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatrain.data.chat.template import ChatTemplate
@@ -22,9 +21,8 @@ from megatrain.errors import ConfigError
 from megatrain.evaluation.continuation import Prompt, Sampling, continuations
 from megatrain.evaluation.likelihood import Pair, likelihoods
 from megatrain.evaluation.progress import Progress
+from megatrain.evaluation.prompts import Answer, Prompts
 from megatrain.model.gpt import GPT
-
-_LOG = logging.getLogger("megatrain")
 
 MAX_NEW_TOKENS = 256
 """Tokens to generate at most where a task does not say."""
@@ -46,10 +44,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
     ) -> None:
         """`ends` are the ids that end a text; `seed` is that of sampled answers."""
         super().__init__()
-        self.model, self._tokenizer, self._template = model, tokenizer, template
+        self.model, self._tokenizer, self._prompts = model, tokenizer, Prompts(tokenizer, template)
         self._ends, self._batch_size, self._seed = ends, batch_size, seed
         self._progress = progress or Progress()
-        self._warned: set[str] = set()
 
     # -------------------------------------------------------------------------------------------------- token ids
 
@@ -60,9 +57,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, or else the end of a document."""
-        bos = self._tokenizer.beginning_of_document
-        return self.eot_token_id if bos is None else bos
+        """What stands before a text without context."""
+        return self._prompts.prefix
 
     @property
     def max_length(self) -> int:
@@ -76,35 +72,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the source of the chat template; empty without one."""
-        return self._template.source if self._template else ""
+        return self._prompts.template.source if self._prompts.template else ""
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a prompt or a text, with BOS before it if the model's documents begin so."""
-        if self._template is not None and add_special_tokens is None:
-            return self._template.encode_prompt(string)
-        start = [] if add_special_tokens is False else self._tokenizer.start()
-        return [*start, *self._tokenizer.encode(string)]
+        """Return the ids of a prompt; without `add_special_tokens`, of a text alone."""
+        return self._tokenizer.encode(string) if add_special_tokens is False else self._prompts.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of context and continuation, which are encoded as one text."""
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if self._template is not None:
-            continuation = self._template.kept_apart(continuation)
-        before = self.tok_encode(stripped)
-        return before, self.tok_encode(stripped + continuation)[len(before) :]
+        return self._prompts.pair(context, continuation)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as a prompt. Without `add_generation_prompt` it ends within the last message."""
-        assert self._template is not None
-        try:
-            return self._template.prompt(chat_history, continues=not add_generation_prompt)
-        except ConfigError as error:
-            without = [message for message in chat_history if message["role"] != "system"]
-            if len(without) == len(chat_history):
-                raise
-            self._warn(f"{error}; the system message is left out, as the harness does")
-            return self._template.prompt(without, continues=not add_generation_prompt)
+        return self._prompts.lay_out(chat_history, continues=not add_generation_prompt)
 
     # --------------------------------------------------------------------------------------------------- requests
 
@@ -119,7 +98,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
                     f"{self.max_length} (model.max_seq_len): {str(strings and strings[1])[:80]!r}"
                 )
             if len(context) + len(continuation) > self.max_length + 1:
-                self._warn(
+                self._prompts.warn(
                     f"prompts of more than {self.max_length} tokens (model.max_seq_len) lose their beginning; fewer "
                     "examples (num_fewshot) make them shorter"
                 )
@@ -174,26 +153,26 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
         sampling = self._sampling(settings)
         named = {self._tokenizer.control_token(text) for text in stops}
         ends = self._ends | {token for token in named if token is not None}
-        prompts, answers = [], [_Answer(self._tokenizer, ends, stops) for _ in requests]
+        prompts, answers = [], [Answer(self._tokenizer, ends, stops) for _ in requests]
         for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             ids, count = self._fitted(ids, wanted)
             prompts.append(Prompt(ids, count, self._seed + number, answer.is_over))
         for number, _ in continuations(self.model, prompts, sampling, self._batch_size):
-            yield number, postprocess_generated_text(answers[number].text(), stops, None)
+            yield number, answers[number].text()
 
     def _fitted(self, ids: list[int], wanted: int) -> tuple[list[int], int]:
         """Return a prompt and the number of tokens to generate, both cut to what the model takes."""
         if wanted < self.max_length:
             longest = self.max_length - wanted
             if len(ids) > longest:
-                self._warn(
+                self._prompts.warn(
                     f"prompts of more than {longest} tokens lose their beginning, as {wanted} are to be generated and "
                     f"the model takes {self.max_length} (model.max_seq_len)"
                 )
             return ids[-longest:], wanted
         ids = ids[-(self.max_length - 1) :]
-        self._warn(
+        self._prompts.warn(
             f"a task asks for up to {wanted} generated tokens, and the model takes {self.max_length} with the prompt "
             "(model.max_seq_len); fewer are generated"
         )
@@ -210,34 +189,3 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
                 "temperature, top_k and top_p"
             )
         return Sampling(temperature, top_k, top_p) if samples else Sampling()
-
-    def _warn(self, text: str) -> None:
-        """Warn once of each thing."""
-        if text not in self._warned:
-            self._warned.add(text)
-            _LOG.warning("warning: %s", text)
-
-
-class _Answer:
-    """The text of one answer as its tokens arrive, and whether it is over."""
-
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], stops: list[str]) -> None:
-        self._ends, self._stops, self._vocab_size = ends, stops, tokenizer.vocab_size
-        self._longest = max(map(len, stops), default=0)
-        self._decoder = tokenizer.stream_decoder()
-        self._text, self._is_finished = "", False
-
-    def is_over(self, token: int) -> bool:
-        """Take a token; return whether it is an end, or completes a stop sequence."""
-        if token in self._ends:
-            return True
-        piece = self._decoder.push(token) if token < self._vocab_size else "\ufffd"
-        self._text += piece
-        tail = self._text[-(self._longest + len(piece)) :]
-        return any(stop in tail for stop in self._stops)
-
-    def text(self) -> str:
-        """Return the answer, with what completed its stop sequence."""
-        if not self._is_finished:
-            self._text, self._is_finished = self._text + self._decoder.finish(), True
-        return self._text

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,14 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
-from megatrain.verbs.evaluation_checks import TASKS, kind_of_evaluation
+from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, kind_of_evaluation
 from megatrain.verbs.printer import Printer
+
+OTHERS = {
+    TASKS: "megatrain.verbs.evaluate_tasks:evaluate_tasks",
+    EXAMPLES: "megatrain.verbs.evaluate_examples:evaluate_examples",
+}
+"""The functions of evaluations other than the loss on text, which are imported when they are called."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,10 @@ def evaluate(config: EvaluateConfig) -> None:
         DataError: the dataset is damaged, or the text is not UTF-8.
         CheckpointError: there is no intact model.
     """
-    if kind_of_evaluation(config) == TASKS:
-        from megatrain.verbs.evaluate_tasks import evaluate_tasks
-
-        evaluate_tasks(config)
+    kind = kind_of_evaluation(config)
+    if kind in OTHERS:
+        module, _, name = OTHERS[kind].partition(":")
+        getattr(import_module(module), name)(config)
         return
     results = []
     for path in [config.path, *config.paths]:

@@ -11,7 +11,8 @@ from megatrain.config.plain import plain
 from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 from megatrain.verbs.places import require
 
-LOSS, TASKS = "the loss on text", "tasks"
+LOSS, TASKS, EXAMPLES = "the loss on text", "tasks", "examples"
+ASKING = (TASKS, EXAMPLES)
 
 USED_BY: dict[str, tuple[str, ...]] = {
     "data": (LOSS,),
@@ -19,15 +20,17 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "seq_len": (LOSS,),
     "max_batches": (LOSS,),
     "num_fewshot": (TASKS,),
-    "limit": (TASKS,),
-    "chat_template": (TASKS,),
-    "system": (TASKS,),
-    "seed": (TASKS,),
-    "out": (TASKS,),
+    "answer": (EXAMPLES,),
+    "max_new_tokens": (EXAMPLES,),
+    "limit": ASKING,
+    "chat_template": ASKING,
+    "system": ASKING,
+    "seed": ASKING,
+    "out": ASKING,
 }
 """The keys that not every kind of evaluation has, and those that have them."""
 
-CHOSEN_BY = {TASKS: ("tasks", "tasks_dir")}
+CHOSEN_BY = {TASKS: ("tasks", "tasks_dir"), EXAMPLES: ("examples",)}
 """The keys that choose a kind of evaluation; without any it is the loss on text."""
 
 
@@ -42,6 +45,11 @@ def kind_of_evaluation(config: EvaluateConfig) -> str:
 def check_keys(config: EvaluateConfig) -> None:
     """Refuse keys that have no effect in this kind of evaluation. Raises ConfigError."""
     kind = kind_of_evaluation(config)
+    chosen = [name for names in CHOSEN_BY.values() for name in names[:1] if getattr(config, name)]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} are evaluations of their own; give one of them at a time")
+    if config.max_new_tokens != EvaluateConfig.max_new_tokens and kind == EXAMPLES and config.answer == "label":
+        raise ConfigError("max_new_tokens has no effect with answer=label; add answer=written or answer=text")
     for f in fields(EvaluateConfig):
         value = getattr(config, f.name)
         if f.name in USED_BY and kind not in USED_BY[f.name] and value != f.default:
@@ -72,5 +80,9 @@ def check_evaluation(config: EvaluateConfig) -> None:
         require("tasks_dir", Path(config.tasks_dir))
         if not Path(config.tasks_dir).is_dir():
             raise ConfigError(f"tasks_dir={config.tasks_dir} is a file; give the folder with your tasks' YAML files")
+    if config.examples is not None:
+        require("examples", Path(config.examples))
+        if find_spec("sklearn") is None:
+            raise EnvironmentFault(f"examples need scikit-learn: {how_to_install('evaluate')}")
     if kind_of_evaluation(config) == TASKS and find_spec("lm_eval") is None:
         raise EnvironmentFault(f"tasks need lm-evaluation-harness: {how_to_install('evaluate')}")
