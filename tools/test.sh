@@ -3,7 +3,7 @@
 #
 #   bash tools/test.sh               unit, e2e and parity on up to two ranks, without what compiles for long: at
 #                                    most 15 minutes on two cores
-#   bash tools/test.sh --all         everything, with chaos and slurm: about 40 minutes on two cores
+#   bash tools/test.sh --all         everything, with chaos and slurm: about 35 minutes on two cores
 #   bash tools/test.sh --coverage    the unit tests, and how much of each room they cover: a third slower
 #   bash tools/test.sh ARGUMENTS     pytest with these arguments, such as tests/unit/data or -k resume
 #
@@ -15,8 +15,10 @@ pytest=(.venv/bin/python -m pytest)
 tiers=(unit parity e2e)
 daily=(-m "not combination and not slow_build")
 coverage=()
+slurm=no
 if [ "${1:-}" = --all ] && [ $# -eq 1 ]; then
-  tiers+=(chaos slurm)
+  tiers+=(chaos)
+  slurm=yes
   daily=()
 elif [ "${1:-}" = --coverage ] && [ $# -eq 1 ]; then
   tiers=(unit)
@@ -28,35 +30,39 @@ fi
 # A process per core. Tests of one group share one (tests/conftest.py). The tests on Slurm share a cluster.
 parallel=(-n logical --maxprocesses 8 --dist loadgroup)
 
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
-results=()
+folder=$(mktemp -d) # of each tier, what pytest printed and the line that sums it up
+trap 'rm -rf "$folder"' EXIT
 failed=0
 
 run_tier() {
   local tier=$1 start=$SECONDS result=passed
   shift
   echo "== $tier"
-  if ! "${pytest[@]}" --tb=short "tests/$tier" "$@" 2>&1 | tee -a "$output"; then
-    result=FAILED
-    failed=1
-  fi
-  results+=("$(printf '%-8s %-6s %5d s' "$tier" "$result" $((SECONDS - start)))")
+  "${pytest[@]}" --tb=short "tests/$tier" "$@" 2>&1 | tee "$folder/$tier.log" || result=FAILED
+  printf '%-8s %-6s %5d s\n' "$tier" "$result" $((SECONDS - start)) >"$folder/$tier.result"
 }
 
 for tier in "${tiers[@]}"; do
   case $tier in
-    unit) run_tier unit "${parallel[@]}" "${coverage[@]}" ;;
     parity) run_tier parity "${parallel[@]}" "${daily[@]}" ;;
-    slurm) run_tier slurm ;;
+    unit)
+      # the tests on Slurm run one at a time and mostly wait
+      [ "$slurm" = no ] || run_tier slurm &>"$folder/slurm.shown" &
+      run_tier unit "${parallel[@]}" "${coverage[@]}"
+      wait
+      [ "$slurm" = no ] || cat "$folder/slurm.shown"
+      ;;
     *) run_tier "$tier" "${parallel[@]}" ;;
   esac
 done
 
 echo
 [ ${#coverage[@]} -eq 0 ] || .venv/bin/python tools/coverage_by_room.py || failed=1
-printf '%s\n' "${results[@]}"
-.venv/bin/python - "$output" "$SECONDS" <<'SUM'
+cat "$folder"/*.result
+! grep -q FAILED "$folder"/*.result || failed=1
+[ "$slurm" = no ] || [ -s "$folder/slurm.result" ] || failed=1
+cat "$folder"/*.log >"$folder/all"
+.venv/bin/python - "$folder/all" "$SECONDS" <<'SUM'
 import re, sys
 from collections import Counter
 
