@@ -7,8 +7,8 @@ from typing import Any
 
 from megatrain.config.key import key
 
-CHAT_KINDS = ("chat", "prompts")
-"""Kinds of sources whose records a chat template lays out: conversations, and prompts without their replies."""
+CHAT_KINDS = ("chat", "pairs", "prompts")
+"""Kinds of sources whose records a chat template lays out: conversations, preference pairs, prompts without replies."""
 
 
 @dataclass
@@ -84,8 +84,8 @@ class DataConfig:
     )
     chat_template: str | None = key(
         None,
-        "data=chat, data=prompts: template for messages, a Jinja file, chatml, llama3 or minimal; null takes "
-        "that of the tokenizer",
+        "data=chat, data=pairs, data=prompts: template for messages, a Jinja file, chatml, llama3 or minimal; null "
+        "takes that of the tokenizer",
         path=True,
     )
     bos: bool = key(False, "begin each document with the tokenizer's BOS token")

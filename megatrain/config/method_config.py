@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatrain.config.key import key
 
-METHODS = ("pretrain", "sft")
+METHODS = ("pretrain", "sft", "dpo")
 """What a run can be trained for."""
 
 
@@ -31,4 +31,14 @@ class MethodConfig:
     """What a run is trained for: pretraining, or a method of tuning."""
 
     name: str = key("pretrain", "what the run is trained for", choices=METHODS)
+    beta: float = key(0.1, "method=dpo: how strongly the model is held to the base", above=0)
+    label_smoothing: float = key(
+        0.0, "method=dpo: share of the pairs that are taken to be labelled the wrong way round", minimum=0, below=0.5
+    )
+    sft_weight: float = key(
+        1.0,
+        "method=dpo: weight of the supervised loss of the chosen replies, without which both sides of a pair may "
+        "become unlikely",
+        minimum=0,
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -98,6 +98,13 @@ class Card:
     cleaning: list[Any] = field(default_factory=list)
     near_duplicates: dict[str, Any] = field(default_factory=dict)
     duplicate_passages: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the documents are preference pairs (`data=pairs`)."""
+        data = self.config.get("data")
+        return isinstance(data, dict) and data.get("kind") == "pairs"
+
     format: int = FORMAT
 
     def pairs(self) -> list[tuple[str, SplitCard]]:

@@ -3,8 +3,9 @@
 `.bin` holds the token ids of all documents, concatenated. `.idx` holds, little-endian: 9 bytes `MMIDIDX\\0\\0`; u64
 version 1; u8 dtype code; u64 number of sequences; u64 number of document indices; int32 sequence lengths (tokens);
 int64 byte offsets of the sequences in `.bin`; int64 document indices (first 0, last the number of sequences). Here each
-document is written as one sequence. `.loss`, if there is one, has a byte for each token: 1 if it counts in the loss as
-a label, else 0.
+document is written as one sequence. `.loss`, if there is one, has a byte for each token: bit 0 is set if it counts in
+the loss as a label, bit 1 if it belongs to the rejected side of a preference pair, whose document has the chosen side
+first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 BLOCK_BYTES = 64 * 2**20
 """Size of the blocks of a `.bin`, each of which has its own hash."""
+COUNTS, REJECTED = 1, 2
+"""Bits of a token's byte in the `.loss`."""
 _STRIDE = 2**20  # index entries processed at once
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.card import Card, SplitCard, check_dataset, fingerprint
-from megatrain.data.indexed import BLOCK_BYTES, HEADER, hash_blocks, hash_file, loss_file, pair, read_header
+from megatrain.data.indexed import BLOCK_BYTES, COUNTS, HEADER, hash_blocks, hash_file, loss_file, pair, read_header
 from megatrain.data.verified_file import VerifiedFile
 from megatrain.errors import DataError
 
@@ -35,6 +35,7 @@ class IndexedDataset:
         self.split_card: SplitCard = card.splits[split]
         self.fingerprint: str = card.fingerprint
         self.num_tokens: int = self.split_card.tokens
+        self.first_document = _first_document(split, card)
         self.bin_path, self.idx_path = pair(folder / split)
         self._dtype = np.dtype(self.split_card.dtype)
         self.verifies = verify
@@ -78,7 +79,12 @@ class IndexedDataset:
 
         Raises as `read`.
         """
-        return None if self._loss is None else np.frombuffer(self._loss.read(start, start + count), np.uint8) > 0
+        marks = self.marks(start, count)
+        return None if marks is None else (marks & COUNTS) > 0
+
+    def marks(self, start: int, count: int) -> np.ndarray | None:
+        """Return the bytes (uint8) of `[start, start + count)` in the `.loss`; None without one. Raises as `read`."""
+        return None if self._loss is None else np.frombuffer(self._loss.read(start, start + count), np.uint8)
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Yield the lengths of the documents in tokens (int32), in order, a few hundred thousand at once.
@@ -129,6 +135,11 @@ class IndexedDataset:
             self._loss.pause()
 
 
+def _first_document(split: str, card: Card) -> int:
+    """Return how many documents the splits have that are numbered before this one: the train split comes first."""
+    return card.splits["train"].documents if split != "train" and "train" in card.splits else 0
+
+
 class ChainedDataset(IndexedDataset):
     """A split of several pairs, read one after another as one long sequence; at most `_MAX_OPEN` of them are open."""
 
@@ -137,6 +148,7 @@ class ChainedDataset(IndexedDataset):
         self.split_card = card.splits[split]
         self.fingerprint = card.fingerprint
         self.num_tokens = self.split_card.tokens
+        self.first_document = _first_document(split, card)
         self._pairs = self.split_card.pairs(split)
         self._ends = np.cumsum([part.tokens for _, part in self._pairs])
         self.verifies = verify
@@ -154,7 +166,7 @@ class ChainedDataset(IndexedDataset):
             start, count = start + taken, count - taken
         return np.concatenate(pieces)
 
-    def counts(self, start: int, count: int) -> np.ndarray | None:
+    def marks(self, start: int, count: int) -> np.ndarray | None:
         """Return None: all tokens of such a split count."""
         return None
 

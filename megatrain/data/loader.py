@@ -9,13 +9,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 import xxhash
 
-from megatrain.data.batch import MicroBatch, StepBatch
+from megatrain.data.batch import MicroBatch, Pairs, StepBatch
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import Order, merge_ranges, take
 from megatrain.data.samples import PackedSamples, Sample, Samples, open_heldout
@@ -192,7 +193,29 @@ def micro_batch_of(
             row[: len(sample.ids) - 1][~sample.counts[1:]] = IGNORE_INDEX
     pieces = [_input_pieces(sample.pieces, tokens.shape[1]) for sample in samples if sample.pieces is not None]
     tensors = torch.from_numpy(tokens), torch.from_numpy(labels)
-    return with_documents(*tensors, end_of_document, reset_positions, pieces or None)
+    micro_batch = with_documents(*tensors, end_of_document, reset_positions, pieces or None)
+    if any(sample.pairs is not None for sample in samples):
+        return replace(micro_batch, pairs=pairs_of(samples, tensors[1]))
+    return micro_batch
+
+
+def pairs_of(samples: Sequence[Sample], labels: torch.Tensor) -> Pairs:
+    """Return the preference pairs of some samples, whose `labels` `[B, T]` have been made."""
+    rows = [sample.pieces or [] for sample in samples]
+    none = sum(map(len, rows))
+    replies, ends = (np.full(labels.shape, none) for _ in range(2))
+    reply = 0
+    for row, pieces in enumerate(rows):
+        start = 0
+        for length in pieces:
+            # The last token is the end of a document, which is no input: the one before it has it as its label.
+            replies[row, start : start + length - 1] = reply
+            ends[row, start + length - 2] = reply
+            start, reply = start + length, reply + 1
+    lengths = np.bincount(replies[labels.numpy() != IGNORE_INDEX], minlength=none)[:none]
+    numbers = np.concatenate([np.empty(0, np.int64), *(s.pairs for s in samples if s.pairs is not None)])
+    replies, ends, numbers, lengths = (values.astype(np.int64) for values in (replies, ends, numbers, lengths))
+    return Pairs(*map(torch.from_numpy, (replies, ends, numbers, lengths)), counted=len(numbers))
 
 
 def _input_pieces(pieces: list[int], seq_len: int) -> list[int]:
@@ -266,5 +289,7 @@ def heldout_batches(
     for first in range(0, num_windows, rows):
         own = range(first + dp_rank * micro_batch_size, first + (dp_rank + 1) * micro_batch_size)
         nothing = Sample(np.empty(0, np.int64), pieces=[] if isinstance(windows, PackedSamples) else None)
+        if isinstance(windows, PackedSamples) and windows.dataset.card.has_pairs:
+            nothing = replace(nothing, pairs=np.empty(0, np.int64))
         samples = [windows.read(window, vocab_size) if window < num_windows else nothing for window in own]
         yield micro_batch_of(samples, padded_ids(samples, seq_len), end_of_document, reset_positions)

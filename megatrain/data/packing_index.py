@@ -40,7 +40,8 @@ _LOG = logging.getLogger("megatrain")
 class PackingCard:
     """What a packing is of, its figures, and its file's size and hashes.
 
-    Of `documents` (empty ones not counted), `cut` are longer than T+1 tokens and cut into pieces;
+    Of `documents` (empty ones not counted), `cut` are longer than T+1 tokens and cut into pieces, or left out if they
+    are preference pairs;
     `cut_by_windows` would be cut by `data.packing=concatenate`. Of the `samples` x (T+1) places, `tokens` are filled.
     """
 
@@ -194,11 +195,13 @@ def _make(path: Path, dataset: IndexedDataset, seq_len: int) -> PackingCard:
 
         ends_file.write(bytes(8))
         for pieces in _blocks(dataset, seq_len):
+            begins = pieces[(pieces["flags"] & BEGINS) > 0]
+            is_cut = begins["flags"] & ENDS == 0
+            if dataset.card.has_pairs:
+                pieces = pieces[pieces["flags"] == BEGINS | ENDS]  # half a pair says nothing
             order, ends = best_fit(pieces["length"], seq_len + 1)
             write(pieces[order].tobytes())
             ends_file.write((num_pieces + ends).astype("<i8").tobytes())
-            begins = pieces[(pieces["flags"] & BEGINS) > 0]
-            is_cut = begins["flags"] & ENDS == 0
             window_ends = begins["start"] // seq_len * seq_len + seq_len + 1
             documents += len(begins)
             num_cut += int(np.count_nonzero(is_cut))

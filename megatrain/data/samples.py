@@ -7,6 +7,7 @@ documents. Which window comes when is not decided here (order.py), nor is its fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from megatrain.data.card import Card
 from megatrain.data.dataset import Dataset
+from megatrain.data.indexed import COUNTS, REJECTED
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.packing import BEGINS, ENDS
 from megatrain.data.packing_index import PackingIndex, open_packing
@@ -29,13 +31,15 @@ class Sample:
 
     `pieces` has the tokens of each document or piece of one, in order, if they are known; they sum to the number of
     ids. `unrelated` has the inputs (their indices) whose next id is no continuation, because it or they are part of a
-    document that was cut. `counts` (bool) has which ids count as labels, if not all do.
+    document that was cut. `counts` (bool) has which ids count as labels, if not all do. `pairs` are the numbers of the
+    preference pairs in the dataset (int64), whose chosen and rejected sides are the pieces, in turn.
     """
 
     ids: np.ndarray
     pieces: list[int] | None = None
     unrelated: tuple[int, ...] = ()
     counts: np.ndarray | None = None
+    pairs: np.ndarray | None = None
 
 
 class Samples(Protocol):
@@ -80,9 +84,12 @@ class Windows:
 
 
 class PackedSamples:
-    """Windows of whole documents, as a packing index says; of documents longer than T+1 tokens, of pieces of them."""
+    """Windows of whole documents, as a packing index says; of documents longer than T+1 tokens, of pieces of them.
 
-    def __init__(self, dataset: Dataset, index: PackingIndex) -> None:
+    A preference pair is one document, both sides of which are pieces of its window.
+    """
+
+    def __init__(self, dataset: IndexedDataset, index: PackingIndex) -> None:
         self.dataset, self.index = dataset, index
         self.seq_len, self.num_samples = index.card.seq_len, index.card.samples
         self.num_readable = self.num_samples
@@ -93,6 +100,8 @@ class PackedSamples:
         starts, lengths, flags = (pieces[name].tolist() for name in ("start", "length", "flags"))
         places = list(zip(starts, lengths, strict=True))
         ids = [read_ids(self.dataset, *place, vocab_size) for place in places]
+        if self.dataset.card.has_pairs:
+            return self._pairs(places, ids)
         counts = [found for place in places if (found := self.dataset.counts(*place)) is not None]
         ends = np.cumsum(lengths).tolist()
         unrelated = [
@@ -101,6 +110,26 @@ class PackedSamples:
             if not (before & ENDS and after & BEGINS)
         ]
         return Sample(np.concatenate(ids), lengths, tuple(unrelated), np.concatenate(counts) if counts else None)
+
+    def _pairs(self, places: list[tuple[int, int]], ids: list[np.ndarray]) -> Sample:
+        """Return the pairs of a window. Raises `DataError` if one has no two sides."""
+        lengths, counts = [], []
+        for start, length in places:
+            marks = self.dataset.marks(start, length)
+            assert marks is not None
+            num_chosen = int(np.argmax(marks & REJECTED))
+            if not num_chosen:
+                raise DataError(f"{self.dataset.name}: the pair at token {start} has no two sides; prepare it again")
+            lengths += [num_chosen, length - num_chosen]
+            counts.append((marks & COUNTS) > 0)
+        numbers = self.dataset.first_document + np.searchsorted(self._starts, [start for start, _ in places])
+        return Sample(np.concatenate(ids), lengths, counts=np.concatenate(counts), pairs=numbers.astype(np.int64))
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first token of each document of the split, int64."""
+        lengths = np.concatenate([np.zeros(1, np.int64), *self.dataset.lengths()])
+        return np.cumsum(lengths)[:-1]
 
     def pause(self) -> None:
         """Close the files until the next read."""

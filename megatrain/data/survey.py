@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.card import Card
-from megatrain.data.indexed import HEADER, loss_file, pair, read_header
+from megatrain.data.indexed import COUNTS, HEADER, loss_file, pair, read_header
 from megatrain.errors import DataError
 
 _STRIDE = 2**20
@@ -212,4 +212,4 @@ def _read_counts(prefix: Path, start: int, count: int) -> np.ndarray:
         raise DataError(
             f"{path}: ends at token {start + len(counts)}, but the card says more; copy or prepare the dataset again"
         )
-    return counts > 0
+    return (counts & COUNTS) > 0

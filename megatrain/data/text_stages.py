@@ -137,9 +137,9 @@ class TextStages:
             steps = f"; clean={self.config.clean.name}: {'; '.join(removed)}" if removed else ""
             raise DataError(f"data={data.kind}: the corpus is empty ({format_counts(counts)}){first}{steps}")
         if kept == 1 and data.kind in CHAT_KINDS and data.heldout_fraction > 0:
+            what = {"chat": "conversation", "pairs": "pair", "prompts": "prompt"}[data.kind]
             raise DataError(
-                f"data={data.kind}: there is one {'conversation' if data.kind == 'chat' else 'prompt'}, of which none "
-                "can be held out; set data.heldout_fraction=0"
+                f"data={data.kind}: there is one {what}, of which none can be held out; set data.heldout_fraction=0"
             )
         if kept == 1 and data.heldout_fraction > 0:
             counts["cut_in_two"] = 1

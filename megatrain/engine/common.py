@@ -98,14 +98,11 @@ def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter | None = None
-) -> tuple[Tensor, Tensor]:
-    """Evaluate this rank's `batches`; return the summed loss (float64) and the number of its terms (int64).
+def measure(model: GPT, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter) -> Tensor:
+    """Evaluate this rank's `batches`; return the summed loss, the number of its terms and the objective's sums.
 
-    Without a `meter` the objective is next-token prediction.
+    They are float64 `[2 + scalars]`.
     """
-    meter = meter or LossMeter(NextToken(), device)
     was_training = model.training
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -113,9 +110,14 @@ def evaluate(
     for batch in batches:
         count += meter.count([batch])
         loss_sum += summed_loss(model, batch.to(device), None, meter, model)
-    meter.take()
     model.train(was_training)
-    return loss_sum, on_device(count, device)
+    return torch.cat([torch.stack([loss_sum, on_device(count, device).double()]), meter.take()])
+
+
+def evaluate(model: GPT, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the summed next-token loss (float64) of `batches`, and the number of its terms (int64)."""
+    totals = measure(model, batches, device, LossMeter(NextToken(), device))
+    return totals[0], totals[1].long()
 
 
 def compile_blocks(model: GPT) -> None:

@@ -26,9 +26,9 @@ from megatrain.engine.common import (
     compile_blocks,
     dropout_seed,
     engine_counters,
-    evaluate,
     loss_factor,
     mean_scalars,
+    measure,
     on_device,
     scaled_loss,
     summed_loss,
@@ -40,7 +40,7 @@ from megatrain.engine.deepspeed_config import (
     wait_for_asynchronous_io,
 )
 from megatrain.engine.deepspeed_state import DeepSpeedState
-from megatrain.engine.protocol import StepResult
+from megatrain.engine.protocol import Measured, StepResult
 from megatrain.errors import EnvironmentFault
 from megatrain.model.count import parameter_shapes
 from megatrain.model.gpt import GPT
@@ -223,9 +223,13 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        loss_sum, tokens = evaluate(self.engine.module, self.share.slices(batches), self.world.device, self.meter)
-        totals = self.share.sum(torch.stack([loss_sum, tokens.double()]))
-        return totals[0], totals[1].long()
+        measured = self.measure(batches)
+        return measured.loss_sum, measured.count
+
+    def measure(self, batches: Iterable[MicroBatch]) -> Measured:
+        """See `Engine.measure`."""
+        totals = measure(self.engine.module, self.share.slices(batches), self.world.device, self.meter)
+        return Measured.of(self.share.sum(totals), self.meter.objective.scalar_names)
 
 
 def _check_accelerator(config: TrainConfig, world: World) -> None:

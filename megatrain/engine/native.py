@@ -35,7 +35,7 @@ from megatrain.engine.common import (
     on_device,
     scaled_loss,
 )
-from megatrain.engine.protocol import StepResult
+from megatrain.engine.protocol import Measured, StepResult
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.kernels.linear_log_probs import label_log_probs
@@ -375,7 +375,13 @@ class NativeEngine:
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        measured = self.measure(batches)
+        return measured.loss_sum, measured.count
+
+    def measure(self, batches: Iterable[MicroBatch]) -> Measured:
+        """See `Engine.measure`."""
+        names = self.meter.objective.scalar_names
+        totals = torch.zeros(2 + len(names), dtype=torch.float64, device=self.world.device)
         waiting: list[MicroBatch] = []
         with self._evaluating():
             for batch in batches:
@@ -385,11 +391,10 @@ class NativeEngine:
                     waiting = []
             if waiting:
                 totals += self._evaluate_some(waiting)
-        totals = self.world.all_reduce_sum(totals)
-        return totals[0], totals[1].long()
+        return Measured.of(self.world.all_reduce_sum(totals), names)
 
     def _evaluate_some(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Return this rank's summed loss and number of terms, float64 `[2]`."""
+        """Return this rank's summed loss, number of terms and scalars, float64 `[2 + scalars]`."""
         mine = list(self.share.slices(micro_batches))
         batches = [micro_batch.to(self.world.device) for micro_batch in mine]
         self.inputs.load(batches, [None] * len(batches))
@@ -399,10 +404,11 @@ class NativeEngine:
             (stage,) = self.stages.values()
             losses = [stage(batch.tokens, index) for index, batch in enumerate(batches)]
             loss_sum = torch.stack(losses).double().sum()
-        self.meter.take()
+        scalars = self.meter.take()
         has_loss = self.place.tp == 0 and self.layout.num_stages - 1 in self.stages
         tokens = self.meter.count(mine) if self.share.is_counted else 0
-        return torch.stack([loss_sum.double() * has_loss, on_device(tokens, loss_sum.device).double()])
+        counted = on_device(tokens, loss_sum.device).double()
+        return torch.cat([torch.stack([loss_sum.double() * has_loss, counted]), scalars * has_loss])
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -87,6 +87,22 @@ class SentResult:
         return self.values
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The result of an evaluation over all ranks: the summed loss (float64), the number of its terms (int64), and the
+    objective's scalars by name, as means over the terms (float64)."""
+
+    loss_sum: Tensor
+    count: Tensor
+    scalars: dict[str, Tensor]
+
+    @staticmethod
+    def of(totals: Tensor, names: Sequence[str]) -> Measured:
+        """Return the result from sums over all ranks: loss, terms and scalars, float64 `[2 + scalars]`."""
+        means = totals[2:] / totals[1].clamp(min=1)
+        return Measured(totals[0], totals[1].long(), dict(zip(names, means, strict=True)))
+
+
 class Engine(Protocol):
     """Owner of a model's parameters, gradients and optimizer states on one rank."""
 
@@ -100,6 +116,9 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Return the summed loss and the number of its terms over all ranks. Ranks must pass equally many batches."""
+
+    def measure(self, batches: Iterable[MicroBatch]) -> Measured:
+        """Do what `evaluate` does, and return the objective's scalars too."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the model's and the optimizer's tensors by single-device name.

@@ -15,6 +15,12 @@ from torch import Tensor
 from megatrain.data.batch import MicroBatch
 from megatrain.kernels import IGNORE_INDEX
 
+SQUARED = "_squared"
+"""The end of a scalar's name that is the square of another one, for its standard error. It is not recorded itself."""
+
+TOKENS = "tokens_a_term"
+"""The name of the scalar that has the tokens of each term, if its terms are no tokens."""
+
 
 class OutputHead(Protocol):
     """The output head of a model in any layout. Ranks may split the vocabulary; logits may be computed in chunks."""

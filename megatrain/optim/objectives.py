@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from megatrain.config import TrainConfig
 from megatrain.optim.objective import NextToken, Objective
+from megatrain.optim.preferences import DirectPreference
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": lambda _config: NextToken(),
     "sft": lambda _config: NextToken(),
+    "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),
 }
 """How each method's objective is made of the config."""
 

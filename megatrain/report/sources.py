@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import DataConfig
+from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.card import Card
 from megatrain.data.mixed_dataset import place_of
 from megatrain.data.mixture_settings import MIXED, read_phases
@@ -75,7 +76,7 @@ def reads_conversations(config: Mapping[str, Any]) -> bool:
     if not isinstance(data, dict):
         return False
     cards = [*_mixture(data)[0].values(), _card(Path(str(data.get("dir"))) / str(data.get("name")))]
-    return data.get("kind") == "chat" or any(
+    return data.get("kind") in CHAT_KINDS or any(
         split.loss_hashes for card in cards if card for split in card.splits.values()
     )
 

@@ -74,8 +74,10 @@ def _evaluate(event: dict[str, Any]) -> str:
     by_source = {name: loss for name, loss in event.items() if name.startswith(SOURCE_LOSS)}
     listed = ", ".join(f"{name.removeprefix(SOURCE_LOSS)} {loss:.4f}" for name, loss in by_source.items())
     loss = f"held-out loss {event['heldout_loss']:.4f}" if event.get("tokens") != 0 else "no held-out token counts"
+    accuracy, error = event.get("heldout_accuracy"), event.get("heldout_accuracy_se", 0.0)
     return (
         loss
+        + (f", accuracy {accuracy:.3f} ± {error:.3f}" if accuracy is not None else "")
         + (f", {bits:.3f} bits per byte" if bits is not None else "")
         + (f" ({listed})" if listed else "")
         + (f" ({read})" if read else "")
@@ -107,6 +109,11 @@ def _packing(event: dict[str, Any]) -> str:
     )
 
 
+def _reference(event: dict[str, Any]) -> str:
+    how = "computed with the base's weights" if event["computed"] else "kept from an earlier start"
+    return f"log-probabilities of {event['pairs']:,} pairs, {how}"
+
+
 def _change(event: dict[str, Any]) -> str:
     how = " (checkpoint.override)" if event.get("override") else ""
     return f"{event['key']} {change(event['before'], event['now'])}{how}"
@@ -118,6 +125,7 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "init_from": _init_from,
     "packing": _packing,
     "mixture": lambda event: describe_sources(event["sources"]),
+    "reference": _reference,
     "start": _start,
     "resume": _start,
     "stop": _stop,

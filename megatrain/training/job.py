@@ -33,6 +33,9 @@ from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
+from megatrain.optim.objective import Objective
+from megatrain.optim.objectives import objective_of
+from megatrain.optim.preferences import DirectPreference
 from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
 from megatrain.resilience.fault_classes import PEER, USER, classify, message_of
@@ -48,8 +51,9 @@ from megatrain.training.clock import CudaClock, HostClock
 from megatrain.training.datasets import HeldoutShare, RunData
 from megatrain.training.exchange import RankExchange
 from megatrain.training.history import nothing_to_do
-from megatrain.training.origin import Origin, choose_origin, copy_in_memory, inherited_generation, load_origin
+from megatrain.training.origin import Origin, base_of, choose_origin, copy_in_memory, inherited_generation, load_origin
 from megatrain.training.protocols import Clock, Parts, Throughput
+from megatrain.training.reference import Reference
 from megatrain.training.rollback import CheckpointRollback
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
@@ -100,6 +104,8 @@ class RankJob:
         self.early_stop_reset_at: int | None = None
         """The step of a checkpoint whose best held-out loss no longer counts, as this start weighs other sources."""
         self.transfer: Transfer | None = None
+        self.reference: dict[str, Any] = {}
+        """What the event `reference` says; empty if the method compares with no reference."""
 
     @property
     def on_gpu(self) -> bool:
@@ -136,12 +142,17 @@ class RankJob:
         if self.data.mixture:
             changed = self.changes if origin and origin.resumes else None
             check_run_caps(self.data.mixture, self.config.train, self.progress, changed)
-        engine = build_engine(self.config, self.world)
+        objective = objective_of(self.config)
+        engine = build_engine(self.config, self.world, objective)
+        if origin and origin.resumes:
+            self._take_reference(objective, engine, stores.disk, resumes=True)
         if origin:
             self.world.heartbeat.enter("load")
             load_origin(origin, engine, self.world, self.transfer.taken if self.transfer else ())
             if origin.resumes:
                 stores.disk.set_aside(self.progress.step)
+        if not (origin and origin.resumes):
+            self._take_reference(objective, engine, stores.disk, resumes=False)
         if self.world.is_main:
             write_run_folder(self.run_dir, self.config, self.data.folder)
         self._record_start(origin)
@@ -200,6 +211,25 @@ class RankJob:
         folder, manifest = origin.folder, origin.manifest
         check_tokenizer(folder, manifest, self.data.card, self.data.folder, self.config)
         self.transfer = plan_transfer(folder, manifest, self.config.model, self.config.checkpoint.override)
+
+    def _take_reference(self, objective: Objective, engine: Engine, store: CheckpointStore, resumes: bool) -> None:
+        """Give an objective that compares with the base what it kept of it, or computes it from the base's weights.
+
+        A run that begins has these weights in the engine already. One that resumes loads them, before its own.
+        """
+        if not isinstance(objective, DirectPreference):
+            return
+        reference = Reference(self.data, self.world, self.run_dir)
+        base = base_of(self.config, store)
+        name = f"{base.folder}, step {base.manifest.step}" if base else f"drawn with seed {self.config.seed}"
+        found = reference.find(None if resumes else name)
+        self.reference = {"pairs": reference.num_pairs, "computed": found is None}
+        if found is None:
+            if resumes and base:
+                transfer = plan_transfer(base.folder, base.manifest, self.config.model, self.config.checkpoint.override)
+                load_origin(base, engine, self.world, transfer.taken)
+            found = reference.compute(engine, objective.reference, name)
+        objective.reference.log_probs = found
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:
@@ -359,6 +389,8 @@ class RankJob:
             self.journal.event("preflight", self.progress.step, **self.preflight)
         if self.world.is_main and (packings := self.data.packings):
             self.journal.event("packing", self.progress.step, packings=packings)
+        if self.reference:
+            self.journal.event("reference", self.progress.step, **self.reference)
         chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
             detail = {"key": key, "before": before, "now": now, "override": key in chosen}

@@ -56,6 +56,11 @@ def choose_origin(config: TrainConfig, store: CheckpointStore, restarted: bool =
         refuse_to_overwrite(store.folder)
     else:
         return _asked_for(Path(choice), store, restarted)
+    return base_of(config, store)
+
+
+def base_of(config: TrainConfig, store: CheckpointStore) -> Origin | None:
+    """Return the checkpoint whose weights the run began from; None if they were drawn. Raises `CheckpointError`."""
     if config.checkpoint.init_from is None:
         return None
     return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)

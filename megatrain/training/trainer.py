@@ -14,6 +14,7 @@ from megatrain.checkpoint.resume import override_of
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch, StepBatch
 from megatrain.errors import DivergedError
+from megatrain.optim.objective import SQUARED, TOKENS
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, report
 from megatrain.training.evaluation import Evaluation
@@ -156,11 +157,13 @@ class Trainer:
     def _record(self, step: SubmittedStep) -> dict[str, Any]:
         """Read a step's result, advance the progress, and return its metrics."""
         result = step.result.read()
-        tokens, updated = int(result.tokens), bool(result.updated)
+        terms, updated = int(result.tokens), bool(result.updated)
+        scalars = {name: float(value) for name, value in result.aux.items() if not name.endswith(SQUARED)}
+        tokens = round(terms * scalars.pop(TOKENS, 1.0))
         self.progress.step, self.progress.cursor = step.step, step.cursor
         self.progress.tokens += tokens
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
-        loss = float(result.loss_sum) / tokens if tokens else math.nan  # parts of long conversations have no replies
+        loss = float(result.loss_sum) / terms if terms else math.nan  # parts of long conversations have no replies
         if not updated:
             cause = "gradient norm" if math.isfinite(loss) else "loss"
             self.parts.journal.event("skip", step.step, reason=f"non-finite {cause}")
@@ -178,7 +181,7 @@ class Trainer:
             "step_tokens": tokens,
             "updated": updated,
             "batch_hash": step.batch_hash,
-            **{name: float(value) for name, value in result.aux.items()},
+            **scalars,
         }
 
     def _advice(self) -> str:
@@ -225,8 +228,9 @@ class Trainer:
         started = time.perf_counter()
         evaluation = Evaluation()
         for number, share in enumerate(self.parts.heldout):
-            loss_sum, tokens = self.parts.engine.evaluate(self._with_signs_of_life(number, step))
-            evaluation.add(share, float(loss_sum), int(tokens))
+            measured = self.parts.engine.measure(self._with_signs_of_life(number, step))
+            scalars = {name: float(value) for name, value in measured.scalars.items()}
+            evaluation.add(share, float(measured.loss_sum), int(measured.count), scalars)
         loss = evaluation.loss
         record |= evaluation.metrics()
         detail = evaluation.detail() | ({"sources": shares} if (shares := self.parts.shares(self.progress)) else {})

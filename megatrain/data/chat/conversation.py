@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 _SAME_ROLE = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _LISTS = ("messages", "conversations", "conversation")
-_NOT_READ = ("history", "tools", "functions", "images")
+NOT_READ = ("history", "tools", "functions", "images")
 """Fields of a record that belong to its conversation, but have no place among its messages."""
 _FORMS = (
     "messages (a list of objects with role and content), conversations (with from and value), instruction with input "
@@ -37,13 +37,15 @@ def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = 
     At most one system message comes first; then users and assistants take turns, a user first; an assistant ends it.
     Raises `ConversationError` otherwise.
     """
-    if lost := [name for name in _NOT_READ if record.get(name)]:
+    if lost := [name for name in NOT_READ if record.get(name)]:
         raise ConversationError(
             "unknown_key",
             f"it has {', '.join(map(repr, lost))}, which would be lost",
             "leave it out, or write what it says as messages",
         )
-    found = [*_system(record.get("system")), *_messages(record)]
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        raise ConversationError("no_conversation", "it is a preference pair", "prepare it with data=pairs")
+    found = [*system_of(record.get("system")), *_messages(record)]
     messages = [{**message, "content": normalise(message["content"])} for message in found]
     check_turns(messages, last="assistant")
     return messages
@@ -60,7 +62,7 @@ def from_text(text: str) -> list[Message] | dict[str, Any]:
     return messages
 
 
-def _system(given: Any) -> list[Message]:
+def system_of(given: Any) -> list[Message]:
     """Return the system message that a record has in a field of its own, if any."""
     if not given:
         return []

@@ -1,4 +1,4 @@
-"""What `data=chat` and `data=prompts` need of the other settings, and which template it lays conversations out by."""
+"""What sources of messages need of the other settings, and which template lays them out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_settings(config: PrepareConfig) -> None:
     if data.kind not in CHAT_KINDS:
         if data.chat_template is not None:
             raise ConfigError(
-                f"data.chat_template={data.chat_template}: only data=chat and data=prompts lay out messages"
+                f"data.chat_template={data.chat_template}: only data={' and data='.join(CHAT_KINDS)} lay out messages"
             )
         return
     if config.tokenizer.path is None:

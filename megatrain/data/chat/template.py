@@ -92,10 +92,11 @@ class ChatTemplate:
         except TemplateError as error:
             raise ConfigError(f"the chat template is not valid Jinja ({error})") from error
 
-    def encode(self, messages: Sequence[Message], asks: bool = False) -> Encoded:
+    def encode(self, messages: Sequence[Message], asks: bool = False, given: int = 0) -> Encoded:
         """Return the ids of a conversation; with `asks`, the beginning of the assistant's next message too.
 
-        Raises `ConfigError` if the template refuses the messages, or does not say which part is the assistant's.
+        The first `given` replies do not count in the loss: they belong to the prompt. Raises `ConfigError` if the
+        template refuses the messages, or does not say which part is the assistant's.
         """
         rendered = self.render(messages, asks)
         parts: list[str | int] = []
@@ -113,7 +114,7 @@ class ChatTemplate:
             at = stop
         ids, places = self.tokenizer.encode_marked(parts)
         counts = []
-        spans = sorted(rendered.spans)
+        spans = sorted(rendered.spans)[given:]
         begins, ends = [start for start, _ in spans], list(accumulate((stop for _, stop in spans), max))
         for part, first, last in places:
             first, last = starts[part] + first, starts[part] + last

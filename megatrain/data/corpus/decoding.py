@@ -11,6 +11,7 @@ from typing import Any
 
 from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.chat.conversation import ConversationError, read_conversation, to_text
+from megatrain.data.chat.pair import pair_to_text, read_pair
 from megatrain.data.chat.prompt import read_prompt
 from megatrain.data.corpus.code import license_of, why_left_out
 from megatrain.data.corpus.compressed import SUFFIXES, archive_kind
@@ -160,11 +161,13 @@ def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
 
 
 def _messages(record: dict[str, Any], kind: str, decoded: Decoded) -> str:
-    """Return the messages of a conversation to tune on, or of a prompt, as text; put its id into `decoded`."""
+    """Return the messages of a conversation to tune on, a pair or a prompt as text; put its id into `decoded`."""
     own, source, _ = identity(record)
     decoded.id, decoded.source, decoded.kind = own or decoded.id, source or decoded.source, "conversation"
     try:
         # normalised here: later they are JSON, which escapes line ends
+        if kind == "pairs":
+            return pair_to_text(read_pair(record, normalise))
         return read_prompt(record, normalise) if kind == "prompts" else to_text(read_conversation(record, normalise))
     except ConversationError as error:
         raise BadRecordError(Problem(error.kind, error.message, error.remedy), decoded.id) from error

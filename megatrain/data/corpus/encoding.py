@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.chat.conversation import from_text
+from megatrain.data.chat.conversation import Message, from_text
+from megatrain.data.chat.pair import SIDES, pair_from_text
 from megatrain.data.chat.prompt import encode_prompt
 from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.corpus.cleaned import Frame, unpack
 from megatrain.data.corpus.fill_in_the_middle import FillInTheMiddle
 from megatrain.data.corpus.selection import HELDOUT, TRAIN
+from megatrain.data.indexed import REJECTED
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.errors import ConfigError
@@ -25,7 +27,8 @@ from megatrain.errors import ConfigError
 class EncodeTask:
     """A frame of `text`, a flag per document (of `selection.py`), and the tokenizer and dtype to use.
 
-    `fim` rearranges documents of the train split. With `chat`, a Jinja template, they are conversations.
+    `fim` rearranges documents of the train split. With `chat`, a Jinja template, they are conversations,
+    or preference pairs.
     """
 
     text: Path
@@ -43,7 +46,7 @@ class EncodeTask:
 class EncodedSplit:
     """Documents' concatenated token ids, the number of ids in each (int32), and their bytes of text.
 
-    `counts` (uint8) says of each token of a conversation whether it counts in the loss.
+    `counts` (uint8) has the marks of each token of conversations (indexed.py).
     """
 
     ids: np.ndarray
@@ -86,7 +89,7 @@ def encode_chunk(task: EncodeTask) -> Encoded:
             continue
         arrays, lengths, counted = found.setdefault(flag, ([], [], []))
         if chat:
-            ids, counts = _conversation(chat, text.decode())
+            ids, counts = _marked(chat, text.decode())
             arrays.append(ids.astype(task.dtype))
             counted.append(counts)
             lengths.append(len(ids))
@@ -102,21 +105,35 @@ def encode_chunk(task: EncodeTask) -> Encoded:
     return Encoded(splits, total)
 
 
-def _conversation(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a conversation, or of a prompt, and of each whether it counts in the loss.
-
-    A last end token of a conversation does not.
+def _marked(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a conversation, a pair or a prompt, and the marks of each id (indexed.py).
 
     Raises ConfigError if the template cannot lay it out.
     """
-    messages = from_text(text)
-    if isinstance(messages, dict):
-        return encode_prompt(chat, messages)
+    found = from_text(text)
+    if not isinstance(found, dict):
+        return _conversation(chat, found)
+    if SIDES[0] not in found:
+        return encode_prompt(chat, found)
+    pair = pair_from_text(text)
+    replies = sum(message["role"] == "assistant" for message in pair.prompt)
+    chosen, rejected = (_conversation(chat, getattr(pair, side), replies, always_ends=True) for side in SIDES)
+    return np.concatenate([chosen[0], rejected[0]]), np.concatenate([chosen[1], rejected[1] | REJECTED])
+
+
+def _conversation(
+    chat: ChatTemplate, messages: list[Message], given: int = 0, always_ends: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a conversation, and of each whether it counts in the loss. A last end token does not.
+
+    With `always_ends` the end token is added even if the template writes one, so that what the template writes is
+    followed by it.
+    """
     try:
-        encoded = chat.encode(messages)
+        encoded = chat.encode(messages, given=given)
     except ConfigError as error:
         raise ConfigError(f"{error} (in the conversation that begins {messages[0]['content'][:60]!r})") from error
     ids, counts = encoded.ids, encoded.counts
-    if ids[-1] != chat.tokenizer.end_of_document:
+    if always_ends or ids[-1] != chat.tokenizer.end_of_document:
         ids, counts = [*ids, chat.tokenizer.end_of_document], [*counts, False]
     return np.array(ids), np.array(counts, np.uint8)

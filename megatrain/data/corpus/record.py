@@ -59,7 +59,8 @@ class Policy:
     """How to read records and what to do with bad ones: the keys of the same names under `data.`.
 
     With `kind="chat"` a record is a conversation to tune on, and its text is its messages as JSON
-    (chat/conversation.py); with `prompts` it is a prompt with fields for rewards (chat/prompt.py).
+    (chat/conversation.py); with `pairs` it is a preference pair (chat/pair.py), with `prompts` a prompt with fields for
+    rewards (chat/prompt.py).
     """
 
     text_column: str

@@ -22,6 +22,7 @@ def open_source(config: DataConfig) -> Source:
         "files": FilesSource,
         "code": FilesSource,
         "chat": FilesSource,
+        "pairs": FilesSource,
         "prompts": FilesSource,
         "huggingface": HuggingFaceSource,
         "toy": ToySource,

@@ -177,7 +177,10 @@ def test_a_changed_mask_is_another_dataset_and_a_damaged_one_is_noticed(make):
         ({"clean": CleanConfig(dedup="minhash")}, "clean.dedup=minhash: the documents"),
         ({"clean": CleanConfig(dedup_passages="lines")}, "clean.dedup_passages=lines: the documents"),
         ({"clean": CleanConfig(name="c4", steps=["unicode"])}, "clean=c4: the documents"),
-        ({"kind": "files", "chat_template": "chatml"}, "only data=chat and data=prompts lay out messages"),
+        (
+            {"kind": "files", "chat_template": "chatml"},
+            "only data=chat and data=pairs and data=prompts lay out messages",
+        ),
     ],
 )
 def test_settings_that_conversations_cannot_honour_are_refused(make, tmp_path, changes, message):

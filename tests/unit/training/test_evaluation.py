@@ -57,3 +57,19 @@ def test_bits_per_byte_need_the_size_of_every_text():
     evaluation.add(share("web", 1, None), 3.0, 1)
     evaluation.add(share("code", 1, 2.0), 3.0, 1)
     assert "bits_per_byte" not in evaluation.detail()
+
+
+def test_pairs_have_scalars_with_standard_errors_and_no_perplexity():
+    """Of four pairs with the losses 1, 1, 3, 3, three of which are ordered rightly."""
+    evaluation = Evaluation()
+    scalars = {"accuracy": 0.75, "margin": 0.5, "loss_squared": 5.0, "tokens_a_term": 7.0}
+    evaluation.add(share("", 1.0), 8.0, 4, scalars)
+    assert evaluation.metrics() == {
+        "heldout_loss": 2.0,
+        "heldout_accuracy": 0.75,
+        "heldout_margin": 0.5,
+        "heldout_loss_se": 1.0 / 4**0.5,
+        "heldout_accuracy_se": pytest.approx((0.75 * 0.25 / 4) ** 0.5),
+    }
+    detail = evaluation.detail()
+    assert detail["pairs"] == 4 and not detail.keys() & {"perplexity", "bits_per_byte", "tokens"}

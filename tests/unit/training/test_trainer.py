@@ -13,7 +13,7 @@ import torch
 from megatrain.checkpoint.manifest import EarlyStop, EngineCounters, Identity, LossGuardState, OptimizerState, Progress
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
-from megatrain.engine.protocol import SentResult, StepResult
+from megatrain.engine.protocol import Measured, SentResult, StepResult
 from megatrain.errors import DivergedError, EnvironmentFault
 from megatrain.training.exchange import RankExchange
 from megatrain.training.protocols import Parts, Throughput
@@ -37,10 +37,10 @@ class FakeEngine:
             torch.tensor(finite),
         )
 
-    def evaluate(self, batches):
+    def measure(self, batches):
         assert list(batches) == ["batch"]
         self.asked += 1
-        return torch.tensor(self.heldout[min(self.asked, len(self.heldout)) - 1] * 10), torch.tensor(10)
+        return Measured(torch.tensor(self.heldout[min(self.asked, len(self.heldout)) - 1] * 10), torch.tensor(10), {})
 
     def state(self):
         return {"model.w": torch.zeros(1)}
