@@ -8,6 +8,7 @@ out, only the template's markers are control tokens, and what a document spells 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -18,10 +19,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
-from megatrain.evaluation.continuation import Prompt, Sampling, continuations
+from megatrain.evaluation.continuation import Prompt, continuations
 from megatrain.evaluation.likelihood import Pair, likelihoods
 from megatrain.evaluation.progress import Progress
 from megatrain.evaluation.prompts import Answer, Prompts
+from megatrain.inference.draw import SamplingSettings
 from megatrain.model.gpt import GPT
 
 MAX_NEW_TOKENS = 256
@@ -147,18 +149,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
 
     def _generate(self, requests: list[Instance]) -> Any:
         """Yield the number and the text of each request; all have the same settings."""
-        settings = normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS)
-        stops = [text for text in handle_stop_sequences(settings.pop("until", None), eos=None) if text]
-        wanted = settings.pop("max_gen_toks")
-        sampling = self._sampling(settings)
+        given = normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS)
+        stops = [text for text in handle_stop_sequences(given.pop("until", None), eos=None) if text]
+        wanted = given.pop("max_gen_toks")
+        sampling = self._sampling(given)
         named = {self._tokenizer.control_token(text) for text in stops}
         ends = self._ends | {token for token in named if token is not None}
         prompts, answers = [], [Answer(self._tokenizer, ends, stops) for _ in requests]
         for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             ids, count = self._fitted(ids, wanted)
-            prompts.append(Prompt(ids, count, self._seed + number, answer.is_over))
-        for number, _ in continuations(self.model, prompts, sampling, self._batch_size):
+            settings = replace(sampling, max_new_tokens=count, seed=self._seed + number)
+            prompts.append(Prompt(ids, settings, answer.is_over))
+        for number in continuations(self.model, prompts, self._batch_size):
             yield number, answers[number].text()
 
     def _fitted(self, ids: list[int], wanted: int) -> tuple[list[int], int]:
@@ -178,7 +181,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
         )
         return ids, self.max_length - len(ids)
 
-    def _sampling(self, settings: dict[str, Any]) -> Sampling:
+    def _sampling(self, settings: dict[str, Any]) -> SamplingSettings:
         """Return how a task's `generation_kwargs` draw. Raises `ConfigError` for those that are not known here."""
         samples = bool(settings.pop("do_sample", False))
         temperature = float(settings.pop("temperature", 1.0) or 0.0)
@@ -188,4 +191,4 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
                 f"a task's generation_kwargs have {', '.join(left)}; megatrain knows until, max_gen_toks, do_sample, "
                 "temperature, top_k and top_p"
             )
-        return Sampling(temperature, top_k, top_p) if samples else Sampling()
+        return SamplingSettings(MAX_NEW_TOKENS, temperature if samples else 0.0, top_k, top_p)

@@ -9,12 +9,13 @@ from pathlib import Path
 from megatrain.config import EvaluateConfig
 from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError
-from megatrain.evaluation.continuation import Prompt, Sampling, continuations
+from megatrain.evaluation.continuation import Prompt, continuations
 from megatrain.evaluation.labelled import Example, classify, extract, read_examples
 from megatrain.evaluation.likelihood import Pair, likelihoods
 from megatrain.evaluation.progress import Progress
 from megatrain.evaluation.prompts import Answer, Prompts
 from megatrain.evaluation.results import TaskResult
+from megatrain.inference.draw import SamplingSettings
 from megatrain.interop.load_model import load
 from megatrain.model.gpt import GPT
 from megatrain.verbs.evaluation_results import ModelResult, choose_template, ends_of, keep, show
@@ -97,7 +98,7 @@ def write_answers(
     ends: frozenset[int],
     config: EvaluateConfig,
     progress: Progress,
-    sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
+    temperature: float = 0.0,
 ) -> list[str]:
     """Return what the model writes after each prompt; without a chat template, up to the end of the line.
 
@@ -109,10 +110,11 @@ def write_answers(
     for number, (text, answer) in enumerate(zip(asked, answers, strict=True)):
         ids = prompts.encode(text) or [prompts.prefix]
         _check_length(model, len(ids) + 1, text)
-        room = model.config.max_seq_len - len(ids)
-        requests.append(Prompt(ids, min(config.max_new_tokens, room), config.seed + number, answer.is_over))
+        count = min(config.max_new_tokens, model.config.max_seq_len - len(ids))
+        settings = SamplingSettings(count, temperature, seed=config.seed + number)
+        requests.append(Prompt(ids, settings, answer.is_over))
     with progress.of("answers", len(asked)) as advance:
-        for _ in continuations(model, requests, sampling, config.batch_size):
+        for _ in continuations(model, requests, config.batch_size):
             advance()
     return [answer.text().strip() for answer in answers]
 
