@@ -41,6 +41,13 @@ class EvaluateConfig:
         "a label; text, what it writes, compared word by word",
         choices=("label", "written", "text"),
     )
+    prompts: str | None = key(
+        None, "file of JSON lines with prompt, for the win rate of path against each of paths", path=True
+    )
+    judge: str | None = key(
+        None, "what scores replies to prompts: an embedded reward, module:function or path.py:function"
+    )
+    temperature: float = key(0.0, "softmax temperature of replies to prompts; 0 is greedy", minimum=0)
     max_new_tokens: int = key(64, "largest number of tokens that a model writes as an answer", minimum=1)
     limit: int | None = key(None, "documents, examples or prompts to read, the first ones; null reads all", minimum=1)
     chat_template: str = key(

@@ -88,11 +88,15 @@ class Answer:
         self._longest = max(map(len, stops), default=0)
         self._decoder = tokenizer.stream_decoder()
         self._text, self._is_finished = "", False
+        self.ended = False
+        """Whether an end or a stop came, and not only the largest number of tokens."""
 
     def is_over(self, token: int) -> bool:
         """Take a token; return whether it is an end, or completes a stop."""
-        if token in self._ends:
-            return True
+        self.ended = token in self._ends or self._completes_stop(token)
+        return self.ended
+
+    def _completes_stop(self, token: int) -> bool:
         piece = self._decoder.push(token) if token < self._vocab_size else "\ufffd"
         self._text += piece
         tail = self._text[-(self._longest + len(piece)) :]

@@ -38,12 +38,13 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
-from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, kind_of_evaluation
+from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, WIN_RATE, kind_of_evaluation
 from megatrain.verbs.printer import Printer
 
 OTHERS = {
     TASKS: "megatrain.verbs.evaluate_tasks:evaluate_tasks",
     EXAMPLES: "megatrain.verbs.evaluate_examples:evaluate_examples",
+    WIN_RATE: "megatrain.verbs.evaluate_win_rate:evaluate_win_rate",
 }
 """The functions of evaluations other than the loss on text, which are imported when they are called."""
 

@@ -47,7 +47,8 @@ def evaluate_examples(config: EvaluateConfig) -> None:
             answers = choose_labels(model, prompts, examples, labels, config, progress)
         else:
             asked = [prompts.ask(example.prompt, config.system) for example in examples]
-            answers = write_answers(model, prompts, asked, ends_of(loaded, template), config, progress)
+            written = write_answers(model, prompts, asked, ends_of(loaded, template), config, progress)
+            answers = [answer.text().strip() for answer in written]
         grade = extract if config.answer == "text" else classify
         scores, detail = grade([example.label for example in examples], answers, config.seed)
         samples = [
@@ -99,7 +100,7 @@ def write_answers(
     config: EvaluateConfig,
     progress: Progress,
     temperature: float = 0.0,
-) -> list[str]:
+) -> list[Answer]:
     """Return what the model writes after each prompt; without a chat template, up to the end of the line.
 
     Raises ConfigError if a prompt leaves no room for an answer.
@@ -116,7 +117,7 @@ def write_answers(
     with progress.of("answers", len(asked)) as advance:
         for _ in continuations(model, requests, config.batch_size):
             advance()
-    return [answer.text().strip() for answer in answers]
+    return answers
 
 
 def _check_length(model: GPT, length: int, prompt: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from megatrain.config import EvaluateConfig
 from megatrain.config.plain import plain
 from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
+from megatrain.reinforcement.embedded_rewards import EMBEDDED
 from megatrain.verbs.places import require
 
-LOSS, TASKS, EXAMPLES = "the loss on text", "tasks", "examples"
-ASKING = (TASKS, EXAMPLES)
+LOSS, TASKS, EXAMPLES, WIN_RATE = "the loss on text", "tasks", "examples", "the win rate on prompts"
+REWARDS_ARE = "it gets prompts and completions and returns a number for each, as a reward of megatrain tune does"
+ASKING = (TASKS, EXAMPLES, WIN_RATE)
 
 USED_BY: dict[str, tuple[str, ...]] = {
     "data": (LOSS,),
@@ -21,7 +23,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "max_batches": (LOSS,),
     "num_fewshot": (TASKS,),
     "answer": (EXAMPLES,),
-    "max_new_tokens": (EXAMPLES,),
+    "judge": (WIN_RATE,),
+    "temperature": (WIN_RATE,),
+    "max_new_tokens": (EXAMPLES, WIN_RATE),
     "limit": ASKING,
     "chat_template": ASKING,
     "system": ASKING,
@@ -30,7 +34,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
 }
 """The keys that not every kind of evaluation has, and those that have them."""
 
-CHOSEN_BY = {TASKS: ("tasks", "tasks_dir"), EXAMPLES: ("examples",)}
+CHOSEN_BY = {TASKS: ("tasks", "tasks_dir"), EXAMPLES: ("examples",), WIN_RATE: ("prompts",)}
 """The keys that choose a kind of evaluation; without any it is the loss on text."""
 
 
@@ -50,6 +54,17 @@ def check_keys(config: EvaluateConfig) -> None:
         raise ConfigError(f"{' and '.join(chosen)} are evaluations of their own; give one of them at a time")
     if config.max_new_tokens != EvaluateConfig.max_new_tokens and kind == EXAMPLES and config.answer == "label":
         raise ConfigError("max_new_tokens has no effect with answer=label; add answer=written or answer=text")
+    if kind == WIN_RATE:
+        if not config.paths:
+            raise ConfigError(
+                f"prompts={config.prompts}: a win rate needs two models: megatrain evaluate <one> <other>"
+            )
+        if config.judge is None:
+            raise ConfigError(
+                f"prompts={config.prompts}: give a judge=module:function that scores replies; {REWARDS_ARE}"
+            )
+        if config.judge not in EMBEDDED and ":" not in config.judge:
+            raise ConfigError(f"judge={config.judge} is neither module:function nor {', '.join(EMBEDDED)}")
     for f in fields(EvaluateConfig):
         value = getattr(config, f.name)
         if f.name in USED_BY and kind not in USED_BY[f.name] and value != f.default:
@@ -80,6 +95,8 @@ def check_evaluation(config: EvaluateConfig) -> None:
         require("tasks_dir", Path(config.tasks_dir))
         if not Path(config.tasks_dir).is_dir():
             raise ConfigError(f"tasks_dir={config.tasks_dir} is a file; give the folder with your tasks' YAML files")
+    if config.prompts is not None:
+        require("prompts", Path(config.prompts))
     if config.examples is not None:
         require("examples", Path(config.examples))
         if find_spec("sklearn") is None:
