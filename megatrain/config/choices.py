@@ -7,6 +7,7 @@ has a choice wins; conf/ comes last.
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Sequence
 from importlib import import_module, resources
 from pathlib import Path
@@ -113,6 +114,19 @@ def find_choice(group: str, value: str, folders: Sequence[Path]) -> str | Path:
     raise ConfigError(f"unknown choice {group}={value}{hint} {listed}{where}")
 
 
+def special_file(path: Path) -> str:
+    """Return what a path is that is neither a file nor a folder, such as a FIFO; empty for others."""
+    try:
+        mode = path.expanduser().stat().st_mode
+    except (OSError, ValueError, RuntimeError):
+        return ""
+    if stat.S_ISFIFO(mode):
+        return "a FIFO (a named pipe, or the shell's <(...))"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else ""
+
+
 def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     """Return the mapping in a YAML file, and the package that its header (`# @package _global_`) names.
 
@@ -120,6 +134,8 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], str | None]:
     """
     import yaml
 
+    if what := special_file(file):  # each rank reads it again
+        raise ConfigError(f"{file} is {what}, which can be read only once; write the config into a file and give that")
     try:
         text = file.read_text(encoding="utf-8-sig")
         content = yaml.load(text, _loader())

@@ -27,7 +27,7 @@ class ResilienceConfig:
         f"seconds without progress on any rank that count as a hang; null means {GPU_HANG_TIMEOUT_S:g} on GPUs and "
         f"{CPU_HANG_TIMEOUT_S:g} on CPUs. Until the first step after a start is done, launch.timeout_s applies "
         f"if it is longer",
-        above=0,
+        minimum=1,
         maximum=1e7,
     )
     max_skipped: int = key(

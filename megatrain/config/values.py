@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -189,6 +190,15 @@ def exists(text: str) -> bool:
         return bool(text) and Path(text).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long for a path, or an unknown user's home
         return False
+
+
+def path_values(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name and each value of every path key."""
+    for name in (name for name, f in walk(type(config)).items() if f.metadata.get("path")):
+        value = functools.reduce(getattr, name.split("."), config)
+        for text in value if isinstance(value, list) else [value]:
+            if text:
+                yield name, text
 
 
 def expand_home(config: Any) -> None:

@@ -40,6 +40,10 @@ MEMORY_ADVICE = (
 )
 
 
+FEW_S = 60.0
+"""Seconds below which `resilience.hang_timeout_s` may be shorter than a step, an evaluation or a save."""
+
+
 @dataclass(frozen=True)
 class Recovery:
     """How an agent handles worker failures in the run in `run_dir`, which it owns."""
@@ -103,6 +107,8 @@ def decide_restart(
     before = failed_alike_before_any_step(failure, events) if failure.kind == JOB else None
     bad_hosts = suspects([failure.host], [*events, _as_event(failure)], time.time()) if failure.kind == MACHINE else []
     hint = _log_hint(log_dir, failure)
+    if failure.kind == HANG and (limit_s := recovery.limits.training_s) < FEW_S:
+        print_message(f"resilience.hang_timeout_s={limit_s:g} counts a step that lasts longer as a hang; raise it")
 
     code, decision = None, f"starting all ranks again (restart {count + 1} of {limit})"
     if stop_requested:

@@ -26,8 +26,9 @@ from megatrain.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from megatrain.config.choices import special_file
 from megatrain.config.suggest import did_you_mean
-from megatrain.config.values import exists
+from megatrain.config.values import exists, path_values
 from megatrain.data.card import Card, check_dataset
 from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.corpus.file_kinds import kind_of
@@ -45,6 +46,9 @@ from megatrain.verbs.start_checks import check_origin, prepare_command
 RECORDS = ("lines", "json", "parquet", "warc")
 """Kinds of files that are no text of their own."""
 
+STREAMS = ("out", "data")
+"""Path keys that may name a device or a FIFO: a report is written to one, and evaluate reads a text from one."""
+
 
 def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
     """Check that everything a config reads exists, and that `out` of an export or import does not.
@@ -55,6 +59,9 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
         ConfigError, DataError: a file or folder is missing, unusable or in the way.
         EnvironmentFault: a library that a choice needs is not installed.
     """
+    for key, path in path_values(config):
+        if key not in STREAMS and (what := special_file(Path(path))):
+            raise ConfigError(f"{key}: {path} is {what}, not a file or folder; write what it gives into a file first")
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_installed(config)

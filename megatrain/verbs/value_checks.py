@@ -127,8 +127,8 @@ def check_folder_name(key: str, name: str) -> None:
         or name != name.strip()
     ):
         raise ConfigError(
-            f"{key}={name!r} cannot be the name of a folder; give a name that is not empty, has no slashes and does "
-            f"not start with a dot or a space"
+            f"{key}={name!r} cannot be the name of a folder; give a name that is not empty, has no slashes and no "
+            f"control characters, and does not start with a dot, or start or end with a space"
         )
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatrain.config.choices import special_file
 from megatrain.data.corpus.compressed import ERRORS, opened, without_suffix
 from megatrain.data.indexed import hash_file
 from megatrain.errors import ConfigError, DataError
@@ -18,6 +19,8 @@ def digest_of(path: str) -> str:
     Raises `ConfigError` if it cannot be read.
     """
     place = Path(path).expanduser()
+    if what := special_file(place):  # every worker reads it
+        raise ConfigError(f"{path} is {what}, which can be read only once; write the list into a file and give that")
     try:
         entry = place.stat()
         return _digest(place, entry.st_size, entry.st_mtime_ns)

@@ -1,12 +1,15 @@
 """Configs that are refused because keys contradict each other or because a path does not exist."""
 
 import copy
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from megatrain.config.compose import compose, read_overrides
 from megatrain.data.card import Card
+from megatrain.data.preparation import prepare
 from megatrain.errors import ConfigError, EnvironmentFault
 from megatrain.verbs.path_checks import check_installed, check_paths
 from megatrain.verbs.value_checks import check_values
@@ -278,3 +281,43 @@ def test_a_hugging_face_name_is_not_mistaken_for_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "org/name-2.5"):
         check_paths(compose("prepare", ["tokenizer.kind=hf", f"tokenizer.path={name}"]))
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "says"),
+    [
+        ("prepare", ["data=files", "data.paths=[pipe]", "data.name=x"], "data.paths: pipe is a FIFO"),
+        ("prepare", ["data=files", "data.paths=[/dev/null]", "data.name=x"], "data.paths: /dev/null is a device"),
+        (
+            "prepare",
+            ["data=files", "data.paths=[t.txt]", "data.name=x", "tokenizer.path=pipe"],
+            "tokenizer.path: pipe is a",
+        ),
+        ("inspect", ["path=pipe"], "path: pipe is a FIFO"),
+        ("train", ["--config=pipe"], "pipe is a FIFO .* which can be read only once"),
+        ("train", ["model=pipe"], "pipe"),
+        (
+            "prepare",
+            [
+                "data=files",
+                "data.paths=[t.txt]",
+                "data.name=x",
+                "clean.steps=[{url_filter:{lists:none,domains:[pipe]}}]",
+            ],
+            r"url_filter.domains\[0\]: pipe is a FIFO",
+        ),
+    ],
+)
+def test_a_fifo_or_a_device_is_refused_and_not_waited_for(verb, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("t.txt").write_text("text")
+    with pytest.raises(ConfigError, match=says):
+        config = compose(verb, words)
+        check_paths(config)
+        prepare(config)
+
+
+def test_a_name_with_control_characters_is_told_so(base):
+    with pytest.raises(ConfigError, match=r"run.name='a.x1bb' cannot be .* no control characters"):
+        check_values(changed(base, ["run.name=a\x1bb"]))
