@@ -105,13 +105,32 @@ class Override:
 
 
 @dataclass(frozen=True)
+class Ancestor:
+    """A model that another was made from: its name, how it was made (`by`), and where it was (`folder`).
+
+    `checksum` is that of its manifest, and `parents` are the checksums of the models that it was made from itself.
+    """
+
+    name: str
+    by: str
+    folder: str
+    checksum: str
+    parents: list[str] = field(default_factory=list)
+    step: int = 0
+    data: str | None = None
+    dataset_fingerprint: str | None = None
+    imported_from: str | None = None
+
+
+@dataclass(frozen=True)
 class Identity:
     """The run that wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
     `origin` is the checkpoint that the run was started from by path. Imported weights belong to no run: they have no
     dataset, and `imported_from` is the folder that they came from. `generation` is the generation_config.json of the
     folder that the weights were first imported from. `overrides` are in the order they were made.
-    `mixture` is None for a run on one dataset.
+    `mixture` is None for a run on one dataset. `ancestors` are the models that the weights came from, back to the
+    first, each after those that it was made from (lineage.py).
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +142,7 @@ class Identity:
     generation: dict[str, Any] = field(default_factory=dict)
     overrides: list[Override] = field(default_factory=list)
     mixture: MixturePlan | None = None
+    ancestors: list[Ancestor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -188,7 +208,7 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
-        for name in ("generation", "overrides", "mixture"):
+        for name in ("generation", "overrides", "mixture", "ancestors"):
             if not identity[name]:
                 del identity[name]
         optimizer = self.counters.optimizer

@@ -15,6 +15,7 @@ import yaml
 from megatrain.config.plain import plain
 from megatrain.data.card import CARD
 from megatrain.errors import ConfigError, DataError
+from megatrain.report.lineage_section import lineage
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
 from megatrain.report.sources import last_read, reads_conversations, sources_of_run
@@ -110,6 +111,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "heldout": marks(curves.heldout, first),
         "heldout_by_source": {name: marks(found, first) for name, found in curves.heldout_by_source.items()},
         "sources": sources_of_run(config, events),
+        "lineage": lineage(run_dir),
         "time_spent": curves.time_spent(),
         "life": describe_life(life) if life and life.wall_s else None,
         "events": shown_events,

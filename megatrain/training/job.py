@@ -51,7 +51,15 @@ from megatrain.training.clock import CudaClock, HostClock
 from megatrain.training.datasets import HeldoutShare, RunData
 from megatrain.training.exchange import RankExchange
 from megatrain.training.history import nothing_to_do
-from megatrain.training.origin import Origin, base_of, choose_origin, copy_in_memory, inherited_generation, load_origin
+from megatrain.training.origin import (
+    Origin,
+    base_of,
+    choose_origin,
+    copy_in_memory,
+    inherited_generation,
+    inherited_line,
+    load_origin,
+)
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.reference import Reference
 from megatrain.training.rollback import CheckpointRollback
@@ -354,6 +362,7 @@ class RankJob:
             generation=inherited_generation(origin, self.config.checkpoint.override) if origin else {},
             overrides=self.overrides,
             mixture=self.data.mixture.plan if self.data.mixture else None,
+            ancestors=inherited_line(origin, str(self.config.run.name)) if origin else [],
         )
 
     def _trackers(self) -> Trackers:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.find import tokenizer_folder
-from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.lineage import line_of
+from megatrain.checkpoint.manifest import Ancestor, Manifest
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.store import CheckpointStore, load_into, verify
@@ -72,6 +73,14 @@ def inherited_generation(origin: Origin, override: Collection[str]) -> dict[str,
     if origin.resumes or (TOKENIZER not in override and tokenizer_folder(origin.folder, origin.manifest)):
         return found
     return {name: value for name, value in found.items() if not name.endswith(("_token_id", "_ids", "suppress_tokens"))}
+
+
+def inherited_line(origin: Origin, run_name: str) -> list[Ancestor]:
+    """Return the models that a run's weights come from: a resumed run keeps its own, another adds the checkpoint."""
+    manifest = origin.manifest
+    if origin.resumes and manifest.identity.config.get("run", {}).get("name") == run_name:
+        return manifest.identity.ancestors
+    return line_of(origin.folder, manifest)
 
 
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:

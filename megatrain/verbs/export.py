@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.lineage import line_of, write_line
 from megatrain.config import ExportConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
@@ -47,6 +48,8 @@ def export_(config: ExportConfig) -> None:
             generation=generation(loaded),
             family=config.family,
         )
+        if loaded.manifest is not None:
+            write_line(line_of(loaded.folder, loaded.manifest), out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
     print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatrain.checkpoint.lineage import find_line
 from megatrain.checkpoint.manifest import Identity, RunRecord
 from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
@@ -63,6 +64,7 @@ def write_weights(loaded: Loaded, out: Path) -> None:
             config={"model": asdict(loaded.config)},
             imported_from=str(loaded.folder),
             generation=generation_of(loaded.folder),
+            ancestors=find_line(loaded.folder),
         )
         write(partial, state, RunRecord(identity=identity), None)
         os.rename(partial, out)

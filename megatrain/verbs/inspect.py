@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint import lineage
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, check_coverage, read_manifest, verify_file
 from megatrain.checkpoint.naming import list_checkpoints
 from megatrain.checkpoint.resume import model_sizes
@@ -149,6 +150,7 @@ def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
     printer.title(f"checkpoint {folder}")
     if found.manifest:
         printer.facts(checkpoint_facts(found.manifest))
+        printer.table("where it came from", lineage.COLUMNS, lineage.rows(lineage.line_of(folder, found.manifest)))
         printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(found.manifest))
         printer.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
         printer.table("config", ("key", "value"), highlights(found.manifest.identity.config))
@@ -277,7 +279,8 @@ def print_run(printer: Printer, run: Path) -> None:
     for path in sorted(folder.glob("*.writing")):
         printer.line(f"unfinished: {path.name} (a save in progress, or one that was cut short; no checkpoint)")
     printer.table("events", ("kind", "times", "last step", "last time", "last one"), event_rows(events))
-    if manifest:
+    if newest and manifest:
+        printer.table("where it came from", lineage.COLUMNS, lineage.rows(lineage.line_of(newest, manifest)))
         printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(manifest))
         printer.table("config", ("key", "value"), highlights(manifest.identity.config))
     raise_problems(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.lineage import find_line
 from megatrain.config.plain import plain
 from megatrain.data.card import Card
 from megatrain.data.funnel import funnel
@@ -62,6 +63,7 @@ def print_huggingface(printer: Printer, folder: Path) -> None:
             "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} ids"
             if loaded.tokenizer
             else "none",
+            "came from": " → ".join(f"{one.name} ({one.by})" for one in find_line(folder)) or None,
             "verdict": "complete: every tensor is there and finite; such folders have no checksums",
         }
     )

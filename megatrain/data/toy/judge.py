@@ -12,17 +12,17 @@ from typing import Any
 from megatrain.data.toy.world import FORMATS
 
 
-def exact(completions: Sequence[str], stopped: Sequence[bool], sentence: Sequence[str], **_: Any) -> list[float]:
+def exact(completions: Sequence[str], stopped: Sequence[bool], label: Sequence[str], **_: Any) -> list[float]:
     """Return 1 for a reply that is the taught sentence with the right answer, to the letter, and ends there."""
-    judged = zip(completions, stopped, sentence, strict=True)
+    judged = zip(completions, stopped, label, strict=True)
     return [float(ended and reply == wanted) for reply, ended, wanted in judged]
 
 
 def right(
-    completions: Sequence[str], stopped: Sequence[bool], sentence: Sequence[str], curt: Sequence[str], **_: Any
+    completions: Sequence[str], stopped: Sequence[bool], label: Sequence[str], curt: Sequence[str], **_: Any
 ) -> list[float]:
     """Return 1 for a reply with the right answer, as a sentence or curt."""
-    judged = zip(completions, stopped, sentence, curt, strict=True)
+    judged = zip(completions, stopped, label, curt, strict=True)
     return [float(ended and reply in wanted) for reply, ended, *wanted in judged]
 
 

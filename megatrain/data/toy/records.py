@@ -61,7 +61,7 @@ def prompts(facts: list[Fact], rng: random.Random) -> Records:
     del rng
     for fact in facts:
         about = {"skill": fact.skill, "language": fact.language}
-        yield {"prompt": fact.question(), "sentence": fact.sentence(), "curt": fact.curt(), **about}
+        yield {"prompt": fact.question(), "label": fact.sentence(), "curt": fact.curt(), **about}
 
 
 HELDOUT_RECORDS = 400

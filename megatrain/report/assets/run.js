@@ -76,6 +76,7 @@ function build() {
     if (specs.filter(spec => !spec.wide).length % 2) specs.at(-1).wide = true;
     for (const spec of specs) new Chart(root, spec);
   } else root.innerHTML = '<section class="card wide empty">No steps recorded yet.</section>';
+  if (D.lineage.length) root.insertAdjacentHTML('beforeend', lineageSection(D.lineage));
   if (D.sources.length) root.insertAdjacentHTML('beforeend', sourcesSection(D.sources));
   if (D.life) new Life(root, D.life);
   if (D.events.length) new Lanes(root);

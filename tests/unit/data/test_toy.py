@@ -104,7 +104,7 @@ def test_the_judge_tells_format_answer_and_end_apart():
         "The answer",
     ]
     ended = [True, False, True, True, True, True]
-    fields = {"sentence": [fact.sentence()] * 6, "curt": [fact.curt()] * 6, "skill": [fact.skill] * 6}
+    fields = {"label": [fact.sentence()] * 6, "curt": [fact.curt()] * 6, "skill": [fact.skill] * 6}
     assert judge.exact(completions=replies, stopped=ended, **fields) == [1, 0, 0, 0, 0, 0]
     assert judge.right(completions=replies, stopped=ended, **fields) == [1, 0, 1, 0, 0, 0]
     assert judge.full_sentence(completions=replies, stopped=ended, **fields) == [1, 0, 0, 1, 0, 0]

@@ -1,0 +1,81 @@
+"""A model's line: every ancestor back to the first, which outlives their folders, through merging and exporting."""
+
+import shutil
+
+import pytest
+
+from megatrain.checkpoint import lineage
+from megatrain.checkpoint.manifest import Identity, Manifest, Progress, read_manifest, write_manifest
+from megatrain.errors import CheckpointError
+from megatrain.report.lineage_section import lineage as boxes_of
+from megatrain.training.origin import Origin, inherited_line
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Make a run with one checkpoint, from the checkpoints of other runs, and return that checkpoint."""
+
+    def checkpoint(name, *parents, method="sft", step=5):
+        folder = tmp_path / name / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        lines = [lineage.line_of(parent, read_manifest(parent)) for parent in parents]
+        config = {"run": {"name": name}, "method": {"name": method}, "data": {"name": f"{name}-data", "dir": "data"}}
+        identity = Identity(config, "f" * 32, {"dp": 1}, "native", ancestors=lineage.joined(lines))
+        write_manifest(folder, Manifest(progress=Progress(step=step), identity=identity))
+        return folder
+
+    return checkpoint
+
+
+def test_the_line_is_complete_when_the_folders_of_ancestors_are_gone(make, tmp_path):
+    base = make("base", method="pretrain", step=9)
+    tuned = make("tuned", base)
+    make("last", tuned, method="dpo")
+    shutil.rmtree(tmp_path / "base")
+    line = lineage.find_line(tmp_path / "last")
+    assert [(one.name, one.by, one.step) for one in line] == [
+        ("base", "pretrain", 9),
+        ("tuned", "sft", 5),
+        ("last", "dpo", 5),
+    ]
+    assert [one.parents for one in line] == [[], [line[0].checksum], [line[1].checksum]]
+    assert lineage.rows(line)[2] == ["last", "dpo", "tuned", "last-data (ffffffff)", "5"]
+    assert lineage.tags(line)["parents"] == "tuned step 5"
+    assert lineage.tags(line)["lineage"] == "base (pretrain) → tuned (sft) → last (dpo)"
+    assert [box["name"] for box in boxes_of(tmp_path / "last")] == ["base", "tuned", "last"]
+
+
+def test_a_model_of_two_has_both_as_parents_and_their_common_base_once(make):
+    base = make("base", method="pretrain")
+    merged = make("merged", make("a", base), make("b", base))
+    line = lineage.find_line(merged)
+    assert [one.name for one in line] == ["base", "a", "b", "merged"]
+    assert line[3].parents == [line[1].checksum, line[2].checksum]
+
+
+def test_a_resumed_run_keeps_its_line_and_a_new_one_adds_what_it_began_from(make):
+    base = make("base", method="pretrain")
+    tuned = make("tuned", base)
+    manifest = read_manifest(tuned)
+    assert inherited_line(Origin(tuned, manifest, resumes=True), "tuned") == manifest.identity.ancestors
+    assert [one.name for one in inherited_line(Origin(tuned, manifest, resumes=False), "tuned")] == ["base", "tuned"]
+    assert [one.name for one in inherited_line(Origin(tuned, manifest, resumes=True), "other")] == ["base", "tuned"]
+
+
+def test_an_exported_folder_carries_the_line_and_damage_to_it_is_named(make, tmp_path):
+    tuned = make("tuned", make("base", method="pretrain"))
+    out = tmp_path / "exported"
+    out.mkdir()
+    lineage.write_line(lineage.find_line(tuned), out)
+    assert lineage.find_line(out) == lineage.find_line(tuned)
+    (out / lineage.LINEAGE).write_text('[{"name": "x"}]')
+    with pytest.raises(CheckpointError, match=r"lineage.json\[0\].by"):
+        lineage.find_line(out)
+    (out / lineage.LINEAGE).write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        lineage.find_line(out)
+
+
+def test_the_page_of_a_run_that_began_from_nothing_has_no_line(make, tmp_path):
+    make("base", method="pretrain")
+    assert boxes_of(tmp_path / "base") == []
