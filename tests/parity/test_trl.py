@@ -1,0 +1,156 @@
+"""Loss and gradients of learning from preferences equal TRL's on the same pairs, from records to gradients."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.loader import heldout_batches
+from megatrain.data.preparation import prepare
+from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.interop.load_model import load
+from megatrain.optim.preferences import DirectPreference
+
+CPU = torch.device("cpu")
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attn": "self_attn",
+    "mlp": "mlp",
+    **{name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")},
+}
+TOLERANCE = 1e-5
+
+
+def records(count=12, even=False):
+    """Conversational pairs; with `even` the chosen replies have equally many tokens."""
+    draw = random.Random(3)
+    for number in range(count):
+        sides = [" ".join(draw.choice("abcd") for _ in range(draw.randrange(1, 6))) for _ in range(2)]
+        sides = [draw.choice("xyz") if even else f"yes {sides[0]}", f"no {sides[1]}"]
+        reply = [[{"role": "assistant", "content": text}] for text in sides]
+        yield {"prompt": [{"role": "user", "content": f"say {number}"}], "chosen": reply[0], "rejected": reply[1]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models of transformers in folders with one tokenizer, and datasets of the pairs."""
+    place = tmp_path_factory.mktemp("trl")
+    (place / "t.jinja").write_text(TEMPLATE)
+    words = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template=str(place / "t.jinja"))
+    words.special_tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
+    train_byte_level_bpe((json.dumps(record) for record in records()), words).save(place / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "tokenizer")
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
+    config.pad_token_id = tokenizer.pad_token_id
+    for seed, name in enumerate(("model", "reference")):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    for name, even in (("even", True), ("uneven", False)):
+        path = place / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records(even=even)))
+        data = dict(name=name, dir=str(place / "out"), kind="pairs", paths=[str(path)], workers=1, heldout_fraction=0)
+        tokens = TokenizerConfig(kind="hf", path=str(place / "tokenizer"))
+        prepare(PrepareConfig(seed=1, data=DataConfig(**data), clean=CleanConfig(), tokenizer=tokens))
+    return place
+
+
+def our_batch(place, name):
+    """All pairs of a dataset in one micro-batch, several in a row."""
+    dataset = IndexedDataset.open(place / "out" / name, "train")
+    end = dataset.card.tokenizer.end_of_document
+    options = dict(micro_batch_size=12, dp_rank=0, dp_size=1, end_of_document=end, reset_positions=True)
+    (batch,) = heldout_batches(dataset, seq_len=128, **options)
+    assert len(batch.pairs) == 12
+    return batch
+
+
+def ours(model, objective, batch):
+    """The mean loss and the gradients, by the names of transformers."""
+    hidden = model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents)
+    loss, _ = objective(model, hidden, batch)
+    (loss / objective.count(batch)).backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        place = re.sub(r"^blocks\.", "layers.", name)
+        place = ".".join(NAMES.get(part, part) for part in place.split("."))
+        place = place.replace("embed.", "embed_tokens.").replace("final_norm", "norm")
+        found[place.replace("head.", "lm_head.")] = parameter.grad
+    return float(loss.detach()) / objective.count(batch), found
+
+
+def theirs(trainer, batches):
+    """The mean of the losses of TRL's trainer over batches, and its gradients."""
+    total = 0.0
+    for rows in batches:
+        inputs = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+        loss = trainer.compute_loss(trainer.model, inputs) / len(batches)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name.removeprefix("model."): p.grad for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal(mine, expected):
+    (loss, gradients), (true_loss, true_gradients) = mine, expected
+    assert loss == pytest.approx(true_loss, rel=TOLERANCE)
+    assert gradients.keys() == true_gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in true_gradients.values())
+    assert largest > 1e-3
+    for name, gradient in true_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=TOLERANCE, atol=TOLERANCE * largest, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("losses", "data", "batches"),
+    [
+        (["sigmoid"], "uneven", [range(12)]),
+        (["sigmoid", "sft"], "even", [range(12)]),
+        # TRL's supervised term is a mean over a batch's tokens: of each pair alone it is ours, however batches are cut
+        (["sigmoid", "sft"], "uneven", [[row] for row in range(12)]),
+    ],
+    ids=str,
+)
+def test_dpo(place, tmp_path, losses, data, batches):
+    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
+
+    args = DPOConfig(
+        output_dir=str(tmp_path),
+        beta=0.3,
+        loss_type=losses,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+    )
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    trainer = DPOTrainer(
+        model=read(place / "model"),
+        ref_model=read(place / "reference"),
+        args=args,
+        train_dataset=Dataset.from_list(list(records(even=data == "even"))),
+        processing_class=transformers.AutoTokenizer.from_pretrained(place / "tokenizer"),
+    )
+    trainer.model.eval()
+    objective = DirectPreference(0.3, 0.0, float("sft" in losses))
+    batch = our_batch(place, data)
+    with objective.reference.recording(12, CPU) as recorded, torch.no_grad():
+        model = load(place / "reference").build(CPU)
+        objective(model, model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents), batch)
+        objective.reference.log_probs = recorded[:, :2].float()
+    assert_equal(ours(load(place / "model").build(CPU), objective, batch), theirs(trainer, batches))
