@@ -49,6 +49,9 @@ class EvaluateConfig:
     )
     temperature: float = key(0.0, "softmax temperature of replies to prompts; 0 is greedy", minimum=0)
     max_new_tokens: int = key(64, "largest number of tokens that a model writes as an answer", minimum=1)
+    contamination: bool = key(
+        False, "count the texts of tasks or examples that the run's training data hold too, which are read in full"
+    )
     limit: int | None = key(None, "documents, examples or prompts to read, the first ones; null reads all", minimum=1)
     chat_template: str = key(
         "auto",

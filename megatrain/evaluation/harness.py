@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ class Tasks:
         """The names of the single tasks, without groups."""
         return list(self.loaded["tasks"])
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """Yield each task's name with each of its documents' texts: what is asked, and the answers."""
-        for name, task in self.loaded["tasks"].items():
-            for document in task.eval_docs:
-                yield name, document_text(task, document)
+    def texts(self, limit: int | None = None) -> dict[str, list[str]]:
+        """Return the texts of each task's documents, the first `limit` of them: what is asked, and the answers."""
+        return {
+            name: [document_text(task, document) for document in islice(task.eval_docs, limit)]
+            for name, task in self.loaded["tasks"].items()
+        }
 
 
 def document_text(task: Any, document: dict[str, Any]) -> str:

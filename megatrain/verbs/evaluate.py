@@ -330,12 +330,8 @@ def mixed_sources(config: EvaluateConfig, loaded: Loaded) -> dict[str, Source]:
     plan = loaded.manifest.identity.mixture if loaded.manifest else None
     if config.data is not None or plan is None:
         return {}
-    data = loaded.run_config()["data"]
-    known = {name: data[name] for name in ("name", "dir", "kind", "mixture", "mixture_temperature", "phases")}
-    phases = read_phases(DataConfig(**known))
-    folders = {name: place_of(DataConfig(**known), found) for phase in phases for name, found in phase.sources.items()}
     opened = {}
-    for name, folder in folders.items():
+    for name, folder in mixture_folders(loaded).items():
         if not (folder / CARD).is_file():
             raise ConfigError(
                 f"data: {folder} of the run's mixture does not exist; give data=<prepared dataset or text file>"
@@ -352,6 +348,16 @@ def mixed_sources(config: EvaluateConfig, loaded: Loaded) -> dict[str, Source]:
     if not weights:
         raise ConfigError(f"split={config.split}: no dataset of the run's mixture has such a split; give another one")
     return {name: replace(source, weight=weights.get(name, 0)) for name, source in sorted(opened.items())}
+
+
+def mixture_folders(loaded: Loaded) -> dict[str, Path]:
+    """Return the datasets of the mixture that a model was trained on, by name; empty without one."""
+    if loaded.manifest is None or loaded.manifest.identity.mixture is None:
+        return {}
+    data = loaded.run_config()["data"]
+    known = {name: data[name] for name in ("name", "dir", "kind", "mixture", "mixture_temperature", "phases")}
+    phases = read_phases(DataConfig(**known))
+    return {name: place_of(DataConfig(**known), found) for phase in phases for name, found in phase.sources.items()}
 
 
 def training_dataset(loaded: Loaded) -> Path:

@@ -18,6 +18,7 @@ from megatrain.evaluation.results import TaskResult
 from megatrain.inference.draw import SamplingSettings
 from megatrain.interop.load_model import load
 from megatrain.model.gpt import GPT
+from megatrain.verbs.contamination import with_contamination
 from megatrain.verbs.evaluation_results import ModelResult, choose_template, ends_of, keep, show
 
 NOTE = "in brackets: the 95% interval (accuracy and exact match by Wilson's score, the rest by the bootstrap)"
@@ -56,6 +57,9 @@ def evaluate_examples(config: EvaluateConfig) -> None:
             for example, answer in zip(examples, answers, strict=True)
         ]
         result = TaskResult(path.name.partition(".")[0], None, None, len(examples), scores, samples, detail)
+        if config.contamination:
+            texts = {result.name: [f"{example.prompt}\n{example.label}" for example in examples]}
+            (result,) = with_contamination([result], loaded, texts)
         step = loaded.manifest.step if loaded.manifest else None
         seconds = time.perf_counter() - started
         results.append(ModelResult(place, loaded.folder, step, template is not None, [result], seconds))

@@ -10,6 +10,7 @@ from megatrain.distributed.devices import device_by_name
 from megatrain.evaluation.harness import Settings, Tasks, find_tasks, run_tasks
 from megatrain.evaluation.progress import Progress
 from megatrain.interop.load_model import Loaded, load
+from megatrain.verbs.contamination import with_contamination
 from megatrain.verbs.evaluation_results import ModelResult, choose_template, ends_of, keep, show
 
 NOTE = "after ±: one standard error, over a task's documents"
@@ -32,7 +33,8 @@ def evaluate_tasks(config: EvaluateConfig) -> None:
         result = score(path, load(Path(path), config.step), tasks, config)
         keep(result, "tasks", config)
         results.append(result)
-    show(results, config, NOTE)
+    hint = "" if config.contamination else "; contamination=true counts the texts that the model was trained on"
+    show(results, config, NOTE + hint)
 
 
 def score(path: str, loaded: Loaded, tasks: Tasks, config: EvaluateConfig) -> ModelResult:
@@ -52,5 +54,7 @@ def score(path: str, loaded: Loaded, tasks: Tasks, config: EvaluateConfig) -> Mo
         progress=Progress(f"evaluating {path}" if config.paths else "evaluating"),
     )
     found = run_tasks(model, tasks, Settings(config.num_fewshot, config.limit, config.seed, config.system))
+    if config.contamination:
+        found = with_contamination(found, loaded, tasks.texts(config.limit))
     step = loaded.manifest.step if loaded.manifest else None
     return ModelResult(path, loaded.folder, step, template is not None, found, time.perf_counter() - started)

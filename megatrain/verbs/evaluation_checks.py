@@ -26,6 +26,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "judge": (WIN_RATE,),
     "temperature": (WIN_RATE,),
     "max_new_tokens": (EXAMPLES, WIN_RATE),
+    "contamination": (TASKS, EXAMPLES),
     "limit": ASKING,
     "chat_template": ASKING,
     "system": ASKING,

@@ -18,7 +18,10 @@ from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
 from megatrain.config import EvaluateConfig, ExportConfig, ModelConfig, TokenizerConfig
 from megatrain.config.compose import compose
+from megatrain.data.card import Card
 from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.evaluation.harness import Settings, find_tasks, run_tasks
@@ -247,3 +250,34 @@ def test_what_cannot_be_evaluated_is_refused_with_a_remedy(finished, talker, tas
     assert "generation_kwargs have num_beams" in refusal(ConfigError, finished, tasks_dir=str(tmp_path))
     monkeypatch.setattr("megatrain.verbs.evaluation_checks.find_spec", lambda name: None)
     assert "pip install '.[evaluate]'" in refusal(EnvironmentFault, finished, **given)
+
+
+def test_texts_of_a_task_that_the_model_was_trained_on_are_counted(finished, dataset, tmp_path, capsys):
+    """Of those, only documents of the training split count; each sample says whether it is one."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    card = Card.load(dataset)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
+    trained, heldout = (
+        tokenizer.decode(next(IndexedDataset.of_card(dataset, split, card).documents()).tolist())
+        for split in ("train", "heldout")
+    )
+    rows = [{"q": text, "a": "reads"} for text in (trained, heldout, "the model")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": "seen",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "seen.yaml").write_text(yaml.safe_dump(task))
+    out = tmp_path / "out.json"
+    scores(capsys, finished, folder, contamination=True, out=str(out))
+    found = json.loads(out.read_text())["tasks"]["seen"]
+    assert [sample["in_training_data"] for sample in found["samples"]] == [True, False, False]
+    figures = found["detail"]["contamination"]
+    assert (figures["shared"], figures["too_short"], figures["training_documents"]) == (1, 1, 20)
