@@ -43,6 +43,7 @@ ACTIONS: dict[str, str] = {
     "evaluate": "megatrain.verbs.evaluate:evaluate",
     "generate": "megatrain.verbs.generate:generate",
     "chat": "megatrain.verbs.chat:chat",
+    "serve": "megatrain.verbs.serve:serve",
     "export": "megatrain.verbs.export:export_",
     "import": "megatrain.verbs.import_:import_",
     "inspect": "megatrain.verbs.inspect:inspect",

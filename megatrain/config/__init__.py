@@ -21,6 +21,7 @@ from megatrain.config.parallel_config import ParallelConfig
 from megatrain.config.precision_config import PrecisionConfig
 from megatrain.config.resilience_config import ResilienceConfig
 from megatrain.config.run_config import RunConfig
+from megatrain.config.serve_config import ServeGroup
 from megatrain.config.tokenizer_config import TokenizerConfig
 from megatrain.config.tracking_config import TrackingConfig
 from megatrain.config.verb_configs import (
@@ -39,6 +40,7 @@ from megatrain.config.verb_configs import (
     OpenTrainLoopConfig,
     PrepareConfig,
     ReportConfig,
+    ServeConfig,
     TokenizersConfig,
     TrainConfig,
     TrainTokenizerConfig,
@@ -79,6 +81,8 @@ __all__ = [
     "ReportConfig",
     "ResilienceConfig",
     "RunConfig",
+    "ServeConfig",
+    "ServeGroup",
     "TokenizerConfig",
     "TokenizersConfig",
     "TrackingConfig",

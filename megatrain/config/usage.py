@@ -113,6 +113,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain chat runs/assistant",
         'megatrain chat runs/assistant prompt="What is the larger of 31 and 58?" temperature=0',
     ),
+    "serve": (
+        "megatrain serve runs/assistant",
+        "megatrain serve exported serve.host=0.0.0.0 serve.port=8080 serve.api_key_file=keys.txt "
+        "serve.max_concurrent=32",
+    ),
     "export": (
         "megatrain export runs/small-python_stdlib out=exported",
         "megatrain export runs/mine step=500 out=exported",

@@ -19,6 +19,7 @@ from megatrain.config.parallel_config import ParallelConfig
 from megatrain.config.precision_config import PrecisionConfig
 from megatrain.config.resilience_config import ResilienceConfig
 from megatrain.config.run_config import RunConfig
+from megatrain.config.serve_config import ServeGroup
 from megatrain.config.tokenizer_config import TokenizerConfig
 from megatrain.config.tracking_config import TrackingConfig
 
@@ -261,6 +262,16 @@ class ChatConfig:
 
 
 @dataclass
+class ServeConfig:
+    """`megatrain serve <run | checkpoint>`: answer OpenAI-compatible requests over HTTP, with a chat page."""
+
+    path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
+    step: int | None = key(None, STEP_HELP, minimum=0)
+    device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
+    serve: ServeGroup = field(default_factory=ServeGroup)
+
+
+@dataclass
 class ExportConfig:
     """`megatrain export <run | checkpoint> out=DIR`: write a run's or checkpoint's model as a Hugging Face folder."""
 
@@ -350,6 +361,7 @@ VERBS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
+    "serve": ServeConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "inspect": InspectConfig,

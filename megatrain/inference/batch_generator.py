@@ -131,7 +131,18 @@ class BatchGenerator:
         """Take a request, and return its number.
 
         Raises:
-            ConfigError: the prompt is empty, has ids outside the vocabulary, or is too long together with its reply.
+            ConfigError: see `check`.
+        """
+        self.check(prompt_ids, settings)
+        request = _Request(self._next_number, np.array(prompt_ids, dtype=np.int64), settings)
+        self._next_number += 1
+        self._waiting.append(request)
+        return request.number
+
+    def check(self, prompt_ids: Sequence[int], settings: SamplingSettings) -> None:
+        """Raise `ConfigError` for a request that cannot be computed. Any thread may call this.
+
+        That is an empty prompt, ids outside the vocabulary, or a prompt that is too long together with its reply.
         """
         check_request(self.model, list(prompt_ids), settings.max_new_tokens)
         needed = len(prompt_ids) + settings.max_new_tokens - 1  # the last token is not fed back
@@ -140,10 +151,6 @@ class BatchGenerator:
                 f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={settings.max_new_tokens} do not fit "
                 f"{self.capacity} tokens; shorten one of them"
             )
-        request = _Request(self._next_number, np.array(prompt_ids, dtype=np.int64), settings)
-        self._next_number += 1
-        self._waiting.append(request)
-        return request.number
 
     def cancel(self, number: int) -> bool:
         """Drop a request and free its slot. Return whether it was there: not finished, and not cancelled before."""
@@ -165,6 +172,15 @@ class BatchGenerator:
         assert self.num_active == 0, "the weights changed while replies were generated"
         for slot in self._slots:
             slot.length = 0
+
+    def reset(self) -> None:
+        """Drop all requests and what earlier ones left behind, as after a step that failed."""
+        self._decoding.clear()
+        self._prefilling.clear()
+        self._waiting.clear()
+        for number, slot in enumerate(self._slots):
+            slot.length, slot.request = 0, None
+            self._cache.clear(number)
 
     def step(self) -> list[Token]:
         """Compute the next token of every reply, and some of the prompts. Return the tokens drawn, in order of slots.

@@ -23,6 +23,7 @@ from megatrain.config import (
     LayoutsConfig,
     PrepareConfig,
     ReportConfig,
+    ServeConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -83,7 +84,8 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
         check_sources(config.data)
         if not exists(f"{config.data.dir}/{config.data.name}"):
             check_writable("data.dir", Path(config.data.dir))
-    if isinstance(config, (EvaluateConfig, GenerateConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)):
+    readers = (EvaluateConfig, GenerateConfig, ServeConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)
+    if isinstance(config, readers):
         require("path", Path(config.path))
     if isinstance(config, EvaluateConfig):
         check_evaluation(config)

@@ -13,6 +13,7 @@ PATHS = {
     "evaluate": ["path=x"],
     "generate": ["path=x"],
     "chat": ["path=x"],
+    "serve": ["path=x"],
     "inspect": ["path=x"],
     "report": ["path=x"],
     "tune": ["path=x"],

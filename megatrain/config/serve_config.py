@@ -1,0 +1,44 @@
+"""`serve.*`: the server of a trained model. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config.key import key
+
+
+@dataclass
+class ServeGroup:
+    """The server: its address, who may ask how much, and how replies are computed."""
+
+    host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 is every address of this machine")
+    port: int = key(8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
+    workers: int = key(1, "processes behind the address, each with the model; a dead one is replaced", minimum=1)
+    model_name: str | None = key(None, "name of the model for clients; null takes that of its folder")
+    api_key: str | None = key(None, "key that clients must send; null asks for none, unless api_key_file is given")
+    api_key_file: str | None = key(None, "file with the keys of clients, one a line", path=True)
+    max_concurrent: int = key(8, "replies that are computed at once", minimum=1)
+    max_queue: int = key(64, "replies that may wait for their turn; further requests get status 429", minimum=0)
+    max_prompt_tokens: int | None = key(None, "longest prompt; null allows model.max_seq_len", minimum=1)
+    max_new_tokens: int = key(512, "longest reply in tokens, and the default of chats", minimum=1)
+    max_body_bytes: int = key(2**20, "largest body of a request, in bytes", minimum=1)
+    requests_per_minute: int | None = key(
+        None, "requests per minute and key, or client's address; null: any", minimum=1
+    )
+    tokens_per_minute: int | None = key(
+        None, "tokens of prompts and replies per minute and key, or client's address; null: any", minimum=1
+    )
+    timeout_s: float = key(120.0, "longest time for a request, in seconds", above=0, maximum=1e7)
+    grace_s: float = key(
+        30.0, "longest time after TERM or Ctrl-C until what runs is finished, in seconds", minimum=0, maximum=1e7
+    )
+    prompt_chunk: int = key(512, "tokens of prompts that are computed between two tokens of the replies", minimum=1)
+    reuse_prefixes: bool = key(True, "keep keys and values of prompts, for others that begin alike")
+    check_prompt: str | None = key(
+        None, "function that may refuse a prompt: module:function or file.py:function; gets text, returns why, or None"
+    )
+    check_reply: str | None = key(None, "function that may cut a reply short; as check_prompt, with the reply so far")
+    blocked_words: str | None = key(
+        None, "file with words, one a line, that no prompt and no reply may contain", path=True
+    )
+    hold_back: int = key(0, "characters of a streamed reply that check_reply sees before the client does", minimum=0)

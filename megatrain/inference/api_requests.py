@@ -1,0 +1,163 @@
+"""The requests that the serving API takes: OpenAI's chat completions and completions, as far as a model here can.
+
+A field without an effect here is refused unless its value asks for nothing, so that no client believes otherwise.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatrain.inference.api_errors import ApiError, printable
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's API that are not supported, with the values, besides null, that ask for nothing."""
+
+_IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+"""Fields that change nothing in a reply."""
+
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class TextPart(_Model):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Model):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def text(self) -> str:
+        """Return the content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Model):
+    """What a stream holds besides the reply."""
+
+    include_usage: bool = False
+
+
+class _Request(_Model):
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=1, le=128)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def stops(self) -> list[str]:
+        """Return the texts that end a reply."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+class ChatRequest(_Request):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class CompletionRequest(_Request):
+    """The body of `/v1/completions`: text to continue, token ids, or a list of either."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts: list[str | list[int]] = [one for one in self.prompt if not isinstance(one, int)]
+        return texts or [[token for token in self.prompt if isinstance(token, int)]]
+
+
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every refused request."""
+
+    error: ErrorObject
+
+
+def check_fields(request: ChatRequest | CompletionRequest) -> None:
+    """Raise `ApiError` for a field that would have no effect, or that nobody knows."""
+    parts: list[tuple[str, _Model]] = [("", request)]
+    if isinstance(request, ChatRequest):
+        parts += [(f"messages.{number}.", message) for number, message in enumerate(request.messages)]
+    for place, part in parts:
+        for name, value in (part.model_extra or {}).items():
+            _check_field(request, place, name, value)
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs: only with logprobs=true", param="top_logprobs", code="invalid_value")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options: only with stream=true", param="stream_options", code="invalid_value")
+
+
+def _check_field(request: _Request, place: str, name: str, value: Any) -> None:
+    if value is None or (name in _IGNORED and not place):
+        return
+    shown = printable(f"{place}{name}")[:200]
+    if place:
+        if value in ([], {}, "") or name == "name":
+            return
+        raise ApiError(400, f"{shown}: not supported; a message is a role and a text", param=shown, code="unsupported")
+    if name in _NEUTRAL:
+        if any(type(value) in (type(neutral), float) and value == neutral for neutral in _NEUTRAL[name]):
+            return
+        raise ApiError(400, f"{shown}: not supported by this server", param=shown, code="unsupported_parameter")
+    known = [*type(request).model_fields, *_NEUTRAL, *_IGNORED]
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ApiError(400, f"{shown}: unknown field{hint}", param=shown, code="unknown_parameter")

@@ -1,0 +1,134 @@
+"""One HTTP request's replies: submitted, decoded, checked, counted, and cancelled when nobody waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.inference.api_errors import ApiError
+from megatrain.inference.content_checks import ReplyCheck
+from megatrain.inference.draw import SamplingSettings
+from megatrain.inference.generation_thread import Event, GenerationThread
+from megatrain.inference.reply_text import ReplyText, TokenText
+
+_TIMEOUT = -1
+"""The index of the event that ends a job whose time is over."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's ids, and those of them that the text of its reply continues."""
+
+    ids: list[int]
+    before: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the reply `index`: its text, the tokens in it, and why the reply ends with it, if it does."""
+
+    index: int
+    text: str
+    tokens: list[TokenText]
+    finish: str | None
+
+
+@dataclass
+class Times:
+    """Monotonic times of a job, in seconds."""
+
+    start: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+
+
+class Job:
+    """The replies to the prompts of a request, `n` to each in order. Call `close` in any case."""
+
+    def __init__(
+        self,
+        thread: GenerationThread,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        settings: Sequence[SamplingSettings],
+        stops: Sequence[str],
+        checks: Sequence[ReplyCheck],
+        hold_back: int,
+        timeout_s: float,
+    ) -> None:
+        """`settings` has an element for each reply, prompt by prompt."""
+        self.times = Times()
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self._thread, self._checks, self._timeout_s = thread, checks, timeout_s
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        each = len(settings) // len(prompts)
+        of = [prompt for prompt in prompts for _ in range(each)]
+        self.replies = [ReplyText(tokenizer, stops, prompt.before, hold_back if checks else 0) for prompt in of]
+        # among the events, since a wait with a limit for each token costs more than the token at toy size
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(timeout_s, self._events.put_nowait, Event(_TIMEOUT, None))
+        self._tickets = [
+            thread.submit(prompt.ids, one, index, self._events)
+            for index, (prompt, one) in enumerate(zip(of, settings, strict=True))
+        ]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens drawn so far."""
+        return sum(reply.num_tokens for reply in self.replies)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the replies as they are written.
+
+        Raises:
+            ApiError: the time is over (504), the model cannot compute the reply or a check fails (500).
+        """
+        while any(reply.finish is None for reply in self.replies):
+            piece = await self._next()
+            if piece is not None:
+                yield piece
+
+    async def _next(self) -> Piece | None:
+        event = await self._events.get()
+        index, token = event.reply, event.token
+        if index == _TIMEOUT:
+            raise self._timed_out()
+        reply = self.replies[index]
+        if reply.is_finished:
+            return None
+        if token is None or token.finish == "error":
+            raise ApiError(500, "the model failed to compute the reply", code="generation_failed")
+        if self.times.first_token is None:
+            self.times.first_token = time.monotonic()
+        text, entry = reply.push(token)
+        if self._checks and await self._is_refused(reply):
+            text, entry = "", None
+            reply.cut()
+        if reply.finish is not None and token.finish is None:
+            self._thread.cancel(self._tickets[index])
+        return Piece(index, text, [] if entry is None else [entry], reply.finish)
+
+    async def _is_refused(self, reply: ReplyText) -> bool:
+        text, is_whole = reply.seen, reply.finish is not None
+
+        def check() -> bool:
+            return any(one(text, is_whole) is not None for one in self._checks)
+
+        left = self.times.start + self._timeout_s - time.monotonic()
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(check), left)
+        except asyncio.TimeoutError:
+            raise self._timed_out() from None
+        except Exception as error:
+            raise ApiError(500, "the check of the reply failed", code="content_check_failed") from error
+
+    def _timed_out(self) -> ApiError:
+        return ApiError(504, f"the reply is not finished within {self._timeout_s:g} seconds", code="timeout")
+
+    def close(self) -> None:
+        """Cancel what is not finished."""
+        self._timer.cancel()
+        for ticket in self._tickets:
+            self._thread.cancel(ticket)

@@ -1,0 +1,113 @@
+"""Run the serving API: listen, serve until a signal, finish what runs, end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import uvicorn
+
+from megatrain.config import ServeGroup
+from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, EnvironmentFault
+from megatrain.inference.app import log, make_app
+from megatrain.inference.service import ServedModel, Service
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises `ConfigError` for an address that is taken or not of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        key = "serve.host" if isinstance(error, socket.gaierror) else "serve.port"
+        raise ConfigError(
+            f"{key}: cannot listen on {host} port {port} ({error.strerror}); give another, or serve.port=0 for any"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which ends as this program does: not ready at the first signal, and with an exit code of its own."""
+
+    def __init__(
+        self, served: ServedModel, config: ServeGroup, keys: Sequence[str], announce: Callable[[], None]
+    ) -> None:
+        """`announce` is called once requests are taken."""
+        self.service: Service | None = None
+        self._announce, self._error = announce, None
+
+        def make_service() -> Service:
+            try:
+                self.service = Service(served, config, keys)
+            except ConfigError as error:
+                self._error = error
+                raise
+            return self.service
+
+        super().__init__(
+            uvicorn.Config(
+                make_app(make_service),
+                access_log=False,
+                log_level="warning",
+                timeout_graceful_shutdown=max(1, round(config.grace_s)),
+                timeout_keep_alive=75,
+                server_header=False,
+            )
+        )
+
+    _error: ConfigError | None
+
+    def serve_until_signal(self, listener: socket.socket) -> int:
+        """Serve until TERM or Ctrl-C, and return the exit code.
+
+        The first signal lets requests that run finish, for at most `serve.grace_s`; the second ends at once.
+
+        Raises:
+            ConfigError: a content check cannot be loaded.
+            EnvironmentFault: the server cannot start.
+        """
+        with suppress(SystemExit):
+            self.run(sockets=[listener])
+        if self._error is not None:
+            raise self._error
+        if self.service is None:
+            raise EnvironmentFault("the server cannot start; the lines above say why")
+        return EXIT_INTERRUPTED if self.force_exit else EXIT_OK
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        if self.started and not self.should_exit:
+            self._announce()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle the signals; do not raise them again at the end, as uvicorn would."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; at the second signal, at once."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        if self.service is not None:
+            self.service.is_draining = True
+            log("draining", signal=signal.Signals(sig).name, running=self.service.thread.num_open)
+        self.should_exit = True

@@ -1,0 +1,56 @@
+"""A server of a small random model in a thread of this process, for the tests of the serving API."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+from megatrain.config import ModelConfig, ServeGroup, TokenizerConfig
+from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.inference.server import Server, bind
+from megatrain.inference.service import ServedModel
+from megatrain.model.init import build_model
+
+LIMIT_S = 120
+"""Longest wait of a test, generous enough for a slow and busy machine."""
+
+
+def make_assistant(template="chatml", **changes):
+    """Return a random model as it is served; it answers at random, and seldom ends a reply itself."""
+    texts = [f"What is number {n}? The answer is {n * 7}, 回答是 {n}。" for n in range(300)]
+    tokenizer = train_byte_level_bpe(
+        iter(texts), TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template=template)
+    )
+    shape = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "ffn_size": 48, "max_seq_len": 160, "init_std": 0.3}
+    model = build_model(ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes}), seed=5).eval()
+    chat = None if template is None else ChatTemplate(tokenizer)
+    return ServedModel("toy", model, tokenizer, chat, frozenset([tokenizer.end_of_document]))
+
+
+@contextlib.contextmanager
+def running(served, keys=(), **changes):
+    """Serve in a thread; yield the server and its address."""
+    settings = {"port": 0, "max_concurrent": 4, "max_queue": 8, "max_new_tokens": 100, "timeout_s": LIMIT_S}
+    config = ServeGroup(**{**settings, **changes})
+    started = threading.Event()
+    server = Server(served, config, keys, started.set)
+    with bind(config.host, config.port) as listener:
+        thread = threading.Thread(target=server.serve_until_signal, args=(listener,))
+        thread.start()
+        assert started.wait(LIMIT_S)
+        try:
+            yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(LIMIT_S)
+    assert not thread.is_alive()
+
+
+def wait_until(condition, what):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)

@@ -1,0 +1,309 @@
+"""The serving API: what the official client gets, what is refused and how, and that a slot is freed in any case."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+import torch
+from support.serving import LIMIT_S, make_assistant, running, wait_until
+
+from megatrain.inference.batch_generator import BatchGenerator
+from megatrain.inference.draw import SamplingSettings
+
+torch.set_num_threads(1)
+
+ASK = [{"role": "user", "content": "What is number 5?"}]
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return make_assistant()
+
+
+@pytest.fixture(scope="module")
+def served(assistant):
+    with running(assistant) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=f"{served[1]}/v1", api_key="any", max_retries=0, timeout=LIMIT_S)
+
+
+def body(**changes):
+    return {"model": "toy", "messages": ASK, "max_tokens": 20, **changes}
+
+
+def post(url, content, path=CHAT, **headers):
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    headers = {"content-type": "application/json", **headers}
+    return httpx.post(url + path, content=content, headers=headers, timeout=LIMIT_S)
+
+
+def expected(assistant, **settings):
+    """The ids and the text of a reply, by the generator itself."""
+    ids = assistant.template.encode(ASK, asks=True).ids
+    stop_ids = frozenset([*assistant.template.ends(), *assistant.end_tokens])
+    reply = BatchGenerator(assistant.model, 1, 160).run([ids], SamplingSettings(stop_ids=stop_ids, **settings))[0]
+    return reply, assistant.tokenizer.decode(reply.ids)
+
+
+def test_the_official_client_gets_the_model_and_the_greedy_reply(assistant, client):
+    reply, text = expected(assistant, max_new_tokens=30, temperature=0)
+    assert [model.id for model in client.models.list()] == ["toy"] and client.models.retrieve("toy").id == "toy"
+    found = client.chat.completions.create(model="toy", messages=ASK, max_tokens=30, temperature=0)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (text, reply.finish)
+    prompt = len(assistant.template.encode(ASK, asks=True).ids)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (prompt, len(reply.ids))
+
+
+def test_a_stream_says_the_same_and_ends_with_the_usage_if_asked(assistant, client):
+    options = {"model": "toy", "messages": ASK, "max_tokens": 40, "seed": 3, "temperature": 1.2, "n": 2}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        own = [one for chunk in chunks for one in chunk.choices if one.index == choice.index]
+        assert own[0].delta.role == "assistant" and len(own) > 5
+        assert "".join(one.delta.content or "" for one in own) == choice.message.content
+        assert [one.finish_reason for one in own if one.finish_reason] == [choice.finish_reason]
+    assert whole.choices[0].message.content != whole.choices[1].message.content
+    assert chunks[-1].usage == whole.usage and all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_a_seed_repeats_a_reply_beside_others_and_no_seed_does_not(assistant, client):
+    _, text = expected(assistant, max_new_tokens=30, temperature=0.9, seed=11)
+    options = {"model": "toy", "messages": ASK, "max_tokens": 30, "temperature": 0.9}
+    others = [threading.Thread(target=client.chat.completions.create, kwargs=options) for _ in range(4)]
+    for thread in others:
+        thread.start()
+    assert client.chat.completions.create(**options, seed=11).choices[0].message.content == text
+    for thread in others:
+        thread.join(LIMIT_S)
+    assert len({client.chat.completions.create(**options).choices[0].message.content for _ in range(3)}) == 3
+
+
+def test_log_probabilities_are_the_generators(assistant, client):
+    reply, _ = expected(assistant, max_new_tokens=12, temperature=0)
+    options = {"model": "toy", "messages": ASK, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    content = client.chat.completions.create(**options).choices[0].logprobs.content
+    assert [one.logprob for one in content] == pytest.approx(reply.logprobs, abs=1e-5)
+    assert all(len(one.top_logprobs) == 3 and one.top_logprobs[0].logprob == one.logprob for one in content)
+    streamed = [
+        one
+        for chunk in client.chat.completions.create(**options, stream=True)
+        for choice in chunk.choices
+        for one in (choice.logprobs.content if choice.logprobs else [])
+    ]
+    assert [one.logprob for one in streamed] == [one.logprob for one in content]
+    legacy = client.completions.create(model="toy", prompt="What is", max_tokens=4, temperature=0, logprobs=2)
+    found = legacy.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 4 and found.text_offset[0] == 0
+
+
+def test_completions_continue_texts_and_ids(assistant, client):
+    ids = assistant.tokenizer.encode("What is number")
+    by_text = client.completions.create(model="toy", prompt="What is number", temperature=0, max_tokens=9)
+    by_ids = client.completions.create(model="toy", prompt=[ids, ids[:2]], temperature=0, max_tokens=9)
+    assert by_text.choices[0].text == by_ids.choices[0].text and len(by_ids.choices) == 2
+    alone = BatchGenerator(assistant.model, 1, 160).run([ids], SamplingSettings(9, temperature=0))[0]
+    decoder = assistant.tokenizer.stream_decoder()
+    assert by_text.choices[0].text == "".join(map(decoder.push, alone.ids)) + decoder.finish()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_a_reply_before_it_even_across_tokens(assistant, client, stream):
+    _, text = expected(assistant, max_new_tokens=60, temperature=0.8, seed=1)
+    stop = text[8:12]
+    options = {"model": "toy", "messages": ASK, "max_tokens": 60, "temperature": 0.8, "seed": 1, "stop": ["☃", stop]}
+    if stream:
+        chunks = [one.choices[0] for one in client.chat.completions.create(**options, stream=True)]
+        found, finish = "".join(one.delta.content or "" for one in chunks), chunks[-1].finish_reason
+    else:
+        choice = client.chat.completions.create(**options).choices[0]
+        found, finish = choice.message.content, choice.finish_reason
+    assert (found, finish) == (text[: text.index(stop)], "stop")
+
+
+REFUSED = {
+    "not JSON": (b"{", 400, "not valid JSON"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, "UTF-8"),
+    "deep JSON": (b"[" * 100_000, 400, "cannot be read"),
+    "deep field": (b'{"model": "toy", "messages": ' + b"[" * 400 + b"]" * 400 + b"}", 400, "messages"),
+    "huge number": (json.dumps(body()).encode()[:-1] + b', "seed": ' + b"9" * 6000 + b"}", 400, "cannot be read"),
+    "no object": (b"[]", 400, ""),
+    "NaN": (json.dumps(body(temperature=float("nan"))).encode(), 400, "temperature"),
+    "half a surrogate pair": (body(messages=[{"role": "user", "content": "a\ud800"}]), 400, "character 1"),
+    "half a pair in a name": (body(**{"\ud800": 1}), 400, ""),
+    "no messages": (body(messages=[]), 400, "messages"),
+    "unknown role": (body(messages=[{"role": "robot", "content": "a"}]), 400, "messages.0.role"),
+    "an image": (body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "content"),
+    "a tool's call": (
+        body(messages=[{"role": "assistant", "content": "a", "tool_calls": [{}]}, *ASK]), 400, "tool_calls",
+    ),
+    "tools": (body(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools: not supported"),
+    "a penalty": (body(presence_penalty=0.5), 400, "presence_penalty"),
+    "JSON mode": (body(response_format={"type": "json_object"}), 400, "response_format"),
+    "a typing error": (body(temprature=1), 400, "did you mean temperature"),
+    "number as text": (body(temperature="1"), 400, "temperature"),
+    "top_logprobs alone": (body(top_logprobs=2), 400, "logprobs=true"),
+    "another model": (body(model="gpt-4"), 404, "use 'toy'"),
+    "too long": (body(messages=[{"role": "user", "content": "1 " * 200}]), 400, "context of 160"),
+    "too long together": (body(messages=[{"role": "user", "content": "☃" * 30}], max_tokens=80), 400, "context"),
+    "too many new tokens": (body(max_tokens=101), 400, "at most 100"),
+    "too many replies": (body(n=13), 400, "12"),
+    "too large": (b" " * (2**20 + 1), 413, "1048576"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_requests_are_refused_in_the_form_that_clients_read(served, name):
+    content, status, words = REFUSED[name]
+    found = post(served[1], content)
+    assert found.status_code == status and words in found.json()["error"]["message"]
+    assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+    assert served[0].service.thread.num_open == 0
+
+
+def test_neutral_values_of_unsupported_fields_are_taken(served):
+    fields = {"tools": [], "presence_penalty": 0, "logit_bias": {}, "user": "me", "response_format": {"type": "text"}}
+    assert post(served[1], body(**fields)).status_code == 200
+    said = [*ASK, {"role": "assistant", "content": "a", "tool_calls": None, "refusal": None}, *ASK]
+    assert post(served[1], body(messages=said, max_tokens=None)).status_code == 200
+
+
+def test_other_paths_methods_and_chunked_bodies(served):
+    url = served[1]
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "there is no such address"
+    assert httpx.get(url + CHAT).status_code == 405
+    chunks = (b" " * 2**16 for _ in range(40))
+    headers = {"content-type": "application/json"}
+    found = httpx.post(url + CHAT, content=chunks, headers=headers, timeout=LIMIT_S)
+    assert found.status_code == 413 and found.json()["error"]["code"] == "body_too_large"
+
+
+def test_the_client_raises_its_own_errors(client):
+    for error, options in (
+        (openai.NotFoundError, {"model": "gpt-4", "messages": ASK}),
+        (openai.BadRequestError, {"model": "toy", "messages": []}),
+    ):
+        with pytest.raises(error) as raised:
+            client.chat.completions.create(**options)
+        assert raised.value.message and raised.value.body["code"]
+
+
+def test_clients_that_leave_free_their_slots(served):
+    """In a stream, while waiting for a whole reply, and in the middle of the request's body."""
+    server, url = served
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    for stream in (True, False):
+        content = json.dumps(body(max_tokens=100, stream=stream, n=4)).encode()
+        headers = f"host: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+        head = f"POST {CHAT} HTTP/1.1\r\n{headers}\r\n\r\n"
+        for cut in (len(content), len(content) // 2):
+            with socket.create_connection(address) as connection:
+                connection.sendall(head.encode() + content[:cut])
+                if cut == len(content) and stream:
+                    assert connection.recv(10)
+            wait_until(lambda: server.service.thread.num_open == 0, "the slots are still taken")
+    assert post(url, body()).status_code == 200
+
+
+def test_a_full_queue_answers_429_and_recovers(assistant):
+    with running(assistant, max_concurrent=1, max_queue=2, max_new_tokens=140) as (server, url):
+        server.service.thread.generator.step = lambda: []  # nothing moves
+        done = []
+        waiting = [threading.Thread(target=lambda: done.append(post(url, body()).status_code)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        wait_until(lambda: server.service.thread.num_open == 3, "three requests are taken")
+        refused = post(url, body())
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert httpx.get(f"{url}/ready").status_code == 503 and httpx.get(f"{url}/health").status_code == 200
+        assert "megatrain_replies_waiting 3.0" in httpx.get(f"{url}/metrics").text
+        del server.service.thread.generator.step
+        for thread in waiting:
+            thread.join(LIMIT_S)
+        assert done == [200] * 3 and httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_keys_are_asked_for_and_limits_are_a_keys_own(assistant):
+    with running(assistant, keys=["first", "second"], requests_per_minute=2, tokens_per_minute=100) as (_, url):
+        assert post(url, body()).status_code == 401
+        assert post(url, body(), authorization="Bearer wrong").json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/v1/models").status_code == 401 and httpx.get(f"{url}/health").status_code == 200
+        found = [post(url, body(), authorization="Bearer first") for _ in range(3)]
+        assert [one.status_code for one in found] == [200, 200, 429]
+        assert 1 <= int(found[2].headers["retry-after"]) <= 60
+        long = {"model": "toy", "prompt": "☃" * 30, "max_tokens": 40}
+        found = [post(url, long, COMPLETE, authorization="Bearer second") for _ in range(2)]
+        assert [one.status_code for one in found] == [200, 429] and "tokens per minute" in found[1].text
+
+
+def test_a_request_that_takes_too_long_ends_with_504_or_with_an_error_in_its_stream(assistant):
+    with running(assistant, timeout_s=0.5) as (server, url):
+        thread = server.service.thread
+        step, counts = thread.generator.step, []
+
+        def first_only():
+            counts.append(1)
+            return step() if len(counts) == 1 else []
+
+        thread.generator.step = first_only
+        stream = post(url, body(stream=True)).text
+        assert '"code": "timeout"' in stream.rstrip().splitlines()[-1] and "[DONE]" not in stream
+        assert post(url, body()).status_code == 504
+        wait_until(lambda: thread.num_open == 0, "the slots are freed")
+
+
+def test_a_step_that_fails_ends_its_requests_with_500_and_the_server_goes_on(assistant):
+    with running(assistant) as (server, url):
+        generator = server.service.thread.generator
+        generator.step = lambda: 1 / 0
+        assert post(url, body()).status_code == 500
+        assert post(url, body(stream=True)).status_code == 500
+        del generator.step
+        assert post(url, body()).status_code == 200 and httpx.get(f"{url}/health").status_code == 200
+
+
+def test_blocked_words_and_functions_of_ones_own_refuse_prompts_and_cut_replies(assistant, tmp_path):
+    _, text = expected(assistant, max_new_tokens=60, temperature=0.8, seed=1)
+    (tmp_path / "words.txt").write_text("bad\n坏\n", encoding="utf-8")
+    (tmp_path / "own.py").write_text(
+        f"def short(text):\n    return 'too long' if {text[10]!r} in text else None\n"
+        "def wrong(text):\n    raise ValueError\n"
+    )
+    with running(assistant, blocked_words=str(tmp_path / "words.txt")) as (_, url):
+        for said, status in (("BAD!", 400), ("很坏", 400), ("badge", 200)):
+            found = post(url, body(messages=[{"role": "user", "content": said}]))
+            assert found.status_code == status and (status == 200 or found.json()["error"]["code"] == "content_filter")
+    with running(assistant, check_reply=f"{tmp_path}/own.py:short", hold_back=8) as (_, url):
+        options = body(max_tokens=60, temperature=0.8, seed=1)
+        choice = post(url, options).json()["choices"][0]
+        assert choice["finish_reason"] == "content_filter" and text[10] not in choice["message"]["content"]
+        stream = post(url, {**options, "stream": True}).text
+        events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+        said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+        assert text[10] not in said and events[-1]["choices"][0]["finish_reason"] == "content_filter"
+    with running(assistant, check_prompt=f"{tmp_path}/own.py:wrong") as (_, url):
+        assert post(url, body()).status_code == 500 and httpx.get(f"{url}/health").status_code == 200
+
+
+def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(assistant, capfd):
+    secret = "number 77423"
+    with running(assistant) as (_, url):
+        post(url, body(messages=[{"role": "user", "content": secret}]))
+        post(url, body(stream=True))
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    assert [(line["event"], line["status"], line["stream"]) for line in lines] == [
+        ("request", 200, False),
+        ("request", 200, True),
+    ]
+    assert "77423" not in json.dumps(lines) and lines[0]["completion_tokens"] == 20
