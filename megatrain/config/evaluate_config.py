@@ -61,4 +61,5 @@ class EvaluateConfig:
     system: str | None = key(None, "system message before the questions, with a chat template")
     seed: int = key(1234, "seed of the solved examples, of sampled answers and of the bootstrap", minimum=0)
     out: str | None = key(None, "JSON file for the results, with each document's answer", path=True)
+    page: str | None = key(None, "HTML page to write, with the scores of all models side by side", path=True)
     device: str = key("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))

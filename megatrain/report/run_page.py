@@ -18,6 +18,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.report.lineage_section import lineage
 from megatrain.report.page import RUN_PAGE, write_page
 from megatrain.report.pipeline_section import pipeline
+from megatrain.report.scores_page import scores_of_run
 from megatrain.report.sources import last_read, reads_conversations, sources_of_run
 from megatrain.resilience.failure import seconds_of
 from megatrain.resilience.ledger import CATEGORIES, DAMAGE, FILE, Summary, read_ledger, summarise
@@ -111,6 +112,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "heldout": marks(curves.heldout, first),
         "heldout_by_source": {name: marks(found, first) for name, found in curves.heldout_by_source.items()},
         "sources": sources_of_run(config, events),
+        "scores": scores_of_run(run_dir),
         "lineage": lineage(run_dir),
         "time_spent": curves.time_spent(),
         "life": describe_life(life) if life and life.wall_s else None,

@@ -32,6 +32,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "system": ASKING,
     "seed": ASKING,
     "out": ASKING,
+    "page": ASKING,
 }
 """The keys that not every kind of evaluation has, and those that have them."""
 

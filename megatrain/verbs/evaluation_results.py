@@ -12,10 +12,11 @@ from typing import Any
 from megatrain.config import EvaluateConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError, cannot_write
-from megatrain.evaluation.records import run_folder_of, write_record
 from megatrain.evaluation.results import TaskResult
 from megatrain.interop.load_model import Loaded
+from megatrain.report.scores_page import scores_page
 from megatrain.resilience.atomic_file import write_atomically
+from megatrain.tracking.evaluation_records import run_folder_of, write_record
 from megatrain.tracking.metrics import to_json
 from megatrain.tracking.mlflow_scores import send_scores
 from megatrain.verbs.printer import Printer
@@ -106,6 +107,9 @@ def show(results: Sequence[ModelResult], config: EvaluateConfig, note: str) -> N
     """Print the table of all models, and write `out`; standard output gets JSON where it is no terminal."""
     if config.out is not None:
         write_out(Path(config.out), [result.to_dict(with_samples=True) for result in results])
+    if config.page is not None:
+        shown_by = {result.label(): [task.to_dict(with_samples=False) for task in result.tasks] for result in results}
+        scores_page(shown_by, note, Path(config.page))
     to_terminal = sys.stdout.isatty()
     printer = Printer(stderr=not to_terminal)
     for result in results:

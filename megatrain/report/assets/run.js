@@ -77,6 +77,7 @@ function build() {
     for (const spec of specs) new Chart(root, spec);
   } else root.innerHTML = '<section class="card wide empty">No steps recorded yet.</section>';
   if (D.lineage.length) root.insertAdjacentHTML('beforeend', lineageSection(D.lineage));
+  if (D.scores) root.insertAdjacentHTML('beforeend', scoresSection(D.scores));
   if (D.sources.length) root.insertAdjacentHTML('beforeend', sourcesSection(D.sources));
   if (D.life) new Life(root, D.life);
   if (D.events.length) new Lanes(root);

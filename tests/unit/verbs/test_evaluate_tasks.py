@@ -26,9 +26,9 @@ from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.evaluation.harness import Settings, find_tasks, run_tasks
 from megatrain.evaluation.harness_model import HarnessModel
-from megatrain.evaluation.records import read_records
 from megatrain.interop.load_model import load
 from megatrain.model.init import build_model
+from megatrain.tracking.evaluation_records import read_records
 from megatrain.verbs.evaluate import evaluate
 from megatrain.verbs.export import export_
 from megatrain.verbs.path_checks import check_paths

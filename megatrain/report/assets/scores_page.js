@@ -1,0 +1,4 @@
+function build() {
+  document.getElementById('root').innerHTML = scoresSection(D.scores);
+}
+build();
