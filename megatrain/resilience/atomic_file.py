@@ -86,8 +86,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # as after a failed write
-            error.filename = str(path)
+        if isinstance(error, OSError):  # it names nothing after a failed write, and the temporary file otherwise
+            error.filename, error.filename2 = str(path), None
         raise
     if durable:
         sync_path(path.parent)

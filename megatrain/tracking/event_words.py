@@ -91,7 +91,9 @@ def _init_from(event: dict[str, Any]) -> str:
 
 
 def _start(event: dict[str, Any]) -> str:
-    further = _fields({name: event[name] for name in ("restarts", "copy", "cut_metrics") if name in event})
+    further = _fields(
+        {name: event[name] for name in ("restarts", "copy", "cut_metrics", "lost_metrics") if name in event}
+    )
     place = f"{event['layout']}, {event['world_size']} x {event['device']} on {event['host']}"
     return f"{place}, {further}" if further else place
 

@@ -5,6 +5,7 @@ The other ranks hold a journal without files or trackers, so the trainer does no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from megatrain.tracking.events import EventLog
 from megatrain.tracking.metrics import MetricsLog
 from megatrain.tracking.tracker import RunInfo, Trackers
+
+_LOG = logging.getLogger("megatrain")
 
 START_DETAIL = ("host", "world_size", "device", "layout", "num_parameters", "git_commit")
 """Fields of `RunInfo` in start and resume events."""
@@ -38,6 +41,12 @@ class Journal:
         detail = {name: getattr(info, name) for name in START_DETAIL} | further
         if cut:
             detail["cut_metrics"] = str(cut)
+        if lost := self._metrics.lacks(step):
+            detail["lost_metrics"] = f"steps {lost[0]} to {lost[1]}"
+            _LOG.warning(
+                "%s is damaged: it lacks %s; what could not be read is in %s",
+                *(self._metrics.path, detail["lost_metrics"], self._metrics.unreadable),
+            )
         kind = "start" if info.resumed_from_step is None else "resume"
         event = self._events.emit(kind, step, **detail)  # before the trackers start: MLflow's helper reads the file
         self._trackers.start(info)

@@ -56,7 +56,10 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (held open for the length of the run)
+        before = set(self._cut_files())
         self._last_step = self._keep_until(None)
+        self.unreadable = next((path for path in self._cut_files() if path not in before), None)
+        """Where the end of the file is now that could not be read when it was opened; None if all could."""
 
     def append(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write one step and return what was written: `record` with the current `time`.
@@ -82,6 +85,10 @@ class MetricsLog:
         before = set(self._cut_files())
         self._last_step = self._keep_until(step)
         return next((path for path in self._cut_files() if path not in before), None)
+
+    def lacks(self, step: int) -> tuple[int, int] | None:
+        """Return the first and last of the steps up to `step` that were in what could not be read; None if none was."""
+        return (self._last_step + 1, step) if self.unreadable and self._last_step < step else None
 
     def close(self) -> None:
         """Close the file."""

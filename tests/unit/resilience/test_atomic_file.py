@@ -66,3 +66,11 @@ def test_another_machine_with_the_same_process_number_keeps_its_file_for_a_day(t
 
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     remove_abandoned(tmp_path / "none")
+
+
+def test_an_error_names_the_file_and_not_its_temporary_one(tmp_path):
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "config.yaml", "x")
+    assert caught.value.filename == str(tmp_path / "config.yaml") and caught.value.filename2 is None
+    assert ".writing" not in str(caught.value)

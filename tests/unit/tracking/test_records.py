@@ -169,3 +169,22 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, log):
         opened.emit("start", 0) if log is EventLog else opened.append({"step": 1})
     assert caught.value.filename == str(path)
     opened.close()
+
+
+@pytest.mark.parametrize("damage, lost", [(lambda text: b"\0" * len(text), (1, 3)), (lambda text: text[:-3], (3, 3))])
+def test_steps_that_a_damaged_file_lacks_are_told_at_the_resume(tmp_path, damage, lost, caplog):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    log.close()
+    path.write_bytes(damage(path.read_bytes()))
+    log = MetricsLog(path)
+    log.resume(3)
+    assert log.lacks(3) == lost and log.lacks(lost[0] - 1) is None
+    assert log.unreadable.exists()
+    log.close()
+    again = MetricsLog(path)
+    again.resume(3)
+    assert again.lacks(3) is None, "it is told once"
+    again.close()
