@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from megatrain.config.suggest import nearest_path
@@ -23,6 +23,8 @@ def find_paths(patterns: list[str], wanted: Callable[[Path], bool], known: str) 
 
     A path that exists is meant literally, whatever characters it has. A folder stands for all files below it that are
     `wanted` by their paths below it, hidden ones excepted. `known` says in words which are.
+
+    A file that is found by several names counts once.
 
     Raises `ConfigError` if a pattern names no file, or a file that is not wanted.
     """
@@ -45,7 +47,15 @@ def find_paths(patterns: list[str], wanted: Callable[[Path], bool], known: str) 
             raise _is_saved_to_disk(path.parent)
         if not wanted(Path(path.name)):
             raise ConfigError(f"data.paths: {path} has none of {known}; narrow the glob")
-    return sorted(found, key=lambda path: path.as_posix()), left_out
+    return sorted(_once(found), key=lambda path: path.as_posix()), left_out
+
+
+def _once(files: set[Path]) -> Collection[Path]:
+    """Return each file by one of its names only: not by a link to it, nor by `a/../b`, if it has another."""
+    by_place: dict[str, Path] = {}
+    for path in sorted(files, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path.as_posix())):
+        by_place.setdefault(os.path.realpath(path), path)
+    return by_place.values()
 
 
 def matches(pattern: str) -> list[Path]:

@@ -71,3 +71,16 @@ def test_links_that_lead_back_are_followed_once(tmp_path, monkeypatch, given):
     (tmp_path / "c" / ".store" / "v1" / "h.txt").touch()
     (tmp_path / "c" / "current").symlink_to(".store/v1")  # a folder that would not be searched at its own place
     assert found(given) == ["c/a.txt", "c/current/h.txt", "c/linked/b.txt", "c/s1/s1.txt", "c/s2/s2.txt", "c/s3/s3.txt"]
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c/z.txt", "c/y.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    Path("c/a.txt").symlink_to("z.txt")
+    Path("c/elsewhere.txt").symlink_to("../o.txt")
+    Path("o.txt").write_text("o")
+    assert found("c") == ["c/elsewhere.txt", "c/y.txt", "c/z.txt"]
+    for other in ("c/../c/z.txt", str(tmp_path / "c" / "z.txt"), "c/a.txt"):
+        assert len(found("c/z.txt", other)) == 1
