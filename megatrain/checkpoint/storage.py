@@ -44,7 +44,7 @@ from torch.futures import Future
 from megatrain.checkpoint.manifest import Chunk, FileEntry, Manifest, RunRecord, TensorEntry, write_manifest
 from megatrain.errors import CheckpointError
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 from megatrain.config.key import key
 
-METHODS = ("pretrain", "sft", "dpo")
+METHODS = ("pretrain", "sft", "dpo", "grpo")
 """What a run can be trained for."""
+
+SAMPLING = ("grpo",)
+"""Methods that learn from replies which the model samples while it trains."""
 
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -42,3 +45,36 @@ class MethodConfig:
         minimum=0,
     )
     lora: LoraConfig = field(default_factory=LoraConfig)
+    rewards: list[str] = key(
+        [],
+        "grpo: what judges the replies: exact_match, contains, matches or ends_by_itself, or functions of your own as "
+        "module:function or path.py:function",
+    )
+    reward_weights: list[float] = key([], "grpo: a weight for each of method.rewards; empty gives each 1")
+    reward_timeout_s: float = key(60.0, "grpo: seconds in which a reward must judge a rank's replies", above=0)
+    group_size: int = key(8, "grpo: replies to each prompt of a step", minimum=2)
+    max_new_tokens: int = key(128, "grpo: largest number of tokens of a reply", minimum=1)
+    temperature: float = key(1.0, "grpo: softmax temperature at which replies are sampled, and learnt from", above=0)
+    generate_batch_size: int = key(64, "grpo: replies that a rank generates at once", minimum=1)
+    updates: int = key(1, "grpo: optimizer steps that learn from the same replies", minimum=1)
+    advantages: str = key(
+        "group",
+        "grpo: what a reply's reward minus its group's mean is divided by: the group's standard deviation (group), or "
+        "nothing (none)",
+        choices=("group", "none"),
+    )
+    loss: str = key(
+        "dapo",
+        "grpo: how the losses of tokens are averaged: each token weighs the same (dapo), each reply does (grpo), or "
+        "their sum is divided by the largest possible number of tokens (dr_grpo)",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    clip: float = key(
+        0.2,
+        "grpo: how far below 1 the ratio of a token's probability to the sampled one may fall unclipped",
+        above=0,
+    )
+    clip_high: float | None = key(None, "grpo: how far above 1 it may rise; null means method.clip", above=0)
+    kl: float = key(
+        0.0, "grpo: weight of the KL divergence from the model that the run begins from, per token", minimum=0
+    )

@@ -113,6 +113,10 @@ class TrainStream:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint needs of the stream besides step and cursor: nothing."""
+        return {}
+
     def restart(self, first_step: int, cursor: int, skip_ranges: Iterable[tuple[int, int]]) -> None:
         """Drop the prefetched batches and continue from another step and cursor, with other skip ranges."""
         self.close()

@@ -70,6 +70,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """Take the largest of each element over all ranks, of a tensor on this rank's device, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def all_gather_json(self, value: Any) -> list[Any]:
         """Return every rank's JSON value, in rank order."""
         if self.control is None:

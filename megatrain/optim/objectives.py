@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from megatrain.config import TrainConfig
 from megatrain.optim.objective import NextToken, Objective
+from megatrain.optim.policy_gradient import policy_gradient
 from megatrain.optim.preferences import DirectPreference
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": lambda _config: NextToken(),
     "sft": lambda _config: NextToken(),
     "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),
+    "grpo": lambda config: policy_gradient(config.method),
 }
 """How each method's objective is made of the config."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from megatrain.config import TrainConfig
+from megatrain.config import SAMPLING, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.data.card import Card, with_vocabulary
 from megatrain.data.indexed_dataset import IndexedDataset
@@ -15,6 +15,7 @@ from megatrain.data.loader import count_windows, heldout_batches
 from megatrain.data.mixed_dataset import MixedSamples, Mixture, open_mixture, open_split
 from megatrain.data.mixture import MixtureOrder
 from megatrain.data.order import Order, SampleOrder
+from megatrain.data.prompts import Prompts, check_prompts
 from megatrain.data.samples import BEST_FIT, PackedSamples, Windows, open_samples
 from megatrain.errors import ConfigError
 from megatrain.optim.schedule import samples_before
@@ -25,7 +26,7 @@ class RunData:
     """A run's opened data: one dataset, or a mixture of several. In `config` the vocabulary size is filled in.
 
     `heldout` has the held-out splits by source; a run on one dataset has one, by the name "". `folder` is that of the
-    dataset, or of a mixture's first source.
+    dataset, or of a mixture's first source. A method that samples has `prompts`, and nothing held out.
     """
 
     config: TrainConfig
@@ -34,6 +35,7 @@ class RunData:
     train: Windows | PackedSamples | MixedSamples
     heldout: dict[str, IndexedDataset]
     mixture: Mixture | None = None
+    prompts: Prompts | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -44,6 +46,8 @@ class RunData:
     def order(self) -> Order:
         """The order of the training samples."""
         seq_len, seed = self.config.train.seq_len, self.config.seed
+        if self.prompts is not None:
+            return SampleOrder(self.fingerprint, "prompts", 1, len(self.prompts), seed)
         if self.mixture is not None:
             return MixtureOrder(self.mixture.plan, "train", seq_len, seed)
         return SampleOrder(self.fingerprint, "train", seq_len, self.train.num_samples, seed)
@@ -83,6 +87,8 @@ def open_data(config: TrainConfig) -> RunData:
     folder = Path(config.data.dir) / config.data.name
     dataset = IndexedDataset.open(folder, "train", config.data.verify)
     config = with_vocabulary(config, dataset.card, folder)
+    if config.method.name in SAMPLING:
+        return _open_prompts(config, folder, dataset)
     train = open_samples(dataset, config.data.packing, config.train.seq_len, config.data.verify)
     heldout = {}
     if _has_heldout(dataset.card):
@@ -95,6 +101,14 @@ def open_data(config: TrainConfig) -> RunData:
     data = RunData(config, folder, dataset.card, train, heldout)
     _check_document_ends(data, [dataset])
     return data
+
+
+def _open_prompts(config: TrainConfig, folder: Path, dataset: IndexedDataset) -> RunData:
+    """Open the dataset of a method that samples. Raises as `open_data`."""
+    check_prompts(dataset.card, folder, config.method.name)
+    prompts = Prompts(dataset)
+    prompts.check(config.train.seq_len, config.method.max_new_tokens, config.model.vocab)
+    return RunData(config, folder, dataset.card, Windows(dataset, 1), {}, prompts=prompts)
 
 
 def _has_heldout(card: Card) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.engine.protocol import SentResult
@@ -14,7 +15,7 @@ class SubmittedStep:
 
     `result` is being copied to the host. `began` is the CUDA event recorded just before the step (None on a CPU).
     `cursor` and `batch_hash` belong to the step's batch. `data_time` and `save_time` are the seconds that the loop
-    waited for that batch and for the save before the step.
+    waited for that batch and for the save before the step, `metrics` what the batch has to record.
     """
 
     step: int
@@ -25,6 +26,7 @@ class SubmittedStep:
     batch_hash: str
     data_time: float
     save_time: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class InFlight:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture, weighs_others
 from megatrain.checkpoint.manifest import EarlyStop, Identity, Override, Progress
@@ -32,12 +33,14 @@ from megatrain.distributed.waits import timed_waits
 from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
+from megatrain.engine.whole_model import WholeModel
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.objective import Objective
 from megatrain.optim.objectives import objective_of
 from megatrain.optim.preferences import DirectPreference
 from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
+from megatrain.reinforcement.stream import RolloutStream
 from megatrain.resilience.fault_classes import PEER, USER, classify, message_of
 from megatrain.resilience.owner import Ownership
 from megatrain.resilience.signals import StopRequest
@@ -63,10 +66,12 @@ from megatrain.training.origin import (
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.reference import Reference
 from megatrain.training.rollback import CheckpointRollback
+from megatrain.training.rollouts import reference_model, rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.trainer import Trainer
 
+Stream = TrainStream | RolloutStream
 MLFLOW_HELPER = "megatrain.training.mlflow_helper"
 _LOG = logging.getLogger("megatrain")
 
@@ -154,18 +159,22 @@ class RankJob:
         engine = build_engine(self.config, self.world, objective)
         if origin and origin.resumes:
             self._take_reference(objective, engine, stores.disk, resumes=True)
+        reference = reference_model(self.config, engine, self.world, stores.disk)
+        buffers: dict[str, Tensor] = {}
         if origin:
             self.world.heartbeat.enter("load")
-            load_origin(origin, engine, self.world, self.transfer.taken if self.transfer else ())
+            buffers = rollout_buffers(self.config, origin.manifest) if origin.resumes else {}
+            load_origin(origin, engine, self.world, self.transfer.taken if self.transfer else (), buffers)
             if origin.resumes:
                 stores.disk.set_aside(self.progress.step)
         if not (origin and origin.resumes):
             self._take_reference(objective, engine, stores.disk, resumes=False)
+        stream = self._stream(engine, buffers, reference)
         if self.world.is_main:
             write_run_folder(self.run_dir, self.config, self.data.folder)
         self._record_start(origin)
         is_on_disk = origin is None or origin.node is None
-        with self._parts(engine, stores, origin) as parts, self._profiler():
+        with self._parts(engine, stores, origin, stream) as parts, self._profiler():
             return Trainer(self.config, parts, self.progress, is_on_disk).run()
 
     # ---------------------------------------------------------------------------------------------- where to start
@@ -246,10 +255,9 @@ class RankJob:
     # ---------------------------------------------------------------------------------------------- the trainer's parts
 
     @contextmanager
-    def _parts(self, engine: Engine, stores: Stores, origin: Origin | None) -> Iterator[Parts]:
+    def _parts(self, engine: Engine, stores: Stores, origin: Origin | None, stream: Stream) -> Iterator[Parts]:
         """Build the trainer's collaborators; afterwards stop the loader's thread and the timing of waits."""
         config, layout, world = self.config, self.layout, self.world
-        stream = self._stream()
         micro_batch_size = config.train.micro_batch_size
         peak = peak_flops(world.device, config.precision.name)
         rollback = CheckpointRollback(
@@ -277,6 +285,7 @@ class RankJob:
                     slow_ranks=slow_ranks,
                     shares=self._shares,
                     identity=self._identity(origin),
+                    state=lambda step: engine.state() | stream.state(step),
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
                     ),
@@ -288,8 +297,11 @@ class RankJob:
     def _order(self) -> Order:
         return self.data.order
 
-    def _stream(self) -> TrainStream:
+    def _stream(self, engine: Engine, buffers: dict[str, Tensor], reference: WholeModel | None) -> Stream:
+        """Return the stream of batches: `buffers` is what the checkpoint holds besides the engine's tensors."""
         config = self.config
+        if self.data.prompts:
+            return rollout_stream(self.data, engine, self.world, self.layout, self.progress, buffers, reference)
         return TrainStream(
             self.data.train,
             self._order,

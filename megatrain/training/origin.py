@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megatrain.checkpoint.find import tokenizer_folder
 from megatrain.checkpoint.lineage import line_of
@@ -140,10 +142,20 @@ def _find(path: Path, store: CheckpointStore) -> tuple[Path, Manifest]:
     raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with one")
 
 
-def load_origin(origin: Origin, engine: Engine, world: World, taken: Collection[str] = ()) -> None:
-    """Load a checkpoint into the engine: the whole state if the run resumes, only the weights `taken` if it is new."""
+def load_origin(
+    origin: Origin,
+    engine: Engine,
+    world: World,
+    taken: Collection[str] = (),
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Load a checkpoint into the engine: the whole state if the run resumes, only the weights `taken` if it is new.
+
+    A run that resumes also fills its `buffers`, tensors of the same names and shapes on every rank.
+    """
     state = engine.state()
     if origin.resumes:
+        state = state | dict(buffers or {})
         if origin.node is not None:
             check_covers(origin.folder, origin.manifest, state)
         load_into(origin.folder, origin.manifest, state, origin.node or world)

@@ -148,7 +148,8 @@ class Throughput:
 class Parts:
     """The trainer's collaborators. `identity` goes into every checkpoint.
 
-    `shares` returns what the run has seen of each source of a mixture (empty: one dataset).
+    `state` returns all tensors that a checkpoint of a step holds, the engine's among them. `shares` returns
+    what the run has seen of each source of a mixture (empty: one dataset).
     """
 
     engine: Engine
@@ -164,3 +165,4 @@ class Parts:
     shares: Callable[[Progress], dict[str, Any]]
     identity: Identity
     throughput: Throughput
+    state: Callable[[int], dict[str, Tensor]]

@@ -20,6 +20,7 @@ from megatrain.data.order import Order, merge_ranges, take
 from megatrain.distributed.world import World
 from megatrain.engine.protocol import Engine
 from megatrain.errors import CheckpointError
+from megatrain.reinforcement.stream import RolloutStream
 from megatrain.resilience.guard import Spike
 from megatrain.tracking.journal import Journal
 from megatrain.training.origin import Origin, load_origin
@@ -40,7 +41,7 @@ class CheckpointRollback:
     store: CheckpointStore
     memory: MemoryStore | None
     journal: Journal
-    stream: TrainStream
+    stream: TrainStream | RolloutStream
     order: Order
     batch_size: Callable[[int], int]
     skip_steps: int

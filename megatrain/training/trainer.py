@@ -13,7 +13,7 @@ from megatrain.checkpoint.manifest import EarlyStop, Progress, RunRecord
 from megatrain.checkpoint.resume import override_of
 from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch, StepBatch
-from megatrain.errors import DivergedError
+from megatrain.errors import DivergedError, RewardError
 from megatrain.optim.objective import SQUARED, TOKENS
 from megatrain.optim.schedule import learning_rate
 from megatrain.resilience.guard import LossGuard, report
@@ -67,7 +67,7 @@ class Trainer:
                 self.read_at = started
             began = self.parts.clock.event()
             self.parts.clock.enter("data", step)
-            batch = next(self.parts.stream)
+            batch = self._next_batch()
             data_time, own_data_time = time.perf_counter() - started, self._own_clock() - own_started
             self.parts.clock.enter("exchange", step)
             job = self._exchange(batch)
@@ -90,6 +90,15 @@ class Trainer:
     def _next_step(self) -> int:
         """Return the step to submit next."""
         return self.progress.step + (1 if self.in_flight.is_idle else 2)
+
+    def _next_batch(self) -> StepBatch:
+        """Return the next batch. If a reward fails, which all ranks then know, save before the run ends with that."""
+        try:
+            return next(self.parts.stream)
+        except RewardError:
+            self._finish_step(is_latest=True)
+            self._save_and_wait()
+            raise
 
     def _exchange(self, batch: StepBatch) -> JobReport:
         """Send this rank's report to all ranks and return the combined report."""
@@ -122,7 +131,8 @@ class Trainer:
         result = self.parts.engine.train_step(batch.micro_batches, lr, step)
         self.own_until = self._own_clock()
         save_time, self.save_time = self.save_time, 0.0
-        return SubmittedStep(step, lr, began, result.sent(), batch.cursor, job.batch_hash, data_time, save_time)
+        sent = result.sent()
+        return SubmittedStep(step, lr, began, sent, batch.cursor, job.batch_hash, data_time, save_time, batch.metrics)
 
     # ---------------------------------------------------------------------------------------------- after a step
 
@@ -182,6 +192,7 @@ class Trainer:
             "updated": updated,
             "batch_hash": step.batch_hash,
             **scalars,
+            **step.metrics,
         }
 
     def _advice(self) -> str:
@@ -311,7 +322,7 @@ class Trainer:
         if self._copy_is_due(step):
             self.parts.clock.enter("save", step)
             self.copied_step = step
-            return self.parts.store.copy(self.parts.engine.state(), self._run_record())
+            return self.parts.store.copy(self.parts.state(step), self._run_record())
         return 0.0
 
     def _save(self) -> float:
@@ -323,7 +334,7 @@ class Trainer:
         if self.progress.step > max((spike["step"] for spike in guard.rollbacks), default=0):
             self.progress.loss_guard = replace(guard, rollbacks=[])  # the run is past its spikes
         try:
-            stall = self.parts.store.save(self.parts.engine.state(), self._run_record())
+            stall = self.parts.store.save(self.parts.state(self.progress.step), self._run_record())
         except BaseException:  # the previous save failed for good while this one waited for it
             self._report_saves()
             raise

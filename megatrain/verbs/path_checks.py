@@ -14,6 +14,7 @@ from typing import Any
 
 from megatrain.checkpoint.find import peek, tokenizer_folder
 from megatrain.config import (
+    SAMPLING,
     DataConfig,
     EvaluateConfig,
     ExportConfig,
@@ -35,12 +36,14 @@ from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.file_search import matches
 from megatrain.data.mixed_dataset import open_mixture
+from megatrain.data.prompts import check_prompts, holds_prompts
 from megatrain.data.samples import BEST_FIT, num_samples
 from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 from megatrain.optim.schedule import samples_before
 from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.evaluation_checks import check_evaluation
+from megatrain.verbs.method_checks import check_method_files
 from megatrain.verbs.places import require
 from megatrain.verbs.start_checks import check_origin, prepare_command
 
@@ -66,6 +69,7 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
     if isinstance(config, TrainConfig) and not isinstance(config, LayoutsConfig):
         check_start(config)
         check_installed(config)
+        check_method_files(config)
         mixture = open_mixture(config, samples_before)
         if mixture is not None:
             for name, source in mixture.cards.items():
@@ -76,6 +80,8 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
                 check_sources(config.data)
                 check_tokenizer(config.tokenizer)
             card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
+            if config.method.name in SAMPLING:
+                check_prompts(card, Path(config.data.dir) / config.data.name, config.method.name)
             check_samples(config, card)
         if not is_launched():  # ranks check it themselves, with verified files
             check_origin(config, card, mixture)
@@ -160,7 +166,7 @@ def check_documents(config: DataConfig, mask_documents: bool, card: Card, folder
             f"data.bos=true: the documents of {folder} do not begin with BOS; prepare them again with data.bos=true "
             "under another data.name, or leave data.bos out"
         )
-    talks = any(split.loss_hashes for split in card.splits.values())
+    talks = any(split.loss_hashes for split in card.splits.values()) and not holds_prompts(card)
     if talks and not (config.packing == BEST_FIT and mask_documents):
         raise ConfigError(
             f"data.packing={config.packing}: {folder} has conversations, which must stay whole and apart from one "

@@ -55,6 +55,11 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
+        if config.data.kind == "prompts":
+            named = quoted("data.name", config.data.name)
+            words = ["tune", "<run>", "method=grpo", named, "method.rewards=[exact_match]"]
+            print(next_step(shlex.join(["megatrain", *words])), file=sys.stderr)
+            return folder
         if config.data.kind == "chat":
             words = ["checkpoint.init_from=<run>", *words, *KEYS_FOR_CHAT, f"train.steps={CHAT_STEPS}"]
         elif not any(word.startswith((CONFIG_FILE + "=", "experiment=")) for word in words):  # these have a model

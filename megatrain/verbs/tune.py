@@ -18,12 +18,13 @@ from typing import Any
 from megatrain.checkpoint.find import is_checkpoint, model_of, peek, tokenizer_folder
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.naming import checkpoint_step
-from megatrain.config import ModelConfig, PrepareConfig, TokenizerConfig, TrainConfig, TuneConfig
+from megatrain.config import SAMPLING, ModelConfig, PrepareConfig, TokenizerConfig, TrainConfig, TuneConfig
 from megatrain.config.compose import compose, key_types, read_overrides
 from megatrain.config.values import as_text, quoted
 from megatrain.data import preparation
 from megatrain.data.card import check_dataset
 from megatrain.data.mixture_settings import MIXED
+from megatrain.data.prompts import check_prompts
 from megatrain.data.samples import num_samples
 from megatrain.data.tokenizer import saved_meta
 from megatrain.distributed.python_process import python_command
@@ -60,6 +61,7 @@ class Tuning:
 TUNINGS: dict[str, Tuning] = {
     "sft": Tuning(data="chat", lr=2e-5, lora_lr=1e-4),
     "dpo": Tuning(data="pairs", lr=1e-6, lora_lr=1e-5),
+    "grpo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
 }
 """The methods of tuning by `method.name`."""
 
@@ -187,7 +189,11 @@ def _samples(config: TrainConfig, base: Path, make: bool) -> int:
         preparation.prepare(prepare)
     if not folder.is_dir():
         check_paths(config)  # says what is missing
-    return num_samples(folder, check_dataset(folder), config.data.packing, config.train.seq_len, config.data.verify)
+    card = check_dataset(folder)
+    if config.method.name in SAMPLING:
+        check_prompts(card, folder, config.method.name)
+        return card.splits["train"].documents * config.method.group_size
+    return num_samples(folder, card, config.data.packing, config.train.seq_len, config.data.verify)
 
 
 def _tokenizer(config: TrainConfig, base: Path) -> TokenizerConfig:

@@ -37,6 +37,7 @@ from megatrain.errors import ConfigError
 from megatrain.kernels import MAX_ROW
 from megatrain.launch.slurm import Step, num_nodes
 from megatrain.verbs.evaluation_checks import check_keys
+from megatrain.verbs.method_checks import check_method
 
 LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
@@ -92,6 +93,7 @@ def check_values(config: Any) -> None:
         check_kernels(config)
         check_time_limit(config.launch.time)
         check_sbatch_options(config.launch)
+        check_method(config)
         check_layout(config, ranks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatrain.checkpoint.manifest import EarlyStop, EngineCounters, Identity, L
 from megatrain.config import TrainConfig
 from megatrain.data.batch import StepBatch
 from megatrain.engine.protocol import Measured, SentResult, StepResult
-from megatrain.errors import DivergedError, EnvironmentFault
+from megatrain.errors import DivergedError, EnvironmentFault, RewardError
 from megatrain.training.exchange import RankExchange
 from megatrain.training.protocols import Parts, Throughput
 from megatrain.training.trainer import Trainer
@@ -155,11 +156,14 @@ def trainer(
     rollback=lambda progress, spike: None,
     copies_every=0,
     on_disk=True,
+    reward_fails_at=None,
 ):
     progress = progress or Progress()
 
     def stream():
-        while True:
+        for step in count(progress.step + 1):
+            if step == reward_fails_at:
+                raise RewardError("it returned nan")
             ahead = 1 if loop.in_flight.is_idle else 2
             yield StepBatch([], np.arange(8, dtype=np.uint64), 8, progress.cursor + 8 * ahead)
 
@@ -178,6 +182,7 @@ def trainer(
         shares=lambda progress: {},
         identity=Identity(),
         throughput=Throughput(3, None),
+        state=lambda step: {"step": step},
     )
     loop = Trainer(config, parts, progress, on_disk)
     return loop, parts
@@ -251,6 +256,14 @@ def test_a_signal_saves_the_finished_steps_and_stops():
     assert [step for step, _ in parts.store.saved] == [4, 6]
     assert parts.store.saved[-1][1].progress.cursor == 48
     assert ("signal", 6, {"signal": 15}) in parts.journal.events
+
+
+def test_a_reward_that_fails_ends_the_run_with_all_that_was_trained_on_the_disk():
+    loop, parts = trainer(config(), reward_fails_at=7)
+    with pytest.raises(RewardError):
+        loop.run()
+    assert [step for step, _ in parts.store.saved] == [4, 6] and not parts.store.pending
+    assert [record["step"] for record in parts.journal.records] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_signal_right_after_a_save_does_not_save_again():

@@ -1,0 +1,179 @@
+"""Sample replies with a whole model on every rank, judge them, and gather them so that all ranks hold all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from megatrain.config import MethodConfig
+from megatrain.data.chat.prompt import Prompt
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.distributed.world import World
+from megatrain.errors import DivergedError, MegatrainError, RewardError
+from megatrain.inference.batch_generator import BatchGenerator
+from megatrain.inference.draw import SamplingSettings
+from megatrain.kernels import IGNORE_INDEX
+from megatrain.model.gpt import GPT
+from megatrain.reinforcement.rewards import Replies, RewardFunctions
+
+_PASSED_ON = {kind.__name__: kind for kind in (RewardError, DivergedError)}
+"""Errors of one rank that all ranks raise, so that they can save together."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The replies to a step's prompts, in sample order, equal on every rank.
+
+    `ids` has the token that stopped a reply; `stopped` says whether one did. `log_probs` are in nats, at the sampling
+    temperature. `rewards` is float64 `[R, rewards]`, `reference` has log-probabilities under the reference (or None).
+    """
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+    stopped: np.ndarray
+    rewards: np.ndarray
+    reference: list[list[float]] | None
+
+
+def reply_seed(seed: int, sample: int) -> int:
+    """Return the seed of a reply's random numbers: a pure function of the run's seed and the sample's number."""
+    return xxhash.xxh3_64_intdigest(f"reply:{seed}:{sample}".encode())
+
+
+class Sampler:
+    """Samples replies on all ranks, each its share. `stop_ids` end a reply, `reference` is the model of the KL term.
+
+    `rewards` judges this rank's replies.
+    """
+
+    def __init__(
+        self,
+        method: MethodConfig,
+        seed: int,
+        world: World,
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int],
+        rewards: RewardFunctions,
+        reference: GPT | None = None,
+    ) -> None:
+        self.method, self.seed, self.world, self.tokenizer = method, seed, world, tokenizer
+        self.stop_ids, self.rewards, self.reference = frozenset(stop_ids), rewards, reference
+
+    def __call__(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
+        """Return the replies of `model` to `prompts`, one for each of the run's `samples` (their numbers).
+
+        Raises:
+            RewardError, DivergedError: on every rank, if any rank's rewards fail or its logits are no numbers.
+        """
+        bounds = np.linspace(0, len(prompts), self.world.size + 1).round().astype(int).tolist()
+        own = slice(bounds[self.world.rank], bounds[self.world.rank + 1])
+        found: Samples | None = None
+        problem: list[str] | None = None
+        try:
+            found = self._sample(model, prompts[own], samples[own])
+        except MegatrainError as error:
+            problem = [type(error).__name__, str(error)]
+            if problem[0] not in _PASSED_ON:
+                raise
+        if problem := next(filter(None, self.world.all_gather_json(problem)), None):
+            raise _PASSED_ON[problem[0]](problem[1])
+        assert found is not None
+        return self._gathered(found, int(np.diff(bounds).max()))
+
+    def _sample(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
+        """Return this rank's replies."""
+        method, heartbeat = self.method, self.world.heartbeat
+        if not prompts:
+            return Samples([], [], np.zeros(0, bool), np.zeros((0, len(self.rewards.names))), None)
+        capacity = max(len(prompt.ids) for prompt in prompts) + method.max_new_tokens
+        generator = BatchGenerator(model, min(method.generate_batch_size, len(prompts)), capacity)
+        settings = [
+            SamplingSettings(
+                method.max_new_tokens,
+                method.temperature,
+                seed=reply_seed(self.seed, sample),
+                stop_ids=self.stop_ids,
+            )
+            for sample in samples.tolist()
+        ]
+        replies = generator.run([prompt.ids for prompt in prompts], settings, heartbeat.beat)
+        stopped = [reply.finish == "stop" for reply in replies]
+        texts = [
+            self.tokenizer.decode(reply.ids[:-1] if ended else reply.ids)
+            for reply, ended in zip(replies, stopped, strict=True)
+        ]
+        names = list(dict.fromkeys(name for prompt in prompts for name in prompt.fields))
+        fields = {name: [prompt.fields.get(name) for prompt in prompts] for name in names}
+        rewards = self.rewards(Replies([prompt.prompt for prompt in prompts], texts, stopped, fields))
+        ids = [reply.ids for reply in replies]
+        reference = None
+        if self.reference is not None:
+            rows = [prompt.ids for prompt in prompts]
+            reference = reply_log_probs(
+                self.reference, rows, ids, method.temperature, method.generate_batch_size, heartbeat.beat
+            )
+        return Samples(ids, [reply.logprobs for reply in replies], np.array(stopped), rewards, reference)
+
+    def _gathered(self, own: Samples, rows: int) -> Samples:
+        """Return the samples of all ranks in order. `rows` is the largest number that a rank has."""
+        if self.world.size == 1:
+            return own
+        width = self.method.max_new_tokens
+        numbers = torch.zeros(rows, width + 2, dtype=torch.int64)
+        values = torch.zeros(rows, 2 * width + len(self.rewards.names), dtype=torch.float64)
+        for row, (ids, log_probs) in enumerate(zip(own.ids, own.log_probs, strict=True)):
+            numbers[row, 0], numbers[row, 1] = len(ids), int(own.stopped[row])
+            numbers[row, 2 : 2 + len(ids)] = torch.tensor(ids)
+            values[row, : len(ids)] = torch.tensor(log_probs, dtype=torch.float64)
+            if own.reference is not None:
+                values[row, width : width + len(ids)] = torch.tensor(own.reference[row], dtype=torch.float64)
+            values[row, 2 * width :] = torch.from_numpy(own.rewards[row])
+        all_numbers = self.world.all_gather(numbers).flatten(0, 1)
+        all_values = self.world.all_gather(values).flatten(0, 1)
+        used = all_numbers[:, 0] > 0  # every reply has a token
+        lengths = all_numbers[used, 0].tolist()
+
+        def cut(matrix: Tensor, first: int) -> list[list[float]]:
+            return [row[first : first + n] for row, n in zip(matrix.tolist(), lengths, strict=True)]
+
+        return Samples(
+            ids=[row[2 : 2 + n] for row, n in zip(all_numbers[used].tolist(), lengths, strict=True)],
+            log_probs=cut(all_values[used], 0),
+            stopped=all_numbers[used, 1].bool().numpy(),
+            rewards=all_values[used, 2 * width :].numpy(),
+            reference=None if self.reference is None else cut(all_values[used], width),
+        )
+
+
+@torch.no_grad()
+def reply_log_probs(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    temperature: float,
+    batch_size: int,
+    beat: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Return the log-probability of each token of each reply after its prompt, in nats, at a temperature above 0."""
+    device = model.embed.weight.device
+    found: list[list[float]] = []
+    for first in range(0, len(prompts), batch_size):
+        own = slice(first, first + batch_size)
+        rows = [[*prompt, *reply] for prompt, reply in zip(prompts[own], replies[own], strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        labels = torch.full_like(ids[:, 1:], IGNORE_INDEX)
+        for number, (prompt, row) in enumerate(zip(prompts[own], rows, strict=True)):
+            labels[number, len(prompt) - 1 : len(row) - 1] = ids[number, len(prompt) : len(row)]
+        hidden = model.hidden(ids[:, :-1])
+        each = model.token_log_probs(hidden if temperature == 1 else hidden / temperature, labels).tolist()
+        found += [
+            line[len(prompt) - 1 : len(row) - 1] for line, prompt, row in zip(each, prompts[own], rows, strict=True)
+        ]
+        beat()
+    return found

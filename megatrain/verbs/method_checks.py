@@ -1,0 +1,71 @@
+"""Checks of `method.*` against the other keys, and of the files that it names. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.config import SAMPLING, TrainConfig
+from megatrain.config.arithmetic import either
+from megatrain.config.values import as_text
+from megatrain.data.prompts import KIND
+from megatrain.errors import ConfigError
+from megatrain.reinforcement.rewards import check_names
+from megatrain.verbs.places import require
+
+FOR_SAMPLING = ("rewards", "reward_weights")
+"""Keys of `method` that say nothing to other methods."""
+
+
+def check_method(config: TrainConfig) -> None:
+    """Check that the keys of the method agree with one another and with the loop's. Raises ConfigError."""
+    method, loop = config.method, config.train
+    if method.name not in SAMPLING:
+        if given := next((name for name in FOR_SAMPLING if getattr(method, name)), None):
+            raise ConfigError(
+                f"method.{given}={getattr(method, given)}: method={method.name} has no rewards; add method=grpo"
+            )
+        if config.data.kind == KIND:
+            raise ConfigError(
+                f"data={KIND}: method={method.name} does not sample replies, and prompts have none; add method=grpo"
+            )
+        return
+    check_names(method.rewards, method.reward_weights)
+    if loop.global_batch_size % method.group_size:
+        fewer = loop.global_batch_size // method.group_size * method.group_size
+        raise ConfigError(
+            f"train.global_batch_size={loop.global_batch_size} counts replies, {method.group_size} to each prompt "
+            f"(method.group_size), and is not a multiple of that; give train.global_batch_size="
+            f"{either([size for size in (fewer, fewer + method.group_size) if size])}"
+        )
+    if method.max_new_tokens >= loop.seq_len:
+        raise ConfigError(
+            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in train.seq_len="
+            f"{loop.seq_len}; give fewer new tokens or a longer train.seq_len"
+        )
+    if method.kl and config.checkpoint.init_from is None:
+        raise ConfigError(
+            f"method.kl={method.kl:g} keeps the model close to the one that the run begins from; name that as "
+            "checkpoint.init_from=<run or checkpoint>, or use megatrain tune"
+        )
+    refused: dict[str, tuple[Any, Any]] = {
+        "train.batch_ramp_start": (loop.batch_ramp_start, None),
+        "train.skip_ranges": (loop.skip_ranges, []),
+        "train.mask_documents": (loop.mask_documents, False),
+        "data.packing": (config.data.packing, "concatenate"),
+        "resilience.spike_zscore": (config.resilience.spike_zscore, 0.0),
+    }
+    for key, (value, needed) in refused.items():
+        if value != needed:
+            raise ConfigError(
+                f"{key}={as_text(value)}: method={method.name} trains on replies that it samples, one a row; give "
+                f"{key}={as_text(needed)}, as method={method.name} does by itself"
+            )
+
+
+def check_method_files(config: TrainConfig) -> None:
+    """Check that the files of a user's rewards exist. Raises ConfigError."""
+    for name in config.method.rewards:
+        place = name.rpartition(":")[0]
+        if place.endswith(".py"):
+            require("method.rewards", Path(place).expanduser())

@@ -1,0 +1,97 @@
+"""`megatrain tune method=grpo`: rollouts between steps, resumed in their middle bit for bit, in another layout too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from support.commands import megatrain, metrics, same
+from support.records import at
+
+from megatrain.checkpoint.manifest import Identity, read_manifest
+from megatrain.checkpoint.store import load_weights, write
+from megatrain.config import ModelConfig, TokenizerConfig
+from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.model.init import build_model
+
+TUNE = [
+    "tune", "base", "method=grpo", "data.paths=[questions.jsonl]", "method.rewards=[own.py:vowels,ends_by_itself]",
+    "method.reward_weights=[1,0.1]", "train.steps=6", "train.global_batch_size=16", "train.micro_batch_size=4",
+    "method.group_size=4", "method.max_new_tokens=8", "train.seq_len=64", "method.updates=3", "method.kl=0.02",
+    "optim.lr=1e-2", "engine=native", "tracking=none", "checkpoint.every=1", "checkpoint.keep=10",
+]  # fmt: skip
+OWN = """
+def vowels(completions, answer):
+    return [sum(text.count(letter) for letter in "aeiou") / 8 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a random model and the run `base-grpo`."""
+    folder = tmp_path_factory.mktemp("grpo")
+    texts = [f"What is number {n}? The answer is {n * 7}." for n in range(300)]
+    config = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template="chatml")
+    tokenizer = train_byte_level_bpe(iter(texts), config)
+    model = ModelConfig(
+        num_layers=2, num_heads=2, num_kv_heads=2, hidden_size=32, ffn_size=48,
+        vocab_size=tokenizer.vocab_size, max_seq_len=128, init_std=0.3,
+    )  # fmt: skip
+    (folder / "base").mkdir()
+    tokenizer.save(folder / "base" / "tokenizer")
+    state = {f"model.{key}": value.detach() for key, value in build_model(model, seed=5).named_parameters()}
+    write(folder / "base", state, at(0, identity=Identity({"model": asdict(model)})), None)
+    (folder / "own.py").write_text(OWN)
+    lines = [json.dumps({"prompt": f"What is number {n}?", "answer": str(n * 7)}) for n in range(40)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    done = megatrain(folder, *TUNE)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def copied(folder, name, step):
+    """Copy the run as it was after a step; return the records that it must reach."""
+    shutil.copytree(folder / "runs" / "base-grpo", folder / "runs" / name)
+    for path in (folder / "runs" / name / "checkpoints").iterdir():
+        if int(path.name[-8:]) > step:
+            shutil.rmtree(path)
+    return metrics(folder, "base-grpo")
+
+
+def weights(folder, name):
+    last = folder / "runs" / name / "checkpoints" / "step_00000006"
+    return load_weights(last, read_manifest(last))
+
+
+def test_replies_serve_several_steps_and_what_is_rewarded_becomes_likelier(place):
+    records = metrics(place, "base-grpo")
+    hashes = [record["batch_hash"] for record in records]
+    assert len(set(hashes[:3])) == len(set(hashes[3:])) == 1 and hashes[0] != hashes[3]
+    assert ["reward" in record for record in records] == [True, False, False, True, False, False]
+    first, second = records[0], records[3]
+    assert second["reward"] > first["reward"] and first["kl"] == 0 < second["kl"]
+    assert first["reward"] == pytest.approx(first["reward/own.py:vowels"] + 0.1 * first["reward/ends_by_itself"])
+    assert first["log_prob_difference"] < 1e-5 < records[1]["log_prob_difference"], (
+        "the trainer agrees with the sampler"
+    )
+
+
+def test_a_run_resumed_in_the_middle_of_a_rollout_ends_bit_for_bit_the_same(place):
+    expected = copied(place, "again", step=4)
+    done = megatrain(place, *TUNE, "run.name=again")
+    assert done.returncode == 0, done.stderr
+    same(metrics(place, "again"), expected)
+    own = weights(place, "again")
+    assert all(torch.equal(own[name], tensor) for name, tensor in weights(place, "base-grpo").items())
+
+
+def test_another_layout_continues_with_the_same_replies(place):
+    expected = copied(place, "split", step=2)
+    done = megatrain(place, *TUNE, "run.name=split", "launch.nproc_per_node=2", "parallel.zero=3")
+    assert done.returncode == 0, done.stderr
+    found = metrics(place, "split")
+    assert [r["batch_hash"] for r in found] == [r["batch_hash"] for r in expected]
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
