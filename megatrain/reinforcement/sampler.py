@@ -21,6 +21,12 @@ from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.gpt import GPT
 from megatrain.reinforcement.rewards import Replies, RewardFunctions
 
+LONG_PROMPT = 256
+"""Mean tokens of a prompt from which on its computation is shared by its group: looking for it costs time too."""
+
+PROMPT_TOKENS = 4096
+"""Tokens of prompts that are computed at once."""
+
 _PASSED_ON = {kind.__name__: kind for kind in (RewardError, DivergedError)}
 """Errors of one rank that all ranks raise, so that they can save together."""
 
@@ -91,7 +97,9 @@ class Sampler:
         if not prompts:
             return Samples([], [], np.zeros(0, bool), np.zeros((0, len(self.rewards.names))), None)
         capacity = max(len(prompt.ids) for prompt in prompts) + method.max_new_tokens
-        generator = BatchGenerator(model, min(method.generate_batch_size, len(prompts)), capacity)
+        mean = sum(len(prompt.ids) for prompt in prompts) / len(prompts)
+        slots = min(method.generate_batch_size, len(prompts))
+        generator = BatchGenerator(model, slots, capacity, PROMPT_TOKENS, reuse_prefixes=mean >= LONG_PROMPT)
         settings = [
             SamplingSettings(
                 method.max_new_tokens,
