@@ -23,6 +23,7 @@ from megatrain.config import (
     TrainConfig,
     TrainLoopConfig,
     TrainTokenizerConfig,
+    TuneConfig,
 )
 from megatrain.config.arithmetic import divisors, either, nearest
 from megatrain.config.clean_config import MinhashConfig
@@ -79,7 +80,7 @@ def check_values(config: Any) -> None:
         check_sbatch_options(config.launch)
     if isinstance(config, LayoutsConfig):
         check_model(config.model)  # the rest depends on the layout: layouts.py checks it
-    elif isinstance(config, TrainConfig):
+    elif isinstance(config, TrainConfig) and not isinstance(config, TuneConfig):  # tune.py checks what it becomes
         check_folder_name("data.name", config.data.name)
         check_folder_name("run.name", config.run.name or "")
         if config.run.sweep is not None:

@@ -167,7 +167,7 @@ def test_a_dataset_made_for_fill_in_the_middle_is_refused_as_its_text_is_rearran
 def test_conversations_are_no_text_to_train_a_tokenizer_on(corpus):
     (corpus / "talks.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 2)
     paths = f"data.paths=[{corpus / 'talks.jsonl'}]"
-    with pytest.raises(ConfigError, match="data=chat: conversations are laid out by a trained tokenizer"):
+    with pytest.raises(ConfigError, match="data=chat: messages are laid out by a trained tokenizer"):
         tokenizer(composed(corpus, "data=chat", paths))
     with pytest.raises(ConfigError, match=r"data\.chat_template: has no effect"):
         tokenizer(composed(corpus, "data=files", paths, "data.chat_template=chatml"))
