@@ -113,6 +113,7 @@ def tags(line: list[Ancestor]) -> dict[str, Any]:
     return {
         "made_by": own.by,
         "checkpoint": own.folder,
+        "checksum": own.checksum,
         "data": own.data,
         "dataset_fingerprint": own.dataset_fingerprint,
         "parents": ", ".join(f"{one.name} step {one.step}" for one in found) or None,

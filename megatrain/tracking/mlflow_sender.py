@@ -25,6 +25,7 @@ from typing import IO, Any, TextIO, cast
 from megatrain.resilience.failure import seconds_of
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking.mlflow import tracking_uri, without_password
+from megatrain.tracking.mlflow_models import register_model
 from megatrain.tracking.mlflow_run import MAX_PARAM_LENGTH, ServerRun
 from megatrain.tracking.mlflow_store import plain
 from megatrain.tracking.restarts import Restart, Restarts
@@ -50,7 +51,7 @@ RESTART_TAG = "restart_{}"
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
-def main(write_report: Callable[[Path, Path], Path]) -> None:
+def main(write_report: Callable[[Path, Path], Path], describe_model: Callable[[Path], dict[str, Any]]) -> None:
     """Read the setup from standard input, then serve until the trainer finishes or dies."""
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log, not among the messages
@@ -63,7 +64,7 @@ def main(write_report: Callable[[Path, Path], Path]) -> None:
     parent = Parent(sys.stdin.fileno(), messages)
     setup = parent.read(timeout=None)
     if setup is not None:
-        Sender(setup, parent, write_report).serve()
+        Sender(setup, parent, write_report, describe_model).serve()
     parent.tell(finished=True)
 
 
@@ -120,10 +121,19 @@ class Sender:
     After an error everything is looked up again, because a run or its experiment may have been deleted in between.
     """
 
-    def __init__(self, setup: dict[str, Any], parent: Parent, write_report: Callable[[Path, Path], Path]) -> None:
-        """`write_report(run_dir, out)` writes the report, which becomes an artifact, and returns its path."""
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        parent: Parent,
+        write_report: Callable[[Path, Path], Path],
+        describe_model: Callable[[Path], dict[str, Any]] = lambda run_dir: {},
+    ) -> None:
+        """`write_report(run_dir, out)` writes the report, which becomes an artifact, and returns its path.
+
+        `describe_model(run_dir)` returns what the model registry gets as tags; empty if the run has no checkpoint.
+        """
         self.info, self.settings, self.parent = setup["info"], setup["settings"], parent
-        self.write_report = write_report
+        self.write_report, self.describe_model = write_report, describe_model
         self.run = ServerRun(self.info, self.settings, parent.tell)
         self.run_dir = self.run.run_dir
         self.metrics_path = self.run_dir / "metrics.jsonl"
@@ -312,6 +322,9 @@ class Sender:
         with tempfile.TemporaryDirectory() as folder:  # last, as it takes half a minute for a million steps
             report = self.write_report(self.run_dir, Path(folder) / "report.html")
             self.run.extra(run_id, "files", partial(self.client.log_artifact, run_id, str(report)))
+        if self.settings.get("register") and status == "done" and (tags := self.describe_model(self.run_dir)):
+            name = str(self.info["run_name"])
+            self.run.extra(run_id, "model", partial(register_model, self.client, run_id, name, tags))
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatrain.tracking import mlflow_sender
 
@@ -16,12 +17,20 @@ def write_report(run_dir: Path, out: Path) -> Path:
     return report(run_dir, out)
 
 
+def describe_model(run_dir: Path) -> dict[str, Any]:
+    """Return what the model registry keeps of the newest model of a run; empty if there is none."""
+    from megatrain.checkpoint.lineage import find_line, tags
+
+    line = find_line(run_dir)
+    return tags(line) if line else {}
+
+
 def run() -> None:
     """Serve until the end, then end this process at once: everything is sent, and the trainer waits for its end.
 
     Python would first take apart all that mlflow has imported, for a second or two.
     """
-    mlflow_sender.main(write_report)
+    mlflow_sender.main(write_report, describe_model)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)

@@ -601,3 +601,23 @@ def test_the_name_of_a_source_becomes_one_that_mlflow_takes():
     assert sent == {"heldout_loss/中文": 2.0, "heldout_loss/c__ _new_": 3.0}
     for name in sent:
         _validate_metric_name(name)
+
+
+def test_a_finished_model_is_registered_once_with_its_line_as_tags(runs):
+    run_dir = runs / "registered"
+    tags = {"checkpoint": str(run_dir / "c"), "checksum": "1" * 32, "parents": "base step 5", "data": None}
+    one = sender(run_dir)
+    one.settings["register"], one.describe_model = True, lambda run_dir: tags
+    write(MetricsLog(run_dir / "metrics.jsonl"), 1, 3)
+    one.connect()
+    one.finish("stopped")
+    assert not one.client.search_model_versions("name = 'registered'"), "a run that goes on has no model yet"
+    for _ in range(2):
+        one.finish("done")
+    (version,) = one.client.search_model_versions("name = 'registered'")
+    assert version.tags["parents"] == "base step 5" and "data" not in version.tags
+    assert version.run_id == one.run_id and version.source == str(run_dir / "c")
+    assert not [told for told in one.parent.told if "warning" in told]
+    tags["checksum"] = "2" * 32
+    one.finish("done")
+    assert len(one.client.search_model_versions("name = 'registered'")) == 2
