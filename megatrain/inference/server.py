@@ -14,6 +14,7 @@ import uvicorn
 from megatrain.config import ServeGroup
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, EnvironmentFault
 from megatrain.inference.app import log, make_app
+from megatrain.inference.content_checks import ContentChecks
 from megatrain.inference.service import ServedModel, Service
 
 
@@ -39,18 +40,19 @@ class Server(uvicorn.Server):
     """uvicorn, which ends as this program does: not ready at the first signal, and with an exit code of its own."""
 
     def __init__(
-        self, served: ServedModel, config: ServeGroup, keys: Sequence[str], announce: Callable[[], None]
+        self,
+        served: ServedModel,
+        config: ServeGroup,
+        keys: Sequence[str],
+        checks: ContentChecks,
+        announce: Callable[[], None],
     ) -> None:
         """`announce` is called once requests are taken."""
         self.service: Service | None = None
-        self._announce, self._error = announce, None
+        self._announce = announce
 
         def make_service() -> Service:
-            try:
-                self.service = Service(served, config, keys)
-            except ConfigError as error:
-                self._error = error
-                raise
+            self.service = Service(served, config, keys, checks)
             return self.service
 
         super().__init__(
@@ -64,21 +66,16 @@ class Server(uvicorn.Server):
             )
         )
 
-    _error: ConfigError | None
-
     def serve_until_signal(self, listener: socket.socket) -> int:
         """Serve until TERM or Ctrl-C, and return the exit code.
 
         The first signal lets requests that run finish, for at most `serve.grace_s`; the second ends at once.
 
         Raises:
-            ConfigError: a content check cannot be loaded.
             EnvironmentFault: the server cannot start.
         """
         with suppress(SystemExit):
             self.run(sockets=[listener])
-        if self._error is not None:
-            raise self._error
         if self.service is None:
             raise EnvironmentFault("the server cannot start; the lines above say why")
         return EXIT_INTERRUPTED if self.force_exit else EXIT_OK

@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError
 from megatrain.inference.api_errors import ApiError
 from megatrain.inference.api_requests import ChatRequest, CompletionRequest, check_fields
 from megatrain.inference.batch_generator import BatchGenerator
-from megatrain.inference.content_checks import Check, ContentChecks, content_checks
+from megatrain.inference.content_checks import Check, ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import GenerationThread
 from megatrain.inference.job import Job, Prompt
@@ -45,10 +45,9 @@ class ServedModel:
 class Service:
     """One server process's model, limits and counts. Made in its event loop; `stop` ends its thread."""
 
-    def __init__(self, served: ServedModel, config: ServeGroup, keys: Sequence[str]) -> None:
-        """Raises `ConfigError` if a content check cannot be loaded."""
-        self.served, self.config, self.keys = served, config, list(keys)
-        self.checks: ContentChecks = content_checks(config)
+    def __init__(self, served: ServedModel, config: ServeGroup, keys: Sequence[str], checks: ContentChecks) -> None:
+        """Without `keys` anybody may ask."""
+        self.served, self.config, self.keys, self.checks = served, config, list(keys), checks
         self.context = served.model.config.max_seq_len
         self.is_draining = False
         generator = BatchGenerator(

@@ -22,7 +22,7 @@ def serve(config: ServeConfig) -> int:
         EnvironmentFault: the libraries of the server are not installed.
     """
     try:
-        from megatrain.inference.content_checks import read_lines
+        from megatrain.inference.content_checks import content_checks, read_lines
         from megatrain.inference.server import Server, bind
         from megatrain.inference.service import ServedModel
     except ModuleNotFoundError as error:
@@ -31,6 +31,7 @@ def serve(config: ServeConfig) -> int:
     keys = [] if group.api_key is None else [group.api_key]
     if group.api_key_file is not None:
         keys += read_lines("serve.api_key_file", Path(group.api_key_file))
+    checks = content_checks(group)
     listener = bind(group.host, group.port)
     loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer()
@@ -47,7 +48,7 @@ def serve(config: ServeConfig) -> int:
             say("warning: anybody who reaches this address can use the model; give serve.api_key")
 
     with listener:
-        return Server(served, group, keys, announce).serve_until_signal(listener)
+        return Server(served, group, keys, checks, announce).serve_until_signal(listener)
 
 
 def _name(path: Path) -> str:

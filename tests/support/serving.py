@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import asdict
 
+from megatrain.checkpoint.manifest import Identity
+from megatrain.checkpoint.store import write
 from megatrain.config import ModelConfig, ServeGroup, TokenizerConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.inference.content_checks import content_checks
 from megatrain.inference.server import Server, bind
 from megatrain.inference.service import ServedModel
 from megatrain.model.init import build_model
+from support.records import at
 
 LIMIT_S = 120
 """Longest wait of a test, generous enough for a slow and busy machine."""
@@ -35,7 +43,7 @@ def running(served, keys=(), **changes):
     settings = {"port": 0, "max_concurrent": 4, "max_queue": 8, "max_new_tokens": 100, "timeout_s": LIMIT_S}
     config = ServeGroup(**{**settings, **changes})
     started = threading.Event()
-    server = Server(served, config, keys, started.set)
+    server = Server(served, config, keys, content_checks(config), started.set)
     with bind(config.host, config.port) as listener:
         thread = threading.Thread(target=server.serve_until_signal, args=(listener,))
         thread.start()
@@ -54,3 +62,25 @@ def wait_until(condition, what):
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def save_assistant(folder):
+    """Write the model of `make_assistant` as a checkpoint."""
+    assistant = make_assistant()
+    folder.mkdir()
+    assistant.tokenizer.save(folder / "tokenizer")
+    state = {f"model.{name}": value.detach() for name, value in assistant.model.named_parameters()}
+    write(folder, state, at(0, identity=Identity({"model": asdict(assistant.model.config)})), None)
+
+
+def started(*words):
+    """Start `megatrain serve` in a process of its own; return it and its address, once it says so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatrain", "serve", *words, "serve.port=0", "device=cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert " on http://" in line, process.communicate()
+    return process, re.search(r"http://\S+", line).group()

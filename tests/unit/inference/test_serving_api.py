@@ -12,8 +12,12 @@ import pytest
 import torch
 from support.serving import LIMIT_S, make_assistant, running, wait_until
 
+from megatrain.config import ServeGroup
+from megatrain.errors import ConfigError
 from megatrain.inference.batch_generator import BatchGenerator
+from megatrain.inference.content_checks import content_checks
 from megatrain.inference.draw import SamplingSettings
+from megatrain.inference.server import bind
 
 torch.set_num_threads(1)
 
@@ -307,3 +311,22 @@ def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(assist
         ("request", 200, True),
     ]
     assert "77423" not in json.dumps(lines) and lines[0]["completion_tokens"] == 20
+
+
+def test_addresses_and_checks_that_cannot_be_used_are_refused_before_the_model_is_loaded(tmp_path):
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"serve.port: cannot listen on 127.0.0.1 port {port} .*in use"):
+            bind("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"serve\.host: cannot listen on no\.such\.host"):
+        bind("no.such.host.invalid", 0)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for name, words in (
+        ("nowhere:check", "nowhere cannot be imported"), ("json:nothing", "has no function nothing"),
+        ("json", "expected module:function"), (f"{tmp_path}/no.py:check", "there is no file"),
+        (f"{tmp_path}/broken.py:check", "ZeroDivisionError"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            content_checks(ServeGroup(check_reply=name))
+    with pytest.raises(ConfigError, match=r"serve.blocked_words: .* cannot be read"):
+        content_checks(ServeGroup(blocked_words=str(tmp_path / "none.txt")))
