@@ -46,6 +46,8 @@ ACTIONS: dict[str, str] = {
     "serve": "megatrain.verbs.serve:serve",
     "export": "megatrain.verbs.export:export_",
     "import": "megatrain.verbs.import_:import_",
+    "merge": "megatrain.verbs.merge:merge",
+    "compress": "megatrain.verbs.compress:compress",
     "inspect": "megatrain.verbs.inspect:inspect",
     "tokenizer": "megatrain.verbs.tokenizer:tokenizer",
     "tokenizers": "megatrain.verbs.tokenizers:tokenizers",

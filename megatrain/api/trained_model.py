@@ -57,7 +57,9 @@ class TrainedModel(_Parts):
 def _typed(name: str, value: Any) -> Any:
     """Return the value of a key of `megatrain generate`, read as on the command line. Raises ConfigError."""
     hints = {
-        key: hint for key, hint in key_types(GenerateConfig).items() if key not in ("path", "step", "prompt", "device")
+        key: hint
+        for key, hint in key_types(GenerateConfig).items()
+        if key not in ("path", "step", "ensemble", "prompt", "device")
     }
     if name not in hints:
         raise ConfigError(f"generate has no {name}{did_you_mean('', name, list(hints))} (it has {', '.join(hints)})")

@@ -31,7 +31,7 @@ def as_ancestor(folder: Path, manifest: Manifest) -> Ancestor:
     made = getattr(identity, "made_from", None) or {}
     by = str(config.get("method", {}).get("name", "pretrain")) if identity.layout else "import"
     if made:
-        by = str(made.get("by") or made.get("how") or "made")
+        by = str(made.get("by") or made.get("to") or "made")
     return Ancestor(
         name=str(config.get("run", {}).get("name") or folder.name),
         by=by,

@@ -130,7 +130,8 @@ class Identity:
     dataset, and `imported_from` is the folder that they came from. `generation` is the generation_config.json of the
     folder that the weights were first imported from. `overrides` are in the order they were made.
     `mixture` is None for a run on one dataset. `ancestors` are the models that the weights came from, back to the
-    first, each after those that it was made from (lineage.py).
+    first, each after those that it was made from (lineage.py). `made_from` says of a merged or compressed model how it
+    was made of which.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +142,7 @@ class Identity:
     imported_from: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     overrides: list[Override] = field(default_factory=list)
+    made_from: dict[str, Any] = field(default_factory=dict)
     mixture: MixturePlan | None = None
     ancestors: list[Ancestor] = field(default_factory=list)
 
@@ -208,7 +210,7 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
-        for name in ("generation", "overrides", "mixture", "ancestors"):
+        for name in ("generation", "overrides", "made_from", "mixture", "ancestors"):
             if not identity[name]:
                 del identity[name]
         optimizer = self.counters.optimizer

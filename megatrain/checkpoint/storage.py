@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,14 @@ from torch.futures import Future
 from megatrain.checkpoint.manifest import Chunk, FileEntry, Manifest, RunRecord, TensorEntry, write_manifest
 from megatrain.errors import CheckpointError
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 _READ_AT_ONCE = 2**24
@@ -62,7 +69,18 @@ class WrittenFile:
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-    """Write contiguous CPU tensors to a safetensors file and flush it to the disk.
+    """Write contiguous CPU tensors to a safetensors file and flush it to the disk."""
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_stream(path, described, tensors.values())
+
+
+def write_stream(
+    path: Path, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> WrittenFile:
+    """Write tensors to a safetensors file, one at a time, and flush it to the disk.
+
+    `described` has the dtype and shape of each, in the order of `tensors`: contiguous, on the CPU, and made only when
+    they are written.
 
     The safetensors library would copy everything and need a second pass for the checksum. This function writes and
     hashes the tensors' memory block by block. The format (https://huggingface.co/docs/safetensors) is: the header's
@@ -70,25 +88,28 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFi
     """
     header: dict[str, Any] = {}
     at = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
+    for name, (dtype, shape) in described.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = xxhash.xxh3_128(), 0
     with path.open("xb", buffering=0) as file:
-        parts = [memoryview(struct.pack("<Q", len(text)) + text), *map(_bytes, tensors.values())]
-        for piece in parts:
+
+        def write(piece: memoryview) -> None:
+            nonlocal size
             for start in range(0, len(piece), _HASH_BLOCK):
                 block = piece[start : start + _HASH_BLOCK]
                 digest.update(block)
                 size += len(block)
                 while block:  # a write may be partial
                     block = block[file.write(block) :]
+
+        write(memoryview(struct.pack("<Q", len(text)) + text))
+        for (name, wanted), tensor in zip(described.items(), tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == wanted, f"{name} is not as described"
+            write(_bytes(tensor))
         os.fsync(file.fileno())
     return WrittenFile(path.name, size, digest.hexdigest())
 

@@ -44,6 +44,9 @@ TOKENIZER = "tokenizer"
 
 VOCABULARY = "model.vocab_size"
 
+QUANTIZED = ("int8.", "int4.")
+"""How the names of quantised weights in a checkpoint begin."""
+
 SHOWN = 6
 """Most names that a message lists."""
 
@@ -158,6 +161,8 @@ def tokenizer_arguments(folder: Path) -> str:
 
 def _check_tensors(folder: Path, manifest: Manifest, own: Mapping[str, tuple[int, ...]]) -> None:
     """Check that a checkpoint holds exactly the parameters that its own config describes."""
+    if any(name.startswith(QUANTIZED) for name in manifest.tensors):
+        raise CheckpointError(quantized_message(folder, manifest))
     prefix = "model."
     stored = {name.removeprefix(prefix): t.shape for name, t in manifest.tensors.items() if name.startswith(prefix)}
     problems = []
@@ -173,6 +178,15 @@ def _check_tensors(folder: Path, manifest: Manifest, own: Mapping[str, tuple[int
             f"{folder}: the weights are not those of the model that its manifest.json describes: it "
             f"{'; it '.join(problems)}"
         )
+
+
+def quantized_message(folder: Path, manifest: Manifest) -> str:
+    """Return the message for a checkpoint of quantised weights where others are needed."""
+    sources = manifest.identity.made_from.get("sources") or [{}]
+    return (
+        f"{folder} holds quantised weights ({manifest.identity.made_from.get('to')}), which are for evaluating and "
+        f"sampling alone; take the model that they were made from: {sources[0].get('path')}"
+    )
 
 
 def _refusal(folder: Path, contradicted: Mapping[str, tuple[Any, Any]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatrain.config.checkpoint_config import CheckpointConfig
 from megatrain.config.clean_config import CleanConfig
+from megatrain.config.compress_configs import CompressConfig, MergeConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
 from megatrain.config.evaluate_config import EvaluateConfig
@@ -55,6 +56,7 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "CleanConfig",
+    "CompressConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",
@@ -67,6 +69,7 @@ __all__ = [
     "LayoutListConfig",
     "LayoutsConfig",
     "LoraConfig",
+    "MergeConfig",
     "MethodConfig",
     "ModelConfig",
     "OpenDataConfig",

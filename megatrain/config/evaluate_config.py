@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from megatrain.config.key import key
 
 STEP_HELP = "step of the run's checkpoint to take; null takes the newest intact one"
+ENSEMBLE_HELP = "further models of the same tokenizer (as path); the probabilities of all are averaged"
 
 
 @dataclass
@@ -16,6 +17,7 @@ class EvaluateConfig:
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     paths: list[str] = key([], "more of these, to compare with path: megatrain evaluate runs/a runs/b", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
+    ensemble: list[str] = key([], ENSEMBLE_HELP, path=True)
     data: str | None = key(None, "prepared dataset folder or text file; null means the run's own dataset", path=True)
     split: str = key("heldout", "split of a prepared dataset to evaluate on", choices=("train", "heldout"))
     seq_len: int | None = key(

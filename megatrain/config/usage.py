@@ -127,6 +127,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain prepare data.name=finetune tokenizer=hf tokenizer.path=imported/tokenizer",
         "megatrain train checkpoint.init_from=imported data.name=finetune",
     ),
+    "merge": (
+        "megatrain merge runs/first runs/second out=merged",
+        "megatrain merge runs/mine out=averaged by=ema decay=0.8",
+        "megatrain merge runs/chat runs/code out=merged by=ties base=runs/base density=0.3",
+    ),
+    "compress": (
+        "megatrain compress runs/mine out=small to=int8",
+        "megatrain compress runs/mine out=sparse to=2:4",
+        "megatrain compress runs/mine out=mine.gguf to=gguf gguf_type=q4_0",
+    ),
     "inspect": (
         "megatrain inspect runs/small-python_stdlib",
         "megatrain inspect runs/mine step=500",

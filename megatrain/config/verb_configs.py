@@ -6,9 +6,10 @@ from dataclasses import MISSING, dataclass, field
 
 from megatrain.config.checkpoint_config import CheckpointConfig
 from megatrain.config.clean_config import CleanConfig
+from megatrain.config.compress_configs import CompressConfig, MergeConfig
 from megatrain.config.data_config import DataConfig
 from megatrain.config.engine_config import EngineConfig
-from megatrain.config.evaluate_config import STEP_HELP, EvaluateConfig
+from megatrain.config.evaluate_config import ENSEMBLE_HELP, STEP_HELP, EvaluateConfig
 from megatrain.config.key import key
 from megatrain.config.launch_config import LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
@@ -230,6 +231,7 @@ class GenerateConfig:
 
     path: str = key(MISSING, "run folder, checkpoint folder or Hugging Face folder", path=True)
     step: int | None = key(None, STEP_HELP, minimum=0)
+    ensemble: list[str] = key([], ENSEMBLE_HELP, path=True)
     prompt: str = key("", "text to continue; empty starts a new document")
     suffix: str | None = key(None, "text after a gap: the model writes what is missing between prompt and suffix")
     fim_tokens: list[str] = key(
@@ -364,6 +366,8 @@ VERBS: dict[str, type] = {
     "serve": ServeConfig,
     "export": ExportConfig,
     "import": ImportConfig,
+    "merge": MergeConfig,
+    "compress": CompressConfig,
     "inspect": InspectConfig,
     "tokenizer": TrainTokenizerConfig,
     "tokenizers": TokenizersConfig,

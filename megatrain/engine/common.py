@@ -17,9 +17,10 @@ from megatrain.errors import EnvironmentFault
 from megatrain.kernels.choice import Kernels, choose
 from megatrain.kernels.support import KernelError
 from megatrain.model.dtypes import DTYPES as DTYPES
+from megatrain.model.ensemble import Ensemble
 from megatrain.model.gpt import GPT
 from megatrain.optim.loss_scale import LossScaler
-from megatrain.optim.objective import LossMeter, NextToken
+from megatrain.optim.objective import LossMeter, NextToken, OutputHead
 from megatrain.optim.slots import decays
 from megatrain.parallel.context import local_slice
 from megatrain.parallel.layout import Layout
@@ -36,8 +37,10 @@ def dropout_seed(seed: int, step: int, micro_batch: int, dp_cp_rank: int, tensor
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
-def summed_loss(model: nn.Module, micro_batch: MicroBatch, seed: int | None, meter: LossMeter, head: GPT) -> Tensor:
-    """Return the objective's summed loss of a micro-batch, an fp32 scalar. `model` may wrap the GPT `head`."""
+def summed_loss(
+    model: nn.Module, micro_batch: MicroBatch, seed: int | None, meter: LossMeter, head: OutputHead
+) -> Tensor:
+    """Return the objective's summed loss of a micro-batch, an fp32 scalar. `model` may wrap `head`."""
     loss: Tensor = model(
         micro_batch.tokens,
         positions=micro_batch.positions,
@@ -98,7 +101,7 @@ def scaled_loss(loss: Tensor, factor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: GPT, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter) -> Tensor:
+def measure(model: GPT | Ensemble, batches: Iterable[MicroBatch], device: torch.device, meter: LossMeter) -> Tensor:
     """Evaluate this rank's `batches`; return the summed loss, the number of its terms and the objective's sums.
 
     They are float64 `[2 + scalars]`.
@@ -114,7 +117,7 @@ def measure(model: GPT, batches: Iterable[MicroBatch], device: torch.device, met
     return torch.cat([torch.stack([loss_sum, on_device(count, device).double()]), meter.take()])
 
 
-def evaluate(model: GPT, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
+def evaluate(model: GPT | Ensemble, batches: Iterable[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the summed next-token loss (float64) of `batches`, and the number of its terms (int64)."""
     totals = measure(model, batches, device, LossMeter(NextToken(), device))
     return totals[0], totals[1].long()

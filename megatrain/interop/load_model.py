@@ -8,17 +8,20 @@ huggingface.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatrain.checkpoint.find import lora_of, model_of, tokenizer_folder
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.naming import list_checkpoints
+from megatrain.checkpoint.one_by_one import TensorReader
 from megatrain.checkpoint.store import first_valid, load_weights, verify
+from megatrain.checkpoint.weights import quantized_message
 from megatrain.config import LoraConfig, ModelConfig
 from megatrain.data.tokenizer import META, Tokenizer
 from megatrain.data.tokenizer_hf import find_hugging_face
@@ -30,6 +33,7 @@ from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.model.count import adapter_shapes
 from megatrain.model.gpt import GPT
 from megatrain.model.lora import merged
+from megatrain.model.quantized import KINDS, SCALE, Quantized, install, linear_of
 
 _LOG = logging.getLogger("megatrain")
 
@@ -40,7 +44,8 @@ class Loaded:
 
     `weights` are whole tensors on the CPU, by single-device name. `tokenizer` was read from the folder
     `tokenizer_dir`. `manifest` is the checkpoint's, or None for a Hugging Face folder. Low-rank layers are merged into
-    `weights`; `adapters` has them as they were, and `lora` is their config.
+    `weights`; `adapters` has them as they were, and `lora` is their config. Weights that are stored in 8 or 4 bits are
+    in `quantized`, not in `weights`.
     """
 
     folder: Path
@@ -51,6 +56,7 @@ class Loaded:
     tokenizer_dir: Path | None
     adapters: dict[str, Tensor] = field(default_factory=dict)
     lora: LoraConfig | None = None
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Return the origin as text."""
@@ -96,6 +102,12 @@ class Loaded:
             )
         return self.tokenizer
 
+    def need_dense(self) -> dict[str, Tensor]:
+        """Return all weights. Raises CheckpointError if some are quantised."""
+        if self.quantized and self.manifest:
+            raise CheckpointError(quantized_message(self.folder, self.manifest))
+        return self.weights
+
     def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
         """Return the model on `device` in fp32 and eval mode, with `kernels` as its operations.
 
@@ -104,16 +116,22 @@ class Loaded:
         """
         with torch.device("meta"):
             model = GPT(self.config, kernels)
-        model = model.to_empty(device=device).float()
-        names = dict(model.named_parameters())
-        if names.keys() != self.weights.keys():
-            first = sorted(names.keys() ^ self.weights.keys())[0]
+        given = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        given |= {name: weight.shape for name, weight in self.quantized.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if shapes.keys() != given.keys():
+            first = sorted(shapes.keys() ^ given.keys())[0]
             raise CheckpointError(f"{self.folder}: the weights do not match the config's model; see {first}")
+        if different := [name for name, shape in shapes.items() if given[name] != shape]:
+            raise CheckpointError(f"{self.folder}: the shape of {different[0]} does not match the config")
+        for name in self.quantized:
+            linear_of(model, name).weight = nn.Parameter(torch.empty(0, device="meta"))  # no memory for a dense one
+        model = model.to_empty(device=device).float()
         with torch.no_grad():
-            for name, parameter in names.items():
-                if parameter.shape != self.weights[name].shape:
-                    raise CheckpointError(f"{self.folder}: the shape of {name} does not match the config")
-                parameter.copy_(self.weights[name])
+            for name, parameter in model.named_parameters():
+                if name not in self.quantized:
+                    parameter.copy_(self.weights[name])
+        install(model, self.quantized, device)
         return model.eval()
 
 
@@ -126,15 +144,24 @@ def load(path: Path, step: int | None = None) -> Loaded:
         ConfigError: the path holds no model, or there is no checkpoint of that step.
         CheckpointError: the checkpoint is damaged, or a run has no valid one.
     """
+    folder, manifest = find_model(path, step)
+    return _load_huggingface(folder) if manifest is None else _load_checkpoint(folder, manifest)
+
+
+def find_model(path: Path, step: int | None = None) -> tuple[Path, Manifest | None]:
+    """Return the folder of the model that `load` would load, and its verified manifest; None for Hugging Face.
+
+    Raises as `load` does.
+    """
     if step is not None:
         path = find_checkpoint(path, step)
     kind = kind_of(path)
     if kind == "huggingface":
-        return _load_huggingface(path)
+        return path, None
     if kind == "checkpoint":
-        return _load_checkpoint(path, verify(path))
+        return path, verify(path)
     if kind == "run":
-        return _load_checkpoint(*_newest(path))
+        return _newest(path)
     if kind == "dataset":
         raise ConfigError(f"path={path} is a prepared dataset; give a run, a checkpoint or a Hugging Face folder")
     raise ConfigError(
@@ -168,7 +195,19 @@ def _load_checkpoint(folder: Path, manifest: Manifest) -> Loaded:
     lora = lora_of(manifest)
     adapters = {name: weights[name] for name in adapter_shapes(config, lora)} if lora else {}
     weights = merged(weights, lora) if lora else weights
-    return Loaded(folder, config, weights, manifest, tokenizer, tokenizer_dir, adapters, lora)
+    quantized = _quantized(folder, manifest)
+    return Loaded(folder, config, weights, manifest, tokenizer, tokenizer_dir, adapters, lora, quantized)
+
+
+def _quantized(folder: Path, manifest: Manifest) -> dict[str, Quantized]:
+    """Read the quantised weights of a checkpoint; most have none."""
+    found = [name.partition(".")[::2] for name in manifest.tensors if name.startswith(tuple(f"{k}." for k in KINDS))]
+    reader = TensorReader(folder, manifest) if found else None
+    return {
+        name: Quantized(kind, reader.read(f"{kind}.{name}"), reader.read(f"{SCALE}.{name}"))
+        for kind, name in found
+        if reader
+    }
 
 
 def _load_huggingface(folder: Path) -> Loaded:

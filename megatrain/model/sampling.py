@@ -11,13 +11,14 @@ from torch import Tensor
 
 from megatrain.errors import ConfigError
 from megatrain.model.cache import KVCache
+from megatrain.model.ensemble import Ensemble, log_probabilities, mean_probability
 from megatrain.model.gpt import GPT
 
 log = logging.getLogger(__name__)
 
 
 def generate(
-    model: GPT,
+    model: GPT | Ensemble,
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
@@ -31,8 +32,9 @@ def generate(
 
     `temperature=0` is greedy. Otherwise logits are divided by the temperature and restricted to the `top_k` likeliest
     ids (0 keeps all), then to the likeliest ids that together have a probability of `top_p` (Holtzman et al., 2019,
-    arXiv:1904.09751). A CPU generator seeded with `seed` draws from them, whatever the model's device. The model is put
-    in eval mode. With rotary positions, generation past `max_seq_len` logs a warning and continues.
+    arXiv:1904.09751). A CPU generator seeded with `seed` draws from them, whatever the model's device. The logits of an
+    ensemble are the logarithms of its mean probabilities. The model is put in eval mode. With rotary positions,
+    generation past `max_seq_len` logs a warning and continues.
 
     Raises:
         ConfigError: at once, for an empty prompt, an id outside the vocabulary, or more tokens than a model with
@@ -44,7 +46,7 @@ def generate(
     return _sample(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_ids)
 
 
-def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> None:
+def check_request(model: GPT | Ensemble, prompt_ids: list[int], max_new_tokens: int) -> None:
     """Raise `ConfigError` if the model cannot take the prompt, or cannot generate that many tokens after it."""
     config = model.config
     if not prompt_ids:
@@ -66,7 +68,7 @@ def check_request(model: GPT, prompt_ids: list[int], max_new_tokens: int) -> Non
 
 
 def _sample(
-    model: GPT,
+    model: GPT | Ensemble,
     prompt_ids: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -75,19 +77,31 @@ def _sample(
     generator: torch.Generator,
     stop_ids: Collection[int],
 ) -> Iterator[int]:
-    weight = model.embed.weight
-    cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens - 1, weight.device, weight.dtype)
+    members = model.each() if isinstance(model, Ensemble) else [model]
+    caches = [_cache(member, len(prompt_ids) + max_new_tokens - 1) for member in members]
     tokens = prompt_ids
     for _ in range(max_new_tokens):
-        # The guard covers only the model: a yield inside it would leave gradients off in the caller.
+        # The guard covers only the models: a yield inside it would leave gradients off in the caller.
         with torch.no_grad():
-            last = model.hidden(torch.tensor([tokens], device=weight.device), cache=cache)[:, -1]
-            logits = model.head(last)[0].float().cpu()
+            found = [_next_logits(member, tokens, cache) for member, cache in zip(members, caches, strict=True)]
+            logits = found[0] if len(found) == 1 else mean_probability([log_probabilities(each) for each in found])
         drawn = draw(logits, temperature, top_k, top_p, generator)
         if drawn in stop_ids:
             return
         yield drawn
         tokens = [drawn]
+
+
+def _cache(model: GPT, capacity: int) -> KVCache:
+    weight = model.embed.weight
+    return KVCache(model.config, 1, capacity, weight.device, weight.dtype)
+
+
+def _next_logits(model: GPT, tokens: list[int], cache: KVCache) -> Tensor:
+    """Return the fp32 logits `[V]` of what follows `tokens`, which continue those in the cache, on the CPU."""
+    last = model.hidden(torch.tensor([tokens], device=model.embed.weight.device), cache=cache)[:, -1]
+    logits: Tensor = model.head(last)[0].float().cpu()
+    return logits
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
+from megatrain.verbs.ensembles import build, load_others
 from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, WIN_RATE, kind_of_evaluation
 from megatrain.verbs.printer import Printer
 
@@ -125,8 +126,9 @@ def evaluate(config: EvaluateConfig) -> None:
     results = []
     for path in [config.path, *config.paths]:
         loaded = load(Path(path), config.step)
-        results.append(evaluate_loss(replace(config, path=path), loaded))
-        print_result(results[-1], loaded)
+        others = load_others(loaded, config.ensemble)
+        results.append(evaluate_loss(replace(config, path=path), loaded, others))
+        print_result(results[-1], " and ".join(model.describe() for model in (loaded, *others)))
     if not sys.stdout.isatty():
         print(json.dumps(results[0] if len(results) == 1 else {"models": results}), flush=True)
     if len(results) > 1:
@@ -135,8 +137,8 @@ def evaluate(config: EvaluateConfig) -> None:
         Printer(stderr=not sys.stdout.isatty()).table("side by side", ["model", *columns], rows)
 
 
-def evaluate_loss(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
-    """Return the scores of a model on text.
+def evaluate_loss(config: EvaluateConfig, loaded: Loaded, others: Sequence[Loaded] = ()) -> dict[str, Any]:
+    """Return the scores of a model on text, or of its ensemble with others.
 
     `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
     loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card. A model that was
@@ -144,11 +146,11 @@ def evaluate_loss(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
     """
     mixture = mixed_sources(config, loaded)
     sources = mixture or {"": open_source(config, loaded)}
-    seq_len = choose_sequence_length(config, loaded)
+    seq_len = choose_sequence_length(config, [loaded, *others])
     device = device_by_name(config.device)
     ends = {name: find_end_of_document(loaded, source) for name, source in sources.items()}
     mode = "reference" if loaded.run_config().get("kernels") == "reference" else "auto"
-    model = loaded.build(device, choose(mode, device, torch.float32, loaded.config.hidden_size, compiled=False))
+    model = build([loaded, *others], device, choose(mode, device, torch.float32, loaded.config.hidden_size, False))
     started = time.perf_counter()
     scores, total = {}, Evaluation()
     for name, source in sources.items():
@@ -188,6 +190,8 @@ def evaluate_loss(config: EvaluateConfig, loaded: Loaded) -> dict[str, Any]:
         result["sources"] = {
             name: {"weight": sources[name].weight / weights, **found} for name, found in scores.items()
         }
+    if others:
+        result["ensemble"] = [str(other.folder) for other in others]
     return result
 
 
@@ -226,11 +230,11 @@ def compute_scores(loss_sum: float, tokens: int, source: Source) -> dict[str, An
     }
 
 
-def print_result(result: dict[str, Any], loaded: Loaded) -> None:
+def print_result(result: dict[str, Any], who: str) -> None:
     """Print a summary for people, on standard error where standard output is for programs."""
     bits, num_bytes = result["bits_per_byte"], result["bytes"]
     lines = [
-        f"{loaded.describe()} on {result['data']}",
+        f"{who} on {result['data']}",
         f"  loss           {result['loss']:.6f} nats per token",
         f"  perplexity     {result['perplexity']:.4f}",
         f"  bits per byte  {f'{bits:.6f}' if bits is not None else 'unknown, like the size of the text'}",
@@ -247,10 +251,10 @@ def print_result(result: dict[str, Any], loaded: Loaded) -> None:
     print("\n".join(lines), file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
 
 
-def choose_sequence_length(config: EvaluateConfig, loaded: Loaded) -> int:
-    """Return `seq_len`, or that of training, or the model's maximum. Raises ConfigError above the maximum."""
-    longest = loaded.config.max_seq_len
-    seq_len = config.seq_len or loaded.run_config().get("train", {}).get("seq_len") or longest
+def choose_sequence_length(config: EvaluateConfig, models: Sequence[Loaded]) -> int:
+    """Return `seq_len`, or that of training, or the models' maximum. Raises ConfigError above the maximum."""
+    longest = min(model.config.max_seq_len for model in models)
+    seq_len = config.seq_len or models[0].run_config().get("train", {}).get("seq_len") or longest
     if seq_len > longest:
         raise ConfigError(f"seq_len={seq_len} is longer than the model's maximum; give seq_len={longest} or less")
     return int(seq_len)

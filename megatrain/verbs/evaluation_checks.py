@@ -17,6 +17,7 @@ REWARDS_ARE = "it gets prompts and completions and returns a number for each, as
 ASKING = (TASKS, EXAMPLES, WIN_RATE)
 
 USED_BY: dict[str, tuple[str, ...]] = {
+    "ensemble": (LOSS,),
     "data": (LOSS,),
     "split": (LOSS,),
     "seq_len": (LOSS,),
@@ -69,7 +70,8 @@ def check_keys(config: EvaluateConfig) -> None:
             raise ConfigError(f"judge={config.judge} is neither module:function nor {', '.join(EMBEDDED)}")
     for f in fields(EvaluateConfig):
         value = getattr(config, f.name)
-        if f.name in USED_BY and kind not in USED_BY[f.name] and value != f.default:
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if f.name in USED_BY and kind not in USED_BY[f.name] and value != default:
             needed = [name for other in USED_BY[f.name] for name in CHOSEN_BY.get(other, ())[:1]]
             advice = (
                 f"add {' or '.join(f'{name}=...' for name in needed)}, or leave it out" if needed else "leave it out"

@@ -40,7 +40,7 @@ def export_(config: ExportConfig) -> None:
             return
         export_model(
             loaded.config,
-            loaded.weights,
+            loaded.need_dense(),
             out,
             dtype=config.dtype,
             tokenizer_dir=loaded.tokenizer_dir,

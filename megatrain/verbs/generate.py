@@ -14,8 +14,10 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import load
+from megatrain.model.ensemble import Ensemble
 from megatrain.model.gpt import GPT
 from megatrain.model.sampling import generate as sample
+from megatrain.verbs.ensembles import build, load_others
 
 
 def generate(config: GenerateConfig) -> None:
@@ -29,7 +31,8 @@ def generate(config: GenerateConfig) -> None:
     loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer()
     prompt, suffix = _texts(config)
-    pieces = stream(loaded.build(device_by_name(config.device)), tokenizer, loaded.end_tokens(), config)
+    model = build([loaded, *load_others(loaded, config.ensemble)], device_by_name(config.device))
+    pieces = stream(model, tokenizer, loaded.end_tokens(), config)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal shows `?` for a character it does not have
     print_text(prompt)
@@ -38,7 +41,9 @@ def generate(config: GenerateConfig) -> None:
     print_text(f"{suffix or ''}\n")
 
 
-def stream(model: GPT, tokenizer: Tokenizer, end_tokens: Collection[int], config: GenerateConfig) -> Iterator[str]:
+def stream(
+    model: GPT | Ensemble, tokenizer: Tokenizer, end_tokens: Collection[int], config: GenerateConfig
+) -> Iterator[str]:
     """Return the continuation of `config.prompt` in pieces, as it is sampled; `end_tokens` may end it.
 
     With `config.suffix` that is what stands between the prompt and the suffix.

@@ -151,6 +151,7 @@ def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
     if found.manifest:
         printer.facts(checkpoint_facts(found.manifest))
         printer.table("where it came from", lineage.COLUMNS, lineage.rows(lineage.line_of(folder, found.manifest)))
+        printer.table("made from", ("model", "step", "weight", "fingerprint"), origin_rows(found.manifest))
         printer.table("mixture", MIXTURE_COLUMNS, mixture_rows(found.manifest))
         printer.table("tensors", ("kind", "dtype", "tensors", "elements", "bytes"), tensor_rows(found.manifest))
         printer.table("config", ("key", "value"), highlights(found.manifest.identity.config))
@@ -162,7 +163,10 @@ def print_checkpoint(printer: Printer, folder: Path) -> list[str]:
 def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
     """Return the run's position and what wrote the checkpoint."""
     progress, identity, optimizer = manifest.progress, manifest.identity, manifest.counters.optimizer
-    parameters = sum(math.prod(tensor.shape) for name, tensor in manifest.tensors.items() if name.startswith("model."))
+    counted = {"model": 1, "int8": 1, "int4": 2}  # weights an element
+    parameters = sum(
+        math.prod(tensor.shape) * counted.get(name.partition(".")[0], 0) for name, tensor in manifest.tensors.items()
+    )
     return {
         "step": progress.step,
         "tokens": f"{progress.tokens:,}",
@@ -178,8 +182,29 @@ def checkpoint_facts(manifest: Manifest) -> dict[str, Any]:
         "layout": " ".join(f"{name}={value}" for name, value in (identity.layout or {}).items()) or "none",
         "dataset": identity.dataset_fingerprint or "none",
         "imported from": identity.imported_from,
+        "made by": made_by(manifest),
         "began from": identity.origin,
     }
+
+
+def made_by(manifest: Manifest) -> str | None:
+    """Return the verb and the settings that made a merged or compressed model, as they are typed; else None."""
+    made = manifest.identity.made_from
+    words = [f"{name}={plain(value)}" for name, value in made.items() if name not in ("verb", "sources")]
+    return " ".join([f"megatrain {made['verb']}", *words]) if made else None
+
+
+def origin_rows(manifest: Manifest) -> list[list[str]]:
+    """Return a row for each model that a merged or compressed one was made from."""
+    return [
+        [
+            str(source.get("path")),
+            plain(source.get("step")),
+            plain(source.get("weight"), 6) if "weight" in source else "",
+            str(source.get("fingerprint")),
+        ]
+        for source in manifest.identity.made_from.get("sources", [])
+    ]
 
 
 def mixture_rows(manifest: Manifest) -> list[list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 from megatrain.checkpoint.find import peek, tokenizer_folder
 from megatrain.config import (
     SAMPLING,
+    CompressConfig,
     DataConfig,
     EvaluateConfig,
     ExportConfig,
@@ -22,6 +23,7 @@ from megatrain.config import (
     ImportConfig,
     InspectConfig,
     LayoutsConfig,
+    MergeConfig,
     PrepareConfig,
     ReportConfig,
     ServeConfig,
@@ -91,14 +93,24 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
         if not exists(f"{config.data.dir}/{config.data.name}"):
             check_writable("data.dir", Path(config.data.dir))
     readers = (EvaluateConfig, GenerateConfig, ServeConfig, ExportConfig, ImportConfig, InspectConfig, ReportConfig)
-    if isinstance(config, readers):
+    if isinstance(config, (*readers, CompressConfig)):
         require("path", Path(config.path))
+    if isinstance(config, (EvaluateConfig, GenerateConfig)):
+        for path in config.ensemble:
+            require("ensemble", Path(path))
     if isinstance(config, EvaluateConfig):
         check_evaluation(config)
         if config.data is not None:
             refuse_records(Path(config.data), Path(config.path))
+    if isinstance(config, MergeConfig):
+        for path in config.paths:
+            require("paths", Path(path))
+        if config.base is not None:
+            require("base", Path(config.base))
+    if isinstance(config, (MergeConfig, CompressConfig)) and config.data is not None:
+        require("data", Path(config.data))
     out = config.out if isinstance(config, (EvaluateConfig, ReportConfig)) else None
-    if isinstance(config, (ExportConfig, ImportConfig)):
+    if isinstance(config, (ExportConfig, ImportConfig, MergeConfig, CompressConfig)):
         refuse_existing(Path(config.out))
         check_writable("out", Path(config.out))
     if out is not None:

@@ -31,6 +31,8 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
     has_path = "path" in names
     if verb == "prepare":
         return _corpus_words(words, names)
+    if verb == "merge":
+        return _model_words(words, names)
     if not has_path and verb != "train":
         return list(words)
     wanted = has_path and not any(word.startswith("path=") for word in words)
@@ -104,6 +106,17 @@ def _corpus_words(words: Sequence[str], names: set[str]) -> list[str]:
             )
         found.append(quoted("data.name", name))
     return [*found, f"data.paths={as_text(paths)}", *others]
+
+
+def _model_words(words: Sequence[str], names: set[str]) -> list[str]:
+    """Return the overrides of `merge` with its path words as `paths`. Raises ConfigError if that is given as well."""
+    is_given = any(word.startswith("paths=") for word in words)
+    paths = [word for word in words if _is_path(word, names, wanted=not is_given)]
+    if not paths:
+        return list(words)
+    if is_given:
+        raise ConfigError(f"{paths[0]} and paths=... both name what to merge; give one of them")
+    return [f"paths={as_text(paths)}", *(word for word in words if word not in paths)]
 
 
 def _is_path(word: str, names: set[str], wanted: bool) -> bool:

@@ -19,6 +19,7 @@ PATHS = {
     "tune": ["path=x"],
     "tokenizers": ["path=x"],
 }
+PATHS |= {"merge": ["paths=[x,y]", "out=z"], "compress": ["path=x", "out=y"]}
 PATHS |= {"tokenizer": ["out=t"], "export": ["path=x", "out=y"], "import": ["path=x", "out=y"]}
 
 

@@ -260,6 +260,8 @@ def test_documents_of_a_dataset_without_a_tokenizer_cannot_be_kept_apart(base, t
         ("prepare", ["data=huggingface", "data.hf_path=./no"], "data.hf_path=no: no such"),
         ("export", ["path=x", "out=y"], "path=x: no such"),
         ("import", ["path=x", "out=y"], "path=x: no such"),
+        ("merge", ["paths=[runs/mine,runs/mime]", "out=y"], r"paths=runs/mime: no such .* did you mean runs/mine\?"),
+        ("generate", ["path=runs/mine", "ensemble=[x]"], "ensemble=x: no such"),
         ("export", ["path=runs/mine", "out=runs"], "out=runs exists already"),
         ("import", ["path=runs/mine", "out=runs"], "out=runs exists already"),
         ("prepare", ["tokenizer.path=no.model"], "tokenizer.path=no.model: no such"),

@@ -223,3 +223,42 @@ def test_evaluating_a_run_does_not_disturb_a_save_in_progress(finished, tmp_path
 def test_labels_of_which_none_counts_have_no_scores():
     with pytest.raises(DataError, match="no token of what was read counts in the loss; read more with max_batches"):
         compute_scores(0.0, 0, Source("talks (heldout)", TextTokens(Path("talks"), [1, 2]), None, 2, None))
+
+
+def test_the_loss_of_an_ensemble_is_that_of_the_mean_probability_in_float64(family, tokenizer, tmp_path, capsys):
+    """Of models of different sizes and families, by transformers; a model with itself predicts as it does alone."""
+    folders = [family(name)[0] for name in ("llama", "gpt2")]
+    file = tmp_path / "text.txt"
+    file.write_text("the naïve model sleeps; 東京 writes\n" * 9, encoding="utf-8")
+    keys = {"data": str(file), "seq_len": 24, "batch_size": 3}
+    found = result(capsys, folders[0], ensemble=[str(folders[1])], **keys)
+    oracles = []
+    for number, folder in enumerate(folders):
+        export_(ExportConfig(path=str(folder), out=str(tmp_path / f"hf{number}")))
+        oracles.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"hf{number}").double())
+    end = tokenizer.end_of_document
+    ids = [end, *tokenizer.encode(file.read_text(encoding="utf-8")), end]
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 24):
+            window = torch.tensor(ids[start : start + 25])
+            mean = sum(oracle(window[None, :-1]).logits[0].softmax(-1) for oracle in oracles) / 2
+            total -= float(mean[torch.arange(len(window) - 1), window[1:]].log().sum())
+    assert found["loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert found["ensemble"] == [str(folders[1])]
+    alone, twice = (result(capsys, folders[0], ensemble=more, **keys) for more in ([], [str(folders[0])]))
+    assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-6) and "ensemble" not in alone
+
+
+def test_an_ensemble_of_other_tokenizers_or_vocabularies_is_refused(family, finished, tmp_path):
+    from megatrain.config import TokenizerConfig
+    from megatrain.data.train_sentencepiece import train_sentencepiece
+
+    other = shutil.copytree(family("llama")[0], tmp_path / "other")
+    shutil.rmtree(other / "tokenizer")
+    words = ["other words", "of another tokenizer", "entirely"] * 40
+    train_sentencepiece(iter(words), TokenizerConfig(vocab_size=300)).save(other / "tokenizer")
+    with pytest.raises(ConfigError, match=r"ensemble: .*other has another tokenizer than"):
+        evaluate(EvaluateConfig(path=str(finished), ensemble=[str(other)], device="cpu"))
+    with pytest.raises(ConfigError, match=r"ensemble=.*nowhere: no such file or folder"):
+        check_paths(EvaluateConfig(path=str(finished), ensemble=[str(tmp_path / "nowhere")]))

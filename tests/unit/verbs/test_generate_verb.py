@@ -170,3 +170,20 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(family, tmp_path, c
     train_sentencepiece(iter(words), TokenizerConfig(vocab_size=700)).save(other / "tokenizer")
     with pytest.raises(ConfigError, match="not the one that made the model's data"):
         text_of(capsys, other)
+
+
+def test_an_ensemble_writes_the_likeliest_tokens_of_the_mean_probability(family, tokenizer, capsys):
+    """Of two families, each with a cache of its own: equal to computing the whole text anew for every token."""
+    members = [family(name) for name in ("llama", "gpt2")]
+    ids = tokenizer.encode(PROMPT)
+    drawn = list(ids)
+    with torch.no_grad():
+        for _ in range(8):
+            text = torch.tensor([drawn])
+            mean = sum(model.double()(text)[0, -1].softmax(-1) for _, _, model in members)
+            drawn.append(int(mean.argmax()))
+    for _, _, model in members:
+        model.float()
+    keys = {"ensemble": [str(members[1][0])], "max_new_tokens": 8, "stop_at_end": False}
+    assert text_of(capsys, members[0][0], **keys) == tokenizer.decode(drawn) + "\n"
+    assert text_of(capsys, members[0][0], **keys | {"ensemble": []}) != tokenizer.decode(drawn) + "\n"

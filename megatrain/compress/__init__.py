@@ -1,0 +1,1 @@
+"""Make other models of trained ones without training: merge, quantise, prune."""

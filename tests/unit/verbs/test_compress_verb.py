@@ -1,0 +1,122 @@
+"""`megatrain compress`: the smaller model is evaluated and sampled from, and what cannot be made is refused by name."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+from megatrain import cli
+from megatrain.config import CompressConfig, ExportConfig, GenerateConfig, MergeConfig
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.interop.load_model import load
+from megatrain.tracking.metrics import read_metrics
+from megatrain.verbs.compress import compress
+from megatrain.verbs.export import export_
+from megatrain.verbs.generate import generate
+from megatrain.verbs.merge import merge
+
+
+def compressed(path, out, to, **keys):
+    compress(CompressConfig(path=str(path), out=str(out), to=to, **{"compare": False, **keys}))
+    return out
+
+
+def test_int8_weights_give_the_logits_of_transformers_with_torchao(family, tmp_path):
+    """Embeddings and head stay as they are in both."""
+    folder, config, _ = family("llama")
+    out = compressed(folder, tmp_path / "small", "int8")
+    export_(ExportConfig(path=str(folder), out=str(tmp_path / "hf")))
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    oracle = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
+    )
+    ids = torch.randint(0, config.vocab, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours, dense = (load(path).build(torch.device("cpu"))(ids) for path in (out, folder))
+        theirs = oracle(ids).logits
+    assert torch.allclose(ours, theirs, atol=2e-5)
+    assert float((ours - dense).abs().max()) > 1e-3, "which are not those of the dense model"
+
+
+@pytest.mark.parametrize(("name", "to"), [("llama", "int4"), ("gpt2", "int8"), ("gpt2", "int4")])
+def test_quantised_weights_compute_what_their_dense_values_do(name, to, family, tmp_path, capsys):
+    folder, _, _ = family(name)
+    out = (
+        compressed(folder, tmp_path / "small", to, group_size=16)
+        if to == "int4"
+        else compressed(folder, tmp_path / "small", to)
+    )
+    loaded = load(out)
+    assert loaded.quantized and not any(key in loaded.weights for key in loaded.quantized)
+    dense = load(folder).build(torch.device("cpu"))
+    with torch.no_grad():
+        for key, weight in loaded.quantized.items():
+            dense.get_parameter(key).copy_(weight.dense())
+        ids = torch.arange(20).unsqueeze(0)
+        assert torch.allclose(loaded.build(torch.device("cpu"))(ids), dense(ids), atol=2e-4)
+    capsys.readouterr()
+    generate(GenerateConfig(path=str(out), prompt="the model", max_new_tokens=5, temperature=0.0, device="cpu"))
+    assert capsys.readouterr().out.startswith("the model")
+    assert cli.main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"megatrain compress to={to}" in shown and f"{sum(p.numel() for p in dense.parameters()):,}" in shown
+
+
+def test_size_speed_and_loss_are_shown_before_and_after(finished, tmp_path, capsys):
+    capsys.readouterr()
+    words = [f"out={tmp_path / 'small'}", "to=int8", "dtype=bf16", "device=cpu"]
+    assert cli.main(["compress", str(finished), *words]) == 0
+    captured = capsys.readouterr()
+    before, after = json.loads(captured.out)["models"]
+    assert before["loss"] == pytest.approx(read_metrics(finished / "metrics.jsonl")[-1]["heldout_loss"], rel=1e-6)
+    assert after["loss"] == pytest.approx(before["loss"], abs=0.02) and after["loss"] != before["loss"]
+    assert (
+        after["bytes"] < before["bytes"] / 2 and after["bytes"] < (tmp_path / "small" / "0.safetensors").stat().st_size
+    )
+    assert all(model[speed] > 0 for model in (before, after) for speed in ("read_per_s", "written_per_s"))
+    assert "tokens/s written" in captured.err
+
+
+@pytest.mark.parametrize(("to", "keys"), [("pruned", {"share": 0.3}), ("pruned", {"within": "tensor"}), ("2:4", {})])
+def test_a_pruned_model_trains_on_and_exports(to, keys, finished, train_job, tmp_path):
+    out = compressed(finished, tmp_path / "sparse", to, **keys)
+    before, after = load(finished).weights, load(out).weights
+    layers = [name for name in before if name.startswith("blocks.") and before[name].dim() == 2]
+    for name, tensor in after.items():
+        kept = tensor != 0
+        assert torch.equal(tensor[kept], before[name][kept]), "what stays is unchanged"
+        assert name in layers or torch.equal(tensor, before[name])
+    zeros = sum(int((after[name] == 0).sum()) for name in layers)
+    assert zeros == round(keys.get("share", 0.5) * sum(after[name].numel() for name in layers))
+    if to == "2:4":
+        export_(ExportConfig(path=str(out), out=str(tmp_path / "hf")))
+        assert train_job(tmp_path / "runs", checkpoint__init_from=str(out), train__steps=1) == 0
+
+
+def test_quantised_weights_are_refused_where_dense_ones_are_needed(family, finished, train_job, tmp_path):
+    small = compressed(finished, tmp_path / "small", "int8")
+    for use in (
+        lambda out: export_(ExportConfig(path=str(small), out=out)),
+        lambda out: compress(CompressConfig(path=str(small), out=out, to="int4")),
+        lambda out: merge(MergeConfig(paths=[str(small), str(small)], out=out)),
+        lambda out: train_job(tmp_path / "runs", checkpoint__init_from=str(small)),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"small holds quantised weights \(int8\).*made from: .*step_00000004"
+        ):
+            use(str(tmp_path / "other"))
+        assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_made_is_refused(finished, tmp_path):
+    for to, keys, says in (
+        ("int4", {"group_size": 7}, r"group_size=7: .* of 32, 48 values; give group_size=8"),
+        ("int8", {"share": 0.3}, r"share: to=int8 does not read it; it is for to=pruned"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            compressed(finished, tmp_path / "out", to, **keys)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="exists already"):
+        compressed(finished, finished, "int8")
