@@ -79,6 +79,18 @@ MOST_USED: dict[str, tuple[str, ...]] = {
         "layouts.memory_gib",
         "layouts.limit",
     ),
+    "evaluate": (
+        "step",
+        "data",
+        "split",
+        "tasks",
+        "tasks_dir",
+        "num_fewshot",
+        "limit",
+        "examples",
+        "prompts",
+        "judge",
+    ),
 }
 """The ten keys to know first, of verbs that have many. Their help shows the others on request."""
 
@@ -104,7 +116,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain layouts model=llama_8b precision=bf16 launch.world_size=64",
         "megatrain layouts model=gpt2_124m launch.nproc_per_node=8 parallel.zero=3 layouts.memory_gib=24",
     ),
-    "evaluate": ("megatrain evaluate runs/small-python_stdlib", "megatrain evaluate runs/mine data=book.txt"),
+    "evaluate": (
+        "megatrain evaluate runs/small-python_stdlib",
+        "megatrain evaluate runs/mine data=book.txt",
+        "megatrain evaluate runs/base runs/tuned tasks=[arc_easy,hellaswag] limit=200",
+        "megatrain evaluate runs/tuned examples=kinds.jsonl",
+        "megatrain evaluate runs/tuned runs/base prompts=prompts.jsonl judge=judge.py:brief",
+    ),
     "generate": (
         'megatrain generate runs/small-python_stdlib prompt="def main(" temperature=0.7',
         'megatrain generate runs/mine step=500 prompt="def main("',
@@ -241,8 +259,9 @@ def usage(verb: str) -> str:
 
 def _how_to_select(verb: str) -> list[str]:
     """Return the lines that say how the help of a verb with many keys shows some of them."""
+    groups = [f"one group of them: megatrain {verb} --help {GROUPS[verb][0]}"] if verb in GROUPS else []
     return [
-        f"one group of them: megatrain {verb} --help {GROUPS[verb][0]}",
+        *groups,
         f"those that mention a word: megatrain {verb} --help batch",
     ]
 

@@ -119,9 +119,10 @@ def show(results: Sequence[ModelResult], config: EvaluateConfig, note: str) -> N
     printer.line(note + (f"; limit={config.limit}: only the first documents were read" if config.limit else ""))
     for result in results:
         for task in result.tasks:
-            _show_labels(printer, task, f"{task.name}, {result.label()}" if len(results) > 1 else task.name)
+            title = f"{task.name}, {result.label()}" if len(results) > 1 else task.name
+            _show_labels(printer, task, title)
             for line in task.detail.get("notes", ()):
-                printer.line(f"{task.name}: {line}")
+                printer.line(f"{title}: {line}")
     if not to_terminal:
         shown = [json.loads(to_json(result.to_dict(with_samples=False))) for result in results]
         print(json.dumps(shown[0] if len(shown) == 1 else {"models": shown}), flush=True)
