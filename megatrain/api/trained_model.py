@@ -86,7 +86,7 @@ def load(path: str | PathLike[str], device: str = "auto", *, step: int | None = 
     except TypeError:
         raise ConfigError(f"step={step!r}: expected the number of a step") from None
     loaded = load_path(folder, number)
-    tokenizer = loaded.need_tokenizer() if loaded.tokenizer is not None else None
+    tokenizer = loaded.need_tokenizer(writes=False) if loaded.tokenizer is not None else None
     trained = TrainedModel(loaded.build(target), tokenizer, loaded.config)
     trained.end_tokens = loaded.end_tokens()
     return trained

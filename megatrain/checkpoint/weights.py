@@ -23,8 +23,8 @@ from megatrain.data.tokenizer import saved_meta
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.count import parameter_shapes
 
-LABELS = ("model.name", "model.init_std")
-"""Keys that say nothing of trained weights."""
+LABELS = ("model.name", "model.init_std", "model.output")
+"""Keys that say nothing of the weights that a run takes: an output that the checkpoint lacks is drawn anew."""
 
 MEANING = (
     "model.num_heads",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatrain.config.key import key
 
-METHODS = ("pretrain", "sft", "dpo", "grpo")
+METHODS = ("pretrain", "sft", "reward", "dpo", "grpo")
 """What a run can be trained for."""
 
 SAMPLING = ("grpo",)
@@ -34,6 +34,12 @@ class MethodConfig:
     """What a run is trained for: pretraining, or a method of tuning."""
 
     name: str = key("pretrain", "what the run is trained for", choices=METHODS)
+    margin: float = key(
+        0.0, "method=reward: how much more than the rejected reply the chosen one should get", minimum=0
+    )
+    centering: float = key(
+        0.0, "method=reward: weight of the square of both rewards' sum, which keeps rewards near 0", minimum=0
+    )
     beta: float = key(0.1, "method=dpo: how strongly the model is held to the base", above=0)
     label_smoothing: float = key(
         0.0, "method=dpo: share of the pairs that are taken to be labelled the wrong way round", minimum=0, below=0.5

@@ -70,6 +70,11 @@ class ModelConfig:
         choices=("none", "qkv", "all"),
     )
     tie_embeddings: bool = key(False, "share the token embedding's weight with the output head")
+    output: str = key(
+        "vocabulary",
+        "what the model computes of a token: logits over the vocabulary, or with method=reward one score",
+        choices=("vocabulary", "score"),
+    )
     embedding_scale: float | None = key(None, "factor on the token embeddings; null means none", above=0)
     norm_place: str = key(
         "before",
@@ -82,6 +87,11 @@ class ModelConfig:
     )
     dropout: float = key(0.0, "dropout on embeddings, attention and residual branches", minimum=0, below=1)
     init_std: float = key(0.02, "standard deviation of the initial weights", above=0)
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the model has an output head that shares the embedding's weight."""
+        return self.tie_embeddings and self.output == "vocabulary"
 
     @property
     def kv_heads(self) -> int:

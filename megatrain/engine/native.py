@@ -207,7 +207,7 @@ class NativeEngine:
 
     def _tied(self) -> list[LocalParameter]:
         """Return this rank's copies (none, one or two) of the tied weight that the first and last stage share."""
-        if not self.config.model.tie_embeddings or self.layout.num_stages == 1:
+        if not self.config.model.ties_head or self.layout.num_stages == 1:
             return []
         return [held for held in self.held if held.name == "embed.weight"]
 

@@ -17,7 +17,15 @@ from megatrain.config import ModelConfig
 from megatrain.config.compose import check_value
 from megatrain.config.model_checks import check_model
 from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, how_to_install
-from megatrain.interop.hf_families import FAMILIES, GPT2, HAS_ATTENTION_BIAS, UNSUPPORTED, check_family, family_of
+from megatrain.interop.hf_families import (
+    FAMILIES,
+    GPT2,
+    HAS_ATTENTION_BIAS,
+    UNSUPPORTED,
+    Family,
+    check_family,
+    family_of,
+)
 from megatrain.interop.hf_rope import ROPE, ROPE_FIELDS, rope_fields, rope_keys, rope_of, rope_section
 
 if TYPE_CHECKING:
@@ -53,10 +61,21 @@ def hf_config(config: ModelConfig, end_of_document: int | None, kind: str | None
         "eos_token_id": end_of_document,
         "pad_token_id": None,
         "architectures": [family.model_class],
+        **(_score_fields(family, end_of_document) if config.output == "score" else {}),
         **(_gpt2_fields(config) if kind == "gpt2" else _llama_fields(config, kind)),
     }
     theirs: PretrainedConfig = getattr(transformers_module(), f"{family.prefix}Config")(**fields)
     return theirs
+
+
+def _score_fields(family: Family, end_of_document: int | None) -> dict[str, Any]:
+    """Return the fields of a model with one score, which its class takes from the last token that is no padding.
+
+    Raises ConfigError if transformers has no such class.
+    """
+    if not hasattr(transformers_module(), family.score_class):
+        raise ConfigError(f"model.output=score: transformers has no {family.score_class}; give another family=...")
+    return {"architectures": [family.score_class], "num_labels": 1, "pad_token_id": end_of_document}
 
 
 _EVERYWHERE = {"vocab_size": "vocab_size", "init_std": "initializer_range", "tie_embeddings": "tie_word_embeddings"}
@@ -192,6 +211,10 @@ def model_config(fields: dict[str, Any], origin: Path) -> ModelConfig:
     except Exception as error:  # transformers raises exceptions of several libraries
         raise CheckpointError(f"{origin}: not a valid {kind} config ({error})") from error
     _compare(_comparable(theirs.to_dict(), kind, config), rebuilt, origin)
+    if FAMILIES[kind].score_class in (fields.get("architectures") or []):
+        if (labels := len(fields.get("id2label") or (0, 0))) != 1:
+            raise CheckpointError(f"{origin}: it has {labels} labels; a model that scores has one")
+        config.output = "score"
     if kind != "gpt2":
         _warn_of_dropout(theirs, origin)
     return config

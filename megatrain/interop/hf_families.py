@@ -26,6 +26,11 @@ class Family:
         """Return the name of the model's class."""
         return f"{self.prefix}{'LMHeadModel' if self.prefix == 'GPT2' else 'ForCausalLM'}"
 
+    @property
+    def score_class(self) -> str:
+        """Return the name of the class that gives a sequence a score."""
+        return f"{self.prefix}ForSequenceClassification"
+
 
 LLAMA: dict[str, tuple[Any, ...]] = {
     "norm": ("rmsnorm",),

@@ -75,6 +75,7 @@ GPT2_NAMES = {
     "mlp.up": "transformer.h.{}.mlp.c_fc",
     "mlp.down": "transformer.h.{}.mlp.c_proj",
     "final_norm": "transformer.ln_f",
+    "score": "score",
     "head": "lm_head",
 }
 LLAMA_NAMES = {
@@ -91,6 +92,7 @@ LLAMA_NAMES = {
     "mlp.up": "model.layers.{}.mlp.up_proj",
     "mlp.down": "model.layers.{}.mlp.down_proj",
     "final_norm": "model.norm",
+    "score": "score",
     "head": "lm_head",
 }
 RENAMED = {

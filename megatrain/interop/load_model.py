@@ -84,12 +84,17 @@ class Loaded:
         found = {token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int)}
         return frozenset(found | ({self.tokenizer.end_of_document} if self.tokenizer else set()))
 
-    def need_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer.
+    def need_tokenizer(self, writes: bool = True) -> Tokenizer:
+        """Return the tokenizer, unless `writes` is false for a model that is to write text.
 
         Raises:
-            ConfigError: there is none, or it has more ids than the model.
+            ConfigError: there is none, it has more ids than the model, or the model gives scores and writes nothing.
         """
+        if writes and self.config.output == "score":
+            raise ConfigError(
+                f"path: {self.folder} is a reward model, which writes no text; give a language model, or "
+                "evaluate it on pairs: megatrain evaluate"
+            )
         if self.tokenizer is None:
             raise ConfigError(
                 f"path: {self.folder} comes without a tokenizer (looked in the folder, its run's folder and its "

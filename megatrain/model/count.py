@@ -44,7 +44,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"blocks.{i}.mlp.up", config.ffn_dim, width)
         linear(f"blocks.{i}.mlp.down", width, config.ffn_dim)
     norm("final_norm")
-    if not config.tie_embeddings:
+    if config.output == "score":
+        shapes["score.weight"] = (1, width)
+    elif not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab, width)
     return shapes
 
@@ -76,7 +78,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
     per_head_width = config.num_heads * config.head_dim
     attention_weights = 2 * config.hidden_size * (per_head_width + config.kv_heads * config.head_dim)
     mlp_weights = (3 if config.gated else 2) * config.hidden_size * config.ffn_dim
-    head_weights = config.vocab * config.hidden_size
+    head_weights = (config.vocab if config.output == "vocabulary" else 1) * config.hidden_size
     matrix_products = 2 * (config.num_layers * (attention_weights + mlp_weights) + head_weights)
     scores_and_values = config.num_layers * 2 * 2 * per_head_width * seq_len
     if causal:

@@ -245,7 +245,8 @@ class GPT(nn.Module):
     `config` must be checked (config/model_checks.py): its vocabulary size is known and its sizes fit together.
     `kernels` are the operations that it computes with. Set `loss` and `log_probs` if the vocabulary is sharded over
     ranks: they are then computed from the head's output. Set `needs_dense_mask` if another `attend` than `attention`
-    takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences.
+    takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences. With
+    `model.output=score` it has no head, and `token_scores`; set `score_join` if the input of the score is cut.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
@@ -262,8 +263,14 @@ class GPT(nn.Module):
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
         self.final_norm = make_norm(config, kernels)
-        shared = self.embed if config.tie_embeddings else None
-        self.head = Head(config.hidden_size, config.vocab, kernels, shared)
+        self.score: Linear | None = None
+        self.score_join: Callable[[Tensor], Tensor] | None = None
+        if config.output == "score":
+            self.score = Linear(config.hidden_size, 1, False, kernels)
+            self.head: Head = None  # type: ignore[assignment]  # nothing asks a model that scores for logits
+        else:
+            shared = self.embed if config.ties_head else None
+            self.head = Head(config.hidden_size, config.vocab, kernels, shared)
 
     def forward(
         self,
@@ -277,7 +284,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return logits `[B, T, V]`, or with `labels` the summed loss, an fp32 scalar in nats.
+        """Return logits `[B, T, V]`, or with `labels` the summed loss, an fp32 scalar in nats; or scores `[B, T]`.
 
         `tokens` and `labels` are integers `[B, T]`; a label of `IGNORE_INDEX` does not count, and `loss_weights`
         (`[B, T]`) multiply each label's loss. `positions` (`[T]` or `[B, T]`) default to 0..T-1, or continue the
@@ -288,6 +295,8 @@ class GPT(nn.Module):
         x = self.hidden(tokens, positions=positions, documents=documents, dropout_seed=dropout_seed, cache=cache)
         if finish is not None:
             return finish(x)
+        if self.score is not None:
+            return self.token_scores(x)
         return self.head(x) if labels is None else self.cross_entropy_sum(x, labels, loss_weights)
 
     def cross_entropy_sum(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -303,6 +312,12 @@ class GPT(nn.Module):
             log_probs: Tensor = self.head(x, labels, each=True)
             return log_probs
         return self.log_probs(self.head(x), labels)
+
+    def token_scores(self, x: Tensor) -> Tensor:
+        """Return the score of each token given the result of `hidden`, fp32 `[B, T]`."""
+        assert self.score is not None, "model.output is not score"
+        scores: Tensor = self.score(x)[..., 0].float()
+        return scores if self.score_join is None else self.score_join(scores)
 
     def sum_over_context(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over the ranks that hold the other slices of these sequences."""
@@ -358,7 +373,7 @@ class GPT(nn.Module):
 
     def tie(self) -> None:
         """Make the head share the embedding's weight again, if the config ties them."""
-        if self.config.tie_embeddings:
+        if self.config.ties_head:
             self.head.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

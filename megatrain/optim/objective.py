@@ -47,6 +47,13 @@ class OutputHead(Protocol):
         """
 
 
+class ScoreHead(OutputHead, Protocol):
+    """The head of a model that gives each token a score (`model.output=score`)."""
+
+    def token_scores(self, hidden: Tensor) -> Tensor:
+        """Return the score of each token given `hidden` `[B, T, D]`, fp32 `[B, T]`."""
+
+
 class Objective(Protocol):
     """A loss over micro-batches. All ranks must use the same one."""
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from megatrain.config import TrainConfig
 from megatrain.optim.objective import NextToken, Objective
 from megatrain.optim.policy_gradient import policy_gradient
-from megatrain.optim.preferences import DirectPreference
+from megatrain.optim.preferences import DirectPreference, PairReward
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": lambda _config: NextToken(),
     "sft": lambda _config: NextToken(),
+    "reward": lambda config: PairReward(config.method.margin, config.method.centering),
     "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),
     "grpo": lambda config: policy_gradient(config.method),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from megatrain.data.batch import MicroBatch, Pairs
 from megatrain.errors import ConfigError
-from megatrain.optim.objective import SQUARED, TOKENS, OutputHead
+from megatrain.optim.objective import SQUARED, TOKENS, OutputHead, ScoreHead
 
 
 def pairs_of(micro_batch: MicroBatch) -> Pairs:
@@ -113,5 +114,34 @@ class DirectPreference(_PairObjective):
         sft = -sums[:, 0] / lengths[:, 0].clamp(min=1)
         losses = preference_loss(difference, self.label_smoothing) + self.sft_weight * sft
         metrics = [difference > 0, difference, *rewards.unbind(1), *sums.unbind(1), sft, losses**2, lengths.sum(1)]
+        share = 1 / head.context_size
+        return losses.sum() * share, [metric.detach().double().sum() * share for metric in metrics]
+
+
+@dataclass
+class PairReward(_PairObjective):
+    """A reward model after Bradley and Terry (Ouyang et al., 2022, arXiv:2203.02155, equation 1).
+
+    The reward of a side is the score of its last token. With those of both sides, `c` and `r`:
+
+        loss = -log sigmoid(c - r - margin) + centering (c + r)^2.
+
+    Centering keeps the rewards near 0, which pairs alone leave open (Eisenstein et al., 2023, arXiv:2312.09244).
+    """
+
+    margin: float = 0.0
+    centering: float = 0.0
+
+    scalar_names = ("accuracy", "margin", "chosen_reward", "rejected_reward", f"loss{SQUARED}", TOKENS)
+
+    def __call__(self, head: OutputHead, hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the summed loss of the pairs, and the sums of their metrics."""
+        pairs = pairs_of(micro_batch)
+        scores = cast(ScoreHead, head).token_scores(hidden)
+        rewards = head.sum_over_context(reply_sums(scores, pairs.ends, len(pairs)))
+        difference = rewards[:, 0] - rewards[:, 1]
+        losses = preference_loss(difference - self.margin) + self.centering * rewards.sum(1) ** 2
+        tokens = pairs.lengths.view(-1, 2).sum(1)
+        metrics = [difference > 0, difference, *rewards.unbind(1), losses**2, tokens]
         share = 1 / head.context_size
         return losses.sum() * share, [metric.detach().double().sum() * share for metric in metrics]

@@ -54,7 +54,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
     arXiv:1909.08053). A block needs four all-reduces of `[B, T, D]`: one at the end of attention and of the MLP in the
     forward pass, and one at the start of each in the backward pass.
     """
-    kernels = model.head.kernels
+    kernels = (model.score or model.head).kernels
     for name, module in reversed(list(model.named_modules())):  # the head before the embedding that shares its weight
         if isinstance(module, nn.Linear | nn.Embedding) and plan.cut_dimension(f"{name}.weight") is not None:
             parent, _, own_name = name.rpartition(".")
@@ -62,7 +62,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
-        if isinstance(module, Attention | MLP) or module is model.head:
+        if isinstance(module, Attention | MLP) or (module is model.head and model.head is not None):
             module.register_forward_pre_hook(lambda _, inputs: (_enter(inputs[0], group), *inputs[1:]))
         if isinstance(module, Attention):
             module.attend = _OwnMasks(module.attend, group.rank())  # type: ignore[assignment]
@@ -80,7 +80,7 @@ def _layer(name: str, module: nn.Module, model: GPT, group: dist.ProcessGroup, d
     """Return the AutoTP layer that replaces `module`: this rank's block of its parameters, uninitialised."""
     kind = plan.cut(f"{name}.weight")
     layer: nn.Module
-    if isinstance(module, nn.Embedding) and model.config.tie_embeddings:
+    if isinstance(module, nn.Embedding) and model.config.ties_head:
         layer = VocabParallelEmbedding(module, group, tied_vocab_parallel_linear=model.head, name=name)
         return layer
     module.to_empty(device=device)

@@ -53,7 +53,9 @@ class Stage(GPT):
         super().__init__(config, kernels)
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self.blocks = nn.ModuleDict({str(layer): self.blocks[layer] for layer in layers})  # type: ignore[assignment]
-        absent = ([] if self.is_first else ["embed", "positions"]) + ([] if self.is_last else ["final_norm", "head"])
+        absent = ([] if self.is_first else ["embed", "positions"]) + (
+            [] if self.is_last else ["final_norm", "head", "score"]
+        )
         for name in absent:
             setattr(self, name, None)
         self.detach_embedding = False
@@ -86,7 +88,7 @@ class Stage(GPT):
 
     def single_device_name(self, name: str) -> str:
         """Return a parameter's name in the whole model: for a tied head, the embedding's."""
-        if name == "head.weight" and self.config.tie_embeddings:
+        if name == "head.weight" and self.config.ties_head:
             return "embed.weight"
         return name
 
@@ -96,8 +98,10 @@ class Stage(GPT):
         Each block is a unit. So is each end of the model, unless this stage holds both and they share a weight.
         """
         units: list[list[nn.Module]] = [[block] for block in self.blocks.children()]
-        if not (self.is_first and self.is_last and self.config.tie_embeddings):
+        if not (self.is_first and self.is_last and self.config.ties_head):
             first: list[nn.Module] = [module for module in (self.embed, self.positions) if module is not None]
-            last: list[nn.Module] = [module for module in (self.final_norm, self.head) if module is not None]
+            last: list[nn.Module] = [
+                module for module in (self.final_norm, self.head, self.score) if module is not None
+            ]
             units = [unit for unit in (first, *units, last) if unit]
         return units

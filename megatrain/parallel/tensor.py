@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -58,6 +62,30 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
         here = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
         stage.get_submodule(layer).register_parameter(what, here)
     stage.tie()
+    if stage.score is not None:
+        stage.score_join = partial(_joined, group=mesh.get_group())
+
+
+def _joined(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    apply: Callable[..., Tensor] = _Join.apply
+    return apply(values, group)
+
+
+class _Join(torch.autograd.Function):
+    """All-gather along the sequence, of slices from which every rank computes the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return `[B, T]` of all ranks' slices `[B, T / tp]`."""
+        ctx.size, ctx.rank = group.size(), group.rank()
+        parts = [torch.empty_like(values) for _ in range(ctx.size)]
+        dist.all_gather(parts, values.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradient of this rank's slice."""
+        return gradients[0].chunk(ctx.size, dim=1)[ctx.rank], None
 
 
 def _take_adapters(stage: Stage) -> dict[str, nn.Parameter]:

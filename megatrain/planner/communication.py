@@ -148,7 +148,7 @@ class _Step:
                 "gradients of norms and positions",
                 *(ALL_REDUCE, "tp", "float32", 1, sum(parts)),
             )
-        if self.model.tie_embeddings and {0, self.layout.num_stages - 1} & set(self.stages):
+        if self.model.ties_head and {0, self.layout.num_stages - 1} & set(self.stages):
             yield self.traffic(
                 "gradient of the tied embedding", ALL_REDUCE, "ends", "float32", 1, self._held("embed.weight")
             )
@@ -253,8 +253,8 @@ class _Step:
         is_first, is_last = stage == 0, stage == self.layout.num_stages - 1
         blocks = [[name for name in self.shapes if name.startswith(f"blocks.{i}.")] for i in self.layers[stage]]
         first = [name for name in self.shapes if name.startswith(("embed.", "positions."))] if is_first else []
-        last = [name for name in self.shapes if name.startswith(("final_norm.", "head."))] if is_last else []
-        if self.model.tie_embeddings and is_last:
+        last = [name for name in self.shapes if name.startswith(("final_norm.", "head.", "score."))] if is_last else []
+        if self.model.ties_head and is_last:
             if is_first:
                 return [*blocks, first + last]
             last.append("embed.weight")  # the head's copy

@@ -115,7 +115,7 @@ class MemoryModel:
         self.sizes = deepspeed or DeepSpeedSizes()
         self.shapes = parameter_shapes(model)
         self.state_bytes = {name: slot_bytes(optim, name, shape) for name, shape in self.shapes.items()}
-        head = "embed.weight" if model.tie_embeddings else "head.weight"
+        head = "embed.weight" if model.ties_head else "head.weight" if model.output == "vocabulary" else "score.weight"
         self.parts: dict[str, list[str]] = {
             "block": [name for name in self.shapes if name.startswith("blocks.0.")],
             "first": [name for name in ("embed.weight", "positions.weight") if name in self.shapes],
@@ -236,12 +236,12 @@ class MemoryModel:
 
     def _has_own_embedding(self, stage: _Stage) -> bool:
         """Return whether a stage has an embedding whose gradient no head shares."""
-        return stage.is_first and not (stage.is_last and self.model.tie_embeddings)
+        return stage.is_first and not (stage.is_last and self.model.ties_head)
 
     def _units(self, stage: _Stage, cut: _Cut) -> list[tuple[_Counts, int, bool]]:
         """Return FSDP2's units in model order: counts, repetitions, and whether they stay gathered in a pass."""
         first, last, blocks = self._count("first", cut), self._count("last", cut), self._count("block", cut)
-        if stage.is_first and stage.is_last and self.model.tie_embeddings:
+        if stage.is_first and stage.is_last and self.model.ties_head:
             # one unit, at the root: embedding and head share the weight
             return [(first.plus(last).plus(self._count("tied", cut), -1), 1, True), (blocks, stage.blocks, False)]
         units = [(first, int(stage.is_first), False), (blocks, stage.blocks, False), (last, int(stage.is_last), False)]

@@ -33,6 +33,29 @@ NAME = "reference"
 _LOG = logging.getLogger("megatrain")
 
 
+def read_reference(run_dir: Path, fingerprint: str, base: str | None = None) -> np.ndarray | None:
+    """Return the log-probabilities that a run has kept, fp32 `[N, 2]`.
+
+    None if there are none of the dataset with this fingerprint and of this `base` (None: any), or they are damaged,
+    which is logged.
+    """
+    path = run_dir / f"{NAME}.bin"
+    try:
+        card = json.loads(path.with_suffix(".json").read_text())
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _LOG.warning("%s cannot be read (%s); it is computed again", path, error)
+        return None
+    if not isinstance(card, dict) or card.get("checksum") != xxhash.xxh3_128_hexdigest(content):
+        _LOG.warning("%s is damaged: it does not match its checksum; it is computed again", path)
+        return None
+    if card.get("fingerprint") != fingerprint or base not in (None, card.get("base")):
+        return None
+    return np.frombuffer(content, "<f4").reshape(-1, 2).copy()
+
+
 @dataclass(frozen=True)
 class Reference:
     """The reference of one run."""
@@ -52,27 +75,11 @@ class Reference:
         None if there are none of this dataset and this `base` (None: of any base), or they are damaged, which is
         logged. All ranks must call it.
         """
-        values = self._read(base) if self.world.is_main else None
+        values = read_reference(self.run_dir, self.data.fingerprint, base) if self.world.is_main else None
         if not self.world.all_gather_json(values is not None)[0]:
             return None
         mine = torch.zeros((self.num_pairs, 2)) if values is None else torch.from_numpy(values)
         return self.world.all_reduce_sum(mine.to(self.world.device))
-
-    def _read(self, base: str | None) -> np.ndarray | None:
-        try:
-            card = json.loads(self._path.with_suffix(".json").read_text())
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            _LOG.warning("%s cannot be read (%s); it is computed again", self._path, error)
-            return None
-        if not isinstance(card, dict) or card.get("checksum") != xxhash.xxh3_128_hexdigest(content):
-            _LOG.warning("%s is damaged: it does not match its checksum; it is computed again", self._path)
-            return None
-        if card.get("fingerprint") != self.data.fingerprint or base not in (None, card.get("base")):
-            return None
-        return np.frombuffer(content, "<f4").reshape(-1, 2).copy()
 
     @property
     def _path(self) -> Path:

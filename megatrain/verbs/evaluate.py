@@ -39,6 +39,7 @@ from megatrain.interop.load_model import Loaded, load
 from megatrain.kernels.choice import choose
 from megatrain.training.evaluation import Evaluation
 from megatrain.verbs.ensembles import build, load_others
+from megatrain.verbs.evaluate_pairs import evaluate_pairs, print_pairs
 from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, WIN_RATE, kind_of_evaluation
 from megatrain.verbs.printer import Printer
 
@@ -127,14 +128,39 @@ def evaluate(config: EvaluateConfig) -> None:
     for path in [config.path, *config.paths]:
         loaded = load(Path(path), config.step)
         others = load_others(loaded, config.ensemble)
-        results.append(evaluate_loss(replace(config, path=path), loaded, others))
-        print_result(results[-1], " and ".join(model.describe() for model in (loaded, *others)))
+        own = replace(config, path=path)
+        if not others and (pairs := find_pairs(own, loaded)) is not None:
+            results.append(evaluate_pairs(own, loaded, pairs, choose_sequence_length(own, [loaded])))
+            print_pairs(results[-1])
+        else:
+            results.append(evaluate_loss(own, loaded, others))
+            print_result(results[-1], " and ".join(model.describe() for model in (loaded, *others)))
     if not sys.stdout.isatty():
         print(json.dumps(results[0] if len(results) == 1 else {"models": results}), flush=True)
     if len(results) > 1:
-        columns = [name for name in ("loss", "perplexity", "bits_per_byte") if results[0][name] is not None]
+        names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+        columns = [name for name in names if all(one.get(name) is not None for one in results)]
         rows = [[one["checkpoint"], *(f"{one[name]:.6f}" for name in columns)] for one in results]
         Printer(stderr=not sys.stdout.isatty()).table("side by side", ["model", *columns], rows)
+
+
+def find_pairs(config: EvaluateConfig, loaded: Loaded) -> IndexedDataset | None:
+    """Return the dataset to evaluate on if it has preference pairs, else None.
+
+    Raises ConfigError if it has none, but the model has nothing else to be scored by.
+    """
+    if config.data is None or Path(config.data).is_dir():
+        if mixed_sources(config, loaded):
+            return None
+        tokens = open_source(config, loaded).tokens
+        if isinstance(tokens, IndexedDataset) and tokens.card.has_pairs:
+            return tokens
+    if loaded.config.output == "score":
+        raise ConfigError(
+            f"{loaded.folder} is a reward model, which gives no token a probability; give data=<a dataset of pairs>, "
+            "prepared with data=pairs"
+        )
+    return None
 
 
 def evaluate_loss(config: EvaluateConfig, loaded: Loaded, others: Sequence[Loaded] = ()) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def export_(config: ExportConfig) -> None:
     if kind_of(Path(config.path)) == "huggingface":
         raise ConfigError(f"path={config.path} is a Hugging Face folder already")
     loaded = load(Path(config.path), config.step)
-    tokenizer = loaded.need_tokenizer() if loaded.tokenizer else None
+    tokenizer = loaded.need_tokenizer(writes=False) if loaded.tokenizer else None
     try:
         if config.adapter:
             if loaded.lora is None:

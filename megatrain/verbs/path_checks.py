@@ -47,6 +47,7 @@ from megatrain.tracking.sweep_record import is_sweep_folder
 from megatrain.verbs.evaluation_checks import check_evaluation
 from megatrain.verbs.method_checks import check_method_files
 from megatrain.verbs.places import require
+from megatrain.verbs.preference_checks import check_pairs
 from megatrain.verbs.start_checks import check_origin, prepare_command
 
 RECORDS = ("lines", "json", "parquet", "warc")
@@ -85,6 +86,7 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
             if config.method.name in SAMPLING:
                 check_prompts(card, Path(config.data.dir) / config.data.name, config.method.name)
             check_samples(config, card)
+            check_pairs(config, card)
         if not is_launched():  # ranks check it themselves, with verified files
             check_origin(config, card, mixture)
     if isinstance(config, PrepareConfig):

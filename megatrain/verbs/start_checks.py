@@ -20,7 +20,7 @@ from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.checkpoint.rescue import RESCUED
 from megatrain.checkpoint.resume import check_resume, take_over
 from megatrain.checkpoint.weights import check_tokenizer, plan_transfer, tokenizer_arguments, weights_fit
-from megatrain.config import DataConfig, PrepareConfig, TrainConfig, walk
+from megatrain.config import DataConfig, ModelConfig, PrepareConfig, TrainConfig, walk
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH
 from megatrain.config.compose import compose, last_words, own_folders, read_overrides
 from megatrain.config.flatten import flatten
@@ -68,6 +68,8 @@ def with_checkpoint_model(verb: str, overrides: Sequence[str]) -> list[str]:
         model = asdict(model_of(*found))
     except CheckpointError:
         return given
+    if model["output"] == ModelConfig().output:
+        del model["output"]  # a method may give the weights another output
     return [*(f"model.{name}={as_text(value)}" for name, value in model.items()), *given]
 
 

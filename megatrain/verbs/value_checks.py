@@ -39,6 +39,7 @@ from megatrain.kernels import MAX_ROW
 from megatrain.launch.slurm import Step, num_nodes
 from megatrain.verbs.evaluation_checks import check_keys
 from megatrain.verbs.method_checks import check_method
+from megatrain.verbs.preference_checks import check_output
 
 LAST_SAMPLE = 2**62
 """The largest sample number: no run reaches it, and sums of two such numbers still fit 64 bits."""
@@ -92,6 +93,7 @@ def check_values(config: Any) -> None:
         check_skip_ranges(config.train.skip_ranges)
         check_slow_rank_ratio(config.resilience.slow_rank_ratio)
         check_kernels(config)
+        check_output(config)
         check_time_limit(config.launch.time)
         check_sbatch_options(config.launch)
         check_method(config)

@@ -1,4 +1,4 @@
-"""Loss and gradients of learning from preferences equal TRL's on the same pairs, from records to gradients."""
+"""Losses and gradients of learning from preferences equal TRL's on the same pairs, from records to gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatrain.data.loader import heldout_batches
 from megatrain.data.preparation import prepare
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.interop.load_model import load
-from megatrain.optim.preferences import DirectPreference
+from megatrain.optim.preferences import DirectPreference, PairReward
 
 CPU = torch.device("cpu")
 TEMPLATE = (
@@ -57,6 +57,10 @@ def place(tmp_path_factory):
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
     config.pad_token_id = tokenizer.pad_token_id
+    config.num_labels = 1
+    torch.manual_seed(2)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(place / "scores")
+    tokenizer.save_pretrained(place / "scores")
     for seed, name in enumerate(("model", "reference")):
         torch.manual_seed(seed)
         transformers.LlamaForCausalLM(config).save_pretrained(place / name)
@@ -154,3 +158,29 @@ def test_dpo(place, tmp_path, losses, data, batches):
         objective(model, model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents), batch)
         objective.reference.log_probs = recorded[:, :2].float()
     assert_equal(ours(load(place / "model").build(CPU), objective, batch), theirs(trainer, batches))
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.01])
+def test_reward(place, tmp_path, centering):
+    from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
+
+    args = RewardConfig(
+        output_dir=str(tmp_path),
+        center_rewards_coefficient=centering or None,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = RewardTrainer(
+        model=transformers.AutoModelForSequenceClassification.from_pretrained(place / "scores"),
+        args=args,
+        train_dataset=Dataset.from_list(list(records())),
+        processing_class=transformers.AutoTokenizer.from_pretrained(place / "tokenizer"),
+    )
+    trainer.model.eval()
+    loaded = load(place / "scores")
+    assert loaded.config.output == "score"
+    mine = ours(loaded.build(CPU), PairReward(centering=centering), our_batch(place, "uneven"))
+    assert_equal(mine, theirs(trainer, [range(12)]))
