@@ -37,7 +37,9 @@ MAX_DETAIL = 400
 """Most characters of an event's detail."""
 RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
 """The files that a page is made of; a run's folder has one at least."""
-CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s")
+REWARDS = ("reward", "reply_tokens", "stop_rate", "entropy", "groups_without_signal", "kl", "log_prob_difference")
+"""Curves of a run that learns from rewards."""
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s", *REWARDS)
 IN_LOSS = "that count in the loss"
 """Which tokens the numbers of a run are of that reads conversations."""
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")
@@ -147,6 +149,7 @@ class Curves:
         self.num_steps = self.num_skipped = 0
         self.last: dict[str, Any] = {}
         self.last_loss: float | None = None
+        self.last_reward: float | None = None
         self.damage = ""
         if path.exists():
             self._read(path)
@@ -181,6 +184,8 @@ class Curves:
         self.num_skipped += record.get("updated") is False
         if is_number(record.get("loss")):
             self.last_loss = record["loss"]
+        if is_number(record.get("reward")):
+            self.last_reward = record["reward"]
         if is_number(record.get("heldout_loss")):
             moment = seconds(record.get("time"))
             self.heldout.append((record["step"], moment, record.get("tokens"), record["heldout_loss"]))
@@ -243,6 +248,8 @@ def tiles(curves: Curves, events: list[dict[str, Any]], life: Summary | None, in
         found.append(("step", f"{curves.last['step']:,}", ""))
         if is_number(curves.last.get("tokens")):
             found.append(("tokens", short(curves.last["tokens"]), in_loss))
+    if curves.last_reward is not None:
+        found.append(("reward", f"{curves.last_reward:.3f}", "last replies"))
     if curves.last_loss is not None:
         found.append(("loss", f"{curves.last_loss:.4f}", "last step"))
     if curves.heldout:

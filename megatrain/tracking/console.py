@@ -55,6 +55,7 @@ class Console:
         self._told: float | None = None
         self._last_line: tuple[int, float] | None = None
         self._began: float | None = None
+        self._reward: float | None = None  # of the last replies; several steps may learn from them
 
     def start(self, info: RunInfo) -> None:
         """Print what runs and where, and start the bar on a terminal."""
@@ -146,6 +147,9 @@ class Console:
         parts = [f"loss {loss:.4f}" if loss is not None and math.isfinite(loss) else without]
         if skipped:
             parts.append("skipped")
+        self._reward = record.get("reward", self._reward)
+        if self._reward is not None:
+            parts.append(f"reward {self._reward:.3f}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{short(record['tokens_per_s']):>5} tok/s")
         if mfu is not None:

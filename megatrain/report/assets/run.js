@@ -24,6 +24,19 @@ function build() {
       legend: true,
       series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % tones.length], points})),
     });
+    add({title: 'Reward', wide: true, series: [curve('reward', 'mean reward', 'b')]});
+    add({title: 'Tokens of a reply', zero: true, series: [curve('reply_tokens', 'tokens', 'a')]});
+    add({
+      title: 'Replies that ended, and prompts without signal',
+      zero: true,
+      legend: true,
+      series: [
+        curve('stop_rate', 'ended by themselves', 'a'),
+        curve('groups_without_signal', 'prompts whose replies got equal rewards', 'c'),
+      ],
+    });
+    add({title: 'Entropy of a token, in nats', zero: true, series: [curve('entropy', 'entropy', 'd')]});
+    add({title: 'Divergence from the reference, in nats', zero: true, series: [curve('kl', 'KL', 'c')]});
     add({title: `Learning rate ${D.schedule}`.trim(), zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
     add({

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatrain.errors import ConfigError, RewardError
+from megatrain.reinforcement.embedded_rewards import contains
 from megatrain.reinforcement.rewards import Replies, RewardFunctions, check_names
 
 REPLIES = Replies(
@@ -127,3 +128,21 @@ def test_a_reward_that_cannot_be_loaded_is_refused(own: Path, name: str, said: s
 def test_names_and_weights_are_checked_without_running_code(names: list[str], weights: list[float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_names(names, weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("It is 42.", 42, True),
+        ("It is 142 or 421.", 42, False),
+        ("421, so 42", 42, True),
+        ("答案是42。", "42", True),
+        ("这是北京吗", "北京", True),
+        ("a cathedral", "cat", False),
+        ("the cat's", "cat", True),
+        ("x42", "42", True),
+        ("", "42", False),
+    ],
+)
+def test_an_answer_is_found_as_a_word_or_number_of_its_own(text: str, answer: object, found: bool) -> None:
+    assert contains([text], [answer]) == [float(found)]

@@ -47,6 +47,17 @@ def make_run(folder, num_steps, name="demo"):
     return run_dir
 
 
+def test_a_run_that_learns_from_rewards_shows_them(tmp_path):
+    run_dir = make_run(tmp_path, 4)
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    for step, reward in ((5, 0.25), (6, None), (7, 0.75)):
+        found = {"reward": reward, "stop_rate": 1.0} if reward is not None else {}
+        log.append({"step": step, "loss": 0.1, "tokens": step * 512, "updated": True, **found})
+    page = collect(run_dir)
+    assert page["curves"]["reward"]["mean"] == [None] * 4 + [0.25, None, 0.75]
+    assert ["reward", "0.750", "last replies"] in [list(tile.values()) for tile in page["tiles"]]
+
+
 @needs_browser
 def test_a_browser_draws_every_chart(tmp_path):
     document = drawn(report(make_run(tmp_path, 60)))

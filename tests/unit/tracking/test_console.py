@@ -309,3 +309,10 @@ def test_an_event_is_told_in_plain_words():
     assert details({"kind": "stop", "step": 4, "status": "failed", "error": "x"}) == "failed, error x"
     assert describe({"kind": "evaluate", "step": 4, "loss": 2.0}) == "step 4: loss 2", "of another program"
     assert change(None, ["a", "b"]) == "null → [a, b]" and change(True, False) == "true → false"
+
+
+def test_a_reward_is_shown_until_the_next_replies():
+    shown = Console(20)
+    assert "reward" not in shown.status({"step": 1, "loss": 0.5})
+    for record in ({"step": 2, "loss": 0.5, "reward": 0.25}, {"step": 3, "loss": 0.5}):
+        assert shown.status(record).startswith("loss 0.5000  reward 0.250")
