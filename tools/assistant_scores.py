@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import megatrain
+from megatrain.checkpoint.find import peek
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.toy import judge
+from megatrain.evaluation.results import Score, TaskResult
 from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.draw import SamplingSettings
+from megatrain.tracking.evaluation_records import run_folder_of, write_record
 
 Judge = Callable[..., list[float]]
 
@@ -38,6 +41,17 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def keep_scores(model_path: str, shares: Mapping[str, Share]) -> None:
+    """Write the scores of a run's newest checkpoint into its folder, where its page and its descendants' show them."""
+    found = peek(Path(model_path))
+    run_dir = run_folder_of(found[0]) if found else None
+    if found is None or run_dir is None:
+        return
+    scores = [Score(name, share.value, share.error, True) for name, share in shares.items()]
+    result = TaskResult("toy", None, None, next(iter(shares.values())).count, scores)
+    write_record(run_dir, found[1].step, "examples", "toy", result.to_dict(with_samples=False))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
