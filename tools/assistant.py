@@ -68,7 +68,7 @@ def run_stage(stage: Stage, count: int) -> None:
             megatrain(*one)
     figures: dict[str, Figures] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     if stage.name not in figures:
-        figures[stage.name] = stage.measure(count, output)
+        figures[stage.name] = stage.measure(count)
         FIGURES.parent.mkdir(parents=True, exist_ok=True)
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     reached = ", ".join(f"{name} {value}" for name, value in figures[stage.name].items())
@@ -119,14 +119,6 @@ def megatrain(*words: str) -> None:
     code = subprocess.run(command(*words), check=False).returncode
     if code:
         raise StageError(code)
-
-
-def output(*words: str) -> str:
-    """Run a megatrain command to its end and return its standard output. Raises StageError if it fails."""
-    done = subprocess.run(command(*words), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
-    if done.returncode:
-        raise StageError(done.returncode)
-    return done.stdout
 
 
 def words_of(overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import megatrain
 from megatrain.checkpoint.find import peek
 from megatrain.data.chat.template import ChatTemplate
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.toy import judge
 from megatrain.evaluation.results import Score, TaskResult
 from megatrain.inference.batch_generator import BatchGenerator
@@ -41,6 +45,19 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def text_loss(model_path: str, dataset: Path, windows: int = 128) -> float:
+    """Return a model's loss on the first held-out windows of the base text, in nats a token: what is not forgotten."""
+    trained = megatrain.load(model_path, "cpu")
+    length = trained.config.max_seq_len
+    data = IndexedDataset.open(dataset, "heldout")
+    count = min(windows, (sum(map(int, map(sum, data.lengths()))) - 1) // length)
+    ids = torch.from_numpy(data.read(0, count * length + 1).astype(np.int64))
+    inputs, labels = ids[:-1].view(count, length), ids[1:].view(count, length)
+    with torch.no_grad():
+        logits = trained.model(inputs)
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 def keep_scores(model_path: str, shares: Mapping[str, Share]) -> None:

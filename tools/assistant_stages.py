@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from assistant_scores import keep_scores, read_lines, score_replies
+from assistant_scores import keep_scores, read_lines, score_replies, text_loss
 
 DATA = Path("data/toy")
 RECORDS = DATA / "records"
@@ -15,8 +15,6 @@ BASE, SFT, STYLES, DPO, GRPO = (f"runs/toy-{name}" for name in ("base", "sft", "
 COMPRESSED = "runs/toy-int8"
 
 Figures = dict[str, str]
-Output = Callable[..., str]
-"""Runs a command, and returns its standard output."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,14 @@ class Stage:
     name: str
     title: str
     commands: Sequence[Sequence[str]]
-    measure: Callable[[int, Output], Figures]
+    measure: Callable[[int], Figures]
     makes: str = ""
 
 
-def of_model(path: str) -> Callable[[int, Output], Figures]:
+def of_model(path: str) -> Callable[[int], Figures]:
     """Return how a model is measured: its replies to held-out questions, and its loss on the base text."""
 
-    def measure(count: int, output: Output) -> Figures:
+    def measure(count: int) -> Figures:
         prompts = read_lines(RECORDS / "prompts_heldout.jsonl")[:count]
         greedy, sampled = score_replies(path, prompts), score_replies(path, prompts, temperature=1.0)
         shares = {
@@ -46,15 +44,17 @@ def of_model(path: str) -> Callable[[int, Output], Figures]:
             "sampled exact": sampled["exact"],
         }
         keep_scores(path, shares)
-        loss = json.loads(output("evaluate", path, f"data={DATA}", "max_batches=16").strip().splitlines()[-1])["loss"]
-        return {**{name: str(share) for name, share in shares.items()}, "loss on base text": f"{loss:.3f}"}
+        return {
+            **{name: str(share) for name, share in shares.items()},
+            "loss on base text": f"{text_loss(path, DATA):.3f}",
+        }
 
     return measure
 
 
-def of_data(count: int, output: Output) -> Figures:
+def of_data(count: int) -> Figures:
     """Return how large the prepared text is."""
-    del count, output
+    del count
     splits = json.loads((DATA / "card.json").read_text(encoding="utf-8"))["splits"]
     return {name: f"{split['tokens']:,} tokens" for name, split in splits.items()}
 
