@@ -81,6 +81,25 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = N
     return (losses * weights.flatten().float()).sum()
 
 
+def label_gap_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum over the valid labels of `weight * (logit of the label - mean of its row's logits)`, fp32.
+
+    Arguments as for `cross_entropy_sum`. Times `s`, it is what label smoothing by `s` adds to that: with the label's
+    probability `1 - s` and `s / V` more for each of V tokens, the loss is `logsumexp - (1 - s) z_label - s mean(z)`.
+    """
+    factors, valid = label_weights(labels.flatten(), None if weights is None else weights.flatten())
+    rows = logits.flatten(0, -2)
+    of_label = rows.gather(-1, labels.flatten().where(valid, 0)[:, None])[:, 0].float()
+    return ((of_label - rows.float().mean(-1)) * factors).sum()
+
+
+def linear_label_gap_sum(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return `label_gap_sum(x weight^T, labels, weights)` without the logits: the mean of logits is linear in `x`."""
+    factors, valid = label_weights(labels.flatten(), None if weights is None else weights.flatten())
+    target = F.embedding(labels.flatten().where(valid, 0), weight).float() - weight.float().mean(0)
+    return ((x.flatten(0, -2).float() * target).sum(-1) * factors).sum()
+
+
 @torch.no_grad()
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return each token's weighted loss, fp32 `[N]`, and OVERWRITE `logits` with the gradient of the sum of losses.

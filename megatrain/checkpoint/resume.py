@@ -81,6 +81,7 @@ OVERRIDES = (
     "train.mask_documents",
     "train.reset_positions",
     "model.dropout",
+    "method.label_smoothing",
     *MIXTURE_KEYS,
 )
 """Keys that a resume changes only if `checkpoint.override` names them. Weights, moments and position are kept."""

@@ -90,8 +90,8 @@ def plan_transfer(folder: Path, manifest: Manifest, model: ModelConfig, override
         )
     if lora_of(manifest):
         raise CheckpointError(
-            f"{folder} holds low-rank layers beside the weights; merge them first: megatrain export "
-            f"{shlex.quote(str(folder))} out=<folder>, which megatrain tune takes as a base"
+            f"{folder} holds low-rank layers beside the weights; merge them first: megatrain import "
+            f"{shlex.quote(str(folder))} out=<folder>; megatrain tune does so by itself"
         )
     own, wanted = parameter_shapes(theirs), parameter_shapes(model)
     _check_tensors(folder, manifest, own)

@@ -40,10 +40,14 @@ class MethodConfig:
     centering: float = key(
         0.0, "method=reward: weight of the square of both rewards' sum, which keeps rewards near 0", minimum=0
     )
-    beta: float = key(0.1, "method=dpo: how strongly the model is held to the base", above=0)
     label_smoothing: float = key(
-        0.0, "method=dpo: share of the pairs that are taken to be labelled the wrong way round", minimum=0, below=0.5
+        0.0,
+        "pretrain and sft: share of a label's probability that all tokens get equal parts of, in training; dpo: share "
+        "of the pairs that are taken to be labelled the wrong way round, less than half",
+        minimum=0,
+        below=1,
     )
+    beta: float = key(0.1, "method=dpo: how strongly the model is held to the base", above=0)
     sft_weight: float = key(
         1.0,
         "method=dpo: weight of the supervised loss of the chosen replies, without which both sides of a pair may "

@@ -41,7 +41,6 @@ from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.kernels.linear_log_probs import label_log_probs
 from megatrain.model.count import adapter_shapes, parameter_shapes
 from megatrain.model.fp8 import use_fp8
-from megatrain.model.gpt import LogProbFunction, LossFunction
 from megatrain.model.init import initial_block
 from megatrain.model.lora import add_adapters
 from megatrain.optim.adamw import parameter_groups
@@ -59,7 +58,11 @@ from megatrain.parallel.schedules import Pipeline
 from megatrain.parallel.sharding import before_backward, forget_gathered, local, shard
 from megatrain.parallel.stages import stage_layers
 from megatrain.parallel.tensor import cut_tensors
-from megatrain.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_log_probs
+from megatrain.parallel.vocabulary import (
+    vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_label_gap,
+    vocabulary_parallel_log_probs,
+)
 
 EVALUATED_AT_ONCE = 16
 """Held-out micro-batches that are evaluated together, so that a pipeline stays busy."""
@@ -158,7 +161,7 @@ class NativeEngine:
                 )
                 if self.config.method.lora.rank:
                     add_adapters(stage, self.config.method.lora)
-            stage.loss, stage.log_probs = self._losses(kernels)
+            self._set_losses(stage, kernels)
             stage.detach_embedding = self.config.compile and self.layout.tp > 1
             if self.groups and self.groups.cp is not None:
                 split_sequences(stage, self.layout.cp_kind, self.groups.cp)
@@ -174,14 +177,18 @@ class NativeEngine:
             stages[index] = stage.to_empty(device=self.world.device).train()
         return stages
 
-    def _losses(self, kernels: Kernels) -> tuple[LossFunction, LogProbFunction] | tuple[None, None]:
-        """Return the functions of the logits that give losses and log-probabilities; None if the head computes them."""
+    def _set_losses(self, stage: Stage, kernels: Kernels) -> None:
+        """Give a stage the functions of the logits that give losses and log-probabilities; none if its head does."""
         if self.groups is None or self.groups.tp is None:
-            in_chunks = head_in_chunks(self.config, self.layout)
-            return (None, None) if in_chunks else (cross_entropy_sum, label_log_probs)
-        first, _ = plan.chunk(self.config.model.vocab, self.layout.tp, self.place.tp)
-        place: dict[str, Any] = {"first": first, "group": self.groups.tp, "kernels": kernels}
-        return partial(vocabulary_parallel_cross_entropy, **place), partial(vocabulary_parallel_log_probs, **place)
+            if not head_in_chunks(self.config, self.layout):
+                stage.loss, stage.log_probs = cross_entropy_sum, label_log_probs
+            return
+        vocab = self.config.model.vocab
+        first, _ = plan.chunk(vocab, self.layout.tp, self.place.tp)
+        place: dict[str, Any] = {"first": first, "group": self.groups.tp}
+        stage.loss = partial(vocabulary_parallel_cross_entropy, **place, kernels=kernels)
+        stage.label_gap = partial(vocabulary_parallel_label_gap, **place, vocab=vocab)
+        stage.log_probs = partial(vocabulary_parallel_log_probs, **place, kernels=kernels)
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
         """Yield a stage's parameters with their coordinates in the whole model."""

@@ -47,8 +47,11 @@ class Ensemble(nn.Module):
         ]
         return finish(torch.cat(hidden, dim=-1))
 
-    def cross_entropy_sum(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def cross_entropy_sum(
+        self, x: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Return the summed cross-entropy of `labels` `[B, T]` under the mean of the probabilities, in nats."""
+        assert not label_smoothing, "labels are smoothed in training alone"
         losses = -self.token_log_probs(x, labels)
         return (losses if weights is None else losses * weights).sum()
 

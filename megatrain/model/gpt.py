@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from megatrain.config import ModelConfig
 from megatrain.kernels.attention import Documents, attends_by_document, attention, document_mask
 from megatrain.kernels.choice import REFERENCE, Kernels
+from megatrain.kernels.cross_entropy import label_gap_sum, linear_label_gap_sum
 from megatrain.model.cache import AttentionCache, Cache
 from megatrain.model.rope import model_angles
 
@@ -86,17 +87,23 @@ class Head(Linear):
         super().__init__(width, vocab, False, kernels, shared)
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, each: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        each: bool = False,
+        smoothing: float = 0.0,
     ) -> Tensor:
         """Map `x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar.
 
-        With `each` return the log-probability of each label instead, fp32 `[B, T]`.
+        With `each` return the log-probability of each label instead, fp32 `[B, T]`. `smoothing` is that of the labels.
         """
         if labels is None:
             return super().forward(x)
         if each:
             return self.kernels.linear_log_probs(x, self.weight, labels)
-        return self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
+        loss = self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
+        return loss + smoothing * linear_label_gap_sum(x, self.weight, labels, weights) if smoothing else loss
 
 
 class RMSNorm(nn.Module):
@@ -253,6 +260,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss: LossFunction | None = None
+        self.label_gap: LossFunction = label_gap_sum
         self.log_probs: LogProbFunction | None = None
         self.needs_dense_mask = False
         self.has_dropout = config.dropout > 0
@@ -299,12 +307,16 @@ class GPT(nn.Module):
             return self.token_scores(x)
         return self.head(x) if labels is None else self.cross_entropy_sum(x, labels, loss_weights)
 
-    def cross_entropy_sum(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def cross_entropy_sum(
+        self, x: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Return the summed cross-entropy of `labels` given the result of `hidden`, an fp32 scalar in nats."""
         if self.loss is None:
-            loss: Tensor = self.head(x, labels, weights)
-            return loss
-        return self.loss(self.head(x), labels, weights)
+            whole: Tensor = self.head(x, labels, weights, smoothing=label_smoothing)
+            return whole
+        logits = self.head(x)
+        loss = self.loss(logits, labels, weights)
+        return loss + label_smoothing * self.label_gap(logits, labels, weights) if label_smoothing else loss
 
     def token_log_probs(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return the log-probability of each label given the result of `hidden`, fp32 `[B, T]`, 0 if ignored."""

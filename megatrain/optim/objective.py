@@ -25,8 +25,14 @@ TOKENS = "tokens_a_term"
 class OutputHead(Protocol):
     """The output head of a model in any layout. Ranks may split the vocabulary; logits may be computed in chunks."""
 
-    def cross_entropy_sum(self, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Return the summed cross-entropy of `labels` `[B, T]` given `hidden` `[B, T, D]`, an fp32 scalar in nats."""
+    def cross_entropy_sum(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """Return the summed cross-entropy of `labels` `[B, T]` given `hidden` `[B, T, D]`, an fp32 scalar in nats.
+
+        With `label_smoothing` a label has that share less of the probability, and all tokens have equal parts of it
+        (Szegedy et al., 2015, arXiv:1512.00567, section 7).
+        """
 
     def token_log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the log-probability of each of `labels` `[B, T]` given `hidden` `[B, T, D]`, fp32 `[B, T]`, in nats.
@@ -73,9 +79,15 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Next-token prediction: cross-entropy over labels other than `IGNORE_INDEX`, times their loss weights."""
+    """Next-token prediction: cross-entropy over labels other than `IGNORE_INDEX`, times their loss weights.
+
+    Labels are smoothed in training alone, so that losses of evaluations compare.
+    """
 
     scalar_names: tuple[str, ...] = ()
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
 
     def count(self, micro_batch: MicroBatch) -> int:
         """Return the number of labels that are not `IGNORE_INDEX`."""
@@ -83,7 +95,10 @@ class NextToken:
 
     def __call__(self, head: OutputHead, hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the summed cross-entropy and no scalars."""
-        return head.cross_entropy_sum(hidden, micro_batch.labels, micro_batch.loss_weights), ()
+        labels, weights = micro_batch.labels, micro_batch.loss_weights
+        if self.label_smoothing and torch.is_grad_enabled():
+            return head.cross_entropy_sum(hidden, labels, weights, self.label_smoothing), ()
+        return head.cross_entropy_sum(hidden, labels, weights), ()
 
 
 class LossMeter:

@@ -10,8 +10,8 @@ from megatrain.optim.policy_gradient import policy_gradient
 from megatrain.optim.preferences import DirectPreference, PairReward
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
-    "pretrain": lambda _config: NextToken(),
-    "sft": lambda _config: NextToken(),
+    "pretrain": lambda config: NextToken(config.method.label_smoothing),
+    "sft": lambda config: NextToken(config.method.label_smoothing),
     "reward": lambda config: PairReward(config.method.margin, config.method.centering),
     "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),
     "grpo": lambda config: policy_gradient(config.method),

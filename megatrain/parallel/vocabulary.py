@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.choice import Kernels
+from megatrain.kernels.cross_entropy import label_weights
 
 
 def vocabulary_parallel_cross_entropy(
@@ -25,6 +26,25 @@ def vocabulary_parallel_cross_entropy(
     """
     losses = _losses(logits, labels, first, group, kernels)
     return losses.sum() if weights is None else (losses * weights.float()).sum()
+
+
+def vocabulary_parallel_label_gap(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, first: int, vocab: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Return `label_gap_sum` where `logits` `[..., V_local]` are this rank's columns of `vocab`, from `first` on.
+
+    The result is equal on all ranks of the group; its gradient is that of this rank's columns.
+    """
+    factors, _ = label_weights(labels.flatten(), None if weights is None else weights.flatten())
+    rows, columns = logits.flatten(0, -2), labels.flatten() - first
+    is_local = (columns >= 0) & (columns < rows.shape[-1])
+    own = -rows.float().sum(-1) / vocab
+    if rows.shape[-1]:
+        own = own + rows.gather(-1, columns.where(is_local, 0)[:, None])[:, 0].float().where(is_local, 0.0)
+    part = (own * factors).sum()
+    total = part.detach().clone()
+    dist.all_reduce(total, group=group)
+    return part + (total - part.detach())
 
 
 def vocabulary_parallel_log_probs(

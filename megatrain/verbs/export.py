@@ -36,7 +36,8 @@ def export_(config: ExportConfig) -> None:
             if loaded.lora is None:
                 raise ConfigError(f"adapter=true: {loaded.folder} has no low-rank layers; leave adapter out")
             export_adapter(loaded.config, loaded.adapters, loaded.lora, out, config.family)
-            print_result(loaded, out, "fp32", f"peft.PeftModel.from_pretrained(<the exported base>, {str(out)!r})")
+            then = f"peft.PeftModel.from_pretrained(<the exported base>, {str(out)!r})"
+            print_result(loaded, out, "fp32", then, is_model=False)
             return
         export_model(
             loaded.config,

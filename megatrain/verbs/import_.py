@@ -1,4 +1,4 @@
-"""`megatrain import`: a checkpoint with the weights of a Hugging Face folder.
+"""`megatrain import`: a checkpoint with the weights of a Hugging Face folder, or with low-rank layers merged into them.
 
 It holds weights alone: a new run can start from it (`checkpoint.init_from`), but there is no run to resume.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatrain.checkpoint.find import lora_of, peek
 from megatrain.checkpoint.lineage import find_line
 from megatrain.checkpoint.manifest import Identity, RunRecord
 from megatrain.checkpoint.store import write
@@ -21,7 +22,6 @@ from megatrain.config import ImportConfig
 from megatrain.config.values import quoted
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
 from megatrain.errors import ConfigError
-from megatrain.interop.huggingface import generation_of
 from megatrain.interop.load_model import Loaded, load
 from megatrain.interop.path_kind import kind_of
 from megatrain.resilience.atomic_file import remove_abandoned, sync_path, temporary_name
@@ -32,20 +32,24 @@ from megatrain.verbs.path_checks import refuse_existing
 def import_(config: ImportConfig) -> None:
     """Write the checkpoint `out` with the weights and the tokenizer of a Hugging Face folder, atomically.
 
+    A run with low-rank layers may take its place: they are merged into its weights.
+
     Raises:
-        ConfigError: `out` exists or cannot be written, or `path` is not a Hugging Face folder.
+        ConfigError: `out` exists or cannot be written, or `path` is neither.
         CheckpointError: the folder is damaged, or our model cannot express it.
     """
     out, path = Path(config.out), Path(config.path)
     refuse_existing(out)
-    if kind_of(path) != "huggingface":
+    kind, found = kind_of(path), peek(path)
+    if kind != "huggingface" and not (found and lora_of(found[1])):
         raise ConfigError(f"path={path} is not a Hugging Face folder: it has no config.json")
     loaded = load(path)
     try:
         write_weights(loaded, out)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    if not isinstance(loaded.tokenizer, HuggingFaceTokenizer) and read_folder(path).has_chat_template():
+    is_theirs = kind == "huggingface"
+    if is_theirs and not isinstance(loaded.tokenizer, HuggingFaceTokenizer) and read_folder(path).has_chat_template():
         print(f"{path}: without its chat template: that goes along only with a tokenizer.json", file=sys.stderr)
     start = shlex.quote(quoted("checkpoint.init_from", config.out))
     print_result(loaded, out, "fp32", f"megatrain train {start}")
@@ -63,7 +67,7 @@ def write_weights(loaded: Loaded, out: Path) -> None:
         identity = Identity(
             config={"model": asdict(loaded.config)},
             imported_from=str(loaded.folder),
-            generation=generation_of(loaded.folder),
+            generation=loaded.generation(),
             ancestors=find_line(loaded.folder),
         )
         write(partial, state, RunRecord(identity=identity), None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import SAMPLING, TrainConfig
+from megatrain.config import SAMPLING, MethodConfig, TrainConfig
 from megatrain.config.arithmetic import either
+from megatrain.config.method_config import TARGETS
 from megatrain.config.values import as_text
 from megatrain.data.prompts import KIND
 from megatrain.errors import ConfigError
@@ -20,6 +21,8 @@ FOR_SAMPLING = ("rewards", "reward_weights")
 def check_method(config: TrainConfig) -> None:
     """Check that the keys of the method agree with one another and with the loop's. Raises ConfigError."""
     method, loop = config.method, config.train
+    _check_labels(method)
+    _check_low_rank(config)
     if method.name not in SAMPLING:
         if given := next((name for name in FOR_SAMPLING if getattr(method, name)), None):
             raise ConfigError(
@@ -61,6 +64,28 @@ def check_method(config: TrainConfig) -> None:
                 f"{key}={as_text(value)}: method={method.name} trains on replies that it samples, one a row; give "
                 f"{key}={as_text(needed)}, as method={method.name} does by itself"
             )
+
+
+def _check_labels(method: MethodConfig) -> None:
+    """Check that the method has labels to smooth, if they are to be smoothed."""
+    share = method.label_smoothing
+    if share and method.name not in ("pretrain", "sft", "dpo"):
+        raise ConfigError(f"method.label_smoothing={share:g}: method={method.name} has no labels; leave it out")
+    if share >= 0.5 and method.name == "dpo":
+        raise ConfigError(
+            f"method.label_smoothing={share:g}: with half of the pairs labelled the wrong way round nothing is left to "
+            "learn; give less than 0.5"
+        )
+
+
+def _check_low_rank(config: TrainConfig) -> None:
+    """Check that low-rank layers have a place in the model."""
+    lora = config.method.lora
+    if lora.rank and not set(lora.targets) - (set() if config.model.gated else {"gate"}):
+        raise ConfigError(
+            f"method.lora.targets={as_text(lora.targets)} names no projection of the model; give some of "
+            f"{', '.join(TARGETS)}, or leave it out for all"
+        )
 
 
 def check_method_files(config: TrainConfig) -> None:

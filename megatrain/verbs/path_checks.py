@@ -85,6 +85,7 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
             card = check_dataset_folder(config.data, config.train.mask_documents, prepare_command(config, overrides))
             if config.method.name in SAMPLING:
                 check_prompts(card, Path(config.data.dir) / config.data.name, config.method.name)
+            check_conversations(config, card)
             check_samples(config, card)
             check_pairs(config, card)
         if not is_launched():  # ranks check it themselves, with verified files
@@ -171,6 +172,15 @@ def check_samples(config: TrainConfig, card: Card) -> None:
     if config.data.packing == BEST_FIT:
         folder, seq_len = Path(config.data.dir) / config.data.name, config.train.seq_len
         num_samples(folder, card, config.data.packing, seq_len, config.data.verify)
+
+
+def check_conversations(config: TrainConfig, card: Card) -> None:
+    """Check that supervised fine-tuning has conversations, of which replies count."""
+    if config.method.name == "sft" and not any(split.loss_hashes for split in card.splits.values()):
+        raise ConfigError(
+            f"data.name={config.data.name}: method=sft learns from conversations, and this dataset is plain text; "
+            "prepare conversations (megatrain prepare data=chat), or use method=pretrain"
+        )
 
 
 def check_documents(config: DataConfig, mask_documents: bool, card: Card, folder: Path) -> None:

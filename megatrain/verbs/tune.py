@@ -10,14 +10,15 @@ import math
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.find import is_checkpoint, model_of, peek, tokenizer_folder
+from megatrain.checkpoint.find import is_checkpoint, lora_of, model_of, peek, tokenizer_folder
 from megatrain.checkpoint.manifest import read_manifest
-from megatrain.checkpoint.naming import checkpoint_step
+from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.config import SAMPLING, ModelConfig, PrepareConfig, TokenizerConfig, TrainConfig, TuneConfig
 from megatrain.config.compose import compose, key_types, read_overrides
 from megatrain.config.values import as_text, quoted
@@ -32,9 +33,11 @@ from megatrain.distributed.rank_environment import is_launched
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.path_kind import kind_of
 from megatrain.launch.slurm import Step
+from megatrain.report.dataset_page import sample_texts
 from megatrain.resilience.terminal import say
 from megatrain.verbs.path_checks import check_paths
 from megatrain.verbs.places import require
+from megatrain.verbs.printer import Printer, printable
 from megatrain.verbs.start_checks import INIT_FROM, with_checkpoint_model
 from megatrain.verbs.value_checks import check_values
 
@@ -44,6 +47,11 @@ LONGEST = 2048
 WARMUP = 0.03
 """Share of the steps that `optim.warmup_steps=null` means."""
 
+UNKNOWN = 1e6
+"""Steps of an epoch that are assumed until the data are known, so that a mistake is found before they are prepared."""
+
+SHOWN_TOKENS = 120
+"""Tokens that are shown of a conversation before training."""
 
 ONLY_HERE = key_types(TuneConfig).keys() - key_types(TrainConfig).keys()
 """Keys of `tune` that `train` does not have."""
@@ -97,8 +105,10 @@ def train_words(overrides: Sequence[str], make: bool) -> list[str]:
     if "method" not in groups:
         words.append(f"method={config.method.name}")
     words += [word for word in given if word.partition("=")[0].lstrip("+").replace("/", ".") not in ONLY_HERE]
-    planned = _checked([*words, *_planned(config, epoch=1)])
+    planned = _checked([*words, *_planned(config, epoch=UNKNOWN)])
     samples = _samples(planned, base, make) if planned.data.kind not in MIXED else None
+    if make and samples is not None:
+        _show_sample(planned)
     return [*words, *_planned(config, samples and samples / planned.train.global_batch_size)]
 
 
@@ -127,27 +137,30 @@ def _base_checkpoint(config: TuneConfig, make: bool) -> Path:
     """
     path = Path(config.path)
     require("path", path)
-    kind = kind_of(path)
-    if kind in ("run", "checkpoint"):
+    kind, found = kind_of(path), peek(path)
+    has_adapters = kind in ("run", "checkpoint") and found is not None and lora_of(found[1]) is not None
+    if kind in ("run", "checkpoint") and not has_adapters:
         return path
-    if kind != "huggingface":
+    source = found[0] if found and has_adapters else path
+    if not has_adapters and kind != "huggingface":
         raise ConfigError(
             f"path={path} is {'a prepared dataset' if kind == 'dataset' else 'no model'}; give the base first, a run, "
             "a checkpoint or a Hugging Face folder, and the data as data.name=... or data.paths=[...]"
         )
-    out = Path(config.run.dir) / f"{_name_of(path)}-imported"
+    out = Path(config.run.dir) / f"{_name_of(path)}-{'merged' if has_adapters else 'imported'}"
     if is_checkpoint(out):
-        source = read_manifest(out).identity.imported_from
-        if source is None or os.path.realpath(source) != os.path.realpath(path):
-            raise ConfigError(f"{out} was imported from {source}, not from {path}; give another run.dir")
+        made_of = read_manifest(out).identity.imported_from
+        if made_of is None or os.path.realpath(made_of) != os.path.realpath(source):
+            raise ConfigError(f"{out} was made of {made_of}, not of {source}; remove it, or give another run.dir")
         return out
-    command = ["import", quoted("path", str(path)), quoted("out", str(out))]
+    command = ["import", quoted("path", str(source)), quoted("out", str(out))]
     if not make:
         raise ConfigError(f"path={path} must be imported first: megatrain {shlex.join(command)}")
-    say(f"importing {path} into {out}")
-    code = subprocess.run(python_command("megatrain", *command), stdout=subprocess.DEVNULL, check=False).returncode
-    if code:
-        raise SystemExit(code)  # it has said why
+    say(f"merging the low-rank layers of {source} into {out}" if has_adapters else f"importing {path} into {out}")
+    done = subprocess.run(python_command("megatrain", *command), capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, end="", file=sys.stderr)
+        raise SystemExit(done.returncode)
     return out
 
 
@@ -209,6 +222,19 @@ def _tokenizer(config: TrainConfig, base: Path) -> TokenizerConfig:
         )
     inside = Path(os.path.relpath(place))
     return TokenizerConfig(kind=saved_meta(place)["kind"], path=str(place if inside.parts[0] == ".." else inside))
+
+
+def _show_sample(config: TrainConfig) -> None:
+    """Print a conversation with what counts in the loss marked, if the run is new."""
+    folder = Path(config.data.dir) / config.data.name
+    card = check_dataset(folder)
+    run_dir = Path(config.run.dir) / str(config.run.name)
+    if list_checkpoints(run_dir / "checkpoints") or not any(split.loss_hashes for split in card.splits.values()):
+        return
+    printer = Printer()
+    for headline, pieces in sample_texts(folder, card, 1, config.seed, SHOWN_TOKENS):
+        printer.line(f"{headline}; {printer.legend('what counts in the loss')}:")
+        printer.marked([(printable(piece.text), piece.counts) for piece in pieces])
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -94,9 +94,9 @@ def check_values(config: Any) -> None:
         check_slow_rank_ratio(config.resilience.slow_rank_ratio)
         check_kernels(config)
         check_output(config)
+        check_method(config)
         check_time_limit(config.launch.time)
         check_sbatch_options(config.launch)
-        check_method(config)
         check_layout(config, ranks)
 
 

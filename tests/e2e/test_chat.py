@@ -8,14 +8,11 @@ import random
 import pytest
 from support.commands import megatrain, metrics
 
-BASE = [
-    "train", "model=tiny", "model.num_layers=2", "model.hidden_size=32", "train.seq_len=64", "train.micro_batch_size=2",
-    "train.global_batch_size=8", "optim.warmup_steps=5", "tracking=none", "train.eval_every=30", "engine=native",
+LOOP = [
+    "train.seq_len=64", "train.micro_batch_size=2", "train.global_batch_size=8", "optim.warmup_steps=5",
+    "tracking=none", "train.eval_every=30", "engine=native", "train.steps=60", "optim.lr=3e-3",
 ]  # fmt: skip
-TUNE = [
-    *BASE, "checkpoint.init_from=runs/base", "data=chat", "data.name=talks", "data.packing=best_fit",
-    "train.mask_documents=true", "train.reset_positions=true", "train.steps=60", "optim.lr=3e-3",
-]  # fmt: skip
+TUNE = ["tune", "runs/base", "data.paths=[talks.jsonl]", "data.name=talks", *LOOP]
 
 
 def done(folder, *words, **options):
@@ -42,11 +39,10 @@ def tuned(tmp_path_factory):
             )
     tokenizer = ("tokenizer=byte_level_bpe", "tokenizer.vocab_size=320", "tokenizer.chat_template=chatml")
     done(folder, "prepare", "data=files", "data.name=text", "data.paths=[text.jsonl]", *tokenizer)
-    done(folder, *BASE, "data=files", "data.name=text", "run.name=base", "train.steps=60", "optim.lr=3e-3")
-    own = ("tokenizer=hf", "tokenizer.path=data/text/tokenizer")
-    prepared = done(folder, "prepare", "data=chat", "data.name=talks", "data.paths=[talks.jsonl]", *own)
-    assert "data.name=talks data.packing=best_fit train.mask_documents=true" in prepared.stderr
-    done(folder, *TUNE, "run.name=one")
+    small = ("model=tiny", "model.num_layers=2", "model.hidden_size=32")
+    done(folder, "train", *small, *LOOP, "data=files", "data.name=text", "run.name=base")
+    tuned = done(folder, *TUNE, "run.name=one")
+    assert "[[The answer is " in tuned.stdout, "what counts is shown before training"
     return folder
 
 
@@ -76,3 +72,26 @@ def test_every_layout_gives_the_same_run(tuned, layout):
     for key in ("loss", "heldout_loss"):
         expected = [record[key] for record in one[:30] if key in record]
         assert [record[key] for record in two[:30] if key in record] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_same_command_continues_the_run(tuned):
+    assert "nothing to do" in done(tuned, *TUNE, "run.name=one").stdout
+    assert "nothing to do" in done(tuned, "train", "runs/one").stdout
+
+
+def test_low_rank_layers_on_a_model_of_others_are_tuned_merged_and_exported(tuned):
+    """The base is a Hugging Face folder; `method.epochs` gives the steps; a tuned run is a base itself."""
+    done(tuned, "export", "runs/base", "out=theirs")
+    words = [word for word in TUNE if not word.startswith(("train.steps", "engine", "train.eval", "data.name"))]
+    words[1] = "theirs"
+    low_rank = done(tuned, *words, "method.epochs=0.5", "method.lora.rank=4")
+    assert "importing theirs into runs/theirs-imported" in low_rank.stderr
+    samples = json.loads((tuned / "data" / "talks-theirs" / "card.json").read_text())["splits"]["train"]["documents"]
+    records = metrics(tuned, "theirs-sft")
+    assert len(records) <= -(-samples // 16) and records[-1]["loss"] < records[0]["loss"]
+    done(tuned, "export", "runs/theirs-sft", "out=adapter", "adapter=true")
+    assert (tuned / "adapter" / "adapter_model.safetensors").is_file()
+    words[1] = "runs/theirs-sft"
+    again = done(tuned, *words, "train.steps=5")
+    assert "merging the low-rank layers of runs/theirs-sft/checkpoints/" in again.stderr
+    assert metrics(tuned, "theirs-sft-sft")[0]["loss"] == pytest.approx(records[-1]["loss"], rel=0.1)

@@ -1,0 +1,90 @@
+"""What `megatrain tune` makes of its words: those of `train`, with what the base, the data and the method imply."""
+
+import math
+import shutil
+
+import pytest
+
+from megatrain.config.compose import compose
+from megatrain.errors import ConfigError
+from megatrain.verbs import tune
+from megatrain.verbs.start_checks import with_checkpoint_model
+from megatrain.verbs.value_checks import check_values
+
+
+@pytest.fixture
+def words(finished, dataset, tmp_path):
+    """Return a function that gives the words of `train` for a tuning of the finished run on the dataset."""
+
+    def of(*further, base=finished, data=True):
+        place = (f"data.dir={dataset.parent}", f"run.dir={tmp_path}", *([f"data.name={dataset.name}"] * data))
+        return tune.train_words([f"path={base}", "train.seq_len=16", *place, *further], make=True)
+
+    return of
+
+
+def config_of(words):
+    config = compose("train", with_checkpoint_model("train", words))
+    check_values(config)
+    return config
+
+
+def test_the_base_the_method_and_the_data_give_the_rest(words, finished, dataset):
+    config = config_of(words())
+    assert (config.run.name, config.method.name, config.data.name) == ("first-sft", "sft", dataset.name)
+    assert config.checkpoint.init_from == str(finished)
+    assert (config.optim.lr, config.optim.weight_decay, config.data.kind) == (2e-5, 0.0, "chat")
+    assert config.data.packing == "best_fit" and config.train.mask_documents and config.train.reset_positions
+    epoch = config.train.eval_every
+    assert config.train.steps in range(3 * (epoch - 1) + 1, 3 * epoch + 1)
+    assert config.optim.warmup_steps == math.ceil(0.03 * config.train.steps)
+    assert config.engine.name == "deepspeed"
+    low_rank = config_of(words("method.lora.rank=2", "method.epochs=1"))
+    assert (low_rank.optim.lr, low_rank.engine.name) == (1e-4, "native")
+    assert low_rank.train.steps in range(epoch - 1, epoch + 1)
+
+
+def test_what_is_given_counts(words):
+    given = ("train.steps=7", "optim.lr=0.5", "optim.warmup_steps=2", "train.eval_every=0", "run.name=x", "seed=9")
+    config = config_of(words(*given, "data.packing=concatenate"))
+    assert (config.train.steps, config.optim.lr, config.optim.warmup_steps, config.train.eval_every) == (7, 0.5, 2, 0)
+    assert (config.run.name, config.seed, config.data.packing) == ("x", 9, "concatenate")
+
+
+def test_a_checkpoint_of_a_run_has_the_runs_name(words, finished):
+    newest = sorted((finished / "checkpoints").glob("step_*"))[-1]
+    assert config_of(words(base=newest)).run.name == "first-sft"
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        (["method=pretrain"], "method=pretrain is not a method of tuning"),
+        (["checkpoint.init_from=elsewhere"], "begins from its first argument"),
+        (["method.lora.rank=2", "method.lora.targets=[]"], r"method.lora.targets=\[\] names no projection"),
+        (["method.lora.rank=2", "engine=deepspeed"], "method.lora.rank=2 needs engine=native"),
+        (["method.label_smoothing=0.5", "method=dpo"], "less than 0.5"),
+        (["data.mixture={a: 1, b: 1}", "data=mixture"], "several datasets have no common epoch"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, further, message):
+    with pytest.raises(ConfigError, match=message):
+        words(*further)
+
+
+def test_a_base_that_is_none_and_data_that_are_missing_are_named(words, dataset):
+    with pytest.raises(ConfigError, match="is a prepared dataset; give the base first"):
+        words(base=dataset)
+    with pytest.raises(ConfigError, match=r"give data.paths=\[talks.jsonl\], or data.name"):
+        words(data=False)
+
+
+def test_in_a_job_nothing_is_imported_or_prepared(words, family, monkeypatch, tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="must be imported first: megatrain import"):
+        words(base=folder)
+    shutil.rmtree(folder)
