@@ -69,7 +69,7 @@ HELDOUT_RECORDS = 400
 _FILES: dict[str, tuple[Callable[[list[Fact], random.Random], Records], int, int]] = {
     "chats": (chats, 1200, 11),
     "styles": (styles, 2400, 12),
-    "pairs": (pairs, 4000, 21),
+    "pairs": (pairs, 12000, 21),
     "style_pairs": (style_pairs, 1200, 22),
     "prompts": (prompts, 4000, 31),
 }
