@@ -31,8 +31,8 @@ from megatrain.inference.service import Service
 _LOG = logging.getLogger("megatrain")
 _T = TypeVar("_T")
 
-PING_S = 15.0
-"""Seconds without a token after which a stream sends a comment, so that no proxy takes the connection for dead."""
+PING = ": still working\n\n"
+"""A comment in a stream that waits, so that no proxy takes the connection for dead."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -130,7 +130,7 @@ async def _reply(request: Request, body: ChatRequest | CompletionRequest) -> Res
     try:
         pieces = job.pieces()
         if body.stream:
-            first = await _unless_gone(request, anext(pieces))
+            first = await _unless_gone(request, _first(pieces))
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(writer, job, first, pieces, with_usage, entry)
             return _Stream(events, entry)
@@ -145,12 +145,19 @@ async def _reply(request: Request, body: ChatRequest | CompletionRequest) -> Res
         raise
 
 
-async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in pieces]
+async def _all(pieces: AsyncIterator[Piece | None]) -> list[Piece]:
+    return [piece async for piece in pieces if piece is not None]
+
+
+async def _first(pieces: AsyncIterator[Piece | None]) -> Piece:
+    """Return the first piece. Until then nothing is sent, so that what goes wrong can still have a status."""
+    while (piece := await anext(pieces)) is None:
+        pass
+    return piece
 
 
 async def _events(
-    writer: Writer, job: Job, first: Piece, rest: AsyncIterator[Piece], with_usage: bool, entry: _Entry
+    writer: Writer, job: Job, first: Piece, rest: AsyncIterator[Piece | None], with_usage: bool, entry: _Entry
 ) -> AsyncIterator[str]:
     """Yield the events of a stream, whose first piece is there already."""
     if writer.is_chat:
@@ -159,7 +166,8 @@ async def _events(
     yield writer.piece(first, with_usage)
     try:
         async for piece in rest:
-            if text := writer.piece(piece, with_usage):
+            text = PING if piece is None else writer.piece(piece, with_usage)
+            if text:
                 yield text
     except ApiError as error:
         entry.status = error.status
@@ -209,7 +217,7 @@ class _Stream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[str], entry: _Entry) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "x-request-id": entry.id}
-        super().__init__(_with_pings(events), media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._entry = entry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -224,31 +232,6 @@ class _Stream(StreamingResponse):
         finally:
             is_whole = all(reply.finish is not None for reply in self._entry.job.replies)
             self._entry.finish(None if is_whole or self._entry.status != 200 else 499)
-
-
-async def _with_pings(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield the events, and a comment after each `PING_S` without one."""
-    pending: asyncio.Task[str] | None = None
-    try:
-        while True:
-            pending = asyncio.ensure_future(_next(events)) if pending is None else pending
-            done, _ = await asyncio.wait([pending], timeout=PING_S)
-            if not done:
-                yield ": still working\n\n"
-                continue
-            try:
-                text = pending.result()
-            except StopAsyncIteration:
-                return
-            pending = None
-            yield text
-    finally:
-        if pending is not None:
-            pending.cancel()
-
-
-async def _next(events: AsyncIterator[str]) -> str:
-    return await anext(events)
 
 
 async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:

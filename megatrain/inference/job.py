@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.inference.api_errors import ApiError
+from megatrain.inference.batch_generator import Token
 from megatrain.inference.content_checks import ReplyCheck
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import Event, GenerationThread
 from megatrain.inference.reply_text import ReplyText, TokenText
 
 _TIMEOUT = -1
-"""The index of the event that ends a job whose time is over."""
+"""The number of the event that ends a job whose time is over, and ..."""
+_PING = -2
+"""... of that after which a job says that it still waits."""
+
+PING_S = 15.0
+"""Seconds between two such events."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,10 @@ class Job:
         self.replies = [ReplyText(tokenizer, stops, prompt.before, hold_back if checks else 0) for prompt in of]
         # among the events, since a wait with a limit for each token costs more than the token at toy size
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(timeout_s, self._events.put_nowait, Event(_TIMEOUT, None))
+        self._timers = [
+            loop.call_later(timeout_s, self._events.put_nowait, Event(_TIMEOUT, None)),
+            loop.call_later(PING_S, self._ping, loop),
+        ]
         self._tickets = [
             thread.submit(prompt.ids, one, index, self._events)
             for index, (prompt, one) in enumerate(zip(of, settings, strict=True))
@@ -79,25 +88,23 @@ class Job:
         """Tokens drawn so far."""
         return sum(reply.num_tokens for reply in self.replies)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield the replies as they are written.
+    async def pieces(self) -> AsyncIterator[Piece | None]:
+        """Yield the replies as they are written; and None now and then, though nothing may have been written.
 
         Raises:
             ApiError: the time is over (504), the model cannot compute the reply or a check fails (500).
         """
         while any(reply.finish is None for reply in self.replies):
-            piece = await self._next()
-            if piece is not None:
-                yield piece
+            event = await self._events.get()
+            if event.reply == _TIMEOUT:
+                raise self._timed_out()
+            if event.reply == _PING:
+                yield None
+            elif not self.replies[event.reply].is_finished:
+                yield await self._take(event.reply, event.token)
 
-    async def _next(self) -> Piece | None:
-        event = await self._events.get()
-        index, token = event.reply, event.token
-        if index == _TIMEOUT:
-            raise self._timed_out()
+    async def _take(self, index: int, token: Token | None) -> Piece:
         reply = self.replies[index]
-        if reply.is_finished:
-            return None
         if token is None or token.finish == "error":
             raise ApiError(500, "the model failed to compute the reply", code="generation_failed")
         if self.times.first_token is None:
@@ -124,11 +131,16 @@ class Job:
         except Exception as error:
             raise ApiError(500, "the check of the reply failed", code="content_check_failed") from error
 
+    def _ping(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._events.put_nowait(Event(_PING, None))
+        self._timers[1] = loop.call_later(PING_S, self._ping, loop)
+
     def _timed_out(self) -> ApiError:
         return ApiError(504, f"the reply is not finished within {self._timeout_s:g} seconds", code="timeout")
 
     def close(self) -> None:
         """Cancel what is not finished."""
-        self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         for ticket in self._tickets:
             self._thread.cancel(ticket)
