@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
 from megatrain.config import ServeConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.distributed.devices import device_by_name
-from megatrain.errors import EnvironmentFault, how_to_install
+from megatrain.errors import EnvironmentFault, MegatrainError, how_to_install
 from megatrain.interop.load_model import load
+from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.resilience.terminal import say
 
 
@@ -19,43 +25,80 @@ def serve(config: ServeConfig) -> int:
     Raises:
         ConfigError: the model has no tokenizer, the address cannot be used, or a file that a key names cannot be read.
         CheckpointError: there is no intact model.
-        EnvironmentFault: the libraries of the server are not installed.
+        EnvironmentFault: the libraries of the server are not installed, or its workers die again and again.
     """
     try:
-        from megatrain.inference.content_checks import content_checks, read_lines
-        from megatrain.inference.server import Server, bind
-        from megatrain.inference.service import ServedModel
+        from megatrain.inference.content_checks import content_checks
+        from megatrain.inference.server import bind
+        from megatrain.inference.workers import run_workers
     except ModuleNotFoundError as error:
         raise EnvironmentFault(f"serve needs {error.name}: {how_to_install('serve')}") from error
     group = config.serve
-    keys = [] if group.api_key is None else [group.api_key]
-    if group.api_key_file is not None:
-        keys += read_lines("serve.api_key_file", Path(group.api_key_file))
-    checks = content_checks(group)
-    listener = bind(group.host, group.port)
+    content_checks(group)
+    has_keys = bool(_keys(config))
+    with bind(group.host, group.port) as listener:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+
+        def announce() -> None:
+            print(f"{_name(config)} on http://{shown}:{port} (page: /, API: /v1); Ctrl-C ends", flush=True)
+            if not has_keys and not _is_loopback(host):
+                say("warning: anybody who reaches this address can use the model; give serve.api_key")
+
+        if group.workers == 1:
+            return _work(config, listener, announce)
+        return run_workers(group.workers, _worker, (config, listener, os.getpid()), group.grace_s, announce)
+
+
+def _work(config: ServeConfig, listener: socket.socket, announce: Callable[[], None]) -> int:
+    """Serve in this process."""
+    from megatrain.inference.content_checks import content_checks
+    from megatrain.inference.server import Server
+    from megatrain.inference.service import ServedModel
+
     loaded = load(Path(config.path), config.step)
     tokenizer = loaded.need_tokenizer()
     template = ChatTemplate(tokenizer) if tokenizer.chat_template() is not None else None
     model = loaded.build(device_by_name(config.device))
-    name = group.model_name or _name(Path(config.path))
-    served = ServedModel(name, model, tokenizer, template, loaded.end_tokens())
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    served = ServedModel(_name(config), model, tokenizer, template, loaded.end_tokens())
+    server = Server(served, config.serve, _keys(config), content_checks(config.serve), announce)
+    return server.serve_until_signal(listener)
+
+
+def _worker(config: ServeConfig, listener: socket.socket, parent: int, is_ready: Semaphore) -> None:
+    """Serve in a process that `run_workers` started."""
+    os.setpgid(0, 0)  # Ctrl-C in the terminal is for the parent, which then ends its workers
+    if sys.platform == "linux":
+        set_parent_death_signal(parent)
+    listener.setblocking(False)
 
     def announce() -> None:
-        print(f"{name} on http://{shown}:{port} (page: /, API: /v1); Ctrl-C ends", flush=True)
-        if not keys and not _is_loopback(host):
-            say("warning: anybody who reaches this address can use the model; give serve.api_key")
+        is_ready.release()
 
-    with listener:
-        return Server(served, group, keys, checks, announce).serve_until_signal(listener)
+    try:
+        code = _work(config, listener, announce)
+    except MegatrainError as error:
+        say(f"error: {error}")
+        code = error.exit_code
+    sys.exit(code)
 
 
-def _name(path: Path) -> str:
-    """Return the name of a run or an exported folder; a checkpoint has that of its run."""
-    path = path.resolve()
+def _keys(config: ServeConfig) -> list[str]:
+    """Return the keys that clients may send. Raises `ConfigError` if their file cannot be read."""
+    from megatrain.inference.content_checks import read_lines
+
+    group = config.serve
+    keys = [] if group.api_key is None else [group.api_key]
+    if group.api_key_file is not None:
+        keys += read_lines("serve.api_key_file", Path(group.api_key_file))
+    return keys
+
+
+def _name(config: ServeConfig) -> str:
+    """Return the model's name: by default that of a run or an exported folder; a checkpoint has that of its run."""
+    path = Path(config.path).resolve()
     inside = path.parent.name == "checkpoints"
-    return path.parent.parent.name if inside else path.name
+    return config.serve.model_name or (path.parent.parent.name if inside else path.name)
 
 
 def _is_loopback(host: str) -> bool:

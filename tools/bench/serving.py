@@ -4,6 +4,7 @@
     python tools/bench/serving.py throughput runs/assistant             # 1, 8 and 32 clients
     python tools/bench/serving.py peer runs/assistant                   # the generator, and transformers'
     python tools/bench/serving.py soak runs/assistant requests=10000    # random lengths, clients that leave, bad bodies
+    python tools/bench/serving.py replicas runs/assistant requests=200  # a worker of two is killed; clients try again
 
 The server runs in a process of its own, on one core (OMP_NUM_THREADS=1), and so do the clients. `throughput` asks for
 replies of up to 32 tokens, and counts those that came. `soak` fails if a good request fails, and prints the server's
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import httpx
+import psutil
 
 QUESTIONS = [
     "What is the larger of 31 and 58?",
@@ -240,6 +243,46 @@ async def soak(url: str, pid: int, requests: int, clients: int) -> dict[str, int
     return kinds
 
 
+async def replicas(url: str, victim: int, requests: int, clients: int) -> int:
+    """Kill a worker in the middle of the requests; return how often a client had to send one again."""
+    numbers, again = iter(range(requests)), 0
+
+    async def one() -> None:
+        nonlocal again
+        for number in numbers:
+            if number == requests // 3:
+                os.kill(victim, signal.SIGKILL)
+            for attempt in range(20):
+                try:
+                    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+                        reply = await client.post("/v1/chat/completions", json=body(number))
+                except httpx.TransportError:
+                    again += 1
+                    await asyncio.sleep(0.05 * attempt)
+                    continue
+                if reply.status_code != 200:
+                    raise SystemExit(f"request {number} failed: {reply.status_code} {reply.text[:300]}")
+                break
+            else:
+                raise SystemExit(f"request {number} was never answered")
+
+    await asyncio.gather(*(one() for _ in range(clients)))
+    return again
+
+
+def kill_a_worker(folder: str, requests: int) -> None:
+    """Print what became of the requests while a worker of two was killed."""
+    process, url = started(folder, "serve.workers=2", "serve.max_queue=200")
+    try:
+        children = psutil.Process(process.pid).children()
+        workers = [child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        again = asyncio.run(replicas(url, workers[0], requests, 8))
+        print(f"{requests} requests answered; a worker was killed, and {again} were sent again")
+    finally:
+        process.terminate()
+        print(f"exit code at TERM: {process.wait()}")
+
+
 def main() -> None:
     """Run what the command line asks for."""
     what, folder = sys.argv[1:3]
@@ -253,6 +296,9 @@ def main() -> None:
     if what == "peer":
         peer(folder, int(options.get("rounds", 3)))
         return
+    if what == "replicas":
+        kill_a_worker(folder, int(options.get("requests", 200)))
+        return
     process, url = started(folder, "serve.max_concurrent=16", "serve.max_queue=200")
     try:
         begin = time.perf_counter()
@@ -264,7 +310,7 @@ def main() -> None:
             f"{kinds}, no failure of a good one, in {seconds:.0f} s; the server has {memory_mib(process.pid):.1f} MiB"
         )
         time.sleep(1)
-        waiting = re.findall(r"megatrain_replies_\w+ \S+", httpx.get(f"{url}/metrics").text)
+        waiting = re.findall(r"^megatrain_replies_(?:running|waiting) \S+", httpx.get(f"{url}/metrics").text, re.M)
         print(f"after the last: {', '.join(waiting)}")
     finally:
         process.terminate()

@@ -1,0 +1,57 @@
+"""Several workers behind one address: one that is killed is replaced, and all end with their parent's signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+
+import pytest
+from support.serving import wait_until
+from support.tiny_worker import answer
+
+from megatrain.errors import EXIT_BAD_CHECKPOINT, EnvironmentFault
+from megatrain.inference.server import bind
+from megatrain.inference.workers import run_workers
+
+
+def asked(address):
+    """The process that answers, or None if it died meanwhile."""
+    try:
+        with socket.create_connection(address) as connection:
+            return int(connection.recv(20) or 0) or None
+    except ConnectionError:
+        return None
+
+
+def test_a_killed_worker_is_replaced_and_a_retry_is_answered():
+    seen, ready = set(), threading.Event()
+
+    def use(address):
+        ready.wait()
+        try:
+            wait_until(lambda: seen.add(asked(address)) or len(seen - {None}) == 2, "both workers answer")
+            victim = next(iter(seen - {None}))
+            os.kill(victim, signal.SIGKILL)
+            before = set(seen)
+            wait_until(lambda: seen.add(asked(address)) or seen - before - {None}, "a third worker answers")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with bind("127.0.0.1", 0) as listener:
+        user = threading.Thread(target=use, args=(listener.getsockname(),))
+        user.start()
+        assert run_workers(2, answer, (listener, 0), 1.0, ready.set) == 0
+        user.join()
+    assert len(seen - {None}) == 3
+    for pid in seen - {None}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_mistake_ends_all_workers_and_so_do_deaths_without_end():
+    with bind("127.0.0.1", 0) as listener:
+        assert run_workers(2, answer, (listener, EXIT_BAD_CHECKPOINT), 1.0, lambda: None) == EXIT_BAD_CHECKPOINT
+        with pytest.raises(EnvironmentFault, match="5 workers died"):
+            run_workers(1, answer, (listener, 1), 1.0, lambda: None)
