@@ -261,7 +261,16 @@ def _planned(config: TuneConfig, epoch: float | None) -> list[str]:
         steps = max(1, math.ceil(config.method.epochs * epoch))
         words.append(f"train.steps={steps}")
     if config.optim.warmup_steps is None:
-        words.append(f"optim.warmup_steps={math.ceil(WARMUP * steps)}")
+        begun = _begun_warmup(config)
+        words.append(f"optim.warmup_steps={math.ceil(WARMUP * steps) if begun is None else begun}")
     if config.train.eval_every is None:
         words.append(f"train.eval_every={min(steps, math.ceil(epoch)) if epoch else 0}")
     return words
+
+
+def _begun_warmup(config: TuneConfig) -> int | None:
+    """Return the warm-up that the run began with, which stays when the run is made longer; None for a new run."""
+    name = config.run.name or f"{_name_of(Path(config.path))}-{config.method.name}"
+    found = peek(Path(config.run.dir) / name / "checkpoints")
+    begun: int | None = found[1].identity.config.get("optim", {}).get("warmup_steps") if found else None
+    return begun

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from megatrain.checkpoint.manifest import read_manifest, write_manifest
 from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 from megatrain.verbs import tune
@@ -49,6 +50,17 @@ def test_what_is_given_counts(words):
     config = config_of(words(*given, "data.packing=concatenate"))
     assert (config.train.steps, config.optim.lr, config.optim.warmup_steps, config.train.eval_every) == (7, 0.5, 2, 0)
     assert (config.run.name, config.seed, config.data.packing) == ("x", 9, "concatenate")
+
+
+def test_a_run_that_is_made_longer_keeps_the_warm_up_that_it_began_with(words, finished, tmp_path):
+    again = ("run.name=again", "train.steps=400", "run.dir=" + str(tmp_path))
+    assert config_of(words(*again)).optim.warmup_steps == 12
+    shutil.copytree(finished, tmp_path / "again")
+    (newest,) = sorted((tmp_path / "again" / "checkpoints").glob("step_*"))[-1:]
+    manifest = read_manifest(newest)
+    manifest.identity.config["optim"]["warmup_steps"] = 5
+    write_manifest(newest, manifest)
+    assert config_of(words(*again)).optim.warmup_steps == 5
 
 
 def test_a_checkpoint_of_a_run_has_the_runs_name(words, finished):
