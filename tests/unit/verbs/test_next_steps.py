@@ -101,7 +101,8 @@ def test_prepare_says_how_to_train_on_the_mixture_that_it_prepared(monkeypatch, 
 def loaded(monkeypatch, module, kind):
     found = SimpleNamespace(
         config=ModelConfig(vocab_size=300), weights={}, tokenizer=object(), tokenizer_dir=None,
-        need_tokenizer=lambda: SimpleNamespace(end_of_document=0), describe=lambda: "a model",
+        need_tokenizer=lambda **_: SimpleNamespace(end_of_document=0), describe=lambda: "a model",
+        need_dense=dict, lora=None,
     )  # fmt: skip
     monkeypatch.setattr(module, "load", lambda *_: found)
     monkeypatch.setattr(module, "kind_of", lambda _: kind)
