@@ -33,7 +33,6 @@ from megatrain.distributed.waits import timed_waits
 from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
-from megatrain.engine.whole_model import WholeModel
 from megatrain.model.count import flops_per_token, num_parameters
 from megatrain.optim.objective import Objective
 from megatrain.optim.objectives import objective_of
@@ -66,7 +65,7 @@ from megatrain.training.origin import (
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.reference import Reference
 from megatrain.training.rollback import CheckpointRollback
-from megatrain.training.rollouts import reference_model, rollout_buffers, rollout_stream
+from megatrain.training.rollouts import ReferenceModel, reference_model, rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.trainer import Trainer
@@ -159,7 +158,8 @@ class RankJob:
         engine = build_engine(self.config, self.world, objective)
         if origin and origin.resumes:
             self._take_reference(objective, engine, stores.disk, resumes=True)
-        reference = reference_model(self.config, engine, self.world, stores.disk)
+        resumed = origin if origin and origin.resumes else None
+        reference = reference_model(self.config, engine, self.world, stores.disk, resumed)
         buffers: dict[str, Tensor] = {}
         if origin:
             self.world.heartbeat.enter("load")
@@ -297,7 +297,7 @@ class RankJob:
     def _order(self) -> Order:
         return self.data.order
 
-    def _stream(self, engine: Engine, buffers: dict[str, Tensor], reference: WholeModel | None) -> Stream:
+    def _stream(self, engine: Engine, buffers: dict[str, Tensor], reference: ReferenceModel | None) -> Stream:
         """Return the stream of batches: `buffers` is what the checkpoint holds besides the engine's tensors."""
         config = self.config
         if self.data.prompts:

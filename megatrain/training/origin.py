@@ -69,6 +69,16 @@ def base_of(config: TrainConfig, store: CheckpointStore) -> Origin | None:
     return Origin(*_find(Path(config.checkpoint.init_from), store), resumes=False)
 
 
+def checkpoint_at(folder: Path, world: World) -> Origin:
+    """Return a checkpoint to take weights from. Raises CheckpointError if it is missing or damaged."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is gone, whose weights this run began from and compares with; put it back (checkpoint.keep and "
+            "checkpoint.keep_every of that run say what it keeps), or begin another run.name"
+        )
+    return Origin(folder, verify(folder, world), resumes=False)
+
+
 def inherited_generation(origin: Origin, override: Collection[str]) -> dict[str, Any]:
     """Return the defaults of generation that a run takes over; without token ids if it may have another tokenizer."""
     found = origin.manifest.identity.generation
