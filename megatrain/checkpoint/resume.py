@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.recompute",
     "train.eval_every",
     "train.eval_steps",
+    "train.tasks*",
     "train.early_stop_*",
     "model.name",  # a label
     "data.name",

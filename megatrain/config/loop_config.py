@@ -24,6 +24,12 @@ class TrainLoopConfig:
     eval_steps: int | None = key(
         None, "held-out batches (of global_batch_size sequences) per evaluation; null reads all", minimum=1
     )
+    tasks: list[str] = key([], "tasks of lm-evaluation-harness to score during training (needs megatrain[evaluate])")
+    tasks_dir: str | None = key(
+        None, "folder of task files (.yaml) of your own; without train.tasks all of them are scored", path=True
+    )
+    tasks_every: int = key(0, "steps between scores on tasks; 0 scores them only at the end", minimum=0)
+    tasks_limit: int | None = key(100, "documents of each task to score, the first ones; null takes all", minimum=1)
     early_stop_patience: int = key(
         0, "consecutive evaluations without a better held-out loss that end the run; 0 never ends it", minimum=0
     )

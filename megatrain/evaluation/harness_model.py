@@ -7,8 +7,8 @@ out, only the template's markers are control tokens, and what a document spells 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -30,6 +30,28 @@ MAX_NEW_TOKENS = 256
 """Tokens to generate at most where a task does not say."""
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share requests: every `size`-th is a rank's, and `gather` returns all ranks' JSON values."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def mine(self, count: int) -> list[int]:
+        """Return which of `count` requests are this rank's."""
+        return list(range(self.rank, count, self.size))
+
+    def all_of(self, found: list[Any], count: int) -> list[Any]:
+        """Return the results of all requests, given those of this rank's."""
+        if self.size == 1:
+            return found
+        merged: list[Any] = [None] * count
+        for rank, values in enumerate(self.gather(found)):
+            merged[rank :: self.size] = values
+        return merged
+
+
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no types
     """A model that the harness can ask. With a `template`, tasks lay out their prompts by it."""
 
@@ -43,12 +65,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
         seed: int,
         template: ChatTemplate | None = None,
         progress: Progress | None = None,
+        ranks: Ranks = Ranks(),
     ) -> None:
         """`ends` are the ids that end a text; `seed` is that of sampled answers."""
         super().__init__()
         self.model, self._tokenizer, self._prompts = model, tokenizer, Prompts(tokenizer, template)
         self._ends, self._batch_size, self._seed = ends, batch_size, seed
-        self._progress = progress or Progress()
+        self._progress, self._ranks = progress or Progress(), ranks
 
     # -------------------------------------------------------------------------------------------------- token ids
 
@@ -105,12 +128,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
                     "examples (num_fewshot) make them shorter"
                 )
             pairs.append(Pair(tuple(context), tuple(continuation)))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        with self._progress.of("likelihoods", len(pairs)) as advance:
-            for number, likelihood in likelihoods(self.model, pairs, self._batch_size, self.max_length):
+        mine = [pairs[number] for number in self._ranks.mine(len(pairs))]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(mine)
+        with self._progress.of("likelihoods", len(mine)) as advance:
+            for number, likelihood in likelihoods(self.model, mine, self._batch_size, self.max_length):
                 found[number] = (likelihood.log_probability, likelihood.is_greedy)
                 advance()
-        return found
+        return [(value, is_greedy) for value, is_greedy in self._ranks.all_of(found, len(pairs))]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood, and whether greedy decoding would give it."""
@@ -136,19 +160,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each prompt, up to a stop sequence or the end of a text."""
+        mine = self._ranks.mine(len(requests))
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
-        found = [""] * len(requests)
-        with self._progress.of("answers", len(requests)) as advance:
-            for numbers in groups.values():
-                for number, text in self._generate([requests[number] for number in numbers]):
-                    found[numbers[number]] = text
+        for place, number in enumerate(mine):
+            groups.setdefault(repr(sorted(requests[number].args[1].items())), []).append(place)
+        found = [""] * len(mine)
+        with self._progress.of("answers", len(mine)) as advance:
+            for places in groups.values():
+                for number, text in self._generate([mine[place] for place in places], requests):
+                    found[places[number]] = text
                     advance()
-        return found
+        return self._ranks.all_of(found, len(requests))
 
-    def _generate(self, requests: list[Instance]) -> Any:
-        """Yield the number and the text of each request; all have the same settings."""
+    def _generate(self, numbers: Sequence[int], all_requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
+        """Yield the place among `numbers` and the text of each of these requests; all have the same settings."""
+        requests = [all_requests[number] for number in numbers]
         given = normalize_gen_kwargs(requests[0].args[1], MAX_NEW_TOKENS)
         stops = [text for text in handle_stop_sequences(given.pop("until", None), eos=None) if text]
         wanted = given.pop("max_gen_toks")
@@ -156,7 +182,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library carries no 
         named = {self._tokenizer.control_token(text) for text in stops}
         ends = self._ends | {token for token in named if token is not None}
         prompts, answers = [], [Answer(self._tokenizer, ends, stops) for _ in requests]
-        for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        for number, request, answer in zip(numbers, requests, answers, strict=True):
             ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             ids, count = self._fitted(ids, wanted)
             settings = replace(sampling, max_new_tokens=count, seed=self._seed + number)

@@ -24,6 +24,7 @@ def describe(event: dict[str, Any]) -> str:
         "preflight": f"preflight: {what}",
         "save": f"saved {what}",
         "evaluate": f"step {step}: {what}",
+        "tasks": f"step {step}: {what}",
         "packing": f"packed {what}",
         "mixture": f"read of each source: {what}",
         "init_from": f"the weights are those of {what}",
@@ -121,6 +122,11 @@ def _change(event: dict[str, Any]) -> str:
     return f"{event['key']} {change(event['before'], event['now'])}{how}"
 
 
+def _tasks(event: dict[str, Any]) -> str:
+    scores = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
+    return ", ".join(f"{name} {plain(value, DIGITS)}" for name, value in scores.items())
+
+
 _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "change": _change,
     "evaluate": _evaluate,
@@ -128,6 +134,7 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "packing": _packing,
     "mixture": lambda event: describe_sources(event["sources"]),
     "reference": _reference,
+    "tasks": _tasks,
     "start": _start,
     "resume": _start,
     "stop": _stop,

@@ -68,6 +68,7 @@ from megatrain.training.rollback import CheckpointRollback
 from megatrain.training.rollouts import ReferenceModel, reference_model, rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
+from megatrain.training.task_scores import TaskScores, scores_tasks
 from megatrain.training.trainer import Trainer
 
 Stream = TrainStream | RolloutStream
@@ -116,6 +117,7 @@ class RankJob:
         self.early_stop_reset_at: int | None = None
         """The step of a checkpoint whose best held-out loss no longer counts, as this start weighs other sources."""
         self.transfer: Transfer | None = None
+        self.tasks: TaskScores | None = None
         self.reference: dict[str, Any] = {}
         """What the event `reference` says; empty if the method compares with no reference."""
 
@@ -170,6 +172,7 @@ class RankJob:
         if not (origin and origin.resumes):
             self._take_reference(objective, engine, stores.disk, resumes=False)
         stream = self._stream(engine, buffers, reference)
+        self.tasks = self._task_scores(engine)
         if self.world.is_main:
             write_run_folder(self.run_dir, self.config, self.data.folder)
         self._record_start(origin)
@@ -285,6 +288,7 @@ class RankJob:
                     slow_ranks=slow_ranks,
                     shares=self._shares,
                     identity=self._identity(origin),
+                    tasks=self.tasks,
                     state=lambda step: engine.state() | stream.state(step),
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
@@ -292,6 +296,12 @@ class RankJob:
                 )
         finally:
             stream.close()
+
+    def _task_scores(self, engine: Engine) -> TaskScores | None:
+        """Return what scores tasks during training, with their data; None without `train.tasks`."""
+        if not scores_tasks(self.config):
+            return None
+        return TaskScores(self.config, self.world, engine, self.data.folder, self.run_dir, self.may_write)
 
     @cached_property
     def _order(self) -> Order:

@@ -129,6 +129,13 @@ class SlowRanks(Protocol):
         """Compare the ranks by their seconds in a step, excluding waits."""
 
 
+class TaskScorer(Protocol):
+    """Scorer of the engine's weights on tasks. All ranks must call it together."""
+
+    def __call__(self, step: int, beat: Callable[[str], None]) -> dict[str, float]:
+        """Return the scores after a step by their names in metrics.jsonl; call `beat` with words of how far it is."""
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Converter of tokens per second to model FLOPs utilisation (MFU).
@@ -166,3 +173,4 @@ class Parts:
     identity: Identity
     throughput: Throughput
     state: Callable[[int], dict[str, Tensor]]
+    tasks: TaskScorer | None = None

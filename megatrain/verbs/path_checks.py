@@ -142,6 +142,10 @@ def check_installed(config: TrainConfig) -> None:
     """Check that the optional libraries this run needs are installed, without importing them."""
     if config.precision.name == "fp8" and find_spec("torchao") is None:
         raise EnvironmentFault(f"precision=fp8 needs torchao: {how_to_install('fp8')}, or use precision=bf16")
+    if config.train.tasks_dir is not None:
+        require("train.tasks_dir", Path(config.train.tasks_dir))
+    if (config.train.tasks or config.train.tasks_dir is not None) and find_spec("lm_eval") is None:
+        raise EnvironmentFault(f"train.tasks needs lm-evaluation-harness: {how_to_install('evaluate')}")
     if config.kernels == "triton" and find_spec("triton") is None:
         raise EnvironmentFault(
             "kernels=triton needs Triton: pip install triton (Linux), or use kernels=auto or kernels=reference"

@@ -258,6 +258,10 @@ def check_read_keys(config: DataConfig) -> None:
 def check_loop(config: TrainConfig) -> None:
     """Check the lengths and counts of the loop, and the keys that depend on one another."""
     loop = config.train
+    if loop.tasks_every and not (loop.tasks or loop.tasks_dir):
+        raise ConfigError(f"train.tasks_every={loop.tasks_every}: there are no tasks to score; give train.tasks=[...]")
+    if (loop.tasks or loop.tasks_dir) and config.method.name == "reward":
+        raise ConfigError("train.tasks: a reward model writes no text, so it cannot be asked; leave train.tasks out")
     if loop.seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={loop.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}; give "

@@ -25,10 +25,12 @@ from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.data.train_sentencepiece import train_sentencepiece
 from megatrain.errors import ConfigError, DataError, EnvironmentFault
 from megatrain.evaluation.harness import Settings, find_tasks, run_tasks
-from megatrain.evaluation.harness_model import HarnessModel
+from megatrain.evaluation.harness_model import HarnessModel, Ranks
 from megatrain.interop.load_model import load
 from megatrain.model.init import build_model
 from megatrain.tracking.evaluation_records import read_records
+from megatrain.tracking.event_words import describe
+from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.evaluate import evaluate
 from megatrain.verbs.export import export_
 from megatrain.verbs.path_checks import check_paths
@@ -281,3 +283,65 @@ def test_texts_of_a_task_that_the_model_was_trained_on_are_counted(finished, dat
     assert [sample["in_training_data"] for sample in found["samples"]] == [True, False, False]
     figures = found["detail"]["contamination"]
     assert (figures["shared"], figures["too_short"], figures["training_documents"]) == (1, 1, 20)
+
+
+def test_tasks_in_the_loop_are_scored_as_by_the_verb_and_change_no_step(
+    make_job, run_job, finished, tasks_dir, tmp_path
+):
+    """Every `train.tasks_every` steps and at the end, also of what a resume adds; losses stay the same bit for bit."""
+    config = make_job(tmp_path, train__tasks_dir=str(tasks_dir), train__tasks_every=2, train__tasks_limit=7)
+    config.train.tasks = ["choice", "write"]
+    assert run_job(config) == 0
+    run = tmp_path / "first"
+    records, plain = read_metrics(run / "metrics.jsonl"), read_metrics(finished / "metrics.jsonl")
+    assert [record["loss"] for record in records] == [record["loss"] for record in plain]
+    config.train.steps = 5
+    assert run_job(config) == 0
+    records = read_metrics(run / "metrics.jsonl")
+    scored = {
+        record["step"]: record["tasks/choice/acc_norm"] for record in records if "tasks/choice/acc_norm" in record
+    }
+    assert set(scored) == {2, 4, 5}
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    told = [event for event in events if event["kind"] == "tasks"]
+    assert [event["step"] for event in told] == [2, 4, 5] and told[0]["choice/acc_norm"] == scored[2]
+    assert "step 2: choice/acc" in describe(told[0])
+    kept = {(record["step"], record["name"]): record for record in read_records(run)}
+    out = tmp_path / "out.json"
+    names, checkpoint = ["choice", "write"], str(run / "checkpoints" / "step_00000004")
+    evaluate(EvaluateConfig(checkpoint, tasks=names, tasks_dir=str(tasks_dir), device="cpu", limit=7, out=str(out)))
+    by_verb = json.loads(out.read_text())["tasks"]
+    for name in names:
+        ours, theirs = kept[4, name], by_verb[name]
+        assert ours["scores"] == theirs["scores"] and ours["documents"] == 7
+        same_answers(ours["samples"], theirs["samples"], name)
+
+
+def test_ranks_that_share_the_requests_give_the_answers_of_one(talker, tasks_dir):
+    loaded = load(talker)
+    settings = {"ends": frozenset(loaded.end_tokens()), "batch_size": 4, "seed": 0}
+    tasks = find_tasks(["choice", "write"], tasks_dir)
+
+    def model(rank=0, size=1):
+        def gather(found):
+            empty = "" if isinstance(found[0], str) else (0.0, False)
+            return [found if other == rank else [empty] * len(found) for other in range(size)]
+
+        ranks = Ranks(rank, size, gather)
+        return HarnessModel(loaded.build(torch.device("cpu")), loaded.tokenizer, **settings, ranks=ranks)
+
+    alone = run_tasks(model(), tasks, Settings(0, 10, 0))
+    by_rank = [run_tasks(model(rank, 2), tasks, Settings(0, 10, 0)) for rank in (0, 1)]
+    for number, result in enumerate(alone):
+        answers = [answer for sample in result.samples for (answer,) in sample["resps"]]
+        found = [[a for sample in by_rank[rank][number].samples for (a,) in sample["resps"]] for rank in (0, 1)]
+        for place, answer in enumerate(answers):
+            mine = found[place % 2][place]
+            assert mine == answer if isinstance(answer, str) else mine[0] == pytest.approx(answer[0], abs=1e-5)
+
+
+def test_keys_of_tasks_in_the_loop_that_do_not_go_together_are_refused(make_job, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.tasks_every=2: there are no tasks to score"):
+        check_values(make_job(tmp_path, train__tasks_every=2))
+    with pytest.raises(ConfigError, match="a reward model writes no text"):
+        check_values(make_job(tmp_path, train__tasks=["choice"], method__name="reward"))
