@@ -42,7 +42,7 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-SEQ_LEN, ROWS, VOCAB = 512, 4, 2000
+SEQ_LEN, ROWS, VOCAB = 512, 4, 1000
 
 
 def records(count: int) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def make(place: Path, rows: list[dict[str, Any]]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "tokenizer")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4
     )
     transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
