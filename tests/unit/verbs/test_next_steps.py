@@ -102,7 +102,7 @@ def loaded(monkeypatch, module, kind):
     found = SimpleNamespace(
         config=ModelConfig(vocab_size=300), weights={}, tokenizer=object(), tokenizer_dir=None,
         need_tokenizer=lambda **_: SimpleNamespace(end_of_document=0), describe=lambda: "a model",
-        need_dense=dict, lora=None,
+        need_dense=dict, lora=None, manifest=None,
     )  # fmt: skip
     monkeypatch.setattr(module, "load", lambda *_: found)
     monkeypatch.setattr(module, "kind_of", lambda _: kind)
