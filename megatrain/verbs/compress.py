@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +13,18 @@ from torch import Tensor
 
 from megatrain.compress.prune import GROUP, share_threshold, tensor_threshold, two_of_four, without_small
 from megatrain.compress.quantize import check_groups, describe_quantized, quantized_tensors
-from megatrain.compress.result import write_result
+from megatrain.compress.result import check_space, write_result
 from megatrain.compress.source import MODEL, Source, open_source
 from megatrain.config import CompressConfig
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, cannot_write
+from megatrain.interop.gguf_file import check_gguf, read_gguf, write_gguf
+from megatrain.interop.load_model import load
 from megatrain.model.count import parameter_shapes
 from megatrain.model.dtypes import DTYPES
 from megatrain.model.quantized import is_quantizable
+from megatrain.resilience.atomic_file import remove_abandoned, temporary_name
 from megatrain.verbs.comparison import Row, print_comparison, with_losses
+from megatrain.verbs.export import generation
 from megatrain.verbs.path_checks import refuse_existing
 
 READS = {
@@ -29,6 +35,9 @@ READS = {
     "gguf_type": ("gguf",),
 }
 """The results that read a key."""
+
+BYTES = {"f32": 128, "f16": 64, "q8_0": 34, "q4_0": 18}
+"""Bytes of 32 values in a GGUF file."""
 
 
 def compress(config: CompressConfig) -> None:
@@ -43,6 +52,9 @@ def compress(config: CompressConfig) -> None:
     refuse_existing(out)
     check_keys(config)
     source = open_source(Path(config.path), config.step)
+    if config.to == "gguf":
+        to_gguf(config, source, out)
+        return
     settings = {name: getattr(config, name) for name, results in READS.items() if config.to in results}
     made = {"verb": "compress", "to": config.to, **settings, "sources": [source.reference()]}
     if config.to in ("int8", "int4"):
@@ -59,6 +71,34 @@ def compress(config: CompressConfig) -> None:
     after = f"{config.to}, {zeros(open_source(out)):.1%} zeros" if config.to in ("pruned", "2:4") else config.to
     rows = [Row(str(source.folder), source.step, source.bytes), Row(f"{out} ({after})", None, size)]
     print_comparison(out, with_losses(rows, [source.folder, out], config, speed=True))
+
+
+def to_gguf(config: CompressConfig, source: Source, out: Path) -> None:
+    """Write a GGUF file atomically, and print the held-out loss of what can be read back from it. Raises as above."""
+    check_gguf(source.config, config.gguf_type)
+    numbers = sum(math.prod(shape) for shape in parameter_shapes(source.config).values())
+    check_space(out, numbers * BYTES[config.gguf_type] // 32)
+    loaded = load(source.folder)
+    if loaded.tokenizer is not None:
+        loaded.need_tokenizer()
+    ends = generation(loaded).get("eos_token_id", [])
+    remove_abandoned(out.parent)
+    partial = temporary_name(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        listed = ends if isinstance(ends, list) else [ends]
+        write_gguf(partial, source.config, source.read, config.gguf_type, loaded.tokenizer, listed, source.folder.name)
+        os.replace(partial, out)
+    except OSError as error:
+        raise cannot_write(out, error, "out") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    rows = [
+        Row(str(source.folder), source.step, source.bytes),
+        Row(f"{out} ({config.gguf_type})", None, out.stat().st_size),
+    ]
+    back = replace(loaded, weights=read_gguf(out, source.config)) if config.compare else loaded
+    print_comparison(out, with_losses(rows, [loaded, back], config))
 
 
 def check_keys(config: CompressConfig) -> None:

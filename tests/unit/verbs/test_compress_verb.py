@@ -1,15 +1,21 @@
 """`megatrain compress`: the smaller model is evaluated and sampled from, and what cannot be made is refused by name."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from support.records import at
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from megatrain import cli
-from megatrain.config import CompressConfig, ExportConfig, GenerateConfig, MergeConfig
+from megatrain.checkpoint.manifest import Identity
+from megatrain.checkpoint.store import write
+from megatrain.config import CompressConfig, ExportConfig, GenerateConfig, MergeConfig, ModelConfig
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.interop.gguf_file import read_gguf
 from megatrain.interop.load_model import load
+from megatrain.model.init import build_model
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.compress import compress
 from megatrain.verbs.export import export_
@@ -120,3 +126,36 @@ def test_what_cannot_be_made_is_refused(finished, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="exists already"):
         compressed(finished, finished, "int8")
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"attention_bias": "qkv"}, {"qk_norm": True, "tie_embeddings": True, "head_size": 128}]
+)
+def test_transformers_reads_the_same_logits_from_a_gguf_file(shape, tokenizer, tmp_path):
+    """Llama, Qwen2 and Qwen3 (of which it reads heads of 128 alone), with grouped heads; q8_0 comes close."""
+    config = ModelConfig(
+        **{"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 64, "ffn_size": 96, "init_std": 0.2},
+        **{"vocab_size": tokenizer.vocab_size, "max_seq_len": 64, **shape},
+    )
+    model = build_model(config, seed=3)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer")
+    state = {f"model.{key}": value.detach() for key, value in model.named_parameters()}
+    write(folder, state, at(0, identity=Identity({"model": asdict(config)})), None)
+    compressed(folder, tmp_path / "gguf" / "model.gguf", "gguf", gguf_type="f32")
+    ids = torch.randint(0, config.vocab, (2, 20), generator=torch.Generator().manual_seed(4))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()(ids).logits, model.eval()(ids), atol=1e-4)
+    small = compressed(folder, tmp_path / "small.gguf", "gguf")
+    for name, tensor in read_gguf(small, config).items():
+        assert torch.allclose(tensor, model.get_parameter(name), atol=float(tensor.abs().max()) / 127), name
+
+
+def test_a_family_that_llama_cpp_does_not_lay_out_alike_is_refused(family, finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"to=gguf: models of the family gpt2 cannot be written"):
+        compressed(family("gpt2")[0], tmp_path / "x.gguf", "gguf")
+    with pytest.raises(ConfigError, match=r"rows must be multiples of 32 values.*some of 48; use gguf_type=f16"):
+        compressed(finished, tmp_path / "x.gguf", "gguf", gguf_type="q4_0")
+    assert not list(tmp_path.glob("*x.gguf*"))

@@ -1,0 +1,60 @@
+"""Compare ids and greedy replies of llama.cpp with ours, on the values that a GGUF file holds.
+
+    megatrain compress runs/mine out=mine.gguf to=gguf
+    npm install --ignore-scripts --omit=optional node-llama-cpp @node-llama-cpp/linux-x64
+    python tools/bench/gguf_replies.py runs/mine mine.gguf
+
+Run it where npm installed: llama_cpp.mjs looks for node_modules there.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatrain.interop.gguf_file import read_gguf
+from megatrain.interop.load_model import load
+from megatrain.model.sampling import generate
+
+COUNT = 20
+PROMPTS = [
+    "def main(",
+    "import os\n\nclass ",
+    "    return self.",
+    "  # 東京 naïve\n\tx = 12345",
+    "for i in range(10):\n    ",
+    "raise ValueError(",
+    "<s> </s> <0x41> text",
+]
+
+
+def main() -> int:
+    """Print a line for each prompt; return 1 if any differs."""
+    source, file = Path(sys.argv[1]), Path(sys.argv[2])
+    loaded = load(source)
+    tokenizer = loaded.need_tokenizer()
+    model = replace(loaded, weights=read_gguf(file, loaded.config)).build(torch.device("cpu"))
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as prompts:
+        json.dump(PROMPTS, prompts)
+        prompts.flush()
+        script = Path(__file__).with_name("llama_cpp.mjs")
+        command = ["node", str(script), str(file), prompts.name, str(COUNT)]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+    equal = True
+    for prompt, theirs in zip(PROMPTS, json.loads(answer.splitlines()[-1]), strict=True):
+        ids = [*tokenizer.start(), *tokenizer.encode(prompt)]
+        ours = list(generate(model, ids, max_new_tokens=COUNT, temperature=0, stop_ids=loaded.end_tokens()))
+        same = (ids == theirs["ids"], ours == theirs["reply"])
+        equal = equal and all(same)
+        print(f"{prompt!r}: ids {'equal' if same[0] else 'differ'}, reply {'equal' if same[1] else 'differs'}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
