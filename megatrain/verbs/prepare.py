@@ -15,7 +15,6 @@ from megatrain.config.own_dataset import find_dataset
 from megatrain.config.suggest import next_step
 from megatrain.config.values import quoted
 from megatrain.data import preparation
-from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.demo.corpus import prepare_demo
 from megatrain.launch import prepare_jobs
 
@@ -25,8 +24,15 @@ QUICKSTART = "quickstart"
 EXPERIMENTS = {("python_stdlib", QUICKSTART): QUICKSTART, ("toy", "toy"): "assistant_toy"}
 """Experiments that are made for a dataset, by its kind and name."""
 
-STEPS, CHAT_STEPS = 1000, 300
-"""Steps of the runs that are advised, from nothing and on conversations. The default of train.steps is for a trial."""
+STEPS = 1000
+"""Steps of the run that is advised. The default of train.steps is for a trial."""
+
+TUNED = {
+    "chat": ("method=sft",),
+    "pairs": ("method=dpo",),
+    "prompts": ("method=grpo", "method.rewards=[exact_match]"),
+}
+"""The words of `megatrain tune` that learn from each kind of data to tune on."""
 
 
 def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Path:
@@ -55,16 +61,14 @@ def prepare(config: PrepareConfig, overrides: Sequence[str] = (), flags: Sequenc
         given = {"data.name": config.data.name, "data.dir": config.data.dir}
         default = asdict(compose("train", words).data)
         words += [quoted(key, value) for key, value in given.items() if value != default[key.removeprefix("data.")]]
-        if config.data.kind == "prompts":
-            named = quoted("data.name", config.data.name)
-            words = ["tune", "<run>", "method=grpo", named, "method.rewards=[exact_match]"]
-            print(next_step(shlex.join(["megatrain", *words])), file=sys.stderr)
-            return folder
-        if config.data.kind == "chat":
-            words = ["checkpoint.init_from=<run>", *words, *KEYS_FOR_CHAT, f"train.steps={CHAT_STEPS}"]
-        elif not any(word.startswith((CONFIG_FILE + "=", "experiment=")) for word in words):  # these have a model
-            words = [f"model={default_choices('train')['model']}", *words, f"train.steps={STEPS}"]
         report = shlex.join(["megatrain", "report", str(folder)])
+        if method := TUNED.get(config.data.kind):
+            named = [quoted(key, value) for key, value in given.items() if value != getattr(DataConfig(), key[5:])]
+            words = ["megatrain", "tune", "<run>", *method, *named]
+            print(next_step(shlex.join(words), *([report] * (config.data.kind != "prompts"))), file=sys.stderr)
+            return folder
+        if not any(word.startswith((CONFIG_FILE + "=", "experiment=")) for word in words):  # these have a model
+            words = [f"model={default_choices('train')['model']}", *words, f"train.steps={STEPS}"]
         print(next_step(shlex.join(["megatrain", "train", *words]), report), file=sys.stderr)
     return folder
 

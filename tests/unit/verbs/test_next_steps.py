@@ -56,9 +56,11 @@ def test_the_datasets_of_the_readme_lead_to_its_runs(monkeypatch, capsys):
         assert (read(command)[1].data.name, read(command)[1].data.dir) == ("quickstart", folder)
     prepare.prepare(compose("prepare", ["data=toy"]), ["data=toy"])
     assert commands(capsys)[0] == "megatrain train experiment=assistant_toy"
-    words = ["data=chat", "data.paths=[x]", "data.name=talks"]
-    prepare.prepare(compose("prepare", words), words)
-    assert read(commands(capsys)[0].replace("<run>", "x"))[1].train.steps == 300
+    for kind, method in {"chat": "sft", "pairs": "dpo", "prompts": "grpo"}.items():
+        words = [f"data={kind}", "data.paths=[x]", "data.name=talks", "data.dir=d"]
+        prepare.prepare(compose("prepare", words), words)
+        verb, found = read(commands(capsys)[0].replace("<run>", "x"))
+        assert (verb, found.method.name, found.data.name, found.data.dir) == ("tune", method, "talks", "d")
     words = ["data=files", "data.paths=[x]", "data.name=quickstart"]
     prepare.prepare(compose("prepare", words), words)
     assert "experiment=" not in commands(capsys)[0], "another text"
