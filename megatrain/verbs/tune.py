@@ -68,7 +68,7 @@ class Tuning:
 
 TUNINGS: dict[str, Tuning] = {
     "sft": Tuning(data="chat", lr=2e-5, lora_lr=1e-4),
-    "reward": Tuning(data="pairs", lr=1e-5, lora_lr=1e-4),
+    "reward": Tuning(data="pairs", lr=1e-5, lora_lr=1e-5),
     "dpo": Tuning(data="pairs", lr=1e-6, lora_lr=1e-5),
     "grpo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
 }

@@ -37,6 +37,13 @@ def test_methods_outputs_and_kinds_of_data_that_do_not_go_together(given, words)
         check_output(config(method, output, **({"kind": kind[0]} if kind else {})))
 
 
+def test_low_rank_layers_would_leave_the_score_as_it_was_drawn():
+    given = config("reward", "score", kind="pairs")
+    given.method.lora.rank = 8
+    with pytest.raises(ConfigError, match=r"method.lora.rank=8: .*use method.lora.rank=0"):
+        check_output(given)
+
+
 def test_what_goes_together_passes():
     check_output(config("dpo", kind="pairs"))
     check_output(config("reward", "score", kind="pairs"))
