@@ -44,7 +44,8 @@ _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    # the schema names no other fields; here they are kept, so that check_fields can say what is wrong with each
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
 
 
 class TextPart(_Model):
