@@ -27,7 +27,7 @@ def schema():
 
 
 MADE_UP = settings(
-    max_examples=15,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
