@@ -90,7 +90,7 @@ def test_a_seed_repeats_a_reply_beside_others_and_no_seed_does_not(assistant, cl
     assert client.chat.completions.create(**options, seed=11).choices[0].message.content == text
     for thread in others:
         thread.join(LIMIT_S)
-    assert len({client.chat.completions.create(**options).choices[0].message.content for _ in range(3)}) == 3
+    assert len({client.chat.completions.create(**options).choices[0].message.content for _ in range(3)}) > 1
 
 
 def test_log_probabilities_are_the_generators(assistant, client):
@@ -301,16 +301,17 @@ def test_blocked_words_and_functions_of_ones_own_refuse_prompts_and_cut_replies(
 
 
 def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(assistant, capfd):
-    secret = "number 77423"
+    secret = "Popocatepetl"
     with running(assistant) as (_, url):
-        post(url, body(messages=[{"role": "user", "content": secret}]))
+        reply = post(url, body(messages=[{"role": "user", "content": secret}])).json()
         post(url, body(stream=True))
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     assert [(line["event"], line["status"], line["stream"]) for line in lines] == [
         ("request", 200, False),
         ("request", 200, True),
     ]
-    assert "77423" not in json.dumps(lines) and lines[0]["completion_tokens"] == 20
+    assert secret not in json.dumps(lines)
+    assert lines[0]["completion_tokens"] == reply["usage"]["completion_tokens"] > 0
 
 
 def test_addresses_and_checks_that_cannot_be_used_are_refused_before_the_model_is_loaded(tmp_path):

@@ -189,8 +189,11 @@ def printed(ends, log, background):
         print(line, file=terminal.stderr)
     print("note: a text that a model wrote", file=terminal.stdout)
     terminal.close()
-    text = os.read(reader, 1 << 16).decode().replace("\r\n", "\n").replace("\r\x1b[K", "")
-    return text.splitlines()
+    found, deadline = b"", time.monotonic() + 60
+    while b"that a model wrote" not in found:  # a terminal passes it on in parts
+        assert select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0], found
+        found += os.read(reader, 1 << 16)
+    return found.decode().replace("\r\n", "\n").replace("\r\x1b[K", "").splitlines()
 
 
 @pytest.mark.parametrize("background", [False, True])

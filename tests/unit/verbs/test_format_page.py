@@ -80,8 +80,10 @@ def test_the_pages_example_and_table_have_the_keys_of_a_real_manifest(finished):
     table = PAGE.split("| key | meaning |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row))) == {
         *real,
+        "ancestors",
         "generation",
         "imported_from",
+        "made_from",
         "mixture",
         "overrides",
     }

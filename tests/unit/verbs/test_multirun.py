@@ -213,7 +213,7 @@ def test_a_sweep_and_a_run_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "megatrain.verbs.path_checks.check_dataset_folder",
-        lambda *arguments: SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=300)),
+        lambda *arguments: SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=300), has_pairs=False),
     )
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     SweepRecord([SweepPoint("mine-seed1", {"seed": "1"})]).save(tmp_path / "runs" / "mine")
