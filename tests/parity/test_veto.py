@@ -89,6 +89,7 @@ class Shifted(NextToken):
     """Next-token prediction plus a constant."""
 
     def __init__(self, amount):
+        super().__init__()
         self.amount = amount
 
     def __call__(self, head, hidden, micro_batch):
