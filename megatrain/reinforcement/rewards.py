@@ -29,6 +29,8 @@ from megatrain.resilience.signals import set_parent_death_signal
 LOAD_LIMIT_S = 120.0
 """Longest time for importing a user's module, which may import torch."""
 POLL_S = 1.0
+_DUMP_S = 10.0
+"""Longest wait for a hanging process to write where it is."""
 _SHOWN = 200
 """Characters of a prompt or a reply that a message quotes."""
 
@@ -182,14 +184,14 @@ class RewardFunctions:
         """Return where the process hangs, as its own dump of the stack says."""
         assert self._process is not None
         self._process.send_signal(signal.SIGUSR1)
-        deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline and not os.fstat(self._dumps.fileno()).st_size:
+        deadline = time.monotonic() + _DUMP_S
+        while time.monotonic() < deadline:
+            self._dumps.seek(0)
+            *lines, _ = self._dumps.read().decode(errors="replace").split("\n")  # the last one may be half a line
+            if frames := [line.strip() for line in lines if line.strip().startswith("File ")]:
+                return f" (it is at {frames[0]})"
             time.sleep(0.02)
-        time.sleep(0.05)
-        self._dumps.seek(0)
-        lines = self._dumps.read().decode(errors="replace").splitlines()
-        frames = [line.strip() for line in lines if line.strip().startswith("File ")]
-        return f" (it is at {frames[0]})" if frames else ""
+        return ""
 
 
 def _named(name: str) -> str:

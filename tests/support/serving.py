@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ def running(served, keys=(), **changes):
     started = threading.Event()
     server = Server(served, config, keys, content_checks(config), started.set)
     with bind(config.host, config.port) as listener:
-        thread = threading.Thread(target=server.serve_until_signal, args=(listener,))
+        thread = threading.Thread(target=server.serve_until_signal, args=(listener,), daemon=True)
         thread.start()
         assert started.wait(LIMIT_S)
         try:
@@ -73,14 +74,20 @@ def save_assistant(folder):
     write(folder, state, at(0, identity=Identity({"model": asdict(assistant.model.config)})), None)
 
 
+@contextlib.contextmanager
 def started(*words):
-    """Start `megatrain serve` in a process of its own; return it and its address, once it says so."""
+    """Start `megatrain serve` in a process of its own; yield it and its address, once it says so."""
     process = subprocess.Popen(
         [sys.executable, "-m", "megatrain", "serve", *words, "serve.port=0", "device=cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    line = process.stdout.readline()
-    assert " on http://" in line, process.communicate()
-    return process, re.search(r"http://\S+", line).group()
+    try:
+        assert select.select([process.stdout], [], [], LIMIT_S)[0], "the server says nothing"
+        line = process.stdout.readline()
+        assert " on http://" in line, process.communicate(timeout=LIMIT_S)
+        yield process, re.search(r"http://\S+", line).group()
+    finally:
+        process.kill()
+        process.wait()

@@ -95,9 +95,9 @@ def test_what_is_no_reward_is_refused_with_its_reply(
 
 def test_a_reward_that_hangs_is_ended_at_the_limit_and_told_where(own: Path, opened: list[RewardFunctions]) -> None:
     beats: list[float] = []
-    functions = RewardFunctions([f"{own}:hangs"], ["answer"], 1.0, lambda: beats.append(time.monotonic()))
+    functions = RewardFunctions([f"{own}:hangs"], ["answer"], 3.0, lambda: beats.append(time.monotonic()))
     opened.append(functions)
-    with pytest.raises(RewardError, match=r"hangs did not return within method.reward_timeout_s=1 .*line 12.*'2\+2\?'"):
+    with pytest.raises(RewardError, match=r"hangs did not return within method.reward_timeout_s=3 .*line 12.*'2\+2\?'"):
         functions(REPLIES)
     assert beats
 
