@@ -84,6 +84,7 @@ def started(*words):
         text=True,
     )
     try:
+        assert process.stdout is not None
         assert select.select([process.stdout], [], [], LIMIT_S)[0], "the server says nothing"
         line = process.stdout.readline()
         assert " on http://" in line, process.communicate(timeout=LIMIT_S)
