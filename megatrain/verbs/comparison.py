@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.model.count import num_parameters
 from megatrain.model.sampling import generate
-from megatrain.verbs.evaluate import evaluate_loss
+from megatrain.verbs.evaluate import evaluate_loss, find_pairs
 
 BATCH_SIZE = 8
 WRITTEN = 64
@@ -83,6 +83,8 @@ def measure(model: Path | Loaded, config: Comparing, speed: bool) -> dict[str, A
         max_batches=config.max_batches,
         device=config.device,
     )
+    if pairs := find_pairs(keys, loaded):
+        raise ConfigError(f"{pairs.name} has preference pairs, which have no loss of a text; give data=<a text file>")
     found = evaluate_loss(keys, loaded)
     if not speed:
         return {"loss": found["loss"]}

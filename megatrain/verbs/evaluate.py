@@ -31,6 +31,7 @@ from megatrain.data.loader import count_windows, heldout_batches
 from megatrain.data.mixed_dataset import place_of
 from megatrain.data.mixture_settings import read_phases
 from megatrain.data.progress_line import LINE_EVERY_S
+from megatrain.data.prompts import holds_prompts
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.engine.common import evaluate as sum_losses
@@ -155,6 +156,11 @@ def find_pairs(config: EvaluateConfig, loaded: Loaded) -> IndexedDataset | None:
         tokens = open_source(config, loaded).tokens
         if isinstance(tokens, IndexedDataset) and tokens.card.has_pairs:
             return tokens
+        if isinstance(tokens, IndexedDataset) and holds_prompts(tokens.card):
+            raise ConfigError(
+                f"{tokens.card.name} holds prompts without replies, which give no loss; give data=<a dataset or a text "
+                "file>, or judge what the model writes: prompts=<a file> judge=<a reward> paths=[<another model>]"
+            )
     if loaded.config.output == "score":
         raise ConfigError(
             f"{loaded.folder} is a reward model, which gives no token a probability; give data=<a dataset of pairs>, "

@@ -13,9 +13,11 @@ from support.records import at
 
 from megatrain.checkpoint.manifest import Identity, read_manifest
 from megatrain.checkpoint.store import load_weights, write
-from megatrain.config import ModelConfig, TokenizerConfig
+from megatrain.config import EvaluateConfig, ModelConfig, TokenizerConfig
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.errors import ConfigError
 from megatrain.model.init import build_model
+from megatrain.verbs.evaluate import evaluate
 
 TUNE = [
     "tune", "base", "method=grpo", "data.paths=[questions.jsonl]", "method.rewards=[own.py:vowels,ends_by_itself]",
@@ -95,3 +97,9 @@ def test_another_layout_continues_with_the_same_replies(place):
     found = metrics(place, "split")
     assert [r["batch_hash"] for r in found] == [r["batch_hash"] for r in expected]
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
+
+
+def test_prompts_without_replies_have_no_loss(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match="questions-base holds prompts without replies"):
+        evaluate(EvaluateConfig(path="runs/base-grpo", device="cpu"))

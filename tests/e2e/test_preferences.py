@@ -12,10 +12,11 @@ import transformers
 from safetensors.torch import load_file
 from support.commands import megatrain, metrics
 
-from megatrain.config import EvaluateConfig, ExportConfig
+from megatrain.config import CompressConfig, EvaluateConfig, ExportConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import load
+from megatrain.verbs.comparison import measure
 from megatrain.verbs.evaluate import evaluate
 from megatrain.verbs.export import export_
 
@@ -94,6 +95,8 @@ def test_a_reward_model_is_scored_and_exported(place, capsys):
     last = metrics(place, "reward")[-1]
     assert measured["accuracy"] == last["heldout_accuracy"]
     assert measured["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="has preference pairs, which have no loss of a text"):
+        measure(place / "runs" / "reward", CompressConfig(path=reward_run, out="out", data=data, device="cpu"), False)
     export_(ExportConfig(path=reward_run, out=str(place / "hf")))
     loaded = load(place / "runs" / "reward")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(place / "hf")

@@ -302,6 +302,8 @@ def test_blocked_words_and_functions_of_ones_own_refuse_prompts_and_cut_replies(
         for said, status in (("BAD!", 400), ("很坏", 400), ("badge", 200)):
             found = post(url, body(messages=[{"role": "user", "content": said}]))
             assert found.status_code == status and (status == 200 or found.json()["error"]["code"] == "content_filter")
+        refused = post(url, body(logprobs=True, stream=True))  # they would tell the tokens that wait for the check
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logprobs"
     with running(assistant, check_reply=f"{tmp_path}/own.py:short", hold_back=8) as (_, url):
         options = body(max_tokens=60, temperature=0.8, seed=1)
         choice = post(url, options).json()["choices"][0]
