@@ -99,10 +99,9 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Say whether the server takes requests: not while it ends, nor while its queue is full."""
+    """Say whether the server should be sent requests: it works and does not end. One with a full queue answers 429."""
     service = _service(request)
-    room = service.config.max_concurrent + service.config.max_queue
-    is_ready = service.thread.is_healthy and not service.is_draining and service.thread.num_open < room
+    is_ready = service.thread.is_healthy and not service.is_draining
     return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
 
