@@ -18,9 +18,6 @@ PREFIX = "buffer.rollout."
 TINY = 1e-4
 """Added to a group's standard deviation before its advantages are divided by it."""
 
-LOSSES = ("grpo", "dr_grpo", "dapo")
-"""How the losses of tokens become one: see `token_weights`."""
-
 
 @dataclass(frozen=True)
 class Rollout:
