@@ -109,14 +109,16 @@ def test_a_table_is_built_in_bounded_memory_and_mapped_by_workers(tmp_path, monk
     clean.share(tmp_path / "other")  # what words are made of is now in memory
     digest = hash_file(tmp_path / "large.jsonl")
     monkeypatch.setattr(evaluation_sets, "hash_file", lambda path: digest)  # its buffer is as large as this whole set
-    tracemalloc.start()
-    clean = step(sets=[str(tmp_path / "large.jsonl")])
-    clean.share(tmp_path / "tables")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    peaks = []
+    for again in range(3):  # what other threads of this process allocate meanwhile is traced too: the least counts
+        tracemalloc.start()
+        clean = step(sets=[str(tmp_path / "large.jsonl")])
+        clean.share(tmp_path / ("tables" if again == 2 else f"tables{again}"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
     (folder,) = (tmp_path / "tables").iterdir()
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert size > 8e6 and peak < size / 4
+    assert size > 8e6 and min(peaks) < size / 4, peaks
     table = NgramTable(folder)
     assert all(
         isinstance(array, np.memmap) and not array.flags.writeable for array in (table._texts, *table._sizes[0][1:])
