@@ -14,7 +14,7 @@ from megatrain.errors import ConfigError
 from megatrain.evaluation.contamination import LEAST, NGRAM, find_contamination
 from megatrain.evaluation.results import TaskResult
 from megatrain.interop.load_model import Loaded
-from megatrain.verbs.evaluate import mixture_folders, training_dataset
+from megatrain.verbs.evaluation_sources import mixture_folders, training_dataset
 
 
 def with_contamination(

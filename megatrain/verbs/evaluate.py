@@ -15,24 +15,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from megatrain.checkpoint.find import own_dataset
-from megatrain.config import DataConfig, EvaluateConfig
+from megatrain.config import EvaluateConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.data.card import CARD, Card
-from megatrain.data.corpus.normalise import normalise
-from megatrain.data.dataset import Dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.loader import count_windows, heldout_batches
-from megatrain.data.mixed_dataset import place_of
-from megatrain.data.mixture_settings import read_phases
 from megatrain.data.progress_line import LINE_EVERY_S
 from megatrain.data.prompts import holds_prompts
-from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.devices import device_by_name
 from megatrain.engine.common import evaluate as sum_losses
 from megatrain.errors import ConfigError, DataError
@@ -42,6 +34,7 @@ from megatrain.training.evaluation import Evaluation
 from megatrain.verbs.ensembles import build, load_others
 from megatrain.verbs.evaluate_pairs import evaluate_pairs, print_pairs
 from megatrain.verbs.evaluation_checks import EXAMPLES, TASKS, WIN_RATE, kind_of_evaluation
+from megatrain.verbs.evaluation_sources import Source, mixed_sources, open_source
 from megatrain.verbs.printer import Printer
 
 OTHERS = {
@@ -50,22 +43,6 @@ OTHERS = {
     WIN_RATE: "megatrain.verbs.evaluate_win_rate:evaluate_win_rate",
 }
 """The functions of evaluations other than the loss on text, which are imported when they are called."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to evaluate on.
-
-    `num_tokens` tokens encode a text of `num_bytes` UTF-8 bytes (None if unknown). `end_of_document` is the token that
-    ends a document (None if unknown). `weight` is that of a mixture's source in the mean.
-    """
-
-    name: str
-    tokens: Dataset
-    num_bytes: int | None
-    num_tokens: int
-    end_of_document: int | None
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,29 +61,6 @@ class MixedSource:
     def bytes_per_token(self) -> float | None:
         """Mean UTF-8 bytes per token."""
         return self.opened.num_bytes / self.opened.num_tokens if self.opened.num_bytes else None
-
-
-class TextTokens:
-    """A text's token ids in memory, as a `Dataset`."""
-
-    def __init__(self, path: Path, ids: list[int]) -> None:
-        self.name = str(path)
-        self.num_tokens = len(ids)
-        self._ids = np.array(ids, dtype=np.int64)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return token ids `[start, start + count)`."""
-        return self._ids[start : start + count].copy()
-
-    def counts(self, start: int, count: int) -> None:
-        """Return None: all tokens count."""
-
-    def place(self, token: int) -> str:
-        """Return the token's index; ids of a text have no offset in its file."""
-        return f"token {token}"
-
-    def pause(self) -> None:
-        """Do nothing: there is no file."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -306,113 +260,6 @@ def find_end_of_document(loaded: Loaded, source: Source) -> int | None:
             "model's tokenizer>"
         )
     return source.end_of_document
-
-
-# ---------------------------------------------------------------------------------------------------- what to read
-
-
-def open_source(config: EvaluateConfig, loaded: Loaded) -> Source:
-    """Open the text to evaluate on: `data`, or the dataset of the model's run."""
-    if config.data is None:
-        return open_dataset(training_dataset(loaded), config.split, loaded)
-    path = Path(config.data)
-    if path.is_dir():
-        return open_dataset(path, config.split, loaded)
-    return open_text(path, loaded.need_tokenizer())
-
-
-def open_dataset(folder: Path, split: str, loaded: Loaded) -> Source:
-    """Open a split of a prepared dataset. Raises ConfigError if it was made with another tokenizer."""
-    dataset = IndexedDataset.open(folder, split, verify=True)
-    theirs, ours = dataset.card.tokenizer, loaded.tokenizer
-    if theirs and ours and theirs.fingerprint != ours.fingerprint:
-        raise ConfigError(
-            f"data={folder} was prepared with another tokenizer than the model's (fingerprints "
-            f"{theirs.fingerprint} and {ours.fingerprint}), so its ids mean other text; give the text itself "
-            f"(data=<file>) or prepare it with tokenizer.path={loaded.tokenizer_dir}"
-        )
-    if dataset.num_tokens < 2:
-        raise DataError(f"{dataset.name}: {dataset.num_tokens} tokens are too few to predict any; give a larger split")
-    end = dataset.card.tokenizer.end_of_document if dataset.card.tokenizer else None
-    return Source(f"{folder} ({split})", dataset, dataset.split_card.bytes_in_loss, dataset.num_tokens, end)
-
-
-def open_text(path: Path, tokenizer: Tokenizer) -> Source:
-    """Open a text file as one document that follows BOS (if the model's documents do) or an end of document.
-
-    That token is given; the end of the document is predicted.
-    """
-    try:
-        text = normalise(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}); give a text file or a prepared dataset"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if not text:
-        raise DataError(f"{path} holds no text; give another file")
-    end = tokenizer.end_of_document
-    ids = [*(tokenizer.start() or [end]), *tokenizer.encode(text), end]
-    return Source(str(path), TextTokens(path, ids), len(text.encode()), len(ids) - 1, end)
-
-
-def mixed_sources(config: EvaluateConfig, loaded: Loaded) -> dict[str, Source]:
-    """Open the sources of the mixture that the model was trained on, those that have the split; empty without one.
-
-    Their weights are those that the mean of training has. Raises ConfigError if a dataset is missing, or none has the
-    split; DataError if one changed.
-    """
-    plan = loaded.manifest.identity.mixture if loaded.manifest else None
-    if config.data is not None or plan is None:
-        return {}
-    opened = {}
-    for name, folder in mixture_folders(loaded).items():
-        if not (folder / CARD).is_file():
-            raise ConfigError(
-                f"data: {folder} of the run's mixture does not exist; give data=<prepared dataset or text file>"
-            )
-        card = Card.load(folder)
-        if card.fingerprint != plan.sources[name].fingerprint:
-            raise DataError(
-                f"{folder} is no longer the dataset that the model was trained on (its fingerprint was "
-                f"{plan.sources[name].fingerprint}); give data={folder} to evaluate on it anyway"
-            )
-        if config.split in card.splits and card.splits[config.split].tokens > 1:
-            opened[name] = open_dataset(folder, config.split, loaded)
-    weights = plan.first_weights(opened)
-    if not weights:
-        raise ConfigError(f"split={config.split}: no dataset of the run's mixture has such a split; give another one")
-    return {name: replace(source, weight=weights.get(name, 0)) for name, source in sorted(opened.items())}
-
-
-def mixture_folders(loaded: Loaded) -> dict[str, Path]:
-    """Return the datasets of the mixture that a model was trained on, by name; empty without one."""
-    if loaded.manifest is None or loaded.manifest.identity.mixture is None:
-        return {}
-    data = loaded.run_config()["data"]
-    known = {name: data[name] for name in ("name", "dir", "kind", "mixture", "mixture_temperature", "phases")}
-    phases = read_phases(DataConfig(**known))
-    return {name: place_of(DataConfig(**known), found) for phase in phases for name, found in phase.sources.items()}
-
-
-def training_dataset(loaded: Loaded) -> Path:
-    """Return the dataset that the model was trained on.
-
-    Raises ConfigError if there is none, DataError if it changed.
-    """
-    data = loaded.run_config().get("data")
-    if loaded.manifest is None or not data:
-        raise ConfigError(f"data: {loaded.folder} does not record a dataset; give data=<prepared dataset or text file>")
-    folder = Path(data["dir"]) / str(data["name"])
-    if not folder.exists():
-        raise ConfigError(f"data: the run's dataset {folder} does not exist; give data=<prepared dataset or text file>")
-    if own_dataset(loaded.manifest) is None:
-        raise DataError(
-            f"{folder} is no longer the dataset that the model was trained on (its fingerprint was "
-            f"{loaded.manifest.identity.dataset_fingerprint}); give data={folder} to evaluate on it anyway"
-        )
-    return folder
 
 
 def _with_progress(batches: Iterable[MicroBatch], total: int, what: str) -> Iterable[MicroBatch]:

@@ -25,7 +25,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.init import build_model
 from megatrain.training.datasets import HeldoutShare
-from megatrain.verbs.evaluate import open_dataset
+from megatrain.verbs.evaluation_sources import open_dataset
 from megatrain.verbs.path_checks import check_documents, check_paths
 
 MARKED = (

@@ -17,7 +17,8 @@ from megatrain.data.card import Card, card_of_written, fingerprint
 from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.tracking.metrics import read_metrics
-from megatrain.verbs.evaluate import Source, TextTokens, compute_scores, evaluate
+from megatrain.verbs.evaluate import compute_scores, evaluate
+from megatrain.verbs.evaluation_sources import Source, TextTokens
 from megatrain.verbs.export import export_
 from megatrain.verbs.path_checks import check_paths
 
