@@ -80,7 +80,7 @@ def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], 
         print(f"note: {note}", file=sys.stderr)
     if config.launch.stage in ("clean", "encode"):
         assert isinstance(opened, Source), "check_stage refuses others"
-        _do_share(config, opened)
+        _do_share(config, opened, given)
         return target
     with StagingFolder(target) as staging, _kept_work_is_named(staging):
         if is_prepared(config, _identity(opened), given):  # another process has finished it a moment ago
@@ -112,8 +112,8 @@ def prepare_from(config: PrepareConfig, opened: Source | dict[str, list[Path]], 
 def _open(config: PrepareConfig) -> tuple[Source | dict[str, list[Path]], Tokenizer | None]:
     """Open the source, or the prefixes of each split, and the tokenizer at `tokenizer.path`."""
     opened = check_prefixes(config.data.paths) if config.data.kind == "megatron" else open_source(config.data)
-    if config.launch.stage in ("clean", "encode"):  # a task takes the tokenizer that is kept for it
-        return opened, None
+    if config.launch.stage == "encode" or (config.launch.stage == "clean" and config.data.kind not in CHAT_KINDS):
+        return opened, None  # a task that encodes takes the tokenizer that is kept for it
     return opened, given_tokenizer(config)  # may ask a hub, so mistakes in paths are found first
 
 
@@ -132,7 +132,7 @@ def _stages(config: PrepareConfig, source: Source, work: Path) -> TextStages:
     return TextStages(source, config, settings(config), _dedup(config), work)
 
 
-def _do_share(config: PrepareConfig, source: Source) -> None:
+def _do_share(config: PrepareConfig, source: Source, given: Tokenizer | None) -> None:
     """Do a task's share of a stage. Raises `OwnedError` if another process finished or removed its work."""
     launch, work = config.launch, work_folder(_target(config))
     share = Share(launch.task or 0, launch.tasks)
@@ -144,7 +144,7 @@ def _do_share(config: PrepareConfig, source: Source) -> None:
     try:
         with stages.workers() as pool:
             if launch.stage == "clean":
-                done = len(stages.clean(pool, share))
+                done = len(stages.clean(pool, given, share))
             else:
                 done = len(stages.encode_selected(pool, share))
     except FileNotFoundError as error:
@@ -168,7 +168,7 @@ def _prepare_text(stages: TextStages, given: Tokenizer | None, folder: Path) -> 
     stage = stages.config.launch.stage
     with stages.workers() as pool:
         selected = stages.selected() if stage == "publish" else None
-        selected = selected or stages.select(stages.clean(pool), pool)
+        selected = selected or stages.select(stages.clean(pool, given), pool)
         tokenizer = stages.tokenizer(selected, given)
         if stage == "select":
             return None

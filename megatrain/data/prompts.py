@@ -59,23 +59,25 @@ class Prompts:
             common &= set(self.read(number).fields)
         return sorted(common)
 
-    def check(self, seq_len: int, max_new_tokens: int, vocab_size: int) -> None:
+    def check(self, seq_len: int, max_new_tokens: int, vocab_size: int, skip: bool = False) -> int:
         """Refuse prompts that leave no room for a reply of the largest length, and ids outside the vocabulary.
 
-        Raises ConfigError with the longest prompt, or DataError.
+        With `skip` such prompts are left out instead, unless all are. Returns how many were. Raises ConfigError with
+        the longest prompt, or DataError.
         """
         counts = self.dataset.counts(0, self.dataset.num_tokens)
         assert counts is not None
         before = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         lengths = before[self._stops] - before[self._starts]
         longest = int(lengths.argmax())
-        room = seq_len + 1 - max_new_tokens
-        if lengths[longest] > room:
+        fits = lengths <= seq_len + 1 - max_new_tokens
+        too_long = int((~fits).sum())
+        if too_long and not (skip and fits.any()):
             raise ConfigError(
-                f"train.seq_len={seq_len}: {int((lengths > room).sum())} of {len(self)} prompts leave no room for "
+                f"train.seq_len={seq_len}: {too_long} of {len(self)} prompts leave no room for "
                 f"method.max_new_tokens={max_new_tokens}; the longest has {lengths[longest]} tokens and begins "
                 f"{str(self.read(longest).prompt)[:60]!r}; give train.seq_len={lengths[longest] + max_new_tokens - 1} "
-                f"or more, or fewer new tokens"
+                f"or more, fewer new tokens, or data.on_bad_record=skip to leave them out"
             )
         ids = self.dataset.read(0, self.dataset.num_tokens)[counts]
         if int(ids.max()) >= vocab_size:
@@ -83,3 +85,5 @@ class Prompts:
                 f"{self.dataset.name}: token id {int(ids.max())} is outside the vocabulary of {vocab_size}; prepare "
                 "the prompts with the tokenizer of the model"
             )
+        self._starts, self._stops = self._starts[fits], self._stops[fits]
+        return too_long

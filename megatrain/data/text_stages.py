@@ -20,6 +20,7 @@ from typing import Any
 from megatrain.config import PrepareConfig
 from megatrain.config.data_config import CHAT_KINDS
 from megatrain.data.card import SPLITS, Card, TokenizerCard, card_of_written, fingerprint
+from megatrain.data.chat.layout import Layout
 from megatrain.data.corpus import pipeline
 from megatrain.data.corpus.cleaned import CleanedShard
 from megatrain.data.corpus.encoded import EncodedShard
@@ -64,9 +65,14 @@ class TextStages:
 
     # ------------------------------------------------------------------------------------------ clean and select
 
-    def clean(self, pool: Workers, share: Share = ALL) -> list[CleanedShard]:
-        """Clean a share of the source. Raises `DataError` for bad input."""
-        return pipeline.clean_source(self.source, self.config, pool, self.work / "cleaned", share)
+    def clean(self, pool: Workers, given: Tokenizer | None, share: Share = ALL) -> list[CleanedShard]:
+        """Clean a share of the source; the template of `given` checks messages. Raises `DataError` for bad input."""
+        layout = None
+        if self.config.data.kind in CHAT_KINDS:
+            template = given.chat_template() if given else None
+            assert given and template and self.config.tokenizer.path, "a source of messages is opened with a tokenizer"
+            layout = Layout(template, given.fingerprint, self.config.tokenizer.kind, self.config.tokenizer.path)
+        return pipeline.clean_source(self.source, self.config, pool, self.work / "cleaned", share, layout)
 
     def select(self, shards: list[CleanedShard], pool: Workers) -> Selected:
         """Decide what is kept and what is held out, or take what an interrupted preparation decided of these shards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from megatrain.data.prompts import Prompts, check_prompts
 from megatrain.data.samples import BEST_FIT, PackedSamples, Windows, open_samples
 from megatrain.errors import ConfigError
 from megatrain.optim.schedule import samples_before
+
+_LOG = logging.getLogger("megatrain")
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def _open_prompts(config: TrainConfig, folder: Path, dataset: IndexedDataset) ->
     """Open the dataset of a method that samples. Raises as `open_data`."""
     check_prompts(dataset.card, folder, config.method.name)
     prompts = Prompts(dataset)
-    prompts.check(config.train.seq_len, config.method.max_new_tokens, config.model.vocab)
+    room = config.train.seq_len, config.method.max_new_tokens
+    if left_out := prompts.check(*room, config.model.vocab, skip=config.data.on_bad_record != "stop"):
+        _LOG.warning("%d prompts leave no room for a reply in train.seq_len=%d and are left out", left_out, room[0])
     return RunData(config, folder, dataset.card, Windows(dataset, 1), {}, prompts=prompts)
 
 

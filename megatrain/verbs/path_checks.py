@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,9 @@ from megatrain.data.card import Card, check_dataset
 from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.file_search import matches
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixed_dataset import open_mixture
+from megatrain.data.packing_index import open_packing
 from megatrain.data.prompts import check_prompts, holds_prompts
 from megatrain.data.samples import BEST_FIT, num_samples
 from megatrain.distributed.rank_environment import is_launched
@@ -179,11 +182,21 @@ def check_samples(config: TrainConfig, card: Card) -> None:
 
 
 def check_conversations(config: TrainConfig, card: Card) -> None:
-    """Check that supervised fine-tuning has conversations, of which replies count."""
-    if config.method.name == "sft" and not any(split.loss_hashes for split in card.splits.values()):
+    """Check that supervised fine-tuning has conversations, of which replies count; say how many will be cut."""
+    if config.method.name != "sft":
+        return
+    if not any(split.loss_hashes for split in card.splits.values()):
         raise ConfigError(
             f"data.name={config.data.name}: method=sft learns from conversations, and this dataset is plain text; "
             "prepare conversations (megatrain prepare data=chat), or use method=pretrain"
+        )
+    folder, seq_len, verify = Path(config.data.dir) / config.data.name, config.train.seq_len, config.data.verify
+    packed = open_packing(IndexedDataset.of_card(folder, "train", card, verify), seq_len, verify).card
+    if packed.cut and not is_launched():
+        print(
+            f"note: {packed.cut:,} of {packed.documents:,} conversations of {folder} have more than "
+            f"train.seq_len={seq_len} tokens and are cut: what follows the cut is learnt without what came before it",
+            file=sys.stderr,
         )
 
 

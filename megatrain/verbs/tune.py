@@ -24,8 +24,9 @@ from megatrain.config.compose import compose, key_types, read_overrides
 from megatrain.config.values import as_text, quoted
 from megatrain.data import preparation
 from megatrain.data.card import check_dataset
+from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixture_settings import MIXED
-from megatrain.data.prompts import check_prompts
+from megatrain.data.prompts import Prompts, check_prompts
 from megatrain.data.samples import num_samples
 from megatrain.data.tokenizer import saved_meta
 from megatrain.distributed.python_process import python_command
@@ -206,7 +207,10 @@ def _samples(config: TrainConfig, base: Path, make: bool) -> int:
     card = check_dataset(folder)
     if config.method.name in SAMPLING:
         check_prompts(card, folder, config.method.name)
-        return card.splits["train"].documents * config.method.group_size
+        prompts = Prompts(IndexedDataset.of_card(folder, "train", card, config.data.verify))
+        room = config.train.seq_len, config.method.max_new_tokens
+        prompts.check(*room, config.model.vocab, skip=config.data.on_bad_record != "stop")
+        return len(prompts) * config.method.group_size
     return num_samples(folder, card, config.data.packing, config.train.seq_len, config.data.verify)
 
 

@@ -42,6 +42,11 @@ class Pair:
         """The messages that both have."""
         return self.chosen[: self.num_prompt]
 
+    @property
+    def num_given(self) -> int:
+        """The number of the assistant's messages in the prompt, which do not count in the loss."""
+        return sum(message["role"] == "assistant" for message in self.prompt)
+
 
 def read_pair(record: dict[str, Any], normalise: Callable[[str], str] = str) -> Pair:
     """Return the pair of a record, its messages normalised. Raises `ConversationError` if it is no such pair."""

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.data.chat.conversation import ConversationError, Message, check_turns, messages_of
+from megatrain.data.chat.conversation import ConversationError, check_turns, messages_of
 from megatrain.data.chat.template import ChatTemplate
-from megatrain.errors import ConfigError
 
 _FORMS = "prompt (text, or a list of messages), messages, or instruction with input"
 _TAKEN = ("prompts", "completions", "stopped")
@@ -32,8 +31,8 @@ class Prompt:
     fields: dict[str, Any]
 
 
-def read_prompt(record: dict[str, Any], normalise: Callable[[str], str] = str) -> str:
-    """Return a record's question and its fields as text, for `encode_prompt`.
+def read_prompt(record: dict[str, Any], normalise: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return a record's question as `messages`, and all that rewards get of it as `record`, for `encode_prompt`.
 
     The question is a `prompt` (text, or messages of which the last is the user's), `messages`, or an `instruction` with
     its `input`. All other fields are the rewards'. Raises `ConversationError` if there is none.
@@ -55,19 +54,12 @@ def read_prompt(record: dict[str, Any], normalise: Callable[[str], str] = str) -
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else messages_of("prompt", asked)
     messages = [{**message, "content": normalise(message["content"])} for message in messages]
     check_turns(messages, last="user")
-    return json.dumps({"messages": messages, "record": {"prompt": asked, "fields": rest}})
+    return {"messages": messages, "record": {"prompt": asked, "fields": rest}}
 
 
 def encode_prompt(chat: ChatTemplate, content: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a prompt's document, and of each whether it is the question's.
-
-    Raises ConfigError if the template cannot lay it out.
-    """
-    messages: list[Message] = content["messages"]
-    try:
-        question = chat.encode(messages, asks=True).ids
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in the prompt that begins {messages[0]['content'][:60]!r})") from error
+    """Return the ids of a prompt's document, and of each whether it is the question's."""
+    question = chat.encode(content["messages"], asks=True).ids
     record = list(json.dumps(content["record"]).encode("ascii"))
     return np.array([*question, *record]), np.array([1] * len(question) + [0] * len(record), np.uint8)
 

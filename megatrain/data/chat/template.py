@@ -21,7 +21,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatrain.data.chat.conversation import Message
+from megatrain.data.chat.conversation import ROLES, Message
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 
@@ -169,15 +169,24 @@ class ChatTemplate:
         ids, _ = self.tokenizer.encode_marked([part for part in parts if part != ""])
         return ids
 
-    def _filled(self, messages: Sequence[Message], asks: bool, encloses: bool = False) -> str:
+    def left_out(self, messages: Sequence[Message], asks: bool = False) -> list[int]:
+        """Return the numbers, from 0, of the messages whose content is not in the text as a whole. Raises as `encode`.
+
+        A template may strip a content; some leave out system messages, or what an earlier reply was thought over with.
+        """
+        marked = self._filled(messages, asks, encloses=ROLES)
+        whole = [f"{_OPEN}{self.kept_apart(message['content'])}{_CLOSE}" for message in messages]
+        return [number for number, content in enumerate(whole) if marked.count(content) < whole.count(content)]
+
+    def _filled(self, messages: Sequence[Message], asks: bool, encloses: Sequence[str] = ()) -> str:
         """Return the text with its marks, in which names of control tokens that messages spell are kept apart.
 
-        With `encloses` the contents of the assistant's messages have the marks of `{% generation %}`.
+        The contents of messages of the roles `encloses` have the marks of `{% generation %}`.
         """
         safe = []
         for message in messages:
             content = self.kept_apart(message["content"])
-            if encloses and message["role"] == "assistant":
+            if message["role"] in encloses:
                 content = f"{_OPEN}{content}{_CLOSE}"
             safe.append({**message, "content": content})
         named = {name: token for name, token in self.tokenizer.named_tokens().items() if token}
@@ -192,11 +201,11 @@ class ChatTemplate:
         return filled
 
     def _fill(
-        self, messages: Sequence[Message], asks: bool, encloses: bool = False
+        self, messages: Sequence[Message], asks: bool, encloses: Sequence[str] = ()
     ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
         """Return the text, where control tokens are in it, and what `{% generation %}` encloses.
 
-        With `encloses` the last are the contents of the assistant's messages, for templates without that tag.
+        For templates without that tag the last may be the contents of messages of the roles `encloses`.
         """
         marked = self._filled(messages, asks, encloses)
         spans: list[tuple[int, int]] = []
@@ -251,7 +260,7 @@ class ChatTemplate:
         """
         stripped: list[Message] = [{**message, "content": message["content"].strip()} for message in messages]
         for given in (messages, stripped):  # a template may strip the contents, but does not strip the marks
-            marked, _, contents = self._fill(given, asks=False, encloses=True)
+            marked, _, contents = self._fill(given, asks=False, encloses=["assistant"])
             if marked == text and len(contents) == len(numbers):
                 break
         else:

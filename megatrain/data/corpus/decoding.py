@@ -146,7 +146,7 @@ def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
     if not isinstance(value, dict):
         raise BadRecordError(Problem("not_object", f"no text under {column!r} (it is not a JSON object)"))
     if policy.kind in CHAT_KINDS:
-        return _messages(value, policy.kind, decoded)
+        return _messages(value, policy, decoded)
     conversation = find_conversation(value, column)
     held = column if column in value else column.partition(".")[0]
     rest = {name: other for name, other in value.items() if name != held and other is not conversation}
@@ -160,15 +160,28 @@ def _from_json(line: str, policy: Policy, decoded: Decoded) -> str:
     return str(text)
 
 
-def _messages(record: dict[str, Any], kind: str, decoded: Decoded) -> str:
+def _messages(record: dict[str, Any], policy: Policy, decoded: Decoded) -> str:
     """Return the messages of a conversation to tune on, a pair or a prompt as text; put its id into `decoded`."""
+    layout = policy.layout
     own, source, _ = identity(record)
     decoded.id, decoded.source, decoded.kind = own or decoded.id, source or decoded.source, "conversation"
     try:
         # normalised here: later they are JSON, which escapes line ends
-        if kind == "pairs":
-            return pair_to_text(read_pair(record, normalise))
-        return read_prompt(record, normalise) if kind == "prompts" else to_text(read_conversation(record, normalise))
+        if policy.kind == "pairs":
+            pair = read_pair(record, normalise)
+            if layout:
+                layout.check(pair.chosen, given=pair.num_given)
+                layout.check(pair.rejected, given=pair.num_given)
+            return pair_to_text(pair)
+        if policy.kind == "prompts":
+            prompt = read_prompt(record, normalise)
+            if layout:
+                layout.check(prompt["messages"], asks=True)
+            return json.dumps(prompt)
+        messages = read_conversation(record, normalise)
+        if layout:
+            layout.check(messages)
+        return to_text(messages)
     except ConversationError as error:
         raise BadRecordError(Problem(error.kind, error.message, error.remedy), decoded.id) from error
 

@@ -20,7 +20,6 @@ from megatrain.data.corpus.selection import HELDOUT, TRAIN
 from megatrain.data.indexed import REJECTED
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_loading import load_tokenizer
-from megatrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -106,18 +105,14 @@ def encode_chunk(task: EncodeTask) -> Encoded:
 
 
 def _marked(chat: ChatTemplate, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a conversation, a pair or a prompt, and the marks of each id (indexed.py).
-
-    Raises ConfigError if the template cannot lay it out.
-    """
+    """Return the ids of a conversation, a pair or a prompt, and the marks of each id (indexed.py)."""
     found = from_text(text)
     if not isinstance(found, dict):
         return _conversation(chat, found)
     if SIDES[0] not in found:
         return encode_prompt(chat, found)
     pair = pair_from_text(text)
-    replies = sum(message["role"] == "assistant" for message in pair.prompt)
-    chosen, rejected = (_conversation(chat, getattr(pair, side), replies, always_ends=True) for side in SIDES)
+    chosen, rejected = (_conversation(chat, getattr(pair, side), pair.num_given, always_ends=True) for side in SIDES)
     return np.concatenate([chosen[0], rejected[0]]), np.concatenate([chosen[1], rejected[1] | REJECTED])
 
 
@@ -129,10 +124,7 @@ def _conversation(
     With `always_ends` the end token is added even if the template writes one, so that what the template writes is
     followed by it.
     """
-    try:
-        encoded = chat.encode(messages, given=given)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in the conversation that begins {messages[0]['content'][:60]!r})") from error
+    encoded = chat.encode(messages, given=given)
     ids, counts = encoded.ids, encoded.counts
     if always_ends or ids[-1] != chat.tokenizer.end_of_document:
         ids, counts = [*ids, chat.tokenizer.end_of_document], [*counts, False]

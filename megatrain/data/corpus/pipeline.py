@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from megatrain.config import PrepareConfig
+from megatrain.data.chat.layout import Layout
 from megatrain.data.corpus.cleaned import CleanedShard, CleanedShardWriter, describe, pack, unpack
 from megatrain.data.corpus.cleaning import CleanTask, clean_chunk
 from megatrain.data.corpus.encoded import EncodedShard, EncodedShardWriter
@@ -53,15 +54,20 @@ T = TypeVar("T")
 
 
 def clean_source(
-    source: Source, config: PrepareConfig, pool: Workers, folder: Path, share: Share = ALL
+    source: Source,
+    config: PrepareConfig,
+    pool: Workers,
+    folder: Path,
+    share: Share = ALL,
+    layout: Layout | None = None,
 ) -> list[CleanedShard]:
     """Clean every shard of a source into `folder`, or a task's share, and return them in corpus order.
 
-    Raises `DataError` for bad input.
+    `layout` has the template that messages are checked by. Raises `DataError` for bad input.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = config.data
-    policy = Policy(data.text_column, data.undecodable, data.on_bad_record, data.kind)
+    policy = Policy(data.text_column, data.undecodable, data.on_bad_record, data.kind, layout)
     recipe = build_recipe(config.clean.steps)
     signing = signing_of(config)
     settings = {name: getattr(data, name) for name in _CLEANS} | {
@@ -70,6 +76,8 @@ def clean_source(
         "signing": signing.settings() if signing else None,
         "versions": versions(_CLEANING_LIBRARIES) | {"unicode": unicodedata.unidata_version},
     }
+    if layout:
+        settings["layout"] = layout.template, layout.fingerprint, versions(["jinja2"])
     cleaned: list[CleanedShard | None] = []
     coming: deque[tuple[int, CleanedShardWriter, bool]] = deque()  # which shard each chunk is of, and whether its last
     left = data.max_documents

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatrain.data.chat.layout import Layout
+
 METADATA = (
     *("id", "source", "url", "path", "max_stars_repo_path", "lang", "language", "programming_language"),
     *("license", "licenses", "detected_licenses", "max_stars_repo_licenses"),
@@ -60,13 +62,14 @@ class Policy:
 
     With `kind="chat"` a record is a conversation to tune on, and its text is its messages as JSON
     (chat/conversation.py); with `pairs` it is a preference pair (chat/pair.py), with `prompts` a prompt with fields for
-    rewards (chat/prompt.py).
+    rewards (chat/prompt.py). `layout` then has the template that must be able to lay it out.
     """
 
     text_column: str
     undecodable: str
     on_bad_record: str = "stop"
     kind: str = "files"
+    layout: Layout | None = None
 
 
 def identity(fields: dict[str, Any]) -> tuple[str | None, str, dict[str, Any]]:

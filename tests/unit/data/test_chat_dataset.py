@@ -203,12 +203,53 @@ def test_a_template_is_tried_before_anything_is_read(make, tmp_path, template, m
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_template_refuses_is_named_by_how_it_begins(make, tmp_path):
+@pytest.mark.parametrize(
+    "kind, reason, said",
+    [
+        ("chat", "refused_by_template", "the chat template refuses the messages: no oddities"),
+        ("chat", "dropped_by_template", r"the chat template leaves out message 1 \(system\)"),
+        ("chat", "nothing_in_loss", "marks nothing of the reply"),
+        ("pairs", "refused_by_template", "no oddities"),
+        ("pairs", "dropped_by_template", r"message 1 \(system\)"),
+        ("prompts", "refused_by_template", "no oddities"),
+        ("prompts", "dropped_by_template", r"message 1 \(system\)"),
+    ],
+)
+def test_what_a_template_refuses_or_leaves_out_is_a_bad_record(make, tmp_path, kind, reason, said):
+    """Named by its line; or skipped, and counted by the reason. A system message that says what the user says too."""
     refuses = "{% if 'odd' in messages[0].content %}{{ raise_exception('no oddities') }}{% endif %}"
-    (tmp_path / "own.jinja").write_text(refuses + MARKED)
-    odd = {"prompt": "an odd question", "completion": "yes"}
-    with pytest.raises(ConfigError, match=r"no oddities \(in the conversation that begins 'an odd question'\)"):
-        make(records=[*talks(9), odd], chat_template=str(tmp_path / "own.jinja"))
+    deaf = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+    only = MARKED.replace("== 'assistant'", "== 'assistant' and m['content'] != 'silence'")
+    (tmp_path / "own.jinja").write_text(refuses + deaf + only)
+    asked = {"refused_by_template": {"instruction": "an odd question"}, "nothing_in_loss": {"instruction": "x"}}
+    system = {"dropped_by_template": [{"role": "system", "content": "name it"}, {"role": "user", "content": "name it"}]}
+    prompt = asked.get(reason) or {"prompt": system[reason]}
+    replies = {
+        "chat": {"output": "silence" if reason == "nothing_in_loss" else "yes"},
+        "pairs": {"chosen": "yes", "rejected": "no"},
+        "prompts": {"answer": "yes"},
+    }
+    if kind == "chat" and "prompt" in prompt:
+        bad = {"messages": [*prompt["prompt"], {"role": "assistant", "content": "yes"}]}
+    else:
+        bad = {**prompt, **replies[kind]}
+    good = [
+        {"instruction": f"name {n}", **replies[kind], **({"output": "yes"} if kind == "chat" else {})} for n in "abc"
+    ]
+    given = dict(records=[*good, bad], chat_template=str(tmp_path / "own.jinja"), kind=kind)
+    with pytest.raises(
+        DataError, match=rf"talks\.jsonl:4: .*{said}.*; change the record or data\.chat_template, or set"
+    ):
+        make(**given)
+    card = Card.load(make(**given, on_bad_record="skip"))
+    assert card.counts[f"bad_{reason}"] == card.counts["bad"] == 1
+    assert sum(split.documents for split in card.splits.values()) == 3
+
+
+def test_a_template_that_strips_contents_leaves_nothing_out(make, tmp_path):
+    (tmp_path / "own.jinja").write_text(MARKED.replace("m['content']", "m['content'].strip()"))
+    card = Card.load(make(chat_template=str(tmp_path / "own.jinja"), workers=2))
+    assert not card.counts.get("bad") and sum(split.documents for split in card.splits.values()) == 120
 
 
 def test_there_are_no_bits_per_byte_of_replies_in_text_of_whole_conversations(make):

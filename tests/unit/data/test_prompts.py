@@ -101,3 +101,13 @@ def test_a_prompt_that_leaves_no_room_for_a_reply_is_refused_with_what_would_wor
         prompts.check(longest + 8, 10, 300)
     with pytest.raises(DataError, match="outside the vocabulary of 20"):
         prompts.check(longest + 9, 10, 20)
+
+
+def test_prompts_that_leave_no_room_can_be_left_out(make):
+    prompts = Prompts(IndexedDataset.open(make(RECORDS), "train"))
+    questions = [prompts.read(number) for number in range(4)]
+    longest = max(len(one.ids) for one in questions)
+    with pytest.raises(ConfigError, match="4 of 4 prompts leave no room"):
+        prompts.check(10, 10, 300, skip=True)
+    assert prompts.check(longest + 8, 10, 300, skip=True) == 1
+    assert [prompts.read(number) for number in range(len(prompts))] == [q for q in questions if len(q.ids) < longest]
