@@ -6,7 +6,8 @@ ranks put the model together from their pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -47,17 +48,9 @@ class WholeModel:
             for name, parameter in parameters.items():
                 self._take_own(parameter, state[f"model.{name}"], shares)
             return
-        for bucket in _buckets(parameters):
-            # the largest of equal values is that value, bit for bit, however many ranks hold it
-            sizes = [parameters[name].numel() for name in bucket]
-            flat = torch.full((sum(sizes),), -torch.inf, dtype=torch.float32, device=self.world.device)
-            parts = dict(zip(bucket, flat.split(sizes), strict=True))
-            for name in bucket:
-                if (held := state.get(f"model.{name}")) is not None:
-                    _write(parts[name].view(parameters[name].shape), held)
-            self.world.all_reduce_max(flat)
-            for name in bucket:
-                parameters[name].copy_(parts[name].view(parameters[name].shape))
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        for name, whole in _whole_weights(state, shapes, self.world):
+            parameters[name].copy_(whole)
 
     @torch.no_grad()
     def _take_own(self, parameter: nn.Parameter, held: Tensor, shares: bool) -> None:
@@ -72,22 +65,53 @@ class WholeModel:
     @torch.no_grad()
     def checksum(self) -> str:
         """Return 16 hex digits over the bits of all weights. Another order of a parameter's values gives the same."""
-        sums = []
-        for parameter in self.model.parameters():
-            bits = torch.int32 if parameter.element_size() == 4 else torch.int16
-            sums.append(parameter.detach().contiguous().view(bits).sum(dtype=torch.int64))
-        return xxhash.xxh3_64_hexdigest(torch.stack(sums).cpu().numpy().astype(np.int64).tobytes())
+        return _digest(parameter.detach() for parameter in self.model.parameters())
 
 
-def _buckets(parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
+@torch.no_grad()
+def weights_checksum(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], world: World) -> int:
+    """Return a checksum over the fp32 weights of `Engine.state`, 63 bits, equal in every layout.
+
+    `shapes` are those of the whole weights. No rank holds more than a few of them at once. All ranks must call it
+    together.
+    """
+    return int(_digest(whole for _, whole in _whole_weights(state, shapes, world)), 16) >> 1
+
+
+def _digest(weights: Iterable[Tensor]) -> str:
+    sums = []
+    for weight in weights:
+        bits = torch.int32 if weight.element_size() == 4 else torch.int16
+        sums.append(weight.contiguous().view(bits).sum(dtype=torch.int64))
+    return xxhash.xxh3_64_hexdigest(torch.stack(sums).cpu().numpy().astype(np.int64).tobytes())
+
+
+def _whole_weights(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], world: World
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight of `Engine.state`, whole and in fp32, as the ranks put it together from their pieces."""
+    for bucket in _buckets(shapes):
+        # the largest of equal values is that value, bit for bit, however many ranks hold it
+        sizes = [math.prod(shapes[name]) for name in bucket]
+        flat = torch.full((sum(sizes),), -torch.inf, dtype=torch.float32, device=world.device)
+        parts = {name: part.view(shapes[name]) for name, part in zip(bucket, flat.split(sizes), strict=True)}
+        for name in bucket:
+            if (held := state.get(f"model.{name}")) is not None:
+                _write(parts[name], held)
+        world.all_reduce_max(flat)
+        yield from parts.items()
+
+
+def _buckets(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     bucket: list[str] = []
     size = 0
-    for name, parameter in parameters.items():
-        if bucket and size + parameter.numel() * 4 > BUCKET_BYTES:
+    for name, shape in shapes.items():
+        count = math.prod(shape) * 4
+        if bucket and size + count > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(name)
-        size += parameter.numel() * 4
+        size += count
     if bucket:
         yield bucket
 

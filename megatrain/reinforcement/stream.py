@@ -48,12 +48,11 @@ class RolloutStream:
         first_step: int,
         cursor: int,
         rollout: Rollout | None = None,
-        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin; `rollout` is the one in whose middle the run resumes, `kept` goes into every checkpoint as it is."""
+        """Begin; `rollout` is the one in whose middle the run resumes."""
         self._config, self._prompts, self._order = config, prompts, order
         self._sampler, self._model, self._engine_state = sampler, model, engine_state
-        self._widths, self._kept = widths, dict(kept or {})
+        self._widths = widths
         self._step, self._cursor, self._rollout = first_step, cursor, rollout
         numbers = np.arange(config.train.global_batch_size)
         self._rows = samples_of_rank(numbers, config.train.micro_batch_size, dp_rank, dp_size)
@@ -78,9 +77,9 @@ class RolloutStream:
     def state(self, step: int) -> dict[str, Tensor]:
         """Return what a checkpoint of `step` needs to go on: the rollout, if the next step learns from the same."""
         if step % self._config.method.updates == 0:
-            return self._kept
+            return {}
         assert self._rollout is not None
-        return self._rollout.state() | self._kept
+        return self._rollout.state()
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """End the process of the rewards; return True."""

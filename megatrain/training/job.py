@@ -34,9 +34,7 @@ from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
 from megatrain.model.count import flops_per_token, num_parameters
-from megatrain.optim.objective import Objective
 from megatrain.optim.objectives import objective_of
-from megatrain.optim.preferences import DirectPreference
 from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
 from megatrain.reinforcement.stream import RolloutStream
@@ -49,13 +47,13 @@ from megatrain.tracking.journal import Journal
 from megatrain.tracking.mlflow import MlflowTracker
 from megatrain.tracking.profile import ACTIVE, FIRST_TRACED, profiled_steps
 from megatrain.tracking.tracker import RunInfo, Tracker, Trackers, git_commit
+from megatrain.training.base_weights import BaseWeights, Compared, compare_with_base
 from megatrain.training.clock import CudaClock, HostClock
 from megatrain.training.datasets import HeldoutShare, RunData
 from megatrain.training.exchange import RankExchange
 from megatrain.training.history import nothing_to_do
 from megatrain.training.origin import (
     Origin,
-    base_of,
     choose_origin,
     copy_in_memory,
     inherited_generation,
@@ -63,9 +61,8 @@ from megatrain.training.origin import (
     load_origin,
 )
 from megatrain.training.protocols import Clock, Parts, Throughput
-from megatrain.training.reference import Reference
 from megatrain.training.rollback import CheckpointRollback
-from megatrain.training.rollouts import ReferenceModel, reference_model, rollout_buffers, rollout_stream
+from megatrain.training.rollouts import rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.task_scores import TaskScores, scores_tasks
@@ -118,8 +115,7 @@ class RankJob:
         """The step of a checkpoint whose best held-out loss no longer counts, as this start weighs other sources."""
         self.transfer: Transfer | None = None
         self.tasks: TaskScores | None = None
-        self.reference: dict[str, Any] = {}
-        """What the event `reference` says; empty if the method compares with no reference."""
+        self.compared = Compared()
 
     @property
     def on_gpu(self) -> bool:
@@ -158,20 +154,20 @@ class RankJob:
             check_run_caps(self.data.mixture, self.config.train, self.progress, changed)
         objective = objective_of(self.config)
         engine = build_engine(self.config, self.world, objective)
-        if origin and origin.resumes:
-            self._take_reference(objective, engine, stores.disk, resumes=True)
         resumed = origin if origin and origin.resumes else None
-        reference = reference_model(self.config, engine, self.world, stores.disk, resumed)
+        base = BaseWeights(self.config, engine, self.world, stores.disk, resumed)
         buffers: dict[str, Tensor] = {}
+        if resumed:
+            self.compared = compare_with_base(base, objective, self.data, self.run_dir)
+            buffers = rollout_buffers(self.config, resumed.manifest)
         if origin:
             self.world.heartbeat.enter("load")
-            buffers = rollout_buffers(self.config, origin.manifest) if origin.resumes else {}
             load_origin(origin, engine, self.world, self.transfer.taken if self.transfer else (), buffers)
-            if origin.resumes:
-                stores.disk.set_aside(self.progress.step)
-        if not (origin and origin.resumes):
-            self._take_reference(objective, engine, stores.disk, resumes=False)
-        stream = self._stream(engine, buffers, reference)
+        if resumed:
+            stores.disk.set_aside(self.progress.step)
+        else:
+            self.compared = compare_with_base(base, objective, self.data, self.run_dir)
+        stream = self._stream(engine, buffers)
         self.tasks = self._task_scores(engine)
         if self.world.is_main:
             write_run_folder(self.run_dir, self.config, self.data.folder)
@@ -232,25 +228,6 @@ class RankJob:
         check_tokenizer(folder, manifest, self.data.card, self.data.folder, self.config)
         self.transfer = plan_transfer(folder, manifest, self.config.model, self.config.checkpoint.override)
 
-    def _take_reference(self, objective: Objective, engine: Engine, store: CheckpointStore, resumes: bool) -> None:
-        """Give an objective that compares with the base what it kept of it, or computes it from the base's weights.
-
-        A run that begins has these weights in the engine already. One that resumes loads them, before its own.
-        """
-        if not isinstance(objective, DirectPreference):
-            return
-        reference = Reference(self.data, self.world, self.run_dir)
-        base = base_of(self.config, store)
-        name = f"{base.folder}, step {base.manifest.step}" if base else f"drawn with seed {self.config.seed}"
-        found = reference.find(None if resumes else name)
-        self.reference = {"pairs": reference.num_pairs, "computed": found is None}
-        if found is None:
-            if resumes and base:
-                transfer = plan_transfer(base.folder, base.manifest, self.config.model, self.config.checkpoint.override)
-                load_origin(base, engine, self.world, transfer.taken)
-            found = reference.compute(engine, objective.reference, name)
-        objective.reference.log_probs = found
-
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:
             show(nothing_to_do(self.config, self.progress.step), sys.stdout)
@@ -289,7 +266,7 @@ class RankJob:
                     shares=self._shares,
                     identity=self._identity(origin),
                     tasks=self.tasks,
-                    state=lambda step: engine.state() | stream.state(step),
+                    state=lambda step: engine.state() | stream.state(step) | dict(self.compared.kept),
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
                     ),
@@ -307,10 +284,11 @@ class RankJob:
     def _order(self) -> Order:
         return self.data.order
 
-    def _stream(self, engine: Engine, buffers: dict[str, Tensor], reference: ReferenceModel | None) -> Stream:
+    def _stream(self, engine: Engine, buffers: dict[str, Tensor]) -> Stream:
         """Return the stream of batches: `buffers` is what the checkpoint holds besides the engine's tensors."""
         config = self.config
         if self.data.prompts:
+            reference = self.compared.model
             return rollout_stream(self.data, engine, self.world, self.layout, self.progress, buffers, reference)
         return TrainStream(
             self.data.train,
@@ -420,8 +398,8 @@ class RankJob:
             self.journal.event("preflight", self.progress.step, **self.preflight)
         if self.world.is_main and (packings := self.data.packings):
             self.journal.event("packing", self.progress.step, packings=packings)
-        if self.reference:
-            self.journal.event("reference", self.progress.step, **self.reference)
+        if self.compared.detail:
+            self.journal.event("reference", self.progress.step, **self.compared.detail)
         chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
             detail = {"key": key, "before": before, "now": now, "override": key in chosen}

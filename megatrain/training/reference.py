@@ -1,8 +1,8 @@
 """The reference of a run that learns from preferences: what the base's weights give each pair, computed once and kept.
 
 `<run>/reference.bin` has the log-probabilities of both sides of every pair of the dataset (fp32 `[N, 2]`, the train
-split's pairs first), `reference.json` says of which dataset and base they are, with a checksum. A resumed run reads
-them; they depend on neither layout nor packing.
+split's pairs first), `reference.json` says of which dataset and weights they are, with a checksum. A resumed run reads
+them; they depend on neither layout nor packing. Which weights a run began from is known to `base_weights.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ NAME = "reference"
 _LOG = logging.getLogger("megatrain")
 
 
-def read_reference(run_dir: Path, fingerprint: str, base: str | None = None) -> np.ndarray | None:
+def read_reference(run_dir: Path, fingerprint: str, weights: int | None = None) -> np.ndarray | None:
     """Return the log-probabilities that a run has kept, fp32 `[N, 2]`.
 
-    None if there are none of the dataset with this fingerprint and of this `base` (None: any), or they are damaged,
-    which is logged.
+    None if there are none of the dataset with this fingerprint and of the `weights` with this checksum (None: any), or
+    they are damaged, which is logged.
     """
     path = run_dir / f"{NAME}.bin"
     try:
@@ -51,7 +51,7 @@ def read_reference(run_dir: Path, fingerprint: str, base: str | None = None) -> 
     if not isinstance(card, dict) or card.get("checksum") != xxhash.xxh3_128_hexdigest(content):
         _LOG.warning("%s is damaged: it does not match its checksum; it is computed again", path)
         return None
-    if card.get("fingerprint") != fingerprint or base not in (None, card.get("base")):
+    if card.get("fingerprint") != fingerprint or weights not in (None, card.get("weights")):
         return None
     return np.frombuffer(content, "<f4").reshape(-1, 2).copy()
 
@@ -69,13 +69,13 @@ class Reference:
         """The pairs of all splits."""
         return sum(split.documents for split in self.data.card.splits.values())
 
-    def find(self, base: str | None) -> Tensor | None:
+    def find(self, weights: int | None) -> Tensor | None:
         """Return the log-probabilities that the run has kept, fp32 `[N, 2]` on the device.
 
-        None if there are none of this dataset and this `base` (None: of any base), or they are damaged, which is
-        logged. All ranks must call it.
+        None if there are none of this dataset and the `weights` with this checksum (None: of any), or they are
+        damaged, which is logged. All ranks must call it.
         """
-        values = read_reference(self.run_dir, self.data.fingerprint, base) if self.world.is_main else None
+        values = read_reference(self.run_dir, self.data.fingerprint, weights) if self.world.is_main else None
         if not self.world.all_gather_json(values is not None)[0]:
             return None
         mine = torch.zeros((self.num_pairs, 2)) if values is None else torch.from_numpy(values)
@@ -85,14 +85,14 @@ class Reference:
     def _path(self) -> Path:
         return self.run_dir / f"{NAME}.bin"
 
-    def compute(self, engine: Engine, table: ReferenceTable, base: str) -> Tensor:
-        """Compute the log-probabilities under the engine's weights, which are `base`'s; keep and return them."""
+    def compute(self, engine: Engine, table: ReferenceTable, weights: int) -> Tensor:
+        """Compute the log-probabilities under the engine's weights, with this checksum; keep and return them."""
         with table.recording(self.num_pairs, self.world.device) as recorded:
             engine.measure(self._batches())
             total = self.world.all_reduce_sum(recorded)
         values = (total[:, :2] / total[:, 2:].clamp(min=1)).float()
         if self.world.is_main:
-            self._write(values.cpu().numpy().astype("<f4").tobytes(), base)
+            self._write(values.cpu().numpy().astype("<f4").tobytes(), weights)
         self.world.barrier()
         return values
 
@@ -116,8 +116,9 @@ class Reference:
                 yield batch
             dataset.pause()
 
-    def _write(self, content: bytes, base: str) -> None:
-        card = {"fingerprint": self.data.fingerprint, "base": base, "checksum": xxhash.xxh3_128_hexdigest(content)}
+    def _write(self, content: bytes, weights: int) -> None:
+        checksum = xxhash.xxh3_128_hexdigest(content)
+        card = {"fingerprint": self.data.fingerprint, "weights": weights, "checksum": checksum}
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, content)

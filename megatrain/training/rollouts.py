@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatrain.checkpoint.manifest import Manifest, Progress
-from megatrain.checkpoint.naming import checkpoint_name
-from megatrain.checkpoint.store import CheckpointStore, load_into
-from megatrain.checkpoint.weights import plan_transfer
 from megatrain.config import SAMPLING, TrainConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.tokenizer_loading import load_tokenizer
@@ -26,10 +22,6 @@ from megatrain.reinforcement.rollout import PREFIX, Rollout, Widths
 from megatrain.reinforcement.sampler import Sampler
 from megatrain.reinforcement.stream import RolloutStream
 from megatrain.training.datasets import RunData
-from megatrain.training.origin import Origin, base_of, checkpoint_at, load_origin
-
-REFERENCE = "buffer.reference"
-"""The name of what a checkpoint says of the reference, int64 `[2]`: a checksum of its weights, and its step."""
 
 
 def rollout_buffers(config: TrainConfig, manifest: Manifest) -> dict[str, Tensor]:
@@ -52,47 +44,6 @@ def rollout_buffers(config: TrainConfig, manifest: Manifest) -> dict[str, Tensor
     return found
 
 
-@dataclass(frozen=True)
-class ReferenceModel:
-    """The model that `method.kl` keeps a run close to; `record` is what checkpoints say of it."""
-
-    model: GPT
-    record: Tensor
-
-
-def reference_model(
-    config: TrainConfig, engine: Engine, world: World, store: CheckpointStore, resumed: Origin | None
-) -> ReferenceModel | None:
-    """Return the model that the run began from, if `method.kl` needs it. `resumed` is the checkpoint to go on from.
-
-    Its weights are loaded through the engine, whose own must be loaded afterwards.
-
-    Raises:
-        CheckpointError: the weights that the run began from are gone or were changed.
-    """
-    if config.method.name not in SAMPLING or not config.method.kl:
-        return None
-    base = base_of(config, store)
-    assert base is not None, "verbs/method_checks.py refuses method.kl without a base"
-    record: Tensor | None = None
-    if resumed is not None:
-        record = torch.empty(2, dtype=torch.int64)
-        load_into(resumed.folder, resumed.manifest, {REFERENCE: record}, resumed.node or world)
-        if base.manifest.step != record[1]:  # the run that it is of has gone on
-            base = checkpoint_at(base.folder.parent / checkpoint_name(int(record[1])), world)
-    taken = plan_transfer(base.folder, base.manifest, config.model, config.checkpoint.override).taken
-    load_origin(base, engine, world, taken)
-    whole = WholeModel(config, world)
-    whole.take(engine.state(), shares=False)
-    found = torch.tensor([int(whole.checksum(), 16) >> 1, base.manifest.step])
-    if record is not None and not torch.equal(record, found):
-        raise CheckpointError(
-            f"{base.folder} does not hold the weights that this run began from, which method.kl={config.method.kl:g} "
-            "compares with; put them back, or begin another run.name"
-        )
-    return ReferenceModel(whole.model, found)
-
-
 def rollout_stream(
     data: RunData,
     engine: Engine,
@@ -100,9 +51,11 @@ def rollout_stream(
     layout: Layout,
     progress: Progress,
     buffers: dict[str, Tensor],
-    reference: ReferenceModel | None,
+    reference: GPT | None,
 ) -> RolloutStream:
     """Return the stream of a run whose method samples. `buffers` holds what its checkpoint has besides the engine's.
+
+    `reference` is the model of `method.kl`.
 
     Raises:
         RewardError: a reward cannot be loaded.
@@ -113,7 +66,7 @@ def rollout_stream(
     tokenizer = load_tokenizer(data.folder / "tokenizer")
     rewards = RewardFunctions(method.rewards, prompts.fields, method.reward_timeout_s, world.heartbeat.beat)
     ends = ChatTemplate(tokenizer).ends()
-    sampler = Sampler(method, config.seed, world, tokenizer, ends, rewards, reference.model if reference else None)
+    sampler = Sampler(method, config.seed, world, tokenizer, ends, rewards, reference)
     return RolloutStream(
         *(config, prompts, data.order, sampler, WholeModel(config, world), engine.state),
         dp_rank=layout.dp_rank(world.rank),
@@ -122,7 +75,6 @@ def rollout_stream(
         first_step=progress.step + 1,
         cursor=progress.cursor,
         rollout=Rollout.of_state(buffers) if buffers else None,
-        kept={REFERENCE: reference.record} if reference else {},
     )
 
 

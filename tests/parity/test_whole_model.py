@@ -8,7 +8,8 @@ from support.jobs import layout_job, rows
 from support.ranks import run_ranks
 
 from megatrain.engine.build import build_engine
-from megatrain.engine.whole_model import WholeModel
+from megatrain.engine.whole_model import WholeModel, weights_checksum
+from megatrain.model.count import parameter_shapes
 from megatrain.model.init import build_model
 
 LAYOUTS = [
@@ -21,11 +22,12 @@ LAYOUTS = [
 
 
 def gathered(world, config):
-    """Return the weights of the whole model on this rank, and their checksum."""
+    """Return the weights of the whole model on this rank, their checksum, and that of the engine's state."""
     engine = build_engine(config, world)
     whole = WholeModel(config, world)
     whole.take(engine.state())
-    return {name: parameter.clone() for name, parameter in whole.model.named_parameters()}, whole.checksum()
+    checksum = weights_checksum(engine.state(), parameter_shapes(config.model), world)
+    return {name: parameter.clone() for name, parameter in whole.model.named_parameters()}, whole.checksum(), checksum
 
 
 @pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
@@ -33,7 +35,8 @@ def test_every_rank_holds_the_whole_model(ranks, changes):
     config = layout_job(micro=rows(changes, ranks), **changes)
     expected = dict(build_model(config.model, config.seed).named_parameters())
     results = run_ranks(gathered, ranks, config)
-    assert len({checksum for _, checksum in results}) == 1
-    for weights, _ in results:
+    assert {int(whole, 16) >> 1 for _, whole, _ in results} == {checksum for *_, checksum in results}
+    assert len({checksum for *_, checksum in results}) == 1
+    for weights, *_ in results:
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
