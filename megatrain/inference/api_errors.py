@@ -41,8 +41,10 @@ def printable(text: str) -> str:
 
 def from_validation(errors: list[Any]) -> ApiError:
     """Return the error of a body that does not fit its schema, from pydantic's list."""
-    first = errors[0]
-    place = [str(part) for part in first.get("loc", ()) if part != "body"]
+    # of a value that may have several types, what is wrong with it as that of which it is
+    first = next((error for error in errors if not error.get("type", "").endswith("_type")), errors[0])
+    parts = [str(part) for part in first.get("loc", ()) if part != "body"]
+    place = [part for part in parts if part.isdecimal() or part.isidentifier()]  # the others are names of types
     if first.get("type") == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if not place and first.get("type") == "invalid_key":

@@ -39,8 +39,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 """Fields that change nothing in a reply."""
 
+MAX_CHARACTERS = 2**20
+"""Characters of a text, as in OpenAI's API. How many a model's context allows, the service says."""
+MAX_IDS = 2**20
+"""Token ids of a prompt."""
+MAX_FIELDS = 64
+"""Fields of an object that the schema does not name."""
+
+_MAX_SHORT, _MAX_PAIRS = 512, 16
+"""Characters of a name or an identifier, and pairs of `metadata`."""
+
+# A list ends at its first error: a million of them would hold the server up for seconds.
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Ids = Annotated[list[_Token], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 
 
 class _Model(BaseModel):
@@ -52,14 +66,14 @@ class TextPart(_Model):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class ChatMessage(_Model):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: _Text | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
 
     def text(self) -> str:
         """Return the content as one text."""
@@ -73,14 +87,14 @@ class StreamOptions(_Model):
 
 
 class _Request(_Model):
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
+    model: str = Field(max_length=_MAX_SHORT)
+    max_tokens: _Count | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -92,8 +106,8 @@ class _Request(_Model):
 class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
+    max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -102,10 +116,10 @@ class CompletionRequest(_Request):
     """The body of `/v1/completions`: text to continue, token ids, or a list of either."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
-        | Annotated[list[_Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        _Text
+        | Annotated[list[_Text], Field(min_length=1, max_length=128, fail_fast=True)]
+        | _Ids
+        | Annotated[list[_Ids], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -138,6 +152,9 @@ def check_fields(request: ChatRequest | CompletionRequest) -> None:
     if isinstance(request, ChatRequest):
         parts += [(f"messages.{number}.", message) for number, message in enumerate(request.messages)]
     for place, part in parts:
+        if len(part.model_extra or {}) > MAX_FIELDS:
+            shown = place.rstrip(".") or "the body"
+            raise ApiError(400, f"{shown} has more than {MAX_FIELDS} fields that have no effect", code="invalid_value")
         for name, value in (part.model_extra or {}).items():
             _check_field(request, place, name, value)
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
@@ -147,11 +164,16 @@ def check_fields(request: ChatRequest | CompletionRequest) -> None:
 
 
 def _check_field(request: _Request, place: str, name: str, value: Any) -> None:
-    if value is None or (name in _IGNORED and not place):
+    if value is None:
         return
     shown = printable(f"{place}{name}")[:200]
+    if name in (("name",) if place else _IGNORED):
+        if not _is_short(value):
+            limits = f"a text of at most {_MAX_SHORT} characters, or an object of at most {_MAX_PAIRS} such"
+            raise ApiError(400, f"{shown}: expected {limits}", param=shown, code="invalid_value")
+        return
     if place:
-        if value in ([], {}, "") or name == "name":
+        if value in ([], {}, ""):
             return
         raise ApiError(400, f"{shown}: not supported; a message is a role and a text", param=shown, code="unsupported")
     if name in _NEUTRAL:
@@ -159,6 +181,15 @@ def _check_field(request: _Request, place: str, name: str, value: Any) -> None:
             return
         raise ApiError(400, f"{shown}: not supported by this server", param=shown, code="unsupported_parameter")
     known = [*type(request).model_fields, *_NEUTRAL, *_IGNORED]
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ApiError(400, f"{shown}: unknown field{hint}", param=shown, code="unknown_parameter")
+
+
+def _is_short(value: Any) -> bool:
+    """Return whether a value that changes nothing is as small as OpenAI's API wants it."""
+    if isinstance(value, dict):
+        return len(value) <= _MAX_PAIRS and all(
+            isinstance(one, str) and len(one) <= _MAX_SHORT for one in value.values()
+        )
+    return isinstance(value, str) and len(value) <= _MAX_SHORT

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import sys
@@ -25,6 +23,7 @@ from megatrain.inference.api_requests import ChatRequest, CompletionRequest, Err
 from megatrain.inference.api_responses import ChatReply, CompletionReply, ModelList, Writer, event
 from megatrain.inference.body_limit import BodyLimit
 from megatrain.inference.chat_page import chat_page
+from megatrain.inference.gate import CLIENT, Gate
 from megatrain.inference.job import Job, Piece
 from megatrain.inference.service import Service
 
@@ -63,20 +62,19 @@ def make_app(make_service: Callable[[], Service]) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
     app.add_middleware(BodyLimit, service=lambda: app.state.service)
+    app.add_middleware(Gate, service=lambda: app.state.service)  # the last one added is asked first
     return app
 
 
 async def models(request: Request) -> Any:
     """List the model that this server has."""
     service = _service(request)
-    _client(request, service)
     return {"object": "list", "data": [_model(service)]}
 
 
 async def one_model(request: Request, model: str) -> Any:
     """Describe the model."""
     service = _service(request)
-    _client(request, service)
     if model != service.served.name:
         raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
     return _model(service)
@@ -120,14 +118,14 @@ async def page(request: Request) -> Response:
 
 async def _reply(request: Request, body: ChatRequest | CompletionRequest) -> Response:
     service = _service(request)
-    client = _client(request, service)
+    client: str = request.scope[CLIENT]
     is_chat = isinstance(body, ChatRequest)
     logprobs = bool(body.logprobs) if is_chat else body.logprobs is not None
     if logprobs and service.checks.reply:  # each token is told at once, also those of a word that is held back
         message = "logprobs: not here, since replies are checked before they are shown"
         raise ApiError(400, message, param="logprobs", code="unsupported_value")
     writer = Writer(service.served.name, is_chat, logprobs)
-    job = await (service.chat(body, client) if isinstance(body, ChatRequest) else service.complete(body, client))
+    job = await (service.chat(body) if isinstance(body, ChatRequest) else service.complete(body))
     entry = _Entry(service, request.url.path, client, writer.id, job, bool(body.stream))
     try:
         pieces = job.pieces()
@@ -199,7 +197,7 @@ class _Entry:
         job.close()
         self.service.count(job, self.client)
         status = status or self.status
-        metrics.requests.labels(self.path, str(status)).inc()
+        metrics.count(self.path, status)
         metrics.duration.observe(now - job.times.start)
         first = None if job.times.first_token is None else job.times.first_token - job.times.start
         if first is not None:
@@ -265,27 +263,16 @@ def _model(service: Service) -> dict[str, Any]:
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "megatrain"}
 
 
-def _client(request: Request, service: Service) -> str:
-    """Return who asks: a hash of the key, or else the address. Raises `ApiError` 401 without a valid key."""
-    if not service.keys:
-        return request.client.host if request.client else "unknown"
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    found = [hmac.compare_digest(key.strip().encode(), valid.encode()) for valid in service.keys]
-    if scheme.lower() != "bearer" or not any(found):
-        what = "the API key is not valid" if key else "no API key; send it as the header authorization: Bearer <key>"
-        raise ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-    return hashlib.sha256(key.strip().encode()).hexdigest()[:12]
-
-
 def _replies(model: type) -> dict[int | str, dict[str, Any]]:
-    stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    one = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # of the events
+    stream = {"content": {"text/event-stream": {"schema": one}}}
     return {200: {"model": model, **stream}, **_ERRORS}
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if error.status < 499 or error.status == 503:  # those of a job are counted with it
-        _service(request).metrics.requests.labels(_path(request), str(error.status)).inc()
+        _service(request).metrics.count(request.url.path, error.status)
     if error.status >= 500 and error.__cause__ is not None:
         _LOG.error("request failed: %s", error, exc_info=error.__cause__)
     return error.response()
@@ -306,14 +293,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
-    _service(request).metrics.requests.labels(_path(request), "500").inc()
+    _service(request).metrics.count(request.url.path, 500)
     return ApiError(500, "the server failed; its log says why", code="internal_error").response()
-
-
-def _path(request: Request) -> str:
-    """Return the path if it is one of ours: another would be a label that a client chooses."""
-    paths = {getattr(route, "path", None) for route in request.app.routes}
-    return request.url.path if request.url.path in paths else "other"
 
 
 def log(kind: str, **values: Any) -> None:

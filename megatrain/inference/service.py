@@ -62,9 +62,9 @@ class Service:
         """End the generator's thread."""
         self.thread.stop()
 
-    async def chat(self, request: ChatRequest, client: str) -> Job:
+    async def chat(self, request: ChatRequest) -> Job:
         """Begin a chat's replies. Raises `ApiError`."""
-        self._admit(request, client)
+        self._check(request)
         if self.served.template is None:
             raise ApiError(
                 400, f"{self.served.name} has no chat template; use /v1/completions", param="model", code="no_template"
@@ -73,9 +73,9 @@ class Service:
         messages: list[Message] = [
             {
                 "role": roles.get(message.role, message.role),
-                "content": _readable(f"messages.{number}.content", message.text()),
+                "content": normalise(message.text()),
             }
-            for number, message in enumerate(request.messages)
+            for message in request.messages
         ]
         await self._check_prompt("\n".join(message["content"] for message in messages))
         try:
@@ -86,27 +86,23 @@ class Service:
         stop_ids = frozenset([*self.served.template.ends(), *self.served.end_tokens])
         is_given = request.max_completion_tokens is not None or request.max_tokens is not None
         top = (request.top_logprobs or 0) if request.logprobs else 0
-        return self._job(request, [Prompt(ids)], most, is_given, stop_ids, top, client)
+        return self._job(request, [Prompt(ids)], most, is_given, stop_ids, top)
 
-    async def complete(self, request: CompletionRequest, client: str) -> Job:
+    async def complete(self, request: CompletionRequest) -> Job:
         """Begin the continuations of one or several prompts. Raises `ApiError`."""
-        self._admit(request, client)
+        self._check(request)
         prompts = [await self._prompt(one) for one in request.prompts()]
         most = request.max_tokens or COMPLETION_TOKENS
         is_given = request.max_tokens is not None
-        return self._job(request, prompts, most, is_given, self.served.end_tokens, request.logprobs or 0, client)
+        return self._job(request, prompts, most, is_given, self.served.end_tokens, request.logprobs or 0)
 
     def count(self, job: Job, client: str) -> None:
         """Charge a finished job to its client."""
         if self._tokens is not None:
             self._tokens.take(client, job.prompt_tokens + job.completion_tokens)
 
-    def _admit(self, request: ChatRequest | CompletionRequest, client: str) -> None:
-        """Raise `ApiError` for a request that this server does not take, or not now."""
-        check_fields(request)
-        if request.model != self.served.name:
-            message = f"there is no model {request.model[:100]!r} here; use {self.served.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def admit(self, client: str) -> None:
+        """Count a request of which only the headers are known. Raises `ApiError` for one that is not taken now."""
         if self.is_draining:
             raise ApiError(503, "the server is about to end", code="draining", headers={"retry-after": "1"})
         for limit, what in ((self._requests, "requests"), (self._tokens, "tokens")):
@@ -114,6 +110,13 @@ class Service:
                 raise _too_many(f"more than {limit.per_minute} {what} per minute", wait)
         if self._requests is not None:
             self._requests.take(client)
+
+    def _check(self, request: ChatRequest | CompletionRequest) -> None:
+        """Raise `ApiError` for a request that this server never takes."""
+        check_fields(request)
+        if request.model != self.served.name:
+            message = f"there is no model {request.model[:100]!r} here; use {self.served.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _prompt(self, given: str | list[int]) -> Prompt:
         tokenizer = self.served.tokenizer
@@ -128,7 +131,7 @@ class Service:
                 )
             await self._check_prompt(tokenizer.decode(given))
             return Prompt(given, given)
-        text = _readable("prompt", given)
+        text = normalise(given)
         await self._check_prompt(text)
         ids = [*tokenizer.start(), *tokenizer.encode(text)] or [tokenizer.end_of_document]
         return Prompt(ids, ids if text else ())
@@ -158,7 +161,6 @@ class Service:
         is_given: bool,
         stop_ids: frozenset[int],
         top: int,
-        client: str,
     ) -> Job:
         longest = max(len(prompt.ids) for prompt in prompts)
         most = self._new_tokens(longest, most, is_given)
@@ -214,16 +216,6 @@ class Service:
             raise ApiError(400, f"{replies} replies at once; this server takes {room}", param="n", code="invalid_value")
         if self.thread.num_open + replies > room:
             raise _too_many("too many requests are waiting", self.thread.num_open / config.max_concurrent)
-
-
-def _readable(name: str, text: str) -> str:
-    """Return text normalised like that of training. Raises `ApiError` for half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{name}: character {error.start} is no Unicode character"
-        raise ApiError(400, message, param=name, code="invalid_value") from None
-    return normalise(text)
 
 
 def _too_many(why: str, wait_s: float) -> ApiError:

@@ -11,6 +11,9 @@ from prometheus_client.registry import Collector
 from megatrain.inference.batch_generator import Counts
 from megatrain.inference.generation_thread import GenerationThread
 
+PATHS = ("/", "/health", "/metrics", "/ready", "/v1/chat/completions", "/v1/completions", "/v1/models")
+"""The paths that are counted by name. Another would be a label that a client chooses."""
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -43,6 +46,10 @@ class ServingMetrics:
             lambda: max(0, thread.num_open - generator.num_active),
         )
         self.registry.register(_TokenCounts(generator.counts))
+
+    def count(self, path: str, status: int) -> None:
+        """Count an answered request."""
+        self.requests.labels(path if path in PATHS else "other", str(status)).inc()
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""

@@ -10,10 +10,12 @@ import httpx
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 from support.serving import LIMIT_S, make_assistant, running, wait_until
 
 from megatrain.config import ServeGroup
 from megatrain.errors import ConfigError
+from megatrain.inference.api_requests import ChatRequest, CompletionRequest
 from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.content_checks import content_checks
 from megatrain.inference.draw import SamplingSettings
@@ -147,7 +149,7 @@ REFUSED = {
     "huge number": (json.dumps(body()).encode()[:-1] + b', "seed": ' + b"9" * 6000 + b"}", 400, "cannot be read"),
     "no object": (b"[]", 400, ""),
     "NaN": (json.dumps(body(temperature=float("nan"))).encode(), 400, "temperature"),
-    "half a surrogate pair": (body(messages=[{"role": "user", "content": "a\ud800"}]), 400, "character 1"),
+    "half a surrogate pair": (body(messages=[{"role": "user", "content": "a\ud800"}]), 400, "messages.0.content: "),
     "half a pair in a name": (body(**{"\ud800": 1}), 400, ""),
     "no messages": (body(messages=[]), 400, "messages"),
     "unknown role": (body(messages=[{"role": "robot", "content": "a"}]), 400, "messages.0.role"),
@@ -166,6 +168,16 @@ REFUSED = {
     "too long together": (body(messages=[{"role": "user", "content": "☃" * 30}], max_tokens=80), 400, "context"),
     "too many new tokens": (body(max_tokens=101), 400, "at most 100"),
     "too many replies": (body(n=13), 400, "12"),
+    "too many parts": (body(messages=[{"role": "user", "content": [{}] * 200_000}]), 400, "messages.0.content.0.type"),
+    "too many messages": (body(messages=[{}] * 200_000), 400, "messages.0.role"),
+    "too many stops": (body(stop=["a"] * 5), 400, "4 items"),
+    "an empty stop": (body(stop=""), 400, "stop"),
+    "too long a model": (body(model="a" * 10_000), 400, "model: String should have at most"),
+    "a number beyond all": (body(max_tokens=10**100), 400, "max_tokens"),
+    "negative tokens": (body(max_tokens=-1), 400, "max_tokens"),
+    "a user of any size": (body(user="a" * 10_000), 400, "user: expected a text of at most 512"),
+    "metadata without end": (body(metadata={str(n): "" for n in range(17)}), 400, "metadata: expected"),
+    "fields without end": (body(**{f"f{n}": None for n in range(1000)}), 400, "more than 64 fields"),
     "too large": (b" " * (2**20 + 1), 413, "1048576"),
 }  # fmt: skip
 
@@ -177,6 +189,39 @@ def test_bad_requests_are_refused_in_the_form_that_clients_read(served, name):
     assert found.status_code == status and words in found.json()["error"]["message"]
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
     assert served[0].service.thread.num_open == 0
+
+
+def test_a_list_of_mistakes_ends_with_the_first():
+    """All errors of a body of a million bytes would take the server seconds to collect."""
+    for schema, changes in (
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}] * 300}),
+        (CompletionRequest, {"prompt": ["a"] * 250_000}),
+        (CompletionRequest, {"prompt": [[1.5] * 1000] * 100}),
+        (CompletionRequest, {"prompt": [1.5] * 250_000}),
+    ):
+        with pytest.raises(ValidationError) as raised:
+            schema.model_validate({"model": "toy", **changes})
+        assert raised.value.error_count() < 10
+
+
+def test_a_key_and_the_limits_are_asked_for_before_a_body_is_read(assistant):
+    """The body never comes."""
+    with running(assistant, keys=["secret"], requests_per_minute=1) as (_, url):
+        for path, key, status in (
+            (CHAT, "wrong", b"401"), ("/v1/nothing", "wrong", b"401"), (CHAT, "secret", b""), (CHAT, "secret", b"429"),
+        ):  # fmt: skip
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+                connection.settimeout(LIMIT_S if status else 0.5)
+                head = f"POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-length: 1000\r\n\r\n"
+                connection.sendall(head.encode())
+                if status:
+                    assert status in connection.recv(1000).splitlines()[0]
+                else:
+                    with pytest.raises(TimeoutError):
+                        connection.recv(1000)
+        found = get(f"{url}/metrics").text
+        assert 'megatrain_requests_total{path="/v1/chat/completions",status="401"} 1.0' in found
+        assert 'megatrain_requests_total{path="other",status="401"} 1.0' in found
 
 
 def test_neutral_values_of_unsupported_fields_are_taken(served):
