@@ -42,3 +42,7 @@ class ServeGroup:
         None, "file with words, one a line, that no prompt and no reply may contain", path=True
     )
     hold_back: int = key(0, "characters of a streamed reply that check_reply sees before the client does", minimum=0)
+    check_timeout_s: float = key(
+        5.0, "longest time for a check, in seconds; then its process is started again", above=0, maximum=1e7
+    )
+    check_processes: int = key(2, "processes that run the checks, of prompts, replies and blocked words", minimum=1)

@@ -121,7 +121,7 @@ async def _reply(request: Request, body: ChatRequest | CompletionRequest) -> Res
     client: str = request.scope[CLIENT]
     is_chat = isinstance(body, ChatRequest)
     logprobs = bool(body.logprobs) if is_chat else body.logprobs is not None
-    if logprobs and service.checks.reply:  # each token is told at once, also those of a word that is held back
+    if logprobs and service.checks.of_replies:  # each token is told at once, also those of a word that is held back
         message = "logprobs: not here, since replies are checked before they are shown"
         raise ApiError(400, message, param="logprobs", code="unsupported_value")
     writer = Writer(service.served.name, is_chat, logprobs)

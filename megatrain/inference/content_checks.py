@@ -22,7 +22,7 @@ ReplyCheck = Callable[[str, bool], str | None]
 
 
 @dataclass(frozen=True)
-class ContentChecks:
+class Checks:
     """The checks of prompts and of replies, and how many characters of a stream wait for those of the replies."""
 
     prompt: list[Check]
@@ -30,7 +30,7 @@ class ContentChecks:
     hold_back: int
 
 
-def content_checks(config: ServeGroup) -> ContentChecks:
+def load_checks(config: ServeGroup) -> Checks:
     """Return the checks that a config names. Raises `ConfigError` if one cannot be loaded."""
     prompt = [named_check("serve.check_prompt", config.check_prompt)] if config.check_prompt else []
     reply: list[ReplyCheck] = []
@@ -44,7 +44,7 @@ def content_checks(config: ServeGroup) -> ContentChecks:
         prompt.append(lambda text: blocked(text, True))
         reply.append(blocked)
         hold_back = max(hold_back, *map(len, words))  # with the character that shows that a word has ended
-    return ContentChecks(prompt, reply, hold_back)
+    return Checks(prompt, reply, hold_back)
 
 
 def blocked_words(words: list[str]) -> ReplyCheck:

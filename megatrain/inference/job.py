@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.inference.api_errors import ApiError
 from megatrain.inference.batch_generator import Token
-from megatrain.inference.content_checks import ReplyCheck
+from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import Event, GenerationThread
 from megatrain.inference.reply_text import ReplyText, TokenText
@@ -60,18 +60,19 @@ class Job:
         prompts: Sequence[Prompt],
         settings: Sequence[SamplingSettings],
         stops: Sequence[str],
-        checks: Sequence[ReplyCheck],
-        hold_back: int,
+        checks: ContentChecks,
         timeout_s: float,
     ) -> None:
         """`settings` has an element for each reply, prompt by prompt."""
         self.times = Times()
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self._thread, self._checks, self._timeout_s = thread, checks, timeout_s
+        self._thread, self._timeout_s = thread, timeout_s
+        self._checks = checks if checks.of_replies else None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         each = len(settings) // len(prompts)
         of = [prompt for prompt in prompts for _ in range(each)]
-        self.replies = [ReplyText(tokenizer, stops, prompt.before, hold_back if checks else 0) for prompt in of]
+        hold_back = checks.hold_back if checks.of_replies else 0
+        self.replies = [ReplyText(tokenizer, stops, prompt.before, hold_back) for prompt in of]
         # among the events, since a wait with a limit for each token costs more than the token at toy size
         loop = asyncio.get_running_loop()
         self._timers = [
@@ -110,26 +111,16 @@ class Job:
         if self.times.first_token is None:
             self.times.first_token = time.monotonic()
         text, entry = reply.push(token)
-        if self._checks and await self._is_refused(reply):
+        if self._checks is not None and await self._is_refused(self._checks, reply):
             text, entry = "", None
             reply.cut()
         if reply.finish is not None and token.finish is None:
             self._thread.cancel(self._tickets[index])
         return Piece(index, text, [] if entry is None else [entry], reply.finish)
 
-    async def _is_refused(self, reply: ReplyText) -> bool:
-        text, is_whole = reply.seen, reply.finish is not None
-
-        def check() -> bool:
-            return any(one(text, is_whole) is not None for one in self._checks)
-
+    async def _is_refused(self, checks: ContentChecks, reply: ReplyText) -> bool:
         left = self.times.start + self._timeout_s - time.monotonic()
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(check), left)
-        except asyncio.TimeoutError:
-            raise self._timed_out() from None
-        except Exception as error:
-            raise ApiError(500, "the check of the reply failed", code="content_check_failed") from error
+        return await checks.refusal("reply", reply.seen, reply.finish is not None, left) is not None
 
     def _ping(self, loop: asyncio.AbstractEventLoop) -> None:
         self._events.put_nowait(Event(_PING, None))

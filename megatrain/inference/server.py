@@ -14,7 +14,7 @@ import uvicorn
 from megatrain.config import ServeGroup
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, EnvironmentFault
 from megatrain.inference.app import log, make_app
-from megatrain.inference.content_checks import ContentChecks
+from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.service import ServedModel, Service
 
 

@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError
 from megatrain.inference.api_errors import ApiError
 from megatrain.inference.api_requests import ChatRequest, CompletionRequest, check_fields
 from megatrain.inference.batch_generator import BatchGenerator
-from megatrain.inference.content_checks import Check, ContentChecks
+from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import GenerationThread
 from megatrain.inference.job import Job, Prompt
@@ -137,21 +137,11 @@ class Service:
         return Prompt(ids, ids if text else ())
 
     async def _check_prompt(self, text: str) -> None:
-        if not self.checks.prompt:
+        if not self.checks.of_prompts:
             return
-
-        def refusal(check: Check) -> str | None:
-            return check(text)
-
-        for check in self.checks.prompt:
-            try:
-                why = await asyncio.wait_for(asyncio.to_thread(refusal, check), self.config.timeout_s)
-            except asyncio.TimeoutError:
-                raise ApiError(504, "the check of the prompt does not end", code="timeout") from None
-            except Exception as error:
-                raise ApiError(500, "the check of the prompt failed", code="content_check_failed") from error
-            if why is not None:
-                raise ApiError(400, f"the prompt is refused: {why}", code="content_filter")
+        why = await self.checks.refusal("prompt", text, True, self.config.timeout_s)
+        if why is not None:
+            raise ApiError(400, f"the prompt is refused: {why}", code="content_filter")
 
     def _job(
         self,
@@ -186,8 +176,7 @@ class Service:
             prompts,
             settings,
             request.stops(),
-            self.checks.reply,
-            self.checks.hold_back,
+            self.checks,
             self.config.timeout_s,
         )
 

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
@@ -28,13 +29,11 @@ def serve(config: ServeConfig) -> int:
         EnvironmentFault: the libraries of the server are not installed, or its workers die again and again.
     """
     try:
-        from megatrain.inference.content_checks import content_checks
         from megatrain.inference.server import bind
         from megatrain.inference.workers import run_workers
     except ModuleNotFoundError as error:
         raise EnvironmentFault(f"serve needs {error.name}: {how_to_install('serve')}") from error
     group = config.serve
-    content_checks(group)
     has_keys = bool(_keys(config))
     with bind(group.host, group.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -52,17 +51,18 @@ def serve(config: ServeConfig) -> int:
 
 def _work(config: ServeConfig, listener: socket.socket, announce: Callable[[], None]) -> int:
     """Serve in this process."""
-    from megatrain.inference.content_checks import content_checks
+    from megatrain.inference.check_process import ContentChecks
     from megatrain.inference.server import Server
     from megatrain.inference.service import ServedModel
 
-    loaded = load(Path(config.path), config.step)
-    tokenizer = loaded.need_tokenizer()
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template() is not None else None
-    model = loaded.build(device_by_name(config.device))
-    served = ServedModel(_name(config), model, tokenizer, template, loaded.end_tokens())
-    server = Server(served, config.serve, _keys(config), content_checks(config.serve), announce)
-    return server.serve_until_signal(listener)
+    with closing(ContentChecks(config.serve)) as checks:
+        loaded = load(Path(config.path), config.step)
+        tokenizer = loaded.need_tokenizer()
+        template = ChatTemplate(tokenizer) if tokenizer.chat_template() is not None else None
+        model = loaded.build(device_by_name(config.device))
+        served = ServedModel(_name(config), model, tokenizer, template, loaded.end_tokens())
+        server = Server(served, config.serve, _keys(config), checks, announce)
+        return server.serve_until_signal(listener)
 
 
 def _worker(config: ServeConfig, listener: socket.socket, parent: int, is_ready: Semaphore) -> None:

@@ -16,7 +16,7 @@ from megatrain.checkpoint.store import write
 from megatrain.config import ModelConfig, ServeGroup, TokenizerConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
-from megatrain.inference.content_checks import content_checks
+from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.server import Server, bind
 from megatrain.inference.service import ServedModel
 from megatrain.model.init import build_model
@@ -44,8 +44,8 @@ def running(served, keys=(), **changes):
     settings = {"port": 0, "max_concurrent": 4, "max_queue": 8, "max_new_tokens": 100, "timeout_s": LIMIT_S}
     config = ServeGroup(**{**settings, **changes})
     started = threading.Event()
-    server = Server(served, config, keys, content_checks(config), started.set)
-    with bind(config.host, config.port) as listener:
+    with contextlib.closing(ContentChecks(config)) as checks, bind(config.host, config.port) as listener:
+        server = Server(served, config, keys, checks, started.set)
         thread = threading.Thread(target=server.serve_until_signal, args=(listener,), daemon=True)
         thread.start()
         assert started.wait(LIMIT_S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -17,7 +19,7 @@ from megatrain.config import ServeGroup
 from megatrain.errors import ConfigError
 from megatrain.inference.api_requests import ChatRequest, CompletionRequest
 from megatrain.inference.batch_generator import BatchGenerator
-from megatrain.inference.content_checks import content_checks
+from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.server import bind
 
@@ -364,6 +366,42 @@ def test_blocked_words_and_functions_of_ones_own_refuse_prompts_and_cut_replies(
         assert post(url, body()).status_code == 500 and get(f"{url}/health").status_code == 200
 
 
+def test_a_check_that_hangs_or_dies_costs_its_request_and_nothing_else(assistant, tmp_path):
+    """Also if it holds the interpreter, ignores signals, and left a process of its own behind."""
+    (tmp_path / "own.py").write_text(
+        "import os, re, signal, subprocess\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def check(text):\n"
+        "    if 'hang' in text:\n"
+        f"        open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))\n"
+        "        re.match('(a+)+$', 'a' * 100 + 'b')\n"
+        "    if 'die' in text:\n"
+        "        os._exit(3)\n"
+    )
+    own = {"check_prompt": f"{tmp_path}/own.py:check", "check_timeout_s": 0.5, "check_processes": 1}
+
+    def said(text):
+        return post(url, body(messages=[{"role": "user", "content": text}], max_tokens=1))
+
+    with running(assistant, **own) as (_, url):
+        for _ in range(3):
+            found = said("hang")
+            assert found.status_code == 504 and "check of the prompt" in found.json()["error"]["message"]
+        assert said("die").status_code == 500
+        assert said("well").status_code == 200
+        with pytest.raises(ProcessLookupError):
+            wait_until(lambda: os.kill(int((tmp_path / "pid").read_text()), 0), "the check's own process ends")
+    own = {"check_reply": f"{tmp_path}/own.py:hang", "check_timeout_s": LIMIT_S}
+    (tmp_path / "own.py").write_text("def hang(text):\n    while True:\n        pass\n")
+    with running(assistant, **own, grace_s=1) as (server, url):
+        asking = threading.Thread(target=post, args=(url, body()))
+        asking.start()
+        wait_until(lambda: server.service.thread.generator.counts.generated_tokens > 0, "a reply has begun")
+        begin = time.monotonic()
+    asking.join(LIMIT_S)
+    assert time.monotonic() - begin < LIMIT_S / 2, "the server ends though a check hangs"
+
+
 def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(assistant, capfd):
     secret = "Popocatepetl"
     with running(assistant) as (_, url):
@@ -392,6 +430,6 @@ def test_addresses_and_checks_that_cannot_be_used_are_refused_before_the_model_i
         (f"{tmp_path}/broken.py:check", "ZeroDivisionError"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
-            content_checks(ServeGroup(check_reply=name))
+            ContentChecks(ServeGroup(check_reply=name))
     with pytest.raises(ConfigError, match=r"serve.blocked_words: .* cannot be read"):
-        content_checks(ServeGroup(blocked_words=str(tmp_path / "none.txt")))
+        ContentChecks(ServeGroup(blocked_words=str(tmp_path / "none.txt")))
