@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatrain.kernels.distillation import Sums, Teaching, chunked_linear_distillation, linear_distillation
 from megatrain.kernels.gelu import fused_gelu, gelu
 from megatrain.kernels.layer_norm import add_layer_norm, fused_add_layer_norm, fused_layer_norm, layer_norm
 from megatrain.kernels.linear import linear, onednn_linear, prefers_onednn
@@ -43,6 +44,7 @@ class Kernels:
     gelu: Callable[[Tensor], Tensor] = gelu
     linear_cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = linear_cross_entropy_sum
     linear_log_probs: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_log_probs
+    linear_distillation: Callable[[Tensor, Tensor, Tensor, Tensor | None, Teaching], Sums] = linear_distillation
     vocabulary_statistics: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = vocabulary_statistics
     vocabulary_gradient_: Callable[[Tensor, Tensor, int, Tensor, Tensor | None], None] = vocabulary_gradient_
 
@@ -52,6 +54,7 @@ CHUNKED = replace(
     REFERENCE,
     linear_cross_entropy_sum=chunked_linear_cross_entropy_sum,
     linear_log_probs=chunked_linear_log_probs,
+    linear_distillation=chunked_linear_distillation,
 )
 ONEDNN = replace(CHUNKED, linear=onednn_linear)
 FUSED = Kernels(
@@ -64,6 +67,7 @@ FUSED = Kernels(
     gelu=fused_gelu,
     linear_cross_entropy_sum=partial(chunked_linear_cross_entropy_sum, fused=True),
     linear_log_probs=partial(chunked_linear_log_probs, fused=True),
+    linear_distillation=chunked_linear_distillation,
     vocabulary_statistics=fused_vocabulary_statistics,
     vocabulary_gradient_=fused_vocabulary_gradient_,
 )
@@ -71,6 +75,7 @@ COMPILED = replace(
     REFERENCE,
     linear_cross_entropy_sum=FUSED.linear_cross_entropy_sum,
     linear_log_probs=FUSED.linear_log_probs,
+    linear_distillation=FUSED.linear_distillation,
     vocabulary_statistics=fused_vocabulary_statistics,
     vocabulary_gradient_=fused_vocabulary_gradient_,
 )

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "train.tasks*",
     "train.early_stop_*",
     "model.name",  # a label
+    "method.teacher",  # a path; checkpoints know its weights
     "data.name",
     "data.dir",
     "data.workers",

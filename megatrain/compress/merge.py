@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatrain.compress.magnitudes import keep_threshold
-from megatrain.compress.source import Source
+from megatrain.interop.source import Source
 from megatrain.model.count import num_parameters, parameter_shapes
 
 PARALLEL = 0.9995

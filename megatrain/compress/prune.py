@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatrain.compress.magnitudes import keep_threshold
-from megatrain.compress.source import Source
+from megatrain.interop.source import Source
 from megatrain.model.count import parameter_shapes
 from megatrain.model.quantized import is_quantizable
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatrain.compress.result import Described
-from megatrain.compress.source import MODEL, Source
 from megatrain.errors import ConfigError
+from megatrain.interop.source import MODEL, Source
 from megatrain.model.count import parameter_shapes
 from megatrain.model.quantized import SCALE, is_quantizable, quantize
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from megatrain.checkpoint.lineage import find_line, joined, line_of
 from megatrain.checkpoint.manifest import Ancestor, Identity, RunRecord
 from megatrain.checkpoint.one_by_one import write_checkpoint
-from megatrain.compress.source import Source
 from megatrain.errors import EnvironmentFault, MegatrainError, cannot_write
 from megatrain.interop.huggingface import generation_of
+from megatrain.interop.source import Source
 
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Names, dtypes and shapes of the tensors to write, in their order."""

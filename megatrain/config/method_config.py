@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatrain.config.key import key
 
-METHODS = ("pretrain", "sft", "reward", "dpo", "grpo")
+METHODS = ("pretrain", "distill", "sft", "reward", "dpo", "grpo")
 """What a run can be trained for."""
 
 SAMPLING = ("grpo",)
@@ -54,6 +54,24 @@ class MethodConfig:
         "become unlikely",
         minimum=0,
     )
+    teacher: str | None = key(
+        None,
+        "distill: the model to learn from, of the same tokenizer: a run, a checkpoint or a Hugging Face folder",
+        path=True,
+    )
+    teacher_weight: float = key(
+        0.5,
+        "distill: weight of the divergence from the teacher's distribution; the cross-entropy has the rest",
+        minimum=0,
+        maximum=1,
+    )
+    reverse: float = key(
+        0.0,
+        "distill: 0 is the divergence KL(teacher || model), 1 the reverse, and what is between them the generalised "
+        "Jensen-Shannon divergence",
+        minimum=0,
+        maximum=1,
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
     rewards: list[str] = key(
         [],
@@ -64,7 +82,11 @@ class MethodConfig:
     reward_timeout_s: float = key(60.0, "grpo: seconds in which a reward must judge a rank's replies", above=0)
     group_size: int = key(8, "grpo: replies to each prompt of a step", minimum=2)
     max_new_tokens: int = key(128, "grpo: largest number of tokens of a reply", minimum=1)
-    temperature: float = key(1.0, "grpo: softmax temperature at which replies are sampled, and learnt from", above=0)
+    temperature: float = key(
+        1.0,
+        "grpo: softmax temperature at which replies are sampled, and learnt from; distill: of both distributions",
+        above=0,
+    )
     generate_batch_size: int = key(64, "grpo: replies that a rank generates at once", minimum=1)
     updates: int = key(1, "grpo: optimizer steps that learn from the same replies", minimum=1)
     advantages: str = key(

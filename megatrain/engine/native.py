@@ -38,6 +38,7 @@ from megatrain.engine.common import (
 from megatrain.engine.protocol import Measured, StepResult
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
+from megatrain.kernels.distillation import distillation_of_logits
 from megatrain.kernels.linear_log_probs import label_log_probs
 from megatrain.model.count import adapter_shapes, parameter_shapes
 from megatrain.model.fp8 import use_fp8
@@ -60,6 +61,7 @@ from megatrain.parallel.stages import stage_layers
 from megatrain.parallel.tensor import cut_tensors
 from megatrain.parallel.vocabulary import (
     vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_distillation,
     vocabulary_parallel_label_gap,
     vocabulary_parallel_log_probs,
 )
@@ -182,12 +184,14 @@ class NativeEngine:
         if self.groups is None or self.groups.tp is None:
             if not head_in_chunks(self.config, self.layout):
                 stage.loss, stage.log_probs = cross_entropy_sum, label_log_probs
+                stage.distilled = distillation_of_logits
             return
         vocab = self.config.model.vocab
         first, _ = plan.chunk(vocab, self.layout.tp, self.place.tp)
         place: dict[str, Any] = {"first": first, "group": self.groups.tp}
         stage.loss = partial(vocabulary_parallel_cross_entropy, **place, kernels=kernels)
         stage.label_gap = partial(vocabulary_parallel_label_gap, **place, vocab=vocab)
+        stage.distilled = partial(vocabulary_parallel_distillation, **place, vocab=vocab)
         stage.log_probs = partial(vocabulary_parallel_log_probs, **place, kernels=kernels)
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:

@@ -21,6 +21,7 @@ from megatrain.config import ModelConfig
 from megatrain.kernels.attention import Documents, attends_by_document, attention, document_mask
 from megatrain.kernels.choice import REFERENCE, Kernels
 from megatrain.kernels.cross_entropy import label_gap_sum, linear_label_gap_sum
+from megatrain.kernels.distillation import Sums, Teaching
 from megatrain.model.cache import AttentionCache, Cache
 from megatrain.model.rope import model_angles
 
@@ -29,6 +30,9 @@ LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 LogProbFunction = Callable[[Tensor, Tensor], Tensor]
 """Maps logits `[..., V]` and labels `[...]` to the labels' log-probabilities, fp32 `[...]`, 0 for ignored labels."""
+
+DistillationFunction = Callable[[Tensor, Tensor, Tensor | None, Teaching], Sums]
+"""Maps logits, labels, weights and what a teacher says to the sums of distillation."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,19 @@ class Head(Linear):
         weights: Tensor | None = None,
         each: bool = False,
         smoothing: float = 0.0,
-    ) -> Tensor:
+        teaching: Teaching | None = None,
+    ) -> Any:
         """Map `x` `[B, T, D]` to logits `[B, T, V]`, or to the summed loss of `labels` (`[B, T]`), an fp32 scalar.
 
-        With `each` return the log-probability of each label instead, fp32 `[B, T]`. `smoothing` is that of the labels.
+        With `each` return the log-probability of each label instead, fp32 `[B, T]`; with `teaching` the sums of
+        distillation. `smoothing` is that of the labels.
         """
         if labels is None:
             return super().forward(x)
         if each:
             return self.kernels.linear_log_probs(x, self.weight, labels)
+        if teaching is not None:
+            return self.kernels.linear_distillation(x, self.weight, labels, weights, teaching)
         loss = self.kernels.linear_cross_entropy_sum(x, self.weight, labels, weights)
         return loss + smoothing * linear_label_gap_sum(x, self.weight, labels, weights) if smoothing else loss
 
@@ -250,10 +258,10 @@ class GPT(nn.Module):
     """The whole model.
 
     `config` must be checked (config/model_checks.py): its vocabulary size is known and its sizes fit together.
-    `kernels` are the operations that it computes with. Set `loss` and `log_probs` if the vocabulary is sharded over
-    ranks: they are then computed from the head's output. Set `needs_dense_mask` if another `attend` than `attention`
-    takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences. With
-    `model.output=score` it has no head, and `token_scores`; set `score_join` if the input of the score is cut.
+    `kernels` are the operations that it computes with. Set `loss`, `log_probs` and `distilled` if the vocabulary is
+    sharded over ranks: they are then computed from the head's output. Set `needs_dense_mask` if another `attend` than
+    `attention` takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences.
+    With `model.output=score` it has no head, and `token_scores`; set `score_join` if the input of the score is cut.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
@@ -262,6 +270,7 @@ class GPT(nn.Module):
         self.loss: LossFunction | None = None
         self.label_gap: LossFunction = label_gap_sum
         self.log_probs: LogProbFunction | None = None
+        self.distilled: DistillationFunction | None = None
         self.needs_dense_mask = False
         self.has_dropout = config.dropout > 0
         self.context_size = 1
@@ -324,6 +333,13 @@ class GPT(nn.Module):
             log_probs: Tensor = self.head(x, labels, each=True)
             return log_probs
         return self.log_probs(self.head(x), labels)
+
+    def distillation_sums(self, x: Tensor, labels: Tensor, weights: Tensor | None, teaching: Teaching) -> Sums:
+        """Return the loss of distillation given the result of `hidden`, and its two parts."""
+        if self.distilled is None:
+            sums: Sums = self.head(x, labels, weights, teaching=teaching)
+            return sums
+        return self.distilled(self.head(x), labels, weights, teaching)
 
     def token_scores(self, x: Tensor) -> Tensor:
         """Return the score of each token given the result of `hidden`, fp32 `[B, T]`."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatrain.config import TrainConfig
+from megatrain.optim.distillation import Distillation
 from megatrain.optim.objective import NextToken, Objective
 from megatrain.optim.policy_gradient import policy_gradient
 from megatrain.optim.preferences import DirectPreference, PairReward
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": lambda config: NextToken(config.method.label_smoothing),
+    "distill": lambda config: Distillation(
+        config.method.teacher_weight, config.method.temperature, config.method.reverse
+    ),
     "sft": lambda config: NextToken(config.method.label_smoothing),
     "reward": lambda config: PairReward(config.method.margin, config.method.centering),
     "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),

@@ -31,6 +31,7 @@ from megatrain.parallel import plan
 from megatrain.parallel.context import Attend
 from megatrain.parallel.vocabulary import (
     vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_distillation,
     vocabulary_parallel_label_gap,
     vocabulary_parallel_log_probs,
 )
@@ -77,6 +78,7 @@ def cut_layers(model: GPT, group: dist.ProcessGroup, device: torch.device) -> No
     first, _ = plan.chunk(model.config.vocab, group.size(), group.rank())
     model.loss = partial(vocabulary_parallel_cross_entropy, first=first, group=group, kernels=kernels)
     model.label_gap = partial(vocabulary_parallel_label_gap, first=first, vocab=model.config.vocab, group=group)
+    model.distilled = partial(vocabulary_parallel_distillation, first=first, vocab=model.config.vocab, group=group)
     model.log_probs = partial(vocabulary_parallel_log_probs, first=first, group=group, kernels=kernels)
     model.ds_autotp_parsed = True  # type: ignore[assignment]  # DeepSpeed's engine then cuts nothing itself
 

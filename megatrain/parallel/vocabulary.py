@@ -1,8 +1,9 @@
-"""Cross-entropy over a vocabulary that is cut over a tensor group, without gathering any logits."""
+"""Losses over a vocabulary that is cut over a tensor group, without gathering any logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import label_weights
+from megatrain.kernels.distillation import Merge, Sums, Teaching, distillation_of_logits
 
 
 def vocabulary_parallel_cross_entropy(
@@ -52,6 +54,30 @@ def vocabulary_parallel_log_probs(
 ) -> Tensor:
     """Return `label_log_probs`, fp32 `[...]`, with the arguments and memory of `vocabulary_parallel_cross_entropy`."""
     return -_losses(logits, labels, first, group, kernels)
+
+
+def vocabulary_parallel_distillation(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    teaching: Teaching,
+    first: int,
+    vocab: int,
+    group: dist.ProcessGroup,
+) -> Sums:
+    """Return `distillation_of_logits` where `logits` `[..., V_local]` are this rank's columns of `vocab`, from `first`.
+
+    `teaching` is of the whole vocabulary, and equal on all ranks of the group, as are the sums. Seven numbers a token
+    are all-reduced.
+    """
+
+    def reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        dist.all_reduce(values, operation, group)
+        return values
+
+    merge = Merge(lambda values: reduce(values, dist.ReduceOp.MAX), lambda values: reduce(values, dist.ReduceOp.SUM))
+    own = replace(teaching, weight=teaching.weight[first : first + logits.shape[-1]])
+    return distillation_of_logits(logits, labels, weights, own, first, vocab, merge)
 
 
 def _losses(logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup, kernels: Kernels) -> Tensor:

@@ -68,11 +68,12 @@ class Evaluation:
 
     def detail(self) -> dict[str, Any]:
         """Return the fields of the event `evaluate`."""
+        of_pairs = TOKENS in self.scalars
         detail: dict[str, Any] = {
             **self.metrics(),
-            **({} if self.scalars else {"perplexity": math.exp(min(self.loss, 700.0))}),
-            "pairs" if self.scalars else "tokens": self.tokens,
+            **({} if of_pairs else {"perplexity": math.exp(min(self.loss, 700.0))}),
+            "pairs" if of_pairs else "tokens": self.tokens,
         }
-        if self._bytes and not self.scalars:
+        if self._bytes and not of_pairs:
             detail["bits_per_byte"] = self._weighted / math.log(2) / self._bytes
         return detail

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture, weighs_others
+from megatrain.checkpoint.lineage import joined
 from megatrain.checkpoint.manifest import EarlyStop, Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import UNTOLD, check_resume, take_over
@@ -66,6 +67,7 @@ from megatrain.training.rollouts import rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.task_scores import TaskScores, scores_tasks
+from megatrain.training.teacher import Taught, give_teacher
 from megatrain.training.trainer import Trainer
 
 Stream = TrainStream | RolloutStream
@@ -116,6 +118,7 @@ class RankJob:
         self.transfer: Transfer | None = None
         self.tasks: TaskScores | None = None
         self.compared = Compared()
+        self.taught = Taught()
 
     @property
     def on_gpu(self) -> bool:
@@ -156,6 +159,7 @@ class RankJob:
         engine = build_engine(self.config, self.world, objective)
         resumed = origin if origin and origin.resumes else None
         base = BaseWeights(self.config, engine, self.world, stores.disk, resumed)
+        self.taught = give_teacher(self.data, self.world, objective, resumed)
         buffers: dict[str, Tensor] = {}
         if resumed:
             self.compared = compare_with_base(base, objective, self.data, self.run_dir)
@@ -245,6 +249,7 @@ class RankJob:
             *(partial(batch_size, config.train), config.resilience.spike_skip_steps),
             *(max((override.step for override in self.overrides), default=0), self.early_stop_reset_at),
         )
+        kept = {**self.compared.kept, **self.taught.kept}
         slow_ranks = SlowRankWatch(config, world, layout, self.journal)  # before waits are timed: it asks all ranks
         try:
             with self._clock() as clock:
@@ -266,7 +271,7 @@ class RankJob:
                     shares=self._shares,
                     identity=self._identity(origin),
                     tasks=self.tasks,
-                    state=lambda step: engine.state() | stream.state(step) | dict(self.compared.kept),
+                    state=lambda step: engine.state() | stream.state(step) | kept,
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None
                     ),
@@ -362,7 +367,7 @@ class RankJob:
             generation=inherited_generation(origin, self.config.checkpoint.override) if origin else {},
             overrides=self.overrides,
             mixture=self.data.mixture.plan if self.data.mixture else None,
-            ancestors=inherited_line(origin, str(self.config.run.name)) if origin else [],
+            ancestors=joined([inherited_line(origin, str(self.config.run.name)) if origin else [], self.taught.line]),
         )
 
     def _trackers(self) -> Trackers:

@@ -14,11 +14,11 @@ from torch import Tensor
 from megatrain.compress.prune import GROUP, share_threshold, tensor_threshold, two_of_four, without_small
 from megatrain.compress.quantize import check_groups, describe_quantized, quantized_tensors
 from megatrain.compress.result import check_space, write_result
-from megatrain.compress.source import MODEL, Source, open_source
 from megatrain.config import CompressConfig
 from megatrain.errors import ConfigError, cannot_write
 from megatrain.interop.gguf_file import check_gguf, read_gguf, write_gguf
 from megatrain.interop.load_model import load
+from megatrain.interop.source import MODEL, Source, open_source
 from megatrain.model.count import parameter_shapes
 from megatrain.model.dtypes import DTYPES
 from megatrain.model.quantized import is_quantizable

@@ -11,10 +11,10 @@ import torch
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.compress.merge import Formula, ema_weights, merged
 from megatrain.compress.result import write_result
-from megatrain.compress.source import Source, check_alike, open_source
 from megatrain.config import MergeConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.path_kind import checkpoints_folder, kind_of
+from megatrain.interop.source import Source, check_alike, open_source
 from megatrain.model.count import parameter_shapes
 from megatrain.verbs.comparison import Row, print_comparison, with_losses
 from megatrain.verbs.path_checks import refuse_existing

@@ -23,6 +23,7 @@ def check_method(config: TrainConfig) -> None:
     method, loop = config.method, config.train
     _check_labels(method)
     _check_low_rank(config)
+    _check_teacher(method)
     if method.name not in SAMPLING:
         if given := next((name for name in FOR_SAMPLING if getattr(method, name)), None):
             raise ConfigError(
@@ -78,6 +79,16 @@ def _check_labels(method: MethodConfig) -> None:
         )
 
 
+def _check_teacher(method: MethodConfig) -> None:
+    """Check that the method has a teacher if it learns from one."""
+    if method.name == "distill" and method.teacher is None:
+        raise ConfigError(
+            "method=distill learns from another model; name it: method.teacher=<run, checkpoint or Hugging Face folder>"
+        )
+    if method.name != "distill" and method.teacher is not None:
+        raise ConfigError(f"method.teacher={method.teacher}: method={method.name} has no teacher; add method=distill")
+
+
 def _check_low_rank(config: TrainConfig) -> None:
     """Check that low-rank layers have a place in the model."""
     lora = config.method.lora
@@ -89,7 +100,9 @@ def _check_low_rank(config: TrainConfig) -> None:
 
 
 def check_method_files(config: TrainConfig) -> None:
-    """Check that the files of a user's rewards exist. Raises ConfigError."""
+    """Check that the files of a user's rewards, and the teacher, exist. Raises ConfigError."""
+    if config.method.teacher is not None:
+        require("method.teacher", Path(config.method.teacher))
     for name in config.method.rewards:
         place = name.rpartition(":")[0]
         if place.endswith(".py"):

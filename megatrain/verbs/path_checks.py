@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.find import peek, tokenizer_folder
+from megatrain.checkpoint.teacher import check_recorded_teacher
 from megatrain.config import (
     SAMPLING,
     CompressConfig,
@@ -34,7 +35,7 @@ from megatrain.config import (
 from megatrain.config.choices import special_file
 from megatrain.config.suggest import did_you_mean
 from megatrain.config.values import exists, path_values
-from megatrain.data.card import Card, check_dataset
+from megatrain.data.card import Card, check_dataset, with_vocabulary
 from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.corpus.file_kinds import kind_of
 from megatrain.data.corpus.file_search import matches
@@ -91,6 +92,9 @@ def check_paths(config: Any, overrides: Sequence[str] = ()) -> None:
             check_conversations(config, card)
             check_samples(config, card)
             check_pairs(config, card)
+        if config.method.teacher is not None:
+            folder = mixture.folder if mixture else Path(config.data.dir) / config.data.name
+            check_recorded_teacher(with_vocabulary(config, card, folder), card)
         if not is_launched():  # ranks check it themselves, with verified files
             check_origin(config, card, mixture)
     if isinstance(config, PrepareConfig):
