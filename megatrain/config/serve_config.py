@@ -29,6 +29,12 @@ class ServeGroup:
         None, "tokens of prompts and replies per minute and key, or client's address; null: any", minimum=1
     )
     timeout_s: float = key(120.0, "longest time for a request, in seconds", above=0, maximum=1e7)
+    step_timeout_s: float = key(
+        60.0,
+        "longest time for a step of the model, in seconds; then /health fails, and replies that run are given up",
+        above=0,
+        maximum=1e7,
+    )
     grace_s: float = key(
         30.0, "longest time after TERM or Ctrl-C until what runs is finished, in seconds", minimum=0, maximum=1e7
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ _LOG = logging.getLogger("megatrain")
 
 MAX_FAILURES = 3
 """Steps that may fail one after another until the generator counts as broken."""
+
+
+_WATCH_S = 0.5
+"""Seconds between two looks at a step that may hang."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +40,46 @@ class Ticket:
 
 
 class GenerationThread:
-    """The thread. `submit` and `cancel` are called in the event loop; only the thread touches the generator."""
+    """The thread. `submit` and `cancel` are called in the event loop; only the thread touches the generator.
 
-    def __init__(self, generator: BatchGenerator, loop: asyncio.AbstractEventLoop) -> None:
-        self.generator, self._loop = generator, loop
-        self.num_open = 0
+    A step of more than `step_limit_s` seconds counts as hanging: its replies are given up.
+    """
+
+    def __init__(self, generator: BatchGenerator, loop: asyncio.AbstractEventLoop, step_limit_s: float) -> None:
+        self.generator, self._loop, self.step_limit_s = generator, loop, step_limit_s
         self.failures = 0
+        self._open: set[Ticket] = set()
+        self._busy_since: float | None = None
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._tickets: dict[int, Ticket] = {}
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
+        self._watcher = loop.call_later(_WATCH_S, self._watch)
+
+    @property
+    def num_open(self) -> int:
+        """Replies that somebody waits for."""
+        return len(self._open)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the current step takes longer than the limit."""
+        since = self._busy_since
+        return since is not None and time.monotonic() - since > self.step_limit_s
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the thread lives and its last steps did not all fail."""
-        return self._thread.is_alive() and self.failures < MAX_FAILURES
+        """Whether the thread lives, its last steps did not all fail, and the current one does not hang."""
+        return self._thread.is_alive() and self.failures < MAX_FAILURES and not self.hangs
 
     def submit(
         self, prompt_ids: Sequence[int], settings: SamplingSettings, index: int, events: asyncio.Queue[Event]
     ) -> Ticket:
         """Ask for a reply to a prompt that `BatchGenerator.check` accepts."""
         ticket = Ticket(index, events)
-        self.num_open += 1
+        self._open.add(ticket)
 
         def add() -> None:
             ticket.number = self.generator.add(prompt_ids, settings)
@@ -80,11 +101,21 @@ class GenerationThread:
         self._command(drop)
 
     def stop(self) -> None:
-        """End the thread after its current step."""
+        """End the thread after its current step, unless that hangs."""
+        self._watcher.cancel()
         with self._condition:
             self._is_stopping = True
             self._condition.notify()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=0 if self.hangs else 10)
+
+    def _watch(self) -> None:
+        """Give up the replies of a step that hangs."""
+        if self.hangs and self._open:
+            _LOG.error("a step of the generator takes more than %g seconds; its replies are lost", self.step_limit_s)
+            for ticket in list(self._open):
+                ticket.events.put_nowait(Event(ticket.index, None))
+                self.cancel(ticket)
+        self._watcher = self._loop.call_later(_WATCH_S, self._watch)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._condition:
@@ -98,6 +129,7 @@ class GenerationThread:
                 if self._is_stopping:
                     return
                 commands, self._commands = self._commands, []
+            self._busy_since = time.monotonic()
             try:
                 for command in commands:
                     command()
@@ -106,6 +138,8 @@ class GenerationThread:
                 _LOG.exception("a step of the generator failed")
                 self._start_afresh()
                 continue
+            finally:
+                self._busy_since = None
             self.failures = 0
             events = []
             for token in tokens:
@@ -138,4 +172,4 @@ class GenerationThread:
 
     def _close(self, ticket: Ticket) -> None:
         ticket.is_open = False
-        self.num_open -= 1
+        self._open.remove(ticket)

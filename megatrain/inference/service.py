@@ -53,7 +53,7 @@ class Service:
         generator = BatchGenerator(
             served.model, config.max_concurrent, self.context, config.prompt_chunk, config.reuse_prefixes
         )
-        self.thread = GenerationThread(generator, asyncio.get_running_loop())
+        self.thread = GenerationThread(generator, asyncio.get_running_loop(), config.step_timeout_s)
         self.metrics = ServingMetrics(self.thread, config.max_concurrent)
         self._requests = RateLimit(config.requests_per_minute) if config.requests_per_minute else None
         self._tokens = RateLimit(config.tokens_per_minute) if config.tokens_per_minute else None
@@ -105,6 +105,8 @@ class Service:
         """Count a request of which only the headers are known. Raises `ApiError` for one that is not taken now."""
         if self.is_draining:
             raise ApiError(503, "the server is about to end", code="draining", headers={"retry-after": "1"})
+        if self.thread.hangs:
+            raise ApiError(503, "the model does not answer", code="failing", headers={"retry-after": "10"})
         for limit, what in ((self._requests, "requests"), (self._tokens, "tokens")):
             if limit is not None and (wait := limit.wait(client)) > 0:
                 raise _too_many(f"more than {limit.per_minute} {what} per minute", wait)

@@ -341,6 +341,23 @@ def test_a_step_that_fails_ends_its_requests_with_500_and_the_server_goes_on(ass
         assert post(url, body()).status_code == 200 and get(f"{url}/health").status_code == 200
 
 
+def test_a_step_that_hangs_fails_the_health_check_and_its_requests_until_it_returns(assistant):
+    returns = threading.Event()
+    with running(assistant, step_timeout_s=0.3) as (server, url):
+        generator = server.service.thread.generator
+        step = generator.step
+        generator.step = lambda: returns.wait(LIMIT_S) and step()
+        found = post(url, body())
+        assert (found.status_code, found.json()["error"]["code"]) == (500, "generation_failed")
+        assert (
+            get(f"{url}/health").status_code == get(f"{url}/ready").status_code == post(url, body()).status_code == 503
+        )
+        assert server.service.thread.num_open == 0
+        returns.set()
+        wait_until(lambda: get(f"{url}/health").status_code == 200, "the step returns")
+        assert post(url, body()).status_code == 200
+
+
 def test_blocked_words_and_functions_of_ones_own_refuse_prompts_and_cut_replies(assistant, tmp_path):
     _, text = expected(assistant, max_new_tokens=60, temperature=0.8, seed=1)
     (tmp_path / "words.txt").write_text("bad\n坏\n", encoding="utf-8")
