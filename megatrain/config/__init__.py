@@ -15,7 +15,7 @@ from megatrain.config.evaluate_config import EvaluateConfig
 from megatrain.config.key import key, walk
 from megatrain.config.launch_config import JobConfig, LaunchConfig, PrepareLaunchConfig
 from megatrain.config.loop_config import TrainLoopConfig
-from megatrain.config.method_config import METHODS, SAMPLING, LoraConfig, MethodConfig
+from megatrain.config.method_config import METHODS, SAMPLING, WITH_VALUES, LoraConfig, MethodConfig
 from megatrain.config.model_config import ROPE_SCALING_KEYS, ModelConfig
 from megatrain.config.optim_config import OptimConfig
 from megatrain.config.parallel_config import ParallelConfig
@@ -53,6 +53,7 @@ __all__ = [
     "ROPE_SCALING_KEYS",
     "SAMPLING",
     "VERBS",
+    "WITH_VALUES",
     "ChatConfig",
     "CheckpointConfig",
     "CleanConfig",

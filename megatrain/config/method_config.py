@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 from megatrain.config.key import key
 
-METHODS = ("pretrain", "distill", "sft", "reward", "dpo", "grpo")
+METHODS = ("pretrain", "distill", "sft", "reward", "dpo", "grpo", "ppo")
 """What a run can be trained for."""
 
-SAMPLING = ("grpo",)
+SAMPLING = ("grpo", "ppo")
 """Methods that learn from replies which the model samples while it trains."""
+
+WITH_VALUES = ("ppo",)
+"""Methods whose model estimates the value of each token too, with a head beside that of the vocabulary."""
 
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -75,20 +78,20 @@ class MethodConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     rewards: list[str] = key(
         [],
-        "grpo: what judges the replies: exact_match, contains, matches or ends_by_itself, or functions of your own as "
-        "module:function or path.py:function",
+        "grpo, ppo: what judges the replies: exact_match, contains, matches or ends_by_itself, or functions of your "
+        "own as module:function or path.py:function",
     )
-    reward_weights: list[float] = key([], "grpo: a weight for each of method.rewards; empty gives each 1")
-    reward_timeout_s: float = key(60.0, "grpo: seconds in which a reward must judge a rank's replies", above=0)
-    group_size: int = key(8, "grpo: replies to each prompt of a step", minimum=2)
-    max_new_tokens: int = key(128, "grpo: largest number of tokens of a reply", minimum=1)
+    reward_weights: list[float] = key([], "grpo, ppo: a weight for each of method.rewards; empty gives each 1")
+    reward_timeout_s: float = key(60.0, "grpo, ppo: seconds in which a reward must judge a rank's replies", above=0)
+    group_size: int = key(8, "grpo, ppo: replies to each prompt of a step; grpo needs at least 2", minimum=1)
+    max_new_tokens: int = key(128, "grpo, ppo: largest number of tokens of a reply", minimum=1)
     temperature: float = key(
         1.0,
-        "grpo: softmax temperature at which replies are sampled, and learnt from; distill: of both distributions",
+        "grpo, ppo: softmax temperature at which replies are sampled, and learnt from; distill: of both distributions",
         above=0,
     )
-    generate_batch_size: int = key(64, "grpo: replies that a rank generates at once", minimum=1)
-    updates: int = key(1, "grpo: optimizer steps that learn from the same replies", minimum=1)
+    generate_batch_size: int = key(64, "grpo, ppo: replies that a rank generates at once", minimum=1)
+    updates: int = key(1, "grpo, ppo: optimizer steps that learn from the same replies", minimum=1)
     advantages: str = key(
         "group",
         "grpo: what a reply's reward minus its group's mean is divided by: the group's standard deviation (group), or "
@@ -97,16 +100,33 @@ class MethodConfig:
     )
     loss: str = key(
         "dapo",
-        "grpo: how the losses of tokens are averaged: each token weighs the same (dapo), each reply does (grpo), or "
-        "their sum is divided by the largest possible number of tokens (dr_grpo)",
+        "grpo, ppo: how the losses of tokens are averaged: each token weighs the same (dapo), each reply does (grpo), "
+        "or their sum is divided by the largest possible number of tokens (dr_grpo)",
         choices=("dapo", "grpo", "dr_grpo"),
     )
     clip: float = key(
         0.2,
-        "grpo: how far below 1 the ratio of a token's probability to the sampled one may fall unclipped",
+        "grpo, ppo: how far below 1 the ratio of a token's probability to the sampled one may fall unclipped",
         above=0,
     )
-    clip_high: float | None = key(None, "grpo: how far above 1 it may rise; null means method.clip", above=0)
+    clip_high: float | None = key(None, "grpo, ppo: how far above 1 it may rise; null means method.clip", above=0)
     kl: float = key(
-        0.0, "grpo: weight of the KL divergence from the model that the run begins from, per token", minimum=0
+        0.0,
+        "how strongly the model is held to the one that the run begins from; grpo: weight of the KL divergence from it "
+        "in the loss, per token; ppo: what is taken off a token's reward for each nat that it is likelier than there",
+        minimum=0,
     )
+    gamma: float = key(
+        1.0, "ppo: how much a reward one token later counts, as a share of one at once", minimum=0, maximum=1
+    )
+    gae_lambda: float = key(
+        0.95,
+        "ppo: how far advantages rely on the rewards that came (1) rather than on the next token's value (0)",
+        minimum=0,
+        maximum=1,
+    )
+    value_weight: float = key(0.1, "ppo: weight of the value head's loss", above=0)
+    value_clip: float | None = key(
+        0.2, "ppo: how far a value may move from that at sampling before its loss is clipped; null never clips", above=0
+    )
+    whiten: bool = key(True, "ppo: normalise the advantages of a rollout to mean 0 and standard deviation 1")

@@ -60,7 +60,8 @@ class MicroBatch:
     pairs whose replies these are, if the dataset has pairs.
 
     Sampled replies have the log-probability that each label was sampled with, `old_log_probs`, its advantage, and its
-    log-probability under the reference, if there is one: float32 `[B, T]`.
+    log-probability under the reference, if there is one: float32 `[B, T]`. Where values are learnt, they have the value
+    of each label's place at sampling, `old_values`, and the return that it should have been, `returns`.
     """
 
     tokens: Tensor
@@ -71,6 +72,8 @@ class MicroBatch:
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
     pairs: Pairs | None = None
 
     def to(self, device: torch.device) -> MicroBatch:

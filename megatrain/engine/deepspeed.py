@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.checkpoint.manifest import EngineCounters
-from megatrain.config import TrainConfig
+from megatrain.config import WITH_VALUES, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
 from megatrain.engine.common import (
@@ -42,7 +42,7 @@ from megatrain.engine.deepspeed_config import (
 from megatrain.engine.deepspeed_state import DeepSpeedState
 from megatrain.engine.protocol import Measured, StepResult
 from megatrain.errors import EnvironmentFault
-from megatrain.model.count import parameter_shapes
+from megatrain.model.count import run_shapes
 from megatrain.model.gpt import GPT
 from megatrain.optim.adamw import parameter_groups
 from megatrain.optim.loss_scale import LossScaler
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         document = deepspeed_config(config, micro_batches, world.device.type)
         model = self._build_model(deepspeed, document)
         recompute_blocks(model.blocks, config.train.recompute)
-        self.shapes = parameter_shapes(config.model)
+        self.shapes = run_shapes(config.model, config.method)
         groups = parameter_groups(
             ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim
         )
@@ -105,15 +105,15 @@ class DeepSpeedEngine:
         With tensor parallelism, each rank allocates its block of one layer after another. At stage 3 without tensor
         parallelism, each parameter is partitioned as soon as it is created.
         """
-        kernels = choose_kernels(self.config, self.world.device)
+        kernels, has_values = choose_kernels(self.config, self.world.device), self.config.method.name in WITH_VALUES
         if self.config.parallel.zero == 3 and self.tensor_group is None:
             # Pass no dtype, so that DeepSpeed uses the config's: given float32 on a CPU, it would choose bfloat16.
             with deepspeed.zero.Init(config_dict_or_path=document):
-                model = GPT(self.config.model, kernels)
+                model = GPT(self.config.model, kernels, has_values)
             self._split_sequences(model)
             return model
         with torch.device("meta"):
-            model = GPT(self.config.model, kernels).to(DTYPES[self.config.precision.name])
+            model = GPT(self.config.model, kernels, has_values).to(DTYPES[self.config.precision.name])
         self._split_sequences(model)
         if self.tensor_group is None:
             model.to_empty(device=self.world.device)

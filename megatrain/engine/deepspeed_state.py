@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatrain.checkpoint.naming import parameter_key
 from megatrain.checkpoint.piece import Piece
 from megatrain.config import TrainConfig
 from megatrain.model.init import initial_block
@@ -183,7 +184,7 @@ class DeepSpeedState:
     def _keys(self, name: str) -> list[tuple[str | None, str]]:
         """Return, for each tensor of a parameter, DeepSpeed's key (None: the master) and the checkpoint's key."""
         names = slot_names(self.config.optim, self.shapes, [name])
-        return [(None, f"model.{name}"), *((slot, f"optim.{slot}.{name}") for slot in names)]
+        return [(None, parameter_key(name)), *((slot, f"optim.{slot}.{name}") for slot in names)]
 
     def _block(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the origin and sizes of this tensor rank's block of a parameter."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatrain.checkpoint.manifest import EngineCounters
+from megatrain.checkpoint.naming import parameter_key
 from megatrain.checkpoint.piece import Piece
-from megatrain.config import TrainConfig
+from megatrain.config import WITH_VALUES, TrainConfig
 from megatrain.data.batch import MicroBatch
 from megatrain.distributed.world import World
 from megatrain.engine.common import (
@@ -40,7 +41,7 @@ from megatrain.kernels.choice import Kernels
 from megatrain.kernels.cross_entropy import cross_entropy_sum
 from megatrain.kernels.distillation import distillation_of_logits
 from megatrain.kernels.linear_log_probs import label_log_probs
-from megatrain.model.count import adapter_shapes, parameter_shapes
+from megatrain.model.count import run_shapes, trained_shapes
 from megatrain.model.fp8 import use_fp8
 from megatrain.model.init import initial_block
 from megatrain.model.lora import add_adapters
@@ -159,7 +160,7 @@ class NativeEngine:
             with torch.device("meta"):
                 stage = Stage(
                     *(self.config.model, layers[index], self.layout.num_stages, index, kernels),
-                    *(self.inputs, self.meter),
+                    *(self.inputs, self.meter, self.config.method.name in WITH_VALUES),
                 )
                 if self.config.method.lora.rank:
                     add_adapters(stage, self.config.method.lora)
@@ -196,7 +197,7 @@ class NativeEngine:
 
     def _hold(self, stage: Stage) -> Iterator[LocalParameter]:
         """Yield a stage's parameters with their coordinates in the whole model."""
-        shapes = parameter_shapes(self.config.model) | adapter_shapes(self.config.model, self.config.method.lora)
+        shapes = run_shapes(self.config.model, self.config.method)
         shares = plan.shares(self.layout.grid.sizes, self.place._asdict())
         mesh = self.groups.mesh if self.groups else None
         shards = mesh["shard"].size() if mesh and self.is_sharded else 1
@@ -427,7 +428,7 @@ class NativeEngine:
         """See `Engine.state`."""
         state: dict[str, Tensor] = {}
         for held in self._saved():
-            state[f"model.{held.name}"] = _piece(held.master.detach(), held.shape, held.origin, held.sizes)
+            state[parameter_key(held.name)] = _piece(held.master.detach(), held.shape, held.origin, held.sizes)
             for slot in held.slots:
                 tensor = self.optimizer.state[held.master][slot.name]
                 block = slot.block(held.shape, held.origin, held.sizes)
@@ -455,8 +456,7 @@ class NativeEngine:
     def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         step = int(next(iter(self.optimizer.state.values()))["step"])
-        model = self.config.model
-        shapes = adapter_shapes(model, self.config.method.lora) or parameter_shapes(model)
+        shapes = trained_shapes(self.config.model, self.config.method)
         return engine_counters(self.config.optim.name, self.optimizer.param_groups, shapes, step, self.scaler)
 
     def restore(self, counters: EngineCounters | None) -> None:

@@ -14,8 +14,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from megatrain.checkpoint.naming import parameter_key
 from megatrain.checkpoint.piece import Piece
-from megatrain.config import TrainConfig
+from megatrain.config import WITH_VALUES, TrainConfig
 from megatrain.distributed.world import World
 from megatrain.engine.common import DTYPES, choose_kernels
 from megatrain.model.gpt import GPT
@@ -31,7 +32,7 @@ class WholeModel:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.world = world
         with torch.device("meta"):
-            model = GPT(config.model, choose_kernels(config, world.device))
+            model = GPT(config.model, choose_kernels(config, world.device), config.method.name in WITH_VALUES)
             if config.method.lora.rank:
                 add_adapters(model, config.method.lora)
         self.model = model.to(DTYPES[config.precision.name]).to_empty(device=world.device).eval()
@@ -46,7 +47,7 @@ class WholeModel:
         parameters = dict(self.model.named_parameters())
         if self.world.size == 1:
             for name, parameter in parameters.items():
-                self._take_own(parameter, state[f"model.{name}"], shares)
+                self._take_own(parameter, state[parameter_key(name)], shares)
             return
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         for name, whole in _whole_weights(state, shapes, self.world):
@@ -96,7 +97,7 @@ def _whole_weights(
         flat = torch.full((sum(sizes),), -torch.inf, dtype=torch.float32, device=world.device)
         parts = {name: part.view(shapes[name]) for name, part in zip(bucket, flat.split(sizes), strict=True)}
         for name in bucket:
-            if (held := state.get(f"model.{name}")) is not None:
+            if (held := state.get(parameter_key(name))) is not None:
                 _write(parts[name], held)
         world.all_reduce_max(flat)
         yield from parts.items()

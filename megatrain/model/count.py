@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import resources
 from math import prod
 
-from megatrain.config import LoraConfig, ModelConfig, TokenizerConfig
+from megatrain.config import WITH_VALUES, LoraConfig, MethodConfig, ModelConfig, TokenizerConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -60,6 +60,21 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
             shapes[f"{layer}.lora_a"] = (lora.rank, shape[1])
             shapes[f"{layer}.lora_b"] = (shape[0], lora.rank)
     return shapes
+
+
+def value_shapes(config: ModelConfig, method: MethodConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the value head of a method that has one (`WITH_VALUES`), by its name; else nothing."""
+    return {"value.weight": (1, config.hidden_size)} if method.name in WITH_VALUES else {}
+
+
+def run_shapes(config: ModelConfig, method: MethodConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters that a run by `method` holds: the model's, and those that training adds."""
+    return parameter_shapes(config) | adapter_shapes(config, method.lora) | value_shapes(config, method)
+
+
+def trained_shapes(config: ModelConfig, method: MethodConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that a run by `method` changes: with low-rank layers, not the model's."""
+    return (adapter_shapes(config, method.lora) or parameter_shapes(config)) | value_shapes(config, method)
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -261,10 +261,11 @@ class GPT(nn.Module):
     `kernels` are the operations that it computes with. Set `loss`, `log_probs` and `distilled` if the vocabulary is
     sharded over ranks: they are then computed from the head's output. Set `needs_dense_mask` if another `attend` than
     `attention` takes no `Documents`, and `context_size` and `context_sum` if the model runs on slices of sequences.
-    With `model.output=score` it has no head, and `token_scores`; set `score_join` if the input of the score is cut.
+    With `model.output=score` it has no head, and `token_scores`. With `has_values` it has a value head beside the head,
+    and `token_values`. Set `score_join` if the input of scores and values is cut.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE, has_values: bool = False) -> None:
         super().__init__()
         self.config = config
         self.loss: LossFunction | None = None
@@ -288,6 +289,7 @@ class GPT(nn.Module):
         else:
             shared = self.embed if config.ties_head else None
             self.head = Head(config.hidden_size, config.vocab, kernels, shared)
+        self.value = Linear(config.hidden_size, 1, False, kernels) if has_values else None
 
     def forward(
         self,
@@ -344,8 +346,17 @@ class GPT(nn.Module):
     def token_scores(self, x: Tensor) -> Tensor:
         """Return the score of each token given the result of `hidden`, fp32 `[B, T]`."""
         assert self.score is not None, "model.output is not score"
-        scores: Tensor = self.score(x)[..., 0].float()
-        return scores if self.score_join is None else self.score_join(scores)
+        return self._each_token(self.score, x)
+
+    def token_values(self, x: Tensor) -> Tensor:
+        """Return the value of each token given the result of `hidden`, fp32 `[B, T]`."""
+        assert self.value is not None, "the model has no value head"
+        return self._each_token(self.value, x)
+
+    def _each_token(self, head: Linear, x: Tensor) -> Tensor:
+        """Return the number that `head` gives each token, fp32 `[B, T]`, of whole rows where ranks hold slices."""
+        numbers: Tensor = head(x)[..., 0].float()
+        return numbers if self.score_join is None else self.score_join(numbers)
 
     def sum_over_context(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over the ranks that hold the other slices of these sequences."""

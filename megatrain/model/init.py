@@ -29,11 +29,12 @@ def initial_values(
     other values, embeddings included, are normal with mean 0 and standard deviation `config.init_std`. The two
     projections that write to the residual stream (`attn.o`, `mlp.down`) are scaled by `1/sqrt(2 * num_layers)`
     (Radford et al., 2019, section 2.3, with each projection counted as a residual layer). Of low-rank layers, the one
-    at the input has the variance of peft's, and the one at the output is 0, so that they change nothing at first.
+    at the input has the variance of peft's, and the one at the output is 0, so that they change nothing at first. A
+    value head is 0.
     """
     stop = math.prod(shape) if stop is None else stop
     assert 0 <= start <= stop <= math.prod(shape), (name, shape, start, stop)
-    if name.endswith((".bias", ".lora_b")):
+    if name == "value.weight" or name.endswith((".bias", ".lora_b")):
         return torch.zeros(stop - start)
     if len(shape) == 1:
         return torch.ones(stop - start)

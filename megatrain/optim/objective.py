@@ -60,6 +60,13 @@ class ScoreHead(OutputHead, Protocol):
         """Return the score of each token given `hidden` `[B, T, D]`, fp32 `[B, T]`."""
 
 
+class ValueHead(OutputHead, Protocol):
+    """The head of a model that estimates the value of each token too (`WITH_VALUES`)."""
+
+    def token_values(self, hidden: Tensor) -> Tensor:
+        """Return the value of each token given `hidden` `[B, T, D]`, fp32 `[B, T]`."""
+
+
 class Objective(Protocol):
     """A loss over micro-batches. All ranks must use the same one."""
 

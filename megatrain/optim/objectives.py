@@ -19,6 +19,7 @@ OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "reward": lambda config: PairReward(config.method.margin, config.method.centering),
     "dpo": lambda config: DirectPreference(config.method.beta, config.method.label_smoothing, config.method.sft_weight),
     "grpo": lambda config: policy_gradient(config.method),
+    "ppo": lambda config: policy_gradient(config.method),
 }
 """How each method's objective is made of the config."""
 

@@ -97,6 +97,8 @@ def local_slice(micro_batch: MicroBatch, kind: str, cp_rank: int, cp_size: int) 
         old_log_probs=cut(micro_batch.old_log_probs),
         advantages=cut(micro_batch.advantages),
         reference_log_probs=cut(micro_batch.reference_log_probs),
+        old_values=cut(micro_batch.old_values),
+        returns=cut(micro_batch.returns),
         pairs=micro_batch.pairs and micro_batch.pairs.slice(own, cp_rank == 0),
     )
 

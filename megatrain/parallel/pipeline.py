@@ -49,12 +49,13 @@ class Stage(GPT):
         kernels: Kernels,
         inputs: StepInputs,
         meter: LossMeter,
+        has_values: bool = False,
     ) -> None:
-        super().__init__(config, kernels)
+        super().__init__(config, kernels, has_values)
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self.blocks = nn.ModuleDict({str(layer): self.blocks[layer] for layer in layers})  # type: ignore[assignment]
         absent = ([] if self.is_first else ["embed", "positions"]) + (
-            [] if self.is_last else ["final_norm", "head", "score"]
+            [] if self.is_last else ["final_norm", "head", "score", "value"]
         )
         for name in absent:
             setattr(self, name, None)
@@ -101,7 +102,7 @@ class Stage(GPT):
         if not (self.is_first and self.is_last and self.config.ties_head):
             first: list[nn.Module] = [module for module in (self.embed, self.positions) if module is not None]
             last: list[nn.Module] = [
-                module for module in (self.final_norm, self.head, self.score) if module is not None
+                module for module in (self.final_norm, self.head, self.score, self.value) if module is not None
             ]
             units = [unit for unit in (first, *units, last) if unit]
         return units

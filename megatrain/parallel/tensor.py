@@ -62,7 +62,7 @@ def cut_tensors(stage: Stage, mesh: DeviceMesh) -> None:
         here = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
         stage.get_submodule(layer).register_parameter(what, here)
     stage.tie()
-    if stage.score is not None:
+    if stage.score is not None or stage.value is not None:
         stage.score_join = partial(_joined, group=mesh.get_group())
 
 

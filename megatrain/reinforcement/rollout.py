@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatrain.data.batch import MicroBatch
 from megatrain.kernels import IGNORE_INDEX
+from megatrain.reinforcement.advantages import Row
 
 PREFIX = "buffer.rollout."
 """How the names of a rollout's tensors begin in a checkpoint."""
@@ -28,6 +29,8 @@ class Rollout:
     - `log_probs`: of each token after the first, when it was sampled, fp32 `[R, T]`; 0 outside the reply
     - `advantages`: float32 `[R, T]`, of the same tokens
     - `reference_log_probs`: as `log_probs`, under the reference
+    - `values`, `returns`: what a value head gave the places of these tokens, and what it should have given: fp32
+      `[R, T]`
     """
 
     tokens: Tensor
@@ -35,6 +38,8 @@ class Rollout:
     log_probs: Tensor
     advantages: Tensor
     reference_log_probs: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors by their names in a checkpoint."""
@@ -51,9 +56,20 @@ class Rollout:
         """Tokens of all replies."""
         return int((self.bounds[:, 1] - self.bounds[:, 0]).sum())
 
-    def with_reference(self, log_probs: Tensor) -> Rollout:
-        """Return the rollout with the reference's log-probabilities."""
-        return replace(self, reference_log_probs=log_probs)
+    def with_reference(self, log_probs: Sequence[Row]) -> Rollout:
+        """Return the rollout with the reference's log-probabilities of each reply's tokens."""
+        return replace(self, reference_log_probs=self._placed(log_probs))
+
+    def with_values(self, values: Sequence[Row], returns: Sequence[Row]) -> Rollout:
+        """Return the rollout with the value and the return of each reply's tokens."""
+        return replace(self, values=self._placed(values), returns=self._placed(returns))
+
+    def _placed(self, rows: Sequence[Row]) -> Tensor:
+        """Return a number for each token of the replies where `log_probs` has that token's, fp32 `[R, T]`."""
+        placed = np.zeros(self.log_probs.shape, np.float32)
+        for row, (start, stop) in enumerate(self.bounds.tolist()):
+            placed[row, start - 1 : stop - 1] = rows[row]
+        return torch.from_numpy(placed)
 
     def micro_batches(self, rows: np.ndarray, loss: str, max_new_tokens: int, widths: Widths) -> list[MicroBatch]:
         """Return the micro-batches of some replies, `rows` `[num_micro_batches, micro_batch_size]`."""
@@ -66,14 +82,19 @@ class Rollout:
         tokens = self.tokens[numbers]
         places = torch.arange(1, width + 1)
         counts = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
-        reference = self.reference_log_probs
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[numbers, :width].contiguous()
+
         return MicroBatch(
             tokens=tokens[:, :width].contiguous(),
             labels=tokens[:, 1 : width + 1].masked_fill(~counts, IGNORE_INDEX),
             loss_weights=(weights[numbers][:, None] * counts).contiguous(),
-            old_log_probs=self.log_probs[numbers, :width].contiguous(),
-            advantages=self.advantages[numbers, :width].contiguous(),
-            reference_log_probs=None if reference is None else reference[numbers, :width].contiguous(),
+            old_log_probs=cut(self.log_probs),
+            advantages=cut(self.advantages),
+            reference_log_probs=cut(self.reference_log_probs),
+            old_values=cut(self.values),
+            returns=cut(self.returns),
         )
 
 
@@ -122,10 +143,13 @@ def assemble(
     prompts: Sequence[Sequence[int]],
     replies: Sequence[Sequence[int]],
     log_probs: Sequence[Sequence[float]],
-    advantages: np.ndarray,
+    advantages: np.ndarray | Sequence[Row],
     seq_len: int,
 ) -> Rollout:
-    """Return the rollout of prompts with their replies, the replies' log-probabilities, and an advantage each `[R]`."""
+    """Return the rollout of prompts with their replies, and the log-probabilities of the replies' tokens.
+
+    `advantages` has a number for each reply, `[R]`, or for each token of each reply.
+    """
     tokens = np.zeros((len(prompts), seq_len + 1), np.int64)
     sampled, spread = np.zeros((2, len(prompts), seq_len), np.float32)
     bounds = np.zeros((len(prompts), 2), np.int64)

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatrain.config import MethodConfig
+from megatrain.config import WITH_VALUES, MethodConfig
 from megatrain.data.chat.prompt import Prompt
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.world import World
@@ -36,7 +36,8 @@ class Samples:
     """The replies to a step's prompts, in sample order, equal on every rank.
 
     `ids` has the token that stopped a reply; `stopped` says whether one did. `log_probs` are in nats, at the sampling
-    temperature. `rewards` is float64 `[R, rewards]`, `reference` has log-probabilities under the reference (or None).
+    temperature. `rewards` is float64 `[R, rewards]`, `reference` has log-probabilities under the reference (or None),
+    `values` those of the tokens' places if the model estimates them (or None).
     """
 
     ids: list[list[int]]
@@ -44,6 +45,7 @@ class Samples:
     stopped: np.ndarray
     rewards: np.ndarray
     reference: list[list[float]] | None
+    values: list[list[float]] | None = None
 
 
 def reply_seed(seed: int, sample: int) -> int:
@@ -69,6 +71,7 @@ class Sampler:
     ) -> None:
         self.method, self.seed, self.world, self.tokenizer = method, seed, world, tokenizer
         self.stop_ids, self.rewards, self.reference = frozenset(stop_ids), rewards, reference
+        self.has_values = method.name in WITH_VALUES
 
     def __call__(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
         """Return the replies of `model` to `prompts`, one for each of the run's `samples` (their numbers).
@@ -118,14 +121,15 @@ class Sampler:
         names = list(dict.fromkeys(name for prompt in prompts for name in prompt.fields))
         fields = {name: [prompt.fields.get(name) for prompt in prompts] for name in names}
         rewards = self.rewards(Replies([prompt.prompt for prompt in prompts], texts, stopped, fields))
-        ids = [reply.ids for reply in replies]
-        reference = None
+        ids, rows = [reply.ids for reply in replies], [prompt.ids for prompt in prompts]
+        reference, values = None, None
         if self.reference is not None:
-            rows = [prompt.ids for prompt in prompts]
             reference = reply_log_probs(
                 self.reference, rows, ids, method.temperature, method.generate_batch_size, heartbeat.beat
             )
-        return Samples(ids, [reply.logprobs for reply in replies], np.array(stopped), rewards, reference)
+        if self.has_values:
+            values = reply_values(model, rows, ids, method.generate_batch_size, heartbeat.beat)
+        return Samples(ids, [reply.logprobs for reply in replies], np.array(stopped), rewards, reference, values)
 
     def _gathered(self, own: Samples, rows: int) -> Samples:
         """Return the samples of all ranks in order. `rows` is the largest number that a rank has."""
@@ -133,32 +137,35 @@ class Sampler:
             return own
         width = self.method.max_new_tokens
         numbers = torch.zeros(rows, width + 2, dtype=torch.int64)
-        values = torch.zeros(rows, 2 * width + len(self.rewards.names), dtype=torch.float64)
-        for row, (ids, log_probs) in enumerate(zip(own.ids, own.log_probs, strict=True)):
+        values = torch.zeros(rows, 3 * width + len(self.rewards.names), dtype=torch.float64)
+        of_tokens = [own.log_probs, own.reference, own.values]
+        for row, ids in enumerate(own.ids):
             numbers[row, 0], numbers[row, 1] = len(ids), int(own.stopped[row])
             numbers[row, 2 : 2 + len(ids)] = torch.tensor(ids)
-            values[row, : len(ids)] = torch.tensor(log_probs, dtype=torch.float64)
-            if own.reference is not None:
-                values[row, width : width + len(ids)] = torch.tensor(own.reference[row], dtype=torch.float64)
-            values[row, 2 * width :] = torch.from_numpy(own.rewards[row])
+            for place, each in enumerate(of_tokens):
+                if each is not None:
+                    first = place * width
+                    values[row, first : first + len(ids)] = torch.tensor(each[row], dtype=torch.float64)
+            values[row, 3 * width :] = torch.from_numpy(own.rewards[row])
         all_numbers = self.world.all_gather(numbers).flatten(0, 1)
         all_values = self.world.all_gather(values).flatten(0, 1)
         used = all_numbers[:, 0] > 0  # every reply has a token
         lengths = all_numbers[used, 0].tolist()
 
-        def cut(matrix: Tensor, first: int) -> list[list[float]]:
-            return [row[first : first + n] for row, n in zip(matrix.tolist(), lengths, strict=True)]
+        def cut(place: int) -> list[list[float]]:
+            first = place * width
+            return [row[first : first + n] for row, n in zip(all_values[used].tolist(), lengths, strict=True)]
 
         return Samples(
             ids=[row[2 : 2 + n] for row, n in zip(all_numbers[used].tolist(), lengths, strict=True)],
-            log_probs=cut(all_values[used], 0),
+            log_probs=cut(0),
             stopped=all_numbers[used, 1].bool().numpy(),
-            rewards=all_values[used, 2 * width :].numpy(),
-            reference=None if self.reference is None else cut(all_values[used], width),
+            rewards=all_values[used, 3 * width :].numpy(),
+            reference=None if self.reference is None else cut(1),
+            values=cut(2) if self.has_values else None,
         )
 
 
-@torch.no_grad()
 def reply_log_probs(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -168,6 +175,34 @@ def reply_log_probs(
     beat: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
     """Return the log-probability of each token of each reply after its prompt, in nats, at a temperature above 0."""
+
+    def log_probs(hidden: Tensor, labels: Tensor) -> Tensor:
+        return model.token_log_probs(hidden if temperature == 1 else hidden / temperature, labels)
+
+    return _each_token(model, prompts, replies, batch_size, beat, log_probs)
+
+
+def reply_values(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    batch_size: int,
+    beat: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Return the value of what stands before each token of each reply, by the model's value head."""
+    return _each_token(model, prompts, replies, batch_size, beat, lambda hidden, _: model.token_values(hidden))
+
+
+@torch.no_grad()
+def _each_token(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    batch_size: int,
+    beat: Callable[[], None],
+    numbers: Callable[[Tensor, Tensor], Tensor],
+) -> list[list[float]]:
+    """Return what `numbers` gives the tokens of each reply, from the head's input `[B, T, D]` and labels `[B, T]`."""
     device = model.embed.weight.device
     found: list[list[float]] = []
     for first in range(0, len(prompts), batch_size):
@@ -178,8 +213,7 @@ def reply_log_probs(
         labels = torch.full_like(ids[:, 1:], IGNORE_INDEX)
         for number, (prompt, row) in enumerate(zip(prompts[own], rows, strict=True)):
             labels[number, len(prompt) - 1 : len(row) - 1] = ids[number, len(prompt) : len(row)]
-        hidden = model.hidden(ids[:, :-1])
-        each = model.token_log_probs(hidden if temperature == 1 else hidden / temperature, labels).tolist()
+        each = numbers(model.hidden(ids[:, :-1]), labels).tolist()
         found += [
             line[len(prompt) - 1 : len(row) - 1] for line, prompt, row in zip(each, prompts[own], rows, strict=True)
         ]

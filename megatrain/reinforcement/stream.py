@@ -21,6 +21,7 @@ from megatrain.data.loader import sample_hash, samples_of_rank
 from megatrain.data.order import Order, take
 from megatrain.data.prompts import Prompts
 from megatrain.engine.whole_model import WholeModel
+from megatrain.reinforcement.advantages import generalized_advantages, token_rewards, value_metrics, whitened
 from megatrain.reinforcement.rollout import Rollout, Widths, assemble, group_advantages
 from megatrain.reinforcement.sampler import Sampler, Samples
 
@@ -101,13 +102,19 @@ class RolloutStream:
         found = self._sampler(self._model.model, prompts, samples)
         weights = np.array(method.reward_weights or [1.0] * found.rewards.shape[1])
         rewards = found.rewards @ weights
-        advantages = group_advantages(rewards, method.group_size, method.advantages)
+        metrics = rollout_metrics(found, rewards, method.rewards, method.group_size)
         questions = [prompt.ids for prompt in prompts]
+        if found.values is not None:
+            each = token_rewards(rewards, found.log_probs, found.reference, method.kl)
+            estimated = generalized_advantages(each, found.values, method.gamma, method.gae_lambda)
+            returns = [row + np.asarray(worth) for row, worth in zip(estimated, found.values, strict=True)]
+            metrics |= value_metrics(found.values, returns, found.log_probs, found.reference)
+            estimated = whitened(estimated) if method.whiten else estimated
+            rollout = assemble(questions, found.ids, found.log_probs, estimated, config.train.seq_len)
+            return rollout.with_values(found.values, returns), metrics
+        advantages = group_advantages(rewards, method.group_size, method.advantages)
         rollout = assemble(questions, found.ids, found.log_probs, advantages, config.train.seq_len)
-        if found.reference is not None:
-            reference = assemble(questions, found.ids, found.reference, advantages, config.train.seq_len)
-            rollout = rollout.with_reference(reference.log_probs)
-        return rollout, rollout_metrics(found, rewards, method.rewards, method.group_size)
+        return rollout if found.reference is None else rollout.with_reference(found.reference), metrics
 
     def _check_weights(self) -> None:
         """Make sure that all ranks sample with the same weights."""
@@ -138,7 +145,7 @@ def rollout_metrics(found: Samples, rewards: np.ndarray, names: Iterable[str], g
         "reply_tokens": tokens / len(found.ids),
         "stop_rate": float(found.stopped.mean()),
         "entropy": -sum(map(sum, found.log_probs)) / tokens,
-        "groups_without_signal": float((groups.max(1) == groups.min(1)).mean()),
+        **({"groups_without_signal": float((groups.max(1) == groups.min(1)).mean())} if group_size > 1 else {}),
     }
 
 

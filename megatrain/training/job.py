@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from megatrain.distributed.waits import timed_waits
 from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.engine.protocol import Engine
-from megatrain.model.count import flops_per_token, num_parameters
+from megatrain.model.count import flops_per_token, num_parameters, value_shapes
 from megatrain.optim.objectives import objective_of
 from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
@@ -230,7 +230,9 @@ class RankJob:
         """Check that the weights of another run's checkpoint belong to this run's model and tokenizer."""
         folder, manifest = origin.folder, origin.manifest
         check_tokenizer(folder, manifest, self.data.card, self.data.folder, self.config)
-        self.transfer = plan_transfer(folder, manifest, self.config.model, self.config.checkpoint.override)
+        planned = plan_transfer(folder, manifest, self.config.model, self.config.checkpoint.override)
+        begun = value_shapes(self.config.model, self.config.method)  # a base has no value head, or one of other rewards
+        self.transfer = replace(planned, drawn=[*planned.drawn, *begun])
 
     def _say_nothing_to_do(self) -> None:
         if self.world.is_main:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import SAMPLING, MethodConfig, TrainConfig
+from megatrain.config import SAMPLING, WITH_VALUES, MethodConfig, TrainConfig
 from megatrain.config.arithmetic import either
 from megatrain.config.method_config import TARGETS
 from megatrain.config.values import as_text
@@ -17,6 +17,11 @@ from megatrain.verbs.places import require
 FOR_SAMPLING = ("rewards", "reward_weights")
 """Keys of `method` that say nothing to other methods."""
 
+FOR_VALUES = ("gamma", "gae_lambda", "value_weight", "value_clip", "whiten")
+"""Keys of `method` that say nothing to methods without a value head."""
+
+HOW_TO_SAMPLE = f"add {' or '.join(f'method={name}' for name in SAMPLING)}"
+
 
 def check_method(config: TrainConfig) -> None:
     """Check that the keys of the method agree with one another and with the loop's. Raises ConfigError."""
@@ -24,17 +29,23 @@ def check_method(config: TrainConfig) -> None:
     _check_labels(method)
     _check_low_rank(config)
     _check_teacher(method)
+    _check_values(method)
     if method.name not in SAMPLING:
         if given := next((name for name in FOR_SAMPLING if getattr(method, name)), None):
             raise ConfigError(
-                f"method.{given}={getattr(method, given)}: method={method.name} has no rewards; add method=grpo"
+                f"method.{given}={getattr(method, given)}: method={method.name} has no rewards; {HOW_TO_SAMPLE}"
             )
         if config.data.kind == KIND:
             raise ConfigError(
-                f"data={KIND}: method={method.name} does not sample replies, and prompts have none; add method=grpo"
+                f"data={KIND}: method={method.name} does not sample replies, and prompts have none; {HOW_TO_SAMPLE}"
             )
         return
     check_names(method.rewards, method.reward_weights)
+    if method.group_size == 1 and method.name not in WITH_VALUES:
+        raise ConfigError(
+            f"method.group_size=1: method={method.name} compares the replies to a prompt with one another; give "
+            "method.group_size=2 or more, or use method=ppo"
+        )
     if loop.global_batch_size % method.group_size:
         fewer = loop.global_batch_size // method.group_size * method.group_size
         raise ConfigError(
@@ -87,6 +98,20 @@ def _check_teacher(method: MethodConfig) -> None:
         )
     if method.name != "distill" and method.teacher is not None:
         raise ConfigError(f"method.teacher={method.teacher}: method={method.name} has no teacher; add method=distill")
+
+
+def _check_values(method: MethodConfig) -> None:
+    """Check that keys of a value head are given to a method that has one, and those of a group to one that has none."""
+    idle: tuple[str, ...] = FOR_VALUES
+    why, other = "learns no values", "ppo"
+    if method.name in WITH_VALUES:
+        idle, why, other = ("advantages",), "takes advantages from values, not from groups", "grpo"
+    untouched = MethodConfig()
+    for name in idle:
+        if (given := getattr(method, name)) != getattr(untouched, name):
+            raise ConfigError(
+                f"method.{name}={as_text(given)}: method={method.name} {why}; leave it out, or use method={other}"
+            )
 
 
 def _check_low_rank(config: TrainConfig) -> None:

@@ -72,6 +72,7 @@ TUNINGS: dict[str, Tuning] = {
     "reward": Tuning(data="pairs", lr=1e-5, lora_lr=1e-5),
     "dpo": Tuning(data="pairs", lr=1e-6, lora_lr=1e-5),
     "grpo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
+    "ppo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
 }
 """The methods of tuning by `method.name`."""
 

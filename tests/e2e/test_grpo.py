@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
 from support.commands import megatrain, metrics, same
-from support.records import at
+from support.rollouts import write_base_and_prompts
 
-from megatrain.checkpoint.manifest import Identity, read_manifest
-from megatrain.checkpoint.store import load_weights, write
-from megatrain.config import EvaluateConfig, ModelConfig, TokenizerConfig
-from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.store import load_weights
+from megatrain.config import EvaluateConfig
 from megatrain.errors import ConfigError
-from megatrain.model.init import build_model
 from megatrain.verbs.evaluate import evaluate
 
 TUNE = [
@@ -25,30 +21,13 @@ TUNE = [
     "method.group_size=4", "method.max_new_tokens=8", "train.seq_len=64", "method.updates=3", "method.kl=0.02",
     "optim.lr=1e-2", "engine=native", "tracking=none", "checkpoint.every=1", "checkpoint.keep=10",
 ]  # fmt: skip
-OWN = """
-def vowels(completions, answer):
-    return [sum(text.count(letter) for letter in "aeiou") / 8 for text in completions]
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Return a folder with a random model and the run `base-grpo`."""
     folder = tmp_path_factory.mktemp("grpo")
-    texts = [f"What is number {n}? The answer is {n * 7}." for n in range(300)]
-    config = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template="chatml")
-    tokenizer = train_byte_level_bpe(iter(texts), config)
-    model = ModelConfig(
-        num_layers=2, num_heads=2, num_kv_heads=2, hidden_size=32, ffn_size=48,
-        vocab_size=tokenizer.vocab_size, max_seq_len=128, init_std=0.3,
-    )  # fmt: skip
-    (folder / "base").mkdir()
-    tokenizer.save(folder / "base" / "tokenizer")
-    state = {f"model.{key}": value.detach() for key, value in build_model(model, seed=5).named_parameters()}
-    write(folder / "base", state, at(0, identity=Identity({"model": asdict(model)})), None)
-    (folder / "own.py").write_text(OWN)
-    lines = [json.dumps({"prompt": f"What is number {n}?", "answer": str(n * 7)}) for n in range(40)]
-    (folder / "questions.jsonl").write_text("\n".join(lines))
+    write_base_and_prompts(folder)
     done = megatrain(folder, *TUNE)
     assert done.returncode == 0, done.stderr
     return folder

@@ -113,7 +113,7 @@ def ours(folder, prompts, found, rewards, old, method, reference):
     model.load_state_dict(weights, strict=True)
     rollout = assemble(prompts, found, old, group_advantages(rewards, GROUP, method.advantages), SEQ_LEN)
     if method.kl:
-        rollout = rollout.with_reference(assemble(prompts, found, reference, rewards, SEQ_LEN).log_probs)
+        rollout = rollout.with_reference(reference)
     meter = LossMeter(policy_gradient(method), torch.device("cpu"))
     rows = np.arange(len(prompts)).reshape(2, -1)
     batches = rollout.micro_batches(rows, method.loss, NEW, Widths(SEQ_LEN))

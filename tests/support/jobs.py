@@ -220,7 +220,7 @@ def deviations(results: list[Any], expected: Any) -> dict[str, float]:
     def relative(values: list[float], true: list[float]) -> float:
         return max(abs(value / other - 1) for value, other in zip(values, true, strict=True))
 
-    def furthest(index: int, prefix: str, scaled: bool = False) -> float:
+    def furthest(index: int, prefix: str | tuple[str, ...], scaled: bool = False) -> float:
         found = [0.0]
         for key, tensor in true_states[index].items():
             if key.startswith(prefix) and not (index and key.endswith("k.bias")):
@@ -233,7 +233,7 @@ def deviations(results: list[Any], expected: Any) -> dict[str, float]:
         "loss": relative([entry[0] for entry in reported], [entry[0] for entry in true_reported]),
         "grad_norm": relative([entry[1] for entry in reported], [entry[1] for entry in true_reported]),
         "first_gradient": furthest(1, "optim.exp_avg.", scaled=True),
-        "parameter": furthest(2, "model."),
+        "parameter": furthest(2, ("model.", "critic.")),
         "heldout_loss": relative([held_out[0]], [true_held_out[0]]),
     }
 

@@ -62,7 +62,8 @@ def test_advantages_are_relative_to_the_group() -> None:
 
 def test_tensors_come_back_from_a_checkpoint() -> None:
     first = rollout()
-    for one in (first, first.with_reference(first.log_probs * 2)):
+    rows = [[0.5] * len(reply) for reply in REPLIES]
+    for one in (first, first.with_reference(rows), first.with_values(rows, rows)):
         again = Rollout.of_state(one.state())
         assert again.state().keys() == one.state().keys()
         assert all(torch.equal(again.state()[name], tensor) for name, tensor in one.state().items())

@@ -34,13 +34,48 @@ def test_a_config_that_agrees_passes() -> None:
         (["train.skip_ranges=[[0,8]]"], "give train.skip_ranges="),
         (["data.packing=best_fit", "train.mask_documents=true"], "give train.mask_documents=false"),
         (["method.kl=0.1"], "name that as checkpoint.init_from"),
-        (["method=pretrain", "data=files"], "method.rewards=.*: method=pretrain has no rewards; add method=grpo"),
+        (
+            ["method=pretrain", "data=files"],
+            "method.rewards=.*: method=pretrain has no rewards; add method=grpo or method=ppo",
+        ),
+        (["method.group_size=1"], "compares the replies to a prompt with one another; give method.group_size=2"),
+        (["method.whiten=false"], "method.whiten=false: method=grpo learns no values; .* use method=ppo"),
+        (["method.gamma=0.9"], "method.gamma=0.9: method=grpo learns no values"),
         (["method=sft", "method.rewards=[]"], "data=prompts: method=sft does not sample replies"),
     ],
 )
 def test_keys_that_contradict_are_refused_with_what_would_work(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_values(compose("train", [*GRPO, *words]))
+
+
+PPO = [word.replace("method=grpo", "method=ppo") for word in GRPO]
+
+
+def test_a_config_of_ppo_that_agrees_passes() -> None:
+    config = compose(
+        "train", [*PPO, "checkpoint.init_from=runs/base", "method.gae_lambda=0.9", "method.value_clip=null"]
+    )
+    check_values(config)
+    assert config.method.group_size == 1 and config.method.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method.gamma=1.1"], "method.gamma=1.1 is out of range: must be at most 1"),
+        (["method.gae_lambda=-0.1"], "method.gae_lambda=-0.1 is out of range: must be at least 0"),
+        (["method.value_weight=0"], "method.value_weight=0.0 is out of range: must be above 0"),
+        (["method.value_clip=0"], "method.value_clip=0.0 is out of range: must be above 0"),
+        (["method.rewards=[]"], "name at least one"),
+        (["method.advantages=none"], "method=ppo takes advantages from values, not from groups; .* use method=grpo"),
+        ([], "name that as checkpoint.init_from"),
+        (["method=sft", "data=chat", "method.rewards=[]", "method.value_clip=0.1"], "method=sft learns no values"),
+    ],
+)
+def test_keys_of_ppo_that_contradict_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_values(compose("train", [*PPO, *words]))
 
 
 def test_a_file_of_rewards_must_exist() -> None:
