@@ -1,8 +1,8 @@
 """Make an assistant at toy size: text, tokenizer, base model, conversations, preferences, rewards, a chat page.
 
-Started by tools/assistant.sh. Each stage is a `megatrain` command that is printed first. What is finished is kept, so
-the same command goes on where it was; the figures of all stages are in `runs/assistant.json`. At the end a server
-answers on a chat page, until Ctrl-C where the output is a terminal. docs/guide/assistant.md explains the stages.
+Started by tools/assistant.sh. Each stage is a few `megatrain` commands that are printed first. What is finished is
+kept, so the same command goes on where it was; the figures of all stages are in `runs/assistant.json`. At the end a
+server answers on a chat page, until Ctrl-C where the output is a terminal. docs/guide/assistant.md explains the stages.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from assistant_scores import read_lines
-from assistant_stages import COMPRESSED, RECORDS, Figures, Stage, stages
+from assistant_stages import COMPRESSED, RECORDS, Figures, Stage, fingerprint, stages
+
+from megatrain.verbs.printer import Printer
 
 FIGURES = Path("runs/assistant.json")
 
 
 class StageError(Exception):
-    """A command that failed, with its exit code."""
+    """A stage that cannot be made, with the exit code; what is wrong has been printed."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -44,52 +47,132 @@ def main() -> int:
         "overrides", nargs="*", help="further words for a stage's command, such as base:train.steps=50 or all:seed=1"
     )
     arguments = parser.parse_args()
+    listed = stages(words := words_of(arguments.overrides))
+    names = [stage.name for stage in listed]
+    for name in [*words, *([arguments.until] if arguments.until else [])]:
+        if name not in (*names, "all"):
+            parser.error(f"{name}: no such stage; there are {', '.join(names)}")
     started = time.monotonic()
     try:
-        for number, stage in enumerate(listed := stages(words_of(arguments.overrides)), start=1):
+        for number, stage in enumerate(listed, start=1):
             print(f"\n== {number}/{len(listed) + 1} {stage.name}: {stage.title}", flush=True)
-            run_stage(stage, arguments.count)
+            run_stage(stage, listed, arguments.count)
             if stage.name == arguments.until:
                 return 0
-        print(f"\n== {len(listed) + 1}/{len(listed) + 1} a page that shows it all, and a page to chat", flush=True)
-        megatrain("report", "runs/toy-grpo")
-        print(f"   {time.monotonic() - started:.0f} s in all; the figures are in {FIGURES}", flush=True)
-        serve(COMPRESSED, stays=sys.stdout.isatty() and not arguments.stop)
+        print(f"\n== {len(listed) + 1}/{len(listed) + 1} serve: a page to chat", flush=True)
+        megatrain("report", COMPRESSED)
+        show_figures(listed)
+        with server(COMPRESSED) as address:
+            ask(address)
+            print(f"   all stages took {time.monotonic() - started:.0f} s", flush=True)
+            say_what_next(address, stays := sys.stdout.isatty() and not arguments.stop)
+            if stays:
+                signal.sigwait([signal.SIGINT, signal.SIGTERM])
     except StageError as error:
         return error.code
     return 0
 
 
-def run_stage(stage: Stage, count: int) -> None:
-    """Run a stage's commands, measure it unless that is done, and print a line of what it has reached."""
+# ---------------------------------------------------------------------------------------------------------- the stages
+
+
+def run_stage(stage: Stage, listed: Sequence[Stage], count: int) -> None:
+    """Run a stage's commands, measure what it made unless that was done, and print a line of what it has reached.
+
+    Raises StageError if a command fails, or the stage was made from a model that has changed since.
+    """
     begun = time.monotonic()
-    for one in stage.commands:
-        if not (stage.makes and Path(stage.makes).exists()):
+    refuse_outdated(stage, listed)
+    if not stage.is_made():
+        for one in stage.commands:
             megatrain(*one)
-    figures: dict[str, Figures] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
-    if stage.name not in figures:
-        figures[stage.name] = stage.measure(count)
-        FIGURES.parent.mkdir(parents=True, exist_ok=True)
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    reached = ", ".join(f"{name} {value}" for name, value in figures[stage.name].items())
+    figures = kept_figures(stage, count)
+    if figures is None:
+        figures = stage.measure(count)
+        keep_figures(stage, count, figures)
+    reached = ", ".join(f"{name} {value}" for name, value in figures.items())
     print(f"   {stage.name}: {reached} ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
-def serve(path: str, stays: bool) -> None:
-    """Serve a model on a free port, ask it a held-out question over HTTP, and print address and answer."""
-    with server(path) as address:
-        asked = read_lines(RECORDS / "prompts_heldout.jsonl")[0]
-        body = {"messages": [{"role": "user", "content": asked["prompt"]}], "temperature": 0, "model": Path(path).name}
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            reply = json.load(answer)["choices"][0]["message"]["content"]
-        print(f"   asked {asked['prompt']!r}, it answers {reply!r} (right: {asked['label']!r})", flush=True)
-        print(f"   chat page {address}/", flush=True)
-        if stays:
-            print("   Ctrl-C ends it", flush=True)
-            signal.sigwait([signal.SIGINT, signal.SIGTERM])
+def refuse_outdated(stage: Stage, listed: Sequence[Stage]) -> None:
+    """Raise StageError if what the stage made came from a model that has changed since; say what to remove."""
+    changed = stage.outdated()
+    if changed is None:
+        return
+    gone = [stage.makes]
+    for later in listed:
+        if set(gone) & set(later.made_from) and Path(later.makes).exists():
+            gone.append(later.makes)
+    print(
+        f"   {stage.makes} was made from {changed}, which has changed since. To make it again, first remove it and "
+        f"what came of it: rm -r {shlex.join(gone)}",
+        flush=True,
+    )
+    raise StageError(2)
+
+
+def kept_figures(stage: Stage, count: int) -> Figures | None:
+    """Return the stage's figures if they are of what it has made now, and of as many questions."""
+    kept = all_figures().get(stage.name, {})
+    same = (kept.get("fingerprint"), kept.get("questions")) == (fingerprint(stage.makes), count)
+    found: Figures | None = kept["figures"] if same else None
+    return found
+
+
+def keep_figures(stage: Stage, count: int, figures: Figures) -> None:
+    """Write a stage's figures beside those of the others."""
+    kept = all_figures()
+    kept[stage.name] = {"fingerprint": fingerprint(stage.makes), "questions": count, "figures": figures}
+    FIGURES.parent.mkdir(parents=True, exist_ok=True)
+    FIGURES.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def all_figures() -> dict[str, Any]:
+    """Return what is kept of all stages: fingerprint, number of questions, and figures."""
+    kept: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------------------- the end
+
+
+def show_figures(listed: Sequence[Stage]) -> None:
+    """Print the figures of all models as a table, and the reward model's below it."""
+    kept = all_figures()
+    figures = {stage.name: kept[stage.name]["figures"] for stage in listed}
+    columns = list(dict.fromkeys(name for one in figures.values() if "exact" in one for name in one))
+    rows = [[name, *(one.get(column, "") for column in columns)] for name, one in figures.items() if "exact" in one]
+    Printer().table(f"what each model reached, also in {FIGURES}", ["stage", *columns], rows)
+
+
+def ask(address: str) -> None:
+    """Ask the server a held-out question, and print its answer."""
+    asked = read_lines(RECORDS / "prompts_heldout.jsonl")[0]
+    body = {
+        "messages": [{"role": "user", "content": asked["prompt"]}],
+        "temperature": 0,
+        "model": Path(COMPRESSED).name,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        reply = json.load(answer)["choices"][0]["message"]["content"]
+    print(f"   asked {asked['prompt']!r}, it answers {reply!r} (right: {asked['label']!r})", flush=True)
+
+
+def say_what_next(address: str, stays: bool) -> None:
+    """Print where to go on."""
+    serve = f"open {address}/ (Ctrl-C ends the server)" if stays else f"megatrain serve {COMPRESSED}"
+    offered = {
+        "chat on a page": serve,
+        "chat here": f"megatrain chat {COMPRESSED}",
+        "see where the model came from": f"megatrain inspect {COMPRESSED}, or open {COMPRESSED}/report.html",
+        "use your own data": "docs/guide/assistant.md",
+    }
+    print("\nnext:", flush=True)
+    for what, how in offered.items():
+        print(f"   {what:30} {how}", flush=True)
 
 
 @contextmanager

@@ -347,10 +347,10 @@ class TokenizersConfig:
 
 @dataclass
 class ReportConfig:
-    """`megatrain report <run | sweep | dataset>`: write a self-contained HTML page on a run, sweep or dataset."""
+    """`megatrain report <run | sweep | model | dataset>`: write a self-contained HTML page on one of these."""
 
     path: str = key(
-        MISSING, "run folder, sweep folder, prepared dataset folder or a folder of prepared datasets", path=True
+        MISSING, "folder of a run, a sweep, a model (merged, compressed, exported), or of prepared datasets", path=True
     )
     out: str | None = key(None, "HTML file to write; null means <path>/report.html", path=True)
 

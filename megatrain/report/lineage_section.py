@@ -7,44 +7,59 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.find import peek
-from megatrain.checkpoint.lineage import line_of
+from megatrain.checkpoint.lineage import as_ancestor, find_line
 from megatrain.checkpoint.manifest import Ancestor
 from megatrain.data.card import CARD, Card
 from megatrain.errors import CheckpointError, DataError
+from megatrain.tracking.evaluation_records import records_folder
 from megatrain.tracking.metrics import iter_metrics
 
 MOST_SCORES = 6
 """Most scores that a box shows."""
 
 
-def lineage(run_dir: Path) -> list[dict[str, Any]]:
-    """Return a box for each artifact, the first one first; empty if the run began from nothing.
+def lineage(path: Path) -> list[dict[str, Any]]:
+    """Return a box for each artifact that a model came from, and the model's own, the first one first.
 
-    A box has its `name`, what it is (`by`), where its weights are `from`, and `figures` as pairs of texts. Figures of
-    models whose folders are gone are missing.
+    A box has its `name`, what it is (`by`), where its weights are `from`, its `generation` (one more than the latest
+    of those it came from), and `figures` as pairs of texts. Figures of models whose folders are gone are missing.
     """
-    found = peek(run_dir)
-    if found is None or not found[1].identity.ancestors:
+    line = find_line(path)
+    if not line:
         return []
-    line = line_of(*found)
     names = {one.checksum: one.name for one in line}
-    boxes = [_model(one, names) for one in line]
-    return [*_data(found[1].identity.config, line), *boxes]
+    data = _data(path, line)
+    generations: dict[str, int] = {}
+    for one in line:
+        generations[one.checksum] = max((generations.get(parent, 0) + 1 for parent in one.parents), default=len(data))
+    return [*data, *(_model(one, names, generations[one.checksum]) for one in line)]
 
 
-def _model(one: Ancestor, names: dict[str, str]) -> dict[str, Any]:
+def _model(one: Ancestor, names: dict[str, str], generation: int) -> dict[str, Any]:
     parents = [names[parent] for parent in one.parents if parent in names]
-    figures = [["steps", f"{one.step:,}"], ["data", one.data or ""]]
-    run_dir = Path(one.folder).parent.parent
-    if (loss := _heldout_loss(run_dir / "metrics.jsonl", one.step)) is not None:
-        figures.append(["held-out loss", f"{loss:.4f}"])
-    figures += scores_of(run_dir, one.step)
+    figures = [["steps", f"{one.step:,}" if one.step else ""], ["data", one.data or ""]]
+    if (place := records_of(one)) is not None:
+        if (loss := _heldout_loss(place / "metrics.jsonl", one.step)) is not None:
+            figures.append(["held-out loss", f"{loss:.4f}"])
+        figures += scores_of(place, one.step)
     made_from = ", ".join(parents) or one.imported_from or ""
-    return {"name": one.name, "by": one.by, "from": made_from, "figures": [pair for pair in figures if pair[1]]}
+    shown = [pair for pair in figures if pair[1]]
+    return {"name": one.name, "by": one.by, "from": made_from, "generation": generation, "figures": shown}
 
 
-def _data(config: dict[str, Any], line: list[Ancestor]) -> list[dict[str, Any]]:
+def records_of(one: Ancestor) -> Path | None:
+    """Return the folder with the records of a model; None if another model has taken its place."""
+    folder = Path(one.folder)
+    found = peek(folder)
+    if found is not None and as_ancestor(*found).checksum != one.checksum:
+        return None
+    return records_folder(folder)
+
+
+def _data(path: Path, line: list[Ancestor]) -> list[dict[str, Any]]:
     """Return the boxes of the first model's dataset and tokenizer, if the dataset is still there."""
+    found = peek(path)
+    config = found[1].identity.config if found else {}
     first, folder = line[0], Path(str((config.get("data") or {}).get("dir", "data")))
     place = folder / (first.data or "")
     if not first.data or not (place / CARD).is_file():
@@ -54,11 +69,11 @@ def _data(config: dict[str, Any], line: list[Ancestor]) -> list[dict[str, Any]]:
     except (DataError, CheckpointError):
         return []
     figures = [[name, f"{split.tokens:,} tokens"] for name, split in card.splits.items()]
-    boxes = [{"name": first.data, "by": "data", "from": "", "figures": figures}]
+    boxes = [{"name": first.data, "by": "data", "from": "", "generation": 0, "figures": figures}]
     if card.tokenizer is not None:
         known = card.tokenizer
         figures = [["vocabulary", f"{known.vocab_size:,}"], ["fingerprint", known.fingerprint[:8]]]
-        boxes.append({"name": known.kind, "by": "tokenizer", "from": first.data, "figures": figures})
+        boxes.append({"name": known.kind, "by": "tokenizer", "from": first.data, "generation": 1, "figures": figures})
     return boxes
 
 

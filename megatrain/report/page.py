@@ -22,6 +22,10 @@ RUN_PAGE = (
     *("run.html", "page.css", "sources.css", "scores.css", "lineage.css"),
     *("page.js", "sources.js", "scores.js", "lineage.js", "run_charts.js", "run_strips.js", "run.js"),
 )
+MODEL_PAGE = (
+    *("model.html", "page.css", "sources.css", "scores.css", "lineage.css"),
+    *("page.js", "scores.js", "lineage.js", "model.js"),
+)
 SCORES_PAGE = ("scores.html", "page.css", "sources.css", "scores.css", "page.js", "scores.js", "scores_page.js")
 SWEEP_PAGE = ("sweep.html", "page.css", "sweep.css", "page.js", "sweep.js")
 DATASET_PAGE = ("dataset.html", "page.css", "dataset.css", "sources.css", "page.js", "sources.js", "dataset.js")

@@ -115,7 +115,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "heldout_by_source": {name: marks(found, first) for name, found in curves.heldout_by_source.items()},
         "sources": sources_of_run(config, events),
         "scores": scores_of_run(run_dir),
-        "lineage": lineage(run_dir),
+        "lineage": boxes if len(boxes := lineage(run_dir)) > 1 else [],
         "time_spent": curves.time_spent(),
         "life": describe_life(life) if life and life.wall_s else None,
         "events": shown_events,

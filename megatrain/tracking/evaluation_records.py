@@ -1,6 +1,6 @@
 """Results in the folder of a run: `evaluations/step_<step>/<name>.json`, one file a task, replaced when it is repeated.
 
-Imports no torch.
+A checkpoint that belongs to no run, as of a merge, has them in its own folder. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return (
         run_dir if checkpoint.resolve().parent.name == "checkpoints" and (run_dir / "config.yaml").is_file() else None
     )
+
+
+def records_folder(checkpoint: Path) -> Path:
+    """Return the folder that keeps the results of a checkpoint: its run's, or its own if it belongs to none."""
+    return run_folder_of(checkpoint) or checkpoint
 
 
 def write_record(run_dir: Path, step: int, kind: str, name: str, record: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from megatrain.evaluation.results import TaskResult
 from megatrain.interop.load_model import Loaded
 from megatrain.report.scores_page import scores_page
 from megatrain.resilience.atomic_file import write_atomically
-from megatrain.tracking.evaluation_records import run_folder_of, write_record
+from megatrain.resilience.terminal import say
+from megatrain.tracking.evaluation_records import records_folder, run_folder_of, write_record
 from megatrain.tracking.metrics import to_json
 from megatrain.tracking.mlflow_scores import send_scores
 from megatrain.verbs.printer import Printer
@@ -75,20 +77,24 @@ def ends_of(loaded: Loaded, template: ChatTemplate | None) -> frozenset[int]:
 
 
 def keep(result: ModelResult, kind: str, config: EvaluateConfig) -> None:
-    """Write a result to the folder of its run, and send its scores to the run's MLflow run, if it has them."""
-    run_dir = run_folder_of(result.checkpoint)
-    if run_dir is None or result.step is None:
+    """Write a checkpoint's result to its run's folder, or its own, and send its scores to the run's MLflow run."""
+    if result.step is None:
+        return
+    place = records_folder(result.checkpoint)
+    if not os.access(place, os.W_OK):
+        say(f"{place} cannot be written to, so the scores are not kept there; out=scores.json keeps them")
         return
     settings = {name: getattr(config, name) for name in KEPT_SETTINGS}
     scores = {}
     for task in result.tasks:
         record = {**task.to_dict(with_samples=True), "chat_template": result.uses_template, "settings": settings}
-        write_record(run_dir, result.step, kind, task.name, record)
+        write_record(place, result.step, kind, task.name, record)
         for one in task.scores:
             scores[f"{kind}/{task.name}/{one.key}"] = one.value
             if one.stderr is not None:
                 scores[f"{kind}/{task.name}/{one.key}_stderr"] = one.stderr
-    send_scores(run_dir, result.step, scores)
+    if (run_dir := run_folder_of(result.checkpoint)) is not None:
+        send_scores(run_dir, result.step, scores)
 
 
 def write_out(out: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -1,13 +1,16 @@
-"""`megatrain report`: write the HTML page of a run, a sweep, or one or several prepared datasets. Imports no torch."""
+"""`megatrain report`: write the HTML page of a run, a sweep, a model, or prepared datasets. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from megatrain.checkpoint.find import is_checkpoint
+from megatrain.checkpoint.lineage import LINEAGE
 from megatrain.config import ReportConfig
 from megatrain.data.card import CARD
 from megatrain.report.corpus_page import prepared_in, report_corpus
 from megatrain.report.dataset_page import report_dataset
+from megatrain.report.model_page import report_model
 from megatrain.report.page import is_standard_output
 from megatrain.report.run_page import RECORDS
 from megatrain.report.run_page import report as report_run
@@ -30,6 +33,8 @@ def report(config: ReportConfig) -> None:
         written = report_dataset(path, out)
     elif not any((path / name).exists() for name in RECORDS) and prepared_in(path):
         written = report_corpus(path, out)
+    elif is_checkpoint(path) or (path / LINEAGE).is_file():
+        written = report_model(path, out)
     else:
         written = report_run(path, out)
         if not has_steps(path):

@@ -1,30 +1,23 @@
 """A model's line: every ancestor back to the first, which outlives their folders, through merging and exporting."""
 
 import shutil
+from functools import partial
 
 import pytest
+from support.lines import make_run
 
 from megatrain.checkpoint import lineage
-from megatrain.checkpoint.manifest import Identity, Manifest, Progress, read_manifest, write_manifest
+from megatrain.checkpoint.manifest import read_manifest
 from megatrain.errors import CheckpointError
 from megatrain.report.lineage_section import lineage as boxes_of
+from megatrain.report.run_page import collect
 from megatrain.training.origin import Origin, inherited_line
 
 
 @pytest.fixture
 def make(tmp_path):
     """Make a run with one checkpoint, from the checkpoints of other runs, and return that checkpoint."""
-
-    def checkpoint(name, *parents, method="sft", step=5):
-        folder = tmp_path / name / "checkpoints" / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        lines = [lineage.line_of(parent, read_manifest(parent)) for parent in parents]
-        config = {"run": {"name": name}, "method": {"name": method}, "data": {"name": f"{name}-data", "dir": "data"}}
-        identity = Identity(config, "f" * 32, {"dp": 1}, "native", ancestors=lineage.joined(lines))
-        write_manifest(folder, Manifest(progress=Progress(step=step), identity=identity))
-        return folder
-
-    return checkpoint
+    return partial(make_run, tmp_path)
 
 
 def test_the_line_is_complete_when_the_folders_of_ancestors_are_gone(make, tmp_path):
@@ -78,4 +71,5 @@ def test_an_exported_folder_carries_the_line_and_damage_to_it_is_named(make, tmp
 
 def test_the_page_of_a_run_that_began_from_nothing_has_no_line(make, tmp_path):
     make("base", method="pretrain")
-    assert boxes_of(tmp_path / "base") == []
+    assert len(boxes_of(tmp_path / "base")) == 1
+    assert collect(tmp_path / "base")["lineage"] == []
