@@ -21,13 +21,16 @@ def test_stages_run_on_what_the_one_before_made_and_are_not_run_again(tmp_path):
     words = [sys.executable, str(SCRIPT), "--until=sft", "--count=10", *SHORT]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads((tmp_path / "runs" / "assistant.json").read_text())
+    kept = json.loads((tmp_path / "runs" / "assistant.json").read_text())
+    figures = {name: one["figures"] for name, one in kept.items()}
     assert list(figures) == ["data", "base", "sft"]
+    measured = ["exact", "right", "full sentences", "sampled exact", "text loss"]
+    assert list(figures["base"]) == measured and list(figures["sft"]) == [*measured, "text loss before"]
+    assert figures["sft"]["text loss before"] == figures["base"]["text loss"] != figures["sft"]["text loss"]
     for name in ("base", "sft"):
-        assert {"exact", "right", "full sentences", "sampled exact", "loss on base text"} == figures[name].keys()
         assert f"{name}: exact {figures[name]['exact']}, " in done.stdout
     run = tmp_path / "runs" / "toy-sft"
     manifest = json.loads((run / "checkpoints" / "step_00000002" / "manifest.json").read_text())
     assert [one["name"] for one in manifest["ancestors"]] == ["toy-base"]
     scores = json.loads((run / "evaluations" / "step_00000002" / "toy.json").read_text())["scores"]
-    assert [score["metric"] for score in scores] == ["exact", "right", "full sentences", "sampled exact"]
+    assert [score["metric"] for score in scores] == measured
