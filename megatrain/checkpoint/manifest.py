@@ -123,6 +123,14 @@ class Ancestor:
 
 
 @dataclass(frozen=True)
+class KeptReward:
+    """A reward model that a run learns from: its folder, and a checksum of its weights, tokenizer and template."""
+
+    folder: str
+    checksum: str
+
+
+@dataclass(frozen=True)
 class Identity:
     """The run that wrote a checkpoint: its resolved config, its data, and the layout and engine at that time.
 
@@ -131,7 +139,7 @@ class Identity:
     folder that the weights were first imported from. `overrides` are in the order they were made.
     `mixture` is None for a run on one dataset. `ancestors` are the models that the weights came from, back to the
     first, each after those that it was made from (lineage.py). `made_from` says of a merged or compressed model how it
-    was made of which.
+    was made of which. `rewards` are the reward models among `method.rewards`, by name.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -145,6 +153,7 @@ class Identity:
     made_from: dict[str, Any] = field(default_factory=dict)
     mixture: MixturePlan | None = None
     ancestors: list[Ancestor] = field(default_factory=list)
+    rewards: dict[str, KeptReward] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
-        for name in ("generation", "overrides", "made_from", "mixture", "ancestors"):
+        for name in ("generation", "overrides", "made_from", "mixture", "ancestors", "rewards"):
             if not identity[name]:
                 del identity[name]
         optimizer = self.counters.optimizer

@@ -78,8 +78,9 @@ class MethodConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     rewards: list[str] = key(
         [],
-        "grpo, ppo: what judges the replies: exact_match, contains, matches or ends_by_itself, or functions of your "
-        "own as module:function or path.py:function",
+        "grpo, ppo: what judges the replies: exact_match, contains, matches or ends_by_itself, functions of your own "
+        "as module:function or path.py:function, or reward models by the path of a run, a checkpoint or an exported "
+        "folder",
     )
     reward_weights: list[float] = key([], "grpo, ppo: a weight for each of method.rewards; empty gives each 1")
     reward_timeout_s: float = key(60.0, "grpo, ppo: seconds in which a reward must judge a rank's replies", above=0)

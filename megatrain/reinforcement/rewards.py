@@ -37,9 +37,12 @@ _SHOWN = 200
 
 @dataclass(frozen=True)
 class Replies:
-    """Replies to be judged, in lists of equal length. `fields` has those of the prompts' records by name."""
+    """Replies to be judged, in lists of equal length. A prompt is text, or a list of messages.
 
-    prompts: list[str]
+    `fields` has those of the prompts' records by name.
+    """
+
+    prompts: list[Any]
     completions: list[str]
     stopped: list[bool]
     fields: Mapping[str, list[Any]]
@@ -48,19 +51,30 @@ class Replies:
         """Return everything that a reward function may ask for, by name."""
         return {**self.fields, "prompts": self.prompts, "completions": self.completions, "stopped": self.stopped}
 
+    def part(self, own: slice) -> Replies:
+        """Return some of the replies."""
+        fields = {name: values[own] for name, values in self.fields.items()}
+        return Replies(self.prompts[own], self.completions[own], self.stopped[own], fields)
+
+
+def is_function(name: str) -> bool:
+    """Return whether `name` stands for a reward function; any other is the path of a reward model."""
+    place, _, function = name.rpartition(":")
+    return name in EMBEDDED or bool(place and function.isidentifier())
+
 
 def check_names(names: Sequence[str], weights: Sequence[float]) -> None:
     """Refuse names that cannot stand for a reward, or another number of weights. Raises ConfigError. Runs no code."""
     if not names:
-        raise ConfigError(f"method.rewards=[]: name at least one: {', '.join(EMBEDDED)}, or path.py:function")
-    for name in names:
-        place, colon, function = name.rpartition(":")
-        if name in EMBEDDED or (colon and place and function.isidentifier()):
-            continue
         raise ConfigError(
-            f"method.rewards: {name} is neither an embedded reward ({', '.join(EMBEDDED)}) nor module:function or "
-            f"path.py:function"
+            f"method.rewards=[]: name at least one: {', '.join(EMBEDDED)}, path.py:function, or a reward model"
         )
+    for name in names:
+        if not is_function(name) and "/" not in name:
+            raise ConfigError(
+                f"method.rewards: {name} is neither an embedded reward ({', '.join(EMBEDDED)}) nor module:function, "
+                f"path.py:function or the path of a reward model (./{name} for a folder here)"
+            )
     if len(set(names)) < len(names):
         raise ConfigError(f"method.rewards={list(names)}: a reward is named twice; give it a weight instead")
     if weights and len(weights) != len(names):
@@ -103,7 +117,7 @@ class RewardFunctions:
         for number, name in enumerate(self.names):
             answer = self._ask({"number": number, "arguments": arguments}, name, self.limit_s, replies)
             if "error" in answer:
-                raise RewardError(f"{_named(name)} {answer['error']}; {_quoted(replies, answer['sample'])}")
+                raise RewardError(f"{named(name)} {answer['error']}; {quoted(replies, answer['sample'])}")
             columns.append(answer["rewards"])
         return np.array(columns, np.float64).T.reshape(len(replies.completions), len(self.names))
 
@@ -133,17 +147,17 @@ class RewardFunctions:
         for name in self.names:
             answer = self._ask({"load": name, "available": self._available}, name, LOAD_LIMIT_S)
             if "error" in answer:
-                raise RewardError(f"{_named(name)}: {answer['error']}")
+                raise RewardError(f"{named(name)}: {answer['error']}")
             if answer["missing"]:
                 raise RewardError(
-                    f"{_named(name)} needs {', '.join(map(repr, answer['missing']))}, no field of the prompts; "
+                    f"{named(name)} needs {', '.join(map(repr, answer['missing']))}, no field of the prompts; "
                     f"they have {', '.join(self._available)}"
                 )
 
     def _ask(self, request: dict[str, Any], name: str, limit_s: float, about: Replies | None = None) -> dict[str, Any]:
         """Return the answer of the process to a request about the reward `name`. Raises RewardError if none comes."""
         assert self._process is not None and self._process.stdin is not None
-        place = f"; {_quoted(about, 0)}" if about else ""
+        place = f"; {quoted(about, 0)}" if about else ""
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -151,13 +165,13 @@ class RewardFunctions:
         except (BrokenPipeError, EOFError):
             code = self._process.wait()
             self.close()
-            raise RewardError(f"{_named(name)} ended its process (exit code {code}){place}") from None
+            raise RewardError(f"{named(name)} ended its process (exit code {code}){place}") from None
         if line is None:
             where = self._where()
             self.close()
             raise RewardError(
-                f"{_named(name)} did not return within method.reward_timeout_s={limit_s:g}{where}"
-                f"{f'; of {len(about.completions)} replies the first: {_quoted(about, 0)}' if about else ''}"
+                f"{named(name)} did not return within method.reward_timeout_s={limit_s:g}{where}"
+                f"{f'; of {len(about.completions)} replies the first: {quoted(about, 0)}' if about else ''}"
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -194,11 +208,12 @@ class RewardFunctions:
         return ""
 
 
-def _named(name: str) -> str:
+def named(name: str) -> str:
+    """Return how messages name a reward."""
     return f"method.rewards: {name}"
 
 
-def _quoted(replies: Replies, sample: int) -> str:
+def quoted(replies: Replies, sample: int) -> str:
     """Return a prompt and its reply, shortened."""
     prompt, reply = replies.prompts[sample], replies.completions[sample]
-    return f"prompt {prompt[-_SHOWN:]!r}, reply {reply[:_SHOWN]!r}"
+    return f"prompt {str(prompt)[-_SHOWN:]!r}, reply {reply[:_SHOWN]!r}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,11 @@ from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.draw import SamplingSettings
 from megatrain.kernels import IGNORE_INDEX
 from megatrain.model.gpt import GPT
-from megatrain.reinforcement.rewards import Replies, RewardFunctions
+from megatrain.reinforcement.judge import Judge
+from megatrain.reinforcement.reward_model import BATCH
+from megatrain.reinforcement.rewards import Replies
+
+T = TypeVar("T")
 
 LONG_PROMPT = 256
 """Mean tokens of a prompt from which on its computation is shared by its group: looking for it costs time too."""
@@ -56,7 +61,7 @@ def reply_seed(seed: int, sample: int) -> int:
 class Sampler:
     """Samples replies on all ranks, each its share. `stop_ids` end a reply, `reference` is the model of the KL term.
 
-    `rewards` judges this rank's replies.
+    `rewards` judges the replies.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Sampler:
         world: World,
         tokenizer: Tokenizer,
         stop_ids: Sequence[int],
-        rewards: RewardFunctions,
+        rewards: Judge,
         reference: GPT | None = None,
     ) -> None:
         self.method, self.seed, self.world, self.tokenizer = method, seed, world, tokenizer
@@ -81,10 +86,15 @@ class Sampler:
         """
         bounds = np.linspace(0, len(prompts), self.world.size + 1).round().astype(int).tolist()
         own = slice(bounds[self.world.rank], bounds[self.world.rank + 1])
-        found: Samples | None = None
+        found = self._together(lambda: self._sample(model, prompts[own], samples[own]))
+        return self._scored(self._gathered(found, int(np.diff(bounds).max())), prompts)
+
+    def _together(self, share: Callable[[], T]) -> T:
+        """Return this rank's share of some work. Every rank raises what the rewards or logits of any rank raise."""
+        found: T | None = None
         problem: list[str] | None = None
         try:
-            found = self._sample(model, prompts[own], samples[own])
+            found = share()
         except MegatrainError as error:
             problem = [type(error).__name__, str(error)]
             if problem[0] not in _PASSED_ON:
@@ -92,13 +102,35 @@ class Sampler:
         if problem := next(filter(None, self.world.all_gather_json(problem)), None):
             raise _PASSED_ON[problem[0]](problem[1])
         assert found is not None
-        return self._gathered(found, int(np.diff(bounds).max()))
+        return found
+
+    def _scored(self, found: Samples, prompts: Sequence[Prompt]) -> Samples:
+        """Return the samples of all ranks with what reward models give them.
+
+        A batch has the same replies in every layout, whichever rank scores it, and so the same scores.
+        """
+        if not self.rewards.models:
+            return found
+        texts = self._texts(found.ids, found.stopped.tolist())
+        replies = Replies([prompt.prompt for prompt in prompts], texts, found.stopped.tolist(), {})
+        batches = [replies.part(slice(first, first + BATCH)) for first in range(0, len(texts), BATCH)]
+        rank, size = self.world.rank, self.world.size
+        own = self._together(lambda: [self.rewards.of_models(batch).tolist() for batch in batches[rank::size]])
+        by_rank = self.world.all_gather_json(own)
+        scores = [row for number in range(len(batches)) for row in by_rank[number % size][number // size]]
+        return replace(found, rewards=self.rewards.joined(found.rewards, np.array(scores)))
+
+    def _texts(self, ids: Sequence[list[int]], stopped: Sequence[bool]) -> list[str]:
+        """Return the replies' texts, without the token that stopped one."""
+        return [
+            self.tokenizer.decode(reply[:-1] if ended else reply) for reply, ended in zip(ids, stopped, strict=True)
+        ]
 
     def _sample(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
-        """Return this rank's replies."""
+        """Return this rank's replies, with the rewards that functions give them."""
         method, heartbeat = self.method, self.world.heartbeat
         if not prompts:
-            return Samples([], [], np.zeros(0, bool), np.zeros((0, len(self.rewards.names))), None)
+            return Samples([], [], np.zeros(0, bool), np.zeros((0, self.rewards.num_functions)), None)
         capacity = max(len(prompt.ids) for prompt in prompts) + method.max_new_tokens
         mean = sum(len(prompt.ids) for prompt in prompts) / len(prompts)
         slots = min(method.generate_batch_size, len(prompts))
@@ -114,13 +146,10 @@ class Sampler:
         ]
         replies = generator.run([prompt.ids for prompt in prompts], settings, heartbeat.beat)
         stopped = [reply.finish == "stop" for reply in replies]
-        texts = [
-            self.tokenizer.decode(reply.ids[:-1] if ended else reply.ids)
-            for reply, ended in zip(replies, stopped, strict=True)
-        ]
+        texts = self._texts([reply.ids for reply in replies], stopped)
         names = list(dict.fromkeys(name for prompt in prompts for name in prompt.fields))
         fields = {name: [prompt.fields.get(name) for prompt in prompts] for name in names}
-        rewards = self.rewards(Replies([prompt.prompt for prompt in prompts], texts, stopped, fields))
+        rewards = self.rewards.of_functions(Replies([prompt.prompt for prompt in prompts], texts, stopped, fields))
         ids, rows = [reply.ids for reply in replies], [prompt.ids for prompt in prompts]
         reference, values = None, None
         if self.reference is not None:
@@ -137,7 +166,7 @@ class Sampler:
             return own
         width = self.method.max_new_tokens
         numbers = torch.zeros(rows, width + 2, dtype=torch.int64)
-        values = torch.zeros(rows, 3 * width + len(self.rewards.names), dtype=torch.float64)
+        values = torch.zeros(rows, 3 * width + self.rewards.num_functions, dtype=torch.float64)
         of_tokens = [own.log_probs, own.reference, own.values]
         for row, ids in enumerate(own.ids):
             numbers[row, 0], numbers[row, 1] = len(ids), int(own.stopped[row])

@@ -38,6 +38,7 @@ from megatrain.model.count import flops_per_token, num_parameters, value_shapes
 from megatrain.optim.objectives import objective_of
 from megatrain.optim.schedule import batch_size, learning_rate
 from megatrain.parallel.layout import Layout, describe
+from megatrain.reinforcement.judge import Judge
 from megatrain.reinforcement.stream import RolloutStream
 from megatrain.resilience.fault_classes import PEER, USER, classify, message_of
 from megatrain.resilience.owner import Ownership
@@ -63,7 +64,7 @@ from megatrain.training.origin import (
 )
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.rollback import CheckpointRollback
-from megatrain.training.rollouts import rollout_buffers, rollout_stream
+from megatrain.training.rollouts import load_judge, rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.task_scores import TaskScores, scores_tasks
@@ -119,6 +120,7 @@ class RankJob:
         self.tasks: TaskScores | None = None
         self.compared = Compared()
         self.taught = Taught()
+        self.judge: Judge | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -171,6 +173,7 @@ class RankJob:
             stores.disk.set_aside(self.progress.step)
         else:
             self.compared = compare_with_base(base, objective, self.data, self.run_dir)
+        self.judge = load_judge(self.data, self.world, resumed)
         stream = self._stream(engine, buffers)
         self.tasks = self._task_scores(engine)
         if self.world.is_main:
@@ -294,9 +297,11 @@ class RankJob:
     def _stream(self, engine: Engine, buffers: dict[str, Tensor]) -> Stream:
         """Return the stream of batches: `buffers` is what the checkpoint holds besides the engine's tensors."""
         config = self.config
-        if self.data.prompts:
+        if self.judge:
             reference = self.compared.model
-            return rollout_stream(self.data, engine, self.world, self.layout, self.progress, buffers, reference)
+            return rollout_stream(
+                self.data, engine, self.world, self.layout, self.progress, buffers, reference, self.judge
+            )
         return TrainStream(
             self.data.train,
             self._order,
@@ -370,6 +375,7 @@ class RankJob:
             overrides=self.overrides,
             mixture=self.data.mixture.plan if self.data.mixture else None,
             ancestors=joined([inherited_line(origin, str(self.config.run.name)) if origin else [], self.taught.line]),
+            rewards=dict(self.judge.kept) if self.judge else {},
         )
 
     def _trackers(self) -> Trackers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,16 +13,20 @@ from megatrain.config import SAMPLING, TrainConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.data.tokenizer_loading import load_tokenizer
 from megatrain.distributed.world import World
+from megatrain.engine.common import DTYPES, choose_kernels
 from megatrain.engine.protocol import Engine
 from megatrain.engine.whole_model import WholeModel
 from megatrain.errors import CheckpointError
 from megatrain.model.gpt import GPT
 from megatrain.parallel.layout import Layout
-from megatrain.reinforcement.rewards import RewardFunctions
+from megatrain.reinforcement.judge import Judge
+from megatrain.reinforcement.reward_model import RewardModel, check_kept, load_scorer
+from megatrain.reinforcement.rewards import is_function
 from megatrain.reinforcement.rollout import PREFIX, Rollout, Widths
 from megatrain.reinforcement.sampler import Sampler
 from megatrain.reinforcement.stream import RolloutStream
 from megatrain.training.datasets import RunData
+from megatrain.training.origin import Origin
 
 
 def rollout_buffers(config: TrainConfig, manifest: Manifest) -> dict[str, Tensor]:
@@ -52,21 +57,18 @@ def rollout_stream(
     progress: Progress,
     buffers: dict[str, Tensor],
     reference: GPT | None,
+    judge: Judge,
 ) -> RolloutStream:
     """Return the stream of a run whose method samples. `buffers` holds what its checkpoint has besides the engine's.
 
-    `reference` is the model of `method.kl`.
-
-    Raises:
-        RewardError: a reward cannot be loaded.
+    `reference` is the model of `method.kl`, `judge` gives the rewards.
     """
     config, prompts = data.config, data.prompts
     assert prompts is not None
     method = config.method
     tokenizer = load_tokenizer(data.folder / "tokenizer")
-    rewards = RewardFunctions(method.rewards, prompts.fields, method.reward_timeout_s, world.heartbeat.beat)
     ends = ChatTemplate(tokenizer).ends()
-    sampler = Sampler(method, config.seed, world, tokenizer, ends, rewards, reference)
+    sampler = Sampler(method, config.seed, world, tokenizer, ends, judge, reference)
     return RolloutStream(
         *(config, prompts, data.order, sampler, WholeModel(config, world), engine.state),
         dp_rank=layout.dp_rank(world.rank),
@@ -76,6 +78,31 @@ def rollout_stream(
         cursor=progress.cursor,
         rollout=Rollout.of_state(buffers) if buffers else None,
     )
+
+
+def load_judge(data: RunData, world: World, resumed: Origin | None) -> Judge | None:
+    """Return the rewards of a run whose method samples; None for other methods. `resumed` is what it goes on from.
+
+    Raises:
+        RewardError: a function cannot be loaded.
+        ConfigError: a path of `method.rewards` holds no reward model, or one without a chat template.
+        CheckpointError: a reward model is damaged, or not the one that the run began with.
+    """
+    config, method = data.config, data.config.method
+    if data.prompts is None:
+        return None
+    kept = resumed.manifest.identity.rewards if resumed else {}
+    dtype = DTYPES[config.precision.name]
+    models = []
+    for name in method.rewards:
+        if is_function(name):
+            continue
+        world.heartbeat.enter("load")
+        loaded = load_scorer(name, kept)
+        kernels = choose_kernels(replace(config, model=loaded.config), world.device)
+        models.append(RewardModel(name, loaded, world.device, dtype, kernels))
+        check_kept(models[-1], kept)
+    return Judge(method.rewards, models, data.prompts.fields, method.reward_timeout_s, world.heartbeat.beat)
 
 
 def row_widths(config: TrainConfig, layout: Layout) -> Widths:

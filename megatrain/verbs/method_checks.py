@@ -11,8 +11,9 @@ from megatrain.config.method_config import TARGETS
 from megatrain.config.values import as_text
 from megatrain.data.prompts import KIND
 from megatrain.errors import ConfigError
-from megatrain.reinforcement.rewards import check_names
+from megatrain.reinforcement.rewards import check_names, is_function
 from megatrain.verbs.places import require
+from megatrain.verbs.scorer_checks import check_scorer
 
 FOR_SAMPLING = ("rewards", "reward_weights")
 """Keys of `method` that say nothing to other methods."""
@@ -125,10 +126,15 @@ def _check_low_rank(config: TrainConfig) -> None:
 
 
 def check_method_files(config: TrainConfig) -> None:
-    """Check that the files of a user's rewards, and the teacher, exist. Raises ConfigError."""
+    """Check that the files of a user's rewards, and the teacher, exist, and that reward models are some.
+
+    Raises ConfigError, or CheckpointError for a run without a checkpoint that can be read.
+    """
     if config.method.teacher is not None:
         require("method.teacher", Path(config.method.teacher))
     for name in config.method.rewards:
         place = name.rpartition(":")[0]
-        if place.endswith(".py"):
+        if not is_function(name):
+            check_scorer(f"method.rewards={name}", "method.rewards", Path(name).expanduser())
+        elif place.endswith(".py"):
             require("method.rewards", Path(place).expanduser())

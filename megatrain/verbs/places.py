@@ -12,7 +12,7 @@ from megatrain.config.suggest import did_you_mean, nearest_path
 from megatrain.config.values import exists
 from megatrain.errors import ConfigError
 
-OF_RUNS = ("path", "paths", "base", "ensemble", "run folder", "checkpoint.resume", "checkpoint.init_from")
+OF_RUNS = ("path", "paths", "base", "ensemble", "run folder", "checkpoint.resume", "checkpoint.init_from", "judge")
 """Keys whose value is the folder of a run, a checkpoint, a dataset or a Hugging Face model."""
 
 OTHERS = ("logs", "mlartifacts", "owner", "profile")

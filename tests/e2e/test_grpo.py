@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from support.commands import megatrain, metrics, same
+from support.reward_models import write_reward_model
 from support.rollouts import write_base_and_prompts
 
 from megatrain.checkpoint.manifest import read_manifest
@@ -16,8 +17,9 @@ from megatrain.errors import ConfigError
 from megatrain.verbs.evaluate import evaluate
 
 TUNE = [
-    "tune", "base", "method=grpo", "data.paths=[questions.jsonl]", "method.rewards=[own.py:vowels,ends_by_itself]",
-    "method.reward_weights=[1,0.1]", "train.steps=6", "train.global_batch_size=16", "train.micro_batch_size=4",
+    "tune", "base", "method=grpo", "data.paths=[questions.jsonl]", "train.steps=6",
+    "method.rewards=[own.py:vowels,./judge,ends_by_itself]", "method.reward_weights=[1,0.01,0.1]",
+    "train.global_batch_size=16", "train.micro_batch_size=4",
     "method.group_size=4", "method.max_new_tokens=8", "train.seq_len=64", "method.updates=3", "method.kl=0.02",
     "optim.lr=1e-2", "engine=native", "tracking=none", "checkpoint.every=1", "checkpoint.keep=10",
 ]  # fmt: skip
@@ -28,6 +30,7 @@ def place(tmp_path_factory):
     """Return a folder with a random model and the run `base-grpo`."""
     folder = tmp_path_factory.mktemp("grpo")
     write_base_and_prompts(folder)
+    write_reward_model(folder / "judge")  # of another tokenizer and template
     done = megatrain(folder, *TUNE)
     assert done.returncode == 0, done.stderr
     return folder
@@ -54,7 +57,8 @@ def test_replies_serve_several_steps_and_what_is_rewarded_becomes_likelier(place
     assert ["reward" in record for record in records] == [True, False, False, True, False, False]
     first, second = records[0], records[3]
     assert second["reward"] > first["reward"] and first["kl"] < 1e-6 < second["kl"]
-    assert first["reward"] == pytest.approx(first["reward/own.py:vowels"] + 0.1 * first["reward/ends_by_itself"])
+    parts = [first[f"reward/{name}"] for name in ("own.py:vowels", "judge", "ends_by_itself")]
+    assert first["reward"] == pytest.approx(parts[0] + 0.01 * parts[1] + 0.1 * parts[2]) and abs(parts[1]) > 0.01
     assert first["log_prob_difference"] < 1e-5 < records[1]["log_prob_difference"], (
         "the trainer agrees with the sampler"
     )
@@ -82,3 +86,13 @@ def test_prompts_without_replies_have_no_loss(place, monkeypatch):
     monkeypatch.chdir(place)
     with pytest.raises(ConfigError, match="questions-base holds prompts without replies"):
         evaluate(EvaluateConfig(path="runs/base-grpo", device="cpu"))
+
+
+def test_a_resume_with_another_reward_model_is_refused(place):
+    copied(place, "judged", step=3)
+    (place / "judge").rename(place / "kept")
+    write_reward_model(place / "judge", seed=8)
+    done = megatrain(place, *TUNE, "run.name=judged")
+    shutil.rmtree(place / "judge")
+    (place / "kept").rename(place / "judge")
+    assert done.returncode == 4 and "judge holds another reward model than when this run began" in done.stderr
