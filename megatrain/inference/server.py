@@ -46,10 +46,11 @@ class Server(uvicorn.Server):
         keys: Sequence[str],
         checks: ContentChecks,
         announce: Callable[[], None],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """`announce` is called once requests are taken."""
+        """`announce` is called once requests are taken, and `beat` every second while the server is healthy."""
         self.service: Service | None = None
-        self._announce = announce
+        self._announce, self._beat = announce, beat
 
         def make_service() -> Service:
             self.service = Service(served, config, keys, checks)
@@ -85,6 +86,12 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and not self.should_exit:
             self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does ten times a second, and beat."""
+        if counter % 10 == 0 and self.service is not None and self.service.thread.is_healthy:
+            self._beat()
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,10 +6,11 @@ import ipaddress
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
-from multiprocessing.synchronize import Semaphore
 from pathlib import Path
+from typing import Any
 
 from megatrain.config import ServeConfig
 from megatrain.data.chat.template import ChatTemplate
@@ -46,10 +47,12 @@ def serve(config: ServeConfig) -> int:
 
         if group.workers == 1:
             return _work(config, listener, announce)
-        return run_workers(group.workers, _worker, (config, listener, os.getpid()), group.grace_s, announce)
+        return run_workers(group.workers, _worker, (config, os.getpid()), listener, group.grace_s, announce)
 
 
-def _work(config: ServeConfig, listener: socket.socket, announce: Callable[[], None]) -> int:
+def _work(
+    config: ServeConfig, listener: socket.socket, announce: Callable[[], None], beat: Callable[[], None] = lambda: None
+) -> int:
     """Serve in this process."""
     from megatrain.inference.check_process import ContentChecks
     from megatrain.inference.server import Server
@@ -61,22 +64,22 @@ def _work(config: ServeConfig, listener: socket.socket, announce: Callable[[], N
         template = ChatTemplate(tokenizer) if tokenizer.chat_template() is not None else None
         model = loaded.build(device_by_name(config.device))
         served = ServedModel(_name(config), model, tokenizer, template, loaded.end_tokens())
-        server = Server(served, config.serve, _keys(config), checks, announce)
+        server = Server(served, config.serve, _keys(config), checks, announce, beat)
         return server.serve_until_signal(listener)
 
 
-def _worker(config: ServeConfig, listener: socket.socket, parent: int, is_ready: Semaphore) -> None:
+def _worker(listener: socket.socket, config: ServeConfig, parent: int, alive: Any) -> None:
     """Serve in a process that `run_workers` started."""
     os.setpgid(0, 0)  # Ctrl-C in the terminal is for the parent, which then ends its workers
     if sys.platform == "linux":
         set_parent_death_signal(parent)
     listener.setblocking(False)
 
-    def announce() -> None:
-        is_ready.release()
+    def beat() -> None:
+        alive.value = time.monotonic()
 
     try:
-        code = _work(config, listener, announce)
+        code = _work(config, listener, beat, beat)
     except MegatrainError as error:
         say(f"error: {error}")
         code = error.exit_code
