@@ -44,10 +44,12 @@ class EvaluateConfig:
         choices=("label", "written", "text"),
     )
     prompts: str | None = key(
-        None, "file of JSON lines with prompt, for the win rate of path against each of paths", path=True
+        None,
+        "file of JSON lines with prompt, for the win rate of path against each of paths, or its score without",
+        path=True,
     )
     judge: str | None = key(
-        None, "what scores replies to prompts: an embedded reward, module:function or path.py:function"
+        None, "what scores replies to prompts: an embedded reward, module:function, path.py:function or a reward model"
     )
     temperature: float = key(0.0, "softmax temperature of replies to prompts; 0 is greedy", minimum=0)
     max_new_tokens: int = key(64, "largest number of tokens that a model writes as an answer", minimum=1)

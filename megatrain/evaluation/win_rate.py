@@ -1,4 +1,4 @@
-"""Which of two models answers better, as a judge scores their replies to the same prompts."""
+"""Which of two models answers better, as a judge scores their replies to the same prompts; or how one does."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def _prompt(place: str, line: str) -> dict[str, Any]:
         raise DataError(f"{place}: prompt is {json.dumps(prompt)[:40]}; give the text of the question")
     found: dict[str, Any] = record
     return found
+
+
+def mean_score(scores: Sequence[float], seed: int) -> Score:
+    """Return the mean of the judge's scores of a model's replies, with the bootstrap's interval of 95%."""
+    points = np.asarray(scores, float)
+    low, high = bootstrap(lambda chosen: points[chosen].mean(), len(points), seed)
+    return Score("score", float(points.mean()), None, True, interval=(float(low), float(high)))
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], seed: int) -> tuple[list[Score], dict[str, Any]]:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from megatrain.config import EvaluateConfig
 from megatrain.config.plain import plain
+from megatrain.config.values import exists
 from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
 from megatrain.reinforcement.embedded_rewards import EMBEDDED
+from megatrain.reinforcement.rewards import is_function
 from megatrain.verbs.places import require
+from megatrain.verbs.scorer_checks import check_scorer
 
 LOSS, TASKS, EXAMPLES, WIN_RATE = "the loss on text", "tasks", "examples", "the win rate on prompts"
 REWARDS_ARE = "it gets prompts and completions and returns a number for each, as a reward of megatrain tune does"
@@ -58,16 +61,16 @@ def check_keys(config: EvaluateConfig) -> None:
     if config.max_new_tokens != EvaluateConfig.max_new_tokens and kind == EXAMPLES and config.answer == "label":
         raise ConfigError("max_new_tokens has no effect with answer=label; add answer=written or answer=text")
     if kind == WIN_RATE:
-        if not config.paths:
-            raise ConfigError(
-                f"prompts={config.prompts}: a win rate needs two models: megatrain evaluate <one> <other>"
-            )
         if config.judge is None:
             raise ConfigError(
-                f"prompts={config.prompts}: give a judge=module:function that scores replies; {REWARDS_ARE}"
+                f"prompts={config.prompts}: give a judge that scores replies: a reward model, or module:function; "
+                f"{REWARDS_ARE}"
             )
-        if config.judge not in EMBEDDED and ":" not in config.judge:
-            raise ConfigError(f"judge={config.judge} is neither module:function nor {', '.join(EMBEDDED)}")
+        if not is_function(config.judge) and not exists(config.judge):
+            raise ConfigError(
+                f"judge={config.judge} is neither module:function, {', '.join(EMBEDDED)}, nor the path of a reward "
+                "model"
+            )
     for f in fields(EvaluateConfig):
         value = getattr(config, f.name)
         default = f.default_factory() if callable(f.default_factory) else f.default
@@ -88,7 +91,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     """Check that what an evaluation reads exists, and that the libraries that it needs are installed.
 
     Raises:
-        ConfigError: a path does not exist.
+        ConfigError: a path does not exist, or the judge is no reward model.
         EnvironmentFault: a library is missing.
     """
     for path in config.paths:
@@ -101,6 +104,8 @@ def check_evaluation(config: EvaluateConfig) -> None:
             raise ConfigError(f"tasks_dir={config.tasks_dir} is a file; give the folder with your tasks' YAML files")
     if config.prompts is not None:
         require("prompts", Path(config.prompts))
+        if config.judge is not None and not is_function(config.judge):
+            check_scorer(f"judge={config.judge}", "judge", Path(config.judge))
     if config.examples is not None:
         require("examples", Path(config.examples))
         if find_spec("sklearn") is None:

@@ -4,11 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from support.reward_models import write_reward_model
 
-from megatrain.config import EvaluateConfig
+from megatrain.config import EvaluateConfig, ExportConfig
+from megatrain.data.corpus.normalise import normalise
 from megatrain.errors import ConfigError, DataError, RewardError
 from megatrain.evaluation.win_rate import compare, read_prompts
 from megatrain.verbs.evaluate import evaluate
+from megatrain.verbs.evaluation_checks import check_evaluation
+from megatrain.verbs.export import export_
 from megatrain.verbs.value_checks import check_values
 
 JUDGE = """
@@ -53,6 +59,29 @@ def test_the_win_rate_is_that_of_the_judges_scores(finished, files, capsys):
     assert task["detail"]["wins"] + task["detail"]["losses"] > 0
 
 
+def test_a_reward_model_judges_and_one_model_alone_gets_its_mean_score(finished, files):
+    """The scores are those that transformers' class gives the exported reward model."""
+    judge = str(write_reward_model(files / "reward", max_seq_len=256))
+    out = files / "out.json"
+    evaluate(config(finished, files, judge=judge, out=str(out), limit=4))
+    (against,) = json.loads(out.read_text())["tasks"].values()
+    evaluate(config(finished, files, judge=judge, out=str(out), limit=4, paths=[]))
+    (alone,) = json.loads(out.read_text())["tasks"].values()
+    assert [one["score"] for one in alone["samples"]] == [one["score"] for one in against["samples"]]
+    assert alone["scores"][0]["value"] == against["detail"]["mean_scores"][0]
+    low, high = alone["scores"][0]["interval"]
+    assert low < alone["scores"][0]["value"] < high
+    export_(ExportConfig(path=judge, out=str(files / "exported")))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(files / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "exported")
+    sample = alone["samples"][1]
+    reply = normalise(sample["reply"])  # as the texts of pairs were, which reward models learn from
+    talk = [{"role": "user", "content": sample["prompt"]}, {"role": "assistant", "content": reply}]
+    ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        assert sample["score"] == pytest.approx(float(theirs(ids).logits[0, 0]), abs=1e-5)
+
+
 def test_a_tie_is_half_a_win_and_the_interval_narrows_with_prompts():
     scores, detail = compare([1, 2, 3, 4], [1, 1, 4, 5], seed=0)
     assert scores[0].value == 1.5 / 4 and detail["ties"] == 1 and scores[1].value == -0.25
@@ -72,14 +101,15 @@ def test_judges_and_prompts_that_do_not_work_are_refused(finished, files, tmp_pa
     with pytest.raises(RewardError, match=r"^judge=.*judge.py:nothing: .*has no function nothing"):
         evaluate(config(finished, files, judge=f"{files / 'judge.py'}:nothing"))
     for keys, says in (
-        ({"paths": []}, "a win rate needs two models"),
-        ({"judge": None}, "give a judge=module:function"),
-        ({"judge": "better"}, "judge=better is neither module:function nor exact_match"),
+        ({"judge": None}, "give a judge that scores replies: a reward model, or module:function"),
+        ({"judge": "better"}, "judge=better is neither module:function, exact_match"),
         ({"num_fewshot": 1}, "num_fewshot=1 has no effect on the win rate on prompts; add tasks=..."),
         ({"examples": "x.jsonl"}, "examples and prompts are evaluations of their own"),
     ):
         with pytest.raises(ConfigError, match=says):
             check_values(config(finished, files, **keys))
+    with pytest.raises(ConfigError, match=r"judge=.*first: a language model gives no score; give a reward model"):
+        check_evaluation(config(finished, files, judge=str(finished)))
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "answer": 1}\n')
     with pytest.raises(DataError, match=r"line 2: its fields differ from those of the first \(answer\)"):
         read_prompts(tmp_path / "bad.jsonl")
