@@ -68,7 +68,7 @@ FLAGS = {
     "--config-dir": "DIR: choices of your own, such as model=my from DIR/model/my.yaml",
     "--completion": "SHELL: print a script that completes commands in bash, zsh or fish",
     "--debug": "show the stack trace of an error",
-    "--multirun": "train: run every combination of several values, each as a separate run; short: -m",
+    "--multirun": "train, tune: run every combination of several values, each as a separate run; short: -m",
     "--dry-run": "train or prepare with launch=slurm, or --multirun: show what would be submitted or started",
     "--version": "print the version",
 }
@@ -179,17 +179,17 @@ def run(arguments: Arguments) -> int:
     if "--help" in arguments.flags:
         print(verb_help(verb, arguments.overrides, own_folders(arguments.own_choices), FLAGS))
         return EXIT_OK
-    if "--multirun" in arguments.flags:
-        if verb != "train":
+    if "--multirun" in arguments.flags or (verb == "tune" and _asks_for_folds(arguments.overrides)):
+        if verb not in ("train", "tune"):
             raise ConfigError(
-                f"--multirun runs a sweep of training runs: use megatrain train --multirun, or {verb} without it"
+                f"--multirun runs a sweep of training runs: use train or tune with it, or {verb} without it"
             )
         from megatrain.verbs.multirun import multirun
 
         if not arguments.flags & {"--cfg", "--dry-run"}:
             _keep_going(verb)
         _warn_of_repetitions(arguments)
-        return multirun(arguments.overrides, arguments.flags - {"--multirun"})
+        return multirun(arguments.overrides, arguments.flags - {"--multirun"}, verb)
     from megatrain.verbs.path_checks import check_paths
 
     if verb == "tune":
@@ -219,6 +219,12 @@ def run(arguments: Arguments) -> int:
     also = {"prepare": (arguments.overrides, sorted(arguments.flags)), "tokenizer": (arguments.overrides,)}
     result = action(config, *also.get(verb, ()))
     return result if isinstance(result, int) else EXIT_OK  # some verbs return a path to callers in Python
+
+
+def _asks_for_folds(overrides: list[str]) -> bool:
+    from megatrain.verbs.folds import asks_for_folds
+
+    return asks_for_folds(overrides)
 
 
 def config_of(verb: str, overrides: list[str]) -> Any:

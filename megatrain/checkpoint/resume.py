@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "data.text_column",
     "data.hf_*",
     "data.heldout_fraction",
+    "data.fold*",
     "data.max_*",
     "data.oversized",
     "data.undecodable",

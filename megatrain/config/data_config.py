@@ -55,6 +55,13 @@ class DataConfig:
     hf_config: str | None = key(None, "configuration of the Hugging Face dataset")
     hf_split: str = key("train", "split of the Hugging Face dataset")
     heldout_fraction: float = key(0.05, "fraction of the documents held out for evaluation", minimum=0, below=1)
+    folds: int | None = key(
+        None,
+        "divide the documents into so many folds and hold out one, data.fold, in place of data.heldout_fraction; "
+        "megatrain tune trains a run for each",
+        minimum=2,
+    )
+    fold: int | None = key(None, "number of the fold to hold out, from 1", minimum=1)
     max_documents: int | None = key(None, "read at most this many documents; null reads all", minimum=1)
     join_comments: bool = key(
         False,

@@ -94,7 +94,12 @@ MOST_USED: dict[str, tuple[str, ...]] = {
 }
 """The ten keys to know first, of verbs that have many. Their help shows the others on request."""
 
-FLAGS_OF = {"--multirun": ("train",), "--dry-run": ("train", "tune", "prepare"), "--completion": (), "--version": ()}
+FLAGS_OF = {
+    "--multirun": ("train", "tune"),
+    "--dry-run": ("train", "tune", "prepare"),
+    "--completion": (),
+    "--version": (),
+}
 """The verbs whose help lists a flag, where it is not all."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -110,6 +115,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "tune": (
         "megatrain tune runs/base 'data.paths=[talks.jsonl]'",
+        "megatrain tune runs/base 'data.paths=[talks.jsonl]' data.folds=5",
         "megatrain tune llama-folder data.name=talks method=sft precision=bf16 launch.nproc_per_node=8 parallel.zero=3",
     ),
     "layouts": (
@@ -188,7 +194,7 @@ LAYOUTS = (
     "and set of degrees is shown once before any is shown twice, as far as layouts.limit allows."
 )
 
-NOTES = {"train": MULTIRUN, "layouts": LAYOUTS}
+NOTES = {"train": MULTIRUN, "tune": MULTIRUN, "layouts": LAYOUTS}
 
 
 def overview(flags: Mapping[str, str]) -> str:

@@ -313,6 +313,6 @@ def sweep_message(name: str, value: str, quotable: bool = False) -> str:
     """Return the message for several values in a command that takes one."""
     advice = f" (quote text that holds a comma: {name}=\"'...'\")" if quotable else ""
     return (
-        f"{name}={value}: several values make a sweep, which only megatrain train --multirun runs; "
+        f"{name}={value}: several values make a sweep, which only megatrain train and tune run, with --multirun; "
         f"give one value{advice}"
     )

@@ -102,7 +102,7 @@ def _surprises(target: Path, card: Card) -> Iterator[str]:
         )
     tokens = {name: split.tokens for name, split in card.splits.items()}
     share = tokens.get("heldout", 0) / max(sum(tokens.values()), 1)
-    if share > _MUCH_HELD_OUT:
+    if share > _MUCH_HELD_OUT and not card.config.get("data", {}).get("folds"):
         yield (
             f"note: {share:.0%} of the tokens are held out, as data.heldout_fraction counts documents, which differ in "
             "length; each evaluation reads them all unless train.eval_steps bounds it"

@@ -142,6 +142,9 @@ class TextStages:
             removed = [f"{report.name} removed {format_counts(report.rules)}" for report in reports if report.rules]
             steps = f"; clean={self.config.clean.name}: {'; '.join(removed)}" if removed else ""
             raise DataError(f"data={data.kind}: the corpus is empty ({format_counts(counts)}){first}{steps}")
+        if data.folds and data.fold:
+            selection.hold_out_fold(data.fold, data.folds)
+            return selection
         if kept == 1 and data.kind in CHAT_KINDS and data.heldout_fraction > 0:
             what = {"chat": "conversation", "pairs": "pair", "prompts": "prompt"}[data.kind]
             raise DataError(

@@ -21,6 +21,15 @@ def send_scores(run_dir: Path, step: int, scores: Mapping[str, float]) -> str | 
 
     A server that cannot be used is a warning: the scores are in the run's folder too.
     """
+    return _send(run_dir, step, scores, of_sweep=False)
+
+
+def send_sweep_scores(run_dir: Path, scores: Mapping[str, float]) -> str | None:
+    """Log scores of a sweep at its own MLflow run, the parent of that of the run `run_dir`; as `send_scores`."""
+    return _send(run_dir, 0, scores, of_sweep=True)
+
+
+def _send(run_dir: Path, step: int, scores: Mapping[str, float], of_sweep: bool) -> str | None:
     run_id = _run_id(run_dir)
     if run_id is None:
         return None
@@ -28,13 +37,16 @@ def send_scores(run_dir: Path, step: int, scores: Mapping[str, float]) -> str | 
         from mlflow.entities import Metric
         from mlflow.tracking import MlflowClient
 
+        client = MlflowClient(tracking_uri(run_dir.parent))
+        if of_sweep and (run_id := client.get_run(run_id).data.tags.get("mlflow.parentRunId")) is None:
+            return None
         moment = round(time.time() * 1000)
         metrics = [
             Metric(FORBIDDEN.sub("_", name), float(value), moment, step)
             for name, value in scores.items()
             if math.isfinite(value)
         ]
-        MlflowClient(tracking_uri(run_dir.parent)).log_batch(run_id, metrics=metrics)
+        client.log_batch(run_id, metrics=metrics)
     except Exception as error:  # whatever the library or the server raises
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         _LOG.warning("warning: the scores cannot be sent to the run's MLflow run (%s); they are in %s", reason, run_dir)

@@ -1,4 +1,4 @@
-"""`megatrain train --multirun`: start the points of a sweep, one after another or as Slurm jobs. Imports no torch.
+"""`--multirun` of train and tune: start the points of a sweep, one after another or as Slurm jobs. Imports no torch.
 
 Each point is started by the command that a person would type, so it is owned, restarted, requeued and resumed like any
 run. `sweep_points.py` works out the points.
@@ -31,7 +31,11 @@ from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.resilience.terminal import keep_log
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
+from megatrain.tracking.mlflow_scores import send_sweep_scores
+from megatrain.verbs import folds
+from megatrain.verbs.folds import asks_for_folds, number_of_folds
 from megatrain.verbs.sweep_points import (
+    FOLD,
     Point,
     check_points,
     compose_points,
@@ -45,15 +49,19 @@ POLL_S = 0.05
 """Seconds between checks for a signal to forward to the running point."""
 
 
-def multirun(overrides: Sequence[str], flags: set[str]) -> int:
-    """Run or submit a sweep, or only show it (`--cfg`, `--dry-run`).
+def multirun(overrides: Sequence[str], flags: set[str], verb: str = "train") -> int:
+    """Run or submit a sweep of `train` or `tune`, or only show it (`--cfg`, `--dry-run`).
+
+    `tune` with `data.folds` has a point for each fold.
 
     Returns 0 if every point is done or submitted, 75 (or 130) if a signal ended the sweep, else the exit code of the
     first point that failed. Raises ConfigError and the other errors of a plain start before any point is started.
     """
     if is_launched() or slurm.Step.from_environ() is not None:
         raise ConfigError("--multirun starts jobs and cannot be part of one; run it from a shell outside the job")
-    points = compose_points(overrides)
+    if verb == "tune" and asks_for_folds(overrides):
+        overrides = [*overrides, f"{FOLD}=range(1,{number_of_folds(overrides) + 1})"]
+    points = compose_points(overrides, verb, make=not flags & {"--cfg", "--dry-run"})
     if "--cfg" in flags:
         for point in points:
             print(f"---\n# {point.recorded.label}\n{yaml.safe_dump(asdict(point.config), sort_keys=False)}", end="")
@@ -117,6 +125,8 @@ def submit_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> 
                     to_show.append((name, submission))
                 else:
                     print(f"{submission.submit()}  {name}", flush=True)
+    if not dry_run:
+        show_folds(points)
     if to_show:
         slurm.show_dry_run(to_show[0][1].script, [f"job {name}" for name, _ in to_show])
         print("\n".join(str(submission) for _, submission in to_show))
@@ -151,12 +161,26 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
             else:
                 codes.append(current.run([*command, *point.overrides]))
     print(table(points, codes), flush=True)
+    show_folds(points)
+    print("\n" + next_step(f"megatrain report {shlex.quote(str(sweep_folder(points)))}"), flush=True)
     failed = [code for code in codes if code != EXIT_OK]
     if not failed:
         return EXIT_OK
     if current.signal_number:
         return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else EXIT_SAVED_AFTER_SIGNAL
     return failed[0] or EXIT_OK
+
+
+def show_folds(points: Sequence[Point]) -> None:
+    """Print what the folds of a cross-validation say, if any is done, and keep it in the sweep's folder and MLflow."""
+    if points[0].config.data.fold is None or not any(done := [is_done(point) for point in points]):
+        return
+    settings = folds.summarise(points, done)
+    folder = sweep_folder(points)
+    folds.save(folder, settings)
+    print(f"{folds.table(settings)}\n\n(in {folder / folds.FILE})", flush=True)
+    if scores := folds.scores(settings):
+        send_sweep_scores(points[0].folder, scores)
 
 
 class _RunningPoint:
@@ -209,7 +233,7 @@ def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
         rows.append((str(point.config.run.name), "not run" if code is None else str(code), *losses))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
-    return "\n".join(["", *lines, "", next_step(f"megatrain report {shlex.quote(str(sweep_folder(points)))}")])
+    return "\n".join(["", *lines])
 
 
 def last_losses(run_dir: Path) -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""The points of `megatrain train --multirun`: each combination of the given values is a run. Imports no torch.
+"""The points of `--multirun`: each combination of the values given to train or tune is a run. Imports no torch.
 
 Hydra's grammar reads the values. Here they become composed, named and checked runs; `multirun.py` starts them.
 """
@@ -15,13 +15,14 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import TrainConfig
+from megatrain.config import TrainConfig, TuneConfig
 from megatrain.config.choices import CONFIG_DIR, CONFIG_FILE, GROUPS, SEARCH_PATH, choices_of
 from megatrain.config.compose import compose, default_run_name, key_types, own_folders
 from megatrain.config.values import is_sweep, quoted
 from megatrain.errors import ConfigError, MegatrainError, cannot_write
 from megatrain.launch import slurm
 from megatrain.tracking.sweep_record import SweepPoint, SweepRecord, is_sweep_folder
+from megatrain.verbs.tune import dataset_name, name_parts, train_words
 
 MAX_POINTS = 1000
 """Most points of a sweep: a typing mistake in a range must not start a million runs."""
@@ -37,8 +38,12 @@ FIXED = {
     "run.sweep": "--multirun sets it",
     "launch": "all runs are started in the same way",
     "launch.name": "all runs are started in the same way",
+    "data.folds": "a sweep has one number of folds",
 }
 """Keys that cannot be swept, and why."""
+
+FOLD = "data.fold"
+"""The key whose values are the folds of a cross-validation."""
 
 
 @dataclass
@@ -63,35 +68,58 @@ class Point:
 # ---------------------------------------------------------------------------------------------------- expanding
 
 
-def compose_points(overrides: Sequence[str]) -> list[Point]:
-    """Compose, name and check the points of a sweep. A ConfigError names its point."""
+def compose_points(overrides: Sequence[str], verb: str = "train", make: bool = False) -> list[Point]:
+    """Compose, name and check the points of a sweep of `train` or `tune`. A ConfigError names its point.
+
+    The points are runs of `train` in both cases; with `make`, what those of `tune` begin from is imported and prepared.
+    """
     from megatrain.verbs.start_checks import with_checkpoint_model
     from megatrain.verbs.value_checks import check_folder_name, check_values
 
-    fixed, combinations = expand(overrides)
+    fixed, combinations = expand(overrides, verb)
     name = fixed.pop("run.name", None)
     points = []
     for number, values in enumerate(combinations, start=1):
         given = [*fixed.values(), *(f"{key}={value}" for key, value in values.items())]
         with errors_name_point(number, len(combinations), values):
-            named = [name] if name is not None else []
-            points.append(Point(values, given, compose("train", with_checkpoint_model("train", [*given, *named]))))
+            words = [*given, *([name] if name is not None else [])]
+            points.append(Point(values, given, compose(verb, with_checkpoint_model(verb, words))))
     sweep, prefix = sweep_name(points, given=name is not None)
     check_folder_name("run.name", sweep)
     folder = Path(points[0].config.run.dir) / sweep
     recorded = SweepRecord.load(folder).points if is_sweep_folder(folder) else []
+    made: set[tuple[str, str]] = set()
     for number, point in enumerate(points, start=1):
-        point.config.run.sweep = sweep
         known = next((one.run for one in recorded if one.values == point.values), None)
-        point.config.run.name = known or f"{prefix}-{point_suffix(point.values)}"
-        point.overrides += [quoted("run.name", point.config.run.name), quoted("run.sweep", sweep)]
+        run = known or f"{prefix}-{point_suffix(point.values)}"
+        words = [quoted("run.name", run), quoted("run.sweep", sweep)]
         with errors_name_point(number, len(points), point.values):
+            if isinstance(point.config, TuneConfig):
+                point.overrides = _train_words([*point.overrides, *words], point.config, made, make)
+                point.config = compose("train", with_checkpoint_model("train", point.overrides))
+            else:
+                point.overrides += words
+                point.config.run.name, point.config.run.sweep = run, sweep
             check_values(point.config)
     refuse_duplicates(points)
     return points
 
 
-def expand(overrides: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _train_words(words: Sequence[str], config: TuneConfig, made: set[tuple[str, str]], make: bool) -> list[str]:
+    """Return the words of `train` for a point of `tune`; import and prepare what no earlier point has `made`."""
+    needs = config.path, dataset_name(config)
+    found = train_words(words, make=make and needs not in made, show=not made)
+    made.add(needs)
+    return found
+
+
+def last_value(overrides: Sequence[str], key: str) -> str | None:
+    """Return the last value of a key in a command line, as text."""
+    found = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip().lstrip("+") == key]
+    return found[-1].strip() if found else None
+
+
+def expand(overrides: Sequence[str], verb: str = "train") -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return the overrides that all points share, by key, and for each point the values of the swept keys.
 
     The last swept key varies fastest. Raises ConfigError if nothing is swept, too much is, or a key of `FIXED` is.
@@ -177,10 +205,13 @@ def errors_name_point(number: int, count: int, values: dict[str, str]) -> Iterat
 def sweep_name(points: Sequence[Point], given: bool) -> tuple[str, str]:
     """Return the sweep's name, and what the names of its points begin with.
 
-    Both are `run.name` if given. Otherwise they begin with the model and data that all points share. The sweep's name
-    goes on with the swept keys. So do the names of the points where they would otherwise be those of plain runs.
+    Both are `run.name` if given. Otherwise they begin with the model and data that all points share, or in `tune` the
+    base and method. The sweep's name goes on with the swept keys. So do the names of the points where they would
+    otherwise be those of plain runs.
     """
     first = points[0].config
+    if isinstance(first, TuneConfig):
+        return _name_of_tuning(points)
     if given or first.run.name != default_run_name(first):  # an experiment may give one too
         return str(first.run.name), str(first.run.name)
     common = [
@@ -192,6 +223,18 @@ def sweep_name(points: Sequence[Point], given: bool) -> tuple[str, str]:
     prefix = "-".join(common)
     is_plain = any(f"{prefix}-{point_suffix(point.values)}" == point.config.run.name for point in points)
     return name, name if is_plain or not prefix else prefix
+
+
+def _name_of_tuning(points: Sequence[Point]) -> tuple[str, str]:
+    first = points[0].config
+    if first.run.name is not None:
+        return first.run.name, first.run.name
+    parts = zip(*(name_parts(point.config) for point in points if isinstance(point.config, TuneConfig)), strict=True)
+    common = [of_all[0] for of_all in parts if len(set(of_all)) == 1]
+    common += [f"{first.data.folds}folds"] * bool(first.data.fold)
+    swept = [short for key, short in short_names(points[0].values).items() if key != FOLD]
+    prefix = "-".join(common) or "tune"
+    return "-".join([prefix, *swept]), prefix
 
 
 def point_suffix(values: dict[str, str]) -> str:
@@ -212,7 +255,7 @@ def point_suffix(values: dict[str, str]) -> str:
 
 def short_names(values: dict[str, str]) -> dict[str, str]:
     """Return a short name for each swept key (its last part if unique), in the schema's order, groups first."""
-    order = [*GROUPS["train"], *key_types(TrainConfig)]
+    order = [*GROUPS["train"], *key_types(TuneConfig)]  # which has all keys of train in their order
     keys = sorted(values, key=order.index)
     last = [key.rpartition(".")[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}

@@ -39,8 +39,8 @@ from megatrain.resilience.terminal import say
 from megatrain.verbs.path_checks import check_paths
 from megatrain.verbs.places import require
 from megatrain.verbs.printer import Printer, printable
-from megatrain.verbs.start_checks import INIT_FROM, with_checkpoint_model
-from megatrain.verbs.value_checks import check_values
+from megatrain.verbs.start_checks import INIT_FROM, UNRECORDED, with_checkpoint_model
+from megatrain.verbs.value_checks import check_fold, check_values
 
 LONGEST = 2048
 """Most tokens of a sequence that `train.seq_len=null` means."""
@@ -77,11 +77,11 @@ TUNINGS: dict[str, Tuning] = {
 """The methods of tuning by `method.name`."""
 
 
-def train_words(overrides: Sequence[str], make: bool) -> list[str]:
+def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list[str]:
     """Return the words of `megatrain train` that mean the same as these of `megatrain tune`.
 
-    With `make`, a Hugging Face base is imported and the files of `data.paths` are prepared, unless that is done. In a
-    job or under another launcher they must be there already.
+    With `make`, a Hugging Face base is imported and the files of `data.paths` are prepared, unless that is done, and
+    with `show` a sample is shown. In a job or under another launcher they must be there already.
 
     Raises:
         ConfigError, CheckpointError, DataError: as `megatrain train` and `prepare`, or the base is no model.
@@ -89,13 +89,15 @@ def train_words(overrides: Sequence[str], make: bool) -> list[str]:
     given = list(overrides)
     config: TuneConfig = compose("tune", given)
     tuning = _tuning(config)
+    if config.data.folds or config.data.fold:
+        _check_fold(config)
     make = make and not is_launched() and Step.from_environ() is None
     base = _base_checkpoint(config, make)
     model = _model_of(base)
     groups = read_overrides("tune", given).groups
     implied: dict[str, Any] = {
-        "run.name": config.run.name or f"{_name_of(Path(config.path))}-{config.method.name}",
-        "data.name": config.data.name or _dataset_name(config),
+        "run.name": config.run.name or "-".join(name_parts(config)),
+        "data.name": dataset_name(config),
         "train.seq_len": config.train.seq_len or min(model.max_seq_len, LONGEST),
         "optim.lr": config.optim.lr or (tuning.lora_lr if config.method.lora.rank else tuning.lr),
     }
@@ -106,10 +108,11 @@ def train_words(overrides: Sequence[str], make: bool) -> list[str]:
     words = [quoted(INIT_FROM, str(base)), *(f"{key}={as_text(value)}" for key, value in implied.items())]
     if "method" not in groups:
         words.append(f"method={config.method.name}")
-    words += [word for word in given if word.partition("=")[0].lstrip("+").replace("/", ".") not in ONLY_HERE]
+    done = {*ONLY_HERE, *implied, *(UNRECORDED if config.data.paths else ())}
+    words += [word for word in given if word.partition("=")[0].lstrip("+").replace("/", ".") not in done]
     planned = _checked([*words, *_planned(config, epoch=UNKNOWN)])
     samples = _samples(planned, base, make) if planned.data.kind not in MIXED else None
-    if make and samples is not None:
+    if make and show and samples is not None:
         _show_sample(planned)
     return [*words, *_planned(config, samples and samples / planned.train.global_batch_size)]
 
@@ -174,6 +177,11 @@ def _model_of(base: Path) -> ModelConfig:
     return model_of(*found)
 
 
+def name_parts(config: TuneConfig) -> list[str]:
+    """Return the parts of the default name of a run."""
+    return [_name_of(Path(config.path)), config.method.name]
+
+
 def _name_of(path: Path) -> str:
     """Return the name of a base: of the run for a checkpoint of a run, else of its folder."""
     whole = Path(os.path.realpath(path))
@@ -185,8 +193,23 @@ def _name_of(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def _dataset_name(config: TuneConfig) -> str:
-    """Return the name of the dataset that files become. Raises ConfigError if there are none."""
+def dataset_name(config: TuneConfig) -> str:
+    """Return the name of the dataset: as given or by its files, and by its fold. Raises ConfigError if it has none."""
+    data = config.data
+    return (data.name or _name_of_files(config)) + (f"-fold{data.fold}of{data.folds}" if data.fold else "")
+
+
+def _check_fold(config: TuneConfig) -> None:
+    """Refuse folds of what cannot be divided or has no held-out loss. Raises ConfigError."""
+    check_fold(config.data)
+    given = f"data.folds={config.data.folds}"
+    if config.method.name in SAMPLING:
+        raise ConfigError(f"{given}: method={config.method.name} has no held-out loss to compare; leave it out")
+    if not config.data.paths:
+        raise ConfigError(f"{given} divides the records of data.paths; a prepared dataset has its split already")
+
+
+def _name_of_files(config: TuneConfig) -> str:
     if not config.data.paths:
         raise ConfigError(
             "tune needs data: give data.paths=[talks.jsonl], or data.name=... of a dataset that megatrain prepare made"
@@ -275,7 +298,7 @@ def _planned(config: TuneConfig, epoch: float | None) -> list[str]:
 
 def _begun_warmup(config: TuneConfig) -> int | None:
     """Return the warm-up that the run began with, which stays when the run is made longer; None for a new run."""
-    name = config.run.name or f"{_name_of(Path(config.path))}-{config.method.name}"
+    name = config.run.name or "-".join(name_parts(config))
     found = peek(Path(config.run.dir) / name / "checkpoints")
     begun: int | None = found[1].identity.config.get("optim", {}).get("warmup_steps") if found else None
     return begun

@@ -74,6 +74,7 @@ def check_values(config: Any) -> None:
                 "recipe from a file"
             )
         check_source(config.data)
+        check_fold(config.data)
         check_minhash(config.clean.minhash)
         read_phases(config.data)
         check_stage(config)
@@ -87,6 +88,7 @@ def check_values(config: Any) -> None:
         if config.run.sweep is not None:
             check_folder_name("run.sweep", config.run.sweep)
         read_phases(config.data)
+        check_fold(config.data)
         ranks = world_size(config)
         check_model(config.model)
         check_loop(config)
@@ -232,6 +234,18 @@ def check_source(config: DataConfig) -> None:
             "of them by its own name, for example with data=files data.name=web"
         )
     check_read_keys(config)
+
+
+def check_fold(config: DataConfig) -> None:
+    """Check that a fold to hold out and the number of folds are given together. Raises ConfigError."""
+    if (config.fold is None) != (config.folds is None):
+        given, other = ("data.folds", "data.fold") if config.fold is None else ("data.fold", "data.folds")
+        raise ConfigError(
+            f"{given}={config.folds or config.fold} needs {other}: data.folds=5 data.fold=1 holds out the first fifth; "
+            "megatrain tune <base> data.folds=5 trains a run for each fold"
+        )
+    if config.fold and config.folds and config.fold > config.folds:
+        raise ConfigError(f"data.fold={config.fold}: there are only data.folds={config.folds}, counted from 1")
 
 
 def check_read_keys(config: DataConfig) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from megatrain.data.corpus.cleaned import CleanedShard
+from megatrain.errors import DataError
 
 DROPPED, TRAIN, HELDOUT, NEAR_DUPLICATE = 0, 1, 2, 3
 """Flags: an exact duplicate, those that are kept, and a near duplicate."""
@@ -92,6 +93,25 @@ class Selection:
                 self._flag_draw(lowest[0], HELDOUT)
             elif not self.count(TRAIN):
                 self._flag_draw(highest[0], TRAIN)
+
+    def hold_out_fold(self, fold: int, folds: int) -> None:
+        """Hold out one of `folds` equal parts of the kept documents, in the order of their draws; the first is 1.
+
+        Documents of one draw, an original and its augmented copies, are in one fold. Raises `DataError` if there are
+        fewer draws than folds.
+        """
+        draws = np.unique(np.concatenate([self._draws(number)[1] for number in range(len(self.shards))]))
+        if len(draws) < folds:
+            raise DataError(f"data.folds={folds}: there are {len(draws)} different documents; give fewer folds")
+        bounds = draws[[(fold - 1) * len(draws) // folds, fold * len(draws) // folds - 1]]
+        for number in range(len(self.shards)):
+            kept, of_shard = self._draws(number)
+            self.flags_of(number)[kept] = np.where((of_shard >= bounds[0]) & (of_shard <= bounds[1]), HELDOUT, TRAIN)
+
+    def _draws(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the kept documents of a shard, by their index in it, and the draw of each."""
+        kept = np.flatnonzero(is_kept(self.flags_of(shard)))
+        return kept, self.shards[shard].documents()["heldout_draw"][kept]
 
     def _flag_draw(self, draw: int, flag: int) -> None:
         """Flag the kept documents of one draw: an original and its augmented copies."""

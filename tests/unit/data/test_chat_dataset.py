@@ -271,6 +271,22 @@ def test_bad_conversations_stop_or_are_skipped_and_counted_by_their_line(make):
         make("one", records=good[:1])
 
 
+def test_folds_are_disjoint_equal_and_all_there_is_and_equal_talks_are_in_one(make):
+    """Whatever the order of the records; a conversation that comes again is in one fold, not in two."""
+    records = [*talks(20), *talks(3)]
+    found = []
+    for fold in (1, 2, 3):
+        given = records if fold < 3 else records[::-1]
+        folder = make(f"f{fold}", records=given, folds=3, fold=fold, clean=CleanConfig(dedup="none"))
+        found.append([tuple(ids.tolist()) for ids in IndexedDataset.open(folder, "heldout").documents()])
+        trained = {tuple(ids.tolist()) for ids in IndexedDataset.open(folder, "train").documents()}
+        assert not trained & set(found[-1]) and len(trained | set(found[-1])) == 20
+    assert sorted(len(set(one)) for one in found) == [6, 7, 7] and len(set().union(*found)) == 20
+    assert sum(map(len, found)) == 23
+    with pytest.raises(DataError, match=r"data.folds=30: there are 20 different documents; give fewer folds"):
+        make("many", folds=30, fold=1, records=records)
+
+
 def test_a_run_must_pack_them_and_keep_them_apart(make):
     folder = make()
     card = Card.load(folder)

@@ -175,8 +175,11 @@ def test_a_name_that_needs_quotes_gets_them():
             "point 1 of 2 (data.name=nowhere): there is no data",
         ),
         (["train", "-m", "seed=1,2", "launch.num_nodes=2"], "point 1 of 2 (seed=1): launch.num_nodes=2: a plain start"),
-        (["prepare", "-m", "seed=1,2"], "--multirun runs a sweep of training runs: use megatrain train --multirun"),
-        (["train", "seed=1,2"], "seed=1,2: several values make a sweep, which only megatrain train --multirun runs"),
+        (["prepare", "-m", "seed=1,2"], "--multirun runs a sweep of training runs: use train or tune"),
+        (
+            ["train", "seed=1,2"],
+            "seed=1,2: several values make a sweep, which only megatrain train and tune",
+        ),
     ],
 )
 def test_a_mistake_is_reported_before_anything_starts(words, says, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 from megatrain.verbs import tune
 from megatrain.verbs.start_checks import with_checkpoint_model
+from megatrain.verbs.sweep_points import compose_points
 from megatrain.verbs.value_checks import check_values
 
 
@@ -43,6 +44,19 @@ def test_the_base_the_method_and_the_data_give_the_rest(words, finished, dataset
     low_rank = config_of(words("method.lora.rank=2", "method.epochs=1"))
     assert (low_rank.optim.lr, low_rank.engine.name) == (1e-4, "native")
     assert low_rank.train.steps in range(epoch - 1, epoch + 1)
+
+
+def test_a_sweep_has_runs_of_train_that_begin_from_the_base(finished, dataset, tmp_path):
+    place = [f"path={finished}", "train.seq_len=16", f"data.dir={dataset.parent}", f"run.dir={tmp_path}"]
+    points = compose_points([*place, f"data.name={dataset.name}", "optim.lr=1e-4,3e-4"], "tune", make=True)
+    assert [point.config.run.name for point in points] == ["first-sft-lr0.0001", "first-sft-lr0.0003"]
+    for point, lr in zip(points, (1e-4, 3e-4), strict=True):
+        config = config_of(point.overrides)
+        assert (config.optim.lr, config.run.sweep, config.checkpoint.init_from) == (lr, "first-sft-lr", str(finished))
+        assert config == point.config and config.method.name == "sft"
+    folds = [*place, "data.paths=[talks.jsonl]", "data.folds=3"]
+    with pytest.raises(ConfigError, match=r"point 1 of 2 .data.fold=1.: data.folds=3: method=grpo has no held-out"):
+        compose_points([*folds, "data.fold=1,2", "method=grpo"], "tune")
 
 
 def test_what_is_given_counts(words):
