@@ -11,6 +11,23 @@ from megatrain.config.key import key
 class ServeGroup:
     """The server: its address, who may ask how much, and how replies are computed."""
 
+    backend: str = key(
+        "embedded",
+        "who computes replies: embedded (this program) or vllm (vLLM's own server)",
+        choices=("embedded", "vllm"),
+    )
+    vllm_command: list[str] = key(
+        [], "backend=vllm: words that start its server, of any environment; empty: vllm serve of this Python"
+    )
+    vllm_args: list[str] = key([], "backend=vllm: more arguments of vllm serve, such as --dtype=bfloat16")
+    vllm_start_s: float = key(
+        1800.0, "backend=vllm: longest time until it takes requests, in seconds", above=0, maximum=1e7
+    )
+    export_dir: str | None = key(
+        None,
+        "backend=vllm: where exported models are kept; null: exported/ in a run, or beside a checkpoint",
+        path=True,
+    )
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 is every address of this machine")
     port: int = key(8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
     workers: int = key(1, "processes behind the address, each with the model; a dead one is replaced", minimum=1)

@@ -141,6 +141,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megatrain serve runs/assistant",
         "megatrain serve exported serve.host=0.0.0.0 serve.port=8080 serve.api_key_file=keys.txt "
         "serve.max_concurrent=32",
+        "megatrain serve runs/assistant serve.backend=vllm 'serve.vllm_command=[/opt/vllm/bin/vllm,serve]'",
     ),
     "export": (
         "megatrain export runs/small-python_stdlib out=exported",

@@ -73,7 +73,7 @@ def run_workers(
         process.start()
         return _Worker(process, alive)
 
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         workers = [start() for _ in range(number)]
         try:
             while not requests:
@@ -124,7 +124,7 @@ def _end(workers: list[SpawnProcess], grace_s: float, requests: list[int]) -> bo
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """Collect the signals that ask this process to end."""
     requests: list[int] = []
 

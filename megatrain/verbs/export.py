@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +32,55 @@ def export_(config: ExportConfig) -> None:
     if kind_of(Path(config.path)) == "huggingface":
         raise ConfigError(f"path={config.path} is a Hugging Face folder already")
     loaded = load(Path(config.path), config.step)
-    tokenizer = loaded.need_tokenizer(writes=False) if loaded.tokenizer else None
-    try:
-        if config.adapter:
-            if loaded.lora is None:
-                raise ConfigError(f"adapter=true: {loaded.folder} has no low-rank layers; leave adapter out")
+    if config.adapter:
+        if loaded.lora is None:
+            raise ConfigError(f"adapter=true: {loaded.folder} has no low-rank layers; leave adapter out")
+        with _naming(out):
             export_adapter(loaded.config, loaded.adapters, loaded.lora, out, config.family)
-            then = f"peft.PeftModel.from_pretrained(<the exported base>, {str(out)!r})"
-            print_result(loaded, out, "fp32", then, is_model=False)
-            return
+        then = f"peft.PeftModel.from_pretrained(<the exported base>, {str(out)!r})"
+        print_result(loaded, out, "fp32", then, is_model=False)
+        return
+    write_folder(loaded, out, config.dtype, config.family)
+    print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def write_folder(
+    loaded: Loaded, out: Path, dtype: str = "fp32", family: str | None = None, is_for_chats: bool = False
+) -> None:
+    """Write the Hugging Face folder `out`, with the tokenizer and the line of ancestors. Raises as `export_` does.
+
+    With `is_for_chats` the end of a reply ends a text, whatever the model was trained on.
+    """
+    tokenizer = loaded.need_tokenizer(writes=False) if loaded.tokenizer else None
+    with _naming(out):
         export_model(
             loaded.config,
             loaded.need_dense(),
             out,
-            dtype=config.dtype,
+            dtype=dtype,
             tokenizer_dir=loaded.tokenizer_dir,
             end_of_document=tokenizer.end_of_document if tokenizer else None,
-            generation=generation(loaded),
-            family=config.family,
+            generation=generation(loaded, is_for_chats),
+            family=family,
         )
         if loaded.manifest is not None:
             write_line(line_of(loaded.folder, loaded.manifest), out)
+
+
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that names the key."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
-    print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
-def generation(loaded: Loaded) -> dict[str, Any]:
+def generation(loaded: Loaded, is_for_chats: bool = False) -> dict[str, Any]:
     """Return the fields of generation_config.json to export: those of the folder that was imported, if it was one.
 
     Special tokens that it does not name are the tokenizer's. A model tuned on conversations, also in a mixture whose
-    datasets are still there, stops at what ends a reply as well.
+    datasets are still there, or one `is_for_chats`, stops at what ends a reply as well.
     """
     fields: dict[str, Any] = dict(loaded.manifest.identity.generation) if loaded.manifest else {}
     if loaded.tokenizer is None:
@@ -68,7 +88,9 @@ def generation(loaded: Loaded) -> dict[str, Any]:
     if "eos_token_id" not in fields:
         given = {"bos_token_id": loaded.tokenizer.beginning_of_document, "pad_token_id": loaded.tokenizer.padding}
         fields |= {name: token for name, token in given.items() if token is not None}
-    if loaded.tokenizer.chat_template() is not None and reads_conversations(loaded.run_config()):
+    if loaded.tokenizer.chat_template() is None:
+        return fields
+    if is_for_chats or reads_conversations(loaded.run_config()):
         ends = {*loaded.end_tokens(), *ChatTemplate(loaded.tokenizer).ends()}
         fields["eos_token_id"] = sorted(ends) if len(ends) > 1 else min(ends)
     return fields

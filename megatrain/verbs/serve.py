@@ -12,39 +12,54 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.manifest import manifest_hash
 from megatrain.config import ServeConfig
 from megatrain.data.chat.template import ChatTemplate
 from megatrain.distributed.devices import device_by_name
-from megatrain.errors import EnvironmentFault, MegatrainError, how_to_install
-from megatrain.interop.load_model import load
+from megatrain.errors import ConfigError, EnvironmentFault, MegatrainError, how_to_install
+from megatrain.interop.load_model import find_model, load
 from megatrain.resilience.signals import set_parent_death_signal
 from megatrain.resilience.terminal import say
+from megatrain.verbs.export import write_folder
 
 
 def serve(config: ServeConfig) -> int:
     """Serve the model of a run, a checkpoint or a Hugging Face folder, until TERM or Ctrl-C.
 
     Raises:
-        ConfigError: the model has no tokenizer, the address cannot be used, or a file that a key names cannot be read.
+        ConfigError: the model has no tokenizer, the address cannot be used, a file that a key names cannot be read, or
+            vLLM cannot honour a key.
         CheckpointError: there is no intact model.
-        EnvironmentFault: the libraries of the server are not installed, or its workers die again and again.
+        EnvironmentFault: the libraries of the server are not installed, its workers die again and again, or vLLM ends.
     """
     try:
         from megatrain.inference.server import bind
+        from megatrain.inference.vllm_server import check_keys, find_command, run_server, settings
         from megatrain.inference.workers import run_workers
     except ModuleNotFoundError as error:
         raise EnvironmentFault(f"serve needs {error.name}: {how_to_install('serve')}") from error
     group = config.serve
-    has_keys = bool(_keys(config))
+    is_embedded = group.backend == "embedded"
+    if not is_embedded:
+        check_keys(group)
+        if config.device != "auto":
+            raise ConfigError(f"device={config.device}: vLLM works on the device that it was built for; leave it out")
+    command = [] if is_embedded else find_command(group.vllm_command)
+    keys = _keys(config)
     with bind(group.host, group.port) as listener:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
 
         def announce() -> None:
-            print(f"{_name(config)} on http://{shown}:{port} (page: /, API: /v1); Ctrl-C ends", flush=True)
-            if not has_keys and not _is_loopback(host):
+            page = "page: /, " if is_embedded else ""
+            print(f"{_name(config)} on http://{shown}:{port} ({page}API: /v1); Ctrl-C ends", flush=True)
+            if not keys and not _is_loopback(host):
                 say("warning: anybody who reaches this address can use the model; give serve.api_key")
 
+        if not is_embedded:
+            options = settings(group, exported(config), host, port, _name(config), keys)
+            listener.close()  # vLLM opens the port itself
+            return run_server(command, options, group, announce)
         if group.workers == 1:
             return _work(config, listener, announce)
         return run_workers(group.workers, _worker, (config, os.getpid()), listener, group.grace_s, announce)
@@ -84,6 +99,33 @@ def _worker(listener: socket.socket, config: ServeConfig, parent: int, alive: An
         say(f"error: {error}")
         code = error.exit_code
     sys.exit(code)
+
+
+def exported(config: ServeConfig) -> Path:
+    """Return a Hugging Face folder of the model: the given one, or one that is made of the checkpoint, once.
+
+    Its name has the checkpoint's checksum, so one of an earlier start is taken only if the checkpoint is the same.
+
+    Raises:
+        ConfigError: the model writes no text, has no tokenizer, or the folder cannot be written.
+        CheckpointError: there is no intact model.
+    """
+    folder, manifest = find_model(Path(config.path), config.step)
+    if manifest is None:
+        return folder.resolve()
+    above = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    place = above / "exported" if config.serve.export_dir is None else Path(config.serve.export_dir)
+    out = place.resolve() / f"{folder.resolve().name}-{manifest_hash(manifest.to_json())[:8]}"
+    if not out.exists():
+        loaded = load(folder)
+        loaded.need_tokenizer()
+        say(f"exporting {loaded.describe()} to {out}")
+        try:
+            write_folder(loaded, out, is_for_chats=True)
+        except ConfigError:
+            if not out.exists():  # another server that starts at the same time may have made it
+                raise
+    return out
 
 
 def _keys(config: ServeConfig) -> list[str]:

@@ -65,9 +65,9 @@ def wait_until(condition, what):
         time.sleep(0.02)
 
 
-def save_assistant(folder):
+def save_assistant(folder, **changes):
     """Write the model of `make_assistant` as a checkpoint."""
-    assistant = make_assistant()
+    assistant = make_assistant(**changes)
     folder.mkdir()
     assistant.tokenizer.save(folder / "tokenizer")
     state = {f"model.{name}": value.detach() for name, value in assistant.model.named_parameters()}

@@ -9,7 +9,7 @@
 The server runs in a process of its own, on one core (OMP_NUM_THREADS=1), and so do the clients. `throughput` asks for
 replies of up to 32 tokens, and counts those that came. `soak` fails if a good request fails, and prints the server's
 memory as it goes. `peer` compares the generator with transformers' continuous batching, in one process, with the same
-weights, prompts and lengths, and without HTTP.
+weights, prompts and lengths, and without HTTP; serving_compare.py compares the servers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -97,11 +98,15 @@ def body(number: int, **changes: Any) -> dict[str, Any]:
     return {"model": "bench", "messages": [message], "max_tokens": NEW_TOKENS, **changes}
 
 
-async def ask(client: httpx.AsyncClient, number: int) -> tuple[float, float, int]:
+def sampled(number: int) -> dict[str, Any]:
+    """Return the body of a request for a sampled stream."""
+    return body(number, stream=True, stream_options={"include_usage": True}, temperature=1, seed=number)
+
+
+async def ask(client: httpx.AsyncClient, content: dict[str, Any]) -> tuple[float, float, int]:
     """Stream a reply. Return seconds to the first token and to the end, and its tokens."""
     begin, first, tokens = time.perf_counter(), 0.0, 0
-    options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 1, "seed": number}
-    async with client.stream("POST", "/v1/chat/completions", json=body(number, **options)) as reply:
+    async with client.stream("POST", "/v1/chat/completions", json=content) as reply:
         async for line in reply.aiter_lines():
             if line.startswith("data: {"):
                 first = first or time.perf_counter() - begin
@@ -111,19 +116,25 @@ async def ask(client: httpx.AsyncClient, number: int) -> tuple[float, float, int
     return first, time.perf_counter() - begin, tokens
 
 
-async def at_once(url: str, clients: int, requests: int) -> tuple[float, list[tuple[float, float, int]]]:
+async def at_once(
+    url: str, clients: int, requests: int, content: Callable[[int], dict[str, Any]] = sampled
+) -> tuple[float, list[tuple[float, float, int]]]:
     """Let so many clients ask, each again as soon as it has its reply. Return the seconds and what `ask` returned."""
     numbers = iter(range(requests))
     found: list[tuple[float, float, int]] = []
 
-    async def one() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            for number in numbers:
-                found.append(await ask(client, number))
+    async def one(client: httpx.AsyncClient) -> None:
+        for number in numbers:
+            found.append(await ask(client, content(number)))
 
-    begin = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(clients)))
-    return time.perf_counter() - begin, found
+    async with AsyncExitStack() as stack:
+        # made before the clock starts: each reads the certificates of this machine, which takes longer than a reply
+        made = [httpx.AsyncClient(base_url=url, timeout=600) for _ in range(clients)]
+        for client in made:
+            await stack.enter_async_context(client)
+        begin = time.perf_counter()
+        await asyncio.gather(*(one(client) for client in made))
+        return time.perf_counter() - begin, found
 
 
 def throughput(folder: str, rounds: int) -> None:
@@ -227,7 +238,7 @@ async def soak(url: str, pid: int, requests: int, clients: int) -> dict[str, int
                 if kind == "whole":
                     await good(client, number)
                 elif kind == "streamed":
-                    await ask(client, number)
+                    await ask(client, sampled(number))
                 elif kind == "left":
                     await leave(client, number)
                 else:
