@@ -16,8 +16,8 @@ from megatrain.data.toy.world import LANGUAGES, draw
 DOCUMENTS, LINES = 12_000, 16
 """Documents of the corpus, and lines of each."""
 
-_EDITION = 1
-"""Number of the corpus: another one has other text."""
+_EDITION = 2
+"""Number of the corpus: another one has other text, or other files beside it."""
 
 
 class ToySource(Source):

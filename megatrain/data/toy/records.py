@@ -32,15 +32,12 @@ def write_records(folder: Path) -> list[Path]:
 
 def chats(facts: list[Fact], rng: random.Random) -> Records:
     """Yield conversations whose replies are full sentences."""
-    del rng
-    for fact in facts:
-        yield _chat(fact, fact.sentence())
+    yield from _talks(facts, rng, lambda fact: fact.sentence())
 
 
 def styles(facts: list[Fact], rng: random.Random) -> Records:
     """Yield conversations half of whose replies are full sentences, and half curt: a model that has yet to choose."""
-    for fact in facts:
-        yield _chat(fact, fact.sentence() if rng.random() < 0.5 else fact.curt())
+    yield from _talks(facts, rng, lambda fact: fact.sentence() if rng.random() < 0.5 else fact.curt())
 
 
 def pairs(facts: list[Fact], rng: random.Random) -> Records:
@@ -65,7 +62,9 @@ def prompts(facts: list[Fact], rng: random.Random) -> Records:
 
 
 HELDOUT_RECORDS = 400
-"""Records of each held-out file."""
+"""Questions of each held-out file."""
+QUESTIONS = (1, 1, 2, 3)
+"""How many questions a conversation has, each number equally likely: the second one must be answered like the first."""
 _FILES: dict[str, tuple[Callable[[list[Fact], random.Random], Records], int, int]] = {
     "chats": (chats, 1200, 11),
     "styles": (styles, 2400, 12),
@@ -73,11 +72,15 @@ _FILES: dict[str, tuple[Callable[[list[Fact], random.Random], Records], int, int
     "style_pairs": (style_pairs, 1200, 22),
     "prompts": (prompts, 4000, 31),
 }
-"""Each file's records, how many of them, and their seed. Beside each is one of `HELDOUT_RECORDS` held-out ones."""
+"""Each file's records, how many questions it has, and their seed. Beside each is a file of held-out questions."""
 
 
-def _chat(fact: Fact, reply: str) -> dict[str, Any]:
-    return {"messages": [*_asked(fact), {"role": "assistant", "content": reply}]}
+def _talks(facts: list[Fact], rng: random.Random, reply: Callable[[Fact], str]) -> Records:
+    left = list(facts)
+    while left:
+        count = rng.choice(QUESTIONS)
+        asked, left = left[:count], left[count:]
+        yield {"messages": [said for fact in asked for said in (*_asked(fact), _reply(reply(fact)))]}
 
 
 def _pair(fact: Fact, chosen: str, rejected: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ const WORDS = {
     stopped: 'stopped', length: 'cut off: longest reply reached', content_filter: 'cut off by the content filter',
     needKey: 'This server asks for an API key: open the settings.', offline: 'The server cannot be reached.',
     broken: 'The connection broke off.', noTemplate: 'This model was not tuned on conversations: it continues your text.',
-    empty: 'Enter sends, Shift+Enter begins a line, Esc stops.',
+    empty: 'Enter sends, Shift+Enter begins a line, Esc stops.', begin: 'Type a message below to begin.',
   },
   zh: {
     new: '新对话', settings: '设置', system: '系统消息', temperature: '温度', topP: 'Top p',
@@ -16,9 +16,11 @@ const WORDS = {
     stopped: '已停止', length: '已达到回复上限', content_filter: '被内容过滤器截断',
     needKey: '此服务器需要 API 密钥：请打开设置。', offline: '无法连接服务器。',
     broken: '连接中断。', noTemplate: '此模型未经对话训练：它会续写你的文字。',
-    empty: '回车发送，Shift+回车换行，Esc 停止。',
+    empty: '回车发送，Shift+回车换行，Esc 停止。', begin: '在下方输入消息，开始对话。',
   },
 };
+// How a reply may have ended besides by itself.
+const ENDS = ['stopped', 'length', 'content_filter'];
 const data = JSON.parse(document.getElementById('data').textContent);
 const at = id => document.getElementById(id);
 const messages = [];
@@ -32,7 +34,7 @@ function setLanguage(name) {
   document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en';
   for (const element of document.querySelectorAll('[data-text]')) element.textContent = say(element.dataset.text);
   at('message').setAttribute('aria-label', say('message'));
-  at('message').placeholder = say(data.hasTemplate ? 'empty' : 'noTemplate');
+  at('message').placeholder = say('empty');
   at('language').setAttribute('aria-label', say('language'));
   at('language').value = language;
   at('log').setAttribute('aria-label', say('log'));
@@ -60,6 +62,12 @@ function draw() {
     if (message.role === 'assistant' && !(isLast && running)) turn.append(tools(message, isLast));
     return turn;
   }));
+  if (!messages.length) {
+    const hint = document.createElement('p');
+    hint.className = 'hint';
+    hint.textContent = say(data.hasTemplate ? 'begin' : 'noTemplate');
+    log.append(hint);
+  }
   log.scrollTop = log.scrollHeight;
 }
 
@@ -75,7 +83,7 @@ function tools(message, isLast) {
   };
   if (isLast) button('again', regenerate);
   if (navigator.clipboard) button('copy', () => navigator.clipboard.writeText(message.content));
-  if (message.note in WORDS[language]) {
+  if (ENDS.includes(message.note)) {
     const note = document.createElement('span');
     note.className = 'note';
     note.textContent = say(message.note);

@@ -54,7 +54,8 @@ def test_no_numbers_of_held_out_questions_are_in_training(prepared):
     tokenizer = load_tokenizer(prepared / "tokenizer")
     held = {(record["skill"], *numbers(record["prompt"])) for record in records(prepared, "prompts_heldout")}
     assert len(held) > 300
-    asked = [record["messages"][0]["content"] for name in ("chats", "styles") for record in records(prepared, name)]
+    talks = [record["messages"] for name in ("chats", "styles") for record in records(prepared, name)]
+    asked = [message["content"] for messages in talks for message in messages[::2]]
     asked += [record["prompt"][0]["content"] for name in ("pairs", "style_pairs") for record in records(prepared, name)]
     asked += [record["prompt"] for record in records(prepared, "prompts")]
     seen = {tuple(numbers(text)) for text in asked}
@@ -83,11 +84,11 @@ def test_digits_are_tokens_of_their_own_and_markers_are_single_tokens(prepared):
 
 
 def test_records_are_conversations_pairs_and_prompts(prepared):
-    for name in ("chats", "styles"):
-        assert all(len(read_conversation(record)) == 2 for record in records(prepared, name))
-        assert len(records(prepared, f"{name}_heldout")) == HELDOUT_RECORDS
-    curt = sum(record["messages"][1]["content"][0].isdigit() for record in records(prepared, "styles"))
-    assert 0.45 < curt / len(records(prepared, "styles")) < 0.55
+    for name, questions in (("chats", 1200), ("styles", 2400), ("chats_heldout", HELDOUT_RECORDS)):
+        lengths = [len(read_conversation(record)) for record in records(prepared, name)]
+        assert set(lengths) == {2, 4, 6} and sum(lengths) == 2 * questions
+    replies = [said["content"] for record in records(prepared, "styles") for said in record["messages"][1::2]]
+    assert 0.45 < sum(reply[0].isdigit() for reply in replies) / len(replies) < 0.55
     for name in ("pairs", "style_pairs"):
         for record in records(prepared, name):
             assert record["chosen"] != record["rejected"]
