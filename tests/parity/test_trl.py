@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 
-from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
-from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.loader import heldout_batches
-from megatrain.data.preparation import prepare
-from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.interop.load_model import load
 from megatrain.optim.preferences import DirectPreference, PairReward
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
+from trl_pairs import TRL_OPTIONS, make_dataset, make_tokenizer, pair, read_batches
+
 CPU = torch.device("cpu")
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 NAMES = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -41,19 +35,14 @@ def records(count=12, even=False):
     for number in range(count):
         sides = [" ".join(draw.choice("abcd") for _ in range(draw.randrange(1, 6))) for _ in range(2)]
         sides = [draw.choice("xyz") if even else f"yes {sides[0]}", f"no {sides[1]}"]
-        reply = [[{"role": "assistant", "content": text}] for text in sides]
-        yield {"prompt": [{"role": "user", "content": f"say {number}"}], "chosen": reply[0], "rejected": reply[1]}
+        yield pair(f"say {number}", *sides)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Two models of transformers in folders with one tokenizer, and datasets of the pairs."""
     place = tmp_path_factory.mktemp("trl")
-    (place / "t.jinja").write_text(TEMPLATE)
-    words = TokenizerConfig(kind="byte_level_bpe", vocab_size=300, chat_template=str(place / "t.jinja"))
-    words.special_tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
-    train_byte_level_bpe((json.dumps(record) for record in records()), words).save(place / "tokenizer")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "tokenizer")
+    tokenizer = make_tokenizer(place, list(records()), 300)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
     config.pad_token_id = tokenizer.pad_token_id
@@ -66,20 +55,13 @@ def place(tmp_path_factory):
         transformers.LlamaForCausalLM(config).save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     for name, even in (("even", True), ("uneven", False)):
-        path = place / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records(even=even)))
-        data = dict(name=name, dir=str(place / "out"), kind="pairs", paths=[str(path)], workers=1, heldout_fraction=0)
-        tokens = TokenizerConfig(kind="hf", path=str(place / "tokenizer"))
-        prepare(PrepareConfig(seed=1, data=DataConfig(**data), clean=CleanConfig(), tokenizer=tokens))
+        make_dataset(place, name, list(records(even=even)))
     return place
 
 
 def our_batch(place, name):
     """All pairs of a dataset in one micro-batch, several in a row."""
-    dataset = IndexedDataset.open(place / "out" / name, "train")
-    end = dataset.card.tokenizer.end_of_document
-    options = dict(micro_batch_size=12, dp_rank=0, dp_size=1, end_of_document=end, reset_positions=True)
-    (batch,) = heldout_batches(dataset, seq_len=128, **options)
+    (batch,) = read_batches(place / name, rows=12, seq_len=128)
     assert len(batch.pairs) == 12
     return batch
 
@@ -132,16 +114,7 @@ def assert_equal(mine, expected):
 def test_dpo(place, tmp_path, losses, data, batches):
     from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 
-    args = DPOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        loss_type=losses,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        activation_checkpointing=False,
-        disable_tqdm=True,
-    )
+    args = DPOConfig(output_dir=str(tmp_path), beta=0.3, loss_type=losses, **TRL_OPTIONS)
     read = transformers.AutoModelForCausalLM.from_pretrained
     trainer = DPOTrainer(
         model=read(place / "model"),
@@ -164,15 +137,7 @@ def test_dpo(place, tmp_path, losses, data, batches):
 def test_reward(place, tmp_path, centering):
     from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
 
-    args = RewardConfig(
-        output_dir=str(tmp_path),
-        center_rewards_coefficient=centering or None,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        activation_checkpointing=False,
-        disable_tqdm=True,
-    )
+    args = RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=centering or None, **TRL_OPTIONS)
     trainer = RewardTrainer(
         model=transformers.AutoModelForSequenceClassification.from_pretrained(place / "scores"),
         args=args,

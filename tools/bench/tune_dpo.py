@@ -20,32 +20,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from trl_pairs import TRL_OPTIONS, Pair, make_dataset, make_tokenizer, pair, read_batches
 
-from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from megatrain.config import TrainConfig
 from megatrain.data.batch import MicroBatch
-from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.loader import heldout_batches
-from megatrain.data.preparation import prepare
-from megatrain.data.train_byte_level_bpe import train_byte_level_bpe
 from megatrain.distributed.world import World
 from megatrain.engine.build import build_engine
 from megatrain.interop.load_model import load
 from megatrain.optim.preferences import DirectPreference, ReferenceTable
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 SEQ_LEN, ROWS, VOCAB = 512, 4, 1000
 
 
-def records(count: int) -> list[dict[str, Any]]:
+def records(count: int) -> list[Pair]:
     """Return pairs whose replies have 10 to 120 words."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(1500)]
@@ -53,32 +44,19 @@ def records(count: int) -> list[dict[str, Any]]:
     def said(least: int, most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randrange(least, most)))
 
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"{number} {said(5, 40)}"}],
-            **{side: [{"role": "assistant", "content": said(5, 60)}] for side in ("chosen", "rejected")},
-        }
-        for number in range(count)
-    ]
+    return [pair(f"{number} {said(5, 40)}", said(5, 60), said(5, 60)) for number in range(count)]
 
 
-def make(place: Path, rows: list[dict[str, Any]]) -> None:
+def make(place: Path, rows: list[Pair]) -> None:
     """Write a tokenizer, a model of transformers, and the dataset of the pairs."""
-    (place / "t.jinja").write_text(TEMPLATE)
-    words = TokenizerConfig(kind="byte_level_bpe", vocab_size=VOCAB, chat_template=str(place / "t.jinja"))
-    words.special_tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
-    train_byte_level_bpe((json.dumps(row) for row in rows), words).save(place / "tokenizer")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "tokenizer")
+    tokenizer = make_tokenizer(place, rows, VOCAB)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4
     )
     transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
-    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = DataConfig(name="d", dir=str(place), kind="pairs", paths=[str(place / "pairs.jsonl")], heldout_fraction=0)
-    tokens = TokenizerConfig(kind="hf", path=str(place / "tokenizer"))
-    prepare(PrepareConfig(seed=1, data=data, clean=CleanConfig(), tokenizer=tokens))
+    make_dataset(place, "pairs", rows)
 
 
 def our_step(place: Path, num_pairs: int) -> Callable[[MicroBatch], float]:
@@ -97,19 +75,11 @@ def our_step(place: Path, num_pairs: int) -> Callable[[MicroBatch], float]:
     return step
 
 
-def their_step(place: Path, rows: list[dict[str, Any]], precomputed: bool) -> Callable[[MicroBatch], float]:
+def their_step(place: Path, rows: list[Pair], precomputed: bool) -> Callable[[MicroBatch], float]:
     """Return a function that trains TRL's model on the pairs of a micro-batch and returns the loss."""
     from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 
-    args = DPOConfig(
-        output_dir=str(place / "trl"),
-        loss_type=["sigmoid", "sft"],
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        activation_checkpointing=False,
-        disable_tqdm=True,
-    )
+    args = DPOConfig(output_dir=str(place / "trl"), loss_type=["sigmoid", "sft"], **TRL_OPTIONS)
     trainer = DPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(place / "model"),
         args=args,
@@ -146,11 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="megatrain_dpo_") as folder:
         place = Path(folder)
         make(place, rows)
-        dataset = IndexedDataset.open(place / "d", "train")
-        assert dataset.card.tokenizer is not None
-        end = dataset.card.tokenizer.end_of_document
-        options: dict[str, Any] = dict(micro_batch_size=ROWS, dp_rank=0, dp_size=1, end_of_document=end)
-        batches = list(heldout_batches(dataset, seq_len=SEQ_LEN, reset_positions=True, **options))[:-1]
+        batches = read_batches(place / "pairs", ROWS, SEQ_LEN)[:-1]
         sides = {
             "ours": our_step(place, len(rows)),
             "trl": their_step(place, rows, precomputed=False),
