@@ -84,14 +84,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def score_replies(model_path: str, prompts: Sequence[Mapping[str, Any]], temperature: float = 0.0) -> dict[str, Mean]:
-    """Ask a model all questions, greedily or sampling, and return the share of replies that each judge accepts."""
+def score_replies(
+    model_path: str, prompts: Sequence[Mapping[str, Any]], temperature: float = 0.0, after_another: bool = False
+) -> dict[str, Mean]:
+    """Ask a model all questions, greedily or sampling, and return the share of replies that each judge accepts.
+
+    With `after_another` each question is the second one of its conversation, after the one before it in the list.
+    """
     trained = megatrain.load(model_path, "cpu")
     model, tokenizer = trained.model, trained.tokenizer
     assert tokenizer is not None
     template = ChatTemplate(tokenizer)
     ends = frozenset([*template.ends(), *trained.end_tokens])
-    asked = [template.encode([{"role": "user", "content": one["prompt"]}], asks=True).ids for one in prompts]
+    asked = []
+    for number, one in enumerate(prompts):
+        before = prompts[number - 1]
+        first = [("user", before["prompt"]), ("assistant", before["label"])] if after_another else []
+        messages = [{"role": role, "content": text} for role, text in (*first, ("user", one["prompt"]))]
+        asked.append(template.encode(messages, asks=True).ids)
     settings = [
         SamplingSettings(LONGEST, temperature=temperature, seed=number, stop_ids=ends) for number in range(len(asked))
     ]

@@ -18,8 +18,8 @@ from megatrain.data.card import CARD, Card
 DATA = Path("data/toy")
 RECORDS = DATA / "records"
 HELDOUT_PAIRS = Path("data/toy-pairs-heldout")
-BASE, SFT, REWARD, STYLES, DPO, GRPO, MERGED, COMPRESSED = (
-    f"runs/toy-{name}" for name in ("base", "sft", "reward", "styles", "dpo", "grpo", "merged", "int8")
+BASE, SFT, REWARD, STYLES, DPO, GRPO, RLHF, MERGED, COMPRESSED = (
+    f"runs/toy-{name}" for name in ("base", "sft", "reward", "styles", "dpo", "grpo", "rlhf", "merged", "int8")
 )
 
 Figures = dict[str, str]
@@ -66,9 +66,11 @@ def of_model(path: str, before: str | None) -> Callable[[int], Figures]:
     def measure(count: int) -> Figures:
         prompts = read_lines(RECORDS / "prompts_heldout.jsonl")[:count]
         greedy, sampled = score_replies(path, prompts), score_replies(path, prompts, temperature=1.0)
+        second = score_replies(path, prompts, after_another=True)
         losses = text_losses(path, DATA)
         means = {
             "exact": greedy["exact"],
+            "second exact": second["exact"],
             "right": greedy["right"],
             "full sentences": greedy["style"],
             "sampled exact": sampled["exact"],
@@ -114,7 +116,7 @@ def stages(overrides: Mapping[str, Sequence[str]]) -> list[Stage]:
 
     base = ["train", "experiment=assistant_toy", *overrides.get("base", ()), *overrides.get("all", ())]
     heldout = prepared("pairs", "pairs_heldout", HELDOUT_PAIRS.name, "data.heldout_fraction=0")
-    reward = tuned("reward", "a reward model learns to tell right from wrong", SFT, heldout)
+    reward = tuned("reward", "a reward model learns which replies are better", SFT, heldout)
     return [
         Stage(
             *("data", "text, a tokenizer, and files to tune on"),
@@ -127,7 +129,8 @@ def stages(overrides: Mapping[str, Sequence[str]]) -> list[Stage]:
         tuned("styles", "another one learns to answer in two styles", BASE, prepared("chat", "styles", "toy-styles")),
         tuned("dpo", "by preferences, it chooses full sentences", STYLES),
         tuned("grpo", "by rewards, it is right, in full sentences", STYLES),
-        derived("merged", "the mean of the last two", "merge", [DPO, GRPO]),
+        tuned("rlhf", "the same, by the scores of the reward model", STYLES),
+        derived("merged", "the mean of the last three", "merge", [DPO, GRPO, RLHF]),
         derived("int8", "its weights in 8 bits", "compress", [MERGED], "to=int8"),
     ]
 

@@ -24,7 +24,7 @@ def test_stages_run_on_what_the_one_before_made_and_are_not_run_again(tmp_path):
     kept = json.loads((tmp_path / "runs" / "assistant.json").read_text())
     figures = {name: one["figures"] for name, one in kept.items()}
     assert list(figures) == ["data", "base", "sft"]
-    measured = ["exact", "right", "full sentences", "sampled exact", "text loss"]
+    measured = ["exact", "second exact", "right", "full sentences", "sampled exact", "text loss"]
     assert list(figures["base"]) == measured and list(figures["sft"]) == [*measured, "text loss before"]
     assert figures["sft"]["text loss before"] == figures["base"]["text loss"] != figures["sft"]["text loss"]
     for name in ("base", "sft"):

@@ -122,10 +122,13 @@ def test_replies_with_markup_stay_text_and_errors_are_shown(page):
     stream = EVENT % (json.dumps(ATTACK + " 你好"), "null") + EVENT % ('"."', '"stop"') + "data: [DONE]\n\n"
     chats = re.compile("chat/completions")
     page.route(chats, lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    expect(page.get_by_text("Type a message below to begin.")).to_be_visible()
     page.get_by_label("Message", exact=True).fill("hello")
     page.keyboard.press("Enter")
+    expect(page.get_by_text("Type a message below to begin.")).to_have_count(0)
     expect(page.get_by_role("article").nth(1).locator(".text")).to_have_text(f"{ATTACK} 你好.")
     assert page.locator("#log img, #log b").count() == 0 and page.title() == "megatrain"
+    assert page.locator(".note").count() == 0, "it ended by itself"
     page.unroute(chats)
     refusal = json.dumps({"error": {"message": "<b>too many</b>", "type": "", "param": None, "code": None}})
     page.route(chats, lambda route: route.fulfill(status=429, body=refusal, content_type="application/json"))

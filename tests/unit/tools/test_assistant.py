@@ -18,8 +18,8 @@ from assistant_stages import Stage, stages
 
 MADE_FROM = {
     **{"sft": ["toy-base"], "styles": ["toy-base"], "reward": ["toy-sft"]},
-    **{"dpo": ["toy-styles"], "grpo": ["toy-styles"]},
-    **{"merged": ["toy-dpo", "toy-grpo"], "int8": ["toy-merged"]},
+    **{"dpo": ["toy-styles"], "grpo": ["toy-styles"], "rlhf": ["toy-styles"]},
+    **{"merged": ["toy-dpo", "toy-grpo", "toy-rlhf"], "int8": ["toy-merged"]},
 }
 
 
