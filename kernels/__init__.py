@@ -11,6 +11,12 @@ CUDA_CHUNK_BYTES = 512 * 2**20
 """The same on a GPU. Larger, because each chunk reads and writes the whole gradient of the weight once
 (docs/measurements/kernels.md)."""
 
+WORKING_COPIES = 4
+"""How many chunks of logits are at work at once in distillation.py, so that each has this part of the usual bytes."""
+
+FP32_COPIES = 6
+"""How many fp32 tensors of a chunk's size distillation.py makes beside it, at most."""
+
 SCORE_TILE_BYTES = 64 * 2**20
 """Largest size in bytes of a tile of attention scores, where no fused kernel computes them (block_attention.py). The
 backward pass holds three tiles."""

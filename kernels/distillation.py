@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
+from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES, WORKING_COPIES
 from megatrain.kernels.cross_entropy import label_weights, row_chunks
 from megatrain.kernels.linear import product
 from megatrain.kernels.linear_cross_entropy import add_chunk_product, padding_rows
-
-WORKING_COPIES = 4
-"""How many chunks of logits are at work at once, so that each has this part of the usual bytes."""
 
 Sums = tuple[Tensor, Tensor, Tensor]
 """Three fp32 scalars over all tokens: the loss, which has a gradient, the cross-entropy and the divergence in nats."""

@@ -14,8 +14,8 @@ from operator import ge, mul
 from typing import Any, NamedTuple
 
 from megatrain.config import ModelConfig, OptimConfig, TrainConfig
-from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES
-from megatrain.model.count import parameter_shapes
+from megatrain.kernels import CHUNK_BYTES, CUDA_CHUNK_BYTES, FP32_COPIES, WORKING_COPIES
+from megatrain.model.count import num_parameters, parameter_shapes
 from megatrain.model.formats import FORMAT_BYTES
 from megatrain.optim.slots import decays, slot_bytes
 from megatrain.parallel import plan
@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     """Bytes of one rank, by kind, each at its own peak inside a step.
 
     - `parameters`: everything that holds weights from step to step or through a whole step: fp32 masters, copies in the
-      compute format, and what stays gathered until the step's end.
+      compute format, what stays gathered until the step's end, and the teacher of a distillation.
     - `gradients`: the sums over micro-batches, and the fp32 copy that the optimizer reads.
     - `optimizer`: the optimizer's states (`optim/slots.py`).
     - `activations`: what micro-batches keep until their backward pass.
@@ -108,10 +108,15 @@ class MemoryModel:
     """The memory of jobs that train one model. Caches what it counts, so thousands of layouts take a second."""
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig | None = None, deepspeed: DeepSpeedSizes | None = None
+        self,
+        model: ModelConfig,
+        optim: OptimConfig | None = None,
+        deepspeed: DeepSpeedSizes | None = None,
+        teacher: ModelConfig | None = None,
     ) -> None:
         optim = optim or OptimConfig()
         self.model = model
+        self.teacher = teacher
         self.sizes = deepspeed or DeepSpeedSizes()
         self.shapes = parameter_shapes(model)
         self.state_bytes = {name: slot_bytes(optim, name, shape) for name, shape in self.shapes.items()}
@@ -180,7 +185,23 @@ class MemoryModel:
         pipeline = (layout.schedule, layout.pp, layout.virtual_stages, number, place.pp) if layout.pp > 1 else None
         sizes = (split, formats.name, loop.recompute, loop.micro_batch_size, loop.seq_len)
         kept, moment = self._kept(stages, pipeline, sizes)
-        return Memory(states.parameters, states.gradients, states.optimizer, kept, states.working + moment)
+        weights, working = states.parameters, states.working + moment
+        if self.teacher is not None and any(stage.is_last for stage in stages):
+            weights += FORMAT_BYTES[formats.name] * num_parameters(self.teacher)
+            working += self._teaching(split._replace(tp=1), config)
+        return Memory(weights, states.gradients, states.optimizer, kept, working)
+
+    def _teaching(self, split: activations.Split, config: TrainConfig) -> int:
+        """Return the bytes of the teacher's forward pass: a block of it, its output, and a chunk of its logits."""
+        assert self.teacher is not None
+        loop, w = config.train, FORMAT_BYTES[config.precision.name]
+        block = activations.count(
+            self.teacher, split, config.precision.name, "none", loop.micro_batch_size, loop.seq_len
+        )
+        tokens = loop.micro_batch_size * loop.seq_len // split.cp
+        chunk = (CUDA_CHUNK_BYTES if split.on_gpu else CHUNK_BYTES) // WORKING_COPIES
+        logits = min(chunk // w, tokens * self.teacher.vocab)
+        return block.block + w * tokens * self.teacher.hidden_size + logits * (w + 4 * FP32_COPIES)
 
     def _stages(self, config: TrainConfig, layout: Layout) -> tuple[tuple[_Stage, ...], ...]:
         """Return the stages of each pipeline rank."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.config import LayoutsConfig, TrainConfig
+from megatrain.checkpoint.find import model_of, peek
+from megatrain.config import LayoutsConfig, ModelConfig, TrainConfig
 from megatrain.data.card import CARD, Card
 from megatrain.errors import ConfigError
 from megatrain.model.count import num_parameters
@@ -25,6 +26,7 @@ from megatrain.parallel.layout import Layout
 from megatrain.parallel.rules import Refusal, explain
 from megatrain.planner.candidates import SCHEDULES, Axes, Candidate, judge
 from megatrain.planner.memory import KINDS, Memory, MemoryModel
+from megatrain.verbs.places import require
 from megatrain.verbs.value_checks import check_batches, check_loop
 
 GIB = 2**30
@@ -236,7 +238,7 @@ def _value(config: Any, key: str) -> Any:
 
 def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row], Counter[str]]:
     """Return the legal rows, and how many candidates each refusal ruled out."""
-    model, rows, refused = MemoryModel(job.model, job.optim), [], Counter[str]()
+    model, rows, refused = MemoryModel(job.model, job.optim, teacher=_teacher(job)), [], Counter[str]()
     batches: dict[int, str | None] = {}
     for candidate, refusal, config in judge(job, world_size, axes):
         if refusal is not None:
@@ -250,6 +252,20 @@ def find_legal(job: TrainConfig, world_size: int, axes: Axes) -> tuple[list[Row]
         elif not _is_duplicate(candidate, layout, axes):
             rows.append(Row(candidate, layout, model.largest(config, layout)))
     return rows, refused
+
+
+def _teacher(job: TrainConfig) -> ModelConfig | None:
+    """Return the model of the job's teacher, if it is a run or a checkpoint. Raises ConfigError if it is another."""
+    if job.method.teacher is None:
+        return None
+    require("method.teacher", Path(job.method.teacher))
+    found = peek(Path(job.method.teacher))
+    if found is None:
+        raise ConfigError(
+            f"method.teacher={job.method.teacher}: its size is read from a checkpoint; turn it into one first: "
+            "megatrain import"
+        )
+    return model_of(*found)
 
 
 def _is_duplicate(candidate: Candidate, layout: Layout, axes: Axes) -> bool:

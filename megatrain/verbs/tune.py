@@ -24,6 +24,7 @@ from megatrain.config.compose import compose, key_types, read_overrides
 from megatrain.config.values import as_text, quoted
 from megatrain.data import preparation
 from megatrain.data.card import check_dataset
+from megatrain.data.chat.settings import KEYS_FOR_CHAT
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.mixture_settings import MIXED
 from megatrain.data.prompts import Prompts, check_prompts
@@ -60,16 +61,21 @@ ONLY_HERE = key_types(TuneConfig).keys() - key_types(TrainConfig).keys()
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a method of tuning needs of the rest: the kind of source its data comes from, and learning rates."""
+    """What a method of tuning needs of the rest: the kind of source its data comes from, and learning rates.
+
+    `keys` are defaults that its choice in conf/method leaves open, as it is not for tuning alone.
+    """
 
     data: str
     lr: float
     lora_lr: float
+    keys: tuple[str, ...] = ()
 
 
 TUNINGS: dict[str, Tuning] = {
     "sft": Tuning(data="chat", lr=2e-5, lora_lr=1e-4),
     "reward": Tuning(data="pairs", lr=1e-5, lora_lr=1e-5),
+    "distill": Tuning(data="chat", lr=2e-5, lora_lr=1e-4, keys=(*KEYS_FOR_CHAT, "optim.weight_decay=0.0")),
     "dpo": Tuning(data="pairs", lr=1e-6, lora_lr=1e-5),
     "grpo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
     "ppo": Tuning(data="prompts", lr=1e-6, lora_lr=1e-5),
@@ -105,7 +111,7 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
         implied["engine.name"] = "native"
     if "data" not in groups and config.data.kind not in MIXED:
         implied["data.kind"] = tuning.data
-    words = [quoted(INIT_FROM, str(base)), *(f"{key}={as_text(value)}" for key, value in implied.items())]
+    words = [quoted(INIT_FROM, str(base)), *tuning.keys, *(f"{key}={as_text(value)}" for key, value in implied.items())]
     if "method" not in groups:
         words.append(f"method={config.method.name}")
     done = {*ONLY_HERE, *implied, *(UNRECORDED if config.data.paths else ())}
