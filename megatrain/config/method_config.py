@@ -70,8 +70,8 @@ class MethodConfig:
     )
     reverse: float = key(
         0.0,
-        "distill: 0 is the divergence KL(teacher || model), 1 the reverse, and what is between them the generalised "
-        "Jensen-Shannon divergence",
+        "distill: 0 is the divergence KL(teacher, model), 1 is KL(model, teacher), and what is between them the "
+        "generalised Jensen-Shannon divergence",
         minimum=0,
         maximum=1,
     )

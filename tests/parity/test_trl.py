@@ -1,4 +1,4 @@
-"""Losses and gradients of learning from preferences equal TRL's on the same pairs, from records to gradients."""
+"""Losses and gradients equal TRL's: of preferences, from the same records on, and of distillation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import transformers
 from datasets import Dataset
 
 from megatrain.interop.load_model import load
+from megatrain.kernels.distillation import Teaching, chunked_linear_distillation
 from megatrain.optim.preferences import DirectPreference, PairReward
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
@@ -149,3 +150,25 @@ def test_reward(place, tmp_path, centering):
     assert loaded.config.output == "score"
     mine = ours(loaded.build(CPU), PairReward(centering=centering), our_batch(place, "uneven"))
     assert_equal(mine, theirs(trainer, [range(12)]))
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+def test_distillation(mix):
+    """The divergence from the same hidden states; the factor T^2 is ours alone."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    draw = torch.Generator().manual_seed(4)
+    x, weight, theirs, table = (
+        torch.randn(*shape, generator=draw) for shape in ((3, 7, 5), (17, 5), (3, 7, 8), (17, 8))
+    )
+    labels = torch.randint(0, 17, (3, 7), generator=draw)
+    labels[:, ::3] = -100
+    x.requires_grad_()
+    weight.requires_grad_()
+    expected, _, count = _chunked_divergence_loss(x, theirs, weight, table, labels != -100, mix, temperature=2.0)
+    teaching = Teaching(theirs, table, temperature=2.0, share=1.0, mix=mix)
+    loss, _, divergence = chunked_linear_distillation(x, weight, labels, None, teaching)
+    torch.testing.assert_close(divergence / count, expected.detach(), rtol=TOLERANCE, atol=0)
+    mine = torch.autograd.grad(loss / count / 4, [x, weight])
+    for one, other in zip(mine, torch.autograd.grad(expected, [x, weight]), strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
