@@ -29,6 +29,11 @@ class OptimConfig:
         0.1, "decoupled weight decay on matrices; not applied to biases, norms and other vectors", minimum=0
     )
     grad_clip: float = key(1.0, "global gradient norm above which gradients are clipped; 0 never clips", minimum=0)
+    keep_zeros: bool = key(
+        False,
+        "leave the zeros of all matrices as they are, so that a pruned model stays pruned; megatrain tune sets it for "
+        "a base that megatrain compress pruned",
+    )
     moments: str = key(
         "fp32",
         "number format of AdamW's two moments; bf16 halves their memory, rounds stochastically and needs engine=native",

@@ -173,6 +173,9 @@ class TuneOptimConfig(OptimConfig):
     warmup_steps: int | None = key(  # type: ignore[assignment]
         None, "steps of linear warm-up from 0; null means 3% of train.steps", minimum=0
     )
+    keep_zeros: bool | None = key(  # type: ignore[assignment]
+        None, "leave the zeros of all matrices as they are; null does so if megatrain compress pruned the base"
+    )
 
 
 @dataclass

@@ -14,6 +14,9 @@ from megatrain.kernels.adamw_update import adamw_step_, fused_adamw_step_
 from megatrain.kernels.support import unsupported
 from megatrain.optim.slots import decays
 
+MATRICES = "decay"
+"""The name of the group of all matrices."""
+
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], config: OptimConfig) -> list[dict[str, Any]]:
     """Split parameters into the groups `decay` and `no_decay`; empty groups are left out.

@@ -9,7 +9,7 @@ import torch
 
 from megatrain.config import OptimConfig
 from megatrain.model.dtypes import DTYPES
-from megatrain.optim.adamw import Places, adamw
+from megatrain.optim.adamw import MATRICES, Places, adamw
 from megatrain.optim.slots import Slot
 
 Factory = Callable[[list[dict[str, Any]], OptimConfig, int, Places], torch.optim.Optimizer]
@@ -22,7 +22,22 @@ def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, seed: int = 0, places: Places | None = None
 ) -> torch.optim.Optimizer:
     """Return the optimizer that `optim.name` names, for these parameter groups."""
-    return OPTIMIZERS[config.name](groups, config, seed, places or {})
+    optimizer = OPTIMIZERS[config.name](groups, config, seed, places or {})
+    if config.keep_zeros:
+        optimizer.register_step_pre_hook(_without_gradients_of_zeros)
+    return optimizer
+
+
+@torch.no_grad()
+def _without_gradients_of_zeros(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Set the gradient to 0 where an element of a matrix is 0: then its moments, its decay and its update are 0 too.
+
+    The zeros are their own mask, so no state is needed, and any piece of a matrix will do, in any layout.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["name"] == MATRICES else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(parameter != 0)
 
 
 def create_slots(

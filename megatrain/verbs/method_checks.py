@@ -118,6 +118,11 @@ def _check_values(method: MethodConfig) -> None:
 def _check_low_rank(config: TrainConfig) -> None:
     """Check that low-rank layers have a place in the model."""
     lora = config.method.lora
+    if lora.rank and config.optim.keep_zeros:
+        raise ConfigError(
+            f"optim.keep_zeros=true: low-rank layers (method.lora.rank={lora.rank}) fill the zeros where they are "
+            "merged into the weights; leave one of them out"
+        )
     if lora.rank and not set(lora.targets) - (set() if config.model.gated else {"gate"}):
         raise ConfigError(
             f"method.lora.targets={as_text(lora.targets)} names no projection of the model; give some of "

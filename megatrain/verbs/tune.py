@@ -52,6 +52,9 @@ WARMUP = 0.03
 UNKNOWN = 1e6
 """Steps of an epoch that are assumed until the data are known, so that a mistake is found before they are prepared."""
 
+PRUNED = ("pruned", "2:4")
+"""Values of `megatrain compress to=` that set weights to zero."""
+
 SHOWN_TOKENS = 120
 """Tokens that are shown of a conversation before training."""
 
@@ -111,6 +114,8 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
         implied["engine.name"] = "native"
     if "data" not in groups and config.data.kind not in MIXED:
         implied["data.kind"] = tuning.data
+    if _is_pruned(base):
+        implied |= _kept_zeros(config, make)
     words = [quoted(INIT_FROM, str(base)), *tuning.keys, *(f"{key}={as_text(value)}" for key, value in implied.items())]
     if "method" not in groups:
         words.append(f"method={config.method.name}")
@@ -186,6 +191,26 @@ def _model_of(base: Path) -> ModelConfig:
 def name_parts(config: TuneConfig) -> list[str]:
     """Return the parts of the default name of a run."""
     return [_name_of(Path(config.path)), config.method.name]
+
+
+def _is_pruned(base: Path) -> bool:
+    """Return whether a base was pruned by `megatrain compress`, or is a run that kept such zeros."""
+    found = peek(base)
+    identity = found[1].identity if found else None
+    return identity is not None and (
+        identity.made_from.get("to") in PRUNED or bool(identity.config.get("optim", {}).get("keep_zeros"))
+    )
+
+
+def _kept_zeros(config: TuneConfig, make: bool) -> dict[str, Any]:
+    """Return the key that keeps a pruned base pruned, if that is possible, and say so."""
+    if config.method.lora.rank:
+        if make:
+            say(f"note: {config.path} is pruned, and low-rank layers fill its zeros where they are merged")
+        return {}
+    if make and config.optim.keep_zeros is None:
+        say(f"{config.path} is pruned, so its zeros stay (optim.keep_zeros=true); optim.keep_zeros=false fills them")
+    return {"optim.keep_zeros": config.optim.keep_zeros is not False}
 
 
 def _name_of(path: Path) -> str:

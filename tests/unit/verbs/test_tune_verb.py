@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from megatrain.checkpoint.manifest import read_manifest, write_manifest
+from megatrain.config import CompressConfig
 from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
 from megatrain.verbs import tune
+from megatrain.verbs.compress import compress
 from megatrain.verbs.start_checks import with_checkpoint_model
 from megatrain.verbs.sweep_points import compose_points
 from megatrain.verbs.value_checks import check_values
@@ -75,6 +77,25 @@ def test_a_run_that_is_made_longer_keeps_the_warm_up_that_it_began_with(words, f
     manifest.identity.config["optim"]["warmup_steps"] = 5
     write_manifest(newest, manifest)
     assert config_of(words(*again)).optim.warmup_steps == 5
+
+
+def test_a_pruned_base_stays_pruned_unless_it_is_said_otherwise(words, finished, tmp_path, capsys):
+    compress(CompressConfig(path=str(finished), out=str(tmp_path / "sparse"), to="2:4", compare=False))
+    base = tmp_path / "sparse"
+    assert not config_of(words()).optim.keep_zeros
+    assert config_of(words(base=base)).optim.keep_zeros
+    assert "its zeros stay (optim.keep_zeros=true)" in capsys.readouterr().err
+    assert not config_of(words("optim.keep_zeros=false", base=base)).optim.keep_zeros
+    assert not config_of(words("method.lora.rank=2", base=base)).optim.keep_zeros
+    assert "low-rank layers fill its zeros" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"optim.keep_zeros=true: low-rank layers .method.lora.rank=2. fill"):
+        words("method.lora.rank=2", "optim.keep_zeros=true")
+
+
+def test_distillation_of_conversations_keeps_them_whole(words, finished):
+    config = config_of(words("method=distill", f"method.teacher={finished}"))
+    assert (config.method.name, config.optim.lr, config.optim.weight_decay) == ("distill", 2e-5, 0.0)
+    assert config.data.packing == "best_fit" and config.train.mask_documents and config.train.reset_positions
 
 
 def test_a_checkpoint_of_a_run_has_the_runs_name(words, finished):
