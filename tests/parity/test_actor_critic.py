@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support import jobs
 from support.jobs import compare, layout_job, parity_steps, rows
 from support.ranks import run_ranks
+
+from megatrain.config import MethodConfig
+from megatrain.data.chat.prompt import Prompt
+from megatrain.model.gpt import GPT
+from megatrain.model.init import build_model
+from megatrain.reinforcement.sampler import Sampler
 
 LAYOUTS = [
     (2, {"engine": "deepspeed", "zero": 3}),
@@ -64,3 +72,37 @@ def test_the_value_head_begins_at_0_and_is_kept_apart_from_the_model(alone):
 @pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
 def test_every_layout_gives_one_result(ranks, changes, alone, tmp_path):
     compare(run_ranks(steps, ranks, job_of(micro=rows(changes, ranks), **changes), str(tmp_path)), alone)
+
+
+class Lengths:
+    """A reward: how long a reply is."""
+
+    models, names, num_functions = (), ("length",), 1
+
+    def of_functions(self, replies):
+        return np.array([[float(len(text))] for text in replies.completions])
+
+    __call__ = of_functions
+
+
+def replies(world):
+    """Return the replies of a random model with a value head to five prompts of different lengths."""
+    method = MethodConfig(name="ppo", max_new_tokens=5, generate_batch_size=2)
+    base = build_model(jobs.llama(init_std=0.3), seed=3)
+    model = GPT(base.config, has_values=True)
+    model.load_state_dict(base.state_dict() | {"value.weight": torch.linspace(-1, 1, 24)[None]})
+    tokenizer = SimpleNamespace(decode=lambda ids: "a" * len(ids))
+    prompts = [Prompt(list(range(2, 4 + number)), "", {}) for number in range(5)]
+    sampler = Sampler(method, 1, world, tokenizer, range(80, 101), Lengths(), build_model(base.config, seed=4))
+    return sampler(model.eval(), prompts, np.arange(5))
+
+
+def test_ranks_share_what_each_has_sampled_and_valued():
+    (alone,) = run_ranks(replies, 1)
+    assert len(set(map(len, alone.ids))) > 1 and all(map(len, alone.values))
+    for found in run_ranks(replies, 2):
+        assert found.ids == alone.ids and found.stopped.tolist() == alone.stopped.tolist()
+        assert found.rewards.tolist() == alone.rewards.tolist()
+        for name in ("log_probs", "reference", "values"):
+            for row, expected in zip(getattr(found, name), getattr(alone, name), strict=True):
+                np.testing.assert_allclose(row, expected, atol=1e-5, err_msg=name)

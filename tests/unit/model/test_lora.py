@@ -107,3 +107,10 @@ def test_peft_loads_the_exported_adapter_on_the_exported_base(batch, tmp_path):
 def test_a_family_with_fused_projections_has_no_adapter_of_its_own(tmp_path):
     with pytest.raises(ConfigError, match=r"adapter=true: phi3 stores .*leave adapter out"):
         export_adapter(CONFIG, {}, LORA, tmp_path / "adapter", family="phi3")
+
+
+def test_a_value_head_is_trained_beside_them():
+    model = GPT(CONFIG, has_values=True)
+    add_adapters(model, LORA)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {*adapters_of(model), "value.weight"}
