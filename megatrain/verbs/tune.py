@@ -58,6 +58,9 @@ PRUNED = ("pruned", "2:4")
 SHOWN_TOKENS = 120
 """Tokens that are shown of a conversation before training."""
 
+DROPOUT = "model.dropout"
+"""The key of the model that a run may have otherwise than its base without more ado."""
+
 ONLY_HERE = key_types(TuneConfig).keys() - key_types(TrainConfig).keys()
 """Keys of `tune` that `train` does not have."""
 
@@ -103,7 +106,8 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
     make = make and not is_launched() and Step.from_environ() is None
     base = _base_checkpoint(config, make)
     model = _model_of(base)
-    groups = read_overrides("tune", given).groups
+    asked = read_overrides("tune", given)
+    groups = asked.groups
     implied: dict[str, Any] = {
         "run.name": config.run.name or "-".join(name_parts(config)),
         "data.name": dataset_name(config),
@@ -116,6 +120,8 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
         implied["data.kind"] = tuning.data
     if _is_pruned(base):
         implied |= _kept_zeros(config, make)
+    if DROPOUT in asked.values and DROPOUT not in config.checkpoint.override:  # whoever gives it means it
+        implied["checkpoint.override"] = [*config.checkpoint.override, DROPOUT]
     words = [quoted(INIT_FROM, str(base)), *tuning.keys, *(f"{key}={as_text(value)}" for key, value in implied.items())]
     if "method" not in groups:
         words.append(f"method={config.method.name}")

@@ -68,6 +68,12 @@ def test_what_is_given_counts(words):
     assert (config.run.name, config.seed, config.data.packing) == ("x", 9, "concatenate")
 
 
+def test_another_dropout_than_the_bases_is_meant_and_other_keys_of_the_model_must_be_named(words):
+    given = config_of(words("model.dropout=0.25", "checkpoint.override=[optim.lr]"))
+    assert (given.model.dropout, given.checkpoint.override) == (0.25, ["optim.lr", "model.dropout"])
+    assert config_of(words()).checkpoint.override == []
+
+
 def test_a_run_that_is_made_longer_keeps_the_warm_up_that_it_began_with(words, finished, tmp_path):
     again = ("run.name=again", "train.steps=400", "run.dir=" + str(tmp_path))
     assert config_of(words(*again)).optim.warmup_steps == 12
