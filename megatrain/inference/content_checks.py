@@ -5,15 +5,13 @@ A check takes a text and returns why it is refused, or None. That of replies get
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from megatrain.config import ServeGroup
+from megatrain.config.named_function import NoFunctionError, load_function
 from megatrain.errors import ConfigError
 
 Check = Callable[[str], str | None]
@@ -77,15 +75,11 @@ def named_check(key: str, name: str) -> Check:
     if not place or not function.isidentifier():
         raise ConfigError(f"{key}={name}: expected module:function or file.py:function")
     try:
-        module = _module_of_file(key, Path(place).expanduser()) if place.endswith(".py") else _imported(place)
-    except ConfigError:
-        raise
+        check: Check = load_function(name)
+    except NoFunctionError as error:
+        raise ConfigError(f"{key}={name}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{key}={name}: {place} cannot be imported ({type(error).__name__}: {error})") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"{key}={name}: {place} has no function {function}")
-    check: Check = found
     return check
 
 
@@ -99,17 +93,3 @@ def read_lines(key: str, path: Path) -> list[str]:
     if not any(lines):
         raise ConfigError(f"{key}: {path} has no lines")
     return [line for line in lines if line]
-
-
-def _imported(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-def _module_of_file(key: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"{key}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -7,8 +7,6 @@ reward prints goes to standard error. Started by `rewards.py`; imports no torch.
 from __future__ import annotations
 
 import faulthandler
-import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -17,9 +15,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from megatrain.config.named_function import NoFunctionError, load_function
 from megatrain.reinforcement.embedded_rewards import EMBEDDED, Reward
 
 TEXTS = ("prompts", "completions", "stopped")
@@ -30,33 +28,9 @@ def load_reward(name: str) -> Reward:
     """Return the function that `name` stands for: an embedded reward, `module:function` or `path.py:function`.
 
     Raises:
-        LookupError: there is no such file, module or function. Errors of the module itself are raised as they are.
+        NoFunctionError: there is no such file, module or function. Errors of the module itself are raised as they are.
     """
-    if name in EMBEDDED:
-        return EMBEDDED[name]
-    place, _, function = name.rpartition(":")
-    if place.endswith(".py"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise LookupError(f"there is no file {place}")
-        spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and the like look their module up
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
-                raise LookupError(f"there is no module {error.name}") from error
-            raise
-    found = getattr(module, function, None)
-    if not callable(found):
-        has = ", ".join(sorted(name for name, value in vars(module).items() if inspect.isfunction(value))[:8])
-        raise LookupError(f"{place} has no function {function}{f' (it has {has})' if has else ''}")
-    reward: Reward = found
-    return reward
+    return EMBEDDED[name] if name in EMBEDDED else load_function(name)
 
 
 def wanted_arguments(reward: Reward, available: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -142,8 +116,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = worker.answer(json.loads(line))
-        except LookupError as error:
-            answer = {"error": str(error.args[0]) if error.args else repr(error)}
+        except NoFunctionError as error:
+            answer = {"error": str(error)}
         except Exception as error:  # of a user's module, as it is imported
             answer = _told(error)
         answers.write(json.dumps(answer) + "\n")

@@ -122,9 +122,10 @@ class RewardFunctions:
         return np.array(columns, np.float64).T.reshape(len(replies.completions), len(self.names))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that the rewards have started."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
@@ -141,6 +142,7 @@ class RewardFunctions:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(number,),
+            start_new_session=True,  # a group of its own, to end with what rewards start
             preexec_fn=(lambda: set_parent_death_signal(parent)) if linux else None,
         )
         self._rest = b""

@@ -62,7 +62,7 @@ class Console:
         self._began = time.monotonic()
         if info.config.get("run", {}).get("sweep") is None:  # a sweep says once what comes next
             folder = shlex.quote(str(info.run_dir))
-            self._next = next_step(f"megatrain report {folder}", try_out(folder, info.dataset))
+            self._next = next_step(f"megatrain report {folder}", try_out(folder, info))
         chosen = info.config.get("launch", {}).get("device") == "auto" and info.device == "cpu"
         device = f"{info.world_size} x {info.device}" + (" (no GPU found)" if chosen else "")
         parts = [f"{short(info.num_parameters)} parameters", device, info.layout]
@@ -182,8 +182,11 @@ class Console:
         return step - last_step >= self._every_steps or moment - last_moment >= self._every_s
 
 
-def try_out(folder: str, card: dict[str, Any]) -> str:
-    """Return the command that shows what a run in `folder`, quoted for the shell, has learnt from a dataset."""
+def try_out(folder: str, info: RunInfo) -> str:
+    """Return the command that shows what a run in `folder`, quoted for the shell, has learnt."""
+    card = info.dataset
+    if info.config.get("model", {}).get("output") == "score":
+        return f"megatrain evaluate {folder}"  # a reward model writes nothing
     splits = card.get("splits", {}).values()
     if any(part.get("loss_hashes") for split in splits for part in [split, *split.get("parts", ())]):
         return f"megatrain chat {folder}"  # conversations

@@ -41,7 +41,8 @@ def export_(config: ExportConfig) -> None:
         print_result(loaded, out, "fp32", then, is_model=False)
         return
     write_folder(loaded, out, config.dtype, config.family)
-    print_result(loaded, out, config.dtype, f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    theirs = "AutoModelForSequenceClassification" if loaded.config.output == "score" else "AutoModelForCausalLM"
+    print_result(loaded, out, config.dtype, f"transformers.{theirs}.from_pretrained({str(out)!r})")
 
 
 def write_folder(

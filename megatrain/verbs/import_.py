@@ -52,7 +52,7 @@ def import_(config: ImportConfig) -> None:
     if is_theirs and not isinstance(loaded.tokenizer, HuggingFaceTokenizer) and read_folder(path).has_chat_template():
         print(f"{path}: without its chat template: that goes along only with a tokenizer.json", file=sys.stderr)
     start = shlex.quote(quoted("checkpoint.init_from", config.out))
-    print_result(loaded, out, "fp32", f"megatrain train {start}")
+    print_result(loaded, out, "fp32", *([] if loaded.config.output == "score" else [f"megatrain train {start}"]))
 
 
 def write_weights(loaded: Loaded, out: Path) -> None:

@@ -442,7 +442,7 @@ def test_addresses_and_checks_that_cannot_be_used_are_refused_before_the_model_i
         bind("no.such.host.invalid", 0)
     (tmp_path / "broken.py").write_text("1 / 0")
     for name, words in (
-        ("nowhere:check", "nowhere cannot be imported"), ("json:nothing", "has no function nothing"),
+        ("nowhere:check", "there is no module nowhere"), ("json:nothing", "has no function nothing"),
         ("json", "expected module:function"), (f"{tmp_path}/no.py:check", "there is no file"),
         (f"{tmp_path}/broken.py:check", "ZeroDivisionError"),
     ):  # fmt: skip

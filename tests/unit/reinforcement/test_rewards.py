@@ -32,6 +32,10 @@ def raises(completions):
     return [1 / (text != "88") for text in completions]
 def hangs(completions):
     time.sleep(1000)
+def starts(completions):
+    import subprocess
+    child = subprocess.Popen(["sleep", "1000"])
+    return [child.pid] * len(completions)
 def nan(completions):
     return [0, float("nan"), 0]
 def short(completions):
@@ -146,3 +150,14 @@ def test_names_and_weights_are_checked_without_running_code(names: list[str], we
 )
 def test_an_answer_is_found_as_a_word_or_number_of_its_own(text: str, answer: object, found: bool) -> None:
     assert contains([text], [answer]) == [float(found)]
+
+
+def test_what_a_reward_starts_ends_with_it(own: Path) -> None:
+    functions = RewardFunctions([f"{own}:starts"], ["answer"], 60.0)
+    child = Path(f"/proc/{int(functions(REPLIES)[0, 0])}/stat")
+    assert child.exists()
+    functions.close()
+    deadline = time.monotonic() + 60
+    while child.exists() and ") Z" not in child.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not child.exists() or ") Z" in child.read_text()

@@ -12,7 +12,7 @@ import pytest
 
 from megatrain.resilience.terminal import Terminal
 from megatrain.tracking import console
-from megatrain.tracking.console import Console, clock, short
+from megatrain.tracking.console import Console, clock, short, try_out
 from megatrain.tracking.event_words import change, describe, details
 from megatrain.tracking.tracker import RunInfo, Trackers, git_commit
 
@@ -63,6 +63,8 @@ def test_the_next_step_fits_the_text_that_the_run_read(tmp_path, capsys):
     assert advice("python_stdlib") == advice("code") == f'megatrain generate {tmp_path} prompt="def main("'
     assert advice("chat", loss_hashes=["00"]) == f"megatrain chat {tmp_path}"
     assert advice("files", parts=[{"loss_hashes": ["00"]}]) == f"megatrain chat {tmp_path}"
+    scores = info(tmp_path, config={"model": {"output": "score"}}, dataset={"splits": {"train": {"loss_hashes": [1]}}})
+    assert try_out("run", scores) == "megatrain evaluate run", "a reward model writes nothing"
 
 
 def test_a_held_out_loss_is_shown_once_and_says_how_much_was_read(clock_at, capsys):

@@ -197,3 +197,20 @@ def test_a_missing_dataset_of_files_says_where_its_paths_go(own, capsys):
     assert cli.main(["train", "data=files", "data.name=c"]) == 2
     said = capsys.readouterr().err
     assert "megatrain prepare data=files 'data.paths=[<paths>]' data.name=c" in said and "data.dir" not in said
+
+
+def test_a_reward_model_is_said_to_judge_and_not_to_write(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = loaded(monkeypatch, export, "checkpoint")
+    found.config.output = "score"
+    monkeypatch.setattr(export, "export_model", lambda *_, **__: None)
+    monkeypatch.setattr(export, "generation", lambda _: {})
+    export.export_(compose("export", ["path=x", "out=my judge"]))
+    judges, theirs = commands(capsys)
+    verb, config = read(judges)
+    assert (verb, config.judge) == ("evaluate", "my judge")
+    assert theirs == "transformers.AutoModelForSequenceClassification.from_pretrained('my judge')"
+    loaded(monkeypatch, import_, "huggingface").config.output = "score"
+    monkeypatch.setattr(import_, "write_weights", lambda *_: None)
+    import_.import_(compose("import", ["path=x", "out=judge"]))
+    assert [read(command)[1].judge for command in commands(capsys)] == ["judge"]
