@@ -39,6 +39,9 @@ class ServeGroup:
     max_prompt_tokens: int | None = key(None, "longest prompt; null allows model.max_seq_len", minimum=1)
     max_new_tokens: int = key(512, "longest reply in tokens, and the default of chats", minimum=1)
     max_body_bytes: int = key(2**20, "largest body of a request, in bytes", minimum=1)
+    trusted_proxies: list[str] = key(
+        [], "addresses and networks, such as 10.0.0.0/8, of proxies whose X-Forwarded-For names the client's address"
+    )
     requests_per_minute: int | None = key(
         None, "requests per minute and key, or client's address; null: any", minimum=1
     )

@@ -57,6 +57,20 @@ _Count = Annotated[int, Field(ge=1, lt=2**31)]
 _Ids = Annotated[list[_Token], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 
 
+def _needs(name: str, values: list[Any], other: str) -> dict[str, Any]:
+    """Return the JSON schema which says that `name` has one of `values`, unless `other` is true."""
+    given = {"properties": {other: {"const": True}}, "required": [other]}
+    return {"anyOf": [given, {"properties": {name: {"enum": values}}}]}
+
+
+_STREAM_RULE = _needs("stream_options", [None], "stream")
+_LOGPROBS_RULE = _needs("top_logprobs", [None, 0], "logprobs")
+
+
+def _schema(*rules: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"additionalProperties": False, "allOf": list(rules)})
+
+
 class _Model(BaseModel):
     # the schema names no other fields; here they are kept, so that check_fields can say what is wrong with each
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
@@ -106,6 +120,8 @@ class _Request(_Model):
 class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
+    model_config = _schema(_STREAM_RULE, _LOGPROBS_RULE)
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
@@ -114,6 +130,8 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     """The body of `/v1/completions`: text to continue, token ids, or a list of either."""
+
+    model_config = _schema(_STREAM_RULE)
 
     prompt: (
         _Text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 import threading
@@ -36,6 +37,18 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def networks(proxies: Sequence[str]) -> list[str]:
+    """Return the networks of `serve.trusted_proxies`. Raises `ConfigError` for one that is none."""
+    found = []
+    for proxy in proxies:
+        try:
+            found.append(str(ipaddress.ip_network(proxy)))
+        except ValueError as error:
+            example = "serve.trusted_proxies=[127.0.0.1,10.0.0.0/8]"
+            raise ConfigError(f"serve.trusted_proxies: {error}; give addresses or networks: {example}") from error
+    return found
+
+
 class Server(uvicorn.Server):
     """uvicorn, which ends as this program does: not ready at the first signal, and with an exit code of its own."""
 
@@ -60,6 +73,8 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 make_app(make_service),
                 access_log=False,
+                proxy_headers=bool(config.trusted_proxies),
+                forwarded_allow_ips=networks(config.trusted_proxies),
                 log_level="warning",
                 timeout_graceful_shutdown=max(1, round(config.grace_s)),
                 timeout_keep_alive=75,

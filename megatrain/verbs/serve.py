@@ -33,12 +33,13 @@ def serve(config: ServeConfig) -> int:
         EnvironmentFault: the libraries of the server are not installed, its workers die again and again, or vLLM ends.
     """
     try:
-        from megatrain.inference.server import bind
+        from megatrain.inference.server import bind, networks
         from megatrain.inference.vllm_server import check_keys, find_command, run_server, settings
         from megatrain.inference.workers import run_workers
     except ModuleNotFoundError as error:
         raise EnvironmentFault(f"serve needs {error.name}: {how_to_install('serve')}") from error
     group = config.serve
+    networks(group.trusted_proxies)
     is_embedded = group.backend == "embedded"
     if not is_embedded:
         check_keys(group)

@@ -21,7 +21,7 @@ from megatrain.inference.api_requests import ChatRequest, CompletionRequest
 from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
-from megatrain.inference.server import bind
+from megatrain.inference.server import bind, networks
 
 torch.set_num_threads(1)
 
@@ -165,6 +165,7 @@ REFUSED = {
     "a typing error": (body(temprature=1), 400, "did you mean temperature"),
     "number as text": (body(temperature="1"), 400, "temperature"),
     "top_logprobs alone": (body(top_logprobs=2), 400, "logprobs=true"),
+    "stream_options alone": (body(stream_options={"include_usage": True}), 400, "stream=true"),
     "another model": (body(model="gpt-4"), 404, "use 'toy'"),
     "too long": (body(messages=[{"role": "user", "content": "1 " * 200}]), 400, "context of 160"),
     "too long together": (body(messages=[{"role": "user", "content": "☃" * 30}], max_tokens=80), 400, "context"),
@@ -313,6 +314,20 @@ def test_keys_are_asked_for_and_limits_are_a_keys_own(assistant):
         long = {"model": "toy", "prompt": "☃" * 30, "max_tokens": 40}
         found = [post(url, long, COMPLETE, authorization="Bearer second") for _ in range(2)]
         assert [one.status_code for one in found] == [200, 429] and "tokens per minute" in found[1].text
+
+
+def test_only_a_trusted_proxy_names_the_clients_address(assistant):
+    def statuses(url):
+        forged = [{"x-forwarded-for": address} for address in ("1.1.1.1", "2.2.2.2, 127.0.0.1", "2.2.2.2")]
+        return [post(url, body(max_tokens=1), **one).status_code for one in forged]
+
+    with running(assistant, requests_per_minute=1) as (_, url):
+        assert statuses(url) == [200, 429, 429]
+    with running(assistant, requests_per_minute=1, trusted_proxies=["127.0.0.0/8"]) as (_, url):
+        assert statuses(url) == [200, 200, 429]
+    for wrong in ("proxy.example", "10.0.0.1/8", "*"):
+        with pytest.raises(ConfigError, match=r"serve\.trusted_proxies: .*10\.0\.0\.0/8"):
+            networks([wrong])
 
 
 def test_a_request_that_takes_too_long_ends_with_504_or_with_an_error_in_its_stream(assistant):

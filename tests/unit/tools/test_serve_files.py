@@ -70,5 +70,7 @@ def test_the_manifests_agree_with_the_server_and_with_one_another():
     timeout = int(re.search(r"proxy_read_timeout (\d+)s", FILES["nginx.conf"]).group(1))
     assert timeout > ServeGroup().timeout_s
     assert "proxy_set_header X-Forwarded-For $remote_addr;" in FILES["nginx.conf"]
-    services = yaml.safe_load(FILES["compose.yaml"])["services"]
+    compose = yaml.safe_load(FILES["compose.yaml"])
+    services, subnet = compose["services"], compose["networks"]["default"]["ipam"]["config"][0]["subnet"]
+    assert f"serve.trusted_proxies=[{subnet}]" in services["server"]["command"]
     assert services["server"]["deploy"]["replicas"] > 1 and "./nginx.conf:" in services["proxy"]["volumes"][0]
