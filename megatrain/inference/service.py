@@ -22,6 +22,7 @@ from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import GenerationThread
 from megatrain.inference.job import Job, Prompt
+from megatrain.inference.prompt_encoder import PromptEncoder
 from megatrain.inference.rate_limits import RateLimit
 from megatrain.inference.serving_metrics import ServingMetrics
 from megatrain.model.gpt import GPT
@@ -55,11 +56,14 @@ class Service:
         )
         self.thread = GenerationThread(generator, asyncio.get_running_loop(), config.step_timeout_s)
         self.metrics = ServingMetrics(self.thread, config.max_concurrent)
+        longest = min(self.context, config.max_prompt_tokens or self.context)
+        self._prompts = PromptEncoder(served.tokenizer, longest)
         self._requests = RateLimit(config.requests_per_minute) if config.requests_per_minute else None
         self._tokens = RateLimit(config.tokens_per_minute) if config.tokens_per_minute else None
 
     def stop(self) -> None:
-        """End the generator's thread."""
+        """End the threads."""
+        self._prompts.close()
         self.thread.stop()
 
     async def chat(self, request: ChatRequest) -> Job:
@@ -77,9 +81,11 @@ class Service:
             }
             for message in request.messages
         ]
-        await self._check_prompt("\n".join(message["content"] for message in messages))
+        text, template = "\n".join(message["content"] for message in messages), self.served.template
+        self._prompts.check(len(text))
+        await self._check_prompt(text)
         try:
-            ids = self.served.template.encode(messages, asks=True).ids
+            ids = await self._prompts.encode(len(text), lambda: template.encode(messages, asks=True).ids)
         except ConfigError as error:
             raise ApiError(400, f"messages: {error}", param="messages", code="invalid_messages") from None
         most = request.max_completion_tokens or request.max_tokens or self.config.max_new_tokens
@@ -123,6 +129,7 @@ class Service:
     async def _prompt(self, given: str | list[int]) -> Prompt:
         tokenizer = self.served.tokenizer
         if isinstance(given, list):
+            self._prompts.check_ids(len(given))
             outside = [token for token in given if token >= tokenizer.vocab_size]
             if outside:
                 raise ApiError(
@@ -134,8 +141,10 @@ class Service:
             await self._check_prompt(tokenizer.decode(given))
             return Prompt(given, given)
         text = normalise(given)
+        self._prompts.check(len(text))
         await self._check_prompt(text)
-        ids = [*tokenizer.start(), *tokenizer.encode(text)] or [tokenizer.end_of_document]
+        ids = await self._prompts.encode(len(text), lambda: [*tokenizer.start(), *tokenizer.encode(text)])
+        ids = ids or [tokenizer.end_of_document]
         return Prompt(ids, ids if text else ())
 
     async def _check_prompt(self, text: str) -> None:

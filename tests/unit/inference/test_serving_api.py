@@ -356,6 +356,36 @@ def test_a_step_that_fails_ends_its_requests_with_500_and_the_server_goes_on(ass
         assert post(url, body()).status_code == 200 and get(f"{url}/health").status_code == 200
 
 
+def test_a_text_that_cannot_fit_is_refused_unencoded_and_a_long_one_is_encoded_apart(assistant, monkeypatch):
+    """While the long one is encoded, others are answered."""
+    tokenizer, goes_on, lengths = assistant.tokenizer, threading.Event(), []
+    encode = type(tokenizer).encode
+
+    def slow(self, text):
+        lengths.append(len(text))
+        assert len(text) < 1000 or goes_on.wait(LIMIT_S)
+        return encode(self, text)
+
+    monkeypatch.setattr(type(tokenizer), "encode", slow)
+    with running(assistant) as (server, url):
+        most = server.service._prompts.max_characters
+        assert 160 * 3 < most < 160 * 40, "the longest token, times the context"
+        for prompt in ("a" * (most + 1), [1] * 161):
+            found = post(url, {"model": "toy", "prompt": prompt}, COMPLETE)
+            assert (found.status_code, found.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert not lengths
+        server.service._prompts.max_characters = 10_000
+        found = []
+        long = {"model": "toy", "prompt": "a" * 5000}
+        asking = threading.Thread(target=lambda: found.append(post(url, long, COMPLETE).status_code))
+        asking.start()
+        wait_until(lambda: lengths, "the long text is being encoded")
+        assert post(url, {"model": "toy", "prompt": "What"}, COMPLETE).status_code == 200
+        goes_on.set()
+        asking.join(LIMIT_S)
+        assert found == [400]
+
+
 def test_a_step_that_hangs_fails_the_health_check_and_its_requests_until_it_returns(assistant):
     returns = threading.Event()
     with running(assistant, step_timeout_s=0.3) as (server, url):
