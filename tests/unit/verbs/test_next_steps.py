@@ -130,7 +130,7 @@ def test_import_says_how_to_use_its_checkpoint(out, monkeypatch, capsys, tmp_pat
 def test_export_says_how_to_use_its_folder(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     loaded(monkeypatch, export, "checkpoint")
-    monkeypatch.setattr(export, "generation", lambda _: {})
+    monkeypatch.setattr(export, "generation", lambda *_: {})
     monkeypatch.setattr(export, "export_model", lambda *_, **__: None)
     config = compose("export", ["path=x", "out=x"])
     config.out = "my models/it's"
@@ -204,7 +204,7 @@ def test_a_reward_model_is_said_to_judge_and_not_to_write(monkeypatch, capsys, t
     found = loaded(monkeypatch, export, "checkpoint")
     found.config.output = "score"
     monkeypatch.setattr(export, "export_model", lambda *_, **__: None)
-    monkeypatch.setattr(export, "generation", lambda _: {})
+    monkeypatch.setattr(export, "generation", lambda *_: {})
     export.export_(compose("export", ["path=x", "out=my judge"]))
     judges, theirs = commands(capsys)
     verb, config = read(judges)
