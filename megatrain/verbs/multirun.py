@@ -162,7 +162,7 @@ def run_all(points: Sequence[Point], flags: Sequence[str], dry_run: bool) -> int
                 codes.append(current.run([*command, *point.overrides]))
     print(table(points, codes), flush=True)
     show_folds(points)
-    print("\n" + next_step(f"megatrain report {shlex.quote(str(sweep_folder(points)))}"), flush=True)
+    print("\n" + what_next(points), flush=True)
     failed = [code for code in codes if code != EXIT_OK]
     if not failed:
         return EXIT_OK
@@ -234,6 +234,11 @@ def table(points: Sequence[Point], codes: Sequence[int | None]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{row[0]:{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
     return "\n".join(["", *lines])
+
+
+def what_next(points: Sequence[Point]) -> str:
+    """Return the line that says which command shows the points side by side."""
+    return next_step(f"megatrain report {shlex.quote(str(sweep_folder(points)))}")
 
 
 def last_losses(run_dir: Path) -> tuple[float | None, float | None]:

@@ -189,7 +189,7 @@ def test_a_path_in_advice_is_quoted_for_the_shell(folder, monkeypatch):
     _, found = read(f"megatrain prepare {weights.tokenizer_arguments(Path(folder))}")
     assert (found.tokenizer.kind, found.tokenizer.path) == ("hf", folder)
     monkeypatch.setattr(multirun, "sweep_folder", lambda _: Path(folder))
-    start, _, command = multirun.table([], []).splitlines()[-1].partition(" ")
+    start, _, command = multirun.what_next([]).partition(" ")
     assert start == "next:" and read(command)[1].path == folder
 
 
