@@ -42,8 +42,9 @@ from megatrain.engine.deepspeed_config import (
 from megatrain.engine.deepspeed_state import DeepSpeedState
 from megatrain.engine.protocol import Measured, StepResult
 from megatrain.errors import EnvironmentFault
-from megatrain.model.count import run_shapes
+from megatrain.model.count import run_shapes, trained_shapes
 from megatrain.model.gpt import GPT
+from megatrain.model.lora import add_adapters
 from megatrain.optim.adamw import parameter_groups
 from megatrain.optim.loss_scale import LossScaler
 from megatrain.optim.objective import LossMeter, Objective
@@ -80,7 +81,7 @@ class DeepSpeedEngine:
         recompute_blocks(model.blocks, config.train.recompute)
         self.shapes = run_shapes(config.model, config.method)
         groups = parameter_groups(
-            ((name, p, len(self.shapes[name])) for name, p in model.named_parameters()), config.optim
+            ((name, p, len(self.shapes[name])) for name, p in model.named_parameters() if p.requires_grad), config.optim
         )
         optimizer = build_optimizer(groups, config.optim, config.seed)
         self.engine, *_ = deepspeed.initialize(
@@ -110,10 +111,13 @@ class DeepSpeedEngine:
             # Pass no dtype, so that DeepSpeed uses the config's: given float32 on a CPU, it would choose bfloat16.
             with deepspeed.zero.Init(config_dict_or_path=document):
                 model = GPT(self.config.model, kernels, has_values)
+                self._add_adapters(model)
             self._split_sequences(model)
             return model
         with torch.device("meta"):
-            model = GPT(self.config.model, kernels, has_values).to(DTYPES[self.config.precision.name])
+            model = GPT(self.config.model, kernels, has_values)
+            self._add_adapters(model)
+            model.to(DTYPES[self.config.precision.name])
         self._split_sequences(model)
         if self.tensor_group is None:
             model.to_empty(device=self.world.device)
@@ -124,6 +128,10 @@ class DeepSpeedEngine:
         for parameter in model.parameters():
             nn.init.zeros_(parameter)  # DeepSpeed compares and copies them before they are initialised
         return model
+
+    def _add_adapters(self, model: GPT) -> None:
+        if self.config.method.lora.rank:
+            add_adapters(model, self.config.method.lora)
 
     def _split_sequences(self, model: GPT) -> None:
         """Apply context parallelism. DeepSpeed treats context ranks as data ranks: they hold the same parameters."""
@@ -141,7 +149,8 @@ class DeepSpeedEngine:
     def counters(self) -> EngineCounters:
         """See `Engine.counters`."""
         groups = self.states.inner.param_groups
-        return engine_counters(self.config.optim.name, groups, self.shapes, self.states.step_count(), self.scaler)
+        shapes = trained_shapes(self.config.model, self.config.method)
+        return engine_counters(self.config.optim.name, groups, shapes, self.states.step_count(), self.scaler)
 
     def restore(self, counters: EngineCounters | None) -> None:
         """See `Engine.restore`."""

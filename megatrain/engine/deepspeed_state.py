@@ -45,6 +45,8 @@ class DeepSpeedState:
         self.stage = config.parallel.zero
         self.optimizer = engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.frozen = {name: self._frozen(p) for name, p in engine.module.named_parameters() if not p.requires_grad}
+        """Of each parameter that is not trained, this rank's flat fp32 piece and that piece's first index."""
         self.copies: dict[str, Tensor] = {}
         """Copies that `tensors` read from NVMe, by key. `write_back` writes them to NVMe again."""
         for name, shape in shapes.items():
@@ -64,6 +66,8 @@ class DeepSpeedState:
                         if self._is_swapped(group):
                             flat = self.copies[key] = flat.clone()
                         state[key] = Piece(flat, start, self.shapes[name], *self._block(name))
+        for name, (flat, start) in self.frozen.items():
+            state[parameter_key(name)] = Piece(flat, start, self.shapes[name], *self._block(name))
         return state
 
     @torch.no_grad()
@@ -97,15 +101,23 @@ class DeepSpeedState:
         for group, members in self.sub_groups():
             with self.resident(group):
                 for name, parameter in members:
-                    flat, start = self._fragment(parameter, None)
-                    place = (*self._block(name), start, start + flat.numel())
-                    flat.copy_(initial_block(self.config.model, name, self.shapes[name], self.config.seed, *place))
+                    self._fill(name, *self._fragment(parameter, None))
+        for name, (flat, start) in self.frozen.items():
+            self._fill(name, flat, start)
         self.refresh()
+
+    def _fill(self, name: str, flat: Tensor, start: int) -> None:
+        place = (*self._block(name), start, start + flat.numel())
+        flat.copy_(initial_block(self.config.model, name, self.shapes[name], self.config.seed, *place))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the fp32 masters into the parameters that the model computes with. All ranks must call it."""
         optimizer = self.optimizer
+        for name, parameter in self.engine.module.named_parameters() if self.frozen else ():
+            if name in self.frozen:
+                flat, _ = self.frozen[name]
+                self._held(parameter)[: flat.numel()].copy_(flat)
         if self.stage == 3:
             for group in range(len(optimizer.fp16_partitioned_groups_flat)):
                 with self.resident(group):
@@ -141,6 +153,8 @@ class DeepSpeedState:
         """Return the parameters by sub-group. Below stage 3 there is one sub-group."""
         members: dict[int, SubGroup] = {}
         for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             group = 0
             if self.stage == 3:
                 group, *_ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -206,6 +220,23 @@ class DeepSpeedState:
             return mapping.get_hp_fragment(slot), mapping.lp_fragment_address.start
         master = self._whole_master(parameter)
         return (master.detach() if slot is None else self.inner.state[master][slot]).view(-1), 0
+
+    def _held(self, parameter: Any) -> Tensor:
+        """Return the flat memory of what this rank holds of a parameter, in the compute format."""
+        held: Tensor = (parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter).detach().view(-1)
+        return held
+
+    def _frozen(self, parameter: Any) -> tuple[Tensor, int]:
+        """Return this rank's flat fp32 piece of a parameter that is not trained, and the piece's first index.
+
+        In fp32 it is the parameter's own memory. In a lower format it is a copy, of a stage 3 shard or else of all.
+        """
+        flat, start = self._held(parameter), 0
+        if hasattr(parameter, "ds_id"):
+            start = self.optimizer._get_param_partition_rank(parameter) * flat.numel()
+            flat = flat[: max(0, min(flat.numel(), parameter.ds_numel - start))]
+            start = min(start, parameter.ds_numel)
+        return flat.float(), start
 
     def _whole_master(self, parameter: nn.Parameter) -> Tensor:
         """Return, at stage 0, the fp32 copy of a low-precision parameter, or an fp32 parameter itself."""

@@ -89,11 +89,21 @@ REFUSALS = (
         ),
     ),
     Refusal(
-        "low_rank_deepspeed",
-        "low-rank layers (method.lora) under engine=deepspeed",
+        "low_rank_deepspeed_tensor",
+        "low-rank layers (method.lora) with DeepSpeed's tensor ranks, whose layers compute a product of one weight",
         Combination(
-            {"engine.name": "deepspeed", "method.lora.rank": above(0)},
-            "method.lora.rank={method.lora.rank} needs engine=native",
+            {"engine.name": "deepspeed", "parallel.tp": above(1), "method.lora.rank": above(0)},
+            "method.lora.rank={method.lora.rank} with parallel.tp={parallel.tp} needs engine=native: AutoTP's layers "
+            "have no low-rank layers; or use parallel.tp=1",
+        ),
+    ),
+    Refusal(
+        "low_rank_offload",
+        "low-rank layers with offload, which moves states of trained weights alone",
+        Combination(
+            {"engine.offload": other_than("none"), "method.lora.rank": above(0)},
+            "engine.offload={engine.offload} saves little with method.lora.rank={method.lora.rank}, whose states are "
+            "small, and was not tried with it; use engine.offload=none",
         ),
     ),
     Refusal(

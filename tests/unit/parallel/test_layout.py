@@ -56,7 +56,17 @@ REFUSED: dict[str, list[Any]] = {
         (native(parallel__tp=8), 8, "model.num_kv_heads=4", dict(parallel__tp=4)),
         (native(parallel__tp=4, model__ffn_size=190), 4, "model.ffn_size=190", dict(parallel__tp=2)),
     ],
-    "low_rank_deepspeed": [(job(method__lora__rank=4), 1, "engine=native", dict(engine__name="native"))],
+    "low_rank_deepspeed_tensor": [
+        (job(method__lora__rank=4, parallel__tp=2), 2, "engine=native", dict(engine__name="native"))
+    ],
+    "low_rank_offload": [
+        (
+            job(method__lora__rank=4, parallel__zero=3, engine__offload="cpu"),
+            1,
+            "engine.offload=none",
+            dict(engine__offload="none"),
+        )
+    ],
     "low_rank_tensor_dropout": [
         (
             native(method__lora__rank=4, method__lora__dropout=0.1, parallel__tp=2),

@@ -115,7 +115,10 @@ def test_a_checkpoint_of_a_run_has_the_runs_name(words, finished):
         (["method=pretrain"], "method=pretrain is not a method of tuning"),
         (["checkpoint.init_from=elsewhere"], "begins from its first argument"),
         (["method.lora.rank=2", "method.lora.targets=[]"], r"method.lora.targets=\[\] names no projection"),
-        (["method.lora.rank=2", "engine=deepspeed"], "method.lora.rank=2 needs engine=native"),
+        (
+            ["method.lora.rank=2", "engine=deepspeed", "parallel.tp=2", "launch.nproc_per_node=2"],
+            "method.lora.rank=2 with parallel.tp=2 needs engine=native",
+        ),
         (["method.label_smoothing=0.5", "method=dpo"], "less than 0.5"),
         (["data.mixture={a: 1, b: 1}", "data=mixture"], "several datasets have no common epoch"),
     ],
