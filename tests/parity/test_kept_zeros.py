@@ -20,7 +20,6 @@ LAYOUTS = [
     (2, {"engine": "deepspeed", "zero": 1}),
     (2, {"engine": "deepspeed", "tp": 2}),
     (4, {"tp": 2, "pp": 2}),
-    (2, {"zero": 2, "cp": 2}),
 ]
 
 

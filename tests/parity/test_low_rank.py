@@ -21,7 +21,6 @@ LAYOUTS = [
     (2, {"pp": 2, "schedule": "zbv_zero_bubble", "virtual_stages": 2}),
     (4, {"tp": 2, "zero": 2}),
     (2, {"engine": "deepspeed", "zero": 0}),
-    (2, {"engine": "deepspeed", "zero": 1}),
     (2, {"engine": "deepspeed", "zero": 2, "cp": 2}),
     (2, {"engine": "deepspeed", "zero": 3}),
 ]
@@ -57,7 +56,7 @@ def test_every_layout_gives_one_result(ranks, changes, alone, tmp_path):
     compare(run_ranks(parity_steps, ranks, config, str(tmp_path)), alone)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [1, 3])
 def test_deepspeed_in_bf16_keeps_the_frozen_weights_in_fp32(zero, alone, tmp_path):
     config = low_rank_job(engine="deepspeed", zero=zero, micro=4)
     config.precision.name = "bf16"
