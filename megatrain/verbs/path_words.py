@@ -21,7 +21,8 @@ _PREPARE = "prepare it first: megatrain prepare"
 
 def expand_path(verb: str, words: Sequence[str]) -> list[str]:
     """Replace the words that are paths: by `path=...`, and further ones by `paths=[...]` if a verb has that key; for
-    `train` by what continues that run with its saved config; for `prepare` by what reads those files and folders.
+    `train` by what continues that run with its saved config; for `prepare` by what reads those files and folders, as
+    further ones are for `tune`.
 
     An existing path is a path even if it contains `=`, unless it is an override: a key of the verb, `=` and a value.
     """
@@ -44,6 +45,11 @@ def expand_path(verb: str, words: Sequence[str]) -> list[str]:
     if "paths" in names and not any(word.startswith("paths=") for word in words):
         more = [word for word in others if _is_path(word, names, wanted)]
         found += [f"paths={as_text(more)}"] if more else []
+        others = [word for word in others if word not in more]
+    if verb == "tune" and not any(word.startswith("data.paths=") for word in words):
+        more = [word for word in others if _is_path(word, names, False)]
+        prepared = len(more) == 1 and find_dataset(more[0], DataConfig().dir)
+        found += [quoted("data", more[0]) if prepared else f"data.paths={as_text(more)}"] if more else []
         others = [word for word in others if word not in more]
     return [*found, *others]
 

@@ -11,7 +11,7 @@ import yaml
 
 from megatrain import cli
 from megatrain.config import VERBS, walk
-from megatrain.config.compose import compose, key_types
+from megatrain.config.compose import compose, key_types, read_overrides
 from megatrain.config.values import split_list
 from megatrain.errors import ConfigError
 from megatrain.verbs.path_checks import check_paths
@@ -265,3 +265,12 @@ def test_ranks_and_jobs_get_the_words_of_a_run_folder(run, seen, capsys):
     assert started[-4:] == words and submitted == [*words, "launch=slurm"]
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["name"] == "old", "nothing has written to it"
     assert types.SimpleNamespace(**vars(compose("train", words))).optim.lr == 0.5
+
+
+def test_what_follows_the_base_of_a_tuning_are_files_or_a_dataset(tmp_path):
+    (tmp_path / "data" / "talks").mkdir(parents=True)
+    (tmp_path / "data" / "talks" / "card.json").write_text("{}")
+    found = expand_path("tune", ["runs/base", "it's, a.jsonl", "b.jsonl", "optim.lr=1"])
+    assert found[0] == "path=runs/base" and found[2:] == ["optim.lr=1"]
+    assert read_overrides("tune", found).values["data.paths"] == ["it's, a.jsonl", "b.jsonl"]
+    assert expand_path("tune", ["runs/base", "data/talks"]) == ["path=runs/base", "data=data/talks"]
