@@ -27,8 +27,14 @@ def export_adapter(
     of the exported base, by default the one that `megatrain export` chooses.
 
     Raises:
-        ConfigError: the family stores several projections as one, so that their low-rank layers have no place in it.
+        ConfigError: the model has a score, or the family stores several projections as one, so that their low-rank
+            layers have no place in it.
     """
+    if config.output == "score":
+        raise ConfigError(
+            "adapter=true: a reward model has learnt its score beside the low-rank layers, and an adapter would lose "
+            "it; leave adapter out, and merged weights are written"
+        )
     kind = family or family_of(config)
     places = {part: place for place in layout(config, kind) for part in place.parts}
     tensors: dict[str, Tensor] = {}

@@ -73,8 +73,13 @@ def run_shapes(config: ModelConfig, method: MethodConfig) -> dict[str, tuple[int
 
 
 def trained_shapes(config: ModelConfig, method: MethodConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters that a run by `method` changes: with low-rank layers, not the model's."""
-    return (adapter_shapes(config, method.lora) or parameter_shapes(config)) | value_shapes(config, method)
+    """Return the shapes of the parameters that a run by `method` changes.
+
+    With low-rank layers, these are none of the model's but its score.
+    """
+    own, low_rank = parameter_shapes(config), adapter_shapes(config, method.lora)
+    score = {name: shape for name, shape in own.items() if name == "score.weight"}
+    return (low_rank | score if low_rank else own) | value_shapes(config, method)
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -15,10 +15,11 @@ from megatrain.model.gpt import GPT, Adapter, Block, Linear
 
 
 def add_adapters(model: GPT, lora: LoraConfig) -> None:
-    """Give the projections that `lora` names low-rank layers, uninitialised, and freeze the model's own parameters."""
+    """Give the projections that `lora` names low-rank layers, uninitialised; freeze all else but score and value."""
     model.requires_grad_(False)
-    if model.value is not None:  # begins at 0, so it must be learnt
-        model.value.requires_grad_(True)
+    for head in (model.score, model.value):  # drawn anew or 0, so they must be learnt
+        if head is not None:
+            head.requires_grad_(True)
     for name, module in model.blocks.named_modules():
         if isinstance(module, Linear) and name.rpartition(".")[2] in lora.targets:
             module.adapter = Adapter(lora.alpha / lora.rank, lora.dropout)

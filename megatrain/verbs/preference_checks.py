@@ -26,11 +26,6 @@ def check_output(config: TrainConfig) -> None:
         )
     if method == "reward" and not scores:
         raise ConfigError("method=reward: a reward model has model.output=score; leave model.output out")
-    if method == "reward" and config.method.lora.rank:
-        raise ConfigError(
-            f"method.lora.rank={config.method.lora.rank}: low-rank layers leave all other weights as they are, but the "
-            "score of a reward model must be learnt; use method.lora.rank=0"
-        )
     if method in PAIR_METHODS and config.data.kind in MIXED:
         raise ConfigError(
             f"method={method} learns from one dataset of pairs, not from data={config.data.kind}; prepare all pairs as "

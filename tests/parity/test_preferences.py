@@ -97,3 +97,17 @@ def test_every_layout_gives_the_same(ranks, changes, alone, tmp_path):
         assert found == pytest.approx(scalars, rel=1e-4, abs=1e-6)
         if recorded is not None:
             np.testing.assert_allclose(log_probs, recorded, rtol=1e-5)
+
+
+def test_a_reward_model_with_low_rank_layers_learns_its_score_in_both_engines(tmp_path):
+    found = []
+    for ranks, changes in [(1, {"micro": 2}), (2, {"engine": "deepspeed", "zero": 3}), (2, {"tp": 2})]:
+        config = job_of("reward", **{"micro": rows(changes, ranks), **changes})
+        config.method.lora.rank = 3
+        results = run_ranks(steps, ranks, config, str(tmp_path / str(len(found))), "reward")
+        found.append([result for result, _, _ in results])
+    for other in found[1:]:
+        compare(other, found[0][0])
+    start, _, end = found[0][0][2]
+    changed = {name for name in start if name.startswith("model.") and not torch.equal(start[name], end[name])}
+    assert {name for name in changed if "lora_" not in name} == {"model.score.weight"}

@@ -1,16 +1,19 @@
 """Low-rank layers against peft's, on the same weights and tokens: losses, gradients, merged weights, exported files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig as TheirConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from megatrain.config import LoraConfig, ModelConfig
+from megatrain.config import LoraConfig, MethodConfig, ModelConfig
 from megatrain.errors import ConfigError
 from megatrain.interop.adapter import export_adapter
 from megatrain.interop.huggingface import export_model
 from megatrain.kernels import IGNORE_INDEX
+from megatrain.model.count import trained_shapes
 from megatrain.model.gpt import GPT
 from megatrain.model.init import build_model
 from megatrain.model.lora import add_adapters, merged
@@ -114,3 +117,14 @@ def test_a_value_head_is_trained_beside_them():
     add_adapters(model, LORA)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {*adapters_of(model), "value.weight"}
+
+
+def test_a_score_is_trained_beside_them_and_not_lost_in_an_adapter(tmp_path):
+    config = replace(CONFIG, output="score", tie_embeddings=False)
+    model = GPT(config)
+    add_adapters(model, LORA)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {*adapters_of(model), "score.weight"}
+    assert trained == trained_shapes(config, MethodConfig(name="reward", lora=LORA)).keys()
+    with pytest.raises(ConfigError, match="adapter=true: a reward model has learnt its score"):
+        export_adapter(config, {}, LORA, tmp_path / "adapter")
