@@ -39,7 +39,9 @@ RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
 """The files that a page is made of; a run's folder has one at least."""
 REWARDS = ("reward", "reply_tokens", "stop_rate", "entropy", "groups_without_signal", "kl", "log_prob_difference")
 """Curves of a run that learns from rewards."""
-CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s", *REWARDS)
+VALUES = ("value_loss", "explained_variance")
+"""Curves of a run that learns values too."""
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "loss_scale", "step_time_s", *REWARDS, *VALUES)
 IN_LOSS = "that count in the loss"
 """Which tokens the numbers of a run are of that reads conversations."""
 PARTS = ("data_time_s", "eval_time_s", "save_time_s")

@@ -37,6 +37,8 @@ function build() {
     });
     add({title: 'Entropy of a token, in nats', zero: true, series: [curve('entropy', 'entropy', 'd')]});
     add({title: 'Divergence from the reference, in nats', zero: true, series: [curve('kl', 'KL', 'c')]});
+    add({title: 'Loss of the values', zero: true, series: [curve('value_loss', 'loss', 'a')]});
+    add({title: 'Share of the returns that values explain', series: [curve('explained_variance', 'share', 'b')]});
     add({title: `Learning rate ${D.schedule}`.trim(), zero: true, series: [curve('lr', 'learning rate', 'c')]});
     add({title: 'Gradient norm', log: wideRange('grad_norm'), series: [curve('grad_norm', 'gradient norm', 'd')]});
     add({
