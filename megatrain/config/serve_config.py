@@ -35,6 +35,17 @@ class ServeGroup:
     api_key: str | None = key(None, "key that clients must send; null asks for none, unless api_key_file is given")
     api_key_file: str | None = key(None, "file with the keys of clients, one a line", path=True)
     max_concurrent: int = key(8, "replies that are computed at once", minimum=1)
+    max_context: int | None = key(
+        None,
+        "longest prompt with its reply, in tokens; null takes model.max_seq_len. Each reply's cache has that room",
+        minimum=1,
+    )
+    precision: str | None = key(
+        None,
+        "number format of weights, cache and sums in between; null: fp32 on a CPU and with int8 or int4 weights, "
+        "else bf16, which halves the memory and rounds to 8 bits",
+        choices=("fp32", "bf16", None),
+    )
     max_queue: int = key(64, "replies that may wait for their turn; further requests get status 429", minimum=0)
     max_prompt_tokens: int | None = key(None, "longest prompt; null allows model.max_seq_len", minimum=1)
     max_new_tokens: int = key(512, "longest reply in tokens, and the default of chats", minimum=1)

@@ -22,6 +22,7 @@ from megatrain.inference.check_process import ContentChecks
 from megatrain.inference.draw import SamplingSettings
 from megatrain.inference.generation_thread import GenerationThread
 from megatrain.inference.job import Job, Prompt
+from megatrain.inference.memory import context_of
 from megatrain.inference.prompt_encoder import PromptEncoder
 from megatrain.inference.rate_limits import RateLimit
 from megatrain.inference.serving_metrics import ServingMetrics
@@ -49,7 +50,7 @@ class Service:
     def __init__(self, served: ServedModel, config: ServeGroup, keys: Sequence[str], checks: ContentChecks) -> None:
         """Without `keys` anybody may ask."""
         self.served, self.config, self.keys, self.checks = served, config, list(keys), checks
-        self.context = served.model.config.max_seq_len
+        self.context = context_of(config, served.model.config)
         self.is_draining = False
         generator = BatchGenerator(
             served.model, config.max_concurrent, self.context, config.prompt_chunk, config.reuse_prefixes
@@ -204,7 +205,7 @@ class Service:
         left = self.context - prompt
         if left < (most if is_given else 1):
             asked = f" and max_tokens={most}" if is_given and left >= 1 else ""
-            message = f"the prompt of {prompt} tokens{asked} exceeds the model's context of {self.context} tokens"
+            message = f"the prompt of {prompt} tokens{asked} exceeds the context of {self.context} tokens"
             raise ApiError(400, message, code="context_length_exceeded")
         return min(most, left)
 

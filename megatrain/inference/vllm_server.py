@@ -39,6 +39,8 @@ _PROXY = "let a proxy in front of it do so"
 _CHECKS = "check texts in front of it"
 INSTEAD = {
     "workers": "serve.vllm_args=[--data-parallel-size=N] starts several engines",
+    "max_context": "serve.vllm_args=[--max-model-len=N] does it",
+    "precision": "serve.vllm_args=[--dtype=float32] does it",
     "max_prompt_tokens": "serve.vllm_args=[--max-model-len=N] bounds prompt and reply together",
     "max_queue": _PROXY,
     "max_body_bytes": _PROXY,

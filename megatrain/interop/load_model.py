@@ -113,8 +113,8 @@ class Loaded:
             raise CheckpointError(quantized_message(self.folder, self.manifest))
         return self.weights
 
-    def build(self, device: torch.device, kernels: Kernels = REFERENCE) -> GPT:
-        """Return the model on `device` in fp32 and eval mode, with `kernels` as its operations.
+    def build(self, device: torch.device, kernels: Kernels = REFERENCE, dtype: torch.dtype = torch.float32) -> GPT:
+        """Return the model on `device`, dense weights as `dtype`, in eval mode, with `kernels` as its operations.
 
         Raises:
             CheckpointError: the weights do not match the config.
@@ -131,7 +131,7 @@ class Loaded:
             raise CheckpointError(f"{self.folder}: the shape of {different[0]} does not match the config")
         for name in self.quantized:
             linear_of(model, name).weight = nn.Parameter(torch.empty(0, device="meta"))  # no memory for a dense one
-        model = model.to_empty(device=device).float()
+        model = model.to(dtype).to_empty(device=device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name not in self.quantized:

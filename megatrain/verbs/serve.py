@@ -27,12 +27,13 @@ def serve(config: ServeConfig) -> int:
     """Serve the model of a run, a checkpoint or a Hugging Face folder, until TERM or Ctrl-C.
 
     Raises:
-        ConfigError: the model has no tokenizer, the address cannot be used, a file that a key names cannot be read, or
-            vLLM cannot honour a key.
+        ConfigError: the model has no tokenizer or does not fit the memory, the address cannot be used, a file that a
+            key names cannot be read, or vLLM cannot honour a key.
         CheckpointError: there is no intact model.
         EnvironmentFault: the libraries of the server are not installed, its workers die again and again, or vLLM ends.
     """
     try:
+        from megatrain.inference.memory import check_memory, free_bytes, stored_model
         from megatrain.inference.server import bind, networks
         from megatrain.inference.vllm_server import check_keys, find_command, run_server, settings
         from megatrain.inference.workers import run_workers
@@ -45,6 +46,9 @@ def serve(config: ServeConfig) -> int:
         check_keys(group)
         if config.device != "auto":
             raise ConfigError(f"device={config.device}: vLLM works on the device that it was built for; leave it out")
+    elif (stored := stored_model(Path(config.path), config.step)) is not None:
+        device = device_by_name(config.device)
+        check_memory(config, stored, device, free_bytes(device))
     command = [] if is_embedded else find_command(group.vllm_command)
     keys = _keys(config)
     with bind(group.host, group.port) as listener:
@@ -71,6 +75,7 @@ def _work(
 ) -> int:
     """Serve in this process."""
     from megatrain.inference.check_process import ContentChecks
+    from megatrain.inference.memory import precision_of
     from megatrain.inference.server import Server
     from megatrain.inference.service import ServedModel
 
@@ -78,8 +83,10 @@ def _work(
         loaded = load(Path(config.path), config.step)
         tokenizer = loaded.need_tokenizer()
         template = ChatTemplate(tokenizer) if tokenizer.chat_template() is not None else None
-        model = loaded.build(device_by_name(config.device))
+        device = device_by_name(config.device)
+        model = loaded.build(device, dtype=precision_of(config.serve, device, bool(loaded.quantized)))
         served = ServedModel(_name(config), model, tokenizer, template, loaded.end_tokens())
+        del loaded  # with the weights as they were stored
         server = Server(served, config.serve, _keys(config), checks, announce, beat)
         return server.serve_until_signal(listener)
 
