@@ -131,7 +131,8 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
     samples = _samples(planned, base, make) if planned.data.kind not in MIXED else None
     if make and show and samples is not None:
         _show_sample(planned)
-    return [*words, *_planned(config, samples and samples / planned.train.global_batch_size)]
+    epoch = samples and samples / planned.train.global_batch_size
+    return [*words, *_planned(config, epoch, samples is None or _has_heldout(planned))]
 
 
 def _tuning(config: TuneConfig) -> Tuning:
@@ -275,6 +276,10 @@ def _samples(config: TrainConfig, base: Path, make: bool) -> int:
     return num_samples(folder, card, config.data.packing, config.train.seq_len, config.data.verify)
 
 
+def _has_heldout(config: TrainConfig) -> bool:
+    return "heldout" in check_dataset(Path(config.data.dir) / config.data.name).splits
+
+
 def _tokenizer(config: TrainConfig, base: Path) -> TokenizerConfig:
     """Return how `prepare` loads the base's tokenizer: the one that the command names, or the base's own."""
     if config.tokenizer.path is not None:
@@ -312,8 +317,10 @@ def _checked(words: Sequence[str]) -> TrainConfig:
     return config
 
 
-def _planned(config: TuneConfig, epoch: float | None) -> list[str]:
+def _planned(config: TuneConfig, epoch: float | None, evaluates: bool = True) -> list[str]:
     """Return the words of the run's length and what depends on it. `epoch` is the steps of one, if they are known.
+
+    `evaluates` says whether there are held-out data.
 
     Raises ConfigError if the length is not given and not known.
     """
@@ -329,7 +336,7 @@ def _planned(config: TuneConfig, epoch: float | None) -> list[str]:
         begun = _begun_warmup(config)
         words.append(f"optim.warmup_steps={math.ceil(WARMUP * steps) if begun is None else begun}")
     if config.train.eval_every is None:
-        words.append(f"train.eval_every={min(steps, math.ceil(epoch)) if epoch else 0}")
+        words.append(f"train.eval_every={min(steps, math.ceil(epoch)) if epoch and evaluates else 0}")
     return words
 
 

@@ -44,7 +44,9 @@ def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = 
             "leave it out, or write what it says as messages",
         )
     if record.get("chosen") is not None and record.get("rejected") is not None:
-        raise ConversationError("no_conversation", "it is a preference pair", "prepare it with data=pairs")
+        raise ConversationError(
+            "no_conversation", "it is a preference pair", "prepare it with data=pairs (for method=dpo or reward)"
+        )
     found = [*system_of(record.get("system")), *_messages(record)]
     messages = [{**message, "content": normalise(message["content"])} for message in found]
     check_turns(messages, last="assistant")

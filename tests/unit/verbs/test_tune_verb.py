@@ -8,6 +8,7 @@ import pytest
 from megatrain.checkpoint.manifest import read_manifest, write_manifest
 from megatrain.config import CompressConfig
 from megatrain.config.compose import compose
+from megatrain.data.card import Card, fingerprint
 from megatrain.errors import ConfigError
 from megatrain.verbs import tune
 from megatrain.verbs.compress import compress
@@ -66,6 +67,15 @@ def test_what_is_given_counts(words):
     config = config_of(words(*given, "data.packing=concatenate"))
     assert (config.train.steps, config.optim.lr, config.optim.warmup_steps, config.train.eval_every) == (7, 0.5, 2, 0)
     assert (config.run.name, config.seed, config.data.packing) == ("x", 9, "concatenate")
+
+
+def test_without_held_out_data_nothing_is_evaluated(words, dataset, tmp_path):
+    card = Card.load(dataset)
+    del card.splits["heldout"]
+    card.fingerprint = fingerprint(card.splits)
+    shutil.copytree(dataset, tmp_path / "all")
+    card.save(tmp_path / "all")
+    assert config_of(words(f"data.dir={tmp_path}", "data.name=all")).train.eval_every == 0
 
 
 def test_another_dropout_than_the_bases_is_meant_and_other_keys_of_the_model_must_be_named(words):
