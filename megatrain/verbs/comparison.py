@@ -85,6 +85,8 @@ def measure(model: Path | Loaded, config: Comparing, speed: bool) -> dict[str, A
     )
     if pairs := find_pairs(keys, loaded):
         raise ConfigError(f"{pairs.name} has preference pairs, which have no loss of a text; give data=<a text file>")
+    if speed:  # the first batches of a process are slower, whichever model reads them
+        evaluate_loss(replace(keys, max_batches=1), loaded)
     found = evaluate_loss(keys, loaded)
     if not speed:
         return {"loss": found["loss"]}

@@ -129,7 +129,7 @@ def train_words(overrides: Sequence[str], make: bool, show: bool = True) -> list
     words += [word for word in given if word.partition("=")[0].lstrip("+").replace("/", ".") not in done]
     planned = _checked([*words, *_planned(config, epoch=UNKNOWN)])
     samples = _samples(planned, base, make) if planned.data.kind not in MIXED else None
-    if make and show and samples is not None:
+    if make and show and samples is not None and planned.method.name not in SAMPLING:  # nothing of a prompt counts
         _show_sample(planned)
     epoch = samples and samples / planned.train.global_batch_size
     return [*words, *_planned(config, epoch, samples is None or _has_heldout(planned))]
