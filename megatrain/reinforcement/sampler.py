@@ -78,15 +78,17 @@ class Sampler:
         self.stop_ids, self.rewards, self.reference = frozenset(stop_ids), rewards, reference
         self.has_values = method.name in WITH_VALUES
 
-    def __call__(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
+    def __call__(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray, is_greedy: bool = False) -> Samples:
         """Return the replies of `model` to `prompts`, one for each of the run's `samples` (their numbers).
+
+        Replies that are greedy have nothing that training needs: no reference and no values.
 
         Raises:
             RewardError, DivergedError: on every rank, if any rank's rewards fail or its logits are no numbers.
         """
         bounds = np.linspace(0, len(prompts), self.world.size + 1).round().astype(int).tolist()
         own = slice(bounds[self.world.rank], bounds[self.world.rank + 1])
-        found = self._together(lambda: self._sample(model, prompts[own], samples[own]))
+        found = self._together(lambda: self._sample(model, prompts[own], samples[own], is_greedy))
         return self._scored(self._gathered(found, int(np.diff(bounds).max())), prompts)
 
     def _together(self, share: Callable[[], T]) -> T:
@@ -126,7 +128,7 @@ class Sampler:
             self.tokenizer.decode(reply[:-1] if ended else reply) for reply, ended in zip(ids, stopped, strict=True)
         ]
 
-    def _sample(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray) -> Samples:
+    def _sample(self, model: GPT, prompts: Sequence[Prompt], samples: np.ndarray, is_greedy: bool) -> Samples:
         """Return this rank's replies, with the rewards that functions give them."""
         method, heartbeat = self.method, self.world.heartbeat
         if not prompts:
@@ -138,7 +140,7 @@ class Sampler:
         settings = [
             SamplingSettings(
                 method.max_new_tokens,
-                method.temperature,
+                0.0 if is_greedy else method.temperature,
                 seed=reply_seed(self.seed, sample),
                 stop_ids=self.stop_ids,
             )
@@ -152,11 +154,11 @@ class Sampler:
         rewards = self.rewards.of_functions(Replies([prompt.prompt for prompt in prompts], texts, stopped, fields))
         ids, rows = [reply.ids for reply in replies], [prompt.ids for prompt in prompts]
         reference, values = None, None
-        if self.reference is not None:
+        if self.reference is not None and not is_greedy:
             reference = reply_log_probs(
                 self.reference, rows, ids, method.temperature, method.generate_batch_size, heartbeat.beat
             )
-        if self.has_values:
+        if self.has_values and not is_greedy:
             values = reply_values(model, rows, ids, method.generate_batch_size, heartbeat.beat)
         return Samples(ids, [reply.logprobs for reply in replies], np.array(stopped), rewards, reference, values)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatrain.config import TrainConfig
+from megatrain.config import MethodConfig, TrainConfig
 from megatrain.data.batch import StepBatch
+from megatrain.data.chat.prompt import Prompt
 from megatrain.data.loader import sample_hash, samples_of_rank
 from megatrain.data.order import Order, take
 from megatrain.data.prompts import Prompts
@@ -100,8 +101,7 @@ class RolloutStream:
         self._model.take(self._engine_state())
         self._check_weights()
         found = self._sampler(self._model.model, prompts, samples)
-        weights = np.array(method.reward_weights or [1.0] * found.rewards.shape[1])
-        rewards = found.rewards @ weights
+        rewards = found.rewards @ reward_weights(method)
         metrics = rollout_metrics(found, rewards, method.rewards, method.group_size)
         questions = [prompt.ids for prompt in prompts]
         if found.values is not None:
@@ -116,6 +116,18 @@ class RolloutStream:
         rollout = assemble(questions, found.ids, found.log_probs, advantages, config.train.seq_len)
         return rollout if found.reference is None else rollout.with_reference(found.reference), metrics
 
+    def reply_greedily(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Reply to prompts with the engine's weights, greedily; return the metrics of `rollout_metrics` but entropy.
+
+        The stream goes on as if it had not been called. All ranks must call it together.
+        """
+        method = self._config.method
+        self._model.take(self._engine_state())
+        found = self._sampler(self._model.model, prompts, np.arange(len(prompts)), is_greedy=True)
+        rewards = found.rewards @ reward_weights(method)
+        metrics = rollout_metrics(found, rewards, method.rewards, group_size=1)
+        return {name: value for name, value in metrics.items() if name != "entropy"}
+
     def _check_weights(self) -> None:
         """Make sure that all ranks sample with the same weights."""
         world = self._sampler.world
@@ -123,6 +135,11 @@ class RolloutStream:
             own = int(self._model.checksum(), 16) >> 1
             found = world.all_gather(torch.tensor([own]))
             assert bool((found == found[0]).all()), "the ranks do not sample with the same weights"
+
+
+def reward_weights(method: MethodConfig) -> np.ndarray:
+    """Return the weight of each reward in their sum, float64 `[rewards]`."""
+    return np.array(method.reward_weights or [1.0] * len(method.rewards))
 
 
 def rollout_metrics(found: Samples, rewards: np.ndarray, names: Iterable[str], group_size: int) -> dict[str, float]:

@@ -37,7 +37,16 @@ MAX_DETAIL = 400
 """Most characters of an event's detail."""
 RECORDS = ("metrics.jsonl", "events.jsonl", "config.yaml")
 """The files that a page is made of; a run's folder has one at least."""
-REWARDS = ("reward", "reply_tokens", "stop_rate", "entropy", "groups_without_signal", "kl", "log_prob_difference")
+REWARDS = (
+    "reward",
+    "heldout_reward",
+    "reply_tokens",
+    "stop_rate",
+    "entropy",
+    "groups_without_signal",
+    "kl",
+    "log_prob_difference",
+)
 """Curves of a run that learns from rewards."""
 VALUES = ("value_loss", "explained_variance")
 """Curves of a run that learns values too."""

@@ -29,7 +29,8 @@ class RunData:
     """A run's opened data: one dataset, or a mixture of several. In `config` the vocabulary size is filled in.
 
     `heldout` has the held-out splits by source; a run on one dataset has one, by the name "". `folder` is that of the
-    dataset, or of a mixture's first source. A method that samples has `prompts`, and nothing held out.
+    dataset, or of a mixture's first source. A method that samples has `prompts`, and `heldout_prompts` if some are held
+    out, but no other held-out data.
     """
 
     config: TrainConfig
@@ -39,6 +40,7 @@ class RunData:
     heldout: dict[str, IndexedDataset]
     mixture: Mixture | None = None
     prompts: Prompts | None = None
+    heldout_prompts: Prompts | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -109,11 +111,23 @@ def open_data(config: TrainConfig) -> RunData:
 def _open_prompts(config: TrainConfig, folder: Path, dataset: IndexedDataset) -> RunData:
     """Open the dataset of a method that samples. Raises as `open_data`."""
     check_prompts(dataset.card, folder, config.method.name)
-    prompts = Prompts(dataset)
+    prompts, heldout = Prompts(dataset), None
+    splits = {"train": prompts}
+    if _has_heldout(dataset.card):
+        heldout = splits["heldout"] = Prompts(IndexedDataset.open(folder, "heldout", config.data.verify))
+        if lacking := set(prompts.fields) - set(heldout.fields):
+            raise ConfigError(
+                f"{folder}: held-out prompts lack {', '.join(sorted(lacking))}, which all others have, so rewards "
+                "cannot judge replies to them; give all prompts the same fields, or set data.heldout_fraction=0"
+            )
     room = config.train.seq_len, config.method.max_new_tokens
-    if left_out := prompts.check(*room, config.model.vocab, skip=config.data.on_bad_record != "stop"):
-        _LOG.warning("%d prompts leave no room for a reply in train.seq_len=%d and are left out", left_out, room[0])
-    return RunData(config, folder, dataset.card, Windows(dataset, 1), {}, prompts=prompts)
+    for split, some in splits.items():
+        if left_out := some.check(*room, config.model.vocab, skip=config.data.on_bad_record != "stop"):
+            _LOG.warning(
+                "%d prompts of %s leave no room for a reply in train.seq_len=%d and are left out",
+                *(left_out, split, room[0]),
+            )
+    return RunData(config, folder, dataset.card, Windows(dataset, 1), {}, prompts=prompts, heldout_prompts=heldout)
 
 
 def _has_heldout(card: Card) -> bool:

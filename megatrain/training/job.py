@@ -64,7 +64,7 @@ from megatrain.training.origin import (
 )
 from megatrain.training.protocols import Clock, Parts, Throughput
 from megatrain.training.rollback import CheckpointRollback
-from megatrain.training.rollouts import load_judge, rollout_buffers, rollout_stream
+from megatrain.training.rollouts import heldout_replies, load_judge, rollout_buffers, rollout_stream
 from megatrain.training.run_folder import run_folder, write_run_folder
 from megatrain.training.slow_ranks import SlowRankWatch
 from megatrain.training.task_scores import TaskScores, scores_tasks
@@ -276,6 +276,7 @@ class RankJob:
                     shares=self._shares,
                     identity=self._identity(origin),
                     tasks=self.tasks,
+                    replies=heldout_replies(self.data, stream),
                     state=lambda step: engine.state() | stream.state(step) | kept,
                     throughput=Throughput(
                         flops_per_token(config.model, config.train.seq_len), peak * world.size if peak else None

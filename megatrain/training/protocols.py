@@ -130,7 +130,10 @@ class SlowRanks(Protocol):
 
 
 class TaskScorer(Protocol):
-    """Scorer of the engine's weights on tasks. All ranks must call it together."""
+    """Scorer of the engine's weights on tasks, or of their replies to held-out prompts.
+
+    All ranks must call it together.
+    """
 
     def __call__(self, step: int, beat: Callable[[str], None]) -> dict[str, float]:
         """Return the scores after a step by their names in metrics.jsonl; call `beat` with words of how far it is."""
@@ -174,3 +177,4 @@ class Parts:
     throughput: Throughput
     state: Callable[[int], dict[str, Tensor]]
     tasks: TaskScorer | None = None
+    replies: TaskScorer | None = None

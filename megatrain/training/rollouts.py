@@ -19,6 +19,7 @@ from megatrain.engine.whole_model import WholeModel
 from megatrain.errors import CheckpointError
 from megatrain.model.gpt import GPT
 from megatrain.parallel.layout import Layout
+from megatrain.reinforcement.heldout_replies import HeldoutReplies
 from megatrain.reinforcement.judge import Judge
 from megatrain.reinforcement.reward_model import RewardModel, check_kept, load_scorer
 from megatrain.reinforcement.rewards import is_function
@@ -103,6 +104,15 @@ def load_judge(data: RunData, world: World, resumed: Origin | None) -> Judge | N
         models.append(RewardModel(name, loaded, world.device, dtype, kernels))
         check_kept(models[-1], kept)
     return Judge(method.rewards, models, data.prompts.fields, method.reward_timeout_s, world.heartbeat.beat)
+
+
+def heldout_replies(data: RunData, stream: object) -> HeldoutReplies | None:
+    """Return what measures the held-out reward of a run; None if no prompts are held out."""
+    if data.heldout_prompts is None or not isinstance(stream, RolloutStream):
+        return None
+    loop = data.config.train
+    limit = loop.eval_steps * loop.global_batch_size if loop.eval_steps else None
+    return HeldoutReplies(data.heldout_prompts, stream, limit)
 
 
 def row_widths(config: TrainConfig, layout: Layout) -> Widths:

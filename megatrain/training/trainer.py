@@ -20,7 +20,7 @@ from megatrain.resilience.guard import LossGuard, report
 from megatrain.training.evaluation import Evaluation
 from megatrain.training.exchange import JobReport, RankReport
 from megatrain.training.in_flight import InFlight, SubmittedStep
-from megatrain.training.protocols import Parts
+from megatrain.training.protocols import Parts, TaskScorer
 
 BATCH_COUNTS = ("num_batches", "all_batches")
 """Fields of the event `evaluate`: the batches that it read, and those of the whole held-out data."""
@@ -149,7 +149,9 @@ class Trainer:
         self.own_until = self._own_clock()
         now = time.perf_counter()
         step_time, self.read_at = step.result.seconds_since(step.began) or now - self.read_at, now
-        eval_time = self._evaluate_if_due(record) + self._score_tasks_if_due(record)
+        eval_time = self._evaluate_if_due(record)
+        eval_time += self._score_if_due("tasks", self.parts.tasks, self.config.train.tasks_every, record)
+        eval_time += self._score_if_due("heldout_replies", self.parts.replies, self.config.train.eval_every, record)
         self._add_times(record, step, step_time, eval_time)
         self.parts.journal.step(record)  # before the save: a resume needs the record of the step it continues from
         rolled_back = self._roll_back_if_spiked(record)
@@ -255,11 +257,11 @@ class Trainer:
         self.parts.journal.event("evaluate", step, **detail)
         return time.perf_counter() - started
 
-    def _score_tasks_if_due(self, record: dict[str, Any]) -> float:
-        """Score the tasks if they are due after this step, or it is the last; return the seconds it took."""
-        every, step = self.config.train.tasks_every, record["step"]
+    def _score_if_due(self, kind: str, scorer: TaskScorer | None, every: int, record: dict[str, Any]) -> float:
+        """Score the weights if that is due after this step, or it is the last; return the seconds it took."""
+        step = record["step"]
         is_last = step == self.config.train.steps
-        if self.parts.tasks is None or not (is_last or (every and step % every == 0)):
+        if scorer is None or not (is_last or (every and step % every == 0)):
             return 0.0
         started = time.perf_counter()
 
@@ -267,9 +269,9 @@ class Trainer:
             self.parts.clock.enter("evaluate", step)
             self.parts.journal.progress(step, words)
 
-        scores = self.parts.tasks(step, beat)
+        scores = scorer(step, beat)
         record |= scores
-        self.parts.journal.event("tasks", step, **{name.removeprefix("tasks/"): one for name, one in scores.items()})
+        self.parts.journal.event(kind, step, **{name.removeprefix("tasks/"): one for name, one in scores.items()})
         return time.perf_counter() - started
 
     def _with_signs_of_life(self, number: int, step: int) -> Iterator[MicroBatch]:
@@ -321,7 +323,7 @@ class Trainer:
     def _is_due(self, step: int) -> bool:
         """Whether an evaluation, save or copy must happen before the next step changes the parameters."""
         loop, checkpoint = self.config.train, self.config.checkpoint
-        intervals = [loop.eval_every if self.parts.heldout else 0, checkpoint.every]
+        intervals = [loop.eval_every if self.parts.heldout or self.parts.replies else 0, checkpoint.every]
         intervals.append(loop.tasks_every if self.parts.tasks else 0)
         is_due = any(every and step % every == 0 for every in intervals)
         return step == loop.steps or is_due or self._copy_is_due(step)

@@ -21,7 +21,7 @@ TUNE = [
     "method.rewards=[own.py:vowels,./judge,ends_by_itself]", "method.reward_weights=[1,0.01,0.1]",
     "train.global_batch_size=16", "train.micro_batch_size=4",
     "method.group_size=4", "method.max_new_tokens=8", "train.seq_len=64", "method.updates=3", "method.kl=0.02",
-    "optim.lr=1e-2", "engine=native", "tracking=none", "checkpoint.every=1", "checkpoint.keep=10",
+    "optim.lr=1e-2", "engine=native", "tracking=none", "checkpoint.every=1", "checkpoint.keep=10", "train.eval_every=4",
 ]  # fmt: skip
 
 
@@ -64,6 +64,15 @@ def test_replies_serve_several_steps_and_what_is_rewarded_becomes_likelier(place
     )
 
 
+def test_greedy_replies_to_heldout_prompts_are_judged_on_evaluation_steps(place):
+    records = metrics(place, "base-grpo")
+    assert ["heldout_reward" in record for record in records] == [False, False, False, True, False, True]
+    last = records[-1]
+    parts = [last[f"heldout_reward/{name}"] for name in ("own.py:vowels", "judge", "ends_by_itself")]
+    assert last["heldout_reward"] == pytest.approx(parts[0] + 0.01 * parts[1] + 0.1 * parts[2])
+    assert last["heldout_reward_se"] >= 0 and 1 <= last["heldout_reply_tokens"] <= 8
+
+
 def test_a_run_resumed_in_the_middle_of_a_rollout_ends_bit_for_bit_the_same(place):
     expected = copied(place, "again", step=4)
     done = megatrain(place, *TUNE, "run.name=again")
@@ -79,6 +88,7 @@ def test_another_layout_continues_with_the_same_replies(place):
     assert done.returncode == 0, done.stderr
     found = metrics(place, "split")
     assert [r["batch_hash"] for r in found] == [r["batch_hash"] for r in expected]
+    assert found[3]["heldout_reward"] == pytest.approx(expected[3]["heldout_reward"], abs=1e-4)
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
 
 

@@ -24,7 +24,12 @@ function build() {
       legend: true,
       series: Object.entries(D.heldout_by_source).map(([name, points], i) => ({name, tone: tones[i % tones.length], points})),
     });
-    add({title: 'Reward', wide: true, series: [curve('reward', 'mean reward', 'b')]});
+    add({
+      title: 'Reward',
+      wide: true,
+      legend: true,
+      series: [curve('reward', 'sampled replies', 'a'), curve('heldout_reward', 'greedy replies, held-out prompts', 'b')],
+    });
     add({title: 'Tokens of a reply', zero: true, series: [curve('reply_tokens', 'tokens', 'a')]});
     add({
       title: 'Replies that ended, and prompts without signal',
