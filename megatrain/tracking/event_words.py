@@ -29,6 +29,7 @@ def describe(event: dict[str, Any]) -> str:
         "packing": f"packed {what}",
         "mixture": f"read of each source: {what}",
         "init_from": f"the weights are those of {what}",
+        "teacher": f"the teacher is {what}",
     }
     kind = event["kind"]
     return lines.get(kind) or f"{_words(kind)} at step {step}" + (f": {what}" if what else "")
@@ -135,6 +136,7 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "packing": _packing,
     "mixture": lambda event: describe_sources(event["sources"]),
     "reference": _reference,
+    "teacher": lambda event: f"{event['model']}, {event['parameters']:,} parameters",
     "tasks": _tasks,
     "heldout_replies": _tasks,
     "start": _start,

@@ -414,6 +414,8 @@ class RankJob:
             self.journal.event("packing", self.progress.step, packings=packings)
         if self.compared.detail:
             self.journal.event("reference", self.progress.step, **self.compared.detail)
+        if self.taught.detail:
+            self.journal.event("teacher", self.progress.step, **self.taught.detail)
         chosen = {override.key for override in self.overrides if override.step == self.progress.step}
         for key, (before, now) in self.changes.items():
             detail = {"key": key, "before": before, "now": now, "override": key in chosen}

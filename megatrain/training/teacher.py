@@ -21,7 +21,7 @@ from megatrain.engine.common import DTYPES, choose_kernels
 from megatrain.errors import CheckpointError, MegatrainError
 from megatrain.interop.path_kind import kind_of
 from megatrain.interop.source import Source, open_source
-from megatrain.model.count import parameter_shapes
+from megatrain.model.count import num_parameters, parameter_shapes
 from megatrain.model.gpt import GPT
 from megatrain.optim.distillation import Distillation
 from megatrain.optim.objective import Objective
@@ -39,11 +39,13 @@ RECORD = "buffer.teacher"
 class Taught:
     """What a run records of its teacher; empty if it has none.
 
-    `kept` goes into every checkpoint; `line` are the models that the teacher came from, and the teacher itself.
+    `kept` goes into every checkpoint; `line` are the models that the teacher came from, and the teacher itself;
+    `detail` is what the event `teacher` says.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     line: list[Ancestor] = field(default_factory=list)
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def give_teacher(data: RunData, world: World, objective: Objective, resumed: Ori
             "begin another run.name"
         )
     objective.teacher = send_teacher(found.model, source, config, world)
-    return Taught({RECORD: now}, found.line)
+    return Taught({RECORD: now}, found.line, {"model": found.folder, "parameters": num_parameters(found.model)})
 
 
 def _find(path: Path, world: World, step: int | None) -> tuple[_Found, Source | None]:

@@ -36,6 +36,8 @@ def test_a_resumed_run_gives_the_same_bits_and_records(how, make_job, run_job, t
     run = tmp_path / "whole" / "first"
     ancestors = peek(run)[1].identity.ancestors
     assert [one.name for one in ancestors] == ["big"]
+    (teacher,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "teacher"]
+    assert teacher["model"].endswith("big/checkpoints/step_00000001") and teacher["parameters"] > 20_000
     evaluated = [event for event in read_events(run / "events.jsonl") if event["kind"] == "evaluate"]
     assert {"tokens", "perplexity", "heldout_divergence"} <= evaluated[-1].keys()
     assert evaluated[-1]["heldout_loss"] == pytest.approx(evaluated[-1]["heldout_cross_entropy"], rel=1e-6)
