@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatrain.config.plain import plain
+from megatrain.resilience.colours import are_wanted
 
 MARK = "green"
-"""The colour of marked text on a terminal."""
+"""The colour of marked text on a terminal with colours."""
 OPENING, CLOSING = "[[", "]]"
 """What encloses marked text elsewhere."""
 
@@ -22,7 +23,8 @@ class Printer:
     """Print rich tables on a terminal and plain, aligned columns elsewhere."""
 
     def __init__(self, stderr: bool = False) -> None:
-        self._console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+        self._console = console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+        self._has_colours = console.is_terminal and are_wanted() and console.color_system is not None
 
     def title(self, text: str) -> None:
         """Print a headline."""
@@ -33,10 +35,10 @@ class Printer:
         self._console.print(Text(text))
 
     def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
-        """Print text of which some pieces are marked: in colour on a terminal, between `[[` and `]]` elsewhere."""
+        """Print text of which some pieces are marked: in colour where there are colours, else between `[[` and `]]`."""
         text, was_marked = Text(), False
         for piece, is_marked in [*pieces, ("", False)]:
-            if is_marked != was_marked and not self._console.is_terminal:
+            if is_marked != was_marked and not self._has_colours:
                 text.append(OPENING if is_marked else CLOSING)
             text.append(piece, style=MARK if is_marked else "")
             was_marked = is_marked
@@ -44,7 +46,7 @@ class Printer:
 
     def legend(self, what: str) -> str:
         """Return a sentence about how `marked` shows `what`."""
-        how = f"in {MARK}" if self._console.is_terminal else f"between {OPENING} and {CLOSING}"
+        how = f"in {MARK}" if self._has_colours else f"between {OPENING} and {CLOSING}"
         return f"{what} is {how}"
 
     def facts(self, values: dict[str, Any]) -> None:
