@@ -65,19 +65,28 @@ def find_line(path: Path) -> list[Ancestor]:
     Raises CheckpointError for a damaged `lineage.json`.
     """
     if (path / LINEAGE).is_file():
-        try:
-            found = json.loads((path / LINEAGE).read_text(encoding="utf-8"))
-            line: list[Ancestor] = decode(list[Ancestor], found, LINEAGE)
-            return line
-        except ValueError as error:
-            raise CheckpointError(f"{path / LINEAGE}: not JSON ({error})") from error
+        return line_from((path / LINEAGE).read_text(encoding="utf-8"), str(path / LINEAGE))
     newest = peek(path)
     return line_of(*newest) if newest else []
 
 
+def line_from(text: str, where: str) -> list[Ancestor]:
+    """Return the line that `as_text` wrote. Raises CheckpointError, which names `where` it was read."""
+    try:
+        line: list[Ancestor] = decode(list[Ancestor], json.loads(text), where)
+        return line
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not JSON ({error})") from error
+
+
+def as_text(line: list[Ancestor]) -> str:
+    """Return a line as JSON."""
+    return json.dumps([asdict(one) for one in line], indent=1)
+
+
 def write_line(line: list[Ancestor], folder: Path) -> None:
     """Write the line of an exported model into its folder."""
-    write_atomically(folder / LINEAGE, json.dumps([asdict(one) for one in line], indent=1) + "\n")
+    write_atomically(folder / LINEAGE, as_text(line) + "\n")
 
 
 def rows(line: list[Ancestor]) -> list[list[str]]:

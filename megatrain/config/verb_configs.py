@@ -307,7 +307,9 @@ class InspectConfig:
     """`megatrain inspect <run | checkpoint | dataset | tokenizer>`: show what a folder holds, and verify it."""
 
     path: str = key(
-        MISSING, "folder of a run, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face model", path=True
+        MISSING,
+        "folder of a run, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face model; or a .gguf file",
+        path=True,
     )
     step: int | None = key(None, "step of the run's checkpoint to show; null shows the run", minimum=0)
     samples: int = key(3, "random documents of a dataset to print", minimum=0)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.lineage import as_text, line_from
+from megatrain.checkpoint.manifest import Ancestor
 from megatrain.config import ModelConfig
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.errors import ConfigError, EnvironmentFault, how_to_install
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault, how_to_install
 from megatrain.interop.gguf_tokenizer import add_tokenizer
 from megatrain.interop.hf_families import family_of
 from megatrain.model.count import parameter_shapes
@@ -40,6 +42,9 @@ NAMES = {
     "head": "output",
 }
 TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+LINEAGE = "megatrain.lineage"
+"""The key of where a model came from: JSON, as in an exported folder's lineage.json."""
+
 BLOCK = 32
 """Values of a row that share a scale in q8_0 and q4_0."""
 
@@ -79,16 +84,22 @@ def write_gguf(
     tokenizer: Tokenizer | None,
     ends: list[int],
     name: str,
+    line: list[Ancestor],
 ) -> None:
     """Write the file `out`. `read` returns a parameter by its name; matrices become `number_format`, the rest fp32.
 
-    `ends` are the tokens that end a text or a reply. Raises as `check_gguf` does.
+    `ends` are the tokens that end a text or a reply, `line` is where the model came from, itself the last. Raises as
+    `check_gguf` does.
     """
     gguf = gguf_module()
     architecture = check_gguf(config, number_format)
     kind = getattr(gguf.GGMLQuantizationType, TYPES[number_format])
     writer = gguf.GGUFWriter(out, architecture)
     writer.add_name(name)
+    if line:
+        writer.add_base_model_count(1)  # what llama.cpp's own converter writes: the model before its conversion
+        writer.add_base_model_name(0, line[-1].name)
+        writer.add_string(LINEAGE, as_text(line))
     for add, value in (
         (writer.add_context_length, config.max_seq_len),
         (writer.add_embedding_length, config.hidden_size),
@@ -137,6 +148,37 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
+def describe_gguf(path: Path) -> tuple[dict[str, Any], list[Ancestor]]:
+    """Return what any GGUF file says of itself, by what is to be shown, and where its model came from, if it says that.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or cut short.
+        EnvironmentFault: the gguf package is missing.
+    """
+    gguf = gguf_module()
+    try:
+        reader = gguf.GGUFReader(path)
+        long = ("tokenizer.ggml.to", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(long)}
+    except (ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a GGUF file, or cut short ({error})") from error
+    architecture = fields.get("general.architecture")
+    facts = {
+        "name": fields.get("general.name"),
+        "architecture": architecture,
+        "parameters": f"{sum(int(tensor.n_elements) for tensor in reader.tensors):,}",
+        "number formats": ", ".join(sorted({tensor.tensor_type.name for tensor in reader.tensors})),
+        "layers": fields.get(f"{architecture}.block_count"),
+        "width": fields.get(f"{architecture}.embedding_length"),
+        "vocabulary": fields.get(f"{architecture}.vocab_size"),
+        "longest sequence": fields.get(f"{architecture}.context_length"),
+        "tokenizer": fields.get("tokenizer.ggml.model"),
+        "splits text as": fields.get("tokenizer.ggml.pre"),
+        "chat template": "yes" if "tokenizer.chat_template" in fields else "none",
+    }
+    return facts, line_from(fields[LINEAGE], f"{path}: {LINEAGE}") if LINEAGE in fields else []
+
+
 def theirs(name: str) -> str:
     """Return llama.cpp's name of a parameter."""
     module, what = name.rsplit(".", 1)
@@ -166,5 +208,5 @@ def gguf_module() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise EnvironmentFault(f"to=gguf needs the gguf package: {how_to_install('compress')}") from error
+        raise EnvironmentFault(f"GGUF files need the gguf package: {how_to_install('compress')}") from error
     return gguf

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.lineage import find_line
 from megatrain.compress.prune import GROUP, share_threshold, tensor_threshold, two_of_four, without_small
 from megatrain.compress.quantize import check_groups, describe_quantized, quantized_tensors
 from megatrain.compress.result import check_space, write_result
@@ -87,7 +88,8 @@ def to_gguf(config: CompressConfig, source: Source, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         listed = ends if isinstance(ends, list) else [ends]
-        write_gguf(partial, source.config, source.read, config.gguf_type, loaded.tokenizer, listed, source.folder.name)
+        name, line = source.folder.name, find_line(source.folder)
+        write_gguf(partial, source.config, source.read, config.gguf_type, loaded.tokenizer, listed, name, line)
         os.replace(partial, out)
     except OSError as error:
         raise cannot_write(out, error, "out") from error

@@ -31,7 +31,7 @@ from megatrain.tracking.console import short
 from megatrain.tracking.event_words import change, details, part_read
 from megatrain.tracking.events import read_events
 from megatrain.tracking.metrics import iter_metrics
-from megatrain.verbs.inspect_data import print_dataset, print_huggingface, print_tokenizer
+from megatrain.verbs.inspect_data import print_dataset, print_gguf, print_huggingface, print_tokenizer
 from megatrain.verbs.printer import Printer
 
 HIGHLIGHTS = (
@@ -87,6 +87,8 @@ def inspect(config: InspectConfig) -> None:
         print_huggingface(printer, path)
     elif (path / META).is_file():
         print_tokenizer(printer, path)
+    elif path.suffix == ".gguf" and path.is_file():
+        print_gguf(printer, path)
     else:
         raise ConfigError(
             f"path={path} is not a run folder, a checkpoint, a prepared dataset, a tokenizer or a Hugging Face folder; "

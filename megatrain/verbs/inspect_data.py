@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.lineage import find_line
+from megatrain.checkpoint import lineage
 from megatrain.config.plain import plain
 from megatrain.data.card import Card
 from megatrain.data.funnel import funnel
@@ -63,10 +63,21 @@ def print_huggingface(printer: Printer, folder: Path) -> None:
             "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} ids"
             if loaded.tokenizer
             else "none",
-            "came from": " → ".join(f"{one.name} ({one.by})" for one in find_line(folder)) or None,
+            "came from": " → ".join(f"{one.name} ({one.by})" for one in lineage.find_line(folder)) or None,
             "verdict": "complete: every tensor is there and finite; such folders have no checksums",
         }
     )
+
+
+def print_gguf(printer: Printer, file: Path) -> None:
+    """Print a file for llama.cpp, and where its model came from. Raises CheckpointError if it is none."""
+    from megatrain.interop.gguf_file import describe_gguf  # imports torch, which no other folder needs
+
+    facts, line = describe_gguf(file)
+    printer.title(f"GGUF file {file}")
+    printer.facts(facts)
+    if line:
+        printer.table("where it came from", lineage.COLUMNS, lineage.rows(line))
 
 
 def print_dataset(printer: Printer, folder: Path, num_samples: int, seed: int) -> None:

@@ -11,8 +11,10 @@ const llama = await getLlama({ build: "never", gpu: false, logLevel: "error", ma
 const model = await llama.loadModel({ modelPath: file, useMmap: false });
 const replies = [];
 for (const prompt of JSON.parse(fs.readFileSync(prompts))) {
-  const context = await model.createContext({ contextSize: 256, threads: 1 });
-  const ids = model.tokenize(prompt);
+  // keys and values in F32: in llama.cpp's default of F16 the likeliest of two nearly equal tokens may be another one
+  const types = { experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32", flashAttention: false };
+  const context = await model.createContext({ contextSize: 256, threads: 1, ...types });
+  const ids = model.tokenize(prompt.text, prompt.is_chat);
   const reply = [];
   for await (const token of context.getSequence().evaluate(ids, { temperature: 0 })) {
     if (model.isEogToken(token)) break;

@@ -5,13 +5,15 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from gguf import GGUFReader
 from support.records import at
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from megatrain import cli
+from megatrain.checkpoint import lineage
 from megatrain.checkpoint.manifest import Identity
 from megatrain.checkpoint.store import write
-from megatrain.config import CompressConfig, ExportConfig, GenerateConfig, MergeConfig, ModelConfig
+from megatrain.config import CompressConfig, ExportConfig, GenerateConfig, InspectConfig, MergeConfig, ModelConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.interop.gguf_file import read_gguf
 from megatrain.interop.load_model import load
@@ -20,6 +22,7 @@ from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.compress import compress
 from megatrain.verbs.export import export_
 from megatrain.verbs.generate import generate
+from megatrain.verbs.inspect import inspect
 from megatrain.verbs.merge import merge
 
 
@@ -151,6 +154,26 @@ def test_transformers_reads_the_same_logits_from_a_gguf_file(shape, tokenizer, t
     small = compressed(folder, tmp_path / "small.gguf", "gguf")
     for name, tensor in read_gguf(small, config).items():
         assert torch.allclose(tensor, model.get_parameter(name), atol=float(tensor.abs().max()) / 127), name
+
+
+def test_a_gguf_file_says_where_its_model_came_from(finished, tmp_path, capsys):
+    pruned = compressed(finished, tmp_path / "pruned", "pruned")
+    file = compressed(pruned, tmp_path / "model.gguf", "gguf", gguf_type="f32")
+    line = lineage.find_line(pruned)
+    fields = GGUFReader(file).fields
+    assert fields["general.base_model.count"].contents() == 1
+    assert fields["general.base_model.0.name"].contents() == line[-1].name
+    capsys.readouterr()
+    inspect(InspectConfig(path=str(file)))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert len(line) == 2
+    for row in lineage.rows(line):
+        assert " ".join(filter(None, row)) in shown, "the run, and the pruned model"
+    assert "number formats: F32" in shown
+    for size in (0, 100, file.stat().st_size // 2):
+        (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf: not a GGUF file, or cut short"):
+            inspect(InspectConfig(path=str(tmp_path / "cut.gguf")))
 
 
 def test_a_family_that_llama_cpp_does_not_lay_out_alike_is_refused(family, finished, tmp_path):
