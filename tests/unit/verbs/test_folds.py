@@ -8,7 +8,7 @@ import pytest
 
 from megatrain.config.compose import compose
 from megatrain.errors import ConfigError
-from megatrain.verbs import folds
+from megatrain.verbs import folds, multirun
 from megatrain.verbs.value_checks import check_fold
 
 LOSSES = {"1e-3": [2.0, 2.5, 1.75], "1e-4": [3.0, 3.25, 2.75]}
@@ -24,7 +24,8 @@ def points(tmp_path):
         records = [{"step": 1, "heldout_loss": 9.0}, {"step": 2, "heldout_loss": loss, "heldout_accuracy": 0.5}]
         records.append({"step": 3, "loss": 1.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        config = SimpleNamespace(data=SimpleNamespace(fold=fold), run=SimpleNamespace(name=folder.name))
+        run = SimpleNamespace(name=folder.name, dir=str(tmp_path), sweep="sweep")
+        config = SimpleNamespace(data=SimpleNamespace(fold=fold), run=run)
         return SimpleNamespace(values={"optim.lr": lr, "data.fold": str(fold)}, folder=folder, config=config)
 
     return [made(lr, fold, loss) for lr, of in LOSSES.items() for fold, loss in enumerate(of, 1)]
@@ -49,6 +50,26 @@ def test_a_fold_that_is_not_done_leaves_its_setting_without_a_mean(points):
     first, second = folds.summarise(points, [True, False, True, True, True, True])
     assert first.folds[1].metrics == {} and first.mean == {} and second.mean["heldout_loss"] == pytest.approx(3.0)
     assert folds.table([first]).splitlines()[4].split() == ["2", "-", "-"]
+
+
+def test_a_sweep_over_folds_shows_and_keeps_what_is_done_and_another_sweep_does_not(
+    points, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "sweep").mkdir()
+    sent = []
+    monkeypatch.setattr(multirun, "send_sweep_scores", lambda folder, scores: sent.append((folder, scores)))
+    monkeypatch.setattr(multirun, "is_done", lambda point: point.config.data.fold < 3)
+    multirun.show_folds(points[:3])
+    assert "2.5000" in capsys.readouterr().out and sent == [], "no mean yet"
+    (kept,) = json.loads((tmp_path / "sweep" / folds.FILE).read_text())
+    assert [fold["metrics"].get("heldout_loss") for fold in kept["folds"]] == [2.0, 2.5, None] and kept["mean"] == {}
+    monkeypatch.setattr(multirun, "is_done", lambda point: True)
+    multirun.show_folds(points[:3])
+    assert sent[0][0] == points[0].folder and sent[0][1]["heldout_loss_mean"] == pytest.approx(25 / 12)
+    capsys.readouterr()
+    points[0].config.data.fold = None
+    multirun.show_folds(points[:1])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
