@@ -37,7 +37,7 @@ def as_ancestor(folder: Path, manifest: Manifest) -> Ancestor:
         by=by,
         folder=str(folder),
         checksum=manifest_hash(manifest.to_json()),
-        parents=[parent.checksum for parent in _direct(identity.ancestors)],
+        parents=identity.parents or [parent.checksum for parent in _direct(identity.ancestors)],
         step=manifest.step,
         data=data.get("name"),
         dataset_fingerprint=identity.dataset_fingerprint,

@@ -140,6 +140,7 @@ class Identity:
     `mixture` is None for a run on one dataset. `ancestors` are the models that the weights came from, back to the
     first, each after those that it was made from (lineage.py). `made_from` says of a merged or compressed model how it
     was made of which. `rewards` are the reward models among `method.rewards`, by name.
+    `parents` are the checksums of those ancestors that the model was made from itself; manifests of old lack them.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -154,6 +155,7 @@ class Identity:
     mixture: MixturePlan | None = None
     ancestors: list[Ancestor] = field(default_factory=list)
     rewards: dict[str, KeptReward] = field(default_factory=dict)
+    parents: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Manifest(RunRecord):
         identity = asdict(self.identity)
         absent = "origin" if self.identity.imported_from is not None else "imported_from"
         del identity[absent]
-        for name in ("generation", "overrides", "made_from", "mixture", "ancestors", "rewards"):
+        for name in ("generation", "overrides", "made_from", "mixture", "ancestors", "rewards", "parents"):
             if not identity[name]:
                 del identity[name]
         optimizer = self.counters.optimizer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from megatrain.checkpoint.manifest import KeptReward
+from megatrain.checkpoint.manifest import Ancestor, KeptReward
 from megatrain.reinforcement.reward_model import RewardModel
 from megatrain.reinforcement.rewards import Replies, RewardFunctions, is_function
 
@@ -38,6 +38,11 @@ class Judge:
     def kept(self) -> Mapping[str, KeptReward]:
         """What checkpoints keep of the reward models, by name."""
         return {model.name: model.kept for model in self.models}
+
+    @property
+    def lines(self) -> list[list[Ancestor]]:
+        """For each reward model the models that it came from, and itself."""
+        return [model.line for model in self.models]
 
     def __call__(self, replies: Replies) -> np.ndarray:
         """Return the rewards of the replies, float64 `[replies, rewards]`. Raises RewardError."""

@@ -16,7 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatrain.checkpoint.manifest import KeptReward
+from megatrain.checkpoint.lineage import find_line, line_of
+from megatrain.checkpoint.manifest import Ancestor, KeptReward
 from megatrain.data.chat.conversation import Message, messages_of
 from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.corpus.normalise import normalise
@@ -30,7 +31,10 @@ BATCH = 16
 
 
 class RewardModel:
-    """A reward model on one device, in `dtype`. `name` is how the config calls it, `kept` what says which it is."""
+    """A reward model on one device, in `dtype`.
+
+    `name` is how the config calls it, `kept` says which it is, `line` where it came from.
+    """
 
     def __init__(
         self, name: str, loaded: Loaded, device: torch.device, dtype: torch.dtype, kernels: Kernels = REFERENCE
@@ -47,6 +51,7 @@ class RewardModel:
         except ConfigError as error:
             raise ConfigError(f"{named(name)}: {str(error).removeprefix('path: ')}") from error
         self.kept = KeptReward(str(loaded.folder), content_hash(loaded, self._template))
+        self.line = _line(loaded, self.kept)
         self._model = loaded.build(device, kernels).to(dtype).requires_grad_(False)
 
     def conversation(self, prompt: Any, reply: str) -> list[int]:
@@ -141,6 +146,14 @@ def content_hash(loaded: Loaded, template: ChatTemplate) -> str:
         for tensor in (stored.values, stored.scale):
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _line(loaded: Loaded, kept: KeptReward) -> list[Ancestor]:
+    """Return the models that a reward model came from, and itself. A folder of another library is known by itself."""
+    if loaded.manifest is not None:
+        return line_of(loaded.folder, loaded.manifest)
+    name, folder = loaded.folder.name, str(loaded.folder)
+    return find_line(loaded.folder) or [Ancestor(name, "import", folder, kept.checksum, imported_from=folder)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

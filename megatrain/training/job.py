@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.continued_mixture import check_run_caps, continue_mixture, weighs_others
-from megatrain.checkpoint.lineage import joined
 from megatrain.checkpoint.manifest import EarlyStop, Identity, Override, Progress
 from megatrain.checkpoint.memory_store import MemoryStore
 from megatrain.checkpoint.resume import UNTOLD, check_resume, take_over
@@ -366,6 +365,8 @@ class RankJob:
     # ---------------------------------------------------------------------------------------------- records
 
     def _identity(self, origin: Origin | None) -> Identity:
+        judges = self.judge.lines if self.judge else []
+        ancestors, parents = inherited_line(origin, str(self.config.run.name), self.taught.line, *judges)
         return Identity(
             config=asdict(self.config),
             dataset_fingerprint=self.data.fingerprint,
@@ -375,7 +376,8 @@ class RankJob:
             generation=inherited_generation(origin, self.config.checkpoint.override) if origin else {},
             overrides=self.overrides,
             mixture=self.data.mixture.plan if self.data.mixture else None,
-            ancestors=joined([inherited_line(origin, str(self.config.run.name)) if origin else [], self.taught.line]),
+            ancestors=ancestors,
+            parents=parents,
             rewards=dict(self.judge.kept) if self.judge else {},
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatrain.checkpoint.find import tokenizer_folder
-from megatrain.checkpoint.lineage import line_of
+from megatrain.checkpoint.lineage import joined, line_of
 from megatrain.checkpoint.manifest import Ancestor, Manifest
 from megatrain.checkpoint.memory_store import MemoryStore, check_covers
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
@@ -87,12 +87,17 @@ def inherited_generation(origin: Origin, override: Collection[str]) -> dict[str,
     return {name: value for name, value in found.items() if not name.endswith(("_token_id", "_ids", "suppress_tokens"))}
 
 
-def inherited_line(origin: Origin, run_name: str) -> list[Ancestor]:
-    """Return the models that a run's weights come from: a resumed run keeps its own, another adds the checkpoint."""
-    manifest = origin.manifest
-    if origin.resumes and manifest.identity.config.get("run", {}).get("name") == run_name:
-        return manifest.identity.ancestors
-    return line_of(origin.folder, manifest)
+def inherited_line(origin: Origin | None, run_name: str, *used: list[Ancestor]) -> tuple[list[Ancestor], list[str]]:
+    """Return the models that a run came from, and the checksums of those that it was made from itself.
+
+    A resumed run keeps its own, another adds the checkpoint. `used` are the lines of models that the run learns from
+    beside its weights' own: a teacher, reward models.
+    """
+    if origin and origin.resumes and origin.manifest.identity.config.get("run", {}).get("name") == run_name:
+        identity = origin.manifest.identity
+        return joined([identity.ancestors, *used]), identity.parents
+    lines = [*([line_of(origin.folder, origin.manifest)] if origin else []), *used]
+    return joined(lines), list(dict.fromkeys(line[-1].checksum for line in lines if line))
 
 
 def copy_in_memory(store: CheckpointStore, memory: MemoryStore) -> Origin | None:

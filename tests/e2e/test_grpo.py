@@ -10,6 +10,7 @@ from support.commands import megatrain, metrics, same
 from support.reward_models import write_reward_model
 from support.rollouts import write_base_and_prompts
 
+from megatrain.checkpoint.lineage import find_line
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.store import load_weights
 from megatrain.config import EvaluateConfig
@@ -67,6 +68,8 @@ def test_replies_serve_several_steps_and_what_is_rewarded_becomes_likelier(place
 def test_greedy_replies_to_heldout_prompts_are_judged_on_evaluation_steps(place):
     records = metrics(place, "base-grpo")
     assert ["heldout_reward" in record for record in records] == [False, False, False, True, False, True]
+    names = [one.name for one in find_line(place / "runs" / "base-grpo")]
+    assert names == ["base", "judge", "base-grpo"], "the reward model is an ancestor"
     last = records[-1]
     parts = [last[f"heldout_reward/{name}"] for name in ("own.py:vowels", "judge", "ends_by_itself")]
     assert last["heldout_reward"] == pytest.approx(parts[0] + 0.01 * parts[1] + 0.1 * parts[2])

@@ -1,5 +1,6 @@
 """A model's line: every ancestor back to the first, which outlives their folders, through merging and exporting."""
 
+import json
 import shutil
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 from support.lines import make_run
 
 from megatrain.checkpoint import lineage
-from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.manifest import Identity, Manifest, read_manifest
 from megatrain.errors import CheckpointError
 from megatrain.report.lineage_section import lineage as boxes_of
 from megatrain.report.run_page import collect
@@ -50,9 +51,26 @@ def test_a_resumed_run_keeps_its_line_and_a_new_one_adds_what_it_began_from(make
     base = make("base", method="pretrain")
     tuned = make("tuned", base)
     manifest = read_manifest(tuned)
-    assert inherited_line(Origin(tuned, manifest, resumes=True), "tuned") == manifest.identity.ancestors
-    assert [one.name for one in inherited_line(Origin(tuned, manifest, resumes=False), "tuned")] == ["base", "tuned"]
-    assert [one.name for one in inherited_line(Origin(tuned, manifest, resumes=True), "other")] == ["base", "tuned"]
+    assert inherited_line(Origin(tuned, manifest, resumes=True), "tuned")[0] == manifest.identity.ancestors
+    for origin, name in ((Origin(tuned, manifest, resumes=False), "tuned"), (Origin(tuned, manifest, True), "other")):
+        line, parents = inherited_line(origin, name)
+        assert [one.name for one in line] == ["base", "tuned"] and parents == [line[1].checksum]
+
+
+def test_a_run_with_a_reward_model_of_the_same_base_has_both_as_parents(make):
+    """The reward model is made from the base too, which stays a parent of its own."""
+    tuned = make("tuned", make("base", method="pretrain"))
+    judge = make("judge", tuned, method="reward")
+    began = Origin(tuned, read_manifest(tuned), resumes=False)
+    line, parents = inherited_line(began, "learns", lineage.find_line(judge))
+    assert [one.name for one in line] == ["base", "tuned", "judge"]
+    assert parents == [line[1].checksum, line[2].checksum]
+    manifest = Manifest(identity=Identity({"run": {"name": "learns"}}, ancestors=line, parents=parents))
+    read = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+    own = lineage.as_ancestor(judge, read)
+    assert own.parents == parents and lineage.rows([*line, own])[-1][2] == "tuned, judge"
+    resumed = Origin(judge, read, resumes=True)
+    assert inherited_line(resumed, "learns", lineage.find_line(judge)) == (line, parents), "a resume keeps them"
 
 
 def test_an_exported_folder_carries_the_line_and_damage_to_it_is_named(make, tmp_path):
