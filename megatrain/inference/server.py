@@ -16,6 +16,7 @@ from megatrain.config import ServeGroup
 from megatrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, EnvironmentFault
 from megatrain.inference.app import log, make_app
 from megatrain.inference.check_process import ContentChecks
+from megatrain.inference.http_protocol import LimitedProtocol
 from megatrain.inference.service import ServedModel, Service
 
 
@@ -72,6 +73,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(make_service),
+                http=LimitedProtocol,
+                ws="none",
                 access_log=False,
                 proxy_headers=bool(config.trusted_proxies),
                 forwarded_allow_ips=networks(config.trusted_proxies),

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -17,6 +18,7 @@ from support.serving import LIMIT_S, make_assistant, running, wait_until
 
 from megatrain.config import ServeGroup
 from megatrain.errors import ConfigError
+from megatrain.inference import http_protocol
 from megatrain.inference.api_requests import ChatRequest, CompletionRequest
 from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.check_process import ContentChecks
@@ -227,6 +229,30 @@ def test_a_key_and_the_limits_are_asked_for_before_a_body_is_read(assistant):
         assert 'megatrain_requests_total{path="other",status="401"} 1.0' in found
 
 
+def test_headers_that_are_slow_or_long_end_their_connection(assistant, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEAD_LIMIT_S", 0.5)
+    with running(assistant) as (_, url):
+
+        def answer(sent):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=LIMIT_S) as connection:
+                found = b""
+                with suppress(ConnectionError):  # the server leaves before it has read all
+                    connection.sendall(sent)
+                    while data := connection.recv(1000):
+                        found += data
+                return found
+
+        long = b"a" * 2**16
+        ready = b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n"
+        assert answer(b"") == answer(b"GET /ready HTTP/1.1\r\nhost:") == b"", "nothing more comes"
+        assert answer(ready + b"GET /rea").count(b"200 OK") == 1, "nothing more of the second"
+        assert b"400 Bad Request" in answer(b"GET /%b HTTP/1.1\r\n\r\n" % long)
+        assert b"200 OK" not in answer(b"GET /ready HTTP/1.1\r\nx: %b\r\nconnection: close\r\n\r\n" % long)
+        assert b"200 OK" not in answer(b"GET /ready HTTP/1.1\r\n" + b"x: a\r\n" * 2**15 + b"connection: close\r\n\r\n")
+        monkeypatch.setattr(http_protocol, "HEAD_LIMIT_S", 2 * LIMIT_S)
+        answer(b"GET / HTTP/1.1\r\nx: " + long * 5)  # its end has not come
+
+
 def test_neutral_values_of_unsupported_fields_are_taken(served):
     fields = {"tools": [], "presence_penalty": 0, "logit_bias": {}, "user": "me", "response_format": {"type": "text"}}
     assert post(served[1], body(**fields)).status_code == 200
@@ -277,6 +303,10 @@ def test_clients_that_leave_free_their_slots(served):
                     wait_until(lambda: thread.num_open == 4, "the replies have begun")
                     assert not stream or connection.recv(10)
             wait_until(lambda: thread.num_open == 0, "the slots are still taken")
+    with socket.create_connection(address) as connection:
+        connection.sendall((head.encode() + content) * 2)  # the second waits for the first
+        wait_until(lambda: thread.num_open == 4, "the replies have begun")
+    wait_until(lambda: thread.num_open == 0, "the slots of the first are still taken")
     del thread.generator.step
     assert post(url, body()).status_code == 200
 
