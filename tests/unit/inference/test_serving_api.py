@@ -307,6 +307,7 @@ def test_clients_that_leave_free_their_slots(served):
         connection.sendall((head.encode() + content) * 2)  # the second waits for the first
         wait_until(lambda: thread.num_open == 4, "the replies have begun")
     wait_until(lambda: thread.num_open == 0, "the slots of the first are still taken")
+    assert 'status="504"' not in get(f"{url}/metrics").text, "freed since the client left, not by the time limit"
     del thread.generator.step
     assert post(url, body()).status_code == 200
 
