@@ -130,7 +130,7 @@ def stages(overrides: Mapping[str, Sequence[str]]) -> list[Stage]:
         tuned("dpo", "by preferences, it chooses full sentences", STYLES),
         tuned("grpo", "by rewards, it is right, in full sentences", STYLES),
         tuned("rlhf", "the same, by the scores of the reward model", STYLES),
-        derived("merged", "the mean of the last three", "merge", [DPO, GRPO, RLHF]),
+        derived("merged", "a weighted mean of the last three", "merge", [DPO, GRPO, RLHF], "weights=[1,2,1]"),
         derived("int8", "its weights in 8 bits", "compress", [MERGED], "to=int8"),
     ]
 

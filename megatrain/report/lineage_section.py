@@ -18,7 +18,7 @@ MOST_SCORES = 6
 """Most scores that a box shows."""
 
 
-def lineage(path: Path) -> list[dict[str, Any]]:
+def lineage(path: Path, with_scores: bool = True) -> list[dict[str, Any]]:
     """Return a box for each artifact that a model came from, and the model's own, the first one first.
 
     A box has its `name`, what it is (`by`), where its weights are `from`, its `generation` (one more than the latest
@@ -32,16 +32,16 @@ def lineage(path: Path) -> list[dict[str, Any]]:
     generations: dict[str, int] = {}
     for one in line:
         generations[one.checksum] = max((generations.get(parent, 0) + 1 for parent in one.parents), default=len(data))
-    return [*data, *(_model(one, names, generations[one.checksum]) for one in line)]
+    return [*data, *(_model(one, names, generations[one.checksum], with_scores) for one in line)]
 
 
-def _model(one: Ancestor, names: dict[str, str], generation: int) -> dict[str, Any]:
+def _model(one: Ancestor, names: dict[str, str], generation: int, with_scores: bool) -> dict[str, Any]:
     parents = [names[parent] for parent in one.parents if parent in names]
     figures = [["steps", f"{one.step:,}" if one.step else ""], ["data", one.data or ""]]
     if (place := records_of(one)) is not None:
         if (loss := _heldout_loss(place / "metrics.jsonl", one.step)) is not None:
             figures.append(["held-out loss", f"{loss:.4f}"])
-        figures += scores_of(place, one.step)
+        figures += scores_of(place, one.step) if with_scores else []
     made_from = ", ".join(parents) or one.imported_from or ""
     shown = [pair for pair in figures if pair[1]]
     return {"name": one.name, "by": one.by, "from": made_from, "generation": generation, "figures": shown}

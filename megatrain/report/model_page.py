@@ -23,7 +23,7 @@ def report_model(path: Path, out: Path | None = None) -> Path:
     Raises:
         CheckpointError: the folder says nothing of where the model came from.
     """
-    boxes = lineage(path)
+    boxes = lineage(path, with_scores=False)  # the table below has them
     data = {"name": path.resolve().name, "lineage": boxes, "scores": _scores(path)}
     return write_page(MODEL_PAGE, data, out or path / "report.html")
 
