@@ -129,7 +129,7 @@ def stages(overrides: Mapping[str, Sequence[str]]) -> list[Stage]:
         tuned("styles", "another one learns to answer in two styles", BASE, prepared("chat", "styles", "toy-styles")),
         tuned("dpo", "by preferences, it chooses full sentences", STYLES),
         tuned("grpo", "by rewards, it is right, in full sentences", STYLES),
-        tuned("rlhf", "the same, by the scores of the reward model", STYLES),
+        replace(tuned("rlhf", "the same, by the scores of the reward model", STYLES), made_from=[STYLES, REWARD]),
         derived("merged", "a weighted mean of the last three", "merge", [DPO, GRPO, RLHF], "weights=[1,2,1]"),
         derived("int8", "its weights in 8 bits", "compress", [MERGED], "to=int8"),
     ]

@@ -10,6 +10,7 @@ import pytest
 from support.lines import make_run
 
 from megatrain import cli
+from megatrain.config import MethodConfig
 from megatrain.config.compose import compose
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
@@ -18,7 +19,7 @@ from assistant_stages import Stage, stages
 
 MADE_FROM = {
     **{"sft": ["toy-base"], "styles": ["toy-base"], "reward": ["toy-sft"]},
-    **{"dpo": ["toy-styles"], "grpo": ["toy-styles"], "rlhf": ["toy-styles"]},
+    **{"dpo": ["toy-styles"], "grpo": ["toy-styles"], "rlhf": ["toy-styles", "toy-reward"]},
     **{"merged": ["toy-dpo", "toy-grpo", "toy-rlhf"], "int8": ["toy-merged"]},
 }
 
@@ -33,6 +34,7 @@ def test_each_command_is_composed_and_makes_its_folder_from_earlier_stages(stage
         if arguments.verb in ("merge", "compress"):
             assert config.out == stage.makes
     given = getattr(config, "paths", None) or [getattr(config, "path", None)]
+    given += [name for name in getattr(config, "method", MethodConfig()).rewards if name.startswith("runs/")]
     assert (given if stage.made_from else []) == list(stage.made_from)
     assert [Path(path).name for path in stage.made_from] == MADE_FROM.get(stage.name, [])
 
