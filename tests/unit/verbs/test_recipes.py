@@ -11,7 +11,7 @@ import pytest
 from megatrain.cli import parse
 from megatrain.config.compose import compose
 from megatrain.parallel import rules
-from megatrain.verbs.sweep_points import compose_points
+from megatrain.verbs.sweep_points import compose_points, expand
 from megatrain.verbs.value_checks import check_values
 
 ROOT = Path(__file__).parents[3]
@@ -46,13 +46,18 @@ def recipes():
 )
 def test_a_printed_command_is_accepted(page, words, tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()  # the reader's own text
+    (tmp_path / "runs" / "reward").mkdir(parents=True)  # and what they trained
     (tmp_path / "data" / "mine").mkdir(parents=True)  # and their dataset
     (tmp_path / "data" / "mine" / "card.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     arguments = parse([word for word in words if "<" not in word])
     if arguments.verb is None or "--help" in arguments.flags:
         return
-    if "--multirun" in arguments.flags:
+    if "--multirun" in arguments.flags and arguments.verb == "tune":  # its points would need the base
+        fixed, combinations = expand(arguments.overrides, "tune")
+        points = [[*fixed.values(), *(f"{key}={value}" for key, value in one.items())] for one in combinations]
+        configs = [compose("tune", words) for words in points]
+    elif "--multirun" in arguments.flags:
         configs = [point.config for point in compose_points(arguments.overrides)]
     else:
         configs = [compose(arguments.verb, arguments.overrides)]
