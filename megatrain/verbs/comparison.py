@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.interop.load_model import Loaded, load
 from megatrain.model.count import num_parameters
 from megatrain.model.sampling import generate
-from megatrain.verbs.evaluate import evaluate_loss, find_pairs
+from megatrain.verbs.evaluate import Windows, evaluate_loss, find_pairs, windows_of
 
 BATCH_SIZE = 8
 WRITTEN = 64
@@ -57,14 +57,20 @@ def with_losses(
 ) -> list[Row]:
     """Return the rows with held-out losses, if `compare` asks for them and the data is at hand; `speed` times them too.
 
-    A model that is given by its path is loaded when its turn comes.
+    A model that is given by its path is loaded when its turn comes. All read in the windows of the first.
 
     Data that is not at hand is told on standard error; it is an error only if `data` names it.
     """
     if not config.compare:
         return list(rows)
+    found: list[Row] = []
+    windows: Windows | None = None
     try:
-        return [replace(row, **measure(model, config, speed)) for row, model in zip(rows, models, strict=True)]
+        for row, model in zip(rows, models, strict=True):
+            loaded = load(model) if isinstance(model, Path) else model
+            windows = windows or windows_of(loaded)
+            found.append(replace(row, **measure(loaded, windows, config, speed)))
+        return found
     except (ConfigError, DataError) as error:
         if config.data is not None:
             raise
@@ -72,9 +78,8 @@ def with_losses(
         return list(rows)
 
 
-def measure(model: Path | Loaded, config: Comparing, speed: bool) -> dict[str, Any]:
+def measure(loaded: Loaded, windows: Windows, config: Comparing, speed: bool) -> dict[str, Any]:
     """Return a model's held-out loss, and with `speed` its speeds, as fields of a row. Raises as `evaluate` does."""
-    loaded = load(model) if isinstance(model, Path) else model
     check_memory(loaded.folder, num_parameters(loaded.config))
     keys = EvaluateConfig(
         path=str(loaded.folder),
@@ -86,8 +91,8 @@ def measure(model: Path | Loaded, config: Comparing, speed: bool) -> dict[str, A
     if pairs := find_pairs(keys, loaded):
         raise ConfigError(f"{pairs.name} has preference pairs, which have no loss of a text; give data=<a text file>")
     if speed:  # the first batches of a process are slower, whichever model reads them
-        evaluate_loss(replace(keys, max_batches=1), loaded)
-    found = evaluate_loss(keys, loaded)
+        evaluate_loss(replace(keys, max_batches=1), loaded, windows=windows)
+    found = evaluate_loss(keys, loaded, windows=windows)
     if not speed:
         return {"loss": found["loss"]}
     return {

@@ -46,6 +46,15 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How text is read: `seq_len` tokens at a time (None: as many as the model takes), and what its documents see."""
+
+    seq_len: int | None
+    mask_documents: bool
+    reset_positions: bool
+
+
+@dataclass(frozen=True)
 class MixedSource:
     """A source by its name in a mixture, as `Evaluation` takes it."""
 
@@ -85,7 +94,8 @@ def evaluate(config: EvaluateConfig) -> None:
         others = load_others(loaded, config.ensemble)
         own = replace(config, path=path)
         if not others and (pairs := find_pairs(own, loaded)) is not None:
-            results.append(evaluate_pairs(own, loaded, pairs, choose_sequence_length(own, [loaded])))
+            seq_len = choose_sequence_length(own, [loaded], windows_of(loaded))
+            results.append(evaluate_pairs(own, loaded, pairs, seq_len))
             print_pairs(results[-1])
         else:
             results.append(evaluate_loss(own, loaded, others))
@@ -123,8 +133,10 @@ def find_pairs(config: EvaluateConfig, loaded: Loaded) -> IndexedDataset | None:
     return None
 
 
-def evaluate_loss(config: EvaluateConfig, loaded: Loaded, others: Sequence[Loaded] = ()) -> dict[str, Any]:
-    """Return the scores of a model on text, or of its ensemble with others.
+def evaluate_loss(
+    config: EvaluateConfig, loaded: Loaded, others: Sequence[Loaded] = (), windows: Windows | None = None
+) -> dict[str, Any]:
+    """Return the scores of a model on text, or of its ensemble with others. It reads in its own windows, or in others.
 
     `loss` is the mean cross-entropy in nats a token, end-of-document tokens included. `bits_per_byte` is
     loss x tokens / (ln 2 x bytes); the bytes are those of the normalised text, as in a dataset's card. A model that was
@@ -132,9 +144,10 @@ def evaluate_loss(config: EvaluateConfig, loaded: Loaded, others: Sequence[Loade
     """
     mixture = mixed_sources(config, loaded)
     sources = mixture or {"": open_source(config, loaded)}
-    seq_len = choose_sequence_length(config, [loaded, *others])
+    windows = windows or windows_of(loaded)
+    seq_len = choose_sequence_length(config, [loaded, *others], windows)
     device = device_by_name(config.device)
-    ends = {name: find_end_of_document(loaded, source) for name, source in sources.items()}
+    ends = {name: find_end_of_document(windows, source) for name, source in sources.items()}
     mode = "reference" if loaded.run_config().get("kernels") == "reference" else "auto"
     model = build([loaded, *others], device, choose(mode, device, torch.float32, loaded.config.hidden_size, False))
     started = time.perf_counter()
@@ -152,7 +165,7 @@ def evaluate_loss(config: EvaluateConfig, loaded: Loaded, others: Sequence[Loade
             max_samples=num_batches * config.batch_size,
             vocab_size=loaded.config.vocab,
             end_of_document=ends[name],
-            reset_positions=bool(loaded.run_config().get("train", {}).get("reset_positions")),
+            reset_positions=windows.reset_positions,
         )
         what = f"evaluating {name}".strip()
         loss_sum, tokens = sum_losses(model, _with_progress(batches, num_batches, what), device)
@@ -237,21 +250,27 @@ def print_result(result: dict[str, Any], who: str) -> None:
     print("\n".join(lines), file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
 
 
-def choose_sequence_length(config: EvaluateConfig, models: Sequence[Loaded]) -> int:
-    """Return `seq_len`, or that of training, or the models' maximum. Raises ConfigError above the maximum."""
+def windows_of(loaded: Loaded) -> Windows:
+    """Return how a model read its text in training; of one that records no training, whole windows."""
+    loop = loaded.run_config().get("train", {})
+    return Windows(loop.get("seq_len"), bool(loop.get("mask_documents")), bool(loop.get("reset_positions")))
+
+
+def choose_sequence_length(config: EvaluateConfig, models: Sequence[Loaded], windows: Windows) -> int:
+    """Return `seq_len`, or that of `windows`, or the models' maximum. Raises ConfigError above the maximum."""
     longest = min(model.config.max_seq_len for model in models)
-    seq_len = config.seq_len or models[0].run_config().get("train", {}).get("seq_len") or longest
+    seq_len = config.seq_len or windows.seq_len or longest
     if seq_len > longest:
         raise ConfigError(f"seq_len={seq_len} is longer than the model's maximum; give seq_len={longest} or less")
     return int(seq_len)
 
 
-def find_end_of_document(loaded: Loaded, source: Source) -> int | None:
-    """Return the token that ends a document, or None if the model was trained without `train.mask_documents`.
+def find_end_of_document(windows: Windows, source: Source) -> int | None:
+    """Return the token that ends a document, or None if `windows` are read without `train.mask_documents`.
 
     Raises ConfigError if it is needed but unknown.
     """
-    if not loaded.run_config().get("train", {}).get("mask_documents"):
+    if not windows.mask_documents:
         return None
     if source.end_of_document is None:
         raise ConfigError(

@@ -17,7 +17,7 @@ from megatrain.data.chat.template import ChatTemplate
 from megatrain.errors import ConfigError
 from megatrain.interop.load_model import load
 from megatrain.verbs.comparison import measure
-from megatrain.verbs.evaluate import evaluate
+from megatrain.verbs.evaluate import evaluate, windows_of
 from megatrain.verbs.export import export_
 
 RUN = ["engine=native", "tracking=none", "launch.device=cpu", "train.global_batch_size=4", "train.micro_batch_size=2"]
@@ -95,10 +95,11 @@ def test_a_reward_model_is_scored_and_exported(place, capsys):
     last = metrics(place, "reward")[-1]
     assert measured["accuracy"] == last["heldout_accuracy"]
     assert measured["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
-    with pytest.raises(ConfigError, match="has preference pairs, which have no loss of a text"):
-        measure(place / "runs" / "reward", CompressConfig(path=reward_run, out="out", data=data, device="cpu"), False)
-    export_(ExportConfig(path=reward_run, out=str(place / "hf")))
     loaded = load(place / "runs" / "reward")
+    with pytest.raises(ConfigError, match="has preference pairs, which have no loss of a text"):
+        config = CompressConfig(path=reward_run, out="out", data=data, device="cpu")
+        measure(loaded, windows_of(loaded), config, False)
+    export_(ExportConfig(path=reward_run, out=str(place / "hf")))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(place / "hf")
     messages = [{"role": "user", "content": "Say 3"}, {"role": "assistant", "content": "si si"}]
     tokens = torch.tensor([ChatTemplate(loaded.tokenizer).encode(messages).ids])

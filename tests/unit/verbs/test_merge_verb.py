@@ -29,7 +29,7 @@ SHAPE = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "max_seq_len": 64, 
 def make_model(tokenizer, tmp_path):
     """Return a function that saves a random model as a checkpoint: `make_model(name, seed, **shape)`."""
 
-    def make(name, seed, spoil=None, with_tokenizer=True, **shape):
+    def make(name, seed, spoil=None, with_tokenizer=True, loop=None, **shape):
         config = ModelConfig(**{**SHAPE, "vocab_size": tokenizer.vocab_size, **shape})
         folder = tmp_path / name
         folder.mkdir()
@@ -38,7 +38,7 @@ def make_model(tokenizer, tmp_path):
         state = {f"model.{key}": value.detach() for key, value in build_model(config, seed=seed).named_parameters()}
         if spoil:
             state[spoil].view(-1)[3] = float("nan")
-        write(folder, state, at(0, identity=Identity({"model": asdict(config)})), None)
+        write(folder, state, at(0, identity=Identity({"model": asdict(config), "train": loop or {}})), None)
         return folder
 
     return make
@@ -98,6 +98,16 @@ def test_a_run_alone_is_averaged_over_its_checkpoints_with_losses_before_and_aft
         merge_of([finished], tmp_path / "other", steps=[2, 3])
     with pytest.raises(ConfigError, match="1 model is too few"):
         merge_of([finished], tmp_path / "other", steps=[2])
+
+
+def test_all_losses_are_of_the_same_windows(make_model, tmp_path, capsys):
+    """One model twice, which was trained on windows of another length the second time."""
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 8)
+    models = [make_model("short", 1, loop={"seq_len": 8}), make_model("long", 1, loop={"seq_len": 16})]
+    capsys.readouterr()
+    merge_of(models, tmp_path / "out", compare=True, data=str(tmp_path / "text.txt"), device="cpu")
+    first, second, merged = (model["loss"] for model in json.loads(capsys.readouterr().out)["models"])
+    assert first == second == pytest.approx(merged, rel=1e-6)
 
 
 def test_a_new_run_starts_from_a_merged_checkpoint(finished, train_job, tmp_path):
