@@ -69,7 +69,7 @@ class DataConfig:
         "(JSON)",
     )
     max_thread_bytes: int = key(
-        2 * 2**30, "with data.join_comments: most memory for the comments of one file, in bytes", minimum=1
+        2 * 2**30, "with data.join_comments or data=chat: most memory for comments of a file, in bytes", minimum=1
     )
     max_document_bytes: int = key(64 * 2**20, "longest document or line to read, in bytes", minimum=1)
     oversized: str = key(

@@ -1,4 +1,4 @@
-"""Read a conversation out of a record: messages, instruction triples, or a prompt and its completion.
+"""Read a conversation out of a record: messages, instruction triples, a prompt and its completion, or a tree.
 
 All forms become a list of messages, each with a `role` and a `content`. `to_text` writes that as one line of JSON,
 which is the text of such a document until it is encoded.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import Any
+
+from megatrain.data.chat.errors import ConversationError
+from megatrain.data.chat.tree import best_path
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
@@ -21,14 +24,6 @@ _FORMS = (
     "messages (a list of objects with role and content), conversations (with from and value), instruction with input "
     "and output, or prompt with completion"
 )
-
-
-class ConversationError(Exception):
-    """A record without a conversation that can be tuned on: a kind, to be counted, a message, and what would help."""
-
-    def __init__(self, kind: str, message: str, remedy: str = "mend it") -> None:
-        super().__init__(message)
-        self.kind, self.message, self.remedy = kind, message, remedy
 
 
 def read_conversation(record: dict[str, Any], normalise: Callable[[str], str] = str) -> list[Message]:
@@ -86,7 +81,10 @@ def _messages(record: dict[str, Any]) -> list[Message]:
         name, value = ("input", given) if isinstance(instruction, str) else ("instruction", instruction)
         return _pair(name, value, "output", record.get("output"))
     if record.get("prompt") is not None:
-        prompt, completion = record["prompt"], record.get("completion", record.get("response"))
+        prompt = record["prompt"]
+        if isinstance(prompt, dict):
+            return messages_of("prompt", best_path(prompt, lambda message: message.get("replies")))
+        completion = record.get("completion", record.get("response"))
         if isinstance(prompt, list) and isinstance(completion, list):
             return messages_of("prompt and completion", [*prompt, *completion])
         return _pair("prompt", prompt, "completion", completion)

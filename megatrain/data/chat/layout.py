@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from megatrain.data.chat.conversation import ConversationError, Message
+from megatrain.data.chat.conversation import Message
+from megatrain.data.chat.errors import ConversationError
 from megatrain.data.chat.template import PREPARED_ON, ChatTemplate
 from megatrain.data.tokenizer_loading import find_tokenizer
 from megatrain.errors import ConfigError

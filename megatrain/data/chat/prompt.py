@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.data.chat.conversation import ConversationError, check_turns, messages_of
+from megatrain.data.chat.conversation import check_turns, messages_of
+from megatrain.data.chat.errors import ConversationError
 from megatrain.data.chat.template import ChatTemplate
 
 _FORMS = "prompt (text, or a list of messages), messages, or instruction with input"

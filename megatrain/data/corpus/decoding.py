@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config.data_config import CHAT_KINDS
-from megatrain.data.chat.conversation import ConversationError, read_conversation, to_text
+from megatrain.data.chat.conversation import read_conversation, to_text
+from megatrain.data.chat.errors import ConversationError
 from megatrain.data.chat.pair import pair_to_text, read_pair
 from megatrain.data.chat.prompt import read_prompt
 from megatrain.data.corpus.code import license_of, why_left_out

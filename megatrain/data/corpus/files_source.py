@@ -20,7 +20,7 @@ from megatrain.data.corpus.file_search import find_paths
 from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.shard import SHARD_BYTES, Shard, cut_file, group_files, look, stamp
 from megatrain.data.corpus.source import Source, require_library
-from megatrain.data.corpus.threads import is_comment, join_threads
+from megatrain.data.corpus.threads import is_comment, is_message, join_messages, join_threads
 from megatrain.data.corpus.warc import read_warc
 from megatrain.data.corpus.wikipedia import read_dump
 from megatrain.errors import ConfigError, DataError
@@ -88,7 +88,8 @@ class FilesSource(Source):
                 f"{path}: data.join_comments=true joins no rows of .parquet, which are documents of their own; convert "
                 "them to .jsonl to have them joined"
             )
-        if not self.config.join_comments and (path := next(filter(self._has_comments, self.files[:_LOOKED_AT]), None)):
+        joins = self.config.join_comments or self.config.kind in CHAT_KINDS
+        if not joins and (path := next(filter(self._has_comments, self.files[:_LOOKED_AT]), None)):
             yield (
                 f"{path}: its records answer one another (parent_id) and are documents of their own; "
                 "data.join_comments=true joins them into threads"
@@ -96,14 +97,18 @@ class FilesSource(Source):
 
     def _has_comments(self, path: Path) -> bool:
         """Return whether a file begins with a record of JSON that is a comment."""
-        if (kind := self._kind(path)) not in _JOINED:
-            return False
+        first = self._first(path)
+        return first is not None and is_comment(first)
+
+    def _first(self, path: Path) -> Record | None:
+        """Return the first record of a file of JSON, None if there is none or it cannot be read."""
+        if self._kind(path) not in _JOINED:
+            return None
         try:
             with open(path, "rb", buffering=2**20) as raw, opened(path, raw) as file:
-                first = next(self._documents(path, file, kind), None)
+                return next(self._records(path, file), None)
         except (*ERRORS, OSError, DataError):
-            return False  # reading it says what is wrong
-        return first is not None and is_comment(first)
+            return None  # reading it says what is wrong
 
     def shards(self) -> Iterator[Shard]:
         """Yield groups of small files, and ranges of large ones that can be cut."""
@@ -125,6 +130,9 @@ class FilesSource(Source):
 
     def _is_joined(self, path: Path) -> bool:
         """Return whether the records of a file are joined to threads, so that it is not cut."""
+        if self.config.kind == "chat":
+            first = self._first(path)
+            return first is not None and is_message(first)
         return self.config.join_comments and self._kind(path) in _JOINED
 
     def _license(self, path: Path) -> tuple[list[Path], str | None]:
@@ -192,9 +200,13 @@ class FilesSource(Source):
             return iter([Record(b"", str(path), problem=Problem("archive", f"holds {archive}", "unpack it first"))])
         if kind in ("warc", "wikipedia"):
             return self._pages(path, file, read_warc if kind == "warc" else read_dump)
-        is_lines = kind == "lines" or starts_with_a_line(file)
-        records = self._lines(path, file) if is_lines else self._values(path, file)
+        records = self._records(path, file)
         return self._threads(path, records) if self._is_joined(path) else records
+
+    def _records(self, path: Path, file: BinaryIO) -> Iterator[Record]:
+        """Yield the records of an open file of JSON."""
+        is_lines = self._kind(path) == "lines" or starts_with_a_line(file)
+        return self._lines(path, file) if is_lines else self._values(path, file)
 
     def _pages(
         self, path: Path, file: BinaryIO, read: Callable[[BinaryIO, str, int], Iterator[Record]]
@@ -217,8 +229,9 @@ class FilesSource(Source):
                 yield Record(line, f"{path}:{number}", kind="json")
 
     def _threads(self, path: Path, records: Iterator[Record]) -> Iterator[Record]:
-        """Yield the threads of a file's comments."""
-        for record in join_threads(records, str(path), self.config.max_thread_bytes):
+        """Yield the threads of a file's comments, or the conversations of its messages."""
+        join = join_messages if self.config.kind == "chat" else join_threads
+        for record in join(records, str(path), self.config.max_thread_bytes):
             yield record if len(record.payload) <= self.config.max_document_bytes else self.too_long(record.where)
 
     def _range_of_lines(self, path: Path, start: int, stop: int | None) -> Iterator[Record]:

@@ -44,7 +44,7 @@ from megatrain.errors import DataError
 
 CHUNK_BYTES = 2**20
 CHUNK_RECORDS = 2048
-FORMAT = 6
+FORMAT = 7
 """Part of every key: raise it when the content of a cleaned or encoded shard changes."""
 
 T = TypeVar("T")

@@ -3,19 +3,22 @@
 A comment has an id (`id`, `comment_id` or `message_id`) and a field `parent_id` or `parent`, null where it begins a
 thread. A file in which no `parent` names a record has other records. Comments whose parent is not in the file are one
 thread if they name the same post (`link_id`), or else the same parent. Threads are written as text by
-`conversations.py`.
+`conversations.py`. For `data=chat` the messages of a tree, as in OpenAssistant's dumps, become one conversation.
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatrain.data.chat.errors import ConversationError
+from megatrain.data.chat.tree import best_path
 from megatrain.data.corpus.conversations import IDS, PARENTS, Key, has_parent, key_of, keys, parents_of, reference
-from megatrain.data.corpus.record import Record
+from megatrain.data.corpus.record import Problem, Record
 from megatrain.data.corpus.source import num_bytes
 from megatrain.errors import DataError
 
@@ -41,19 +44,8 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
     The whole file is held in memory. Raises `DataError` if that takes more than `limit` bytes, counting 1200 for each
     record beside its text.
     """
-    held: list[Record] = []
-    places: list[_Place | None] = []
-    size = 0
-    for record in records:
-        size += num_bytes(record.payload) + _OVERHEAD
-        if size > limit:
-            raise DataError(
-                f"{name}: data.join_comments=true holds a file's comments in memory, and these take more than "
-                f"data.max_thread_bytes={limit}; raise it, or divide the file so that each thread is in one part"
-            )
-        held.append(record)
-        places.append(_place(record))
-    places = _without_others(places)
+    held = list(_held(records, f"{name}: data.join_comments=true holds a file's comments", limit))
+    places = _without_others([_place(record) for record in held])
     roots = _roots(place for place in places if place)
     threads: dict[Key, list[int]] = {}
     for number, place in enumerate(places):
@@ -65,6 +57,88 @@ def join_threads(records: Iterator[Record], name: str, limit: int) -> Iterator[R
             yield record
         elif number == thread[0]:
             yield _joined([held[at] for at in thread])
+
+
+def _held(records: Iterator[Record], who: str, limit: int) -> Iterator[Record]:
+    """Yield records up to `limit` bytes of memory. Raises `DataError` beyond."""
+    size = 0
+    for record in records:
+        size += num_bytes(record.payload) + _OVERHEAD
+        if size > limit:
+            raise DataError(
+                f"{who} in memory, and these take more than data.max_thread_bytes={limit}; raise it, or divide the "
+                "file so that each thread is in one part"
+            )
+        yield record
+
+
+def is_message(record: Record) -> bool:
+    """Return whether a record is a message of a tree, in the layout of OpenAssistant's dumps."""
+    value = _object(record)
+    return value is not None and {"message_id", "parent_id", "role", "text"} <= value.keys()
+
+
+def join_messages(records: Iterator[Record], name: str, limit: int) -> Iterator[Record]:
+    """Yield the best path of each tree of a file's messages as one record, in the place of its first message.
+
+    A file whose first record is no message of a tree is left as it is. Otherwise all of it is held in memory: raises
+    `DataError` if that takes more than `limit` bytes. Messages whose parent is missing, that answer one another in a
+    circle or have an id again are bad records.
+    """
+    first = next(records, None)
+    if first is None:
+        return
+    records = itertools.chain([first], records)
+    if not is_message(first):
+        yield from records
+        return
+    held = list(_held(records, f"{name}: data=chat holds a file's messages", limit))
+    values = [_object(record) or {} if is_message(record) else None for record in held]
+    places = [_place(record) if value else None for record, value in zip(held, values, strict=True)]
+    above: dict[Key, _Place] = {}
+    answers: dict[Key, list[dict[str, Any]]] = {}
+    again = set()
+    for number, (place, value) in enumerate(zip(places, values, strict=True)):
+        if place and value:
+            if place.key in above:
+                again.add(number)
+                continue
+            above[place.key] = place
+            if parent := reference(value, PARENTS):
+                answers.setdefault(keys(parent, ("t1",))[0], []).append(value)
+    roots = _roots([replace(place, thread=None) for place in above.values()])
+
+    def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
+        own = key_of(message)
+        return answers.get(own, []) if own else []
+
+    for number, (record, place, value) in enumerate(zip(held, places, values, strict=True)):
+        if not place or not value:
+            yield record
+        elif number in again:
+            yield _bad(record, "duplicate_id", f"another message has the id {value['message_id']!r}")
+        elif not place.parents:
+            yield _path(record, value, replies)
+        elif not any(parent in above for parent in place.parents):
+            parent = value["parent_id"]
+            yield _bad(record, "no_parent", f"its parent {parent!r} is no message of the file")
+        elif roots[place.key] in above and above[roots[place.key]].parents:
+            yield _bad(record, "circle", "the messages that it answers form a circle")
+
+
+def _path(record: Record, root: dict[str, Any], replies: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> Record:
+    """Return the best path from a root as a record of messages, with the other fields of the root."""
+    try:
+        path = best_path(root, replies)
+    except ConversationError as error:
+        return _bad(record, error.kind, error.message, error.remedy)
+    others = {name: value for name, value in root.items() if name not in ("text", "role", "parent_id")}
+    value = {"id": root["message_id"], **others, "messages": path}
+    return replace(record, payload=json.dumps(value).encode())
+
+
+def _bad(record: Record, kind: str, message: str, remedy: str = "mend it") -> Record:
+    return replace(record, problem=Problem(kind, message, remedy))
 
 
 def _without_others(places: list[_Place | None]) -> list[_Place | None]:

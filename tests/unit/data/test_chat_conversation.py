@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megatrain.data.chat.conversation import ConversationError, from_text, read_conversation, to_text
+from megatrain.data.chat.conversation import from_text, read_conversation, to_text
+from megatrain.data.chat.errors import ConversationError
 from megatrain.data.corpus.decoding import decode
 from megatrain.data.corpus.record import BadRecordError, Policy, Record
 

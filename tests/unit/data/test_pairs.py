@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from megatrain.config import CleanConfig, DataConfig, PrepareConfig, TokenizerConfig
-from megatrain.data.chat.conversation import ConversationError
+from megatrain.data.chat.errors import ConversationError
 from megatrain.data.chat.pair import pair_from_text, pair_to_text, read_pair
 from megatrain.data.indexed_dataset import IndexedDataset, verify_dataset
 from megatrain.data.loader import heldout_batches
