@@ -81,10 +81,9 @@ def _messages(record: dict[str, Any]) -> list[Message]:
         name, value = ("input", given) if isinstance(instruction, str) else ("instruction", instruction)
         return _pair(name, value, "output", record.get("output"))
     if record.get("prompt") is not None:
-        prompt = record["prompt"]
-        if isinstance(prompt, dict):
+        prompt, completion = record["prompt"], record.get("completion", record.get("response"))
+        if isinstance(prompt, dict) and completion is None:
             return messages_of("prompt", best_path(prompt, lambda message: message.get("replies")))
-        completion = record.get("completion", record.get("response"))
         if isinstance(prompt, list) and isinstance(completion, list):
             return messages_of("prompt and completion", [*prompt, *completion])
         return _pair("prompt", prompt, "completion", completion)
