@@ -13,12 +13,12 @@ from typing import Any
 
 from megatrain.data.chat.conversation import (
     NOT_READ,
-    ConversationError,
     Message,
     check_turns,
     messages_of,
     system_of,
 )
+from megatrain.data.chat.errors import ConversationError
 
 SIDES = ("chosen", "rejected")
 _PROMPTS = ("messages", "conversations", "conversation")
