@@ -87,7 +87,7 @@ def test_each_point_of_a_sweep_is_a_job_under_one_mlflow_run(cluster, workplace)
     from mlflow.tracking import MlflowClient
 
     environ = {"SLURM_CONF": cluster.environ["SLURM_CONF"], "MLFLOW_TRACKING_URI": ""}
-    options = f"launch.sbatch_options=['--output={workplace}/%x.out']"
+    options = f"launch.sbatch_options=['--output={workplace}/%x.out','--hold']"
     words = ["run.name=scan", "run.dir=sweeps", "seed=1,2", "launch=slurm", options, "tracking=mlflow"]
     command = [*JOB, "--multirun", *words]
     done = megatrain(workplace, *command, environ=environ)
@@ -96,6 +96,7 @@ def test_each_point_of_a_sweep_is_a_job_under_one_mlflow_run(cluster, workplace)
     assert [name for _, name in lines] == ["scan-seed1", "scan-seed2"]
     again = megatrain(workplace, *command, environ=environ)
     assert again.stdout == "".join(f"{number}  {name} (in the queue already)\n" for number, name in lines), again.stderr
+    cluster.command("scontrol", "release", ",".join(number for number, _ in lines))
     for number, name in lines:
         job = Job(cluster, workplace, name, number=number)
         assert job.wait() == "COMPLETED", job.log

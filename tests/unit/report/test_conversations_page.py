@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from rich.console import Console
 from support.pages import drawn, needs_browser
 
 from megatrain import cli
@@ -90,10 +89,17 @@ def test_inspect_counts_what_counts_and_marks_it(talks, counted, capsys):
     assert shown.count("<|im_start|>user\nQuestion ") == 10
 
 
-def test_a_terminal_gets_marks_in_colour(capsys):
+def test_neighbours_that_are_marked_are_one_mark(capsys, monkeypatch):
+    """In colour each piece is styled; without colours one pair of brackets encloses both."""
+    pieces = [("a ", False), ("b", True), ("c", True), (" d", False)]
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    Printer().marked(pieces)
+    assert capsys.readouterr().out == "a [[bc]] d\n"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     printer = Printer()
-    printer._console = Console(force_terminal=True, color_system="standard")
-    printer.marked([("a ", False), ("b", True), ("c", True), (" d", False)])
+    printer.marked(pieces)
     assert capsys.readouterr().out == "a \x1b[32mb\x1b[0m\x1b[32mc\x1b[0m d\n"
     assert printer.legend("This") == "This is in green"
 

@@ -86,5 +86,7 @@ def test_the_pages_example_and_table_have_the_keys_of_a_real_manifest(finished):
         "made_from",
         "mixture",
         "overrides",
+        "parents",
+        "rewards",
     }
     assert real["checksum"] == manifest_hash(real)
