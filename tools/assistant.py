@@ -69,7 +69,12 @@ def main() -> int:
             if stays:
                 signal.sigwait([signal.SIGINT, signal.SIGTERM])
     except StageError as error:
+        if error.code in (75, 130):
+            print("   stopped; the same command goes on from here", flush=True)
         return error.code
+    except KeyboardInterrupt:
+        print("   stopped; the same command goes on from here", flush=True)
+        return 130
     return 0
 
 
@@ -198,8 +203,15 @@ def command(*words: str) -> list[str]:
 
 
 def megatrain(*words: str) -> None:
-    """Run a megatrain command to its end. Raises StageError if it fails."""
-    code = subprocess.run(command(*words), check=False).returncode
+    """Run a megatrain command to its end. Raises StageError if it fails.
+
+    Ctrl-C reaches the command too, which then saves: it gets the time for that.
+    """
+    with subprocess.Popen(command(*words)) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = process.wait()
     if code:
         raise StageError(code)
 

@@ -49,6 +49,9 @@ LONGEST = 2048
 WARMUP = 0.03
 """Share of the steps that `optim.warmup_steps=null` means."""
 
+EVALUATIONS = 50
+"""At most so many evaluations during training, where `train.eval_every=null` means one an epoch."""
+
 UNKNOWN = 1e6
 """Steps of an epoch that are assumed until the data are known, so that a mistake is found before they are prepared."""
 
@@ -336,7 +339,8 @@ def _planned(config: TuneConfig, epoch: float | None, evaluates: bool = True) ->
         begun = _begun_warmup(config)
         words.append(f"optim.warmup_steps={math.ceil(WARMUP * steps) if begun is None else begun}")
     if config.train.eval_every is None:
-        words.append(f"train.eval_every={min(steps, math.ceil(epoch)) if epoch and evaluates else 0}")
+        every = max(epoch, steps / EVALUATIONS) if epoch and evaluates else 0
+        words.append(f"train.eval_every={min(steps, math.ceil(every))}")
     return words
 
 

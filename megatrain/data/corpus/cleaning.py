@@ -173,7 +173,8 @@ def _count_bad(record: Record, problem: Problem, policy: Policy, counts: Counter
         return
     if policy.on_bad_record == "stop":
         raise DataError(
-            f"{record.where}: {problem.message}; {problem.remedy}, or set data.on_bad_record=skip or quarantine"
+            f"{record.where}: {problem.message}; {problem.remedy}, or set data.on_bad_record=skip or quarantine (which "
+            "lists them all)"
         )
     counts["bad"] += 1
     counts[f"bad_{problem.kind}"] += 1

@@ -13,6 +13,6 @@ function lineageSection(boxes) {
   }
   return (
     `<section class="card wide"><div class="head"><h2>Where this model came from</h2></div>` +
-    `<div class="lineage">${columns.join('<i aria-hidden="true"></i>')}</div></section>`
+    `<div class="lineage">${columns.join('')}</div></section>`
   );
 }

@@ -73,6 +73,34 @@ def story(tmp_path, monkeypatch):
     return listed, asked
 
 
+def test_ctrl_c_gives_the_command_time_to_save_and_says_that_it_goes_on(monkeypatch, tmp_path, capsys):
+    class Interrupted:
+        """A process whose wait is interrupted once, as by Ctrl-C, and which then ends as a run that saved."""
+
+        waits = 0
+
+        def __init__(self, words):
+            self.words = words
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            assert self.waits == 2, "the command was not waited for"
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return 75
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", Interrupted)
+    monkeypatch.setattr(sys, "argv", ["assistant.py", "--until=data"])
+    assert assistant.main() == 75
+    assert capsys.readouterr().out.endswith("stopped; the same command goes on from here\n")
+
+
 def test_figures_are_of_the_newest_checkpoint_and_of_as_many_questions(story):
     listed, asked = story
     base = listed[0]

@@ -44,6 +44,8 @@ def test_the_base_the_method_and_the_data_give_the_rest(words, finished, dataset
     assert config.train.steps in range(3 * (epoch - 1) + 1, 3 * epoch + 1)
     assert config.optim.warmup_steps == math.ceil(0.03 * config.train.steps)
     assert config.engine.name == "deepspeed"
+    many = config_of(words(f"train.steps={100 * epoch}"))
+    assert many.train.eval_every == 2 * epoch  # 50 times
     low_rank = config_of(words("method.lora.rank=2", "method.epochs=1"))
     assert (low_rank.optim.lr, low_rank.engine.name) == (1e-4, "native")
     assert low_rank.train.steps in range(epoch - 1, epoch + 1)
