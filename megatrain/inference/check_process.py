@@ -87,7 +87,9 @@ class ContentChecks:
         """Ask a free process; there are as many as threads. Raises `CheckError` and `TimeoutError`."""
         process = self._free.get()
         try:
-            why: str | None = process.ask(request, min(self.limit_s, deadline - time.monotonic()))["why"]
+            if time.monotonic() > deadline:  # nobody waits for the answer any more
+                raise TimeoutError("no process of the content checks was free in time")
+            why: str | None = process.ask(request, self.limit_s)["why"]
             return why
         finally:
             self._free.put(process)
@@ -143,10 +145,10 @@ class _Process:
             self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             data = self._socket.recv(1 << 16)
             if not data:
-                assert self._process is not None
-                code = self._process.wait()
-                self.forget()
-                raise CheckError(f"a content check ended its process (exit code {code})")
+                process = self._process
+                assert process is not None
+                self.forget()  # it may have closed the socket and live on
+                raise CheckError(f"a content check ended its process (exit code {process.returncode})")
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)

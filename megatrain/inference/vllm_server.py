@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
@@ -170,7 +171,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], health: str, limit_s: fl
             raise EnvironmentFault(
                 f"vLLM ended with code {process.returncode} before it took requests; the lines above say why"
             )
-        with suppress(urllib.error.URLError, OSError), opener.open(health, timeout=5):
+        with suppress(urllib.error.URLError, http.client.HTTPException, OSError), opener.open(health, timeout=5):
             return True
         if time.monotonic() > deadline:
             raise EnvironmentFault(

@@ -124,7 +124,7 @@ def compare_with_base(weights: BaseWeights, objective: Objective, data: RunData,
 def _pairs(weights: BaseWeights, objective: DirectPreference, reference: Reference) -> Compared:
     """Give the objective what the run kept of its reference, or computes from the base's weights if that is lost."""
     record = weights.recorded() if weights.resumed else weights.restored(None)
-    found = reference.find(None if record is None else int(record[0]))
+    found = reference.find(None if record is None else int(record[0]), begins=weights.resumed is None)
     detail = {"pairs": reference.num_pairs, "computed": found is None}
     if found is None:
         record = weights.restored(record)

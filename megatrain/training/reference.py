@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,13 @@ NAME = "reference"
 _LOG = logging.getLogger("megatrain")
 
 
-def read_reference(run_dir: Path, fingerprint: str, weights: int | None = None) -> np.ndarray | None:
+def read_reference(
+    run_dir: Path, fingerprint: str, weights: int | None = None, settings: dict[str, Any] | None = None
+) -> np.ndarray | None:
     """Return the log-probabilities that a run has kept, fp32 `[N, 2]`.
 
-    None if there are none of the dataset with this fingerprint and of the `weights` with this checksum (None: any), or
-    they are damaged, which is logged.
+    None if there are none of the dataset with this fingerprint, of the `weights` with this checksum and computed with
+    these `settings` (None: any), or they are damaged, which is logged.
     """
     path = run_dir / f"{NAME}.bin"
     try:
@@ -52,6 +55,8 @@ def read_reference(run_dir: Path, fingerprint: str, weights: int | None = None) 
         _LOG.warning("%s is damaged: it does not match its checksum; it is computed again", path)
         return None
     if card.get("fingerprint") != fingerprint or weights not in (None, card.get("weights")):
+        return None
+    if settings not in (None, card.get("settings")):
         return None
     return np.frombuffer(content, "<f4").reshape(-1, 2).copy()
 
@@ -69,13 +74,20 @@ class Reference:
         """The pairs of all splits."""
         return sum(split.documents for split in self.data.card.splits.values())
 
-    def find(self, weights: int | None) -> Tensor | None:
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the log-probabilities depend on beside weights and data: longer pairs than `seq_len` have none."""
+        config = self.data.config
+        return {"seq_len": config.train.seq_len, "precision": config.precision.name, "model": asdict(config.model)}
+
+    def find(self, weights: int | None, begins: bool) -> Tensor | None:
         """Return the log-probabilities that the run has kept, fp32 `[N, 2]` on the device.
 
         None if there are none of this dataset and the `weights` with this checksum (None: of any), or they are
-        damaged, which is logged. All ranks must call it.
+        damaged, which is logged. A run that `begins` takes none that other settings gave. All ranks must call it.
         """
-        values = read_reference(self.run_dir, self.data.fingerprint, weights) if self.world.is_main else None
+        settings = self._settings if begins else None
+        values = read_reference(self.run_dir, self.data.fingerprint, weights, settings) if self.world.is_main else None
         if not self.world.all_gather_json(values is not None)[0]:
             return None
         mine = torch.zeros((self.num_pairs, 2)) if values is None else torch.from_numpy(values)
@@ -118,7 +130,12 @@ class Reference:
 
     def _write(self, content: bytes, weights: int) -> None:
         checksum = xxhash.xxh3_128_hexdigest(content)
-        card = {"fingerprint": self.data.fingerprint, "weights": weights, "checksum": checksum}
+        card = {
+            "fingerprint": self.data.fingerprint,
+            "weights": weights,
+            "settings": self._settings,
+            "checksum": checksum,
+        }
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, content)

@@ -33,7 +33,7 @@ from megatrain.training.origin import Origin
 def rollout_buffers(config: TrainConfig, manifest: Manifest) -> dict[str, Tensor]:
     """Return empty tensors for what a checkpoint holds besides the engine's, such as a rollout to go on with.
 
-    Raises CheckpointError if it is missing.
+    Raises CheckpointError if it is missing, or has another number of replies than a step takes now.
     """
     if config.method.name not in SAMPLING:
         return {}
@@ -46,6 +46,13 @@ def rollout_buffers(config: TrainConfig, manifest: Manifest) -> dict[str, Tensor
         raise CheckpointError(
             f"the checkpoint of step {manifest.step} lies in the middle of a rollout (method.updates="
             f"{config.method.updates}), but holds none; continue from another step"
+        )
+    replies = found[f"{PREFIX}bounds"].shape[0] if found else config.train.global_batch_size
+    if replies != config.train.global_batch_size:
+        raise CheckpointError(
+            f"train.global_batch_size={config.train.global_batch_size}: the checkpoint of step {manifest.step} lies in "
+            f"the middle of a rollout of {replies} replies; change it at a step that is a multiple of method.updates="
+            f"{config.method.updates} (checkpoint.resume=<checkpoint>)"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,9 @@ def check_formula(config: MergeConfig, sources: Sequence[Source]) -> None:
         raise ConfigError(f"paths: by=slerp lies between two models, given {len(sources)}")
     if config.weights and len(config.weights) != len(sources):
         raise ConfigError(f"weights: {len(config.weights)} weights for {len(sources)} models; give one for each")
-    if any(weight < 0 for weight in config.weights) or (config.weights and not sum(config.weights)):
-        raise ConfigError(f"weights={config.weights}: give numbers of at least 0, not all 0")
+    total = sum(config.weights)
+    if any(weight < 0 for weight in config.weights) or (config.weights and (not total or not math.isfinite(total))):
+        raise ConfigError(f"weights={config.weights}: give numbers of at least 0, not all 0, with a finite sum")
 
 
 def weights_of(config: MergeConfig, count: int) -> list[float]:

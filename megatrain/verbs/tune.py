@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.find import is_checkpoint, lora_of, model_of, peek, tokenizer_folder
-from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.naming import checkpoint_step, list_checkpoints
 from megatrain.config import SAMPLING, ModelConfig, PrepareConfig, TokenizerConfig, TrainConfig, TuneConfig
 from megatrain.config.compose import compose, key_types, read_overrides
@@ -178,6 +178,9 @@ def _base_checkpoint(config: TuneConfig, make: bool) -> Path:
         made_of = read_manifest(out).identity.imported_from
         if made_of is None or os.path.realpath(made_of) != os.path.realpath(source):
             raise ConfigError(f"{out} was made of {made_of}, not of {source}; remove it, or give another run.dir")
+        made = (out / MANIFEST).stat().st_mtime
+        if any(file.stat().st_mtime > made for file in source.glob("*.safetensors")):
+            say(f"warning: {source} is newer than {out}, which was made of it; remove {out} to have it made again")
         return out
     command = ["import", quoted("path", str(source)), quoted("out", str(out))]
     if not make:

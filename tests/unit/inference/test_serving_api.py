@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from support.serving import LIMIT_S, make_assistant, running, wait_until
 from megatrain.config import ServeGroup
 from megatrain.errors import ConfigError
 from megatrain.inference import http_protocol
+from megatrain.inference.api_errors import ApiError
 from megatrain.inference.api_requests import ChatRequest, CompletionRequest
 from megatrain.inference.batch_generator import BatchGenerator
 from megatrain.inference.check_process import ContentChecks
@@ -471,13 +474,13 @@ def test_a_check_that_hangs_or_dies_costs_its_request_and_nothing_else(assistant
         "    if 'die' in text:\n"
         "        os._exit(3)\n"
     )
-    own = {"check_prompt": f"{tmp_path}/own.py:check", "check_timeout_s": 0.5, "check_processes": 1}
+    own = {"check_prompt": f"{tmp_path}/own.py:check", "check_timeout_s": 1.5, "check_processes": 1}
 
     def said(text):
         return post(url, body(messages=[{"role": "user", "content": text}], max_tokens=1))
 
     with running(assistant, **own) as (_, url):
-        for _ in range(3):
+        for _ in range(2):
             found = said("hang")
             assert found.status_code == 504 and "check of the prompt" in found.json()["error"]["message"]
         assert said("die").status_code == 500
@@ -493,6 +496,17 @@ def test_a_check_that_hangs_or_dies_costs_its_request_and_nothing_else(assistant
         begin = time.monotonic()
     asking.join(LIMIT_S)
     assert time.monotonic() - begin < LIMIT_S / 2, "the server ends though a check hangs"
+
+
+def test_a_request_that_waits_no_more_costs_no_check_its_process(tmp_path):
+    (tmp_path / "own.py").write_text("import os\n\n\ndef check(text):\n    return str(os.getpid())\n")
+    config = ServeGroup(check_prompt=f"{tmp_path}/own.py:check", check_processes=1, check_timeout_s=LIMIT_S)
+    with contextlib.closing(ContentChecks(config)) as checks:
+        first = asyncio.run(checks.refusal("prompt", "text", True, LIMIT_S))
+        with pytest.raises(ApiError) as late:
+            asyncio.run(checks.refusal("prompt", "text", True, 0.0))
+        assert late.value.status == 504
+        assert asyncio.run(checks.refusal("prompt", "text", True, LIMIT_S)) == first
 
 
 def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(assistant, capfd):
