@@ -10,7 +10,7 @@ from typing import Any
 from megatrain.checkpoint.lineage import line_of, write_line
 from megatrain.config import ExportConfig
 from megatrain.data.chat.template import ChatTemplate
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, cannot_write
 from megatrain.interop.adapter import export_adapter
 from megatrain.interop.huggingface import export_model
 from megatrain.interop.load_model import Loaded, load
@@ -26,6 +26,7 @@ def export_(config: ExportConfig) -> None:
     Raises:
         ConfigError: `out` exists or cannot be written, or no class of transformers can express this model.
         CheckpointError: there is no intact checkpoint.
+        EnvironmentFault: the disk is full or broken.
     """
     out = Path(config.out)
     refuse_existing(out)
@@ -74,7 +75,7 @@ def _naming(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+        raise cannot_write(out, error, "out") from error
 
 
 def generation(loaded: Loaded, is_for_chats: bool = False) -> dict[str, Any]:

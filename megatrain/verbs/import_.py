@@ -21,7 +21,7 @@ from megatrain.checkpoint.store import write
 from megatrain.config import ImportConfig
 from megatrain.config.values import quoted
 from megatrain.data.tokenizer_hf import HuggingFaceTokenizer, read_folder
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, cannot_write
 from megatrain.interop.load_model import Loaded, load
 from megatrain.interop.path_kind import kind_of
 from megatrain.resilience.atomic_file import remove_abandoned, sync_path, temporary_name
@@ -37,6 +37,7 @@ def import_(config: ImportConfig) -> None:
     Raises:
         ConfigError: `out` exists or cannot be written, or `path` is neither.
         CheckpointError: the folder is damaged, or our model cannot express it.
+        EnvironmentFault: the disk is full or broken.
     """
     out, path = Path(config.out), Path(config.path)
     refuse_existing(out)
@@ -47,7 +48,7 @@ def import_(config: ImportConfig) -> None:
     try:
         write_weights(loaded, out)
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+        raise cannot_write(out, error, "out") from error
     is_theirs = kind == "huggingface"
     if is_theirs and not isinstance(loaded.tokenizer, HuggingFaceTokenizer) and read_folder(path).has_chat_template():
         print(f"{path}: without its chat template: that goes along only with a tokenizer.json", file=sys.stderr)

@@ -187,7 +187,7 @@ def _base_checkpoint(config: TuneConfig, make: bool) -> Path:
         raise ConfigError(f"path={path} must be imported first: megatrain {shlex.join(command)}")
     say(f"merging the low-rank layers of {source} into {out}" if has_adapters else f"importing {path} into {out}")
     done = subprocess.run(python_command("megatrain", *command), capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode and not is_checkpoint(out):  # which another process may have made meanwhile
         print(done.stderr, end="", file=sys.stderr)
         raise SystemExit(done.returncode)
     return out

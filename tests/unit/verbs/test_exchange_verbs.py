@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatrain.config import ExportConfig, ImportConfig
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError, ConfigError, EnvironmentFault
 from megatrain.interop.load_model import load
 from megatrain.tracking.metrics import read_metrics
 from megatrain.verbs.export import export_
@@ -112,7 +112,7 @@ def test_an_import_that_fails_leaves_nothing_behind(imported, tmp_path, monkeypa
 
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(import_verb, "write", full)
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(EnvironmentFault, match="No space left"):
         import_(ImportConfig(path=str(tmp_path / "hf"), out=str(tmp_path / "second")))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
